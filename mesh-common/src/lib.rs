@@ -1,0 +1,38 @@
+//! Types and pure decisions shared by the eBPF programs and the node process.
+//!
+//! Everything that crosses the kernel boundary is defined here once: map keys and values, their layout (asserted at
+//! compile time), the ports, marks and tables, and the one ABI version both sides must agree on. Addresses are 16 bytes,
+//! IPv4 as `::ffff:a.b.c.d`, ports are big-endian bytes, so there is one code path for both families.
+#![no_std]
+
+pub mod addr;
+pub mod connect;
+pub mod maps;
+
+pub use addr::Address;
+
+/// Version of every map layout and of the meaning of its contents. Bump on any change to [`maps`].
+///
+/// The object carries it as the section-less symbol [`maps::ABI_SYMBOL`]; the loader refuses another value, and pins
+/// live under a directory named after it, so two layouts never share a map.
+pub const ABI_VERSION: u32 = 1;
+
+/// In-pod listener that captured outbound connections are aimed at.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// In-pod listener that plaintext connections to the pod are steered to.
+pub const INBOUND_PORT: u16 = 15006;
+/// In-pod HBONE listener, dialled by other nodes.
+pub const HBONE_PORT: u16 = 15008;
+
+/// Firewall mark on sockets that impersonate a client towards the application; selects [`TRANSPARENT_TABLE`].
+pub const TRANSPARENT_MARK: u32 = 0x6d6e;
+/// Routing table in a pod's netns that delivers replies to impersonated clients locally.
+pub const TRANSPARENT_TABLE: u32 = 28014;
+/// Priority of the rule that selects [`TRANSPARENT_TABLE`].
+pub const TRANSPARENT_RULE_PRIORITY: u32 = 100;
+
+/// Ports the node process owns inside a pod; nothing may be tunnelled or connected to them on an enrolled pod's behalf.
+#[must_use]
+pub const fn is_reserved_port(port: u16) -> bool {
+    matches!(port, OUTBOUND_PORT | INBOUND_PORT | HBONE_PORT)
+}

@@ -1,0 +1,140 @@
+//! Map keys and values. A change here is a change of [`crate::ABI_VERSION`].
+
+use crate::Address;
+
+/// Name of the global the loader compares with [`crate::ABI_VERSION`] before anything is attached.
+pub const ABI_SYMBOL: &str = "MESH_ABI_VERSION";
+
+/// Upper bound on enrolled pods of one node.
+pub const MAX_PODS: usize = 4096;
+/// Upper bound on captured connections between the handshake and the proxy's `accept`.
+pub const MAX_PENDING: usize = 65_536;
+/// Upper bound on flows the proxy itself has open towards applications.
+pub const MAX_PROXY_FLOWS: usize = 65_536;
+/// Upper bound on node processes served by one set of programs (an old and a new one during an upgrade, with room).
+pub const MAX_PROXIES: usize = 16;
+/// Upper bound on steered pod addresses: two families per pod.
+pub const MAX_LISTENERS: usize = MAX_PODS * 2;
+
+/// Node-wide settings, the only element of the `NODE` array.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct NodeConfig {
+    /// 1: connections of enrolled pods pass untouched while no proxy serves; 0: they are refused.
+    pub fail_open: u32,
+}
+
+/// An enrolled pod, keyed by the cookie of its network namespace. Presence in the map is what "enrolled" means.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Pod {
+    /// The pod's IPv4 address in mapped form; loopback when it has none.
+    pub v4: [u8; 16],
+    /// The pod's IPv6 address; loopback when it has none.
+    pub v6: [u8; 16],
+}
+
+/// What a socket is to the mesh, kept in socket-local storage: it dies with the socket and needs no limit of its own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct SocketMark {
+    /// One of [`SocketMark::NONE`], [`SocketMark::CAPTURED`], [`SocketMark::PROXY`].
+    pub kind: u16,
+    /// The address the application dialled, when captured.
+    pub orig_dst: Address,
+}
+
+impl SocketMark {
+    pub const NONE: u16 = 0;
+    pub const CAPTURED: u16 = 1;
+    pub const PROXY: u16 = 2;
+}
+
+/// Finds the original destination of a connection accepted on the outbound listener: whose netns, and the client's own
+/// address. The 18 address bytes are padded by hand so that no byte of the key is undefined.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct PendingKey {
+    pub netns_cookie: u64,
+    pub client: Address,
+    pub pad: [u8; 6],
+}
+
+/// A connection the proxy itself opens towards an application, as the pod's sk_lookup program sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct FlowKey {
+    pub remote: Address,
+    pub local: Address,
+}
+
+/// What the kernel side counts; index into the per-CPU `COUNTERS` array.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// Outbound connections aimed at the proxy.
+    Captured = 0,
+    /// Connections to the pod steered to the proxy.
+    Steered = 1,
+    /// Outbound connections refused: the destination is one of the proxy's own ports on this pod.
+    RefusedReservedPort = 2,
+    /// Outbound connections refused: the kernel had no memory for the original destination.
+    RefusedNoMemory = 3,
+    /// Inbound connections refused: no proxy serves and the fail mode is closed.
+    RefusedNoProxy = 4,
+    /// Connections in either direction passed untouched: no proxy serves and the fail mode is open.
+    PassedFailOpen = 5,
+    /// Captured connections whose original destination found no room; the proxy refuses them.
+    LostOrigDst = 6,
+}
+
+impl Counter {
+    pub const ALL: [Self; 7] = [
+        Self::Captured,
+        Self::Steered,
+        Self::RefusedReservedPort,
+        Self::RefusedNoMemory,
+        Self::RefusedNoProxy,
+        Self::PassedFailOpen,
+        Self::LostOrigDst,
+    ];
+
+    /// The metric label value.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Captured => "captured",
+            Self::Steered => "steered",
+            Self::RefusedReservedPort => "refused_reserved_port",
+            Self::RefusedNoMemory => "refused_no_memory",
+            Self::RefusedNoProxy => "refused_no_proxy",
+            Self::PassedFailOpen => "passed_fail_open",
+            Self::LostOrigDst => "lost_orig_dst",
+        }
+    }
+}
+
+const _: () = assert!(size_of::<NodeConfig>() == 4);
+const _: () = assert!(size_of::<Pod>() == 32 && align_of::<Pod>() == 1);
+const _: () = assert!(size_of::<SocketMark>() == 20);
+const _: () = assert!(size_of::<PendingKey>() == 32);
+const _: () = assert!(size_of::<FlowKey>() == 36 && align_of::<FlowKey>() == 1);
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{FlowKey, NodeConfig, PendingKey, Pod, SocketMark};
+    use crate::Address;
+
+    // SAFETY: all are repr(C), Copy, of integers and byte arrays only, without implicit padding (sizes asserted above).
+    unsafe impl aya::Pod for Address {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for NodeConfig {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Pod {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for SocketMark {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PendingKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for FlowKey {}
+}

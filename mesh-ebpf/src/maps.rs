@@ -1,0 +1,61 @@
+//! All maps. Key and value types, and their bounds, are in `mesh_common::maps`.
+
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage, SockHash},
+    macros::btf_map,
+};
+use mesh_common::{
+    Address,
+    maps::{
+        Counter, FlowKey, MAX_LISTENERS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod,
+        SocketMark,
+    },
+};
+
+/// Node-wide settings.
+#[btf_map]
+pub static NODE: Array<NodeConfig, 1> = Array::new();
+
+/// Enrolled pods by network namespace cookie.
+#[btf_map]
+pub static PODS: HashMap<u64, Pod, MAX_PODS> = HashMap::new();
+
+/// Cgroup ids of node processes: their sockets are never captured. A pod cannot move itself into such a cgroup.
+#[btf_map]
+pub static PROXIES: HashMap<u64, u32, MAX_PROXIES> = HashMap::new();
+
+/// What a socket is to the mesh, living and dying with the socket.
+#[btf_map]
+pub static SOCKETS: SkStorage<SocketMark> = SkStorage::new();
+
+/// Original destinations of captured connections the proxy has yet to accept.
+#[btf_map]
+pub static PENDING: LruHashMap<PendingKey, Address, MAX_PENDING> = LruHashMap::new();
+
+/// Flows the proxy itself has open towards applications.
+#[btf_map]
+pub static PROXY_FLOWS: LruHashMap<FlowKey, u32, MAX_PROXY_FLOWS> = LruHashMap::new();
+
+/// Inbound listeners by pod address. A slot empties by itself when the listener is closed, also by a crash: an empty
+/// slot is how the programs know that no proxy serves.
+#[btf_map]
+pub static LISTENERS: SockHash<[u8; 16], MAX_LISTENERS> = SockHash::new();
+
+/// Event counts, see [`Counter`].
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new();
+
+/// Adds one to a counter of this CPU.
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: a per-CPU slot of a program that cannot be preempted by itself; the map owns the memory.
+        unsafe { *value += 1 };
+    }
+}
+
+/// Whether the node lets connections through while no proxy serves.
+#[inline(always)]
+pub fn fail_open() -> bool {
+    NODE.get(0).is_some_and(|node| node.fail_open != 0)
+}

@@ -1,0 +1,120 @@
+//! `sockops`: events of the sockets that the connect hook marked.
+//!
+//! - Connect (the source port is known, the SYN not yet sent): a flow of the proxy is noted, so that the pod's sk_lookup
+//!   program lets it through, and its later states are asked for.
+//! - Established: the original destination of a captured connection is put where the proxy finds it at `accept`. The
+//!   kernel runs this before it acknowledges the handshake, so the entry is there before the connection can be accepted.
+//! - Closed: the proxy's flow is forgotten. Not earlier: with SYN cookies the last packet of the handshake goes through
+//!   sk_lookup again.
+
+use aya_ebpf::{
+    bindings::{
+        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_TCP_CLOSE, bpf_sock_ops,
+    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get},
+    macros::sock_ops,
+    programs::SockOpsContext,
+};
+use mesh_common::{
+    Address, addr,
+    maps::{Counter, FlowKey, PendingKey, SocketMark},
+};
+
+use crate::{
+    connect::bytes,
+    maps::{PENDING, PROXY_FLOWS, SOCKETS, count},
+};
+
+const AF_INET: u32 = 2;
+/// sockops programs always return 1; the value has a meaning for none of these callbacks.
+const DONE: u32 = 1;
+
+#[sock_ops]
+pub fn mesh_sock_events(ctx: SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(&ctx),
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => closed(&ctx),
+        _ => {}
+    }
+    DONE
+}
+
+fn connecting(ctx: &SockOpsContext) {
+    if mark(ctx.ops).is_some_and(|mark| mark.kind == SocketMark::PROXY) {
+        // On failure the connection is steered back to the proxy and refused there: closed, never open.
+        let _ = PROXY_FLOWS.insert(flow(ctx), 1, u64::from(BPF_ANY));
+        let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+    }
+}
+
+fn established(ctx: &SockOpsContext) {
+    let Some(mark) = mark(ctx.ops) else { return };
+    if mark.kind != SocketMark::CAPTURED {
+        return;
+    }
+    // SAFETY: the helper takes the program's own context.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
+    let key = PendingKey { netns_cookie, client: local(ctx), pad: [0; 6] };
+    if PENDING.insert(key, mark.orig_dst, u64::from(BPF_ANY)).is_err() {
+        count(Counter::LostOrigDst);
+    }
+}
+
+fn closed(ctx: &SockOpsContext) {
+    let _ = PROXY_FLOWS.remove(flow(ctx));
+}
+
+#[inline(always)]
+fn mark(ops: *mut bpf_sock_ops) -> Option<SocketMark> {
+    // SAFETY: the socket pointer is checked for null as the verifier demands, the storage likewise.
+    unsafe {
+        let sk = (*ops).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return None;
+        }
+        let mark: *mut SocketMark =
+            bpf_sk_storage_get((&raw const SOCKETS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0).cast();
+        if mark.is_null() { None } else { Some(*mark) }
+    }
+}
+
+/// The flow as the other end's sk_lookup sees it: our end is its remote.
+#[inline(always)]
+fn flow(ctx: &SockOpsContext) -> FlowKey {
+    FlowKey { remote: local(ctx), local: remote(ctx) }
+}
+
+#[inline(always)]
+fn local(ctx: &SockOpsContext) -> Address {
+    let ip = if ctx.family() == AF_INET { addr::mapped(ctx.local_ip4().to_ne_bytes()) } else { bytes(local_ip6(ctx)) };
+    Address::new(ip, ctx.local_port() as u16)
+}
+
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> Address {
+    let ip = if ctx.family() == AF_INET { addr::mapped(ctx.remote_ip4().to_ne_bytes()) } else { bytes(remote_ip6(ctx)) };
+    // The kernel keeps the remote port in network order in the upper half of the word.
+    Address::new(ip, u32::from_be(ctx.remote_port()) as u16)
+}
+
+#[inline(always)]
+fn local_ip6(ctx: &SockOpsContext) -> [u32; 4] {
+    // SAFETY: fields of a valid context, read word by word.
+    unsafe { read_words((&raw const (*ctx.ops).local_ip6).cast()) }
+}
+
+#[inline(always)]
+fn remote_ip6(ctx: &SockOpsContext) -> [u32; 4] {
+    // SAFETY: as above.
+    unsafe { read_words((&raw const (*ctx.ops).remote_ip6).cast()) }
+}
+
+/// # Safety
+/// `words` points to four readable words of a context.
+#[inline(always)]
+unsafe fn read_words(words: *const u32) -> [u32; 4] {
+    // SAFETY: promised by the caller; volatile keeps the loads single words at constant offsets.
+    unsafe { [words.read_volatile(), words.add(1).read_volatile(), words.add(2).read_volatile(), words.add(3).read_volatile()] }
+}

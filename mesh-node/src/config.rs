@@ -1,0 +1,15 @@
+//! Configuration: objects from a source become one immutable [`Snapshot`] per generation.
+//!
+//! One task owns the [`store::Store`]; it builds a snapshot after every batch of changes and publishes it whole. Readers
+//! load it once per decision.
+
+pub mod build;
+pub mod publish;
+pub mod settings;
+pub mod snapshot;
+pub mod store;
+
+pub use publish::{Configuration, Publisher};
+pub use settings::{EnrolmentLabel, MeshSettings, OutboundPolicy};
+pub use snapshot::Snapshot;
+pub use store::{Change, Origin, Status, Store};

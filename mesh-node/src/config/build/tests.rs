@@ -1,0 +1,164 @@
+//! Snapshots from manifests.
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{
+    config::store::{Change, Content, Origin},
+    id::{TrustDomain, WorkloadUid},
+    policy::{Denial, Facts},
+    resource::{self, Parsed},
+    route::Target,
+};
+
+fn store(documents: &[Value]) -> Store {
+    let mut store = Store::default();
+    let (mut objects, mut rejections) = (Vec::new(), Vec::new());
+    for document in documents {
+        match resource::parse(document.clone(), "default") {
+            Ok(Parsed::Object(named)) => objects.push(*named),
+            Ok(Parsed::Ignored(_)) => {}
+            Err(rejection) => rejections.push(rejection),
+        }
+    }
+    store.apply(Change { origin: Origin(Arc::new("m.yaml".into())), content: Content::Read { objects, rejections } });
+    store
+}
+
+fn mesh() -> Arc<MeshSettings> {
+    Arc::new(MeshSettings::new("n1", TrustDomain::parse("cluster.local").expect("valid")))
+}
+
+fn built(documents: &[Value]) -> (Snapshot, Vec<Status>) {
+    build(&store(documents), &mesh(), &Snapshot::empty(mesh()))
+}
+
+fn pod(name: &str, ip: &str, more: &Value) -> Value {
+    let mut document = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "uid": format!("uid-{name}"), "labels": {"app": name}},
+        "spec": {"nodeName": "n1"}, "status": {"phase": "Running", "podIPs": [{"ip": ip}]},
+    });
+    merge(&mut document, more);
+    document
+}
+
+fn merge(into: &mut Value, from: &Value) {
+    match (into, from) {
+        (Value::Object(a), Value::Object(b)) => b.iter().for_each(|(k, v)| merge(a.entry(k.clone()).or_insert(Value::Null), v)),
+        (a, b) => *a = b.clone(),
+    }
+}
+
+fn service() -> Value {
+    json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": [{"name": "http", "port": 80}, {"name": "dns", "port": 53, "protocol": "UDP"}]}})
+}
+
+fn slice(name: &str, addresses: &[&str], ready: bool) -> Value {
+    json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": name, "labels": {"kubernetes.io/service-name": "web"}},
+        "endpoints": addresses.iter().map(|a| json!({"addresses": [a], "conditions": {"ready": ready}})).collect::<Vec<_>>(),
+        "ports": [{"name": "http", "port": 8080}]})
+}
+
+#[test]
+fn service_resolves_to_the_target_ports_of_all_its_slices() {
+    let (snapshot, statuses) = built(&[service(), slice("a", &["10.0.0.1"], true), slice("b", &["10.0.0.2", "10.0.0.1"], false)]);
+    assert!(statuses.is_empty(), "{statuses:?}");
+    let Target::Service { port, .. } = snapshot.resolve("10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
+    let found = port.endpoints.iter().map(|e| (e.address.to_string(), e.ready)).collect::<Vec<_>>();
+    assert_eq!(found, [("10.0.0.1:8080".to_owned(), true), ("10.0.0.2:8080".to_owned(), false)]);
+    assert!(matches!(snapshot.resolve("10.96.0.1:81".parse().expect("valid")), Target::NoSuchPort(_)));
+    assert!(matches!(snapshot.resolve("10.96.0.1:53".parse().expect("valid")), Target::NoSuchPort(_)));
+    assert!(matches!(snapshot.resolve("10.96.0.2:80".parse().expect("valid")), Target::Unknown));
+}
+
+#[test]
+fn endpoint_loads_outlive_a_snapshot() {
+    let documents = [service(), slice("a", &["10.0.0.1"], true)];
+    let (first, _) = built(&documents);
+    let guard = first.services[0].ports[0].endpoints[0].load.begin();
+    let (second, _) = build(&store(&documents), &mesh(), &first);
+    assert_eq!(second.services[0].ports[0].endpoints[0].load.current(), 1);
+    drop(guard);
+    assert_eq!(second.services[0].ports[0].endpoints[0].load.current(), 0);
+}
+
+#[test]
+fn pods_are_workloads_with_identity_and_enrolment() {
+    let ambient = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default", "labels": {"istio.io/dataplane-mode": "ambient"}}});
+    let (snapshot, _) = built(&[
+        ambient,
+        pod("a", "10.0.0.1", &json!({"spec": {"serviceAccountName": "front"}})),
+        pod("b", "10.0.0.2", &json!({"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}})),
+        pod("c", "10.0.0.3", &json!({"spec": {"hostNetwork": true}})),
+        pod("d", "10.0.0.4", &json!({"status": {"phase": "Succeeded"}})),
+    ]);
+    let find = |ip: &str| snapshot.workload_by_ip(ip.parse().expect("valid"));
+    let a = find("10.0.0.1").expect("a workload");
+    assert!(a.enrolled && a.identity.to_string() == "spiffe://cluster.local/ns/default/sa/front");
+    assert!(!find("10.0.0.2").expect("a workload").enrolled);
+    assert!(find("10.0.0.3").is_none() && snapshot.workload(&WorkloadUid("uid-c".into())).is_some_and(|w| !w.enrolled));
+    assert!(find("10.0.0.4").is_none());
+}
+
+#[test]
+fn an_address_claimed_twice_belongs_to_the_newer_pod() {
+    let made = |t: &str| json!({"metadata": {"creationTimestamp": t}});
+    let (snapshot, statuses) = built(&[
+        pod("a", "10.0.0.1", &made("2026-01-02T00:00:00Z")),
+        pod("b", "10.0.0.1", &made("2026-01-03T00:00:00Z")),
+    ]);
+    assert_eq!(&*snapshot.workload_by_ip("10.0.0.1".parse().expect("valid")).expect("owner").name.name, "b");
+    assert!(statuses[0].message.contains("also claimed by"), "{statuses:?}");
+}
+
+#[test]
+fn policies_reach_the_workloads_of_their_scope() {
+    let policy = |kind: &str, namespace: &str, name: &str, created: &str, spec: Value| {
+        json!({"apiVersion": "security.istio.io/v1", "kind": kind, "spec": spec,
+            "metadata": {"name": name, "namespace": namespace, "creationTimestamp": created}})
+    };
+    let early = "2026-01-01T00:00:00Z";
+    let late = "2026-02-01T00:00:00Z";
+    let app = |app: &str| json!({"matchLabels": {"app": app}});
+    let (snapshot, statuses) = built(&[
+        pod("a", "10.0.0.1", &json!({})),
+        pod("b", "10.0.0.2", &json!({})),
+        pod("c", "10.0.0.3", &json!({"metadata": {"namespace": "other"}})),
+        policy("PeerAuthentication", "istio-system", "mesh", early, json!({"mtls": {"mode": "STRICT"}})),
+        policy("PeerAuthentication", "istio-system", "late", late, json!({"mtls": {"mode": "PERMISSIVE"}})),
+        policy("PeerAuthentication", "istio-system", "selected", early, json!({"selector": app("c"), "mtls": {"mode": "PERMISSIVE"}})),
+        policy("PeerAuthentication", "default", "young", late, json!({"selector": app("a"), "mtls": {"mode": "STRICT"}})),
+        policy("PeerAuthentication", "default", "old", early, json!({"selector": app("a"), "mtls": {"mode": "PERMISSIVE"}})),
+        policy("AuthorizationPolicy", "istio-system", "mesh-deny", early, json!({"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["1"]}}]}]})),
+        policy("AuthorizationPolicy", "default", "none", early, json!({"selector": app("b")})),
+        policy("AuthorizationPolicy", "default", "dry", early, json!({})),
+    ]
+    .map(|mut p| {
+        if p["metadata"]["name"] == "dry" {
+            p["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
+        }
+        p
+    }));
+    let verdict = |ip: &str, port: u16| {
+        let workload = snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a workload");
+        let facts = Facts { peer: None, source: "10.9.9.9".parse().expect("valid"), destination: SocketAddr::new(workload.ips[0], port) };
+        workload.policy.authorize(&facts).err()
+    };
+    assert_eq!(verdict("10.0.0.1", 80), None);
+    assert_eq!(verdict("10.0.0.1", 1), Some(Denial::DeniedBy { policy: "istio-system/mesh-deny".into() }));
+    assert_eq!(verdict("10.0.0.2", 80), Some(Denial::PlaintextUnderStrict));
+    assert_eq!(verdict("10.0.0.3", 80), Some(Denial::PlaintextUnderStrict));
+    let text = statuses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    assert!(statuses.len() == 2 && text.contains("istio-system/late") && text.contains("istio-system/selected"), "{text}");
+}
+
+#[test]
+fn ten_thousand_pods_build_into_one_snapshot() {
+    let mut documents = vec![service()];
+    documents.extend((0..10_000_u32).map(|i| pod(&format!("p{i}"), &std::net::Ipv4Addr::from(0x0a00_0000 + i).to_string(), &json!({}))));
+    let (snapshot, statuses) = built(&documents);
+    assert!(snapshot.workloads().count() == 10_000 && statuses.is_empty());
+}

@@ -1,0 +1,111 @@
+//! Mesh-wide settings, the same on every node.
+
+use std::{str::FromStr, sync::Arc};
+
+use crate::{id::TrustDomain, policy::TrustDomains, resource::selector::Labels};
+
+/// Istio's `outboundTrafficPolicy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum OutboundPolicy {
+    /// Connections to addresses the mesh does not know pass through unchanged.
+    #[default]
+    #[value(name = "ALLOW_ANY", alias = "allow-any")]
+    AllowAny,
+    /// They are refused.
+    #[value(name = "REGISTRY_ONLY", alias = "registry-only")]
+    RegistryOnly,
+}
+
+/// The label that enrols a namespace or a pod: `key=value`. A pod's own label wins; its value `none` opts out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnrolmentLabel {
+    pub key: Arc<str>,
+    pub value: Arc<str>,
+}
+
+impl EnrolmentLabel {
+    /// Whether a pod with these labels in a namespace with those is in the mesh.
+    pub fn enrols(&self, namespace: Option<&Labels>, pod: &Labels) -> bool {
+        let wanted = |labels: &Labels| labels.get(&self.key).map(|v| v == &*self.value);
+        match pod.get(&self.key) {
+            Some(value) if value == &*self.value => true,
+            Some("none") => false,
+            // Any other value says nothing about this mesh; the namespace decides.
+            _ => namespace.and_then(wanted).unwrap_or(false),
+        }
+    }
+}
+
+impl Default for EnrolmentLabel {
+    fn default() -> Self {
+        Self { key: "istio.io/dataplane-mode".into(), value: "ambient".into() }
+    }
+}
+
+impl FromStr for EnrolmentLabel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((key, value)) if !key.is_empty() && !value.is_empty() && value != "none" => Ok(Self { key: key.into(), value: value.into() }),
+            _ => Err(format!("{text:?} is not KEY=VALUE with a value other than \"none\"")),
+        }
+    }
+}
+
+/// What a snapshot is built with besides the objects.
+#[derive(Debug, Clone)]
+pub struct MeshSettings {
+    pub node: Arc<str>,
+    pub trust_domains: TrustDomains,
+    /// Namespace whose policies without a selector apply to the whole mesh.
+    pub root_namespace: Arc<str>,
+    pub outbound: OutboundPolicy,
+    pub enrolment: EnrolmentLabel,
+}
+
+impl MeshSettings {
+    /// Istio's defaults for a node of this name.
+    pub fn new(node: &str, trust_domain: TrustDomain) -> Self {
+        Self {
+            node: node.into(),
+            trust_domains: TrustDomains { local: trust_domain, aliases: Vec::new() },
+            root_namespace: "istio-system".into(),
+            outbound: OutboundPolicy::default(),
+            enrolment: EnrolmentLabel::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pod_label_wins_over_the_namespace() {
+        let labels = |v: Option<&str>| v.map(|v| ("istio.io/dataplane-mode".to_owned(), v.to_owned())).into_iter().collect::<Labels>();
+        let cases = [
+            (None, None, false),
+            (Some("ambient"), None, true),
+            (Some("ambient"), Some("none"), false),
+            (Some("ambient"), Some("ambient"), true),
+            (None, Some("ambient"), true),
+            (Some("none"), Some("ambient"), true),
+            (Some("none"), None, false),
+            (Some("ambient"), Some("other"), true),
+            (Some("Ambient"), None, false),
+        ];
+        for (namespace, pod, expected) in cases {
+            assert_eq!(EnrolmentLabel::default().enrols(Some(&labels(namespace)), &labels(pod)), expected, "{namespace:?} {pod:?}");
+        }
+        assert!(!EnrolmentLabel::default().enrols(None, &labels(None)));
+    }
+
+    #[test]
+    fn enrolment_label_needs_key_and_value() {
+        assert!("mesh=on".parse::<EnrolmentLabel>().is_ok());
+        for bad in ["", "mesh", "=on", "mesh=", "mesh=none"] {
+            assert!(bad.parse::<EnrolmentLabel>().is_err(), "{bad}");
+        }
+    }
+}

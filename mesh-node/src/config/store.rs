@@ -1,0 +1,205 @@
+//! The objects in force, and what became of every object a source has shown.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
+
+use crate::resource::{Key, Named, Rejection};
+
+/// Where an object comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Origin(pub Arc<PathBuf>);
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.display().fmt(f)
+    }
+}
+
+/// What a source has to say of one origin. It replaces all that was said of it before.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Change {
+    pub origin: Origin,
+    pub content: Content,
+}
+
+/// What an origin holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Content {
+    /// Read in full: these objects, and these that cannot be honoured.
+    Read { objects: Vec<Named>, rejections: Vec<Rejection> },
+    /// Cannot be read: what it held last stays in force.
+    Unreadable(String),
+    /// Is no longer there.
+    Gone,
+}
+
+/// A remark on an object, for the operator.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Status {
+    pub origin: String,
+    pub severity: Severity,
+    pub message: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// The object, or the file, is not in force.
+    Error,
+    /// It is in force, but not everything in it can be.
+    Warning,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let severity = match self.severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        };
+        write!(f, "{}: {severity}: {}", self.origin, self.message)
+    }
+}
+
+#[derive(Debug, Default)]
+struct File {
+    objects: BTreeMap<Key, Named>,
+    errors: Vec<String>,
+}
+
+/// Last good objects by origin. An object that turned bad keeps its last good version; one that is gone is gone.
+#[derive(Debug, Default)]
+pub struct Store {
+    files: BTreeMap<Origin, File>,
+}
+
+impl Store {
+    /// Takes a change in. True when an object in force, or a status, may differ.
+    pub fn apply(&mut self, change: Change) -> bool {
+        let Change { origin, content } = change;
+        match content {
+            Content::Gone => self.files.remove(&origin).is_some(),
+            Content::Unreadable(problem) => {
+                let file = self.files.entry(origin).or_default();
+                file.errors = vec![format!("{problem}; what this file held before stays in force")];
+                true
+            }
+            Content::Read { objects, rejections } => {
+                let old = self.files.remove(&origin).unwrap_or_default();
+                self.files.insert(origin, read(old, objects, rejections));
+                true
+            }
+        }
+    }
+
+    /// The objects in force, each key once: of several the first by origin counts.
+    pub fn objects(&self) -> BTreeMap<&Key, &Named> {
+        let mut all = BTreeMap::new();
+        for (key, named) in self.files.values().flat_map(|f| &f.objects) {
+            all.entry(key).or_insert(named);
+        }
+        all
+    }
+
+    /// What is wrong with what was read.
+    pub fn statuses(&self) -> Vec<Status> {
+        let mut first: BTreeMap<&Key, &Origin> = BTreeMap::new();
+        let mut all = Vec::new();
+        for (origin, file) in &self.files {
+            let error = |message: String| Status { origin: origin.to_string(), severity: Severity::Error, message };
+            all.extend(file.errors.iter().cloned().map(error));
+            for key in file.objects.keys() {
+                if let Some(other) = first.get(key) {
+                    all.push(error(format!("{key}: metadata.name: is also defined in {other}, which is used; remove one of them")));
+                } else {
+                    first.insert(key, origin);
+                }
+            }
+        }
+        all
+    }
+
+    /// The origin whose version of an object is in force.
+    pub fn origin_of(&self, key: &Key) -> Option<&Origin> {
+        self.files.iter().find(|(_, f)| f.objects.contains_key(key)).map(|(o, _)| o)
+    }
+}
+
+fn read(mut old: File, objects: Vec<Named>, rejections: Vec<Rejection>) -> File {
+    let mut file = File::default();
+    for named in objects {
+        let key = named.key.clone();
+        if file.objects.insert(key.clone(), named).is_some() {
+            file.errors.push(format!("{key}: metadata.name: is defined twice in this file, the last one is used; remove one of them"));
+        }
+    }
+    for rejection in rejections {
+        let kept = rejection.key.as_ref().and_then(|key| old.objects.remove_entry(key));
+        let remark = if kept.is_some() { "; its last good version stays in force" } else { "" };
+        file.errors.push(format!("{rejection}{remark}"));
+        if let Some((key, named)) = kept {
+            file.objects.entry(key).or_insert(named);
+        }
+    }
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::resource::{self, Parsed};
+
+    fn origin(path: &str) -> Origin {
+        Origin(Arc::new(path.into()))
+    }
+
+    fn content(documents: &[serde_json::Value]) -> Content {
+        let (mut objects, mut rejections) = (Vec::new(), Vec::new());
+        for document in documents {
+            match resource::parse(document.clone(), "default") {
+                Ok(Parsed::Object(named)) => objects.push(*named),
+                Ok(Parsed::Ignored(_)) => {}
+                Err(rejection) => rejections.push(rejection),
+            }
+        }
+        Content::Read { objects, rejections }
+    }
+
+    fn peer_authentication(name: &str, mode: &str) -> serde_json::Value {
+        json!({"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": {"name": name}, "spec": {"mtls": {"mode": mode}}})
+    }
+
+    fn names(store: &Store) -> Vec<String> {
+        store.objects().keys().map(|k| k.name.name.to_string()).collect()
+    }
+
+    #[test]
+    fn a_rejected_object_keeps_its_last_good_version_and_the_rest_goes_on() {
+        let mut store = Store::default();
+        store.apply(Change { origin: origin("a"), content: content(&[peer_authentication("x", "STRICT")]) });
+        store.apply(Change { origin: origin("a"), content: content(&[peer_authentication("x", "bad"), peer_authentication("y", "STRICT")]) });
+        assert_eq!(names(&store), ["x", "y"]);
+        let statuses = store.statuses();
+        let text = statuses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        assert!(statuses.len() == 1 && text.contains("PeerAuthentication default/x: spec.mtls.mode") && text.contains("last good"), "{text}");
+    }
+
+    #[test]
+    fn an_unreadable_file_changes_nothing_but_its_status() {
+        let mut store = Store::default();
+        store.apply(Change { origin: origin("a"), content: content(&[peer_authentication("x", "STRICT")]) });
+        store.apply(Change { origin: origin("a"), content: Content::Unreadable("line 3: no".into()) });
+        assert_eq!((names(&store).len(), store.statuses().len()), (1, 1));
+        store.apply(Change { origin: origin("a"), content: Content::Gone });
+        assert_eq!((names(&store).len(), store.statuses().len()), (0, 0));
+    }
+
+    #[test]
+    fn an_object_in_two_files_is_taken_from_the_first_and_named() {
+        let mut store = Store::default();
+        store.apply(Change { origin: origin("b"), content: content(&[peer_authentication("x", "STRICT")]) });
+        store.apply(Change { origin: origin("a"), content: content(&[peer_authentication("x", "PERMISSIVE")]) });
+        assert_eq!(store.objects().len(), 1);
+        let text = store.statuses()[0].to_string();
+        assert!(text.starts_with("b: error: PeerAuthentication default/x") && text.contains("also defined in a"), "{text}");
+    }
+}

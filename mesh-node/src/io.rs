@@ -1,0 +1,5 @@
+//! Sockets and byte streams: made in a pod's network namespace, relayed without losing what TCP says.
+
+pub mod netns;
+pub mod relay;
+pub mod socket;

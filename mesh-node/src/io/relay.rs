@@ -1,0 +1,217 @@
+//! Relays bytes between two byte streams the way TCP would: each direction ends on its own, a reset is a reset, and a
+//! reader that does not read stops the writer.
+//!
+//! Memory: a direction holds one chunk of at most [`MAX_CHUNK`] bytes, and none while it waits for data.
+
+use std::{
+    future::{Future, poll_fn},
+    io,
+    pin::Pin,
+    sync::atomic::{AtomicU64, Ordering},
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncWriteExt, Interest, ReadBuf},
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
+
+use super::socket::reset_on_close;
+
+/// First read of a direction, bytes; doubles while reads fill it, up to [`MAX_CHUNK`].
+pub const MIN_CHUNK: usize = 8 * 1024;
+/// Largest read of a direction, bytes.
+pub const MAX_CHUNK: usize = 128 * 1024;
+
+/// Why a direction stopped before its end of data.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    #[error("reading from the {side} failed")]
+    Read { side: Side, source: io::Error },
+    #[error("writing to the {side} failed")]
+    Write { side: Side, source: io::Error },
+}
+
+/// Which of the two ends, seen from the proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Downstream,
+    Upstream,
+}
+
+impl std::fmt::Display for Side {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Downstream => "downstream connection",
+            Self::Upstream => "upstream connection",
+        })
+    }
+}
+
+/// Where bytes come from.
+pub trait Source: Send {
+    /// The next chunk, or `None` at the orderly end of the data. A reset or loss is an error.
+    fn next(&mut self) -> impl Future<Output = io::Result<Option<Bytes>>> + Send;
+
+    /// Tells that `n` bytes have been passed on, so that the other end may send as many more.
+    fn passed_on(&mut self, n: usize);
+}
+
+/// Where bytes go.
+pub trait Sink: Send {
+    /// Takes a chunk; completes when the other end has room for more.
+    fn put(&mut self, chunk: Bytes) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Says that no more data will come.
+    fn finish(&mut self) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Completes when the sink is found to be broken although nothing is being written.
+    fn broken(&mut self) -> impl Future<Output = io::Error> + Send;
+}
+
+/// A byte stream of two independent directions.
+pub trait Duplex: Send {
+    type Source<'a>: Source
+    where
+        Self: 'a;
+    type Sink<'a>: Sink
+    where
+        Self: 'a;
+
+    fn halves(&mut self) -> (Self::Source<'_>, Self::Sink<'_>);
+
+    /// Ends both directions abruptly, so that the other end sees a failure and not an end of data.
+    fn reset(self);
+}
+
+/// Bytes moved so far, readable while the relay runs.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    /// From downstream to upstream.
+    pub sent: AtomicU64,
+    /// From upstream to downstream.
+    pub received: AtomicU64,
+}
+
+/// Moves bytes both ways until both directions have ended or one breaks; a break resets both ends.
+pub async fn relay(mut downstream: impl Duplex, mut upstream: impl Duplex, traffic: &Traffic) -> Result<(), Broken> {
+    let result = {
+        let (from_down, to_down) = downstream.halves();
+        let (from_up, to_up) = upstream.halves();
+        let out = direction(from_down, to_up, Side::Downstream, Side::Upstream, &traffic.sent);
+        let back = direction(from_up, to_down, Side::Upstream, Side::Downstream, &traffic.received);
+        tokio::try_join!(out, back)
+    };
+    if result.is_err() {
+        downstream.reset();
+        upstream.reset();
+    }
+    result.map(|_| ())
+}
+
+async fn direction(mut from: impl Source, mut to: impl Sink, reader: Side, writer: Side, count: &AtomicU64) -> Result<(), Broken> {
+    let read = |source| Broken::Read { side: reader, source };
+    let write = |source| Broken::Write { side: writer, source };
+    loop {
+        let next = tokio::select! {
+            biased;
+            next = from.next() => next.map_err(read)?,
+            source = to.broken() => return Err(write(source)),
+        };
+        let Some(chunk) = next else { return to.finish().await.map_err(write) };
+        let n = chunk.len();
+        to.put(chunk).await.map_err(write)?;
+        from.passed_on(n);
+        count.fetch_add(n as u64, Ordering::Relaxed);
+    }
+}
+
+/// The reading half of a TCP connection.
+pub struct TcpSource<'a> {
+    half: ReadHalf<'a>,
+    buffer: BytesMut,
+    chunk: usize,
+}
+
+impl Source for TcpSource<'_> {
+    async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn passed_on(&mut self, _n: usize) {}
+}
+
+impl TcpSource<'_> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+        // Readiness first: a direction that waits owns no buffer.
+        let stream: &TcpStream = self.half.as_ref();
+        if stream.poll_read_ready(cx)?.is_pending() {
+            self.buffer = BytesMut::new();
+            return Poll::Pending;
+        }
+        self.buffer.reserve(self.chunk);
+        let n = ready!(self.poll_fill(cx))?;
+        if n == 0 {
+            return Poll::Ready(Ok(None));
+        }
+        if n == self.chunk {
+            self.chunk = (self.chunk * 2).min(MAX_CHUNK);
+        }
+        Poll::Ready(Ok(Some(self.buffer.split().freeze())))
+    }
+
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let spare = self.buffer.spare_capacity_mut();
+        let len = spare.len().min(self.chunk);
+        let mut window = ReadBuf::uninit(&mut spare[..len]);
+        ready!(Pin::new(&mut self.half).poll_read(cx, &mut window))?;
+        let n = window.filled().len();
+        // SAFETY: `poll_read` initialised the first `n` bytes of the spare capacity.
+        unsafe { self.buffer.set_len(self.buffer.len() + n) };
+        Poll::Ready(Ok(n))
+    }
+}
+
+/// The writing half of a TCP connection.
+pub struct TcpSink<'a>(WriteHalf<'a>);
+
+impl Sink for TcpSink<'_> {
+    async fn put(&mut self, chunk: Bytes) -> io::Result<()> {
+        self.0.write_all(&chunk).await
+    }
+
+    async fn finish(&mut self) -> io::Result<()> {
+        match self.0.shutdown().await {
+            // The peer has reset meanwhile: the reading direction reports it.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            other => other,
+        }
+    }
+
+    async fn broken(&mut self) -> io::Error {
+        // Seen here and not by the reading half when that one has ended, or waits for the other side to take its data.
+        let stream: &TcpStream = self.0.as_ref();
+        match stream.ready(Interest::ERROR).await {
+            Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+            Err(error) => error,
+        }
+    }
+}
+
+impl Duplex for TcpStream {
+    type Source<'a> = TcpSource<'a>;
+    type Sink<'a> = TcpSink<'a>;
+
+    fn halves(&mut self) -> (TcpSource<'_>, TcpSink<'_>) {
+        let (read, write) = self.split();
+        (TcpSource { half: read, buffer: BytesMut::new(), chunk: MIN_CHUNK }, TcpSink(write))
+    }
+
+    fn reset(self) {
+        reset_on_close(&self);
+    }
+}

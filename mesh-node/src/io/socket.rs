@@ -1,0 +1,109 @@
+//! Sockets inside pods: the in-pod listeners, the connections other pods' traffic leaves by, and the connections that
+//! impersonate a client towards the application.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsRawFd, FromRawFd, IntoRawFd},
+    time::Duration,
+};
+
+use mesh_common::TRANSPARENT_MARK;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+use super::netns::Netns;
+
+/// Pending connections a listener holds; the kernel bounds it by `net.core.somaxconn` of the pod.
+const BACKLOG: i32 = 4096;
+/// Keepalive of every connection: a peer that vanished is noticed after 180 s + 9 x 180 s, as ztunnel's.
+const KEEPALIVE: Duration = Duration::from_secs(180);
+const KEEPALIVE_PROBES: u32 = 9;
+/// `IP_BIND_ADDRESS_NO_PORT`: binding an address leaves the choice of port to `connect`, which knows the four-tuple.
+const IP_BIND_ADDRESS_NO_PORT: libc::c_int = 24;
+/// `IPV6_TRANSPARENT` and `IP_TRANSPARENT`.
+const IPV6_TRANSPARENT: libc::c_int = 75;
+const IP_TRANSPARENT: libc::c_int = 19;
+
+/// Listens on `port` of every address of the namespace, both families, or IPv4 alone where the kernel has no IPv6.
+///
+/// `SO_REUSEPORT` lets a new process listen before the old one has stopped.
+pub fn listen(netns: &Netns, port: u16) -> io::Result<TcpListener> {
+    let socket = netns.enter(|| match listening(Domain::IPV6, (Ipv6Addr::UNSPECIFIED, port).into()) {
+        Err(error) if is_no_ipv6(&error) => listening(Domain::IPV4, (Ipv4Addr::UNSPECIFIED, port).into()),
+        other => other,
+    })??;
+    TcpListener::from_std(socket.into())
+}
+
+fn is_no_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+fn listening(domain: Domain, address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    if domain == Domain::IPV6 {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}
+
+/// Whom a connection comes from, as its other end sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The pod's own address, chosen by the kernel.
+    Own,
+    /// This address, whoever it belongs to. Needs the pod's transparent routing.
+    Client(IpAddr),
+}
+
+/// Connects from inside a namespace. The timeout is the caller's.
+pub async fn connect(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
+    let socket = netns.enter(|| connecting(to, source))??;
+    // SAFETY: the descriptor is a socket we own and give away.
+    let socket = unsafe { TcpSocket::from_raw_fd(socket.into_raw_fd()) };
+    let stream = socket.connect(to).await?;
+    tune(&stream)?;
+    Ok(stream)
+}
+
+fn connecting(to: SocketAddr, source: Source) -> io::Result<Socket> {
+    let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    let Source::Client(client) = source else { return Ok(socket) };
+    if client == to.ip() {
+        // The pod talking to itself through a service: an ordinary address of its own, no impersonation.
+        return Ok(socket);
+    }
+    socket.set_mark(TRANSPARENT_MARK)?;
+    let (level, option) = if to.is_ipv4() { (libc::SOL_IP, IP_TRANSPARENT) } else { (libc::SOL_IPV6, IPV6_TRANSPARENT) };
+    set_option(&socket, level, option)?;
+    set_option(&socket, libc::SOL_IP, IP_BIND_ADDRESS_NO_PORT)?;
+    socket.bind(&SocketAddr::new(client, 0).into())?;
+    Ok(socket)
+}
+
+fn set_option(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    let len = libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or(4);
+    // SAFETY: a valid descriptor, and a value of the length given.
+    let ret = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), len) };
+    if ret == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Settings of every connection of the data path: no Nagle delay on top of the application's own, and keepalive.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE).with_retries(KEEPALIVE_PROBES);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+}
+
+/// Makes the close of this connection a reset, whatever is unsent: the other end must not take it for an end of data.
+pub fn reset_on_close(stream: &TcpStream) {
+    // A socket that is gone already has nothing left to reset.
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}

@@ -1,0 +1,14 @@
+//! The library of mesh-node. Modules by layer, each importing only from its own layer upwards; `cargo xtask layers`
+//! checks it against the table in ARCHITECTURE.md.
+
+// 1 foundation
+pub mod id;
+pub mod io;
+pub mod telemetry;
+// 2 pure decisions
+pub mod balance;
+pub mod policy;
+pub mod resource;
+pub mod route;
+// 3 configuration
+pub mod config;

@@ -1,0 +1,97 @@
+//! Kubernetes and Istio objects as the node needs them, parsed and checked; everything it does not use is left out.
+//!
+//! [`parse`] turns one document into an [`Object`] or a [`Rejection`] that names the field and the remedy. A value that
+//! exists is valid on its own; whether it fits the others is decided in `config`.
+
+pub mod authorization;
+pub mod envelope;
+pub mod kube;
+pub mod peer_authentication;
+pub mod selector;
+pub mod strings;
+
+use std::{fmt, sync::Arc, time::SystemTime};
+
+pub use authorization::AuthorizationPolicy;
+pub use kube::{EndpointSlice, Namespace, Pod, Service};
+pub use peer_authentication::PeerAuthentication;
+
+use crate::id::ObjectName;
+
+/// What kind of object, in this node's terms; API versions of one kind are one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    Namespace,
+    Pod,
+    Service,
+    EndpointSlice,
+    PeerAuthentication,
+    AuthorizationPolicy,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Identifies an object: kind, namespace and name. The namespace is empty for cluster-scoped kinds.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    pub kind: Kind,
+    pub name: ObjectName,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.name.namespace.is_empty() {
+            write!(f, "{} {}", self.kind, self.name.name)
+        } else {
+            write!(f, "{} {}", self.kind, self.name)
+        }
+    }
+}
+
+/// An object the node acts on.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Object {
+    Namespace(Namespace),
+    Pod(Box<Pod>),
+    Service(Box<Service>),
+    EndpointSlice(EndpointSlice),
+    PeerAuthentication(PeerAuthentication),
+    AuthorizationPolicy(AuthorizationPolicy),
+}
+
+/// An object with its name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Named {
+    pub key: Key,
+    /// When it was created; decides between several that claim the same scope. Absent in hand-written manifests.
+    pub created: Option<SystemTime>,
+    pub object: Object,
+}
+
+/// Why an object is not honoured: what, where in it, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{object}: {field}: {problem}")]
+pub struct Rejection {
+    /// Kind, namespace and name as far as they could be read.
+    pub object: String,
+    /// Path of the field, such as `spec.rules[0].from[1].source.ipBlocks[0]`.
+    pub field: String,
+    /// What is wrong and what would be right.
+    pub problem: String,
+    /// Which object it is, when its name could be read: its last good version stays in force.
+    pub key: Option<Key>,
+}
+
+/// A document, looked at.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Parsed {
+    Object(Box<Named>),
+    /// A kind that is none of this node's business, such as a Deployment.
+    Ignored(Arc<str>),
+}
+
+pub use envelope::parse;

@@ -1,0 +1,178 @@
+//! From a document to an object: group, version and kind, names, and errors with a field path.
+
+use std::{sync::Arc, time::SystemTime};
+
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use super::{AuthorizationPolicy, EndpointSlice, Key, Kind, Named, Namespace, Object, Parsed, PeerAuthentication, Pod, Rejection, Service};
+use crate::id::ObjectName;
+
+/// Kinds of the groups this node serves that it does not yet act on. An operator must hear that they do nothing.
+const NOT_HONOURED: &[(&str, &str)] = &[
+    ("networking.istio.io", "VirtualService"),
+    ("networking.istio.io", "DestinationRule"),
+    ("networking.istio.io", "Gateway"),
+    ("networking.istio.io", "ServiceEntry"),
+    ("networking.istio.io", "Sidecar"),
+    ("networking.istio.io", "EnvoyFilter"),
+    ("networking.istio.io", "WorkloadEntry"),
+    ("networking.istio.io", "WorkloadGroup"),
+    ("networking.istio.io", "ProxyConfig"),
+    ("security.istio.io", "RequestAuthentication"),
+    ("telemetry.istio.io", "Telemetry"),
+    ("extensions.istio.io", "WasmPlugin"),
+    ("gateway.networking.k8s.io", "Gateway"),
+    ("gateway.networking.k8s.io", "HTTPRoute"),
+    ("gateway.networking.k8s.io", "GRPCRoute"),
+    ("gateway.networking.k8s.io", "TCPRoute"),
+    ("gateway.networking.k8s.io", "TLSRoute"),
+];
+
+const ISTIO_VERSIONS: &[&str] = &["v1", "v1beta1", "v1alpha3", "v1alpha1"];
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Header {
+    api_version: Option<String>,
+    kind: Option<String>,
+    #[serde(default)]
+    metadata: Metadata,
+}
+
+/// The part of `metadata` every kind is read with.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Metadata {
+    pub name: Option<String>,
+    pub namespace: Option<String>,
+    pub uid: Option<String>,
+    #[serde(default)]
+    pub labels: super::selector::Labels,
+    #[serde(default)]
+    pub annotations: Option<super::selector::Labels>,
+    pub creation_timestamp: Option<String>,
+    pub deletion_timestamp: Option<String>,
+}
+
+/// Reads one document. `default_namespace` is for namespaced objects that name none, as `kubectl apply` does.
+pub fn parse(document: Value, default_namespace: &str) -> Result<Parsed, Rejection> {
+    let header: Header = typed(&document, "document without apiVersion and kind", None)?;
+    let (Some(api_version), Some(kind)) = (&header.api_version, &header.kind) else {
+        return Err(reject(
+            "document without apiVersion and kind".into(),
+            if header.kind.is_none() { "kind" } else { "apiVersion" },
+            "is missing; every document needs apiVersion, kind and metadata.name",
+            None,
+        ));
+    };
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    let name = header.metadata.name.as_deref().unwrap_or_default();
+    let label = format!("{kind} {}/{name}", header.metadata.namespace.as_deref().unwrap_or(default_namespace));
+    let Some(known) = known(group, kind) else { return unknown(group, kind, label) };
+    check_version(group, version, &label)?;
+    let namespace = if known == Kind::Namespace { "" } else { header.metadata.namespace.as_deref().unwrap_or(default_namespace) };
+    if name.is_empty() {
+        return Err(reject(label, "metadata.name", "is missing; every object needs a name", None));
+    }
+    let key = Key { kind: known, name: ObjectName::new(namespace, name) };
+    let object = object(&document, &key, header.metadata)?;
+    Ok(Parsed::Object(Box::new(object)))
+}
+
+fn known(group: &str, kind: &str) -> Option<Kind> {
+    Some(match (group, kind) {
+        ("", "Namespace") => Kind::Namespace,
+        ("", "Pod") => Kind::Pod,
+        ("", "Service") => Kind::Service,
+        ("discovery.k8s.io", "EndpointSlice") => Kind::EndpointSlice,
+        ("security.istio.io", "PeerAuthentication") => Kind::PeerAuthentication,
+        ("security.istio.io", "AuthorizationPolicy") => Kind::AuthorizationPolicy,
+        _ => return None,
+    })
+}
+
+fn unknown(group: &str, kind: &str, label: String) -> Result<Parsed, Rejection> {
+    if NOT_HONOURED.contains(&(group, kind)) {
+        let problem = format!("{kind} is not honoured by this version of mesh-node; remove it, or do not rely on it");
+        return Err(reject(label, "kind", &problem, None));
+    }
+    Ok(Parsed::Ignored(Arc::from(format!("{group}/{kind}"))))
+}
+
+fn check_version(group: &str, version: &str, label: &str) -> Result<(), Rejection> {
+    let served: &[&str] = match group {
+        "" => &["v1"],
+        "discovery.k8s.io" => &["v1", "v1beta1"],
+        _ => ISTIO_VERSIONS,
+    };
+    if served.contains(&version) {
+        return Ok(());
+    }
+    let problem = format!("version {version:?} is not served; use one of {}", served.join(", "));
+    Err(reject(label.to_owned(), "apiVersion", &problem, None))
+}
+
+fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Rejection> {
+    let created = metadata.creation_timestamp.as_deref().and_then(parse_time);
+    let fail = |e: FieldError| e.of(key);
+    let spec = document.get("spec");
+    let object = match key.kind {
+        Kind::Namespace => Object::Namespace(Namespace { labels: metadata.labels }),
+        Kind::Pod => Object::Pod(Box::new(Pod::read(typed(document, &key.to_string(), Some(key))?, metadata).map_err(fail)?)),
+        Kind::Service => Object::Service(Box::new(Service::read(typed(document, &key.to_string(), Some(key))?, &metadata).map_err(fail)?)),
+        Kind::EndpointSlice => Object::EndpointSlice(EndpointSlice::read(typed(document, &key.to_string(), Some(key))?, &metadata).map_err(fail)?),
+        Kind::PeerAuthentication => Object::PeerAuthentication(PeerAuthentication::read(spec_of(spec, key)?).map_err(fail)?),
+        Kind::AuthorizationPolicy => {
+            let dry_run = metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")).is_some_and(|v| v == "true");
+            Object::AuthorizationPolicy(AuthorizationPolicy::read(spec_of(spec, key)?, dry_run).map_err(fail)?)
+        }
+    };
+    Ok(Named { key: key.clone(), created, object })
+}
+
+/// A policy's `spec`; absent and null mean empty.
+fn spec_of<T: DeserializeOwned>(spec: Option<&Value>, key: &Key) -> Result<T, Rejection> {
+    let empty = Value::Object(serde_json::Map::new());
+    let spec = match spec {
+        None | Some(Value::Null) => &empty,
+        Some(spec) => spec,
+    };
+    typed(spec, &key.to_string(), Some(key)).map_err(|mut r| {
+        r.field = if r.field == "." { "spec".into() } else { format!("spec.{}", r.field) };
+        r
+    })
+}
+
+fn typed<T: DeserializeOwned>(value: &Value, label: &str, key: Option<&Key>) -> Result<T, Rejection> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let field = error.path().to_string();
+        reject(label.to_owned(), &field, &format!("{}; correct or remove the field", error.inner()), key.cloned())
+    })
+}
+
+fn reject(object: String, field: &str, problem: &str, key: Option<Key>) -> Rejection {
+    Rejection { object, field: field.to_owned(), problem: problem.to_owned(), key }
+}
+
+/// A field that does not make sense, found by a kind's own checks.
+#[derive(Debug)]
+pub struct FieldError {
+    pub field: String,
+    pub problem: String,
+}
+
+impl FieldError {
+    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { field: field.into(), problem: problem.into() }
+    }
+
+    fn of(self, key: &Key) -> Rejection {
+        reject(key.to_string(), &self.field, &self.problem, Some(key.clone()))
+    }
+}
+
+/// RFC 3339 as Kubernetes writes it.
+fn parse_time(text: &str) -> Option<SystemTime> {
+    time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok().map(SystemTime::from)
+}

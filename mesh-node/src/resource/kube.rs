@@ -1,0 +1,282 @@
+//! Core Kubernetes objects: the few fields the data path is decided by.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use serde::Deserialize;
+
+use super::{
+    envelope::{FieldError, Metadata},
+    selector::Labels,
+};
+use crate::id::{WorkloadUid, canonical};
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Namespace {
+    pub labels: Labels,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pod {
+    pub uid: WorkloadUid,
+    pub labels: Labels,
+    /// Name of the node it is scheduled to; empty before that.
+    pub node: Arc<str>,
+    pub service_account: Arc<str>,
+    pub host_network: bool,
+    /// Succeeded or Failed: its address may belong to another pod already.
+    pub finished: bool,
+    pub ips: Vec<IpAddr>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct PodDocument {
+    #[serde(default)]
+    spec: PodSpec,
+    #[serde(default)]
+    status: Option<PodStatus>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct PodSpec {
+    node_name: Option<String>,
+    service_account_name: Option<String>,
+    service_account: Option<String>,
+    host_network: Option<bool>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct PodStatus {
+    phase: Option<String>,
+    #[serde(rename = "podIP")]
+    pod_ip: Option<String>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<PodIp>>,
+}
+
+#[derive(Deserialize)]
+struct PodIp {
+    ip: String,
+}
+
+impl Pod {
+    pub(super) fn read(document: PodDocument, metadata: Metadata) -> Result<Self, FieldError> {
+        let PodDocument { spec, status } = document;
+        let status = status.unwrap_or_default();
+        let uid = metadata.uid.filter(|u| !u.is_empty()).ok_or_else(|| {
+            FieldError::new("metadata.uid", "is missing; a Pod must come from the cluster (kubectl get pod -o yaml), not from a template")
+        })?;
+        let listed = status.pod_ips.unwrap_or_default().into_iter().map(|p| p.ip).collect::<Vec<_>>();
+        let texts = if listed.is_empty() { status.pod_ip.into_iter().collect() } else { listed };
+        let ips = texts.iter().enumerate().map(|(i, t)| ip(t, || format!("status.podIPs[{i}].ip"))).collect::<Result<_, _>>()?;
+        let account = spec.service_account_name.or(spec.service_account).filter(|a| !a.is_empty());
+        Ok(Self {
+            uid: WorkloadUid(uid.into()),
+            labels: metadata.labels,
+            node: spec.node_name.unwrap_or_default().into(),
+            service_account: account.as_deref().unwrap_or("default").into(),
+            host_network: spec.host_network.unwrap_or(false),
+            finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+            ips,
+        })
+    }
+}
+
+fn ip(text: &str, at: impl Fn() -> String) -> Result<IpAddr, FieldError> {
+    text.parse().map(canonical).map_err(|_| FieldError::new(at(), format!("{text:?} is not an IP address")))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+pub enum TrafficPolicy {
+    #[default]
+    Cluster,
+    /// Only endpoints of the client's node.
+    Local,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Service {
+    /// Addresses that mean this service: cluster IPs, external IPs, load balancer addresses. Empty when headless.
+    pub vips: Vec<IpAddr>,
+    pub ports: Vec<ServicePort>,
+    pub internal_traffic_policy: TrafficPolicy,
+    /// `sessionAffinity: ClientIP`.
+    pub client_ip_affinity: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Empty when the service has a single unnamed port.
+    pub name: Arc<str>,
+    pub port: u16,
+}
+
+#[derive(Deserialize)]
+pub(super) struct ServiceDocument {
+    #[serde(default)]
+    spec: ServiceSpec,
+    #[serde(default)]
+    status: Option<ServiceStatus>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct ServiceSpec {
+    r#type: Option<String>,
+    #[serde(rename = "clusterIP")]
+    cluster_ip: Option<String>,
+    #[serde(rename = "clusterIPs")]
+    cluster_ips: Option<Vec<String>>,
+    #[serde(rename = "externalIPs")]
+    external_ips: Option<Vec<String>>,
+    ports: Option<Vec<ServicePortSpec>>,
+    internal_traffic_policy: Option<TrafficPolicy>,
+    session_affinity: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct ServicePortSpec {
+    #[serde(default)]
+    name: Option<String>,
+    port: u16,
+    #[serde(default)]
+    protocol: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct ServiceStatus {
+    load_balancer: LoadBalancer,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct LoadBalancer {
+    ingress: Option<Vec<Ingress>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Ingress {
+    ip: Option<String>,
+}
+
+impl Service {
+    pub(super) fn read(document: ServiceDocument, _metadata: &Metadata) -> Result<Self, FieldError> {
+        let ServiceDocument { spec, status } = document;
+        let external_name = spec.r#type.as_deref() == Some("ExternalName");
+        let mut texts = spec.cluster_ips.unwrap_or_default();
+        if texts.is_empty() {
+            texts.extend(spec.cluster_ip);
+        }
+        texts.retain(|t| !t.is_empty() && t != "None");
+        let cluster = texts.iter().enumerate().map(|(i, t)| ip(t, || format!("spec.clusterIPs[{i}]")));
+        let external = spec.external_ips.unwrap_or_default();
+        let external = external.iter().enumerate().map(|(i, t)| ip(t, || format!("spec.externalIPs[{i}]")));
+        let ingress = status.unwrap_or_default().load_balancer.ingress.unwrap_or_default();
+        let ingress = ingress.iter().filter_map(|i| i.ip.as_deref());
+        let ingress = ingress.enumerate().map(|(i, t)| ip(t, || format!("status.loadBalancer.ingress[{i}].ip")));
+        let vips = cluster.chain(external).chain(ingress).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            vips: if external_name { Vec::new() } else { vips },
+            ports: spec.ports.unwrap_or_default().into_iter().filter(|p| is_tcp(p.protocol.as_deref())).map(ServicePort::from).collect(),
+            internal_traffic_policy: spec.internal_traffic_policy.unwrap_or_default(),
+            client_ip_affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+        })
+    }
+}
+
+/// TCP is the default; other protocols are not this node's traffic.
+fn is_tcp(protocol: Option<&str>) -> bool {
+    matches!(protocol, None | Some("TCP"))
+}
+
+impl From<ServicePortSpec> for ServicePort {
+    fn from(spec: ServicePortSpec) -> Self {
+        Self { name: spec.name.unwrap_or_default().into(), port: spec.port }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct EndpointSlice {
+    /// Name of the service, from the label `kubernetes.io/service-name`; a slice without it belongs to none.
+    pub service: Option<Arc<str>>,
+    pub endpoints: Vec<Endpoint>,
+    /// Target port by service port name.
+    pub ports: BTreeMap<Arc<str>, u16>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Endpoint {
+    pub addresses: Vec<IpAddr>,
+    pub ready: bool,
+    /// Shutting down but still answering: used when nothing is ready, as kube-proxy does.
+    pub serving_while_terminating: bool,
+    pub node: Option<Arc<str>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct SliceDocument {
+    #[serde(default)]
+    address_type: Option<String>,
+    #[serde(default)]
+    endpoints: Option<Vec<EndpointDocument>>,
+    #[serde(default)]
+    ports: Option<Vec<EndpointPort>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct EndpointDocument {
+    addresses: Vec<String>,
+    #[serde(default)]
+    conditions: Conditions,
+    #[serde(default)]
+    node_name: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Conditions {
+    ready: Option<bool>,
+    serving: Option<bool>,
+    terminating: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct EndpointPort {
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    port: Option<u16>,
+    #[serde(default)]
+    protocol: Option<String>,
+}
+
+impl EndpointSlice {
+    pub(super) fn read(document: SliceDocument, metadata: &Metadata) -> Result<Self, FieldError> {
+        let service = metadata.labels.get("kubernetes.io/service-name").map(Arc::from);
+        if document.address_type.as_deref() == Some("FQDN") {
+            return Ok(Self { service, endpoints: Vec::new(), ports: BTreeMap::new() });
+        }
+        let endpoints = document.endpoints.unwrap_or_default().into_iter().enumerate();
+        let endpoints = endpoints.map(|(i, e)| endpoint(e, &format!("endpoints[{i}]"))).collect::<Result<_, _>>()?;
+        let ports = document.ports.unwrap_or_default().into_iter().filter(|p| is_tcp(p.protocol.as_deref()));
+        let ports = ports.filter_map(|p| Some((Arc::from(p.name.unwrap_or_default()), p.port?))).collect();
+        Ok(Self { service, endpoints, ports })
+    }
+}
+
+fn endpoint(document: EndpointDocument, at: &str) -> Result<Endpoint, FieldError> {
+    let Conditions { ready, serving, terminating } = document.conditions;
+    let addresses = document.addresses.iter().enumerate();
+    let addresses = addresses.map(|(i, t)| ip(t, || format!("{at}.addresses[{i}]"))).collect::<Result<_, _>>()?;
+    Ok(Endpoint {
+        addresses,
+        ready: ready.unwrap_or(true),
+        serving_while_terminating: terminating.unwrap_or(false) && serving.unwrap_or(false),
+        node: document.node_name.map(Arc::from),
+    })
+}
