@@ -13,7 +13,7 @@ pub use addr::Address;
 
 /// Version of every map layout and of the meaning of its contents. Bump on any change to [`maps`].
 ///
-/// The object carries it as the section-less symbol [`maps::ABI_SYMBOL`]; the loader refuses another value, and pins
+/// The object carries it in the ELF section [`maps::ABI_SECTION`]; the loader refuses another value, and pins
 /// live under a directory named after it, so two layouts never share a map.
 pub const ABI_VERSION: u32 = 1;
 

@@ -2,8 +2,8 @@
 
 use crate::Address;
 
-/// Name of the global the loader compares with [`crate::ABI_VERSION`] before anything is attached.
-pub const ABI_SYMBOL: &str = "MESH_ABI_VERSION";
+/// Name of the ELF section that holds the version the loader compares with [`crate::ABI_VERSION`] before anything is attached.
+pub const ABI_SECTION: &str = "mesh_abi";
 
 /// Upper bound on enrolled pods of one node.
 pub const MAX_PODS: usize = 4096;

@@ -19,7 +19,7 @@ mod steer;
 
 /// Checked by the loader before anything is attached.
 #[unsafe(no_mangle)]
-#[unsafe(link_section = ".rodata")]
+#[unsafe(link_section = "mesh_abi")]
 static MESH_ABI_VERSION: u32 = mesh_common::ABI_VERSION;
 
 /// An endless loop is what the verifier rejects: a program that could panic does not load.

@@ -12,3 +12,15 @@ pub mod resource;
 pub mod route;
 // 3 configuration
 pub mod config;
+pub mod tls;
+// 4 services
+pub mod identity;
+pub mod hbone;
+pub mod capture;
+// 5 data path, sources
+pub mod proxy;
+pub mod sources;
+// 6 composition
+pub mod admin;
+pub mod app;
+pub mod cli;

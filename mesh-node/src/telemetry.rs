@@ -1,0 +1,148 @@
+//! What the node counts and how it logs. Istio's TCP metrics keep Istio's names and labels; our own start with `mesh_`.
+//!
+//! Label values are closed sets, or names of workloads and services of the mesh: bounded by the configuration.
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+/// Labels of Istio's TCP metrics, in Istio's order. Missing values are `unknown`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TcpLabels {
+    pub reporter: &'static str,
+    pub source_workload: String,
+    pub source_canonical_service: String,
+    pub source_canonical_revision: String,
+    pub source_workload_namespace: String,
+    pub source_principal: String,
+    pub source_app: String,
+    pub source_version: String,
+    pub destination_service: String,
+    pub destination_service_namespace: String,
+    pub destination_service_name: String,
+    pub destination_workload: String,
+    pub destination_canonical_service: String,
+    pub destination_canonical_revision: String,
+    pub destination_workload_namespace: String,
+    pub destination_principal: String,
+    pub destination_app: String,
+    pub destination_version: String,
+    pub request_protocol: &'static str,
+    pub response_flags: &'static str,
+    pub connection_security_policy: &'static str,
+}
+
+/// Why a connection was refused or cut, by direction.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct FailureLabels {
+    pub direction: &'static str,
+    pub reason: &'static str,
+}
+
+/// A TLS handshake with a peer, by side (client or server).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HandshakeLabels {
+    pub side: &'static str,
+    pub reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EventLabels {
+    pub event: &'static str,
+}
+
+/// All metrics of the process.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    pub opened: Family<TcpLabels, Counter>,
+    pub closed: Family<TcpLabels, Counter>,
+    pub sent: Family<TcpLabels, Counter>,
+    pub received: Family<TcpLabels, Counter>,
+    pub failures: Family<FailureLabels, Counter>,
+    pub handshake_failures: Family<HandshakeLabels, Counter>,
+    pub open_connections: Gauge,
+    pub hbone_connections: Gauge,
+    pub enrolled_pods: Gauge,
+    pub config_generation: Gauge,
+    pub config_remarks: Gauge,
+    pub capture_events: Family<EventLabels, Gauge>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut metrics = Self {
+            registry: Registry::default(),
+            opened: Family::default(),
+            closed: Family::default(),
+            sent: Family::default(),
+            received: Family::default(),
+            failures: Family::default(),
+            handshake_failures: Family::default(),
+            open_connections: Gauge::default(),
+            hbone_connections: Gauge::default(),
+            enrolled_pods: Gauge::default(),
+            config_generation: Gauge::default(),
+            config_remarks: Gauge::default(),
+            capture_events: Family::default(),
+        };
+        metrics.register();
+        metrics
+    }
+}
+
+impl Metrics {
+    fn register(&mut self) {
+        let r = &mut self.registry;
+        // The encoder appends _total to counters.
+        r.register("istio_tcp_connections_opened", "TCP connections opened", self.opened.clone());
+        r.register("istio_tcp_connections_closed", "TCP connections closed", self.closed.clone());
+        r.register("istio_tcp_sent_bytes", "Bytes sent as responses on TCP connections", self.sent.clone());
+        r.register("istio_tcp_received_bytes", "Bytes received as requests on TCP connections", self.received.clone());
+        r.register("mesh_connection_failures", "Connections refused, failed or cut, by reason", self.failures.clone());
+        r.register("mesh_tls_handshake_failures", "TLS handshakes with mesh peers that failed, by reason", self.handshake_failures.clone());
+        r.register("mesh_open_connections", "Connections being relayed", self.open_connections.clone());
+        r.register("mesh_hbone_inbound_connections", "HBONE connections accepted and open", self.hbone_connections.clone());
+        r.register("mesh_enrolled_pods", "Pods of this node whose traffic is captured", self.enrolled_pods.clone());
+        r.register("mesh_config_generation", "Generation of the configuration in force", self.config_generation.clone());
+        r.register("mesh_config_remarks", "Objects or fields of the configuration that are not in force", self.config_remarks.clone());
+        r.register("mesh_capture_events", "Events counted by the eBPF programs since they were first loaded", self.capture_events.clone());
+    }
+
+    /// The OpenMetrics text.
+    pub fn render(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+
+    pub fn failure(&self, direction: &'static str, reason: &'static str) {
+        self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
+    }
+
+    pub fn handshake_failure(&self, side: &'static str, reason: &'static str) {
+        self.handshake_failures.get_or_create(&HandshakeLabels { side, reason }).inc();
+    }
+}
+
+/// Starts logging to standard output. `filter` is in the syntax of `RUST_LOG`.
+pub fn start_logging(filter: &str, json: bool) -> Result<(), String> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(|e| format!("log filter {filter:?}: {e}"))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stdout);
+    let started = if json { builder.json().try_init() } else { builder.try_init() };
+    started.map_err(|e| e.to_string())
+}
+
+/// An error with all its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -27,13 +27,16 @@ pub const MIN_CHUNK: usize = 8 * 1024;
 /// Largest read of a direction, bytes.
 pub const MAX_CHUNK: usize = 128 * 1024;
 
-/// Why a direction stopped before its end of data.
+/// Why a relay stopped before both directions had ended.
 #[derive(Debug, thiserror::Error)]
-pub enum Broken {
+pub enum Broken<C> {
     #[error("reading from the {side} failed")]
     Read { side: Side, source: io::Error },
     #[error("writing to the {side} failed")]
     Write { side: Side, source: io::Error },
+    /// Somebody wanted it ended.
+    #[error("cut")]
+    Cut(C),
 }
 
 /// Which of the two ends, seen from the proxy.
@@ -59,6 +62,9 @@ pub trait Source: Send {
 
     /// Tells that `n` bytes have been passed on, so that the other end may send as many more.
     fn passed_on(&mut self, n: usize);
+
+    /// Takes in what arrives while the sink has no room, as far as it was promised to the other end. Never completes.
+    fn absorb(&mut self) -> impl Future<Output = std::convert::Infallible> + Send;
 }
 
 /// Where bytes go.
@@ -97,23 +103,38 @@ pub struct Traffic {
     pub received: AtomicU64,
 }
 
-/// Moves bytes both ways until both directions have ended or one breaks; a break resets both ends.
-pub async fn relay(mut downstream: impl Duplex, mut upstream: impl Duplex, traffic: &Traffic) -> Result<(), Broken> {
+/// Moves bytes both ways until both directions have ended, one breaks, or `cut` completes; the last two reset both ends.
+pub async fn relay<C>(
+    mut downstream: impl Duplex,
+    mut upstream: impl Duplex,
+    traffic: &Traffic,
+    cut: impl Future<Output = C>,
+) -> Result<(), Broken<C>> {
     let result = {
         let (from_down, to_down) = downstream.halves();
         let (from_up, to_up) = upstream.halves();
         let out = direction(from_down, to_up, Side::Downstream, Side::Upstream, &traffic.sent);
         let back = direction(from_up, to_down, Side::Upstream, Side::Downstream, &traffic.received);
-        tokio::try_join!(out, back)
+        tokio::select! {
+            biased;
+            reason = cut => Err(Broken::Cut(reason)),
+            done = async { tokio::try_join!(out, back) } => done.map(|_| ()),
+        }
     };
     if result.is_err() {
         downstream.reset();
         upstream.reset();
     }
-    result.map(|_| ())
+    result
 }
 
-async fn direction(mut from: impl Source, mut to: impl Sink, reader: Side, writer: Side, count: &AtomicU64) -> Result<(), Broken> {
+async fn direction<C>(
+    mut from: impl Source,
+    mut to: impl Sink,
+    reader: Side,
+    writer: Side,
+    count: &AtomicU64,
+) -> Result<(), Broken<C>> {
     let read = |source| Broken::Read { side: reader, source };
     let write = |source| Broken::Write { side: writer, source };
     loop {
@@ -124,7 +145,11 @@ async fn direction(mut from: impl Source, mut to: impl Sink, reader: Side, write
         };
         let Some(chunk) = next else { return to.finish().await.map_err(write) };
         let n = chunk.len();
-        to.put(chunk).await.map_err(write)?;
+        tokio::select! {
+            biased;
+            put = to.put(chunk) => put.map_err(write)?,
+            never = from.absorb() => match never {},
+        }
         from.passed_on(n);
         count.fetch_add(n as u64, Ordering::Relaxed);
     }
@@ -143,6 +168,11 @@ impl Source for TcpSource<'_> {
     }
 
     fn passed_on(&mut self, _n: usize) {}
+
+    async fn absorb(&mut self) -> std::convert::Infallible {
+        // What is not read stays in the kernel, and the peer's window with it.
+        std::future::pending().await
+    }
 }
 
 impl TcpSource<'_> {

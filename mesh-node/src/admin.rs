@@ -1,0 +1,157 @@
+//! The admin endpoint: readiness, metrics and a look inside, over plain HTTP on an address of the node's choice
+//! (loopback by default: it shows names and addresses of every pod).
+
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::SystemTime};
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http_body_util::Full;
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, sync::Semaphore};
+
+use crate::{app::Node, route::Workload};
+
+/// Connections served at once; more wait.
+const MAX_CONNECTIONS: usize = 32;
+const HEADER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
+
+pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
+/// Serves until the process ends.
+pub async fn serve(listener: TcpListener, node: Arc<Node>) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            continue;
+        };
+        let node = node.clone();
+        tokio::spawn(async move {
+            let service = service_fn(|request| answer(node.clone(), request));
+            let mut http = http1::Builder::new();
+            http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+            if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+                tracing::debug!(target: "admin", %error, "connection ended");
+            }
+            drop(slot);
+        });
+    }
+}
+
+async fn answer<B>(node: Arc<Node>, request: Request<B>) -> Result<Response<Full<Bytes>>, Infallible> {
+    if request.method() != Method::GET {
+        return Ok(text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".to_owned()));
+    }
+    Ok(match request.uri().path() {
+        "/healthz/ready" if node.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
+        "/healthz/ready" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
+        "/metrics" | "/stats/prometheus" => metrics(&node),
+        "/status" => document(&status(&node)),
+        "/pods" => document(&json!(node.pods())),
+        "/workloads" => document(&workloads(&node)),
+        "/services" => document(&services(&node)),
+        "/certificates" => document(&certificates(&node)),
+        "/pool" => document(&pool(&node)),
+        "/" => text(StatusCode::OK, "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool\n".to_owned()),
+        path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
+    })
+}
+
+fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+fn document(value: &Value) -> Response<Full<Bytes>> {
+    let mut response = text(StatusCode::OK, format!("{value:#}\n"));
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+    response
+}
+
+fn metrics(node: &Node) -> Response<Full<Bytes>> {
+    node.refresh_metrics();
+    match node.proxy.metrics.render() {
+        Ok(body) => {
+            let mut response = text(StatusCode::OK, body);
+            let kind = http::HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+            response.headers_mut().insert(CONTENT_TYPE, kind);
+            response
+        }
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
+}
+
+fn status(node: &Node) -> Value {
+    let snapshot = node.proxy.config.load();
+    let settings = &node.settings;
+    json!({
+        "node": &*settings.mesh.node,
+        "version": env!("CARGO_PKG_VERSION"),
+        "ready": node.is_ready(),
+        "uptimeSeconds": node.started.elapsed().unwrap_or_default().as_secs(),
+        "failMode": format!("{:?}", settings.capture.fail_mode).to_lowercase(),
+        "trustDomain": settings.mesh.trust_domains.local.as_str(),
+        "outboundTrafficPolicy": match settings.mesh.outbound {
+            crate::config::OutboundPolicy::AllowAny => "ALLOW_ANY",
+            crate::config::OutboundPolicy::RegistryOnly => "REGISTRY_ONLY",
+        },
+        "generation": snapshot.generation,
+        "openConnections": node.proxy.metrics.open_connections.get(),
+        "remarks": node.proxy.config.statuses().iter().map(ToString::to_string).collect::<Vec<_>>(),
+    })
+}
+
+fn workloads(node: &Node) -> Value {
+    let snapshot = node.proxy.config.load();
+    let mut all = snapshot.workloads().collect::<Vec<_>>();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all.into_iter().map(|w| workload(w)).collect()
+}
+
+fn workload(w: &Workload) -> Value {
+    let names = |policies: &[Arc<crate::policy::CompiledPolicy>]| policies.iter().map(|p| p.name.to_string()).collect::<Vec<_>>();
+    json!({
+        "namespace": &*w.name.namespace, "name": &*w.name.name, "uid": w.uid.to_string(), "node": &*w.node,
+        "identity": w.identity.to_string(), "addresses": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
+        "mtls": if w.policy.mtls.strict { "STRICT" } else { "PERMISSIVE" },
+        "allow": names(&w.policy.allow), "deny": names(&w.policy.deny), "observe": names(&w.policy.observe),
+    })
+}
+
+fn services(node: &Node) -> Value {
+    let snapshot = node.proxy.config.load();
+    let port = |p: &crate::route::ServicePort| {
+        let endpoints = p.endpoints.iter().map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
+        json!({"name": &*p.name, "port": p.port, "endpoints": endpoints.collect::<Vec<_>>()})
+    };
+    let one = |s: &Arc<crate::route::Service>| {
+        json!({"namespace": &*s.name.namespace, "name": &*s.name.name, "addresses": s.vips, "ports": s.ports.iter().map(port).collect::<Vec<_>>()})
+    };
+    snapshot.services().iter().map(one).collect()
+}
+
+fn certificates(node: &Node) -> Value {
+    let seconds = |t: Option<SystemTime>| t.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|d| d.as_secs());
+    let one = |c: crate::identity::CertificateState| {
+        json!({"identity": c.identity.to_string(), "notBefore": seconds(c.not_before), "notAfter": seconds(c.not_after), "error": c.error})
+    };
+    node.proxy.identity.states().into_iter().map(one).collect()
+}
+
+fn pool(node: &Node) -> Value {
+    let one = |s: crate::hbone::pool::PoolState| {
+        json!({
+            "source": s.key.source.to_string(), "sourceWorkload": s.key.source_workload.to_string(),
+            "destination": s.key.destination.to_string(), "destinationWorkload": s.key.destination_workload.to_string(),
+            "address": s.key.address.to_string(), "connections": s.connections, "streams": s.streams,
+        })
+    };
+    node.proxy.pool.states().into_iter().map(one).collect()
+}

@@ -1,0 +1,102 @@
+//! The three listeners inside a pod and the tasks that accept from them.
+
+use std::{io, net::SocketAddr, os::fd::AsRawFd, sync::Arc, time::Duration};
+
+use mesh_common::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::JoinHandle,
+};
+
+use crate::{
+    capture::OriginalDestinations,
+    id::canonical,
+    io::{netns::Netns, socket},
+    proxy::{Proxy, ServedPod, inbound, outbound},
+};
+
+/// How long to wait when accepting fails for want of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// A pod's listeners, not yet accepting.
+pub struct Listeners {
+    outbound: TcpListener,
+    inbound: TcpListener,
+    hbone: TcpListener,
+}
+
+impl Listeners {
+    /// Listens in a pod's network namespace.
+    pub fn bind(netns: &Netns) -> io::Result<Self> {
+        Ok(Self {
+            outbound: socket::listen(netns, OUTBOUND_PORT)?,
+            inbound: socket::listen(netns, INBOUND_PORT)?,
+            hbone: socket::listen(netns, HBONE_PORT)?,
+        })
+    }
+
+    /// The listener plaintext is steered to.
+    pub fn inbound(&self) -> &impl AsRawFd {
+        &self.inbound
+    }
+
+    /// Starts accepting.
+    pub fn serve(self, proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, mut originals: OriginalDestinations) -> Serving {
+        let (drain, draining) = watch::channel(false);
+        let context = || (proxy.clone(), pod.clone());
+        let (p, w) = context();
+        let outbound = tokio::spawn(accept(self.outbound, draining.clone(), move |stream, client| {
+            let original = originals.take(client);
+            drop(tokio::spawn(outbound::serve(p.clone(), w.clone(), stream, client, original)));
+        }));
+        let (p, w) = context();
+        let inbound = tokio::spawn(accept(self.inbound, draining.clone(), move |stream, client| {
+            drop(tokio::spawn(inbound::serve_plaintext(p.clone(), w.clone(), stream, client)));
+        }));
+        let (p, w) = context();
+        let connections = draining.clone();
+        let hbone = tokio::spawn(accept(self.hbone, draining, move |stream, client| {
+            drop(tokio::spawn(inbound::serve_hbone(p.clone(), w.clone(), stream, client, connections.clone())));
+        }));
+        Serving { drain, tasks: [outbound, inbound, hbone] }
+    }
+}
+
+/// Listeners at work.
+pub struct Serving {
+    drain: watch::Sender<bool>,
+    tasks: [JoinHandle<()>; 3],
+}
+
+impl Serving {
+    /// Stops accepting, after what is in the backlog, and tells HBONE peers to go elsewhere. Connections go on.
+    pub async fn drain(self) {
+        self.drain.send_replace(true);
+        for task in self.tasks {
+            // A task that panicked has nothing left to drain.
+            let _ = task.await;
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, mut draining: watch::Receiver<bool>, mut serve: impl FnMut(TcpStream, SocketAddr)) {
+    let stop = async { drop(draining.wait_for(|d| *d).await) };
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            accepted = listener.accept() => accepted,
+            () = &mut stop => return,
+        };
+        match accepted {
+            Ok((stream, client)) => serve(stream, SocketAddr::new(canonical(client.ip()), client.port())),
+            // The client gave up while it waited.
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+            Err(error) => {
+                tracing::warn!(target: "proxy", %error, "accepting failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

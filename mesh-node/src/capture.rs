@@ -1,0 +1,220 @@
+//! Capture: the eBPF programs that bring the TCP connections of enrolled pods to this process.
+//!
+//! Everything the kernel needs outlives the process: links and maps are pinned in a bpffs directory named after the ABI
+//! version, so a crashed or restarted node keeps its fail mode and the next process takes over where the last one
+//! stopped. [`Capture`] owns the maps and links; it knows nothing of policy or proxying.
+
+mod discovery;
+mod object;
+mod pins;
+mod probe;
+mod routing;
+mod sys;
+
+use std::{
+    collections::HashSet,
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
+use mesh_common::{
+    Address, addr,
+    maps::{Counter, MAX_PROXIES, NodeConfig, PendingKey, Pod},
+};
+
+pub use discovery::{Discovery, LocalPod, cgroup2_mount, pod_uid};
+pub use object::verify;
+pub use pins::uninstall;
+
+use crate::io::netns::Netns;
+
+/// What happens to connections of enrolled pods while no process serves them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum FailMode {
+    /// They are refused.
+    #[default]
+    Closed,
+    /// They pass untouched.
+    Open,
+}
+
+/// Where capture lives.
+#[derive(Debug, Clone)]
+pub struct CaptureSettings {
+    /// The cgroup v2 directory above all pods and above this process.
+    pub cgroup: PathBuf,
+    /// A directory on a bpffs; pins go below it, by ABI version.
+    pub pins: PathBuf,
+    pub fail_mode: FailMode,
+}
+
+/// Why capture cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    #[error("this kernel cannot run mesh-node: {0}")]
+    Unsupported(String),
+    #[error("the eBPF object is unusable: {0}")]
+    Object(String),
+    #[error("eBPF program {program} does not load: {problem}")]
+    Program { program: &'static str, problem: String },
+    #[error("eBPF map {map}: {problem}")]
+    Map { map: &'static str, problem: String },
+    #[error("cannot {what}")]
+    Io { what: String, source: io::Error },
+}
+
+impl CaptureError {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+
+    fn map(map: &'static str) -> impl Fn(MapError) -> Self {
+        move |error| Self::Map { map, problem: error.to_string() }
+    }
+}
+
+/// The loaded programs and their maps.
+pub struct Capture {
+    directory: PathBuf,
+    steer: OwnedFd,
+    pods: HashMap<MapData, u64, Pod>,
+    listeners: SockHash<MapData, [u8; 16]>,
+    counters: PerCpuArray<MapData, u64>,
+    pending: OwnedFd,
+}
+
+impl Capture {
+    /// Loads the programs with the pinned maps, takes over pinned links and attaches what is not attached yet.
+    ///
+    /// Pods enrolled by an earlier process stay enrolled until [`Capture::retain`].
+    pub fn open(settings: &CaptureSettings) -> Result<Self, CaptureError> {
+        probe::check()?;
+        let directory = pins::prepare(&settings.pins)?;
+        let mut loaded = object::load(&directory)?;
+        let node = NodeConfig { fail_open: u32::from(settings.fail_mode == FailMode::Open) };
+        loaded.array::<NodeConfig>("NODE")?.set(0, node, 0).map_err(CaptureError::map("NODE"))?;
+        register_self(&mut loaded.hash("PROXIES")?)?;
+        let cgroup = std::fs::File::open(&settings.cgroup).map_err(CaptureError::io(format!("open cgroup {}", settings.cgroup.display())))?;
+        for hook in object::CGROUP_HOOKS {
+            pins::attach(&pins::hook_link(&directory, hook.program), loaded.program(hook.program)?, cgroup.as_fd(), hook.attach_type)?;
+        }
+        let steer = loaded.program(object::STEER)?.try_clone_to_owned().map_err(CaptureError::io("duplicate a program descriptor"))?;
+        pins::update_steering(&directory, steer.as_fd())?;
+        Ok(Self {
+            pods: loaded.hash("PODS")?,
+            listeners: loaded.take("LISTENERS", |m| SockHash::try_from(m))?,
+            counters: loaded.take("COUNTERS", |m| PerCpuArray::try_from(m))?,
+            pending: loaded.map_fd("PENDING")?,
+            steer,
+            directory,
+        })
+    }
+
+    /// Enrols a pod whose listeners are ready: from here on its connections come to this process.
+    ///
+    /// Ordered so that nothing is captured that nobody would accept: routing, the listener's slot, steering of what
+    /// comes in, and last what goes out.
+    pub fn enrol(&mut self, netns: &Netns, addresses: &[IpAddr], inbound: &impl AsRawFd) -> Result<(), CaptureError> {
+        let cookie = netns.cookie().map_err(CaptureError::io("read a network namespace cookie"))?;
+        routing::prepare(netns)?;
+        for ip in addresses {
+            self.listeners.insert(octets(*ip), inbound.as_raw_fd(), 0).map_err(CaptureError::map("LISTENERS"))?;
+        }
+        pins::attach(&pins::steer_link(&self.directory, cookie), self.steer.as_fd(), netns.as_fd(), sys::SK_LOOKUP)?;
+        self.pods.insert(cookie, pod(addresses), 0).map_err(CaptureError::map("PODS"))
+    }
+
+    /// Stops capturing a pod. Connections already captured go on.
+    pub fn release(&mut self, cookie: u64, addresses: &[IpAddr]) {
+        // Each of them may be gone already, with the pod or by an earlier call.
+        let _ = self.pods.remove(&cookie);
+        let _ = std::fs::remove_file(pins::steer_link(&self.directory, cookie));
+        for ip in addresses {
+            let _ = self.listeners.remove(&octets(*ip));
+        }
+    }
+
+    /// Releases every pod but these: those that vanished while no process was watching.
+    pub fn retain(&mut self, cookies: &HashSet<u64>) {
+        let stale = self.pods.keys().filter_map(Result::ok).filter(|c| !cookies.contains(c)).collect::<Vec<_>>();
+        let links = pins::steered(&self.directory).into_iter().filter(|c| !cookies.contains(c));
+        for cookie in stale.into_iter().chain(links) {
+            tracing::info!(target: "capture", cookie, "released a pod that is no longer there");
+            self.release(cookie, &[]);
+        }
+    }
+
+    /// A view of the original destinations of one pod's captured connections.
+    pub fn original_destinations(&self, netns_cookie: u64) -> Result<OriginalDestinations, CaptureError> {
+        let fd = self.pending.try_clone().map_err(CaptureError::io("duplicate a map descriptor"))?;
+        let data = MapData::from_fd(fd).map_err(CaptureError::map("PENDING"))?;
+        let map = HashMap::try_from(Map::LruHashMap(data)).map_err(CaptureError::map("PENDING"))?;
+        Ok(OriginalDestinations { netns_cookie, map })
+    }
+
+    /// What the kernel side has counted, over all CPUs.
+    pub fn counters(&self) -> Vec<(Counter, u64)> {
+        let value = |c: Counter| self.counters.get(&(c as u32), 0).map(|v| v.iter().sum()).unwrap_or(0);
+        Counter::ALL.into_iter().map(|c| (c, value(c))).collect()
+    }
+
+    /// Pods enrolled in the kernel.
+    pub fn enrolled(&self) -> usize {
+        self.pods.keys().filter_map(Result::ok).count()
+    }
+}
+
+/// Original destinations by client address, each handed out once.
+#[derive(Debug)]
+pub struct OriginalDestinations {
+    netns_cookie: u64,
+    map: HashMap<MapData, PendingKey, Address>,
+}
+
+impl OriginalDestinations {
+    /// Where the connection from `client` was going before it was captured.
+    pub fn take(&mut self, client: SocketAddr) -> Option<SocketAddr> {
+        let key = PendingKey { netns_cookie: self.netns_cookie, client: Address::new(octets(client.ip()), client.port()), pad: [0; 6] };
+        let found = self.map.get(&key, 0).ok()?;
+        let _ = self.map.remove(&key);
+        Some(SocketAddr::new(IpAddr::from(found.ip).to_canonical(), found.port()))
+    }
+}
+
+/// Removes the routing a pod's network namespace was given.
+pub fn remove_routing(netns: &Netns) -> Result<(), CaptureError> {
+    routing::remove(netns)
+}
+
+/// 16 address bytes, IPv4 mapped.
+fn octets(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(v4) => addr::mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+fn pod(addresses: &[IpAddr]) -> Pod {
+    let first = |v4: bool, otherwise: IpAddr| octets(addresses.iter().copied().find(|a| a.is_ipv4() == v4).unwrap_or(otherwise));
+    Pod { v4: first(true, std::net::Ipv4Addr::LOCALHOST.into()), v6: first(false, std::net::Ipv6Addr::LOCALHOST.into()) }
+}
+
+/// Makes the cgroup of this process one whose sockets are never captured.
+fn register_self(proxies: &mut HashMap<MapData, u64, u32>) -> Result<(), CaptureError> {
+    let id = discovery::own_cgroup_id().map_err(CaptureError::io("find the cgroup of this process"))?;
+    let known = proxies.keys().filter_map(Result::ok).collect::<Vec<_>>();
+    if known.len() >= MAX_PROXIES && !known.contains(&id) {
+        // Left behind by processes that were killed: cgroup ids are not used again, so no pod can have one of them.
+        known.iter().for_each(|k| drop(proxies.remove(k)));
+    }
+    proxies.insert(id, 1, 0).map_err(CaptureError::map("PROXIES"))
+}
+
+/// Where pins of this ABI version go below `base`.
+pub fn pin_directory(base: &Path) -> PathBuf {
+    base.join(format!("v{}", mesh_common::ABI_VERSION))
+}

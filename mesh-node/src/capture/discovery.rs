@@ -1,0 +1,204 @@
+//! Finds the node's pods the way a kubelet lays them out: cgroups that carry the pod's UID, and in them processes whose
+//! network namespace is the pod's.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{id::WorkloadUid, io::netns::Netns};
+
+/// How deep below the root pods are looked for: kubepods / QoS class / pod, with room for a nested root.
+const MAX_DEPTH: usize = 8;
+/// How often the whole tree is searched for places where pods appear; in between only known places are.
+const FULL_SEARCH: Duration = Duration::from_secs(5);
+
+/// A pod that runs on this node.
+#[derive(Debug, Clone)]
+pub struct LocalPod {
+    pub uid: WorkloadUid,
+    pub netns: Arc<Netns>,
+    pub netns_cookie: u64,
+    /// The process its namespace was found through.
+    pid: u32,
+}
+
+/// Looks for pods; keeps what it found between looks.
+#[derive(Debug)]
+pub struct Discovery {
+    root: PathBuf,
+    host_netns: u64,
+    /// Directories that hold pods.
+    parents: Vec<PathBuf>,
+    searched: Option<Instant>,
+    pods: HashMap<WorkloadUid, LocalPod>,
+}
+
+impl Discovery {
+    /// Looks below this cgroup v2 directory.
+    pub fn new(root: PathBuf) -> io::Result<Self> {
+        Ok(Self { root, host_netns: Netns::host()?.inode(), parents: Vec::new(), searched: None, pods: HashMap::new() })
+    }
+
+    /// The pods that run now and have a network namespace of their own.
+    pub fn look(&mut self, now: Instant) -> &HashMap<WorkloadUid, LocalPod> {
+        if self.searched.is_none_or(|at| now.duration_since(at) >= FULL_SEARCH) {
+            self.parents.clear();
+            find_parents(&self.root, MAX_DEPTH, &mut self.parents);
+            self.searched = Some(now);
+        }
+        let mut found = HashMap::new();
+        for (uid, directory) in self.parents.iter().flat_map(|p| pods_in(p)) {
+            if let Some(pod) = self.pods.remove(&uid).filter(LocalPod::is_current).or_else(|| self.open(&uid, &directory)) {
+                found.insert(uid, pod);
+            }
+        }
+        self.pods = found;
+        &self.pods
+    }
+
+    /// Finds the pod's namespace through its processes. None while it has none of its own.
+    fn open(&self, uid: &WorkloadUid, directory: &Path) -> Option<LocalPod> {
+        let mut pids = Vec::new();
+        collect_pids(directory, MAX_DEPTH, &mut pids);
+        pids.sort_unstable();
+        pids.into_iter().find_map(|pid| {
+            let netns = Netns::open(&netns_path(pid)).ok().filter(|n| n.inode() != self.host_netns)?;
+            let netns_cookie = netns.cookie().ok()?;
+            Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, pid })
+        })
+    }
+}
+
+impl LocalPod {
+    /// Whether the process it was found through still is in the same namespace. A sandbox made anew has another.
+    fn is_current(&self) -> bool {
+        fs::metadata(netns_path(self.pid)).is_ok_and(|m| m.ino() == self.netns.inode())
+    }
+}
+
+fn netns_path(pid: u32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/ns/net"))
+}
+
+/// The pod UID a cgroup directory is named after, by either cgroup driver.
+///
+/// cgroupfs: `pod<uid>`; systemd: `kubepods[-<qos>]-pod<uid with _ for ->.slice`.
+pub fn pod_uid(name: &str) -> Option<WorkloadUid> {
+    let uid = if let Some(slice) = name.strip_prefix("kubepods").and_then(|n| n.strip_suffix(".slice")) {
+        slice.split_once("-pod")?.1.replace('_', "-")
+    } else {
+        name.strip_prefix("pod")?.to_owned()
+    };
+    // Real UIDs and the hashes of static pods: hexadecimal and dashes. Anything else is somebody else's cgroup.
+    let legal = uid.len() >= 8 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+    legal.then(|| WorkloadUid(uid.into()))
+}
+
+fn directories(path: &Path) -> impl Iterator<Item = (String, PathBuf)> {
+    let entries = fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
+    let directories = entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+    directories.filter_map(|e| Some((e.file_name().into_string().ok()?, e.path())))
+}
+
+fn pods_in(parent: &Path) -> impl Iterator<Item = (WorkloadUid, PathBuf)> {
+    directories(parent).filter_map(|(name, path)| Some((pod_uid(&name)?, path)))
+}
+
+/// Directories of the kubelet's tree: those named `kubepods...`, and the QoS classes in them.
+fn find_parents(directory: &Path, depth: usize, found: &mut Vec<PathBuf>) {
+    for (name, path) in directories(directory) {
+        if depth == 0 || pod_uid(&name).is_some() {
+            continue;
+        }
+        if name.starts_with("kubepods") || (found.last().is_some_and(|p| directory.starts_with(p)) && !name.ends_with(".scope")) {
+            found.push(path.clone());
+        }
+        find_parents(&path, depth - 1, found);
+    }
+}
+
+fn collect_pids(directory: &Path, depth: usize, pids: &mut Vec<u32>) {
+    let own = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    pids.extend(own.lines().filter_map(|l| l.parse::<u32>().ok()));
+    if depth > 0 {
+        directories(directory).for_each(|(_, path)| collect_pids(&path, depth - 1, pids));
+    }
+}
+
+/// The mount point of the cgroup v2 hierarchy, from `/proc/self/mountinfo`: not every system has it at `/sys/fs/cgroup`.
+pub fn cgroup2_mount() -> io::Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    parse_cgroup2_mount(&mounts).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 hierarchy is mounted (mount -t cgroup2 none /sys/fs/cgroup)"))
+}
+
+fn parse_cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        if filesystem.split(' ').next() != Some("cgroup2") {
+            return None;
+        }
+        mount.split(' ').nth(4).map(|p| PathBuf::from(p.replace("\\040", " ")))
+    })
+}
+
+/// The id the kernel knows this process's cgroup by: the inode of its directory.
+pub fn own_cgroup_id() -> io::Result<u64> {
+    let memberships = fs::read_to_string("/proc/self/cgroup")?;
+    let path = memberships.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or("/");
+    let directory = cgroup2_mount()?.join(path.trim_start_matches('/'));
+    Ok(fs::metadata(directory)?.ino())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pod_uid_is_read_from_both_cgroup_drivers() {
+        let uid = "2d7a1c2e-6d0f-4f0e-9f3e-1a2b3c4d5e6f";
+        let under = uid.replace('-', "_");
+        for name in [
+            format!("pod{uid}"),
+            format!("kubepods-pod{under}.slice"),
+            format!("kubepods-burstable-pod{under}.slice"),
+            format!("kubepods-besteffort-pod{under}.slice"),
+        ] {
+            assert_eq!(pod_uid(&name).expect("a pod").0.as_ref(), uid, "{name}");
+        }
+        for name in ["kubepods", "kubepods.slice", "kubepods-burstable.slice", "podman", "pods", "pod", "cri-containerd-0123456789ab.scope", "system.slice"] {
+            assert_eq!(pod_uid(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn cgroup2_mount_is_found_wherever_it_is() {
+        let hybrid = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
+        assert_eq!(parse_cgroup2_mount(hybrid).as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
+        assert_eq!(parse_cgroup2_mount("31 23 0:28 / /sys/fs/cgroup rw - cgroup cgroup rw,cpu\n"), None);
+    }
+
+    #[test]
+    fn kubelet_trees_of_both_drivers_are_searched() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let uid = "2d7a1c2e-6d0f-4f0e-9f3e-1a2b3c4d5e6";
+        let under = uid.replace('-', "_");
+        for path in [
+            format!("kubepods/pod{uid}0/c1"),
+            format!("kubepods/burstable/pod{uid}1/c1"),
+            format!("kubelet.slice/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}2.slice/cri-1.scope"),
+            "system.slice/ssh.service".to_owned(),
+        ] {
+            fs::create_dir_all(dir.path().join(path)).expect("created");
+        }
+        let mut parents = Vec::new();
+        find_parents(dir.path(), MAX_DEPTH, &mut parents);
+        let mut uids = parents.iter().flat_map(|p| pods_in(p)).map(|(u, _)| u.0.to_string()).collect::<Vec<_>>();
+        uids.sort();
+        assert_eq!(uids, [format!("{uid}0"), format!("{uid}1"), format!("{uid}2")]);
+    }
+}

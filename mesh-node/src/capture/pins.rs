@@ -1,0 +1,107 @@
+//! Pins: what keeps capture in the kernel when the process is gone.
+//!
+//! ```text
+//! <base>/v<ABI>/maps/<MAP>          maps
+//! <base>/v<ABI>/links/<program>     programs on the pods' cgroup
+//! <base>/v<ABI>/links/steer-<cookie> sk_lookup of one pod's network namespace
+//! ```
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+use super::{CaptureError, pin_directory, sys};
+
+const STEER_PREFIX: &str = "steer-";
+
+/// Makes the pin directory of this ABI version, mounting a bpffs when there is none.
+pub fn prepare(base: &Path) -> Result<PathBuf, CaptureError> {
+    let directory = pin_directory(base);
+    let parent = existing_ancestor(base);
+    let on_bpffs = statfs(parent).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
+    if !on_bpffs {
+        let default = Path::new("/sys/fs/bpf");
+        if !base.starts_with(default) {
+            let problem = format!("{} is not on a bpf file system; mount one there (mount -t bpf bpf {0}) or use a path below {1}", base.display(), default.display());
+            return Err(CaptureError::Unsupported(problem));
+        }
+        mount(Some("bpf"), default, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+            .map_err(|e| CaptureError::io("mount a bpf file system on /sys/fs/bpf")(e.into()))?;
+    }
+    for part in ["maps", "links"] {
+        let path = directory.join(part);
+        fs::create_dir_all(&path).map_err(CaptureError::io(format!("create {}", path.display())))?;
+    }
+    Ok(directory)
+}
+
+fn existing_ancestor(path: &Path) -> &Path {
+    path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
+}
+
+pub fn map(directory: &Path, name: &str) -> PathBuf {
+    directory.join("maps").join(name)
+}
+
+pub fn hook_link(directory: &Path, program: &str) -> PathBuf {
+    directory.join("links").join(program)
+}
+
+pub fn steer_link(directory: &Path, cookie: u64) -> PathBuf {
+    directory.join("links").join(format!("{STEER_PREFIX}{cookie}"))
+}
+
+/// Cookies of the network namespaces that are steered.
+pub fn steered(directory: &Path) -> Vec<u64> {
+    let Ok(entries) = fs::read_dir(directory.join("links")) else { return Vec::new() };
+    let names = entries.filter_map(|e| e.ok()?.file_name().into_string().ok());
+    names.filter_map(|n| n.strip_prefix(STEER_PREFIX)?.parse().ok()).collect()
+}
+
+/// Makes the link at `path` run `program` on `target`: an existing one is given the program, otherwise it is made.
+pub fn attach(path: &Path, program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32) -> Result<(), CaptureError> {
+    match sys::open_pin(path) {
+        Ok(link) => match sys::link_update(link.as_fd(), program) {
+            Ok(()) => return Ok(()),
+            // The cgroup or namespace the link was on is gone (ENOLINK): the pin is all that is left of it.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => remove(path)?,
+            Err(error) => return Err(CaptureError::io(format!("update the link {}", path.display()))(error)),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(CaptureError::io(format!("open the link {}", path.display()))(error)),
+    }
+    let link = sys::link_create(program, target, attach_type).map_err(CaptureError::io(format!("attach {}", path.display())))?;
+    sys::pin(link.as_fd(), path).map_err(CaptureError::io(format!("pin {}", path.display())))
+}
+
+/// Gives every steered namespace the current program; links of namespaces that are gone are dropped.
+pub fn update_steering(directory: &Path, program: BorrowedFd<'_>) -> Result<(), CaptureError> {
+    for cookie in steered(directory) {
+        let path = steer_link(directory, cookie);
+        let updated = sys::open_pin(&path).and_then(|link| sys::link_update(link.as_fd(), program));
+        if updated.is_err() {
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<(), CaptureError> {
+    fs::remove_file(path).map_err(CaptureError::io(format!("remove {}", path.display())))
+}
+
+/// Removes every pin of every ABI version below `base`: programs detach, maps go. True when there was something.
+pub fn uninstall(base: &Path) -> Result<bool, CaptureError> {
+    match fs::remove_dir_all(base) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(CaptureError::io(format!("remove {}", base.display()))(error)),
+    }
+}

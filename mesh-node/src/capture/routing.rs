@@ -1,0 +1,119 @@
+//! Routing inside a pod's network namespace that lets the proxy speak with the client's address.
+//!
+//! Replies of the application to an impersonated client carry the mark of the proxy's socket
+//! (`net.ipv4.tcp_fwmark_accept`, both families in spite of its name); a rule sends marked packets to a table that delivers
+//! everything locally. Done over netlink; no binary is called.
+
+use std::{fs, io};
+
+use mesh_common::{TRANSPARENT_MARK, TRANSPARENT_RULE_PRIORITY, TRANSPARENT_TABLE};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use super::CaptureError;
+use crate::io::netns::Netns;
+
+/// Index of the loopback device: the first one of every network namespace.
+const LOOPBACK: u32 = 1;
+const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+
+/// Sets a namespace up for impersonation. Doing it again changes nothing.
+pub fn prepare(netns: &Netns) -> Result<(), CaptureError> {
+    in_netns(netns, "prepare the routing of a pod", |netlink| {
+        // The file shows the namespace of the thread that opens it.
+        fs::write(FWMARK_ACCEPT, "1")?;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let added = netlink.request(RouteNetlinkMessage::NewRule(rule(family)), NLM_F_CREATE | NLM_F_EXCL);
+            match added.and_then(|()| netlink.request(RouteNetlinkMessage::NewRoute(route(family)), NLM_F_CREATE | NLM_F_REPLACE)) {
+                Err(error) if family == AddressFamily::Inet6 && is_no_ipv6(&error) => {}
+                other => other?,
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Undoes [`prepare`], as far as it was done.
+pub fn remove(netns: &Netns) -> Result<(), CaptureError> {
+    in_netns(netns, "remove the routing of a pod", |netlink| {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let _ = netlink.request(RouteNetlinkMessage::DelRule(rule(family)), 0);
+            let _ = netlink.request(RouteNetlinkMessage::DelRoute(route(family)), 0);
+        }
+        fs::write(FWMARK_ACCEPT, "0")
+    })
+}
+
+fn in_netns(netns: &Netns, what: &str, f: impl FnOnce(&mut Netlink) -> io::Result<()>) -> Result<(), CaptureError> {
+    let done = netns.enter(|| Netlink::open().and_then(|mut netlink| f(&mut netlink)));
+    done.and_then(|r| r).map_err(CaptureError::io(what))
+}
+
+fn is_no_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENODEV | libc::EACCES))
+}
+
+fn rule(family: AddressFamily) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family;
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(TRANSPARENT_RULE_PRIORITY),
+        RuleAttribute::FwMark(TRANSPARENT_MARK),
+        RuleAttribute::FwMask(u32::MAX),
+        RuleAttribute::Table(TRANSPARENT_TABLE),
+    ];
+    message
+}
+
+fn route(family: AddressFamily) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header = RouteHeader {
+        address_family: family,
+        table: RouteHeader::RT_TABLE_UNSPEC,
+        protocol: RouteProtocol::Static,
+        scope: RouteScope::Host,
+        kind: RouteType::Local,
+        ..RouteHeader::default()
+    };
+    message.attributes = vec![RouteAttribute::Table(TRANSPARENT_TABLE), RouteAttribute::Oif(LOOPBACK)];
+    message
+}
+
+/// A netlink socket of the thread's current network namespace.
+struct Netlink(Socket);
+
+impl Netlink {
+    fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Self(socket))
+    }
+
+    /// Sends one request and waits for its acknowledgement. What exists already is fine.
+    fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        let mut packet = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        packet.finalize();
+        let mut bytes = vec![0; packet.buffer_len()];
+        packet.serialize(&mut bytes);
+        self.0.send(&bytes, 0)?;
+        let (answer, _) = self.0.recv_from_full()?;
+        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
+        match answer.payload {
+            NetlinkPayload::Error(error) => match error.code {
+                None => Ok(()),
+                Some(code) if code.get() == -libc::EEXIST => Ok(()),
+                Some(_) => Err(error.to_io()),
+            },
+            other => Err(io::Error::other(format!("unexpected netlink answer: {other:?}"))),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! The bpf(2) commands on links and pins. They are used directly because links here outlive the process: they are taken
+//! over by path and given another program atomically, which the loader library has no call for.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+/// Values of `enum bpf_attach_type`.
+pub const CGROUP_SOCK_OPS: u32 = 3;
+pub const CGROUP_INET4_CONNECT: u32 = 10;
+pub const CGROUP_INET6_CONNECT: u32 = 11;
+pub const CGROUP_INET4_GETPEERNAME: u32 = 29;
+pub const CGROUP_INET6_GETPEERNAME: u32 = 30;
+pub const SK_LOOKUP: u32 = 36;
+
+const BPF_OBJ_PIN: libc::c_long = 6;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+
+/// The part of `union bpf_attr` these commands use; the kernel takes shorter ones and zeroes the rest.
+#[repr(C)]
+#[derive(Default)]
+struct PinAttr {
+    pathname: u64,
+    fd: u32,
+    file_flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreateAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkUpdateAttr {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<RawFd> {
+    // SAFETY: the attribute is a readable, fully initialised prefix of union bpf_attr of the size given.
+    let ret = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { RawFd::try_from(ret).map_err(io::Error::other) }
+}
+
+fn number(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().unsigned_abs()
+}
+
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for us.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Attaches a program to a cgroup or network namespace by a link.
+pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+    bpf(BPF_LINK_CREATE, &LinkCreateAttr { program: number(program), target: number(target), attach_type, flags: 0 }).map(owned)
+}
+
+/// Puts another program behind a link, atomically.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(BPF_LINK_UPDATE, &LinkUpdateAttr { link: number(link), program: number(program), ..LinkUpdateAttr::default() }).map(drop)
+}
+
+pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf(BPF_OBJ_PIN, &PinAttr { pathname: path.as_ptr() as u64, fd: number(fd), file_flags: 0 }).map(drop)
+}
+
+/// Opens what is pinned at a path.
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf(BPF_OBJ_GET, &PinAttr { pathname: path.as_ptr() as u64, ..PinAttr::default() }).map(owned)
+}

@@ -1,0 +1,172 @@
+//! `mesh-node`: the agent.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    app::{self, NodeSettings},
+    capture::{self, CaptureSettings, Discovery, FailMode},
+    config::{EnrolmentLabel, MeshSettings, OutboundPolicy},
+    id::TrustDomain,
+    io::netns::Netns,
+    policy::TrustDomains,
+    telemetry,
+};
+
+/// Sidecarless service mesh for the pods of one node: eBPF capture, HBONE mutual TLS, policy.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-node", version, about)]
+pub struct MeshNode {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node until SIGTERM or SIGINT.
+    ///
+    /// When the process ends, capture stays in the kernel and the fail mode applies; `uninstall` removes it.
+    Run(Box<RunArgs>),
+    /// Remove everything an earlier `run` left in the kernel: programs, maps, and the routing inside pods.
+    Uninstall(KernelArgs),
+    /// Load the eBPF programs into this kernel without attaching them, and report what the verifier says.
+    Verify,
+}
+
+#[derive(Debug, Args)]
+struct KernelArgs {
+    /// The cgroup v2 directory above all pods and this process [default: where cgroup v2 is mounted].
+    #[arg(long, env = "MESH_CGROUP_ROOT", value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    /// Where programs and maps are pinned; a directory on a bpffs, one per node.
+    #[arg(long, env = "MESH_BPF_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/mesh-node")]
+    bpf_dir: PathBuf,
+}
+
+impl KernelArgs {
+    fn cgroup(&self) -> anyhow::Result<PathBuf> {
+        match &self.cgroup_root {
+            Some(path) => Ok(path.clone()),
+            None => capture::cgroup2_mount().context("cannot find cgroup v2; name its directory with --cgroup-root"),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    kernel: KernelArgs,
+    /// Name of this node, as in the `spec.nodeName` of its pods.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node: String,
+    /// Directory of Kubernetes YAML to take the configuration from; re-read on change.
+    #[arg(long, env = "MESH_CONFIG_DIR", value_name = "DIR")]
+    config_dir: PathBuf,
+    /// Directory for the embedded CA's root key and certificate; the nodes of a mesh share its contents.
+    #[arg(long, env = "MESH_CA_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node/ca")]
+    ca_dir: PathBuf,
+    /// Life of a workload certificate, seconds; it is renewed at half of it.
+    #[arg(long, env = "MESH_CERTIFICATE_TTL", value_name = "SECONDS", default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
+    certificate_ttl: u64,
+    /// What happens to connections of enrolled pods while no mesh-node runs on the node.
+    #[arg(long, env = "MESH_FAIL_MODE", value_enum, default_value_t)]
+    fail_mode: FailMode,
+    /// SPIFFE trust domain of the mesh.
+    #[arg(long, env = "MESH_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local")]
+    trust_domain: TrustDomain,
+    /// Other names of the trust domain in policies; may be given several times.
+    #[arg(long = "trust-domain-alias", env = "MESH_TRUST_DOMAIN_ALIASES", value_name = "NAME", value_delimiter = ',')]
+    trust_domain_aliases: Vec<TrustDomain>,
+    /// Namespace whose policies without a selector apply to the whole mesh.
+    #[arg(long, env = "MESH_ROOT_NAMESPACE", value_name = "NAME", default_value = "istio-system")]
+    root_namespace: String,
+    /// What happens to connections to addresses the mesh does not know.
+    #[arg(long, env = "MESH_OUTBOUND_POLICY", value_enum, ignore_case = true, default_value_t)]
+    outbound_policy: OutboundPolicy,
+    /// Label of namespaces and pods that enrols them [default: istio.io/dataplane-mode=ambient]. A pod's value `none` opts out.
+    #[arg(long, env = "MESH_ENROLMENT_LABEL", value_name = "KEY=VALUE")]
+    enrolment_label: Option<EnrolmentLabel>,
+    /// Where the admin endpoint (readiness, metrics, meshctl) listens.
+    #[arg(long, env = "MESH_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
+    admin: SocketAddr,
+    /// Worker threads [default: one per CPU].
+    #[arg(long, env = "MESH_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: Option<u16>,
+    /// What is logged, in the syntax of RUST_LOG. Every connection is logged with target `access`.
+    #[arg(long, env = "MESH_LOG", value_name = "FILTER", default_value = "info")]
+    log: String,
+    /// Log JSON instead of text.
+    #[arg(long, env = "MESH_LOG_JSON")]
+    log_json: bool,
+}
+
+impl MeshNode {
+    /// Does what the command line asks for.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Run(args) => args.run(),
+            Command::Uninstall(args) => uninstall(&args),
+            Command::Verify => verify(),
+        }
+    }
+}
+
+impl RunArgs {
+    fn run(self) -> anyhow::Result<()> {
+        telemetry::start_logging(&self.log, self.log_json).map_err(anyhow::Error::msg)?;
+        let workers = self.workers;
+        let settings = self.settings()?;
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        if let Some(n) = workers {
+            runtime.worker_threads(n.into());
+        }
+        let runtime = runtime.enable_all().thread_name("mesh-node").build().context("cannot start worker threads")?;
+        let result = runtime.block_on(app::run(settings));
+        runtime.shutdown_timeout(Duration::from_millis(200));
+        result
+    }
+
+    fn settings(self) -> anyhow::Result<NodeSettings> {
+        let cgroup = self.kernel.cgroup()?;
+        Ok(NodeSettings {
+            mesh: MeshSettings {
+                node: self.node.into(),
+                trust_domains: TrustDomains { local: self.trust_domain, aliases: self.trust_domain_aliases },
+                root_namespace: self.root_namespace.into(),
+                outbound: self.outbound_policy,
+                enrolment: self.enrolment_label.unwrap_or_default(),
+            },
+            capture: CaptureSettings { cgroup, pins: self.kernel.bpf_dir, fail_mode: self.fail_mode },
+            config_dir: self.config_dir,
+            ca_dir: self.ca_dir,
+            certificate_ttl: Duration::from_secs(self.certificate_ttl),
+            admin: self.admin,
+        })
+    }
+}
+
+fn uninstall(args: &KernelArgs) -> anyhow::Result<()> {
+    Netns::host()?;
+    let removed = capture::uninstall(&args.bpf_dir)?;
+    let mut discovery = Discovery::new(args.cgroup()?)?;
+    let mut failed = 0;
+    for pod in discovery.look(std::time::Instant::now()).values() {
+        if let Err(error) = capture::remove_routing(&pod.netns) {
+            eprintln!("pod {}: {}", pod.uid, telemetry::chain(&error));
+            failed += 1;
+        }
+    }
+    let programs = if removed { "removed" } else { "there were none" };
+    println!("programs and maps below {}: {programs}; routing of {} pods: removed", args.bpf_dir.display(), discovery.look(std::time::Instant::now()).len() - failed);
+    anyhow::ensure!(failed == 0, "the routing of {failed} pods could not be removed");
+    Ok(())
+}
+
+fn verify() -> anyhow::Result<()> {
+    for (program, instructions) in capture::verify()? {
+        println!("{program}: loads, {instructions} instructions verified");
+    }
+    Ok(())
+}

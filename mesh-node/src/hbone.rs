@@ -1,0 +1,52 @@
+//! HBONE: HTTP/2 CONNECT streams over mutual TLS, one stream per TCP connection. Byte-compatible with Istio's ztunnel.
+//!
+//! [`headers`] is the pure part; [`client`] and [`pool`] open tunnels, [`server`] accepts them, [`tunnel`] carries the
+//! bytes. TLS and sockets are the caller's.
+
+pub mod client;
+pub mod headers;
+pub mod pool;
+pub mod server;
+pub mod tunnel;
+
+use std::time::Duration;
+
+pub use client::{Connection, TunnelError};
+pub use pool::{Pool, PoolKey};
+pub use tunnel::Tunnel;
+
+/// HTTP/2 settings of both ends.
+///
+/// A stream's window bounds what a reader that does not read can pile up here: 1 MiB per flow, against ztunnel's 4. The
+/// connection's window is not allowed to become the bottleneck: with ztunnel's 16 MiB four stalled readers stop every
+/// other stream between the same two pods.
+pub const STREAM_WINDOW: u32 = 1024 * 1024;
+pub const CONNECTION_WINDOW: u32 = 256 * 1024 * 1024;
+pub const MAX_FRAME: u32 = 1024 * 1024;
+/// What a stream may have queued for sending beyond the peer's window.
+pub const SEND_BUFFER: usize = 256 * 1024;
+pub const CLIENT_HEADER_LIST: u32 = 16 * 1024;
+pub const SERVER_HEADER_LIST: u32 = 64 * 1024;
+pub const SERVER_MAX_STREAMS: u32 = 200;
+/// Streams of one pooled connection before another is opened.
+pub const POOL_STREAMS: usize = 100;
+/// How long a pooled connection without streams is kept.
+pub const IDLE_RELEASE: Duration = Duration::from_secs(300);
+/// An HTTP/2 PING goes out this often, and its answer must come within the timeout.
+pub const PING_INTERVAL: Duration = Duration::from_secs(10);
+pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the TLS and HTTP/2 handshakes of a peer may take.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Sends PINGs until one is not answered in time.
+async fn keepalive(mut ping_pong: h2::PingPong) {
+    loop {
+        tokio::time::sleep(PING_INTERVAL).await;
+        match tokio::time::timeout(PING_TIMEOUT, ping_pong.ping(h2::Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            // The connection itself has ended; whoever drives it reports why.
+            Ok(Err(_)) => std::future::pending().await,
+            Err(_) => return,
+        }
+    }
+}

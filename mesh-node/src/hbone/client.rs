@@ -1,0 +1,192 @@
+//! The client end of one HBONE connection.
+
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use http::{Request, StatusCode};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::Notify,
+    time::timeout,
+};
+
+use super::{
+    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, SEND_BUFFER, STREAM_WINDOW, Tunnel, keepalive,
+    tunnel::Held,
+};
+
+/// Why a tunnel could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelError {
+    #[error("the HTTP/2 handshake failed")]
+    Handshake(#[source] h2::Error),
+    #[error("the peer did not answer in time")]
+    Timeout,
+    /// The connection broke, or was being shut down, before the peer looked at the request: another one may do.
+    #[error("the HBONE connection is closing")]
+    Closing(#[source] Option<h2::Error>),
+    #[error("the tunnel request failed")]
+    Request(#[source] h2::Error),
+    #[error("the peer refused the tunnel with status {0}")]
+    Refused(StatusCode),
+}
+
+/// A connection that tunnels can be opened on; cheap to clone. It closes itself when idle for [`IDLE_RELEASE`].
+#[derive(Debug, Clone)]
+pub struct Connection(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Taken out when the connection is to end: without senders and streams it says GOAWAY and closes.
+    send: Mutex<Option<SendRequest<Bytes>>>,
+    streams: AtomicUsize,
+    closed: AtomicBool,
+    /// Woken when the number of streams changes, and to close.
+    changed: Notify,
+}
+
+impl Shared {
+    fn sender(&self) -> Option<SendRequest<Bytes>> {
+        self.send.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// One open stream of a connection.
+#[derive(Debug)]
+struct StreamGuard(Arc<Shared>);
+
+impl Held for StreamGuard {}
+
+impl StreamGuard {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.streams.fetch_add(1, Ordering::SeqCst);
+        shared.changed.notify_one();
+        Self(shared.clone())
+    }
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::SeqCst);
+        self.0.changed.notify_one();
+    }
+}
+
+impl Connection {
+    /// Speaks HTTP/2 over an established, authenticated connection and drives it in a task of its own.
+    pub async fn handshake<T>(io: T) -> Result<Self, TunnelError>
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut builder = h2::client::Builder::new();
+        builder
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(MAX_FRAME)
+            .max_send_buffer_size(SEND_BUFFER)
+            .max_header_list_size(CLIENT_HEADER_LIST)
+            .enable_push(false);
+        let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await.map_err(|_| TunnelError::Timeout)?;
+        let (send, connection) = handshake.map_err(TunnelError::Handshake)?;
+        let shared = Arc::new(Shared {
+            send: Mutex::new(Some(send)),
+            streams: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            changed: Notify::new(),
+        });
+        tokio::spawn(drive(connection, shared.clone()));
+        Ok(Self(shared))
+    }
+
+    /// Whether another tunnel may be opened here.
+    pub fn has_room(&self) -> bool {
+        let limit = self.0.sender().map_or(0, |s| s.current_max_send_streams()).min(POOL_STREAMS);
+        !self.is_closed() && self.streams() < limit
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.load(Ordering::SeqCst)
+    }
+
+    /// Tunnels open now.
+    pub fn streams(&self) -> usize {
+        self.0.streams.load(Ordering::SeqCst)
+    }
+
+    /// Takes no more tunnels; closes when the open ones have ended.
+    pub fn close(&self) {
+        self.0.closed.store(true, Ordering::SeqCst);
+        self.0.changed.notify_one();
+    }
+
+    /// Opens a tunnel. The timeout is the caller's.
+    pub async fn open(&self, request: Request<()>) -> Result<Tunnel, TunnelError> {
+        let guard = StreamGuard::new(&self.0);
+        let closing = |error| {
+            self.close();
+            TunnelError::Closing(Some(error))
+        };
+        // Counted first, looked at second: whoever closes does it the other way round, so one of the two sees the other.
+        let sender = self.0.sender().filter(|_| !self.is_closed()).ok_or(TunnelError::Closing(None))?;
+        let mut send = sender.ready().await.map_err(closing)?;
+        let (response, stream) = send.send_request(request, false).map_err(closing)?;
+        let response = response.await.map_err(|error| if unprocessed(&error) { closing(error) } else { TunnelError::Request(error) })?;
+        if response.status() != StatusCode::OK {
+            return Err(TunnelError::Refused(response.status()));
+        }
+        Ok(Tunnel::new(stream, response.into_body(), Some(Box::new(guard))))
+    }
+}
+
+/// Whether the peer certainly did nothing with the request: it may go to another connection.
+fn unprocessed(error: &h2::Error) -> bool {
+    error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM)
+}
+
+/// Runs the connection until it breaks, is idle too long, or its peer stops answering.
+async fn drive<T>(mut connection: h2::client::Connection<T, Bytes>, shared: Arc<Shared>)
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    let ping_pong = connection.ping_pong();
+    let lost = async {
+        match ping_pong {
+            Some(ping_pong) => keepalive(ping_pong).await,
+            None => std::future::pending().await,
+        }
+    };
+    let unused = async {
+        until_unused(&shared).await;
+        shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        result = &mut connection => if let Err(error) = result {
+            tracing::debug!(target: "hbone", %error, "connection ended");
+        },
+        () = lost => tracing::debug!(target: "hbone", "the peer stopped answering pings"),
+        () = unused => {}
+    }
+    shared.closed.store(true, Ordering::SeqCst);
+    shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();
+}
+
+/// Completes when the connection is closed to new streams and has none.
+async fn until_unused(shared: &Shared) {
+    loop {
+        let idle = shared.streams.load(Ordering::SeqCst) == 0;
+        if idle && shared.closed.load(Ordering::SeqCst) {
+            return;
+        }
+        let changed = shared.changed.notified();
+        if !idle {
+            changed.await;
+        } else if timeout(IDLE_RELEASE, changed).await.is_err() {
+            shared.closed.store(true, Ordering::SeqCst);
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The CONNECT request of HBONE, read and written without touching a socket.
+
+use std::{fmt, net::SocketAddr, str::FromStr};
+
+use http::{HeaderMap, HeaderValue, Method, Request, Version};
+
+use crate::id::canonical;
+
+/// The longest `:authority` looked at, bytes: a DNS name, a port and brackets.
+const MAX_AUTHORITY: usize = 264;
+
+/// What a tunnel leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Authority {
+    /// `ip:port`, IPv6 in brackets.
+    Address(SocketAddr),
+    /// `hostname:port`, as sent towards waypoints and gateways.
+    Host { name: String, port: u16 },
+}
+
+impl FromStr for Authority {
+    type Err = BadRequest;
+
+    fn from_str(text: &str) -> Result<Self, BadRequest> {
+        let bad = || BadRequest::Authority(text.chars().take(MAX_AUTHORITY).collect());
+        if text.len() > MAX_AUTHORITY {
+            return Err(bad());
+        }
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            let address = SocketAddr::new(canonical(address.ip()), address.port());
+            return if address.port() == 0 { Err(bad()) } else { Ok(Self::Address(address)) };
+        }
+        let (name, port) = text.rsplit_once(':').ok_or_else(bad)?;
+        let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+        // A name that ends in a number is an address gone wrong, not a host.
+        let numeric_end = name.rsplit('.').next().is_some_and(|l| l.bytes().all(|b| b.is_ascii_digit()));
+        let port = port.parse::<u16>().ok().filter(|p| *p != 0).ok_or_else(bad)?;
+        if name.is_empty() || name.len() > 253 || !name.bytes().all(legal) || numeric_end {
+            return Err(bad());
+        }
+        Ok(Self::Host { name: name.to_ascii_lowercase(), port })
+    }
+}
+
+impl fmt::Display for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(a) => a.fmt(f),
+            Self::Host { name, port } => write!(f, "{name}:{port}"),
+        }
+    }
+}
+
+/// Why a request is no HBONE request; the answer is 400.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadRequest {
+    #[error("method {0} is not CONNECT")]
+    Method(String),
+    #[error("extended CONNECT is not HBONE")]
+    Extended,
+    #[error("authority {0:?} is neither ip:port nor hostname:port")]
+    Authority(String),
+    #[error("no authority")]
+    NoAuthority,
+}
+
+/// A CONNECT request, read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConnectRequest {
+    pub authority: Authority,
+    /// The `forwarded` header, as far as it says who the client is.
+    pub forwarded: Option<Forwarded>,
+    pub traceparent: Option<TraceParent>,
+}
+
+/// Reads a request that came in on an HBONE connection.
+pub fn parse<B>(request: &Request<B>) -> Result<ConnectRequest, BadRequest> {
+    if request.method() != Method::CONNECT {
+        return Err(BadRequest::Method(request.method().as_str().chars().take(32).collect()));
+    }
+    let uri = request.uri();
+    if request.extensions().get::<h2::ext::Protocol>().is_some() || uri.scheme().is_some() || uri.path_and_query().is_some_and(|p| p != "/" && p != "") {
+        return Err(BadRequest::Extended);
+    }
+    let authority = uri.authority().ok_or(BadRequest::NoAuthority)?.as_str().parse()?;
+    let header = |name: &str| request.headers().get(name).and_then(|v| v.to_str().ok());
+    Ok(ConnectRequest {
+        authority,
+        forwarded: header("forwarded").and_then(|v| v.parse().ok()),
+        traceparent: header("traceparent").and_then(|v| v.parse().ok()),
+    })
+}
+
+/// Builds the request that opens a tunnel to `to`.
+pub fn build(to: &Authority, forwarded: &Forwarded, trace: TraceParent) -> Result<Request<()>, http::Error> {
+    let mut request = Request::builder().method(Method::CONNECT).version(Version::HTTP_2).uri(to.to_string()).body(())?;
+    let headers: &mut HeaderMap = request.headers_mut();
+    headers.insert("forwarded", HeaderValue::try_from(forwarded.to_string())?);
+    headers.insert("traceparent", HeaderValue::try_from(trace.to_string())?);
+    Ok(request)
+}
+
+/// RFC 7239 as ztunnel writes it: `for="ip:port"[;host=name]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Forwarded {
+    pub client: SocketAddr,
+    pub host: Option<String>,
+}
+
+impl fmt::Display for Forwarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "for=\"{}\"", self.client)?;
+        self.host.iter().try_for_each(|h| write!(f, ";host={h}"))
+    }
+}
+
+impl FromStr for Forwarded {
+    type Err = ();
+
+    /// Reads the first element only: the hop that sent it.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (mut client, mut host) = (None, None);
+        for pair in text.split(',').next().unwrap_or_default().split(';') {
+            let (key, value) = pair.split_once('=').ok_or(())?;
+            let value = value.trim().trim_matches('"');
+            match key.trim().to_ascii_lowercase().as_str() {
+                "for" => client = value.parse().ok(),
+                "host" => host = Some(value.to_owned()),
+                _ => {}
+            }
+        }
+        Ok(Self { client: client.ok_or(())?, host })
+    }
+}
+
+/// W3C trace context, version 00.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceParent {
+    pub trace: u128,
+    pub span: u64,
+    pub flags: u8,
+}
+
+impl TraceParent {
+    /// A fresh, unsampled one, as every HBONE connection without a trace of its own gets.
+    pub fn fresh(trace: u128, span: u64) -> Self {
+        Self { trace: trace.max(1), span: span.max(1), flags: 0 }
+    }
+}
+
+impl fmt::Display for TraceParent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "00-{:032x}-{:016x}-{:02x}", self.trace, self.span, self.flags)
+    }
+}
+
+impl FromStr for TraceParent {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let lower_hex = |s: &str| s.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let mut parts = text.split('-');
+        let mut next = |len: usize| parts.next().filter(|p| p.len() == len && lower_hex(p)).ok_or(());
+        let (version, trace, span, flags) = (next(2)?, next(32)?, next(16)?, next(2)?);
+        if version != "00" || parts.next().is_some() {
+            return Err(());
+        }
+        let trace = u128::from_str_radix(trace, 16).map_err(drop)?;
+        let span = u64::from_str_radix(span, 16).map_err(drop)?;
+        let flags = u8::from_str_radix(flags, 16).map_err(drop)?;
+        if trace == 0 || span == 0 { Err(()) } else { Ok(Self { trace, span, flags }) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn authority_is_an_address_or_a_host_with_a_port() {
+        let good = [
+            ("10.0.0.1:8080", "10.0.0.1:8080"),
+            ("[fd00::1]:8080", "[fd00::1]:8080"),
+            ("[::ffff:10.0.0.1]:80", "10.0.0.1:80"),
+            ("Reviews.default.svc:9080", "reviews.default.svc:9080"),
+        ];
+        for (text, shown) in good {
+            assert_eq!(text.parse::<Authority>().expect(text).to_string(), shown);
+        }
+        for bad in ["", ":80", "a", "a:", "a:0", "a:65536", "10.0.0.1", "10.0.0.1:0", "10.0.0.256:80", "fd00::1:80", "[fd00::1]", "a b:80", "u@h:80", "a:80:90"] {
+            assert!(bad.parse::<Authority>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn request_that_is_built_reads_back() {
+        let to = Authority::Address("[fd00::1]:8080".parse().expect("valid"));
+        let forwarded = Forwarded { client: "10.0.0.1:4711".parse().expect("valid"), host: Some("web.default.svc.cluster.local".into()) };
+        let trace = TraceParent::fresh(7, 9);
+        assert_eq!(trace.to_string().len(), 55);
+        let request = build(&to, &forwarded, trace).expect("built");
+        assert_eq!(request.uri().to_string(), "[fd00::1]:8080");
+        let read = parse(&request).expect("read");
+        assert_eq!(read, ConnectRequest { authority: to, forwarded: Some(forwarded), traceparent: Some(trace) });
+    }
+
+    #[test]
+    fn other_requests_are_refused() {
+        let get = Request::builder().method("GET").uri("http://10.0.0.1:80/").body(()).expect("request");
+        assert!(matches!(parse(&get), Err(BadRequest::Method(_))));
+        let bad = Request::builder().method("CONNECT").uri("10.0.0.1:0").body(()).expect("request");
+        assert!(matches!(parse(&bad), Err(BadRequest::Authority(_))));
+        let mut extended = Request::builder().method("CONNECT").uri("10.0.0.1:80").body(()).expect("request");
+        extended.extensions_mut().insert(h2::ext::Protocol::from_static("websocket"));
+        assert_eq!(parse(&extended), Err(BadRequest::Extended));
+    }
+
+    #[test]
+    fn broken_optional_headers_are_left_out() {
+        let mut request = Request::builder().method("CONNECT").uri("10.0.0.1:80").body(()).expect("request");
+        for (name, value) in [("forwarded", "for=nobody"), ("traceparent", "00-0-0-0"), ("baggage", ",,;=")] {
+            request.headers_mut().insert(name, value.parse().expect("value"));
+        }
+        let read = parse(&request).expect("read");
+        assert_eq!((read.forwarded, read.traceparent), (None, None));
+    }
+}

@@ -1,0 +1,115 @@
+//! Pooled HBONE connections. The key is the whole key: who talks to whom, by which address and which incarnation of the
+//! workload, so that a reused address never meets an old connection.
+
+use std::{
+    collections::{HashMap, HashSet},
+    future::Future,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use http::Request;
+
+use super::{Connection, Tunnel, TunnelError};
+use crate::id::{SpiffeId, WorkloadUid};
+
+/// Which connections may be shared.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct PoolKey {
+    pub source: SpiffeId,
+    /// The pod whose network namespace the connection leaves from.
+    pub source_workload: WorkloadUid,
+    pub destination: SpiffeId,
+    pub destination_workload: WorkloadUid,
+    pub address: SocketAddr,
+}
+
+/// All pooled connections of the node; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Pool(Arc<Mutex<HashMap<PoolKey, Arc<Slot>>>>);
+
+/// Connections of one key. The lock is held while one is being opened, so that a burst of tunnels opens one, not many.
+#[derive(Debug, Default)]
+struct Slot(tokio::sync::Mutex<Vec<Connection>>);
+
+/// A pool's contents, for inspection.
+#[derive(Debug, Clone)]
+pub struct PoolState {
+    pub key: PoolKey,
+    pub connections: usize,
+    pub streams: usize,
+}
+
+impl Pool {
+    /// Opens a tunnel on a pooled connection, or on a new one that `dial` makes.
+    ///
+    /// A connection that turns out to be closing is left for another; a request it never looked at is safe to repeat.
+    pub async fn open<E, F>(&self, key: &PoolKey, request: impl Fn() -> Result<Request<()>, E>, dial: impl Fn() -> F) -> Result<Tunnel, E>
+    where
+        E: From<TunnelError>,
+        F: Future<Output = Result<Connection, E>>,
+    {
+        loop {
+            let (connection, fresh) = self.connection(key, &dial).await?;
+            match connection.open(request()?).await {
+                // A fresh connection that is closing already: the peer does not want us.
+                Err(TunnelError::Closing(_)) if !fresh => {}
+                other => return other.map_err(E::from),
+            }
+        }
+    }
+
+    async fn connection<E, F>(&self, key: &PoolKey, dial: &impl Fn() -> F) -> Result<(Connection, bool), E>
+    where
+        F: Future<Output = Result<Connection, E>>,
+    {
+        let slot = self.lock().entry(key.clone()).or_default().clone();
+        let mut connections = slot.0.lock().await;
+        connections.retain(|c| !c.is_closed());
+        if let Some(connection) = connections.iter().find(|c| c.has_room()) {
+            return Ok((connection.clone(), false));
+        }
+        let connection = dial().await?;
+        connections.push(connection.clone());
+        Ok((connection, true))
+    }
+
+    /// Closes connections that neither end's workload exists for any more, and forgets keys without connections.
+    pub fn retain(&self, exists: impl Fn(&WorkloadUid) -> bool) {
+        self.lock().retain(|key, slot| {
+            let wanted = exists(&key.source_workload) && exists(&key.destination_workload);
+            // A slot in use is being dialled: look again next time.
+            let Ok(mut connections) = slot.0.try_lock() else { return true };
+            if !wanted {
+                connections.iter().for_each(Connection::close);
+            }
+            connections.retain(|c| !c.is_closed());
+            !connections.is_empty()
+        });
+    }
+
+    /// Closes everything once it is unused.
+    pub fn close(&self) {
+        self.retain(|_| false);
+    }
+
+    /// What is pooled now.
+    pub fn states(&self) -> Vec<PoolState> {
+        let slots = self.lock().iter().map(|(k, s)| (k.clone(), s.clone())).collect::<Vec<_>>();
+        let state = |(key, slot): (PoolKey, Arc<Slot>)| {
+            let connections = slot.0.try_lock().ok()?;
+            let live = connections.iter().filter(|c| !c.is_closed()).collect::<Vec<_>>();
+            Some(PoolState { key, connections: live.len(), streams: live.iter().map(|c| c.streams()).sum() })
+        };
+        slots.into_iter().filter_map(state).collect()
+    }
+
+    /// Keys of the pool, for tests and inspection.
+    pub fn keys(&self) -> HashSet<PoolKey> {
+        self.lock().keys().cloned().collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PoolKey, Arc<Slot>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,91 @@
+//! The server end of one HBONE connection.
+
+use std::future::Future;
+
+use bytes::Bytes;
+use h2::{RecvStream, server::SendResponse};
+use http::{HeaderMap, Response, StatusCode};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
+
+use super::{
+    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, MAX_FRAME, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS, STREAM_WINDOW, Tunnel,
+    headers::{BadRequest, ConnectRequest, parse},
+    keepalive,
+};
+
+/// A tunnel somebody asks for. It must be accepted or refused; dropped, it is reset.
+#[derive(Debug)]
+pub struct Offer {
+    pub request: Result<ConnectRequest, BadRequest>,
+    respond: SendResponse<Bytes>,
+    body: RecvStream,
+}
+
+impl Offer {
+    /// Answers 200 and turns the stream into a tunnel.
+    pub fn accept(mut self) -> Result<Tunnel, h2::Error> {
+        let send = self.respond.send_response(response(StatusCode::OK), false)?;
+        Ok(Tunnel::new(send, self.body, None))
+    }
+
+    /// Answers with a status and ends the stream.
+    pub fn refuse(mut self, status: StatusCode) {
+        // A peer that has gone already needs no answer.
+        let _ = self.respond.send_response(response(status), true);
+    }
+}
+
+fn response(status: StatusCode) -> Response<()> {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    *response.headers_mut() = HeaderMap::new();
+    response
+}
+
+/// Serves one authenticated connection until it ends, handing every request to `on_offer`, which must not wait.
+///
+/// When `drain` completes, the peer is told to go elsewhere (GOAWAY) and tunnels already open go on to their end.
+pub async fn serve<T>(io: T, mut on_offer: impl FnMut(Offer), drain: impl Future<Output = ()>) -> Result<(), h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_header_list_size(SERVER_HEADER_LIST)
+        .max_concurrent_streams(SERVER_MAX_STREAMS);
+    let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await;
+    let Ok(handshake) = handshake else { return Err(h2::Reason::SETTINGS_TIMEOUT.into()) };
+    let mut connection = handshake?;
+    let ping_pong = connection.ping_pong();
+    let lost = async {
+        match ping_pong {
+            Some(ping_pong) => keepalive(ping_pong).await,
+            None => std::future::pending().await,
+        }
+    };
+    let (mut lost, mut drain) = (std::pin::pin!(lost), std::pin::pin!(drain));
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut drain, if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            accepted = connection.accept() => {
+                let Some(accepted) = accepted else { return Ok(()) };
+                let (request, respond) = accepted?;
+                let parsed = parse(&request);
+                on_offer(Offer { request: parsed, respond, body: request.into_body() });
+            }
+            () = &mut lost => return Err(h2::Reason::SETTINGS_TIMEOUT.into()),
+        }
+    }
+}

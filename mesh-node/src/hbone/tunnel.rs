@@ -1,0 +1,176 @@
+//! One CONNECT stream as a byte stream.
+//!
+//! End of data is END_STREAM and nothing else. A stream that stops in any other way was cut: RFC 9113 section 8.5 asks a
+//! proxy to turn a TCP reset into RST_STREAM(CONNECT_ERROR) and any stream error into a TCP reset, and so it is here,
+//! both ways. (ztunnel reads CANCEL as an end of data; a truncated answer then looks complete.)
+
+use std::{
+    future::poll_fn,
+    io,
+    task::{Poll, ready},
+};
+
+use bytes::{Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+
+use crate::io::relay::{Duplex, Sink, Source};
+
+/// What is joined at most while the other side takes nothing; beyond it frames stay as they came, bounded by the window.
+const JOINED_MAX: usize = super::STREAM_WINDOW as usize;
+
+/// An established tunnel.
+#[derive(Debug)]
+pub struct Tunnel {
+    send: SendStream<Bytes>,
+    receive: RecvStream,
+    joined: BytesMut,
+    /// Held as long as the tunnel is: a count of the connection's streams, for instance.
+    _held: Option<Box<dyn Held>>,
+}
+
+/// Something a tunnel keeps alive.
+pub trait Held: Send + Sync + std::fmt::Debug {}
+
+impl Tunnel {
+    pub fn new(send: SendStream<Bytes>, receive: RecvStream, held: Option<Box<dyn Held>>) -> Self {
+        Self { send, receive, joined: BytesMut::new(), _held: held }
+    }
+}
+
+impl Duplex for Tunnel {
+    type Source<'a> = TunnelSource<'a>;
+    type Sink<'a> = TunnelSink<'a>;
+
+    fn halves(&mut self) -> (TunnelSource<'_>, TunnelSink<'_>) {
+        let source = TunnelSource { stream: &mut self.receive, joined: &mut self.joined, end: None };
+        (source, TunnelSink { stream: &mut self.send, finished: false })
+    }
+
+    fn reset(mut self) {
+        self.send.send_reset(Reason::CONNECT_ERROR);
+    }
+}
+
+/// The receiving direction.
+pub struct TunnelSource<'a> {
+    stream: &'a mut RecvStream,
+    /// Frames that arrived while the other side had no room.
+    joined: &'a mut BytesMut,
+    /// What came after them, when they were all.
+    end: Option<io::Result<()>>,
+}
+
+impl TunnelSource<'_> {
+    async fn receive(&mut self) -> Option<io::Result<Bytes>> {
+        loop {
+            match self.stream.data().await? {
+                Ok(data) if data.is_empty() => {}
+                Ok(data) => return Some(Ok(data)),
+                Err(error) => return Some(Err(into_io(error))),
+            }
+        }
+    }
+
+    /// Takes one more frame into the joined ones. False when there will be none.
+    async fn join_next(&mut self) -> bool {
+        match self.receive().await {
+            Some(Ok(data)) => {
+                self.joined.extend_from_slice(&data);
+                return true;
+            }
+            Some(Err(error)) => self.end = Some(Err(error)),
+            None => self.end = Some(Ok(())),
+        }
+        false
+    }
+}
+
+impl Source for TunnelSource<'_> {
+    async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        if !self.joined.is_empty() {
+            return Ok(Some(self.joined.split().freeze()));
+        }
+        if let Some(end) = self.end.take() {
+            return end.map(|()| None);
+        }
+        match self.receive().await {
+            None => Ok(None),
+            Some(chunk) => chunk.map(Some),
+        }
+    }
+
+    fn passed_on(&mut self, n: usize) {
+        // Fails only when the stream is gone, and then there is no window to widen.
+        let _ = self.stream.flow_control().release_capacity(n);
+        if self.joined.is_empty() {
+            *self.joined = BytesMut::new();
+        }
+    }
+
+    async fn absorb(&mut self) -> std::convert::Infallible {
+        while self.end.is_none() && self.joined.len() < JOINED_MAX {
+            if !self.join_next().await {
+                break;
+            }
+        }
+        std::future::pending().await
+    }
+}
+
+/// The sending direction.
+pub struct TunnelSink<'a> {
+    stream: &'a mut SendStream<Bytes>,
+    finished: bool,
+}
+
+impl TunnelSink<'_> {
+    /// Waits until the peer's window has room for at least one byte of the `wanted` ones.
+    async fn capacity(&mut self, wanted: usize) -> io::Result<usize> {
+        self.stream.reserve_capacity(wanted);
+        loop {
+            let ready = self.stream.capacity();
+            if ready > 0 {
+                return Ok(ready.min(wanted));
+            }
+            match poll_fn(|cx| self.stream.poll_capacity(cx)).await {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(into_io(error)),
+                None => return Err(io::ErrorKind::BrokenPipe.into()),
+            }
+        }
+    }
+}
+
+impl Sink for TunnelSink<'_> {
+    async fn put(&mut self, mut chunk: Bytes) -> io::Result<()> {
+        while !chunk.is_empty() {
+            let n = self.capacity(chunk.len()).await?;
+            self.stream.send_data(chunk.split_to(n), false).map_err(into_io)?;
+        }
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> io::Result<()> {
+        self.finished = true;
+        self.stream.send_data(Bytes::new(), true).map_err(into_io)
+    }
+
+    async fn broken(&mut self) -> io::Error {
+        if self.finished {
+            return std::future::pending().await;
+        }
+        poll_fn(|cx| {
+            let reason = ready!(self.stream.poll_reset(cx));
+            Poll::Ready(reason.map_or_else(into_io, |r| io::Error::new(io::ErrorKind::ConnectionReset, format!("stream reset: {r}"))))
+        })
+        .await
+    }
+}
+
+fn into_io(error: h2::Error) -> io::Error {
+    if error.is_io() {
+        return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
+    }
+    io::Error::new(io::ErrorKind::ConnectionReset, error)
+}
+

@@ -1,0 +1,68 @@
+//! The data path: connections of this node's pods, from `accept` to the last byte.
+//!
+//! [`outbound`] and [`inbound`] read top to bottom in the order things happen. Decisions come from one configuration
+//! snapshot each; every connection ends in exactly one [`outcome::Outcome`].
+
+pub mod failure;
+pub mod inbound;
+pub mod live;
+pub mod outbound;
+pub mod outcome;
+pub mod pods;
+
+use std::{sync::Arc, time::Duration};
+
+pub use failure::Failure;
+pub use live::Live;
+pub use pods::{Pods, ServedPod};
+
+use crate::{
+    config::Configuration,
+    hbone::Pool,
+    identity::Manager,
+    telemetry::Metrics,
+};
+
+/// How long establishing one connection may take: the TCP connection, and the handshakes on top of it.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What every connection of the node needs; one per process.
+pub struct Proxy {
+    pub config: Configuration,
+    pub identity: Manager,
+    pub pool: Pool,
+    pub pods: Pods,
+    pub live: Live,
+    pub metrics: Arc<Metrics>,
+}
+
+impl Proxy {
+    pub fn new(config: Configuration, identity: Manager, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { config, identity, pool: Pool::default(), pods: Pods::default(), live: Live::default(), metrics })
+    }
+
+    /// Re-checks every live connection whenever the configuration changes.
+    pub async fn recheck_policies(self: Arc<Self>) {
+        let mut config = self.config.clone();
+        while config.changed().await {
+            let snapshot = config.load();
+            let cut = self.live.recheck(&snapshot);
+            if cut > 0 {
+                tracing::info!(target: "proxy", connections = cut, generation = snapshot.generation, "cut connections a policy change denies");
+            }
+        }
+    }
+
+    /// Closes pooled connections of workloads that are gone.
+    pub async fn tidy_pool(self: Arc<Self>) {
+        let mut config = self.config.clone();
+        loop {
+            tokio::select! {
+                changed = config.changed() => if !changed { return },
+                () = tokio::time::sleep(Duration::from_secs(10)) => {}
+            }
+            let snapshot = config.load();
+            self.pool.retain(|uid| snapshot.workload(uid).is_some_and(|w| w.enrolled));
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Why a connection did not go through, by stage. Every variant must say its reason, flag and whether another attempt
+//! may help: there is no default.
+
+use std::{io, net::SocketAddr, sync::Arc};
+
+use super::live::Cut;
+use crate::{
+    hbone::{TunnelError, headers::BadRequest},
+    id::ObjectName,
+    io::relay::Broken,
+    policy::Denial,
+    tls::HandshakeFailure,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    #[error("the original destination is not known")]
+    LostOriginalDestination,
+    #[error("port {0} belongs to the mesh itself")]
+    ReservedPort(u16),
+    #[error("service {service} has no port {port}")]
+    NoSuchPort { service: ObjectName, port: u16 },
+    #[error("service {0} has no usable endpoint")]
+    NoEndpoint(ObjectName),
+    #[error("{0} is not part of the mesh and outbound traffic is REGISTRY_ONLY")]
+    NotInRegistry(SocketAddr),
+    #[error("the pod is not part of the configuration yet")]
+    UnknownWorkload,
+    #[error("the destination pod on this node is not captured yet")]
+    NotServedYet,
+    #[error("no identity: {0}")]
+    Identity(Arc<str>),
+    #[error("connecting to {to} failed")]
+    Dial { to: SocketAddr, source: io::Error },
+    #[error("connecting to {0} took too long")]
+    DialTimeout(SocketAddr),
+    #[error("the TLS handshake failed")]
+    Tls { kind: HandshakeFailure, source: io::Error },
+    #[error("no tunnel")]
+    Tunnel(#[from] TunnelError),
+    #[error("not authorized")]
+    Denied(#[from] Denial),
+    #[error("not an HBONE request")]
+    BadRequest(#[from] BadRequest),
+    #[error("authority {0} is not this pod")]
+    ForeignAuthority(String),
+    #[error("the application at {to} cannot be reached")]
+    Application { to: SocketAddr, source: io::Error },
+    #[error("the connection broke")]
+    Broken(#[source] io::Error),
+    #[error("{0}")]
+    Cut(Cut),
+}
+
+impl Failure {
+    /// The metric label value.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::LostOriginalDestination => "lost_original_destination",
+            Self::ReservedPort(_) => "reserved_port",
+            Self::NoSuchPort { .. } => "no_such_port",
+            Self::NoEndpoint(_) => "no_endpoint",
+            Self::NotInRegistry(_) => "not_in_registry",
+            Self::UnknownWorkload => "unknown_workload",
+            Self::NotServedYet => "not_served_yet",
+            Self::Identity(_) => "identity",
+            Self::Dial { .. } => "connect",
+            Self::DialTimeout(_) => "connect_timeout",
+            Self::Tls { .. } => "tls",
+            Self::Tunnel(TunnelError::Refused(http::StatusCode::UNAUTHORIZED)) => "denied_by_peer",
+            Self::Tunnel(TunnelError::Refused(_)) => "refused_by_peer",
+            Self::Tunnel(_) => "tunnel",
+            Self::Denied(Denial::PlaintextUnderStrict) => "plaintext_under_strict",
+            Self::Denied(Denial::DeniedBy { .. }) => "denied",
+            Self::Denied(Denial::NotAllowed) => "not_allowed",
+            Self::BadRequest(_) => "bad_request",
+            Self::ForeignAuthority(_) => "foreign_authority",
+            Self::Application { .. } => "application",
+            Self::Broken(_) => "broken",
+            Self::Cut(Cut::PolicyChanged) => "policy_changed",
+            Self::Cut(Cut::PodGone) => "pod_gone",
+            Self::Cut(Cut::Shutdown) => "shutdown",
+        }
+    }
+
+    /// The `response_flags` value, ztunnel's.
+    pub fn response_flag(&self) -> &'static str {
+        match self {
+            Self::Denied(_) | Self::Cut(Cut::PolicyChanged) | Self::Tunnel(TunnelError::Refused(http::StatusCode::UNAUTHORIZED)) => "DENY",
+            Self::Identity(_) => "IDENTITY_ERROR",
+            Self::Tls { .. } => "TLS_FAILURE",
+            Self::Tunnel(TunnelError::Handshake(_) | TunnelError::Timeout) => "H2_HANDSHAKE_FAILURE",
+            Self::Dial { .. }
+            | Self::DialTimeout(_)
+            | Self::Application { .. }
+            | Self::NoEndpoint(_)
+            | Self::NoSuchPort { .. }
+            | Self::NotInRegistry(_)
+            | Self::NotServedYet
+            | Self::UnknownWorkload
+            | Self::Tunnel(TunnelError::Closing(_) | TunnelError::Request(_) | TunnelError::Refused(_)) => "CONNECT",
+            Self::LostOriginalDestination
+            | Self::ReservedPort(_)
+            | Self::BadRequest(_)
+            | Self::ForeignAuthority(_)
+            | Self::Broken(_)
+            | Self::Cut(Cut::PodGone | Cut::Shutdown) => "-",
+        }
+    }
+
+    /// Whether nothing has reached the application and the same connection may succeed a moment later: the destination's
+    /// node has not finished enrolling it, or another endpoint may answer.
+    pub fn retryable(&self) -> bool {
+        match self {
+            Self::NotServedYet | Self::UnknownWorkload | Self::Tunnel(TunnelError::Closing(_)) => true,
+            Self::Dial { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable
+            ),
+            Self::LostOriginalDestination
+            | Self::ReservedPort(_)
+            | Self::NoSuchPort { .. }
+            | Self::NoEndpoint(_)
+            | Self::NotInRegistry(_)
+            | Self::Identity(_)
+            | Self::DialTimeout(_)
+            | Self::Tls { .. }
+            | Self::Tunnel(_)
+            | Self::Denied(_)
+            | Self::BadRequest(_)
+            | Self::ForeignAuthority(_)
+            | Self::Application { .. }
+            | Self::Broken(_)
+            | Self::Cut(_) => false,
+        }
+    }
+}
+
+impl From<Broken<Cut>> for Failure {
+    fn from(broken: Broken<Cut>) -> Self {
+        match broken {
+            Broken::Read { source, .. } | Broken::Write { source, .. } => Self::Broken(source),
+            Broken::Cut(cut) => Self::Cut(cut),
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Into a pod: every way in ends in [`admit`], which is where policy is enforced.
+//!
+//! HBONE from other nodes, plaintext steered here by the pod's sk_lookup program, and connections of pods of this node,
+//! handed over in process with the identity the kernel vouches for.
+
+use std::{io, net::SocketAddr, sync::Arc};
+
+use http::StatusCode;
+use tokio::{net::TcpStream, sync::watch, time::timeout};
+
+use super::{
+    CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
+    live::{Cut, Registration},
+    outcome::{Direction, Outcome, Party},
+};
+use crate::{
+    config::Snapshot,
+    hbone::{
+        HANDSHAKE_TIMEOUT,
+        headers::{Authority, ConnectRequest},
+        server::{self, Offer},
+    },
+    id::{SpiffeId, canonical},
+    io::{
+        relay::relay,
+        socket::{self, Source, reset_on_close, tune},
+    },
+    policy::{Facts, Permit},
+    route::Workload,
+    tls::{self, HandshakeFailure, ServerStream},
+};
+
+/// A connection that was let in: the application's end of it, and the reason to end it early.
+pub struct Admitted {
+    pub application: TcpStream,
+    pub registration: Registration,
+}
+
+/// Authorizes a connection into `pod` and connects to the application with the client's address.
+pub async fn admit(proxy: &Proxy, pod: &ServedPod, facts: Facts, outcome: &mut Outcome) -> Result<Admitted, Failure> {
+    let to = facts.destination;
+    if mesh_common::is_reserved_port(to.port()) {
+        return Err(Failure::ReservedPort(to.port()));
+    }
+    let client = facts.source;
+    let registration = proxy.live.register(pod.uid.clone(), facts.clone());
+    let permit = {
+        let snapshot = proxy.config.load();
+        let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
+        describe(outcome, &snapshot, workload, &facts);
+        for policy in workload.policy.observed(&facts) {
+            tracing::info!(target: "audit", policy, source = %client, identity = ?facts.peer, destination = %to, "connection matches");
+        }
+        workload.policy.authorize(&facts)?
+    };
+    let application = connect_application(pod, to, client, &permit).await?;
+    Ok(Admitted { application, registration })
+}
+
+fn describe(outcome: &mut Outcome, snapshot: &Snapshot, workload: &Arc<Workload>, facts: &Facts) {
+    outcome.destination = Party { address: Some(facts.destination), identity: Some(workload.identity.clone()), workload: Some(workload.clone()) };
+    outcome.source.identity.clone_from(&facts.peer);
+    outcome.source.workload = snapshot.workload_by_ip(facts.source).cloned();
+}
+
+async fn connect_application(pod: &ServedPod, to: SocketAddr, client: std::net::IpAddr, _permit: &Permit) -> Result<TcpStream, Failure> {
+    let source = if client.is_ipv4() == to.is_ipv4() { Source::Client(client) } else { Source::Own };
+    match timeout(CONNECT_TIMEOUT, socket::connect(&pod.netns, to, source)).await {
+        Ok(connected) => connected.map_err(|source| Failure::Application { to, source }),
+        Err(_) => Err(Failure::Application { to, source: io::ErrorKind::TimedOut.into() }),
+    }
+}
+
+/// A plaintext connection from outside the mesh, as accepted on the inbound listener.
+pub async fn serve_plaintext(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr) {
+    let mut outcome = Outcome::new(&proxy.metrics, Direction::Inbound);
+    outcome.source.address = Some(client);
+    let result = plaintext(&proxy, &pod, downstream, client, &mut outcome).await;
+    if let Err(failure) = result {
+        outcome.fail(failure);
+    }
+}
+
+async fn plaintext(proxy: &Proxy, pod: &ServedPod, downstream: TcpStream, client: SocketAddr, outcome: &mut Outcome) -> Result<(), Failure> {
+    // The steered socket's own address is the original destination.
+    let destination = downstream.local_addr().map_err(Failure::Broken)?;
+    let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
+    outcome.destination.address = Some(destination);
+    let facts = Facts { peer: None, source: client.ip(), destination };
+    let admitted = match admit(proxy, pod, facts, outcome).await {
+        Ok(admitted) => admitted,
+        Err(failure) => {
+            reset_on_close(&downstream);
+            return Err(failure);
+        }
+    };
+    tune(&downstream).map_err(Failure::Broken)?;
+    outcome.opened();
+    let mut registration = admitted.registration;
+    Ok(relay(downstream, admitted.application, &outcome.traffic.clone(), cut(&mut registration, pod)).await?)
+}
+
+/// Completes when policy or the end of the pod wants the connection ended.
+pub async fn cut(registration: &mut Registration, pod: &ServedPod) -> Cut {
+    tokio::select! {
+        biased;
+        reason = registration.cut() => reason,
+        reason = pod.ended() => reason,
+    }
+}
+
+/// An HBONE connection, as accepted on the HBONE listener. `drain` turns true when the pod takes no new tunnels.
+pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, mut drain: watch::Receiver<bool>) {
+    let local = match stream.local_addr() {
+        Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
+        Err(_) => return,
+    };
+    let (stream, peer) = match accept_tls(&proxy, &pod, stream).await {
+        Ok(accepted) => accepted,
+        Err(failure) => return refused_handshake(&proxy, client, failure),
+    };
+    proxy.metrics.hbone_connections.inc();
+    let connection = HboneConnection { proxy: proxy.clone(), pod: pod.clone(), peer, client, local };
+    let serving = server::serve(stream, |offer| drop(tokio::spawn(serve_offer(connection.clone(), offer))), async move {
+        // Without a sender there is nobody to ask for a drain.
+        if drain.wait_for(|d| *d).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    });
+    tokio::select! {
+        result = serving => if let Err(error) = result {
+            tracing::debug!(target: "proxy", %client, %error, "HBONE connection ended");
+        },
+        _ = pod.ended() => {}
+    }
+    proxy.metrics.hbone_connections.dec();
+}
+
+fn refused_handshake(proxy: &Arc<Proxy>, client: SocketAddr, failure: Failure) {
+    if let Failure::Tls { kind, .. } = &failure {
+        proxy.metrics.handshake_failure("server", kind.reason());
+    }
+    let mut outcome = Outcome::new(&proxy.metrics, Direction::Inbound);
+    outcome.source.address = Some(client);
+    outcome.fail(failure);
+}
+
+async fn accept_tls(proxy: &Proxy, pod: &ServedPod, stream: TcpStream) -> Result<(ServerStream<TcpStream>, SpiffeId), Failure> {
+    tune(&stream).map_err(Failure::Broken)?;
+    let identity = proxy.config.load().workload(&pod.uid).map(|w| w.identity.clone()).ok_or(Failure::UnknownWorkload)?;
+    let credentials = proxy.identity.credentials(&identity).await.map_err(Failure::Identity)?;
+    let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(&credentials, stream)).await;
+    let accepted = accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+    accepted.map_err(|source| Failure::Tls { kind: HandshakeFailure::of(&source), source })
+}
+
+#[derive(Clone)]
+struct HboneConnection {
+    proxy: Arc<Proxy>,
+    pod: Arc<ServedPod>,
+    peer: SpiffeId,
+    client: SocketAddr,
+    local: SocketAddr,
+}
+
+async fn serve_offer(connection: HboneConnection, offer: Offer) {
+    let mut outcome = Outcome::new(&connection.proxy.metrics, Direction::Inbound);
+    outcome.source = Party { address: Some(connection.client), identity: Some(connection.peer.clone()), workload: None };
+    outcome.tunnel = Some(connection.local);
+    let admitted = match answer(&connection, &offer, &mut outcome).await {
+        Ok(admitted) => admitted,
+        Err(failure) => {
+            offer.refuse(status(&failure));
+            return outcome.fail(failure);
+        }
+    };
+    let tunnel = match offer.accept() {
+        Ok(tunnel) => tunnel,
+        Err(error) => {
+            reset_on_close(&admitted.application);
+            return outcome.fail(Failure::Broken(io::Error::other(error)));
+        }
+    };
+    outcome.opened();
+    let mut registration = admitted.registration;
+    let traffic = outcome.traffic.clone();
+    if let Err(broken) = relay(tunnel, admitted.application, &traffic, cut(&mut registration, &connection.pod)).await {
+        outcome.fail(broken.into());
+    }
+}
+
+async fn answer(connection: &HboneConnection, offer: &Offer, outcome: &mut Outcome) -> Result<Admitted, Failure> {
+    let request = offer.request.as_ref().map_err(|e| Failure::BadRequest(e.clone()))?;
+    let destination = destination(connection, request)?;
+    outcome.destination.address = Some(destination);
+    let facts = Facts { peer: Some(connection.peer.clone()), source: connection.client.ip(), destination };
+    admit(&connection.proxy, &connection.pod, facts, outcome).await
+}
+
+/// The application's address: it must be of the pod the connection came to.
+fn destination(connection: &HboneConnection, request: &ConnectRequest) -> Result<SocketAddr, Failure> {
+    let own = |address: SocketAddr| address.ip() == connection.local.ip();
+    match &request.authority {
+        Authority::Address(address) if own(*address) => Ok(*address),
+        authority @ Authority::Address(_) => Err(Failure::ForeignAuthority(authority.to_string())),
+        Authority::Host { name, port } => {
+            let snapshot = connection.proxy.config.load();
+            let found = endpoint_here(&snapshot, name, *port, own);
+            found.ok_or_else(|| Failure::NoEndpoint(crate::id::ObjectName::new("", name)))
+        }
+    }
+}
+
+/// The endpoint of a service, by its cluster name, that is this pod.
+fn endpoint_here(snapshot: &Snapshot, host: &str, port: u16, own: impl Fn(SocketAddr) -> bool) -> Option<SocketAddr> {
+    let mut labels = host.split('.');
+    let (name, namespace, svc) = (labels.next()?, labels.next()?, labels.next()?);
+    let service = snapshot.services().iter().find(|s| svc == "svc" && &*s.name.name == name && &*s.name.namespace == namespace)?;
+    service.port(port)?.endpoints.iter().map(|e| e.address).find(|a| own(*a))
+}
+
+/// The answer to a CONNECT that cannot be served, as ztunnel gives it.
+fn status(failure: &Failure) -> StatusCode {
+    match failure {
+        Failure::BadRequest(_) | Failure::ForeignAuthority(_) | Failure::ReservedPort(_) => StatusCode::BAD_REQUEST,
+        Failure::Denied(_) => StatusCode::UNAUTHORIZED,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+

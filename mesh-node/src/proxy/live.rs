@@ -1,0 +1,106 @@
+//! Connections that are under way into this node's pods, so that a policy change can end those it denies.
+//!
+//! A connection registers before its policy is checked: a change between the two is seen by one or the other.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use tokio::sync::watch;
+
+use crate::{config::Snapshot, id::WorkloadUid, policy::Facts};
+
+/// Why a connection is ended from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    PolicyChanged,
+    PodGone,
+    Shutdown,
+}
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PolicyChanged => "the connection is not allowed any more",
+            Self::PodGone => "the pod is gone",
+            Self::Shutdown => "the proxy is shutting down",
+        })
+    }
+}
+
+/// The registry; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Live(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    next: AtomicU64,
+    // Sharded by nothing: touched once when a connection opens and once when it closes.
+    entries: Mutex<HashMap<u64, Entry>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    workload: WorkloadUid,
+    facts: Facts,
+    cut: watch::Sender<Option<Cut>>,
+}
+
+/// A registered connection; dropping it removes it.
+#[derive(Debug)]
+pub struct Registration {
+    id: u64,
+    live: Live,
+    cut: watch::Receiver<Option<Cut>>,
+}
+
+impl Live {
+    pub fn register(&self, workload: WorkloadUid, facts: Facts) -> Registration {
+        let id = self.0.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = watch::channel(None);
+        self.lock().insert(id, Entry { workload, facts, cut: sender });
+        Registration { id, live: self.clone(), cut: receiver }
+    }
+
+    /// Cuts the connections this snapshot's policies deny; how many.
+    pub fn recheck(&self, snapshot: &Snapshot) -> usize {
+        let entries = self.lock();
+        let denied = entries.values().filter(|e| {
+            // A workload that is gone from the configuration is the pod watcher's business: its end is not a policy change.
+            snapshot.workload(&e.workload).is_some_and(|w| w.policy.authorize(&e.facts).is_err())
+        });
+        denied.filter(|e| e.cut.send_replace(Some(Cut::PolicyChanged)).is_none()).count()
+    }
+
+    /// Connections into one workload, or all.
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Entry>> {
+        self.0.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registration {
+    /// Completes when the connection is to end.
+    pub async fn cut(&mut self) -> Cut {
+        let cut = self.cut.wait_for(Option::is_some).await.map(|cut| *cut);
+        match cut {
+            Ok(cut) => cut.unwrap_or(Cut::Shutdown),
+            // The entry lives as long as this registration.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.live.lock().remove(&self.id);
+    }
+}

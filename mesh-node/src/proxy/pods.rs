@@ -1,0 +1,77 @@
+//! The pods this process serves, by UID and by address.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use super::live::Cut;
+use crate::{id::WorkloadUid, io::netns::Netns};
+
+/// A pod whose listeners this process holds.
+#[derive(Debug)]
+pub struct ServedPod {
+    pub uid: WorkloadUid,
+    pub netns: Arc<Netns>,
+    pub addresses: Vec<IpAddr>,
+    ended: watch::Sender<Option<Cut>>,
+}
+
+impl ServedPod {
+    pub fn new(uid: WorkloadUid, netns: Arc<Netns>, addresses: Vec<IpAddr>) -> Arc<Self> {
+        Arc::new(Self { uid, netns, addresses, ended: watch::Sender::new(None) })
+    }
+
+    /// Completes when all of the pod's connections are to end.
+    pub async fn ended(&self) -> Cut {
+        let mut receiver = self.ended.subscribe();
+        let cut = receiver.wait_for(Option::is_some).await.map(|cut| *cut);
+        cut.ok().flatten().unwrap_or(Cut::PodGone)
+    }
+
+    /// Ends all of the pod's connections.
+    pub fn end(&self, cut: Cut) {
+        self.ended.send_if_modified(|e| e.is_none() && e.replace(cut).is_none());
+    }
+
+    /// The pod's address of the family of `like`.
+    pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
+        self.addresses.iter().copied().find(|a| a.is_ipv4() == like.is_ipv4())
+    }
+}
+
+/// All served pods. Reading is lock-free; changes are rare.
+#[derive(Debug, Default)]
+pub struct Pods {
+    by_uid: ArcSwap<HashMap<WorkloadUid, Arc<ServedPod>>>,
+    writing: Mutex<()>,
+}
+
+impl Pods {
+    pub fn by_uid(&self, uid: &WorkloadUid) -> Option<Arc<ServedPod>> {
+        self.by_uid.load().get(uid).cloned()
+    }
+
+    pub fn insert(&self, pod: Arc<ServedPod>) {
+        self.change(|pods| drop(pods.insert(pod.uid.clone(), pod)));
+    }
+
+    pub fn remove(&self, uid: &WorkloadUid) {
+        self.change(|pods| drop(pods.remove(uid)));
+    }
+
+    pub fn all(&self) -> Vec<Arc<ServedPod>> {
+        self.by_uid.load().values().cloned().collect()
+    }
+
+    fn change(&self, f: impl FnOnce(&mut HashMap<WorkloadUid, Arc<ServedPod>>)) {
+        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = HashMap::clone(&self.by_uid.load());
+        f(&mut pods);
+        self.by_uid.store(Arc::new(pods));
+    }
+}

@@ -1,0 +1,4 @@
+//! Where the configuration comes from. A source turns what it sees into batches of [`crate::config::Change`].
+
+pub mod directory;
+pub mod manifest;

@@ -1,0 +1,416 @@
+//! A directory of Kubernetes YAML as the source: what people have, without a cluster.
+//!
+//! Every `*.yaml`, `*.yml` and `*.json` below the directory is read; hidden files are not. Changes are noticed through
+//! inotify and, where that does not reach (network file systems, symbolic links), by looking again every few seconds.
+//! All files that changed together take effect together. A file some process has open for writing is not read until it
+//! is closed, so a half-written file never takes effect; neither does one that changes while it is read.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Read},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::mpsc,
+    time::Instant,
+};
+
+use super::manifest::{self, MAX_FILE};
+use crate::config::store::{Change, Content, Origin};
+
+/// Directories below the root, and files in all of them.
+const MAX_DEPTH: usize = 8;
+const MAX_FILES: usize = 100_000;
+/// Changes that come within this time of each other take effect together.
+const SETTLE: Duration = Duration::from_millis(20);
+/// How often a file that is being written is looked at again.
+const PENDING: Duration = Duration::from_millis(50);
+/// How long the first reading waits for files that are being written.
+const FIRST_WAIT: Duration = Duration::from_secs(2);
+/// How often everything is looked at without having been told to.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// Tells one version of a file from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Version {
+    inode: (u64, u64),
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Version {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            inode: (metadata.dev(), metadata.ino()),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+/// Watches one directory.
+#[derive(Debug)]
+pub struct Directory {
+    root: PathBuf,
+    default_namespace: String,
+    known: BTreeMap<PathBuf, Version>,
+}
+
+/// One look at the directory.
+#[derive(Debug, Default)]
+struct Look {
+    changes: Vec<Change>,
+    /// Files that are being written.
+    pending: usize,
+}
+
+impl Directory {
+    /// A source for an existing directory.
+    pub fn open(root: &Path, default_namespace: &str) -> io::Result<Self> {
+        fs::read_dir(root)?;
+        Ok(Self { root: root.to_owned(), default_namespace: default_namespace.to_owned(), known: BTreeMap::new() })
+    }
+
+    /// Feeds changes until nobody takes them. The first batch is the whole directory, also when it is empty.
+    pub async fn run(mut self, changes: mpsc::Sender<Vec<Change>>) -> io::Result<()> {
+        let mut watch = Watch::new()?;
+        let started = Instant::now();
+        let mut first = true;
+        loop {
+            watch.cover(&self.root);
+            let look;
+            (self, look) = tokio::task::spawn_blocking(move || {
+                let look = self.look();
+                (self, look)
+            })
+            .await
+            .map_err(io::Error::other)?;
+            let wait_more = first && look.pending > 0 && started.elapsed() < FIRST_WAIT;
+            if wait_more {
+                // Nothing of an incomplete first reading takes effect.
+                self.known.clear();
+            } else if (first || !look.changes.is_empty()) && changes.send(look.changes).await.is_err() {
+                return Ok(());
+            } else {
+                first = false;
+            }
+            if look.pending > 0 {
+                tokio::time::sleep(PENDING).await;
+            } else {
+                watch.changed(LOOK_AGAIN).await;
+            }
+        }
+    }
+
+    fn look(&mut self) -> Look {
+        let mut files = BTreeMap::new();
+        let mut look = Look::default();
+        let overflow = find(&self.root, MAX_DEPTH, &mut files);
+        let gone = self.known.keys().filter(|p| !files.contains_key(*p)).cloned().collect::<Vec<_>>();
+        for path in gone {
+            self.known.remove(&path);
+            look.changes.push(Change { origin: origin(&path), content: Content::Gone });
+        }
+        if overflow {
+            let content = Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"));
+            look.changes.push(Change { origin: origin(&self.root), content });
+        }
+        for (path, version) in files {
+            if self.known.get(&path) == Some(&version) {
+                continue;
+            }
+            match read(&path, &version, &self.default_namespace) {
+                Some(content) => {
+                    self.known.insert(path.clone(), version);
+                    look.changes.push(Change { origin: origin(&path), content });
+                }
+                None => look.pending += 1,
+            }
+        }
+        look
+    }
+}
+
+fn origin(path: &Path) -> Origin {
+    Origin(Arc::new(path.to_owned()))
+}
+
+/// Collects the manifests below a directory. True when there were too many.
+fn find(directory: &Path, depth: usize, files: &mut BTreeMap<PathBuf, Version>) -> bool {
+    let mut overflow = false;
+    for entry in fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok) {
+        let path = entry.path();
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        // Follows symbolic links: that is how a ConfigMap is mounted.
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        if metadata.is_dir() && depth > 0 {
+            overflow |= find(&path, depth - 1, files);
+        } else if metadata.is_file() && is_manifest(&path) {
+            if files.len() >= MAX_FILES {
+                return true;
+            }
+            files.insert(path, Version::of(&metadata));
+        }
+    }
+    overflow
+}
+
+fn is_manifest(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
+}
+
+/// A file's content, or `None` while it is being written.
+fn read(path: &Path, version: &Version, default_namespace: &str) -> Option<Content> {
+    let unreadable = |e: &dyn std::fmt::Display| Some(Content::Unreadable(format!("cannot be read: {e}")));
+    if version.size > MAX_FILE {
+        return Some(Content::Unreadable(format!("is {} bytes, the limit is {MAX_FILE}; split the file", version.size)));
+    }
+    let file = match File::open(path) {
+        Ok(file) => file,
+        // Replaced or removed between looking and opening: the next look decides.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Err(error) => return unreadable(&error),
+    };
+    let Some(_lease) = Lease::take(&file) else { return None };
+    let mut bytes = Vec::new();
+    if let Err(error) = (&file).take(MAX_FILE + 1).read_to_end(&mut bytes) {
+        return unreadable(&error);
+    }
+    if fs::metadata(path).map(|m| Version::of(&m)).ok().as_ref() != Some(version) {
+        return None;
+    }
+    Some(match String::from_utf8(bytes) {
+        Ok(text) => manifest::read(&text, default_namespace),
+        Err(error) => Content::Unreadable(format!("is not UTF-8 text ({error}); correct the file")),
+    })
+}
+
+/// A read lease: the kernel grants it only while no process has the file open for writing.
+struct Lease<'a>(Option<&'a File>);
+
+impl<'a> Lease<'a> {
+    /// `None` when somebody is writing. A file system without leases gets the benefit of the doubt.
+    fn take(file: &'a File) -> Option<Self> {
+        match lease(file, libc::F_RDLCK) {
+            Ok(()) => Some(Self(Some(file))),
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => None,
+            Err(_) => Some(Self(None)),
+        }
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        if let Some(file) = self.0 {
+            let _ = lease(file, libc::F_UNLCK);
+        }
+    }
+}
+
+/// `F_SETSIG` of fcntl(2), the same on every architecture.
+const F_SETSIG: libc::c_int = 10;
+
+fn lease(file: &File, kind: libc::c_int) -> io::Result<()> {
+    // A writer that opens the file meanwhile is held up by the kernel until the lease is dropped; the SIGIO that tells
+    // us so would end the process, so it is turned into a signal that is ignored by default.
+    // SAFETY: fcntl on a descriptor we own, with integer arguments.
+    let ret = unsafe {
+        libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG);
+        libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind)
+    };
+    if ret == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// An inotify instance the runtime can wait for.
+struct Events(Inotify);
+
+impl AsRawFd for Events {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+impl AsFd for Events {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Notices changes below a directory.
+struct Watch(Option<AsyncFd<Events>>);
+
+impl Watch {
+    fn new() -> io::Result<Self> {
+        match Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC) {
+            Ok(inotify) => {
+                // SAFETY: the value owns the descriptor it names, and keeps it for as long as it lives.
+                let events = unsafe { AsyncFd::register_with_interest(Events(inotify), Interest::READABLE) };
+                Ok(Self(Some(events.map_err(io::Error::from)?)))
+            }
+            Err(error) => {
+                tracing::warn!(target: "config", %error, "no inotify: changes are noticed every {} s", LOOK_AGAIN.as_secs());
+                Ok(Self(None))
+            }
+        }
+    }
+
+    /// Watches every directory below `root`; watching one again changes nothing.
+    fn cover(&self, root: &Path) {
+        let Some(inotify) = &self.0 else { return };
+        let flags = AddWatchFlags::IN_CLOSE_WRITE
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_MOVED_FROM
+            | AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_DELETE
+            | AddWatchFlags::IN_ATTRIB;
+        let mut stack = vec![(root.to_owned(), MAX_DEPTH)];
+        while let Some((directory, depth)) = stack.pop() {
+            // A directory that cannot be watched is still looked at every few seconds.
+            let _ = inotify.get_ref().0.add_watch(&directory, flags);
+            if depth == 0 {
+                continue;
+            }
+            let entries = fs::read_dir(&directory).into_iter().flatten().filter_map(Result::ok);
+            stack.extend(entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| (e.path(), depth - 1)));
+        }
+    }
+
+    /// Completes a moment after a change, or after `at_most`.
+    async fn changed(&mut self, at_most: Duration) {
+        let Some(inotify) = &mut self.0 else { return tokio::time::sleep(at_most.min(Duration::from_secs(1))).await };
+        if tokio::time::timeout(at_most, drain(inotify)).await.is_ok() {
+            // What else belongs to the same change comes at once.
+            let _ = tokio::time::timeout(SETTLE, async {
+                loop {
+                    drain(inotify).await;
+                }
+            })
+            .await;
+        }
+    }
+}
+
+/// Waits for events and takes them all.
+async fn drain(inotify: &mut AsyncFd<Events>) {
+    let Ok(mut ready) = inotify.readable_mut().await else { return std::future::pending().await };
+    while ready.get_inner().0.read_events().is_ok_and(|events| !events.is_empty()) {}
+    ready.clear_ready();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::{
+        config::{Configuration, MeshSettings, Publisher},
+        id::TrustDomain,
+    };
+
+    fn namespace(name: &str) -> String {
+        format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: None}}\n")
+    }
+
+    struct Running {
+        dir: tempfile::TempDir,
+        config: Configuration,
+    }
+
+    fn start() -> Running {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mesh = Arc::new(MeshSettings::new("n", TrustDomain::parse("cluster.local").expect("valid")));
+        let (sender, receiver) = mpsc::channel(4);
+        let (publisher, config) = Publisher::new(mesh, receiver);
+        tokio::spawn(publisher.run());
+        tokio::spawn(Directory::open(dir.path(), "default").expect("open").run(sender));
+        Running { dir, config }
+    }
+
+    impl Running {
+        fn services(&self) -> Vec<String> {
+            self.config.load().services().iter().map(|s| s.name.name.to_string()).collect()
+        }
+
+        fn errors(&self) -> String {
+            self.config.statuses().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+        }
+
+        async fn wait_for(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+            for _ in 0..500 {
+                if condition(self) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            panic!("{what}: {:?} {}", self.services(), self.errors());
+        }
+    }
+
+    #[tokio::test]
+    async fn files_come_change_and_go() {
+        let running = start();
+        running.wait_for("empty start", |r| r.config.is_ready()).await;
+        let file = running.dir.path().join("a.yaml");
+        fs::write(&file, namespace("one")).expect("write");
+        running.wait_for("created", |r| r.services() == ["one"]).await;
+        fs::write(&file, format!("{}---\n{}", namespace("one"), namespace("two"))).expect("write");
+        running.wait_for("changed", |r| r.services() == ["one", "two"]).await;
+        fs::create_dir(running.dir.path().join("sub")).expect("mkdir");
+        fs::write(running.dir.path().join("sub/b.json"), r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"three"}}"#).expect("write");
+        running.wait_for("below", |r| r.services() == ["one", "three", "two"]).await;
+        fs::remove_file(&file).expect("remove");
+        running.wait_for("removed", |r| r.services() == ["three"]).await;
+        fs::write(running.dir.path().join(".hidden.yaml"), namespace("no")).expect("write");
+        fs::write(running.dir.path().join("notes.txt"), namespace("no")).expect("write");
+        fs::write(&file, namespace("four")).expect("write");
+        running.wait_for("only manifests", |r| r.services() == ["four", "three"]).await;
+    }
+
+    #[tokio::test]
+    async fn a_file_being_written_takes_effect_when_it_is_closed() {
+        let running = start();
+        running.wait_for("empty start", |r| r.config.is_ready()).await;
+        let mut file = File::create(running.dir.path().join("a.yaml")).expect("create");
+        file.write_all(namespace("half").as_bytes()).expect("write");
+        file.sync_all().expect("sync");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(running.services(), Vec::<String>::new());
+        file.write_all(format!("---\n{}", namespace("whole")).as_bytes()).expect("write");
+        drop(file);
+        running.wait_for("closed", |r| r.services() == ["half", "whole"]).await;
+    }
+
+    #[tokio::test]
+    async fn garbage_keeps_the_last_good_content_and_says_so() {
+        let running = start();
+        let file = running.dir.path().join("a.yaml");
+        fs::write(&file, namespace("good")).expect("write");
+        running.wait_for("good", |r| r.services() == ["good"]).await;
+        for garbage in [&b"a: [\nb: }"[..], b"\xff\xfe\x00garbage", b"\x00\x00\x00"] {
+            fs::write(&file, garbage).expect("write");
+            running.wait_for("garbage named", |r| r.errors().contains("a.yaml: error")).await;
+            assert_eq!(running.services(), ["good"]);
+            fs::write(&file, namespace("good")).expect("write");
+            running.wait_for("good again", |r| r.errors().is_empty()).await;
+        }
+        let huge = File::create(running.dir.path().join("huge.yaml")).expect("create");
+        huge.set_len(MAX_FILE + 1).expect("sparse");
+        drop(huge);
+        running.wait_for("huge named", |r| r.errors().contains("the limit is")).await;
+        assert_eq!(running.services(), ["good"]);
+    }
+}

@@ -1,0 +1,122 @@
+//! From the text of a file to objects: any mix of Kubernetes YAML or JSON documents, `List`s included.
+
+use serde_json::Value;
+
+use crate::{
+    config::store::Content,
+    resource::{self, Parsed},
+};
+
+/// The largest file read, bytes.
+pub const MAX_FILE: u64 = 64 * 1024 * 1024;
+/// YAML events, nodes and documents of one file: far above what fits in [`MAX_FILE`] honestly, far below what aliases could
+/// blow it up to.
+const MAX_EVENTS: usize = 16_000_000;
+const MAX_DOCUMENTS: usize = 200_000;
+/// Nesting of `List`s within `List`s.
+const MAX_LISTS: usize = 4;
+
+/// Reads a file's text. Objects without a namespace get `default_namespace`.
+pub fn read(text: &str, default_namespace: &str) -> Content {
+    let documents = match documents(text) {
+        Ok(documents) => documents,
+        Err(problem) => return Content::Unreadable(format!("is not YAML: {problem}; correct the file")),
+    };
+    let (mut objects, mut rejections) = (Vec::new(), Vec::new());
+    for document in documents.into_iter().flat_map(|d| flatten(d, MAX_LISTS)) {
+        match resource::parse(document, default_namespace) {
+            Ok(Parsed::Object(named)) => objects.push(*named),
+            Ok(Parsed::Ignored(kind)) => tracing::debug!(target: "config", %kind, "ignored: not a kind of the mesh"),
+            Err(rejection) => rejections.push(rejection),
+        }
+    }
+    Content::Read { objects, rejections }
+}
+
+fn documents(text: &str) -> Result<Vec<Value>, String> {
+    let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_documents: MAX_DOCUMENTS };
+    let options = serde_saphyr::options! { budget: budget, with_snippet: false };
+    let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options).map_err(|e| one_line(&e.to_string()))?;
+    Ok(documents.into_iter().filter(|d| !d.is_null()).collect())
+}
+
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// The items of a `List` (also a `PodList` and the like), or the document itself.
+fn flatten(document: Value, depth: usize) -> Vec<Value> {
+    let is_list = document.get("kind").and_then(Value::as_str).is_some_and(|k| k.ends_with("List"));
+    match document {
+        Value::Object(mut fields) if is_list && depth > 0 => match fields.remove("items") {
+            Some(Value::Array(items)) => {
+                let item_kind = inherited(&fields);
+                items.into_iter().flat_map(|i| flatten(with_kind(i, item_kind.as_ref()), depth - 1)).collect()
+            }
+            _ => Vec::new(),
+        },
+        other => vec![other],
+    }
+}
+
+/// Version and kind of the items of a typed list, which need not repeat them.
+fn inherited(list: &serde_json::Map<String, Value>) -> Option<(Value, Value)> {
+    let kind = list.get("kind")?.as_str()?.strip_suffix("List").filter(|k| !k.is_empty())?;
+    Some((list.get("apiVersion")?.clone(), Value::from(kind)))
+}
+
+fn with_kind(item: Value, inherited: Option<&(Value, Value)>) -> Value {
+    match (item, inherited) {
+        (Value::Object(mut fields), Some((version, kind))) => {
+            fields.entry("apiVersion").or_insert_with(|| version.clone());
+            fields.entry("kind").or_insert_with(|| kind.clone());
+            Value::Object(fields)
+        }
+        (item, _) => item,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(text: &str) -> Option<(usize, usize)> {
+        match read(text, "default") {
+            Content::Read { objects, rejections } => Some((objects.len(), rejections.len())),
+            _ => None,
+        }
+    }
+
+    const NAMESPACE: &str = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n";
+
+    #[test]
+    fn documents_lists_and_json_are_read() {
+        assert_eq!(counts(""), Some((0, 0)));
+        assert_eq!(counts("---\n# nothing\n---\n"), Some((0, 0)));
+        assert_eq!(counts(&format!("{NAMESPACE}---\n{}", NAMESPACE.replace("name: a", "name: b"))), Some((2, 0)));
+        assert_eq!(counts(r#"{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"a"}}"#), Some((1, 0)));
+        let list = "apiVersion: v1\nkind: List\nitems:\n- apiVersion: v1\n  kind: Namespace\n  metadata: {name: a}\n- {apiVersion: apps/v1, kind: Deployment, metadata: {name: x}}\n- 7\n";
+        assert_eq!(counts(list), Some((1, 1)));
+        assert_eq!(counts("apiVersion: v1\nkind: NamespaceList\nitems: [{metadata: {name: a}}, {metadata: {name: b}}]\n"), Some((2, 0)));
+    }
+
+    #[test]
+    fn one_bad_object_does_not_hurt_the_others() {
+        let bad = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: x}\nspec: {mtls: {mode: NO}}\n";
+        assert_eq!(counts(&format!("{NAMESPACE}---\n{bad}---\njust text\n---\n[1, 2]\n")), Some((1, 3)));
+    }
+
+    #[test]
+    fn broken_yaml_and_alias_bombs_make_the_file_unreadable() {
+        assert_eq!(counts("a: [1, 2\nb: }"), None);
+        assert_eq!(counts(&format!("{NAMESPACE}  labels: {{")), None);
+        let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for i in 1..12 {
+            let previous = format!("*a{}", i - 1);
+            bomb += &format!("a{i}: &a{i} [{}]\n", vec![previous; 9].join(", "));
+        }
+        assert_eq!(counts(&bomb), None);
+        assert_eq!(counts(&"[".repeat(100_000)), None);
+        assert_eq!(counts("\u{0}\u{1}\u{2}"), None);
+    }
+}
