@@ -1,0 +1,183 @@
+//! A node: a network namespace with a mesh-node in it.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use mesh_node::io::netns::Netns;
+use nix::sys::signal::Signal;
+
+use super::{Bed, Process, cgroup, pins, process, program, wait_for};
+
+/// How the mesh-node of a node is run.
+#[derive(Debug, Clone, Default)]
+pub struct NodeOptions {
+    /// More arguments of `mesh-node run`.
+    pub arguments: Vec<String>,
+}
+
+impl NodeOptions {
+    pub fn with(arguments: &[&str]) -> Self {
+        Self { arguments: arguments.iter().map(|a| (*a).to_owned()).collect() }
+    }
+}
+
+/// A node of a bed.
+#[derive(Debug)]
+pub struct Node {
+    pub name: String,
+    pub netns: PathBuf,
+    pub cgroup: PathBuf,
+    pub pins: PathBuf,
+    log: PathBuf,
+    arguments: Vec<String>,
+    process: Option<Process>,
+}
+
+const ADMIN: &str = "127.0.0.1:15000";
+
+impl Node {
+    pub(super) fn new(bed: &Bed, index: usize, options: &NodeOptions) -> Result<Self> {
+        let name = format!("node{}", index + 1);
+        let cgroup = cgroup::bed(&bed.id).join(&name);
+        for part in ["mesh-node", "kubepods/burstable", "kubepods/besteffort"] {
+            fs::create_dir_all(cgroup.join(part)).with_context(|| format!("cgroup {}", cgroup.display()))?;
+        }
+        let pins = pins(&bed.id).join(&name);
+        let path = |p: PathBuf| p.display().to_string();
+        let mut arguments: Vec<String> = ["run", "--node", &name, "--admin", ADMIN].map(str::to_owned).into();
+        for (flag, value) in [
+            ("--config-dir", bed.config()),
+            ("--ca-dir", bed.directory.join("ca")),
+            ("--cgroup-root", cgroup.clone()),
+            ("--bpf-dir", pins.clone()),
+        ] {
+            arguments.extend([flag.to_owned(), path(value)]);
+        }
+        arguments.extend(options.arguments.iter().cloned());
+        let log = bed.directory.join(format!("logs/{name}.log"));
+        Ok(Self { netns: bed.node_netns(index), cgroup, pins, log, arguments, process: None, name })
+    }
+
+    /// Starts mesh-node.
+    pub fn start(&mut self) -> Result<()> {
+        let log = OpenOptions::new().create(true).append(true).open(&self.log)?;
+        let mut command = Command::new(program("mesh-node"));
+        command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        process::place(&mut command, Some(self.netns.clone()), Some(self.cgroup.join("mesh-node")), None);
+        self.process = Some(Process::start(command)?);
+        Ok(())
+    }
+
+    /// Waits until it has read its configuration and captured its pods.
+    pub fn wait_ready(&self) -> Result<()> {
+        let ready = wait_for("mesh-node ready", Duration::from_secs(20), || Ok(self.admin("/healthz/ready")?.starts_with("ready")));
+        ready.with_context(|| format!("{}: {}", self.name, self.log_text()))
+    }
+
+    /// Stops it the polite way.
+    pub fn stop(&mut self) -> Result<()> {
+        let Some(mut process) = self.process.take() else { return Ok(()) };
+        process.signal(Signal::SIGTERM);
+        let status = process.wait(Duration::from_secs(15));
+        ensure!(status.success(), "{} ended with {status}: {}", self.name, self.log_text());
+        Ok(())
+    }
+
+    /// Ends it as a crash would.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.signal(Signal::SIGKILL);
+            process.wait(Duration::from_secs(5));
+        }
+    }
+
+    /// Runs another command of mesh-node on this node to its end.
+    pub fn mesh_node(&self, arguments: &[&str]) -> Result<std::process::Output> {
+        let mut command = Command::new(program("mesh-node"));
+        command.args(arguments).stdin(Stdio::null());
+        process::place(&mut command, Some(self.netns.clone()), Some(self.cgroup.join("mesh-node")), None);
+        Ok(command.output()?)
+    }
+
+    /// Removes what mesh-node left in the kernel.
+    pub fn uninstall(&self) -> Result<String> {
+        let (pins, cgroup) = (self.pins.display().to_string(), self.cgroup.display().to_string());
+        let output = self.mesh_node(&["uninstall", "--bpf-dir", &pins, "--cgroup-root", &cgroup])?;
+        ensure!(output.status.success(), "uninstall: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    /// A page of the admin endpoint.
+    pub fn admin(&self, path: &str) -> Result<String> {
+        let address: SocketAddr = ADMIN.parse()?;
+        let mut stream = Netns::open(&self.netns)?.enter(|| TcpStream::connect_timeout(&address, Duration::from_secs(2)))??;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let (head, body) = text.split_once("\r\n\r\n").context("an HTTP answer")?;
+        ensure!(head.contains(" 200 "), "{path}: {head}");
+        Ok(body.to_owned())
+    }
+
+    pub fn admin_json(&self, path: &str) -> Result<serde_json::Value> {
+        Ok(serde_json::from_str(&self.admin(path)?)?)
+    }
+
+    /// Sum of the samples of a metric whose line contains all of `labels`.
+    pub fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
+        let text = self.admin("/metrics")?;
+        let lines = text.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+        let lines = lines.filter(|l| labels.iter().all(|label| l.contains(label)));
+        Ok(lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+    }
+
+    /// What mesh-node has logged.
+    pub fn log_text(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Lines of the access log.
+    pub fn access_log(&self) -> Vec<String> {
+        self.log_text().lines().filter(|l| l.contains(" access")).map(str::to_owned).collect()
+    }
+
+    /// The end of the log, for a test that failed.
+    pub fn print_log(&self) {
+        let text = self.log_text();
+        let lines = text.lines().collect::<Vec<_>>();
+        eprintln!("--- {} (last lines of {})", self.name, self.log.display());
+        lines.iter().skip(lines.len().saturating_sub(40)).for_each(|l| eprintln!("{l}"));
+    }
+
+    /// Descriptors mesh-node has open.
+    pub fn descriptors(&self) -> Result<usize> {
+        let pid = self.pid().context("a running process")?;
+        Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+    }
+
+    /// Resident memory of mesh-node, bytes.
+    pub fn resident(&self) -> Result<u64> {
+        let pid = self.pid().context("a running process")?;
+        let mut text = String::new();
+        File::open(format!("/proc/{pid}/status"))?.read_to_string(&mut text)?;
+        let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("VmRSS")?;
+        let kilobytes: u64 = line.split_whitespace().next().context("a number")?.parse()?;
+        Ok(kilobytes * 1024)
+    }
+}
