@@ -1,22 +1,196 @@
-//! What an application sees: nothing of the mesh (invariant I3).
+//! What an application sees of the mesh: nothing (invariant I3).
 
-use mesh_tests::{Bed, NodeOptions, PodSpec};
+use std::path::{Path, PathBuf};
+
+use mesh_tests::{Bed, NodeOptions, Pod, PodSpec};
+use serde_json::Value;
+
+/// A client in the mesh, servers on its own and the other node, one of them also outside the mesh, and a client outside.
+struct Scene {
+    bed: Bed,
+    client: Pod,
+    near: Pod,
+    far: Pod,
+    outside: Pod,
+    stranger: Pod,
+    service: (std::net::IpAddr, std::net::IpAddr),
+}
+
+fn scene() -> Scene {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, near, far] =
+        bed.meshed([PodSpec::new("client", 0), PodSpec::server("near", 0), PodSpec::server("far", 1)]).expect("pods of the mesh");
+    let outside = bed.pod(&PodSpec::server("outside", 1).in_namespace("plain")).expect("pod outside");
+    let stranger = bed.pod(&PodSpec::new("stranger", 0).in_namespace("plain")).expect("client outside");
+    let service = bed.service("default", "far", 80, 8080).expect("service");
+    bed.settle().expect("settled");
+    Scene { bed, client, near, far, outside, stranger, service }
+}
+
+fn report(bed: &Bed, from: &Pod, arguments: &[&str]) -> Value {
+    let report = bed.probe(from, arguments).expect("a report");
+    assert!(report.get("error").is_none(), "{arguments:?}: {report}");
+    report
+}
+
+/// Every way through the proxy, in both families: from whom, to what.
+fn ways(scene: &Scene) -> Vec<(&'static str, &Pod, String)> {
+    let Scene { client, near, far, outside, stranger, service, .. } = scene;
+    vec![
+        ("same node", client, near.address(8080)),
+        ("same node v6", client, near.address6(8080)),
+        ("tunnel", client, far.address(8080)),
+        ("tunnel v6", client, far.address6(8080)),
+        ("service", client, format!("{}:80", service.0)),
+        ("service v6", client, format!("[{}]:80", service.1)),
+        ("to outside", client, outside.address(8080)),
+        ("to outside v6", client, outside.address6(8080)),
+        ("from outside", stranger, far.address(8080)),
+        ("from outside v6", stranger, near.address6(8080)),
+    ]
+}
 
 #[test]
-fn first_light() {
-    let mut bed = Bed::start(2, &NodeOptions::default()).expect("bed");
-    bed.namespace("default", &[("istio.io/dataplane-mode", "ambient")]).expect("namespace");
-    let client = bed.pod(&PodSpec::new("client", 0)).expect("client");
-    let near = bed.pod(&PodSpec::server("near", 0)).expect("near");
-    let far = bed.pod(&PodSpec::server("far", 1)).expect("far");
-    for pod in [&client, &near, &far] {
-        bed.wait_captured(pod, true).expect("captured");
-    }
-    bed.settle().expect("settled");
-    for server in [&near, &far] {
-        for to in [server.address(8080), server.address6(8080)] {
-            println!("{}", bed.probe(&client, &["names", &to]).expect("probe"));
+fn both_ends_see_the_names_they_would_without_a_mesh() {
+    let scene = scene();
+    for (way, from, to) in ways(&scene) {
+        for mapped in [&[][..], &["--mapped"]] {
+            let report = report(&scene.bed, from, &[&["names", &to][..], mapped].concat());
+            assert_eq!(report["peername"], report["dialled"], "{way}: {report}");
+            let own = |text: &Value| from.addresses.iter().any(|a| text.as_str().is_some_and(|t| t.contains(&a.to_string())));
+            assert!(own(&report["sockname"]), "{way}: the client's own name: {report}");
+            assert!(own(&report["server"]["peer"]), "{way}: the client's address at the server: {report}");
+            if !way.starts_with("service") {
+                assert_eq!(report["server"]["local"], to.as_str(), "{way}: {report}");
+            }
         }
     }
-    bed.nodes().iter().for_each(|n| n.print_log());
+}
+
+#[test]
+fn data_arrives_whole_in_both_directions_at_once() {
+    let scene = scene();
+    for (way, from, to) in ways(&scene) {
+        for mode in [&[][..], &["--nonblocking"]] {
+            let report = report(&scene.bed, from, &[&["exchange", &to, "3000000"][..], mode].concat());
+            assert_exchanged(&report, 3_000_000, way);
+        }
+    }
+}
+
+fn assert_exchanged(report: &Value, bytes: u64, way: &str) {
+    let whole = |v: &Value| v["received"] == bytes && v["firstError"].is_null();
+    assert!(whole(report) && whole(&report["server"]), "{way}: {report}");
+}
+
+#[test]
+fn sixty_four_megabytes_cross_a_tunnel_and_a_node_both_ways() {
+    let scene = scene();
+    let bytes = 64 * 1024 * 1024;
+    for (way, to) in [("tunnel", scene.far.address(8080)), ("same node v6", scene.near.address6(8080))] {
+        let report = report(&scene.bed, &scene.client, &["exchange", &to, &bytes.to_string()]);
+        assert_exchanged(&report, bytes, way);
+    }
+}
+
+#[test]
+fn each_direction_ends_on_its_own() {
+    let scene = scene();
+    for (way, from, to) in ways(&scene) {
+        let client_first = report(&scene.bed, from, &["upload", &to, "500000"]);
+        assert!(client_first["received"] == 500_000 && client_first["firstError"].is_null(), "{way}: {client_first}");
+        let server_first = report(&scene.bed, from, &["finish-first", &to]);
+        assert_eq!(server_first["afterEnd"], "taken", "{way}: {server_first}");
+    }
+}
+
+#[test]
+fn resets_are_carried_both_ways() {
+    let scene = scene();
+    for (way, from, to) in ways(&scene) {
+        let by_server = report(&scene.bed, from, &["reset", &to]);
+        assert_eq!(by_server["end"], "ConnectionReset", "{way}: {by_server}");
+        let by_client = report(&scene.bed, from, &["reset-self", &to]);
+        assert_eq!(by_client["seen"], true, "{way}: {by_client}");
+    }
+}
+
+#[test]
+fn connection_to_a_closed_port_is_reset_and_not_ended() {
+    let scene = scene();
+    for (way, to) in [("same node", scene.near.address(7)), ("tunnel", scene.far.address(7)), ("to outside", scene.outside.address6(7))] {
+        let report = scene.bed.probe(&scene.client, &["ask", &to, "ping"]).expect("a report");
+        let error = report["error"].as_str().unwrap_or_default();
+        assert!(error.contains("reset") || error.contains("refused") || error.contains("Broken pipe") || error.contains("not connected"), "{way}: {report}");
+    }
+}
+
+#[test]
+fn server_that_speaks_first_is_heard_at_once() {
+    let scene = scene();
+    let first = |to: String| to.replace(":8080", ":8081");
+    for (way, from, to) in ways(&scene).into_iter().filter(|(way, ..)| !way.starts_with("service")) {
+        let report = report(&scene.bed, from, &["banner", &first(to)]);
+        assert!(report["banner"] == "220 hello" && report["answer"] == "you said thanks", "{way}: {report}");
+        assert!(report["milliseconds"].as_u64().is_some_and(|ms| ms < 1000), "{way}: {report}");
+    }
+}
+
+#[test]
+fn a_reader_that_does_not_read_stops_the_writer_and_memory_stays_bounded() {
+    let scene = scene();
+    // Kernel buffers of three connections (6 MiB each way at most by default), the stream window, and what is in flight.
+    let limit = 40 * 1024 * 1024;
+    let before = scene.bed.nodes().iter().map(|n| n.resident().expect("resident")).collect::<Vec<_>>();
+    for (way, from, to) in ways(&scene).into_iter().filter(|(way, ..)| !way.ends_with("v6")) {
+        let report = report(&scene.bed, from, &["stall", &to, "2"]);
+        let taken = report["taken"].as_u64().expect("a number");
+        assert!(taken > 0 && taken < limit, "{way}: {report}");
+    }
+    for (node, before) in scene.bed.nodes().iter().zip(before) {
+        let grown = node.resident().expect("resident").saturating_sub(before);
+        assert!(grown < 24 * 1024 * 1024, "{} grew by {grown} bytes", node.name);
+    }
+}
+
+#[test]
+fn a_pod_reaches_itself_by_address_by_loopback_and_through_its_service() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [pod] = bed.meshed([PodSpec::server("self", 0)]).expect("pod");
+    let service = bed.service("default", "self", 80, 8080).expect("service");
+    bed.settle().expect("settled");
+    for to in [
+        pod.address(8080),
+        pod.address6(8080),
+        "127.0.0.1:8080".to_owned(),
+        "[::1]:8080".to_owned(),
+        format!("{}:80", service.0),
+        format!("[{}]:80", service.1),
+    ] {
+        let answer = report(&bed, &pod, &["ask", &to, "ping"]);
+        assert_eq!((&answer["answer"], &answer["names"]["peername"]), (&"pong".into(), &to.as_str().into()), "{answer}");
+        assert_exchanged(&report(&bed, &pod, &["exchange", &to, "200000"]), 200_000, &to);
+    }
+    // Its own address is left alone: only the connections to the service were captured, two each.
+    let captured = bed.node(0).metric("mesh_capture_events", &["captured"]).expect("metric");
+    assert!((captured - 4.0).abs() < 0.5, "{captured}");
+    for port in [15001, 15006, 15008] {
+        let refused = bed.probe(&pod, &["ask", &pod.address(port), "ping"]).expect("a report");
+        assert!(refused["error"].as_str().is_some_and(|e| e.contains("not permitted")), "{refused}");
+    }
+}
+
+#[test]
+fn python_sockets_of_every_mode_see_plain_tcp() {
+    let scene = scene();
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("scripts/client.py");
+    let targets = [scene.near.v4(), scene.far.v4(), scene.far.v6(), scene.outside.v4()];
+    for (host, mode) in targets.iter().flat_map(|h| ["blocking", "nonblocking", "timeout"].map(|m| (h.to_string(), m))) {
+        let script = script.display().to_string();
+        let output = scene.bed.run(&scene.client, Path::new("/usr/bin/python3"), &[&script, &host, "8080", "400000", mode]).expect("python");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let report: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{host} {mode}: {text} {}", String::from_utf8_lossy(&output.stderr)));
+        assert!(report["intact"] == true && report["server"]["received"] == 400_000, "{host} {mode}: {report}");
+        assert!(report["peername"][0] == host.as_str() && report["server"]["firstError"].is_null(), "{host} {mode}: {report}");
+    }
 }

@@ -23,6 +23,9 @@ pub use process::Process;
 
 use net::Network;
 
+/// The label that enrols a namespace.
+pub const AMBIENT: &[(&str, &str)] = &[("istio.io/dataplane-mode", "ambient")];
+
 /// A cluster.
 pub struct Bed {
     /// Unique among beds alive: the process and a counter.
@@ -66,6 +69,13 @@ impl Bed {
         for node in &bed.nodes {
             node.wait_ready()?;
         }
+        Ok(bed)
+    }
+
+    /// Two nodes whose namespace `default` is in the mesh.
+    pub fn ambient(options: &NodeOptions) -> Result<Self> {
+        let bed = Self::start(2, options)?;
+        bed.namespace("default", AMBIENT)?;
         Ok(bed)
     }
 
@@ -130,6 +140,14 @@ impl Bed {
             let mine = pods.as_array().into_iter().flatten().find(|p| p["uid"] == pod.uid.as_str()).cloned();
             Ok(mine.is_some_and(|p| p["captured"] == captured))
         })
+    }
+
+    /// Starts pods of the mesh and waits until they are captured and every node knows them.
+    pub fn meshed<const N: usize>(&mut self, specs: [PodSpec; N]) -> Result<[Pod; N]> {
+        let pods = specs.iter().map(|s| self.pod(s)).collect::<Result<Vec<_>>>()?;
+        pods.iter().try_for_each(|p| self.wait_captured(p, true))?;
+        self.settle()?;
+        pods.try_into().map_err(|_| anyhow::anyhow!("as many pods as specs"))
     }
 
     /// Waits until every node has read the configuration as it is now.

@@ -36,6 +36,12 @@ fn path(name: &str) -> PathBuf {
     PathBuf::from("/run/netns").join(name)
 }
 
+/// Makes a namespace in which IPv6 addresses are usable at once: nobody else could have them.
+fn add(netns: &str) -> Result<()> {
+    ip(None, &format!("netns add {netns}\n"))?;
+    sysctl(netns, &["net.ipv6.conf.default.accept_dad=0", "net.ipv6.conf.all.accept_dad=0"])
+}
+
 /// Addresses of a pod.
 pub fn pod_addresses(node: usize, host: u16) -> (Ipv4Addr, Ipv6Addr) {
     let (node8, [high, low]) = (u8::try_from(node + 1).unwrap_or(u8::MAX), host.to_be_bytes());
@@ -46,7 +52,7 @@ impl Network {
     /// The fabric and the nodes.
     pub fn new(id: &str, nodes: usize) -> Result<Self> {
         let fabric = name(id, "fabric");
-        ip(None, &format!("netns add {fabric}\n"))?;
+        add(&fabric)?;
         ip(Some(&fabric), "link set lo up\nlink add br0 type bridge\nlink set br0 up\n")?;
         for node in 0..nodes {
             Self::add_node(id, &fabric, node, nodes)?;
@@ -56,7 +62,7 @@ impl Network {
 
     fn add_node(id: &str, fabric: &str, node: usize, nodes: usize) -> Result<()> {
         let netns = name(id, &format!("n{node}"));
-        ip(None, &format!("netns add {netns}\n"))?;
+        add(&netns)?;
         ip(
             Some(&netns),
             &format!(
@@ -92,7 +98,7 @@ impl Network {
         let (netns, parent) = (name(&self.id, &format!("p{node}-{host}")), name(&self.id, &format!("n{node}")));
         let (v4, v6) = pod_addresses(node, host);
         let (gateway4, gateway6) = pod_addresses(node, 1);
-        ip(None, &format!("netns add {netns}\n"))?;
+        add(&netns)?;
         ip(Some(&parent), &format!("link add veth{host} type veth peer name eth0 netns {netns}\nlink set veth{host} master cni0 up\n"))?;
         ip(
             Some(&netns),

@@ -46,6 +46,8 @@ enum Command {
         #[arg(long)]
         nonblocking: bool,
     },
+    /// Have the server end its direction first, go on sending, and say whether that was taken.
+    FinishFirst { to: String },
     /// Wait for the banner of a server that speaks first, then talk.
     Banner { to: String },
     /// Ask the server to reset the connection and report how reading ends.
@@ -72,6 +74,7 @@ fn main() -> Result<()> {
         Command::Upload { to, bytes } => upload(&to, bytes),
         Command::Exchange { to, bytes, nonblocking: false } => exchange(&to, bytes),
         Command::Exchange { to, bytes, nonblocking: true } => exchange_nonblocking(&to, bytes),
+        Command::FinishFirst { to } => finish_first(&to),
         Command::Banner { to } => banner(&to),
         Command::Reset { to } => reset(&to),
         Command::ResetSelf { to } => reset_self(&to),
@@ -323,6 +326,20 @@ fn exchange_nonblocking(to: &str, bytes: u64) -> Result<Value> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+fn finish_first(to: &str) -> Result<Value> {
+    let mut stream = connect(to)?;
+    stream.write_all(b"finish-first\n")?;
+    let mut heard = String::new();
+    stream.read_to_string(&mut heard)?;
+    // The server has ended; our direction must still work, for a while and for more than one write.
+    for _ in 0..20 {
+        stream.write_all(&[7; 1000])?;
+        thread::sleep(Duration::from_millis(5));
+    }
+    stream.shutdown(Shutdown::Write)?;
+    Ok(json!({"heard": heard.trim(), "afterEnd": "taken"}))
 }
 
 fn banner(to: &str) -> Result<Value> {
