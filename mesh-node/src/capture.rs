@@ -218,3 +218,10 @@ fn register_self(proxies: &mut HashMap<MapData, u64, u32>) -> Result<(), Capture
 pub fn pin_directory(base: &Path) -> PathBuf {
     base.join(format!("v{}", mesh_common::ABI_VERSION))
 }
+
+/// Entries of a pinned map: how a test or an operator sees that nothing is left behind.
+pub fn count_entries(map: &Path) -> Result<usize, CaptureError> {
+    let data = MapData::from_pin(map).map_err(CaptureError::map("pinned map"))?;
+    let key_size = data.info().map_err(CaptureError::map("pinned map"))?.key_size();
+    sys::count_keys(data.fd().as_fd(), key_size as usize).map_err(CaptureError::io(format!("iterate {}", map.display())))
+}

@@ -6,5 +6,6 @@
 
 pub mod bed;
 pub mod pattern;
+pub mod peer;
 
 pub use bed::{Bed, NodeOptions, Pod, PodSpec};

@@ -19,6 +19,7 @@ pub const CGROUP_INET4_GETPEERNAME: u32 = 29;
 pub const CGROUP_INET6_GETPEERNAME: u32 = 30;
 pub const SK_LOOKUP: u32 = 36;
 
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_LINK_CREATE: libc::c_long = 28;
@@ -31,6 +32,14 @@ struct PinAttr {
     pathname: u64,
     fd: u32,
     file_flags: u32,
+}
+
+#[repr(C)]
+struct NextKeyAttr {
+    map: u32,
+    pad: u32,
+    key: u64,
+    next_key: u64,
 }
 
 #[repr(C)]
@@ -85,4 +94,19 @@ pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     bpf(BPF_OBJ_GET, &PinAttr { pathname: path.as_ptr() as u64, ..PinAttr::default() }).map(owned)
+}
+
+/// Counts the keys of a map, whatever they are.
+pub fn count_keys(map: BorrowedFd<'_>, key_size: usize) -> io::Result<usize> {
+    let (mut key, mut next) = (vec![0_u8; key_size], vec![0_u8; key_size]);
+    for count in 0.. {
+        let from = if count == 0 { 0 } else { key.as_ptr() as u64 };
+        let attr = NextKeyAttr { map: number(map), pad: 0, key: from, next_key: next.as_mut_ptr() as u64 };
+        match bpf(BPF_MAP_GET_NEXT_KEY, &attr) {
+            Ok(_) => std::mem::swap(&mut key, &mut next),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(count),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(0)
 }

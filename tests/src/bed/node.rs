@@ -65,6 +65,11 @@ impl Node {
         Ok(Self { netns: bed.node_netns(index), cgroup, pins, log, arguments, process: None, name })
     }
 
+    /// More arguments for the next start.
+    pub fn arguments(&mut self, more: &[&str]) {
+        self.arguments.extend(more.iter().map(|a| (*a).to_owned()));
+    }
+
     /// Starts mesh-node.
     pub fn start(&mut self) -> Result<()> {
         let log = OpenOptions::new().create(true).append(true).open(&self.log)?;

@@ -1,0 +1,273 @@
+//! Pods and mesh-node come, go and crash; traffic keeps its promises.
+
+use std::{
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{AMBIENT, program, wait_for},
+};
+use serde_json::Value;
+
+fn start(bed: &Bed, client: &Pod, arguments: &[&str]) -> Child {
+    bed.command(client, &program("probe"), arguments).stdout(Stdio::piped()).spawn().expect("probe")
+}
+
+fn end(child: Child) -> Value {
+    let output = child.wait_with_output().expect("ended");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stdout)))
+}
+
+fn answers(bed: &Bed, client: &Pod, to: &str) -> bool {
+    bed.probe(client, &["ask", to, "ping"]).expect("a report")["answer"] == "pong"
+}
+
+#[test]
+fn a_namespace_label_flipped_under_traffic_loses_nothing() {
+    let mut bed = Bed::start(2, &NodeOptions::default()).expect("bed");
+    let [client, near, far] = [PodSpec::new("client", 0), PodSpec::server("near", 0), PodSpec::server("far", 1)].map(|s| bed.pod(&s).expect("pod"));
+    bed.settle().expect("settled");
+    let open = [&near, &far].map(|server| start(&bed, &client, &["steady", &server.address(8080), "9"]));
+    let new = [&near, &far].map(|server| start(&bed, &client, &["attempts", &server.address6(8080), "9"]));
+    for round in 0..2 {
+        std::thread::sleep(Duration::from_secs(1));
+        let flipped = std::time::Instant::now();
+        bed.namespace("default", AMBIENT).expect("label");
+        [&client, &near, &far].iter().for_each(|p| bed.wait_captured(p, true).expect("captured"));
+        assert!(flipped.elapsed() < Duration::from_secs(1), "round {round}: enrolled after {:?}", flipped.elapsed());
+        let meshed = start(&bed, &client, &["steady", &far.address(8080), "3"]);
+        std::thread::sleep(Duration::from_millis(1500));
+        let flipped = std::time::Instant::now();
+        bed.namespace("default", &[]).expect("label");
+        [&client, &near, &far].iter().for_each(|p| bed.wait_captured(p, false).expect("released"));
+        assert!(flipped.elapsed() < Duration::from_secs(1), "round {round}: released after {:?}", flipped.elapsed());
+        let report = end(meshed);
+        assert!(report.get("error").is_none(), "a captured connection did not survive its release: {report}");
+    }
+    for report in open.map(end) {
+        assert!(report.get("error").is_none(), "{report}");
+    }
+    for report in new.map(end) {
+        assert!(report["failed"] == 0 && report["worked"].as_u64().is_some_and(|n| n > 100), "{report}");
+    }
+    for node in bed.nodes() {
+        assert!(node.metric("istio_tcp_connections_opened_total", &[]).expect("metric") > 0.5);
+    }
+}
+
+#[test]
+fn a_pods_own_label_wins_over_its_namespace() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let out = bed.pod(&PodSpec::server("out", 0).label("istio.io/dataplane-mode", "none")).expect("pod");
+    let into = bed.pod(&PodSpec::server("in", 0).in_namespace("plain").label("istio.io/dataplane-mode", "ambient")).expect("pod");
+    bed.wait_captured(&into, true).expect("captured");
+    bed.wait_captured(&out, false).expect("left alone");
+    bed.relabel(&out, "istio.io/dataplane-mode", None).expect("relabel");
+    bed.wait_captured(&out, true).expect("captured once its label is gone");
+}
+
+#[test]
+fn another_enrolment_label_can_be_chosen() {
+    let options = NodeOptions::with(&["--enrolment-label", "mesh.example/join=yes"]);
+    let mut bed = Bed::ambient(&options).expect("bed");
+    let ignored = bed.pod(&PodSpec::new("ignored", 0)).expect("pod");
+    bed.namespace("joined", &[("mesh.example/join", "yes")]).expect("namespace");
+    let joined = bed.pod(&PodSpec::new("joined", 0).in_namespace("joined")).expect("pod");
+    bed.wait_captured(&joined, true).expect("captured");
+    bed.wait_captured(&ignored, false).expect("left alone");
+}
+
+#[test]
+fn a_killed_node_fails_closed_and_a_restart_heals() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, near, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("near", 0), PodSpec::server("far", 1)]).expect("pods");
+    let stranger = bed.pod(&PodSpec::new("stranger", 1).in_namespace("plain")).expect("stranger");
+    let traffic = start(&bed, &client, &["attempts", &far.address(8080), "9"]);
+    std::thread::sleep(Duration::from_secs(1));
+    bed.node(0).kill();
+    for to in [near.address(8080), far.address(8080), far.address6(8080)] {
+        assert!(!answers(&bed, &client, &to), "out of a pod of a killed node to {to}");
+    }
+    for to in [near.address(8080), near.address6(8080)] {
+        assert!(!answers(&bed, &stranger, &to), "into a pod of a killed node to {to}");
+    }
+    assert!(!answers(&bed, &far, &near.address6(8080)), "through a tunnel to a killed node");
+    assert!(answers(&bed, &client, &client_loopback(&bed, &client)), "a pod's own loopback is nobody's business");
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    [&client, &near].iter().for_each(|p| bed.wait_captured(p, true).expect("captured again"));
+    for (from, to) in [(&client, &near), (&client, &far), (&far, &near), (&stranger, &near)] {
+        assert!(answers(&bed, from, &to.address(8080)) && answers(&bed, from, &to.address6(8080)), "{} to {}", from.name, to.name);
+    }
+    let report = end(traffic);
+    assert!(report["failed"].as_u64().is_some_and(|n| n > 0) && report["worked"].as_u64().is_some_and(|n| n > 80), "{report}");
+}
+
+/// A server of the client's own, on its loopback.
+fn client_loopback(bed: &Bed, client: &Pod) -> String {
+    let mut command = bed.command(client, &program("probe"), &["serve", "9000"]);
+    command.spawn().expect("a server in the client pod");
+    let mut at = None;
+    wait_for("a server on loopback", Duration::from_secs(5), || {
+        at = Some("127.0.0.1:9000".to_owned());
+        Ok(answers(bed, client, "127.0.0.1:9000"))
+    })
+    .expect("listens");
+    at.expect("an address")
+}
+
+#[test]
+fn a_killed_node_fails_open_when_told_to_and_a_restart_heals() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--fail-mode", "open"])).expect("bed");
+    let [client, near, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("near", 0), PodSpec::server("far", 1)]).expect("pods");
+    let stranger = bed.pod(&PodSpec::new("stranger", 1).in_namespace("plain")).expect("stranger");
+    assert!(bed.node(0).admin("/status").expect("status").contains("\"failMode\": \"open\""));
+    bed.node(0).kill();
+    for (from, to) in [(&client, &near), (&client, &far), (&stranger, &near)] {
+        assert!(answers(&bed, from, &to.address(8080)) && answers(&bed, from, &to.address6(8080)), "{} to {}", from.name, to.name);
+    }
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    bed.wait_captured(&client, true).expect("captured again");
+    let captured = |bed: &mut Bed| bed.node(0).metric("mesh_capture_events", &["\"captured\""]).expect("metric");
+    let before = captured(&mut bed);
+    assert!(answers(&bed, &client, &far.address(8080)));
+    assert!(captured(&mut bed) > before, "traffic goes through the mesh again");
+    assert!(bed.node(0).metric("mesh_capture_events", &["passed_fail_open"]).expect("metric") > 3.5);
+}
+
+#[test]
+fn a_restart_with_the_other_fail_mode_takes_effect() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("far", 1)]).expect("pods");
+    bed.node(0).stop().expect("stopped politely");
+    assert!(!answers(&bed, &client, &far.address(8080)), "closed after a polite stop, too");
+    bed.node(0).arguments(&["--fail-mode", "open"]);
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    bed.node(0).kill();
+    assert!(answers(&bed, &client, &far.address(8080)));
+}
+
+#[test]
+fn a_pod_gone_while_nobody_watched_is_released_at_the_next_start() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [_client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    bed.node(0).kill();
+    bed.delete(&server).expect("deleted");
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    let links = bed.nodes()[0].pins.join("v1/links");
+    wait_for("one steered pod", Duration::from_secs(5), || {
+        let names = std::fs::read_dir(&links)?.filter_map(|e| e.ok()?.file_name().into_string().ok());
+        Ok(names.filter(|n| n.starts_with("steer-")).count() == 1)
+    })
+    .expect("released");
+}
+
+#[test]
+fn a_reused_address_never_meets_an_old_connection_or_identity() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, old] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("old", 1).at(77)]).expect("pods");
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: new, namespace: default}\n\
+                spec: {selector: {matchLabels: {app: new}}, rules: [{from: [{source: {principals: [cluster.local/ns/default/sa/client]}}]}]}\n";
+    bed.apply("new", deny).expect("applied");
+    let steady = start(&bed, &client, &["steady", &old.address(8080), "20"]);
+    wait_for("a tunnel", Duration::from_secs(5), || Ok(bed.nodes()[0].admin_json("/pool")?[0]["streams"] == 1)).expect("tunnel");
+    bed.delete(&old).expect("deleted");
+    let [new] = bed.meshed([PodSpec::server("new", 1).at(77)]).expect("a pod at the same address");
+    assert_eq!(new.addresses, old.addresses);
+    let asked = bed.probe(&client, &["ask", &new.address(8080), "ping"]).expect("a report");
+    assert_eq!(asked["answer"], "pong", "{asked}");
+    let log = bed.nodes()[0].access_log();
+    let last = log.iter().rev().find(|l| l.contains("outbound") && l.contains(&new.address(8080))).expect("a log line");
+    assert!(last.contains("spiffe://cluster.local/ns/default/sa/new"), "{last}");
+    let report = end(steady);
+    assert!(report["error"].is_string(), "the connection to the old pod has ended: {report}");
+    // And as a client: the address now has the new identity.
+    let server = bed.pod(&PodSpec::server("server", 0)).expect("server");
+    bed.wait_captured(&server, true).expect("captured");
+    bed.settle().expect("settled");
+    assert!(answers(&bed, &new, &server.address(8080)));
+    let log = bed.nodes()[0].access_log();
+    assert!(log.iter().any(|l| l.contains("inbound") && l.contains("sa/new") && l.contains("sa/server")), "{log:?}");
+}
+
+#[test]
+fn uninstall_leaves_nothing_in_the_kernel() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    assert!(answers(&bed, &client, &server.address(8080)));
+    bed.node(0).stop().expect("stopped");
+    let removed = bed.nodes()[0].uninstall().expect("uninstalled");
+    assert!(removed.contains("removed") && removed.contains("2 pods"), "{removed}");
+    assert!(!bed.nodes()[0].pins.exists());
+    let again = bed.nodes()[0].uninstall().expect("again");
+    assert!(again.contains("there were none"), "{again}");
+    assert!(answers(&bed, &client, &server.address(8080)), "plain TCP again");
+    for pod in [&client, &server] {
+        let netns = pod.netns.file_name().and_then(|n| n.to_str()).expect("a name");
+        for arguments in [["rule"], ["-6"]] {
+            let output = std::process::Command::new("ip").args(["-n", netns]).args(arguments).arg("rule").output().expect("ip");
+            assert!(!String::from_utf8_lossy(&output.stdout).contains("28014"), "{}", pod.name);
+        }
+    }
+}
+
+#[test]
+fn certificates_are_renewed_without_cutting_anything() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--certificate-ttl", "6"])).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    let expiry = |bed: &mut Bed| bed.node(0).admin_json("/certificates").expect("certificates")[0]["notAfter"].as_u64().expect("a time");
+    let before = expiry(&mut bed);
+    let open = start(&bed, &client, &["steady", &server.address(8080), "9"]);
+    let new = start(&bed, &client, &["attempts", &server.address(8080), "9"]);
+    let (open, new) = (end(open), end(new));
+    assert!(open.get("error").is_none(), "{open}");
+    assert_eq!(new["failed"], 0, "{new}");
+    assert!(expiry(&mut bed) > before + 5);
+}
+
+#[test]
+fn unready_endpoints_get_no_traffic() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, a, b] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("web-a", 0).label("app", "web"), PodSpec::server("web-b", 1).label("app", "web")]).expect("pods");
+    let service = bed.service("default", "web", 80, 8080).expect("service").0;
+    bed.settle().expect("settled");
+    let seen = |bed: &Bed| {
+        let to = format!("{service}:80");
+        (0..16).filter_map(|_| bed.probe(&client, &["ask", &to, "who"]).ok()?["answer"].as_str().map(str::to_owned)).collect::<Vec<_>>()
+    };
+    let all = seen(&bed);
+    assert!(all.len() == 16 && [&a, &b].iter().all(|p| all.iter().any(|l| l.contains(&p.address(8080)))), "both endpoints are used: {all:?}");
+    bed.set_ready(&a, false).expect("unready");
+    bed.settle().expect("settled");
+    assert!(seen(&bed).iter().all(|l| l.contains(&b.address(8080))));
+    bed.set_ready(&b, false).expect("unready");
+    bed.settle().expect("settled");
+    assert!(seen(&bed).is_empty(), "no endpoint, no connection");
+    assert!(bed.node(0).metric("mesh_connection_failures_total", &["no_endpoint"]).expect("metric") > 15.5);
+}
+
+#[test]
+fn unknown_destinations_pass_or_not_as_configured() {
+    for (policy, passes) in [("ALLOW_ANY", true), ("REGISTRY_ONLY", false)] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--outbound-policy", policy])).expect("bed");
+        let [client, known] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("known", 1)]).expect("pods");
+        // The node itself is nobody the mesh knows.
+        let listener = mesh_node::io::netns::Netns::open(&bed.node_netns(1)).expect("netns");
+        let listener = listener.enter(|| std::net::TcpListener::bind("[::]:7000")).expect("entered").expect("bound");
+        let server = std::thread::spawn(move || {
+            let (mut stream, peer) = listener.accept().expect("accepted");
+            std::io::Write::write_all(&mut stream, format!("{}", peer.ip().to_canonical()).as_bytes()).expect("written");
+        });
+        let report = bed.probe(&client, &["ask", "172.30.0.11:7000", "hello"]).expect("a report");
+        assert_eq!(report["answer"] == client.v4().to_string().as_str(), passes, "{policy}: {report}");
+        if passes {
+            server.join().expect("server");
+        }
+        assert!(answers(&bed, &client, &known.address(8080)));
+    }
+}

@@ -1,0 +1,90 @@
+//! Many connections: none is lost, and nothing is left of them.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::Stdio,
+    time::Duration,
+};
+
+use mesh_tests::{
+    Bed, NodeOptions, PodSpec,
+    bed::{Node, program, wait_for},
+};
+use serde_json::Value;
+
+/// Entries of a pinned map.
+fn entries(node: &Node, map: &str) -> usize {
+    let path = node.pins.join("v1/maps").join(map);
+    let data = mesh_node_map(&path);
+    data.unwrap_or(usize::MAX)
+}
+
+/// Counts keys with the map's own iterator.
+fn mesh_node_map(path: &std::path::Path) -> Option<usize> {
+    mesh_node::capture::count_entries(path).ok()
+}
+
+fn resident(bed: &Bed) -> u64 {
+    bed.nodes().iter().map(|n| n.resident().expect("resident")).sum()
+}
+
+/// Waits until nothing is open but `pooled` HBONE connections more than at the start.
+fn settled(bed: &Bed, descriptors: &[usize], pooled: usize) {
+    wait_for("connections and descriptors gone", Duration::from_secs(15), || {
+        let mut same = true;
+        for (node, before) in bed.nodes().iter().zip(descriptors) {
+            same &= node.metric("mesh_open_connections", &[])? < 0.5 && node.descriptors()? <= *before + 4 + pooled;
+        }
+        Ok(same)
+    })
+    .expect("nothing is left open");
+    for node in bed.nodes() {
+        for map in ["PENDING", "PROXY_FLOWS"] {
+            let left = entries(node, map);
+            assert!(left <= 4 + pooled, "{}: {left} entries left in {map}", node.name);
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_short_connections_leave_nothing_behind() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, near, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("near", 0), PodSpec::server("far", 1)]).expect("pods");
+    // A first round, so that pools and allocator have what they need.
+    for to in [near.address(8080), far.address(8080)] {
+        assert_eq!(bed.probe(&client, &["churn", &to, "500", "8"]).expect("a report")["failed"], 0);
+    }
+    let descriptors = bed.nodes().iter().map(|n| n.descriptors().expect("descriptors")).collect::<Vec<_>>();
+    let memory = resident(&bed);
+    for to in [near.address(8080), near.address6(8080), far.address(8080), far.address6(8080)] {
+        let report = bed.probe(&client, &["churn", &to, "2500", "8"]).expect("a report");
+        assert_eq!(report["failed"], 0, "{to}: {report}");
+    }
+    settled(&bed, &descriptors, 0);
+    let grown = resident(&bed).saturating_sub(memory);
+    assert!(grown < 8 * 1024 * 1024, "grew by {grown} bytes over 10,000 connections");
+    let opened = bed.nodes()[0].metric("istio_tcp_connections_opened_total", &["reporter=\"source\""]).expect("metric");
+    assert!((opened - 11_000.0).abs() < 0.5, "{opened}");
+}
+
+#[test]
+fn two_thousand_idle_connections_stay_alive_and_are_cheap() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("far", 1)]).expect("pods");
+    assert_eq!(bed.probe(&client, &["churn", &far.address(8080), "100", "4"]).expect("a report")["failed"], 0);
+    let descriptors = bed.nodes().iter().map(|n| n.descriptors().expect("descriptors")).collect::<Vec<_>>();
+    let memory = resident(&bed);
+    let mut command = bed.command(&client, &program("probe"), &["hold", &far.address(8080), "2000", "2"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("probe");
+    let mut line = String::new();
+    BufReader::new(child.stderr.take().expect("stderr")).read_line(&mut line).expect("a line");
+    assert_eq!(line.trim(), "held");
+    // Two nodes, so two ends of 2,000 connections.
+    let each = resident(&bed).saturating_sub(memory) / 4000;
+    assert!(each < 16 * 1024, "{each} bytes for each end of an idle connection");
+    let output = child.wait_with_output().expect("ended");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+    assert!(report["held"] == 2000 && report["failed"] == 0, "{report}");
+    // What stays: the HBONE connections that were needed for so many streams, idle in the pool.
+    settled(&bed, &descriptors, 20);
+}

@@ -1,0 +1,175 @@
+//! HBONE with peers that are not mesh-node: what is accepted, what is refused and how, and that it is counted.
+
+use std::{net::SocketAddr, path::PathBuf, process::Stdio, time::Duration};
+
+use http::{Method, StatusCode};
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{program, wait_for},
+    peer::{self, Certificate, Dial},
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime")
+}
+
+/// A server pod on node 2, and the namespace of node 1 to dial it from.
+struct Scene {
+    bed: Bed,
+    server: Pod,
+    hbone: SocketAddr,
+    from: PathBuf,
+    ca: PathBuf,
+}
+
+fn scene() -> Scene {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [server] = bed.meshed([PodSpec::server("server", 1)]).expect("server");
+    Scene { hbone: SocketAddr::new(server.v4(), 15008), from: bed.node_netns(0), ca: bed.directory.join("ca"), server, bed }
+}
+
+impl Scene {
+    fn dial(&self, certificate: Option<Certificate>) -> Dial<'_> {
+        Dial { netns: &self.from, ca: &self.ca, certificate, alpn: &["h2"] }
+    }
+}
+
+#[test]
+fn a_good_peer_gets_a_tunnel_and_half_close_works_in_it() {
+    let scene = scene();
+    runtime().block_on(async {
+        let mut send = scene.dial(Some(Certificate::of(CLIENT))).h2(scene.hbone).await.expect("connected");
+        let request = http::Request::builder().method("CONNECT").uri(scene.server.address(8080)).body(()).expect("request");
+        let (response, mut stream) = send.send_request(request, false).expect("sent");
+        let response = response.await.expect("answered");
+        assert_eq!(response.status(), StatusCode::OK);
+        stream.send_data("upload\nabc".into(), false).expect("data");
+        stream.send_data("".into(), true).expect("end");
+        let mut body = response.into_body();
+        let mut answer = Vec::new();
+        while let Some(data) = body.data().await {
+            answer.extend_from_slice(&data.expect("data"));
+        }
+        assert!(String::from_utf8_lossy(&answer).contains("\"received\":3"), "{answer:?}");
+    });
+}
+
+#[test]
+fn requests_are_answered_as_ztunnel_answers_them() {
+    let scene = scene();
+    let good = scene.dial(Some(Certificate::of(CLIENT)));
+    let (own, own6) = (scene.server.v4(), scene.server.v6());
+    let cases = [
+        (Method::CONNECT, format!("{own}:8080"), StatusCode::OK),
+        (Method::CONNECT, format!("{own}:7"), StatusCode::SERVICE_UNAVAILABLE),
+        (Method::CONNECT, "10.244.16.99:8080".to_owned(), StatusCode::BAD_REQUEST),
+        (Method::CONNECT, "127.0.0.1:8080".to_owned(), StatusCode::BAD_REQUEST),
+        (Method::CONNECT, format!("[{own6}]:8080"), StatusCode::BAD_REQUEST),
+        (Method::CONNECT, format!("{own}:15001"), StatusCode::BAD_REQUEST),
+        (Method::CONNECT, format!("{own}:15006"), StatusCode::BAD_REQUEST),
+        (Method::CONNECT, format!("{own}:15008"), StatusCode::BAD_REQUEST),
+        (Method::CONNECT, "nobody.default.svc.cluster.local:80".to_owned(), StatusCode::SERVICE_UNAVAILABLE),
+        (Method::GET, format!("http://{own}:8080/"), StatusCode::BAD_REQUEST),
+        (Method::POST, format!("https://{own}:8080/x"), StatusCode::BAD_REQUEST),
+    ];
+    runtime().block_on(async {
+        for (method, uri, expected) in cases {
+            let status = good.status(scene.hbone, method.clone(), &uri).await.unwrap_or_else(|e| panic!("{method} {uri}: {e:#}"));
+            assert_eq!(status, expected, "{method} {uri}");
+        }
+    });
+    let node = &scene.bed.nodes()[1];
+    let counted = |reason: &str| node.metric("mesh_connection_failures_total", &["inbound", reason]).expect("metric");
+    assert!(counted("foreign_authority") > 2.5 && counted("bad_request") > 1.5 && counted("reserved_port") > 2.5);
+}
+
+#[test]
+fn strangers_are_refused_counted_and_disturb_nobody() {
+    let mut scene = scene();
+    let [client] = scene.bed.meshed([PodSpec::new("client", 0)]).expect("client");
+    let steady = scene.bed.command(&client, &program("probe"), &["steady", &scene.server.address(8080), "4"]).stdout(Stdio::piped()).spawn().expect("steady");
+    let cases = [
+        ("no_certificate", None),
+        ("expired", Some(Certificate::of(CLIENT).expired())),
+        ("untrusted", Some(Certificate::of(CLIENT).of_foreign_root())),
+        ("wrong_identity", Some(Certificate::of("spiffe://elsewhere.example/ns/default/sa/client"))),
+        ("wrong_identity", Some(Certificate::of("spiffe://cluster.local/not/a/workload"))),
+    ];
+    runtime().block_on(async {
+        for (reason, certificate) in cases {
+            let node = &scene.bed.nodes()[1];
+            let count = || node.metric("mesh_tls_handshake_failures_total", &["server", reason]).expect("metric");
+            let before = count();
+            let refused = scene.dial(certificate).status(scene.hbone, Method::CONNECT, &scene.server.address(8080)).await;
+            assert!(refused.is_err(), "{reason}: {refused:?}");
+            wait_for(reason, Duration::from_secs(5), || Ok(count() > before)).expect("counted");
+        }
+        for alpn in [&["http/1.1"][..], &[]] {
+            let dial = Dial { alpn, ..scene.dial(Some(Certificate::of(CLIENT))) };
+            assert!(dial.status(scene.hbone, Method::CONNECT, &scene.server.address(8080)).await.is_err(), "{alpn:?}");
+        }
+        for garbage in [&b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0", &[0xff; 4096]] {
+            let mut stream = peer::tcp(&scene.from, scene.hbone).await.expect("connected");
+            stream.write_all(garbage).await.expect("written");
+            let mut rest = Vec::new();
+            let ended = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut rest)).await;
+            assert!(ended.is_ok(), "garbage was not refused");
+            assert!(!String::from_utf8_lossy(&rest).contains("200"));
+        }
+    });
+    let output = steady.wait_with_output().expect("steady");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+    assert!(report.get("error").is_none() && report["answers"].as_u64().is_some_and(|n| n > 100), "{report}");
+}
+
+#[test]
+fn a_server_that_is_not_who_it_should_be_gets_nothing() {
+    // Node 2 runs no mesh-node: its pod's HBONE port is ours to answer.
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::new("server", 1)]).expect("pods");
+    bed.node(1).stop().expect("stopped");
+    bed.node(1).uninstall().expect("uninstalled");
+    let ca = bed.directory.join("ca");
+    let at = SocketAddr::new(server.v4(), 15008);
+    let right = "spiffe://cluster.local/ns/default/sa/server";
+    let h2 = &["h2"][..];
+    let cases = [
+        ("itself", Certificate::of(right), h2, true),
+        ("wrong_identity", Certificate::of("spiffe://cluster.local/ns/default/sa/other"), h2, false),
+        ("wrong_identity", Certificate::of("spiffe://elsewhere.example/ns/default/sa/server"), h2, false),
+        ("expired", Certificate::of(right).expired(), h2, false),
+        ("untrusted", Certificate::of(right).of_foreign_root(), h2, false),
+        ("protocol", Certificate::of(right), &[][..], false),
+    ];
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
+    for (reason, certificate, alpn, accepted) in cases {
+        let task = runtime.block_on(peer::echo_server(&server.netns, at, &ca, &certificate, alpn)).expect("server");
+        let report = bed.probe(&client, &["ask", &server.address(8080), "hello"]).expect("a report");
+        assert_eq!(report["answer"] == "hello", accepted, "{reason}: {report}");
+        if !accepted {
+            let count = bed.node(0).metric("mesh_tls_handshake_failures_total", &["client", reason]).expect("metric");
+            assert!(count > 0.5, "{reason}");
+        }
+        task.abort();
+        let _ = runtime.block_on(task);
+    }
+}
+
+#[test]
+fn a_goaway_of_the_peer_moves_new_connections_to_a_new_one() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    let old = bed.command(&client, &program("probe"), &["steady", &server.address(8080), "5"]).stdout(Stdio::piped()).spawn().expect("steady");
+    wait_for("a tunnel", Duration::from_secs(5), || Ok(bed.nodes()[0].admin_json("/pool")?[0]["streams"] == 1)).expect("tunnel");
+    // Taken out of the mesh, the pod's HBONE listener says GOAWAY after its grace; the connection under way goes on.
+    bed.relabel(&server, "istio.io/dataplane-mode", Some("none")).expect("relabel");
+    bed.wait_captured(&server, false).expect("released");
+    let during = bed.probe(&client, &["attempts", &server.address(8080), "3"]).expect("a report");
+    assert!(during["failed"] == 0 && during["worked"].as_u64().is_some_and(|n| n > 20), "{during}");
+    let output = old.wait_with_output().expect("steady");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+    assert!(report.get("error").is_none(), "{report}");
+}
