@@ -6,10 +6,7 @@ use aya_ebpf::{
 };
 use mesh_common::{
     Address,
-    maps::{
-        Counter, FlowKey, MAX_LISTENERS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod,
-        SocketMark,
-    },
+    maps::{Counter, FlowKey, MAX_LISTENERS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod, SocketMark},
 };
 
 /// Node-wide settings.

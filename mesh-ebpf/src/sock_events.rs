@@ -74,8 +74,7 @@ fn mark(ops: *mut bpf_sock_ops) -> Option<SocketMark> {
         if sk.is_null() {
             return None;
         }
-        let mark: *mut SocketMark =
-            bpf_sk_storage_get((&raw const SOCKETS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0).cast();
+        let mark: *mut SocketMark = bpf_sk_storage_get((&raw const SOCKETS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0).cast();
         if mark.is_null() { None } else { Some(*mark) }
     }
 }

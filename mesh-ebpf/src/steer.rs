@@ -57,7 +57,8 @@ fn flow(lookup: *mut bpf_sk_lookup) -> FlowKey {
     // SAFETY: fields of a valid context, IPv6 addresses read word by word.
     unsafe {
         let v4 = (*lookup).family == AF_INET;
-        let remote_ip = if v4 { addr::mapped((*lookup).remote_ip4.to_ne_bytes()) } else { read_ip6((&raw const (*lookup).remote_ip6).cast()) };
+        let remote_ip =
+            if v4 { addr::mapped((*lookup).remote_ip4.to_ne_bytes()) } else { read_ip6((&raw const (*lookup).remote_ip6).cast()) };
         let local_ip = if v4 { addr::mapped((*lookup).local_ip4.to_ne_bytes()) } else { read_ip6((&raw const (*lookup).local_ip6).cast()) };
         FlowKey {
             remote: Address { ip: remote_ip, port: (*lookup).remote_port.to_ne_bytes() },

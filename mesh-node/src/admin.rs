@@ -128,20 +128,17 @@ fn workload(w: &Workload) -> Value {
 fn services(node: &Node) -> Value {
     let snapshot = node.proxy.config.load();
     let port = |p: &crate::route::ServicePort| {
-        let endpoints = p.endpoints.iter().map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
+        let endpoints =
+            p.endpoints.iter().map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
         json!({"name": &*p.name, "port": p.port, "endpoints": endpoints.collect::<Vec<_>>()})
     };
-    let one = |s: &Arc<crate::route::Service>| {
-        json!({"namespace": &*s.name.namespace, "name": &*s.name.name, "addresses": s.vips, "ports": s.ports.iter().map(port).collect::<Vec<_>>()})
-    };
+    let one = |s: &Arc<crate::route::Service>| json!({"namespace": &*s.name.namespace, "name": &*s.name.name, "addresses": s.vips, "ports": s.ports.iter().map(port).collect::<Vec<_>>()});
     snapshot.services().iter().map(one).collect()
 }
 
 fn certificates(node: &Node) -> Value {
     let seconds = |t: Option<SystemTime>| t.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|d| d.as_secs());
-    let one = |c: crate::identity::CertificateState| {
-        json!({"identity": c.identity.to_string(), "notBefore": seconds(c.not_before), "notAfter": seconds(c.not_after), "error": c.error})
-    };
+    let one = |c: crate::identity::CertificateState| json!({"identity": c.identity.to_string(), "notBefore": seconds(c.not_before), "notAfter": seconds(c.not_after), "error": c.error});
     node.proxy.identity.states().into_iter().map(one).collect()
 }
 

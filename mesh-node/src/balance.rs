@@ -23,9 +23,8 @@ pub struct Asker<'a> {
 /// Ready endpoints are used; when there are none, those that still serve while they terminate, as kube-proxy does. An
 /// endpoint already tried is avoided as long as there is another.
 pub fn pick<'a>(service: &Service, port: &'a ServicePort, asker: &Asker<'_>) -> Option<&'a Endpoint> {
-    let reachable = |e: &&Endpoint| {
-        e.address.is_ipv4() == asker.client.is_ipv4() && (!service.local_only || e.node.as_deref() == Some(asker.node))
-    };
+    let reachable =
+        |e: &&Endpoint| e.address.is_ipv4() == asker.client.is_ipv4() && (!service.local_only || e.node.as_deref() == Some(asker.node));
     let usable = |test: fn(&Endpoint) -> bool| port.endpoints.iter().filter(reachable).filter(|e| test(e)).collect::<Vec<_>>();
     let mut candidates = usable(|e| e.ready);
     if candidates.is_empty() {

@@ -98,7 +98,8 @@ impl Capture {
         let node = NodeConfig { fail_open: u32::from(settings.fail_mode == FailMode::Open) };
         loaded.array::<NodeConfig>("NODE")?.set(0, node, 0).map_err(CaptureError::map("NODE"))?;
         register_self(&mut loaded.hash("PROXIES")?)?;
-        let cgroup = std::fs::File::open(&settings.cgroup).map_err(CaptureError::io(format!("open cgroup {}", settings.cgroup.display())))?;
+        let cgroup =
+            std::fs::File::open(&settings.cgroup).map_err(CaptureError::io(format!("open cgroup {}", settings.cgroup.display())))?;
         for hook in object::CGROUP_HOOKS {
             pins::attach(&pins::hook_link(&directory, hook.program), loaded.program(hook.program)?, cgroup.as_fd(), hook.attach_type)?;
         }

@@ -14,9 +14,9 @@ pub mod route;
 pub mod config;
 pub mod tls;
 // 4 services
-pub mod identity;
-pub mod hbone;
 pub mod capture;
+pub mod hbone;
+pub mod identity;
 // 5 data path, sources
 pub mod proxy;
 pub mod sources;

@@ -16,12 +16,7 @@ pub use failure::Failure;
 pub use live::Live;
 pub use pods::{Pods, ServedPod};
 
-use crate::{
-    config::Configuration,
-    hbone::Pool,
-    identity::Manager,
-    telemetry::Metrics,
-};
+use crate::{config::Configuration, hbone::Pool, identity::Manager, telemetry::Metrics};
 
 /// How long establishing one connection may take: the TCP connection, and the handshakes on top of it.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -85,7 +85,10 @@ impl Drop for LoadGuard {
 /// What an original destination is.
 #[derive(Debug, Clone)]
 pub enum Target<'a> {
-    Service { service: &'a Arc<Service>, port: &'a ServicePort },
+    Service {
+        service: &'a Arc<Service>,
+        port: &'a ServicePort,
+    },
     Workload(&'a Arc<Workload>),
     /// An address of a service, on a port it does not have.
     NoSuchPort(&'a Arc<Service>),

@@ -19,8 +19,8 @@ use rustls::{
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use verify::{ClientVerifier, ServerVerifier, SingleCertificate};
 pub use verify::{peer_identity, uri_identities};
-use verify::{ClientVerifier, SingleCertificate, ServerVerifier};
 
 use crate::id::SpiffeId;
 

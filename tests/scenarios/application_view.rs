@@ -121,7 +121,10 @@ fn connection_to_a_closed_port_is_reset_and_not_ended() {
     for (way, to) in [("same node", scene.near.address(7)), ("tunnel", scene.far.address(7)), ("to outside", scene.outside.address6(7))] {
         let report = scene.bed.probe(&scene.client, &["ask", &to, "ping"]).expect("a report");
         let error = report["error"].as_str().unwrap_or_default();
-        assert!(error.contains("reset") || error.contains("refused") || error.contains("Broken pipe") || error.contains("not connected"), "{way}: {report}");
+        assert!(
+            error.contains("reset") || error.contains("refused") || error.contains("Broken pipe") || error.contains("not connected"),
+            "{way}: {report}"
+        );
     }
 }
 
@@ -187,9 +190,11 @@ fn python_sockets_of_every_mode_see_plain_tcp() {
     let targets = [scene.near.v4(), scene.far.v4(), scene.far.v6(), scene.outside.v4()];
     for (host, mode) in targets.iter().flat_map(|h| ["blocking", "nonblocking", "timeout"].map(|m| (h.to_string(), m))) {
         let script = script.display().to_string();
-        let output = scene.bed.run(&scene.client, Path::new("/usr/bin/python3"), &[&script, &host, "8080", "400000", mode]).expect("python");
+        let output =
+            scene.bed.run(&scene.client, Path::new("/usr/bin/python3"), &[&script, &host, "8080", "400000", mode]).expect("python");
         let text = String::from_utf8_lossy(&output.stdout);
-        let report: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{host} {mode}: {text} {}", String::from_utf8_lossy(&output.stderr)));
+        let report: Value =
+            serde_json::from_str(&text).unwrap_or_else(|_| panic!("{host} {mode}: {text} {}", String::from_utf8_lossy(&output.stderr)));
         assert!(report["intact"] == true && report["server"]["received"] == 400_000, "{host} {mode}: {report}");
         assert!(report["peername"][0] == host.as_str() && report["server"]["firstError"].is_null(), "{host} {mode}: {report}");
     }

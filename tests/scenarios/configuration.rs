@@ -2,10 +2,7 @@
 
 use std::{io::Write, time::Duration};
 
-use mesh_tests::{
-    Bed, NodeOptions, PodSpec,
-    bed::wait_for,
-};
+use mesh_tests::{Bed, NodeOptions, PodSpec, bed::wait_for};
 
 fn remarks(bed: &Bed) -> String {
     let status = bed.nodes()[0].admin_json("/status").expect("status");
@@ -17,12 +14,14 @@ fn garbage_huge_and_half_written_manifests_change_nothing_and_are_named() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
     let works = |bed: &Bed| bed.probe(&client, &["ask", &server.address(8080), "ping"]).expect("a report")["answer"] == "pong";
-    bed.apply("policy", "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec: {rules: [{}]}\n").expect("applied");
+    bed.apply("policy", "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec: {rules: [{}]}\n")
+        .expect("applied");
     bed.settle().expect("settled");
     assert!(works(&bed) && remarks(&bed).is_empty(), "{}", remarks(&bed));
     let directory = bed.config().join("applied");
     let named = |what: &str, parts: &[&str]| {
-        wait_for(what, Duration::from_secs(5), || Ok(parts.iter().all(|p| remarks(&bed).contains(p)))).unwrap_or_else(|e| panic!("{e:#}: {}", remarks(&bed)));
+        wait_for(what, Duration::from_secs(5), || Ok(parts.iter().all(|p| remarks(&bed).contains(p))))
+            .unwrap_or_else(|e| panic!("{e:#}: {}", remarks(&bed)));
         assert!(works(&bed), "{what}");
     };
     std::fs::write(directory.join("garbage.yaml"), [0x00, 0xff, 0x13, 0x37].repeat(1000)).expect("written");
@@ -36,7 +35,10 @@ fn garbage_huge_and_half_written_manifests_change_nothing_and_are_named() {
     named("bad field", &["policy.yaml", "AuthorizationPolicy default/p", "spec.rules[0].from[0].source.ipBlocks[0]", "last good"]);
     // Half of a file that denies everything, held open.
     let mut half = std::fs::File::create(directory.join("half.yaml")).expect("created");
-    half.write_all(b"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: half}\nspec: {action: DENY, rules: [{}]}\n").expect("written");
+    half.write_all(
+        b"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: half}\nspec: {action: DENY, rules: [{}]}\n",
+    )
+    .expect("written");
     half.sync_all().expect("synced");
     std::thread::sleep(Duration::from_millis(400));
     assert!(works(&bed), "a half-written file took effect");
@@ -77,7 +79,9 @@ fn kubectl_output_of_every_version_is_read() {
     let bed = Bed::start(1, &NodeOptions::default()).expect("bed");
     let mut yaml = String::new();
     for (i, version) in ["v1", "v1beta1", "v1alpha3", "v1alpha1"].iter().enumerate() {
-        yaml += &format!("---\napiVersion: security.istio.io/{version}\nkind: PeerAuthentication\nmetadata: {{name: p, namespace: ns{i}, resourceVersion: \"1\", managedFields: [], creationTimestamp: \"2026-01-01T00:00:00Z\"}}\nspec: {{mtls: {{mode: STRICT}}}}\nstatus: {{}}\n");
+        yaml += &format!(
+            "---\napiVersion: security.istio.io/{version}\nkind: PeerAuthentication\nmetadata: {{name: p, namespace: ns{i}, resourceVersion: \"1\", managedFields: [], creationTimestamp: \"2026-01-01T00:00:00Z\"}}\nspec: {{mtls: {{mode: STRICT}}}}\nstatus: {{}}\n"
+        );
     }
     bed.apply("versions", &yaml).expect("applied");
     bed.apply("list", "apiVersion: v1\nkind: List\nmetadata: {resourceVersion: \"\"}\nitems:\n- {apiVersion: v1, kind: Service, metadata: {name: listed}, spec: {clusterIP: None}}\n").expect("applied");

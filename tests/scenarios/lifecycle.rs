@@ -27,7 +27,8 @@ fn answers(bed: &Bed, client: &Pod, to: &str) -> bool {
 #[test]
 fn a_namespace_label_flipped_under_traffic_loses_nothing() {
     let mut bed = Bed::start(2, &NodeOptions::default()).expect("bed");
-    let [client, near, far] = [PodSpec::new("client", 0), PodSpec::server("near", 0), PodSpec::server("far", 1)].map(|s| bed.pod(&s).expect("pod"));
+    let [client, near, far] =
+        [PodSpec::new("client", 0), PodSpec::server("near", 0), PodSpec::server("far", 1)].map(|s| bed.pod(&s).expect("pod"));
     bed.settle().expect("settled");
     let open = [&near, &far].map(|server| start(&bed, &client, &["steady", &server.address(8080), "9"]));
     let new = [&near, &far].map(|server| start(&bed, &client, &["attempts", &server.address6(8080), "9"]));
@@ -233,7 +234,13 @@ fn certificates_are_renewed_without_cutting_anything() {
 #[test]
 fn unready_endpoints_get_no_traffic() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
-    let [client, a, b] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("web-a", 0).label("app", "web"), PodSpec::server("web-b", 1).label("app", "web")]).expect("pods");
+    let [client, a, b] = bed
+        .meshed([
+            PodSpec::new("client", 0),
+            PodSpec::server("web-a", 0).label("app", "web"),
+            PodSpec::server("web-b", 1).label("app", "web"),
+        ])
+        .expect("pods");
     let service = bed.service("default", "web", 80, 8080).expect("service").0;
     bed.settle().expect("settled");
     let seen = |bed: &Bed| {
@@ -241,7 +248,10 @@ fn unready_endpoints_get_no_traffic() {
         (0..16).filter_map(|_| bed.probe(&client, &["ask", &to, "who"]).ok()?["answer"].as_str().map(str::to_owned)).collect::<Vec<_>>()
     };
     let all = seen(&bed);
-    assert!(all.len() == 16 && [&a, &b].iter().all(|p| all.iter().any(|l| l.contains(&p.address(8080)))), "both endpoints are used: {all:?}");
+    assert!(
+        all.len() == 16 && [&a, &b].iter().all(|p| all.iter().any(|l| l.contains(&p.address(8080)))),
+        "both endpoints are used: {all:?}"
+    );
     bed.set_ready(&a, false).expect("unready");
     bed.settle().expect("settled");
     assert!(seen(&bed).iter().all(|l| l.contains(&b.address(8080))));

@@ -40,7 +40,8 @@ impl Scene {
     }
 
     fn apply(&self, name: &str, kind: &str, namespace: &str, spec: &str) {
-        let yaml = format!("apiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n");
+        let yaml =
+            format!("apiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n");
         self.bed.apply(name, &yaml).expect("applied");
         self.bed.settle().expect("settled");
     }
@@ -101,7 +102,12 @@ fn authorization_is_enforced_at_the_destination_for_every_way_in() {
     scene.apply("policy", "AuthorizationPolicy", "default", &near);
     assert_eq!(scene.through(), [true, false, false], "by address, which is the client's own");
     scene.apply("policy", "AuthorizationPolicy", "default", "{rules: [{}]}");
-    scene.apply("mesh", "AuthorizationPolicy", "istio-system", "{action: DENY, rules: [{from: [{source: {serviceAccounts: [default/near]}}]}]}");
+    scene.apply(
+        "mesh",
+        "AuthorizationPolicy",
+        "istio-system",
+        "{action: DENY, rules: [{from: [{source: {serviceAccounts: [default/near]}}]}]}",
+    );
     assert_eq!(scene.through(), [false, true, true], "DENY in the mesh wins over ALLOW in the namespace");
     scene.withdraw("mesh");
     // A peer that is not mesh-node is told so with 401.
@@ -124,7 +130,12 @@ fn a_policy_change_cuts_what_it_denies_within_a_second_and_nothing_else() {
     };
     let running = [&scene.near, &scene.far, &scene.stranger].map(start);
     std::thread::sleep(Duration::from_secs(1));
-    scene.apply("policy", "AuthorizationPolicy", "default", "{action: DENY, rules: [{from: [{source: {principals: ['*/sa/near', '*/sa/far-account']}}]}]}");
+    scene.apply(
+        "policy",
+        "AuthorizationPolicy",
+        "default",
+        "{action: DENY, rules: [{from: [{source: {principals: ['*/sa/near', '*/sa/far-account']}}]}]}",
+    );
     let reports = running.map(|child| {
         let output = child.wait_with_output().expect("ended");
         serde_json::from_slice::<Value>(&output.stdout).expect("a report")

@@ -90,7 +90,12 @@ fn requests_are_answered_as_ztunnel_answers_them() {
 fn strangers_are_refused_counted_and_disturb_nobody() {
     let mut scene = scene();
     let [client] = scene.bed.meshed([PodSpec::new("client", 0)]).expect("client");
-    let steady = scene.bed.command(&client, &program("probe"), &["steady", &scene.server.address(8080), "4"]).stdout(Stdio::piped()).spawn().expect("steady");
+    let steady = scene
+        .bed
+        .command(&client, &program("probe"), &["steady", &scene.server.address(8080), "4"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("steady");
     let cases = [
         ("no_certificate", None),
         ("expired", Some(Certificate::of(CLIENT).expired())),
@@ -162,7 +167,8 @@ fn a_server_that_is_not_who_it_should_be_gets_nothing() {
 fn a_goaway_of_the_peer_moves_new_connections_to_a_new_one() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
-    let old = bed.command(&client, &program("probe"), &["steady", &server.address(8080), "5"]).stdout(Stdio::piped()).spawn().expect("steady");
+    let old =
+        bed.command(&client, &program("probe"), &["steady", &server.address(8080), "5"]).stdout(Stdio::piped()).spawn().expect("steady");
     wait_for("a tunnel", Duration::from_secs(5), || Ok(bed.nodes()[0].admin_json("/pool")?[0]["streams"] == 1)).expect("tunnel");
     // Taken out of the mesh, the pod's HBONE listener says GOAWAY after its grace; the connection under way goes on.
     bed.relabel(&server, "istio.io/dataplane-mode", Some("none")).expect("relabel");

@@ -154,7 +154,8 @@ impl Bed {
     pub fn settle(&self) -> Result<()> {
         // A marker that only exists to be seen in every node's snapshot.
         let marker = format!("bed-marker-{}", std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos());
-        let service = serde_json::json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": marker}, "spec": {"clusterIP": "None"}});
+        let service =
+            serde_json::json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": marker}, "spec": {"clusterIP": "None"}});
         write_atomically(&self.config().join("applied/bed-marker.json"), &service.to_string())?;
         for node in self.nodes.iter().filter(|n| n.is_running()) {
             wait_for("configuration read", Duration::from_secs(10), || Ok(node.admin("/services")?.contains(&marker)))?;
@@ -182,7 +183,8 @@ impl Bed {
     pub fn probe(&self, pod: &Pod, arguments: &[&str]) -> Result<serde_json::Value> {
         let output = self.run(pod, &program("probe"), arguments)?;
         let text = String::from_utf8_lossy(&output.stdout);
-        serde_json::from_str(text.trim()).with_context(|| format!("probe {arguments:?}: {text} {}", String::from_utf8_lossy(&output.stderr)))
+        serde_json::from_str(text.trim())
+            .with_context(|| format!("probe {arguments:?}: {text} {}", String::from_utf8_lossy(&output.stderr)))
     }
 }
 

@@ -52,7 +52,8 @@ impl Certificate {
     }
 
     fn make(&self, ca: &Path) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
-        let key = if self.foreign_root { KeyPair::generate()? } else { KeyPair::from_pem(&std::fs::read_to_string(ca.join("root-key.pem"))?)? };
+        let key =
+            if self.foreign_root { KeyPair::generate()? } else { KeyPair::from_pem(&std::fs::read_to_string(ca.join("root-key.pem"))?)? };
         let issuer = Issuer::from_ca_cert_pem(&std::fs::read_to_string(ca.join("root-cert.pem"))?, key)?;
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(self.uri.as_str().try_into()?)];
@@ -68,15 +69,32 @@ impl Certificate {
 struct Anyone;
 
 impl ServerCertVerifier for Anyone {
-    fn verify_server_cert(&self, _: &CertificateDer<'_>, _: &[CertificateDer<'_>], _: &ServerName<'_>, _: &[u8], _: UnixTime) -> Result<ServerCertVerified, rustls::Error> {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, rustls::Error> {
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
         Ok(HandshakeSignatureValid::assertion())
     }
 
-    fn verify_tls13_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, rustls::Error> {
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
         Ok(HandshakeSignatureValid::assertion())
     }
 
@@ -139,7 +157,13 @@ impl Dial<'_> {
 }
 
 /// A server on the HBONE port of a namespace that presents a certificate and answers every CONNECT with 200 and an echo.
-pub async fn echo_server(netns: &Path, at: SocketAddr, ca: &Path, certificate: &Certificate, alpn: &[&str]) -> Result<tokio::task::JoinHandle<()>> {
+pub async fn echo_server(
+    netns: &Path,
+    at: SocketAddr,
+    ca: &Path,
+    certificate: &Certificate,
+    alpn: &[&str],
+) -> Result<tokio::task::JoinHandle<()>> {
     let (chain, key) = certificate.make(ca)?;
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();

@@ -98,20 +98,16 @@ impl Node {
 pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     Netns::host().context("cannot open the node's network namespace")?;
     let ca = EmbeddedCa::open(&settings.ca_dir, settings.mesh.trust_domains.local.clone(), settings.certificate_ttl)?;
-    let source = Directory::open(&settings.config_dir, "default").with_context(|| format!("configuration directory {}", settings.config_dir.display()))?;
+    let source = Directory::open(&settings.config_dir, "default")
+        .with_context(|| format!("configuration directory {}", settings.config_dir.display()))?;
     let capture = Capture::open(&settings.capture)?;
     let discovery = Discovery::new(settings.capture.cgroup.clone())?;
     let (sender, receiver) = mpsc::channel(16);
     let (publisher, config) = Publisher::new(Arc::new(settings.mesh.clone()), receiver);
     let metrics = Arc::new(Metrics::default());
     let proxy = Proxy::new(config.clone(), Manager::new(Arc::new(ca)), metrics);
-    let node = Arc::new(Node {
-        settings,
-        proxy: proxy.clone(),
-        started: SystemTime::now(),
-        pods: Mutex::default(),
-        capture: Mutex::new(capture),
-    });
+    let node =
+        Arc::new(Node { settings, proxy: proxy.clone(), started: SystemTime::now(), pods: Mutex::default(), capture: Mutex::new(capture) });
     let admin = admin::bind(node.settings.admin).await.with_context(|| format!("admin address {}", node.settings.admin))?;
     tokio::spawn(publisher.run());
     tokio::spawn(source.run(sender));

@@ -133,7 +133,8 @@ fn collect_pids(directory: &Path, depth: usize, pids: &mut Vec<u32>) {
 /// The mount point of the cgroup v2 hierarchy, from `/proc/self/mountinfo`: not every system has it at `/sys/fs/cgroup`.
 pub fn cgroup2_mount() -> io::Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    parse_cgroup2_mount(&mounts).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 hierarchy is mounted (mount -t cgroup2 none /sys/fs/cgroup)"))
+    parse_cgroup2_mount(&mounts)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 hierarchy is mounted (mount -t cgroup2 none /sys/fs/cgroup)"))
 }
 
 fn parse_cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
@@ -170,7 +171,16 @@ mod tests {
         ] {
             assert_eq!(pod_uid(&name).expect("a pod").0.as_ref(), uid, "{name}");
         }
-        for name in ["kubepods", "kubepods.slice", "kubepods-burstable.slice", "podman", "pods", "pod", "cri-containerd-0123456789ab.scope", "system.slice"] {
+        for name in [
+            "kubepods",
+            "kubepods.slice",
+            "kubepods-burstable.slice",
+            "podman",
+            "pods",
+            "pod",
+            "cri-containerd-0123456789ab.scope",
+            "system.slice",
+        ] {
             assert_eq!(pod_uid(name), None, "{name}");
         }
     }

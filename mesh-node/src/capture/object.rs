@@ -93,7 +93,9 @@ fn check_abi(elf: &[u8]) -> Result<(), CaptureError> {
         return Ok(());
     }
     let found = found.map_or("none".to_owned(), |v| v.to_string());
-    Err(CaptureError::Object(format!("its ABI version is {found}, this binary needs {ABI_VERSION}; run cargo xtask ebpf build and build again")))
+    Err(CaptureError::Object(format!(
+        "its ABI version is {found}, this binary needs {ABI_VERSION}; run cargo xtask ebpf build and build again"
+    )))
 }
 
 impl Loaded {

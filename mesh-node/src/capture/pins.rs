@@ -29,7 +29,11 @@ pub fn prepare(base: &Path) -> Result<PathBuf, CaptureError> {
     if !on_bpffs {
         let default = Path::new("/sys/fs/bpf");
         if !base.starts_with(default) {
-            let problem = format!("{} is not on a bpf file system; mount one there (mount -t bpf bpf {0}) or use a path below {1}", base.display(), default.display());
+            let problem = format!(
+                "{} is not on a bpf file system; mount one there (mount -t bpf bpf {0}) or use a path below {1}",
+                base.display(),
+                default.display()
+            );
             return Err(CaptureError::Unsupported(problem));
         }
         mount(Some("bpf"), default, Some("bpf"), MsFlags::empty(), Some("mode=0700"))

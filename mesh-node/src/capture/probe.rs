@@ -9,14 +9,13 @@ use aya::{
 use super::CaptureError;
 
 /// The kernel that has everything, for the message.
-const ENOUGH: &str = "Linux 5.15 or newer with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF, CONFIG_BPF_STREAM_PARSER and CONFIG_IP_MULTIPLE_TABLES has all of it";
+const ENOUGH: &str =
+    "Linux 5.15 or newer with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF, CONFIG_BPF_STREAM_PARSER and CONFIG_IP_MULTIPLE_TABLES has all of it";
 
 /// Fails with one message that names all that is missing, and the kernel version that has each.
 pub fn check() -> Result<(), CaptureError> {
-    let missing = missing(
-        |program| is_program_supported(program).map_err(|e| e.to_string()),
-        |map| is_map_supported(map).map_err(|e| e.to_string()),
-    );
+    let missing =
+        missing(|program| is_program_supported(program).map_err(|e| e.to_string()), |map| is_map_supported(map).map_err(|e| e.to_string()));
     if missing.is_empty() {
         return Ok(());
     }
@@ -32,7 +31,11 @@ fn missing(program: impl Fn(ProgramType) -> Answer, map: impl Fn(MapType) -> Ans
         (ProgramType::SockOps, "sockops programs", "4.13"),
         (ProgramType::SkLookup, "sk_lookup programs", "5.9"),
     ];
-    let maps = [(MapType::SkStorage, "socket-local storage", "5.2"), (MapType::SockHash, "sockhash maps", "4.18"), (MapType::LruHash, "LRU hash maps", "4.10")];
+    let maps = [
+        (MapType::SkStorage, "socket-local storage", "5.2"),
+        (MapType::SockHash, "sockhash maps", "4.18"),
+        (MapType::LruHash, "LRU hash maps", "4.10"),
+    ];
     let programs = programs.into_iter().filter_map(|(t, what, since)| remark(program(t), what, since));
     let maps = maps.into_iter().filter_map(|(t, what, since)| remark(map(t), what, since));
     programs.chain(maps).collect()

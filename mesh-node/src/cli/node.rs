@@ -159,7 +159,11 @@ fn uninstall(args: &KernelArgs) -> anyhow::Result<()> {
         }
     }
     let programs = if removed { "removed" } else { "there were none" };
-    println!("programs and maps below {}: {programs}; routing of {} pods: removed", args.bpf_dir.display(), discovery.look(std::time::Instant::now()).len() - failed);
+    println!(
+        "programs and maps below {}: {programs}; routing of {} pods: removed",
+        args.bpf_dir.display(),
+        discovery.look(std::time::Instant::now()).len() - failed
+    );
     anyhow::ensure!(failed == 0, "the routing of {failed} pods could not be removed");
     Ok(())
 }

@@ -172,7 +172,11 @@ impl<'a> Builder<'a> {
                             snapshot.by_ip.insert(*ip, workload.clone());
                         }
                         let used = if newer { &named.key } else { &other };
-                        self.remark(Severity::Warning, named, &format!("status.podIPs: {ip} is also claimed by {other}; {used}, the newer, has it"));
+                        self.remark(
+                            Severity::Warning,
+                            named,
+                            &format!("status.podIPs: {ip} is also claimed by {other}; {used}, the newer, has it"),
+                        );
                     }
                 }
             }
@@ -254,7 +258,11 @@ fn loads(previous: &Snapshot) -> Loads<'_> {
 }
 
 fn build_service(name: &ObjectName, service: &kube::Service, slices: &[&EndpointSlice], loads: &Loads<'_>) -> Service {
-    let ports = service.ports.iter().map(|p| ServicePort { name: p.name.clone(), port: p.port, endpoints: endpoints(name, &p.name, slices, loads) });
+    let ports = service.ports.iter().map(|p| ServicePort {
+        name: p.name.clone(),
+        port: p.port,
+        endpoints: endpoints(name, &p.name, slices, loads),
+    });
     Service {
         name: name.clone(),
         vips: service.vips.clone(),

@@ -47,7 +47,9 @@ impl FromStr for EnrolmentLabel {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once('=') {
-            Some((key, value)) if !key.is_empty() && !value.is_empty() && value != "none" => Ok(Self { key: key.into(), value: value.into() }),
+            Some((key, value)) if !key.is_empty() && !value.is_empty() && value != "none" => {
+                Ok(Self { key: key.into(), value: value.into() })
+            }
             _ => Err(format!("{text:?} is not KEY=VALUE with a value other than \"none\"")),
         }
     }

@@ -176,11 +176,17 @@ mod tests {
     fn a_rejected_object_keeps_its_last_good_version_and_the_rest_goes_on() {
         let mut store = Store::default();
         store.apply(Change { origin: origin("a"), content: content(&[peer_authentication("x", "STRICT")]) });
-        store.apply(Change { origin: origin("a"), content: content(&[peer_authentication("x", "bad"), peer_authentication("y", "STRICT")]) });
+        store.apply(Change {
+            origin: origin("a"),
+            content: content(&[peer_authentication("x", "bad"), peer_authentication("y", "STRICT")]),
+        });
         assert_eq!(names(&store), ["x", "y"]);
         let statuses = store.statuses();
         let text = statuses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-        assert!(statuses.len() == 1 && text.contains("PeerAuthentication default/x: spec.mtls.mode") && text.contains("last good"), "{text}");
+        assert!(
+            statuses.len() == 1 && text.contains("PeerAuthentication default/x: spec.mtls.mode") && text.contains("last good"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -15,8 +15,8 @@ use tokio::{
 };
 
 use super::{
-    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, SEND_BUFFER, STREAM_WINDOW, Tunnel, keepalive,
-    tunnel::Held,
+    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, SEND_BUFFER, STREAM_WINDOW, Tunnel,
+    keepalive, tunnel::Held,
 };
 
 /// Why a tunnel could not be opened.

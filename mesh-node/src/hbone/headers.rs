@@ -79,7 +79,10 @@ pub fn parse<B>(request: &Request<B>) -> Result<ConnectRequest, BadRequest> {
         return Err(BadRequest::Method(request.method().as_str().chars().take(32).collect()));
     }
     let uri = request.uri();
-    if request.extensions().get::<h2::ext::Protocol>().is_some() || uri.scheme().is_some() || uri.path_and_query().is_some_and(|p| p != "/" && p != "") {
+    if request.extensions().get::<h2::ext::Protocol>().is_some()
+        || uri.scheme().is_some()
+        || uri.path_and_query().is_some_and(|p| p != "/" && p != "")
+    {
         return Err(BadRequest::Extended);
     }
     let authority = uri.authority().ok_or(BadRequest::NoAuthority)?.as_str().parse()?;
@@ -187,7 +190,22 @@ mod tests {
         for (text, shown) in good {
             assert_eq!(text.parse::<Authority>().expect(text).to_string(), shown);
         }
-        for bad in ["", ":80", "a", "a:", "a:0", "a:65536", "10.0.0.1", "10.0.0.1:0", "10.0.0.256:80", "fd00::1:80", "[fd00::1]", "a b:80", "u@h:80", "a:80:90"] {
+        for bad in [
+            "",
+            ":80",
+            "a",
+            "a:",
+            "a:0",
+            "a:65536",
+            "10.0.0.1",
+            "10.0.0.1:0",
+            "10.0.0.256:80",
+            "fd00::1:80",
+            "[fd00::1]",
+            "a b:80",
+            "u@h:80",
+            "a:80:90",
+        ] {
             assert!(bad.parse::<Authority>().is_err(), "{bad}");
         }
     }

@@ -173,4 +173,3 @@ fn into_io(error: h2::Error) -> io::Error {
     }
     io::Error::new(io::ErrorKind::ConnectionReset, error)
 }
-

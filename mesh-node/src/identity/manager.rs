@@ -67,7 +67,9 @@ impl Manager {
                 let now = current.borrow_and_update();
                 match (&now.credentials, &now.error) {
                     (Some(c), _) if !c.is_expired(SystemTime::now()) => return Ok(c.clone()),
-                    (Some(_), Some(error)) => return Err(format!("the certificate of {id} has expired and cannot be renewed: {error}").into()),
+                    (Some(_), Some(error)) => {
+                        return Err(format!("the certificate of {id} has expired and cannot be renewed: {error}").into());
+                    }
                     (None, Some(error)) => return Err(format!("no certificate for {id}: {error}").into()),
                     (_, None) => {}
                 }

@@ -61,7 +61,8 @@ impl Netns {
         let mut cookie = 0_u64;
         let mut len = libc::socklen_t::try_from(size_of::<u64>()).unwrap_or(8);
         // SAFETY: a valid descriptor, and a buffer of the length given.
-        let ret = unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &raw mut len) };
+        let ret =
+            unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &raw mut len) };
         if ret == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
     }
 }

@@ -128,13 +128,7 @@ pub async fn relay<C>(
     result
 }
 
-async fn direction<C>(
-    mut from: impl Source,
-    mut to: impl Sink,
-    reader: Side,
-    writer: Side,
-    count: &AtomicU64,
-) -> Result<(), Broken<C>> {
+async fn direction<C>(mut from: impl Source, mut to: impl Sink, reader: Side, writer: Side, count: &AtomicU64) -> Result<(), Broken<C>> {
     let read = |source| Broken::Read { side: reader, source };
     let write = |source| Broken::Write { side: writer, source };
     loop {

@@ -6,10 +6,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{
-    Facts, Mtls,
-    matching::Test,
-};
+use super::{Facts, Mtls, matching::Test};
 use crate::{
     id::{ObjectName, TrustDomain},
     resource::{
@@ -156,7 +153,11 @@ fn accounts(values: &Values<ServiceAccount>, namespace: &str) -> Values<(String,
 }
 
 /// The mutual TLS mode of a workload from the one policy in force in each scope, widest first.
-pub fn effective_mtls(mesh: Option<&PeerAuthentication>, namespace: Option<&PeerAuthentication>, workload: Option<&PeerAuthentication>) -> Mtls {
+pub fn effective_mtls(
+    mesh: Option<&PeerAuthentication>,
+    namespace: Option<&PeerAuthentication>,
+    workload: Option<&PeerAuthentication>,
+) -> Mtls {
     let mut mode = MtlsMode::Permissive;
     for policy in [mesh, namespace, workload].into_iter().flatten() {
         if policy.mode != MtlsMode::Unset {

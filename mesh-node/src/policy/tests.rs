@@ -9,7 +9,8 @@ use crate::{
 };
 
 fn parse(kind: &str, namespace: &str, spec: &Value) -> Object {
-    let document = json!({"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": {"name": "p", "namespace": namespace}, "spec": spec});
+    let document =
+        json!({"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": {"name": "p", "namespace": namespace}, "spec": spec});
     match resource::parse(document, "default").expect("valid policy") {
         Parsed::Object(named) => named.object,
         Parsed::Ignored(kind) => panic!("{kind} ignored"),
@@ -22,7 +23,10 @@ fn rejected(kind: &str, spec: &Value) -> String {
 }
 
 fn domains() -> TrustDomains {
-    TrustDomains { local: TrustDomain::parse("mesh.example").expect("valid"), aliases: vec![TrustDomain::parse("old.example").expect("valid")] }
+    TrustDomains {
+        local: TrustDomain::parse("mesh.example").expect("valid"),
+        aliases: vec![TrustDomain::parse("old.example").expect("valid")],
+    }
 }
 
 fn policy(specs: &[Value]) -> WorkloadPolicy {
@@ -129,7 +133,8 @@ fn clauses_are_and_alternatives_are_or() {
 #[test]
 fn deny_wins_over_allow_and_is_wider_without_http() {
     let allow = json!({"rules": [{}]});
-    let deny = json!({"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["web"]}}], "to": [{"operation": {"methods": ["POST"]}}]}]});
+    let deny =
+        json!({"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["web"]}}], "to": [{"operation": {"methods": ["POST"]}}]}]});
     let both = policy(&[allow, deny]);
     assert_eq!(both.authorize(&web()).expect_err("denied"), Denial::DeniedBy { policy: "default/p".into() });
     assert!(both.authorize(&facts("mesh.example/ns/other/sa/x", "10.0.0.5", "10.0.0.9:8080")).is_ok());
@@ -177,8 +182,16 @@ fn port_level_modes_override_the_workload() {
 #[test]
 fn bad_policies_are_refused_with_field_and_remedy() {
     let cases = [
-        ("AuthorizationPolicy", json!({"rules": [{"from": [{"source": {"ipBlocks": ["10.0.0.0/33"]}}]}]}), "spec.rules[0].from[0].source.ipBlocks[0]"),
-        ("AuthorizationPolicy", json!({"rules": [{"from": [{"source": {"notIpBlocks": ["x"]}}]}]}), "spec.rules[0].from[0].source.notIpBlocks[0]"),
+        (
+            "AuthorizationPolicy",
+            json!({"rules": [{"from": [{"source": {"ipBlocks": ["10.0.0.0/33"]}}]}]}),
+            "spec.rules[0].from[0].source.ipBlocks[0]",
+        ),
+        (
+            "AuthorizationPolicy",
+            json!({"rules": [{"from": [{"source": {"notIpBlocks": ["x"]}}]}]}),
+            "spec.rules[0].from[0].source.notIpBlocks[0]",
+        ),
         ("AuthorizationPolicy", json!({"rules": [{"from": [{"source": {"principal": ["x"]}}]}]}), "spec.rules[0].from[0].source"),
         ("AuthorizationPolicy", json!({"rules": [{"from": [{"source": {}}]}]}), "is empty"),
         ("AuthorizationPolicy", json!({"rules": [{"to": [{"operation": {"ports": ["http"]}}]}]}), "spec.rules[0].to[0].operation.ports[0]"),
@@ -190,7 +203,11 @@ fn bad_policies_are_refused_with_field_and_remedy() {
         ("AuthorizationPolicy", json!({"targetRefs": [{"kind": "Service", "name": "x"}]}), "spec.targetRefs"),
         ("PeerAuthentication", json!({"mtls": {"mode": "strict"}}), "spec.mtls.mode"),
         ("PeerAuthentication", json!({"portLevelMtls": {"80": {"mode": "STRICT"}}}), "spec.portLevelMtls"),
-        ("PeerAuthentication", json!({"selector": {"matchLabels": {"a": "b"}}, "portLevelMtls": {"0": {"mode": "STRICT"}}}), "spec.portLevelMtls.0"),
+        (
+            "PeerAuthentication",
+            json!({"selector": {"matchLabels": {"a": "b"}}, "portLevelMtls": {"0": {"mode": "STRICT"}}}),
+            "spec.portLevelMtls.0",
+        ),
     ];
     for (kind, spec, part) in cases {
         let message = rejected(kind, &spec);

@@ -115,7 +115,10 @@ impl Failure {
             Self::NotServedYet | Self::UnknownWorkload | Self::Tunnel(TunnelError::Closing(_)) => true,
             Self::Dial { source, .. } => matches!(
                 source.kind(),
-                io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable
+                io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::HostUnreachable
+                    | io::ErrorKind::NetworkUnreachable
             ),
             Self::LostOriginalDestination
             | Self::ReservedPort(_)

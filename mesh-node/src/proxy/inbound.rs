@@ -58,7 +58,8 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, facts: Facts, outcome: &mut O
 }
 
 fn describe(outcome: &mut Outcome, snapshot: &Snapshot, workload: &Arc<Workload>, facts: &Facts) {
-    outcome.destination = Party { address: Some(facts.destination), identity: Some(workload.identity.clone()), workload: Some(workload.clone()) };
+    outcome.destination =
+        Party { address: Some(facts.destination), identity: Some(workload.identity.clone()), workload: Some(workload.clone()) };
     outcome.source.identity.clone_from(&facts.peer);
     outcome.source.workload = snapshot.workload_by_ip(facts.source).cloned();
 }
@@ -81,7 +82,13 @@ pub async fn serve_plaintext(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream:
     }
 }
 
-async fn plaintext(proxy: &Proxy, pod: &ServedPod, downstream: TcpStream, client: SocketAddr, outcome: &mut Outcome) -> Result<(), Failure> {
+async fn plaintext(
+    proxy: &Proxy,
+    pod: &ServedPod,
+    downstream: TcpStream,
+    client: SocketAddr,
+    outcome: &mut Outcome,
+) -> Result<(), Failure> {
     // The steered socket's own address is the original destination.
     let destination = downstream.local_addr().map_err(Failure::Broken)?;
     let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
@@ -227,4 +234,3 @@ fn status(failure: &Failure) -> StatusCode {
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }
 }
-

@@ -226,7 +226,13 @@ fn hbone_address(to: SocketAddr) -> SocketAddr {
     SocketAddr::new(to.ip(), mesh_common::HBONE_PORT)
 }
 
-async fn dial(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, client: SocketAddr, decision: Decision, _outcome: &Outcome) -> Result<Upstream, Failure> {
+async fn dial(
+    proxy: &Arc<Proxy>,
+    pod: &Arc<ServedPod>,
+    client: SocketAddr,
+    decision: Decision,
+    _outcome: &Outcome,
+) -> Result<Upstream, Failure> {
     let Decision { way, source, service, load } = decision;
     let stream = match way {
         Way::Plain(to, _) => Stream::Tcp(connect(pod, to).await?),

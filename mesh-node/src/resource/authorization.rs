@@ -161,7 +161,10 @@ struct WhenSpec {
 impl AuthorizationPolicy {
     pub(super) fn read(spec: Spec, dry_run: bool) -> Result<Self, FieldError> {
         if spec.target_refs.is_some_and(|t| !t.is_empty()) || spec.target_ref.is_some() {
-            return Err(FieldError::new("spec.targetRefs", "is not honoured by this version of mesh-node; select workloads with spec.selector"));
+            return Err(FieldError::new(
+                "spec.targetRefs",
+                "is not honoured by this version of mesh-node; select workloads with spec.selector",
+            ));
         }
         let action = match spec.action.as_deref() {
             None | Some("ALLOW") => Action::Allow,
@@ -198,7 +201,9 @@ fn rule(spec: RuleSpec, at: &str) -> Result<Rule, FieldError> {
 
 fn source(spec: SourceSpec, at: &str) -> Result<SourceMatch, FieldError> {
     let account_listed = spec.service_accounts.is_some() || spec.not_service_accounts.is_some();
-    if account_listed && (spec.principals.is_some() || spec.not_principals.is_some() || spec.namespaces.is_some() || spec.not_namespaces.is_some()) {
+    if account_listed
+        && (spec.principals.is_some() || spec.not_principals.is_some() || spec.namespaces.is_some() || spec.not_namespaces.is_some())
+    {
         let problem = "cannot be combined with principals or namespaces in one source; write two sources";
         return Err(FieldError::new(format!("{at}.serviceAccounts"), problem));
     }
@@ -256,7 +261,8 @@ fn condition(spec: WhenSpec, at: &str) -> Result<Condition, FieldError> {
         "destination.port" => Condition::DestinationPort(values(yes, no, &field, port)?),
         key if is_http_key(key) => Condition::HttpOnly(key.to_owned()),
         key => {
-            let problem = format!("{key:?} is not a condition this version knows; see AuthorizationPolicy conditions in Istio's documentation");
+            let problem =
+                format!("{key:?} is not a condition this version knows; see AuthorizationPolicy conditions in Istio's documentation");
             return Err(FieldError::new(format!("{at}.key"), problem));
         }
     })
@@ -280,7 +286,11 @@ fn strings(any_of: Texts, none_of: Texts) -> Values<StringMatch> {
 fn values<T>(any_of: Texts, none_of: Texts, at: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<Values<T>, FieldError> {
     let all = |texts: Texts, at: &str| {
         let texts = texts.unwrap_or_default();
-        texts.iter().enumerate().map(|(i, t)| read(t).map_err(|p| FieldError::new(format!("{at}[{i}]"), p))).collect::<Result<Vec<T>, FieldError>>()
+        texts
+            .iter()
+            .enumerate()
+            .map(|(i, t)| read(t).map_err(|p| FieldError::new(format!("{at}[{i}]"), p)))
+            .collect::<Result<Vec<T>, FieldError>>()
     };
     let not_at = match at.rsplit_once('.') {
         Some((parent, name)) => format!("{parent}.not{}{}", name[..1].to_uppercase(), &name[1..]),

@@ -121,7 +121,9 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
         Kind::Namespace => Object::Namespace(Namespace { labels: metadata.labels }),
         Kind::Pod => Object::Pod(Box::new(Pod::read(typed(document, &key.to_string(), Some(key))?, metadata).map_err(fail)?)),
         Kind::Service => Object::Service(Box::new(Service::read(typed(document, &key.to_string(), Some(key))?, &metadata).map_err(fail)?)),
-        Kind::EndpointSlice => Object::EndpointSlice(EndpointSlice::read(typed(document, &key.to_string(), Some(key))?, &metadata).map_err(fail)?),
+        Kind::EndpointSlice => {
+            Object::EndpointSlice(EndpointSlice::read(typed(document, &key.to_string(), Some(key))?, &metadata).map_err(fail)?)
+        }
         Kind::PeerAuthentication => Object::PeerAuthentication(PeerAuthentication::read(spec_of(spec, key)?).map_err(fail)?),
         Kind::AuthorizationPolicy => {
             let dry_run = metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")).is_some_and(|v| v == "true");

@@ -370,7 +370,8 @@ mod tests {
         fs::write(&file, format!("{}---\n{}", namespace("one"), namespace("two"))).expect("write");
         running.wait_for("changed", |r| r.services() == ["one", "two"]).await;
         fs::create_dir(running.dir.path().join("sub")).expect("mkdir");
-        fs::write(running.dir.path().join("sub/b.json"), r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"three"}}"#).expect("write");
+        fs::write(running.dir.path().join("sub/b.json"), r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"three"}}"#)
+            .expect("write");
         running.wait_for("below", |r| r.services() == ["one", "three", "two"]).await;
         fs::remove_file(&file).expect("remove");
         running.wait_for("removed", |r| r.services() == ["three"]).await;

@@ -439,7 +439,9 @@ fn steady(to: &str, seconds: u64) -> Result<Value> {
     while Instant::now() < deadline {
         let asked = Instant::now();
         if let Err(error) = question(&mut stream) {
-            return Ok(json!({"answers": answers, "error": format!("{error:#}"), "afterMilliseconds": (seconds * 1000).saturating_sub((deadline - Instant::now()).as_millis() as u64)}));
+            return Ok(
+                json!({"answers": answers, "error": format!("{error:#}"), "afterMilliseconds": (seconds * 1000).saturating_sub((deadline - Instant::now()).as_millis() as u64)}),
+            );
         }
         longest = longest.max(asked.elapsed());
         answers += 1;

@@ -87,7 +87,8 @@ fn endpoint_loads_outlive_a_snapshot() {
 
 #[test]
 fn pods_are_workloads_with_identity_and_enrolment() {
-    let ambient = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default", "labels": {"istio.io/dataplane-mode": "ambient"}}});
+    let ambient =
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default", "labels": {"istio.io/dataplane-mode": "ambient"}}});
     let (snapshot, _) = built(&[
         ambient,
         pod("a", "10.0.0.1", &json!({"spec": {"serviceAccountName": "front"}})),
@@ -106,10 +107,8 @@ fn pods_are_workloads_with_identity_and_enrolment() {
 #[test]
 fn an_address_claimed_twice_belongs_to_the_newer_pod() {
     let made = |t: &str| json!({"metadata": {"creationTimestamp": t}});
-    let (snapshot, statuses) = built(&[
-        pod("a", "10.0.0.1", &made("2026-01-02T00:00:00Z")),
-        pod("b", "10.0.0.1", &made("2026-01-03T00:00:00Z")),
-    ]);
+    let (snapshot, statuses) =
+        built(&[pod("a", "10.0.0.1", &made("2026-01-02T00:00:00Z")), pod("b", "10.0.0.1", &made("2026-01-03T00:00:00Z"))]);
     assert_eq!(&*snapshot.workload_by_ip("10.0.0.1".parse().expect("valid")).expect("owner").name.name, "b");
     assert!(statuses[0].message.contains("also claimed by"), "{statuses:?}");
 }
@@ -123,25 +122,33 @@ fn policies_reach_the_workloads_of_their_scope() {
     let early = "2026-01-01T00:00:00Z";
     let late = "2026-02-01T00:00:00Z";
     let app = |app: &str| json!({"matchLabels": {"app": app}});
-    let (snapshot, statuses) = built(&[
-        pod("a", "10.0.0.1", &json!({})),
-        pod("b", "10.0.0.2", &json!({})),
-        pod("c", "10.0.0.3", &json!({"metadata": {"namespace": "other"}})),
-        policy("PeerAuthentication", "istio-system", "mesh", early, json!({"mtls": {"mode": "STRICT"}})),
-        policy("PeerAuthentication", "istio-system", "late", late, json!({"mtls": {"mode": "PERMISSIVE"}})),
-        policy("PeerAuthentication", "istio-system", "selected", early, json!({"selector": app("c"), "mtls": {"mode": "PERMISSIVE"}})),
-        policy("PeerAuthentication", "default", "young", late, json!({"selector": app("a"), "mtls": {"mode": "STRICT"}})),
-        policy("PeerAuthentication", "default", "old", early, json!({"selector": app("a"), "mtls": {"mode": "PERMISSIVE"}})),
-        policy("AuthorizationPolicy", "istio-system", "mesh-deny", early, json!({"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["1"]}}]}]})),
-        policy("AuthorizationPolicy", "default", "none", early, json!({"selector": app("b")})),
-        policy("AuthorizationPolicy", "default", "dry", early, json!({})),
-    ]
-    .map(|mut p| {
-        if p["metadata"]["name"] == "dry" {
-            p["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
-        }
-        p
-    }));
+    let (snapshot, statuses) = built(
+        &[
+            pod("a", "10.0.0.1", &json!({})),
+            pod("b", "10.0.0.2", &json!({})),
+            pod("c", "10.0.0.3", &json!({"metadata": {"namespace": "other"}})),
+            policy("PeerAuthentication", "istio-system", "mesh", early, json!({"mtls": {"mode": "STRICT"}})),
+            policy("PeerAuthentication", "istio-system", "late", late, json!({"mtls": {"mode": "PERMISSIVE"}})),
+            policy("PeerAuthentication", "istio-system", "selected", early, json!({"selector": app("c"), "mtls": {"mode": "PERMISSIVE"}})),
+            policy("PeerAuthentication", "default", "young", late, json!({"selector": app("a"), "mtls": {"mode": "STRICT"}})),
+            policy("PeerAuthentication", "default", "old", early, json!({"selector": app("a"), "mtls": {"mode": "PERMISSIVE"}})),
+            policy(
+                "AuthorizationPolicy",
+                "istio-system",
+                "mesh-deny",
+                early,
+                json!({"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["1"]}}]}]}),
+            ),
+            policy("AuthorizationPolicy", "default", "none", early, json!({"selector": app("b")})),
+            policy("AuthorizationPolicy", "default", "dry", early, json!({})),
+        ]
+        .map(|mut p| {
+            if p["metadata"]["name"] == "dry" {
+                p["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
+            }
+            p
+        }),
+    );
     let verdict = |ip: &str, port: u16| {
         let workload = snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a workload");
         let facts = Facts { peer: None, source: "10.9.9.9".parse().expect("valid"), destination: SocketAddr::new(workload.ips[0], port) };

@@ -1,0 +1,126 @@
+//! Checks the machine and installs what is missing, saying what and why. What is there is not touched.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::steps::{self, ask, target};
+
+/// A program from a Debian package.
+struct Package {
+    /// Present when this file exists.
+    file: &'static str,
+    package: &'static str,
+    why: &'static str,
+}
+
+const RUNTIME: &[Package] = &[
+    Package { file: "/usr/bin/cc", package: "gcc", why: "the TLS library's cryptography is C" },
+    Package { file: "/usr/include/stdio.h", package: "libc6-dev", why: "the TLS library's cryptography is C" },
+    Package { file: "/usr/bin/make", package: "make", why: "the TLS library's cryptography is built with it on some machines" },
+    Package { file: "/usr/bin/c++", package: "g++", why: "the fuzzing engine is C++" },
+    Package {
+        file: "/sbin/ip",
+        package: "iproute2",
+        why: "the test bed makes network namespaces with it (mesh-node itself calls no binary)",
+    },
+    Package { file: "/usr/bin/tcpdump", package: "tcpdump", why: "the demo shows what crosses between the nodes" },
+    Package { file: "/usr/bin/python3", package: "python3-minimal", why: "one test uses Python's plain sockets" },
+];
+
+const LLVM: &str = "/usr/lib/llvm-22";
+const EBPF: &[Package] = &[
+    Package { file: "/usr/lib/llvm-22/bin/llvm-config", package: "llvm-22-dev", why: "bpf-linker links against LLVM" },
+    Package { file: "/usr/lib/llvm-22/bin/llvm-objcopy", package: "llvm-22", why: "strips the eBPF object" },
+    Package { file: "/usr/lib/llvm-22/lib/libPolly.a", package: "libpolly-22-dev", why: "LLVM's libraries need it" },
+    Package { file: "/usr/include/zlib.h", package: "zlib1g-dev", why: "LLVM's libraries need it" },
+    Package { file: "/usr/include/zstd.h", package: "libzstd-dev", why: "LLVM's libraries need it" },
+    Package { file: "/usr/include/libxml2/libxml/parser.h", package: "libxml2-dev", why: "LLVM's libraries need it" },
+];
+
+const BPF_LINKER: &str = "0.13.0";
+
+/// Everything the workspace needs to build, test and run; with `ebpf` also to build the eBPF object.
+pub fn run(ebpf: bool) -> Result<()> {
+    check_machine()?;
+    install(RUNTIME)?;
+    if ebpf {
+        install(EBPF)?;
+        install_rust_src()?;
+        install_bpf_linker()?;
+    }
+    Ok(())
+}
+
+/// Where tools that cargo builds go: below the target directory, so that the user's own are left alone.
+pub fn tools() -> PathBuf {
+    target().join("tools")
+}
+
+fn check_machine() -> Result<()> {
+    ensure!(
+        nix::unistd::Uid::effective().is_root(),
+        "root is needed: eBPF programs are loaded, network namespaces and cgroups are made. Run the same command with sudo -E"
+    );
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("/proc is not mounted")?;
+    ensure!(
+        mounts.lines().any(|l| l.contains(" - cgroup2 ")),
+        "no cgroup v2 hierarchy is mounted; capture hooks cgroups. Mount one: mount -t cgroup2 none /sys/fs/cgroup"
+    );
+    ensure!(Path::new("/proc/self/ns/net").exists(), "the kernel has no network namespaces (CONFIG_NET_NS)");
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.trim().split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    // A first hint only: mesh-node asks the kernel for each feature when it starts.
+    ensure!(version >= (5, 15), "Linux {} is too old; 5.15 has all that capture needs", release.trim());
+    Ok(())
+}
+
+fn install(packages: &[Package]) -> Result<()> {
+    let missing = packages.iter().filter(|p| !Path::new(p.file).exists()).collect::<Vec<_>>();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for package in &missing {
+        println!("missing: {} ({})", package.package, package.why);
+    }
+    let names = missing.iter().map(|p| p.package).collect::<Vec<_>>();
+    if ask("apt-get", &["--version"]).is_none() {
+        bail!("this machine has no apt-get; install these with its package manager: {}", names.join(", "));
+    }
+    steps::run("updating Debian's package lists", Command::new("apt-get").args(["update", "-qq"]))?;
+    let mut command = Command::new("apt-get");
+    command.args(["install", "-y", "-qq", "--no-install-recommends"]).args(&names).env("DEBIAN_FRONTEND", "noninteractive");
+    steps::run(&format!("installing {}", names.join(", ")), &mut command)
+}
+
+fn install_rust_src() -> Result<()> {
+    let sysroot = ask("rustc", &["--print", "sysroot"]).context("rustc is not installed; see https://rustup.rs")?;
+    if Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml").exists() {
+        return Ok(());
+    }
+    println!("missing: rust-src (the core library is built for the eBPF target)");
+    steps::run("installing rust-src", Command::new("rustup").args(["component", "add", "rust-src"]))
+}
+
+fn install_bpf_linker() -> Result<()> {
+    let linker = tools().join("bin/bpf-linker");
+    let version = ask(&linker.display().to_string(), &["--version"]).unwrap_or_default();
+    if version.trim().ends_with(BPF_LINKER) {
+        return Ok(());
+    }
+    println!("missing: bpf-linker {BPF_LINKER} (links Rust code into an eBPF object)");
+    let mut command =
+        steps::cargo(&["install", "bpf-linker", "--version", BPF_LINKER, "--no-default-features", "--features", "llvm-22", "--root"]);
+    command.arg(tools()).env("LLVM_PREFIX", LLVM);
+    steps::run("building bpf-linker (about a minute)", &mut command)
+}
+
+/// The program that strips debug information from the object.
+pub fn objcopy() -> PathBuf {
+    Path::new(LLVM).join("bin/llvm-objcopy")
+}

@@ -1,0 +1,42 @@
+//! The two commands of the README.
+
+use anyhow::Result;
+
+use crate::{
+    ebpf, fuzz, layers, setup,
+    steps::{cargo, run as step, target},
+};
+
+/// Seconds each fuzz target runs in CI.
+const FUZZ_SECONDS: u32 = 60;
+
+/// Every check and test. Order: what fails fastest first.
+pub fn run(quick: bool) -> Result<()> {
+    setup::run(!quick)?;
+    step("formatting", &mut cargo(&["fmt", "--all", "--check"]))?;
+    layers::run()?;
+    step("building", &mut cargo(&["build", "--locked", "--workspace", "--all-targets"]))?;
+    step("clippy", &mut cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    step("unit tests", &mut cargo(&["test", "--locked", "-p", "mesh-common", "-p", "mesh-node", "-p", "xtask"]))?;
+    if !quick {
+        ebpf::verify()?;
+    }
+    step("scenarios in the test bed", &mut cargo(&["test", "--locked", "-p", "mesh-tests"]))?;
+    if !quick {
+        fuzz::run(None, FUZZ_SECONDS)?;
+    }
+    println!("\nall checks passed");
+    Ok(())
+}
+
+/// Bookinfo on two nodes.
+pub fn demo(keep: bool) -> Result<()> {
+    setup::run(false)?;
+    step(
+        "building (some minutes the first time)",
+        &mut cargo(&["build", "--locked", "--release", "-p", "mesh-node", "-p", "mesh-tests", "--bins"]),
+    )?;
+    let mut demo = std::process::Command::new(target().join("release/mesh-demo"));
+    demo.args(keep.then_some("--keep"));
+    step("the demo", &mut demo)
+}
