@@ -32,7 +32,7 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>) {
         };
         let node = node.clone();
         tokio::spawn(async move {
-            let service = service_fn(|request| answer(node.clone(), request));
+            let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&node, &request))));
             let mut http = http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
             if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
@@ -43,23 +43,23 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>) {
     }
 }
 
-async fn answer<B>(node: Arc<Node>, request: Request<B>) -> Result<Response<Full<Bytes>>, Infallible> {
+fn answer<B>(node: &Node, request: &Request<B>) -> Response<Full<Bytes>> {
     if request.method() != Method::GET {
-        return Ok(text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".to_owned()));
+        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".to_owned());
     }
-    Ok(match request.uri().path() {
+    match request.uri().path() {
         "/healthz/ready" if node.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
         "/healthz/ready" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
-        "/metrics" | "/stats/prometheus" => metrics(&node),
-        "/status" => document(&status(&node)),
+        "/metrics" | "/stats/prometheus" => metrics(node),
+        "/status" => document(&status(node)),
         "/pods" => document(&json!(node.pods())),
-        "/workloads" => document(&workloads(&node)),
-        "/services" => document(&services(&node)),
-        "/certificates" => document(&certificates(&node)),
-        "/pool" => document(&pool(&node)),
+        "/workloads" => document(&workloads(node)),
+        "/services" => document(&services(node)),
+        "/certificates" => document(&certificates(node)),
+        "/pool" => document(&pool(node)),
         "/" => text(StatusCode::OK, "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool\n".to_owned()),
         path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
-    })
+    }
 }
 
 fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {

@@ -107,8 +107,8 @@ impl Capture {
         pins::update_steering(&directory, steer.as_fd())?;
         Ok(Self {
             pods: loaded.hash("PODS")?,
-            listeners: loaded.take("LISTENERS", |m| SockHash::try_from(m))?,
-            counters: loaded.take("COUNTERS", |m| PerCpuArray::try_from(m))?,
+            listeners: loaded.take("LISTENERS", SockHash::try_from)?,
+            counters: loaded.take("COUNTERS", PerCpuArray::try_from)?,
             pending: loaded.map_fd("PENDING")?,
             steer,
             directory,
@@ -159,7 +159,7 @@ impl Capture {
 
     /// What the kernel side has counted, over all CPUs.
     pub fn counters(&self) -> Vec<(Counter, u64)> {
-        let value = |c: Counter| self.counters.get(&(c as u32), 0).map(|v| v.iter().sum()).unwrap_or(0);
+        let value = |c: Counter| self.counters.get(&(c as u32), 0).map_or(0, |v| v.iter().sum());
         Counter::ALL.into_iter().map(|c| (c, value(c))).collect()
     }
 

@@ -31,7 +31,7 @@ pub const SERVER_MAX_STREAMS: u32 = 200;
 /// Streams of one pooled connection before another is opened.
 pub const POOL_STREAMS: usize = 100;
 /// How long a pooled connection without streams is kept.
-pub const IDLE_RELEASE: Duration = Duration::from_secs(300);
+pub const IDLE_RELEASE: Duration = Duration::from_mins(5);
 /// An HTTP/2 PING goes out this often, and its answer must come within the timeout.
 pub const PING_INTERVAL: Duration = Duration::from_secs(10);
 pub const PING_TIMEOUT: Duration = Duration::from_secs(20);

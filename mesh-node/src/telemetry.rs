@@ -111,7 +111,7 @@ impl Metrics {
         r.register("mesh_capture_events", "Events counted by the eBPF programs since they were first loaded", self.capture_events.clone());
     }
 
-    /// The OpenMetrics text.
+    /// The `OpenMetrics` text.
     pub fn render(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
         encode(&mut text, &self.registry)?;

@@ -1,4 +1,4 @@
-//! PeerAuthentication and AuthorizationPolicy, enforced at the destination for every way in, and live.
+//! `PeerAuthentication` and `AuthorizationPolicy`, enforced at the destination for every way in, and live.
 
 use std::{process::Stdio, time::Duration};
 

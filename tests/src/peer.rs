@@ -37,12 +37,12 @@ impl Certificate {
     /// A good one for this SPIFFE ID.
     pub fn of(uri: &str) -> Self {
         let now = SystemTime::now();
-        Self { uri: uri.to_owned(), lifetime: (now - Duration::from_secs(60), now + Duration::from_secs(3600)), foreign_root: false }
+        Self { uri: uri.to_owned(), lifetime: (now - Duration::from_mins(1), now + Duration::from_hours(1)), foreign_root: false }
     }
 
     pub fn expired(mut self) -> Self {
         let now = SystemTime::now();
-        self.lifetime = (now - Duration::from_secs(7200), now - Duration::from_secs(3600));
+        self.lifetime = (now - Duration::from_hours(2), now - Duration::from_hours(1));
         self
     }
 

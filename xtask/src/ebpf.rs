@@ -85,7 +85,10 @@ fn path_with_tools() -> Result<std::ffi::OsString> {
 
 /// What the kernel runs: instructions, map definitions and what they refer to, by section.
 #[derive(Debug, PartialEq, Eq)]
-struct Code(BTreeMap<String, (Vec<u8>, Vec<(u64, String)>)>);
+struct Code(BTreeMap<String, Section>);
+
+/// Bytes, and the symbols they refer to.
+type Section = (Vec<u8>, Vec<(u64, String)>);
 
 impl Code {
     fn read(path: &Path) -> Result<Self> {

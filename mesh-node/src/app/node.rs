@@ -157,7 +157,7 @@ impl Reconciler {
             })
             .await?;
             discovery = looked;
-            self.reconcile(&found).await;
+            self.reconcile(&found);
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
                 changed = config.changed() => anyhow::ensure!(changed, "the configuration has ended"),
@@ -165,7 +165,7 @@ impl Reconciler {
         }
     }
 
-    async fn reconcile(&mut self, found: &HashMap<WorkloadUid, LocalPod>) {
+    fn reconcile(&mut self, found: &HashMap<WorkloadUid, LocalPod>) {
         let snapshot = self.node.proxy.config.load().clone();
         let mine = snapshot.workloads().filter(|w| w.node == snapshot.mesh.node).cloned().collect::<Vec<_>>();
         let wanted = |uid: &WorkloadUid| snapshot.workload(uid).filter(|w| w.enrolled && w.node == snapshot.mesh.node);

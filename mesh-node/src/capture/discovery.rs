@@ -12,7 +12,7 @@ use std::{
 
 use crate::{id::WorkloadUid, io::netns::Netns};
 
-/// How deep below the root pods are looked for: kubepods / QoS class / pod, with room for a nested root.
+/// How deep below the root pods are looked for: kubepods / `QoS` class / pod, with room for a nested root.
 const MAX_DEPTH: usize = 8;
 /// How often the whole tree is searched for places where pods appear; in between only known places are.
 const FULL_SEARCH: Duration = Duration::from_secs(5);
@@ -109,7 +109,7 @@ fn pods_in(parent: &Path) -> impl Iterator<Item = (WorkloadUid, PathBuf)> {
     directories(parent).filter_map(|(name, path)| Some((pod_uid(&name)?, path)))
 }
 
-/// Directories of the kubelet's tree: those named `kubepods...`, and the QoS classes in them.
+/// Directories of the kubelet's tree: those named `kubepods...`, and the `QoS` classes in them.
 fn find_parents(directory: &Path, depth: usize, found: &mut Vec<PathBuf>) {
     for (name, path) in directories(directory) {
         if depth == 0 || pod_uid(&name).is_some() {

@@ -111,11 +111,11 @@ impl Loaded {
     }
 
     pub fn array<V: Pod>(&mut self, name: &'static str) -> Result<Array<MapData, V>, CaptureError> {
-        self.take(name, |m| Array::try_from(m))
+        self.take(name, Array::try_from)
     }
 
     pub fn hash<K: Pod, V: Pod>(&mut self, name: &'static str) -> Result<HashMap<MapData, K, V>, CaptureError> {
-        self.take(name, |m| HashMap::try_from(m))
+        self.take(name, HashMap::try_from)
     }
 
     pub fn map_fd(&mut self, name: &'static str) -> Result<OwnedFd, CaptureError> {

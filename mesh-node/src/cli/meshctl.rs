@@ -37,7 +37,7 @@ enum What {
     Certificates,
     /// Pooled HBONE connections to other nodes.
     Pool,
-    /// All metrics, in OpenMetrics text.
+    /// All metrics, in `OpenMetrics` text.
     Metrics,
 }
 

@@ -94,7 +94,7 @@ struct RunArgs {
     /// Worker threads [default: one per CPU].
     #[arg(long, env = "MESH_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
-    /// What is logged, in the syntax of RUST_LOG. Every connection is logged with target `access`.
+    /// What is logged, in the syntax of `RUST_LOG`. Every connection is logged with target `access`.
     #[arg(long, env = "MESH_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
     /// Log JSON instead of text.

@@ -65,8 +65,11 @@ struct Policies<'a> {
     /// Oldest first.
     workload_mtls: HashMap<&'a str, Vec<&'a PeerAuthentication>>,
     /// By namespace; those of the root namespace apply everywhere.
-    authorizations: HashMap<&'a str, Vec<(Option<&'a WorkloadSelector>, Arc<CompiledPolicy>)>>,
+    authorizations: HashMap<&'a str, Vec<Selected<'a>>>,
 }
+
+/// A policy and which workloads it is for; all, without a selector.
+type Selected<'a> = (Option<&'a WorkloadSelector>, Arc<CompiledPolicy>);
 
 impl<'a> Builder<'a> {
     fn take(&mut self, named: &'a Named) {

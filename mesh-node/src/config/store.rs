@@ -155,7 +155,7 @@ mod tests {
     fn content(documents: &[serde_json::Value]) -> Content {
         let (mut objects, mut rejections) = (Vec::new(), Vec::new());
         for document in documents {
-            match resource::parse(document.clone(), "default") {
+            match resource::parse(document, "default") {
                 Ok(Parsed::Object(named)) => objects.push(*named),
                 Ok(Parsed::Ignored(_)) => {}
                 Err(rejection) => rejections.push(rejection),

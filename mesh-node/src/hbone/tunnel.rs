@@ -1,7 +1,7 @@
 //! One CONNECT stream as a byte stream.
 //!
-//! End of data is END_STREAM and nothing else. A stream that stops in any other way was cut: RFC 9113 section 8.5 asks a
-//! proxy to turn a TCP reset into RST_STREAM(CONNECT_ERROR) and any stream error into a TCP reset, and so it is here,
+//! End of data is `END_STREAM` and nothing else. A stream that stops in any other way was cut: RFC 9113 section 8.5 asks a
+//! proxy to turn a TCP reset into `RST_STREAM(CONNECT_ERROR)` and any stream error into a TCP reset, and so it is here,
 //! both ways. (ztunnel reads CANCEL as an end of data; a truncated answer then looks complete.)
 
 use std::{

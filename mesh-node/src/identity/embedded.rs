@@ -33,9 +33,9 @@ use crate::{
 const KEY_FILE: &str = "root-key.pem";
 const CERT_FILE: &str = "root-cert.pem";
 const LOCK_FILE: &str = "lock";
-const ROOT_LIFE: Duration = Duration::from_secs(3650 * 24 * 3600);
+const ROOT_LIFE: Duration = Duration::from_hours(87600);
 /// Certificates are valid from a little before they are made, for peers whose clocks are behind.
-const CLOCK_SKEW: Duration = Duration::from_secs(60);
+const CLOCK_SKEW: Duration = Duration::from_mins(1);
 
 /// Signs for one trust domain with a root kept in a directory.
 #[derive(Debug)]
@@ -152,7 +152,7 @@ mod tests {
 
     use super::*;
 
-    const TTL: Duration = Duration::from_secs(3600);
+    const TTL: Duration = Duration::from_hours(1);
 
     fn domain() -> TrustDomain {
         TrustDomain::parse("cluster.local").expect("valid")

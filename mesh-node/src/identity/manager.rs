@@ -182,7 +182,7 @@ mod tests {
 
     #[tokio::test]
     async fn first_use_fetches_once_for_all_who_ask() {
-        let (manager, source, _dir) = manager(Duration::from_secs(3600), usize::MAX);
+        let (manager, source, _dir) = manager(Duration::from_hours(1), usize::MAX);
         let (me, other) = (id("b"), id("c"));
         let (a, b, c) = tokio::join!(manager.credentials(&me), manager.credentials(&me), manager.credentials(&other));
         assert!(Arc::ptr_eq(&a.expect("a"), &b.expect("b")) && c.is_ok());
@@ -193,18 +193,18 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn certificate_is_renewed_before_it_expires() {
-        let (manager, source, _dir) = manager(Duration::from_secs(3600), usize::MAX);
+        let (manager, source, _dir) = manager(Duration::from_hours(1), usize::MAX);
         let first = manager.credentials(&id("b")).await.expect("first");
-        tokio::time::sleep(Duration::from_secs(2400)).await;
+        tokio::time::sleep(Duration::from_mins(40)).await;
         let second = manager.credentials(&id("b")).await.expect("second");
         assert!(!Arc::ptr_eq(&first, &second) && source.issued.load(Ordering::SeqCst) == 2);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_failed_renewal_leaves_the_old_certificate_in_use() {
-        let (manager, source, _dir) = manager(Duration::from_secs(3600), 1);
+        let (manager, source, _dir) = manager(Duration::from_hours(1), 1);
         let first = manager.credentials(&id("b")).await.expect("first");
-        tokio::time::sleep(Duration::from_secs(3000)).await;
+        tokio::time::sleep(Duration::from_mins(50)).await;
         let again = manager.credentials(&id("b")).await.expect("still valid");
         assert!(Arc::ptr_eq(&first, &again) && source.issued.load(Ordering::SeqCst) > 2);
         assert!(manager.states()[0].error.is_some());
@@ -212,7 +212,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_failed_first_fetch_is_an_error_that_says_why() {
-        let (manager, _source, _dir) = manager(Duration::from_secs(3600), 0);
+        let (manager, _source, _dir) = manager(Duration::from_hours(1), 0);
         let error = manager.credentials(&id("b")).await.expect_err("must fail");
         assert!(error.contains("ns/a/sa/b") && error.contains("stopped"), "{error}");
     }

@@ -17,7 +17,7 @@ use super::netns::Netns;
 /// Pending connections a listener holds; the kernel bounds it by `net.core.somaxconn` of the pod.
 const BACKLOG: i32 = 4096;
 /// Keepalive of every connection: a peer that vanished is noticed after 180 s + 9 x 180 s, as ztunnel's.
-const KEEPALIVE: Duration = Duration::from_secs(180);
+const KEEPALIVE: Duration = Duration::from_mins(3);
 const KEEPALIVE_PROBES: u32 = 9;
 /// `IP_BIND_ADDRESS_NO_PORT`: binding an address leaves the choice of port to `connect`, which knows the four-tuple.
 const IP_BIND_ADDRESS_NO_PORT: libc::c_int = 24;

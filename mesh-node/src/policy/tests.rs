@@ -11,7 +11,7 @@ use crate::{
 fn parse(kind: &str, namespace: &str, spec: &Value) -> Object {
     let document =
         json!({"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": {"name": "p", "namespace": namespace}, "spec": spec});
-    match resource::parse(document, "default").expect("valid policy") {
+    match resource::parse(&document, "default").expect("valid policy") {
         Parsed::Object(named) => named.object,
         Parsed::Ignored(kind) => panic!("{kind} ignored"),
     }
@@ -19,7 +19,7 @@ fn parse(kind: &str, namespace: &str, spec: &Value) -> Object {
 
 fn rejected(kind: &str, spec: &Value) -> String {
     let document = json!({"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": {"name": "p"}, "spec": spec});
-    resource::parse(document, "default").expect_err("must be refused").to_string()
+    resource::parse(&document, "default").expect_err("must be refused").to_string()
 }
 
 fn domains() -> TrustDomains {

@@ -1,6 +1,6 @@
 //! Into a pod: every way in ends in [`admit`], which is where policy is enforced.
 //!
-//! HBONE from other nodes, plaintext steered here by the pod's sk_lookup program, and connections of pods of this node,
+//! HBONE from other nodes, plaintext steered here by the pod's `sk_lookup` program, and connections of pods of this node,
 //! handed over in process with the identity the kernel vouches for.
 
 use std::{io, net::SocketAddr, sync::Arc};

@@ -56,8 +56,8 @@ pub struct Metadata {
 }
 
 /// Reads one document. `default_namespace` is for namespaced objects that name none, as `kubectl apply` does.
-pub fn parse(document: Value, default_namespace: &str) -> Result<Parsed, Rejection> {
-    let header: Header = typed(&document, "document without apiVersion and kind", None)?;
+pub fn parse(document: &Value, default_namespace: &str) -> Result<Parsed, Rejection> {
+    let header: Header = typed(document, "document without apiVersion and kind", None)?;
     let (Some(api_version), Some(kind)) = (&header.api_version, &header.kind) else {
         return Err(reject(
             "document without apiVersion and kind".into(),
@@ -76,7 +76,7 @@ pub fn parse(document: Value, default_namespace: &str) -> Result<Parsed, Rejecti
         return Err(reject(label, "metadata.name", "is missing; every object needs a name", None));
     }
     let key = Key { kind: known, name: ObjectName::new(namespace, name) };
-    let object = object(&document, &key, header.metadata)?;
+    let object = object(document, &key, header.metadata)?;
     Ok(Parsed::Object(Box::new(object)))
 }
 

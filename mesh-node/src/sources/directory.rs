@@ -185,7 +185,7 @@ fn read(path: &Path, version: &Version, default_namespace: &str) -> Option<Conte
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Err(error) => return unreadable(&error),
     };
-    let Some(_lease) = Lease::take(&file) else { return None };
+    let _lease = Lease::take(&file)?;
     let mut bytes = Vec::new();
     if let Err(error) = (&file).take(MAX_FILE + 1).read_to_end(&mut bytes) {
         return unreadable(&error);

@@ -24,7 +24,7 @@ pub fn read(text: &str, default_namespace: &str) -> Content {
     };
     let (mut objects, mut rejections) = (Vec::new(), Vec::new());
     for document in documents.into_iter().flat_map(|d| flatten(d, MAX_LISTS)) {
-        match resource::parse(document, default_namespace) {
+        match resource::parse(&document, default_namespace) {
             Ok(Parsed::Object(named)) => objects.push(*named),
             Ok(Parsed::Ignored(kind)) => tracing::debug!(target: "config", %kind, "ignored: not a kind of the mesh"),
             Err(rejection) => rejections.push(rejection),

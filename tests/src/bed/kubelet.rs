@@ -1,4 +1,4 @@
-//! The bed as kubelet and API server: pods from specs and Deployments, Services with addresses, EndpointSlices.
+//! The bed as kubelet and API server: pods from specs and Deployments, Services with addresses, `EndpointSlices`.
 
 use std::{
     collections::BTreeMap,
@@ -86,7 +86,7 @@ pub struct Pod {
     pub host: u16,
     labels: BTreeMap<String, String>,
     ready: bool,
-    _processes: Vec<std::rc::Rc<Process>>,
+    processes: Vec<Process>,
 }
 
 impl Clone for Pod {
@@ -100,7 +100,7 @@ impl Clone for Pod {
             cgroup: self.cgroup.clone(),
             addresses: self.addresses.clone(),
             labels: self.labels.clone(),
-            _processes: Vec::new(),
+            processes: Vec::new(),
             ..*self
         }
     }
@@ -158,12 +158,12 @@ impl Bed {
             host,
             labels: spec.labels.clone(),
             ready: spec.port.is_none(),
-            _processes: Vec::new(),
+            processes: Vec::new(),
         };
         if !self.hosts(&spec.namespace).exists() {
             self.namespace(&spec.namespace, &[])?;
         }
-        pod._processes.push(std::rc::Rc::new(self.start_container(&pod, spec)?));
+        pod.processes.push(self.start_container(&pod, spec)?);
         self.write_pod(&pod, &spec.service_account)?;
         if let Some(port) = spec.port {
             let netns = Netns::open(&pod.netns)?;
@@ -180,17 +180,14 @@ impl Bed {
     }
 
     fn start_container(&self, pod: &Pod, spec: &PodSpec) -> Result<Process> {
-        let mut command = match spec.command.split_first() {
-            Some((program, arguments)) => {
-                let mut command = Command::new(program);
-                command.args(arguments);
-                command
-            }
-            None => {
-                let mut command = Command::new("sleep");
-                command.arg("100000");
-                command
-            }
+        let mut command = if let Some((program, arguments)) = spec.command.split_first() {
+            let mut command = Command::new(program);
+            command.args(arguments);
+            command
+        } else {
+            let mut command = Command::new("sleep");
+            command.arg("100000");
+            command
         };
         let log = fs::File::create(self.directory.join(format!("logs/pod-{}-{}.log", pod.namespace, pod.name)))?;
         command.envs(&spec.environment).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -238,7 +235,7 @@ impl Bed {
         self.write_slices()
     }
 
-    /// A ClusterIP service of both families for the pods with a label `app` of its name; returns its addresses.
+    /// A `ClusterIP` service of both families for the pods with a label `app` of its name; returns its addresses.
     pub fn service(&mut self, namespace: &str, name: &str, port: u16, target: u16) -> Result<(IpAddr, IpAddr)> {
         let document = json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": namespace},
@@ -325,7 +322,7 @@ impl Bed {
         Ok(pods)
     }
 
-    /// Writes the EndpointSlices of all services.
+    /// Writes the `EndpointSlices` of all services.
     fn write_slices(&self) -> Result<()> {
         let items: Vec<Value> = self.services.by_name.iter().flat_map(|((ns, name), s)| self.slices(ns, name, s)).collect();
         let list = json!({"apiVersion": "v1", "kind": "List", "items": items});

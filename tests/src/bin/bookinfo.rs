@@ -116,7 +116,7 @@ impl Bookinfo {
         };
         let ratings = colour.map(|_| fetch("ratings", "/ratings/0", headers));
         let review = |(who, text): (&str, &str)| {
-            let stars = ratings.as_ref().map(|r| r["body"]["ratings"][who].clone()).unwrap_or(Value::Null);
+            let stars = ratings.as_ref().map_or(Value::Null, |r| r["body"]["ratings"][who].clone());
             json!({"reviewer": who, "text": text, "stars": stars, "color": colour})
         };
         texts.map(review).to_vec().into()

@@ -31,7 +31,7 @@ enum Command {
     Serve { port: u16 },
     /// Send a line, print what comes back until the end, and both names of the connection.
     Ask { to: String, line: String },
-    /// Ask who the server thinks we are, over a socket of the family of the address; `mapped` dials IPv4 as ::ffff:a.b.c.d.
+    /// Ask who the server thinks we are, over a socket of the family of the address; `mapped` dials IPv4 as `::ffff:a.b.c.d`.
     Names {
         to: String,
         #[arg(long)]
@@ -302,7 +302,7 @@ fn exchange_nonblocking(to: &str, bytes: u64) -> Result<Value> {
     stream.set_nonblocking(true)?;
     let (mut all, mut sent, mut finished) = (Tally::default(), 0, false);
     let (mut out, mut buffer) = (vec![0; 16 * 1024], vec![0; 16 * 1024]);
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     loop {
         ensure!(Instant::now() < deadline, "no progress: sent {sent}, received {}", all.count);
         let wanted = if finished { PollFlags::POLLIN } else { PollFlags::POLLIN | PollFlags::POLLOUT };

@@ -15,7 +15,7 @@ fn store(documents: &[Value]) -> Store {
     let mut store = Store::default();
     let (mut objects, mut rejections) = (Vec::new(), Vec::new());
     for document in documents {
-        match resource::parse(document.clone(), "default") {
+        match resource::parse(document, "default") {
             Ok(Parsed::Object(named)) => objects.push(*named),
             Ok(Parsed::Ignored(_)) => {}
             Err(rejection) => rejections.push(rejection),
