@@ -7,7 +7,7 @@ use std::{
 
 use mesh_tests::{
     Bed, NodeOptions, Pod, PodSpec,
-    bed::{AMBIENT, program, wait_for},
+    bed::{AMBIENT, Process, program, wait_for},
 };
 use serde_json::Value;
 
@@ -95,7 +95,10 @@ fn a_killed_node_fails_closed_and_a_restart_heals() {
         assert!(!answers(&bed, &stranger, &to), "into a pod of a killed node to {to}");
     }
     assert!(!answers(&bed, &far, &near.address6(8080)), "through a tunnel to a killed node");
-    assert!(answers(&bed, &client, &client_loopback(&bed, &client)), "a pod's own loopback is nobody's business");
+    let own = Process::start(bed.command(&client, &program("probe"), &["serve", "9000"])).expect("a server in the client pod");
+    wait_for("a pod's own loopback is nobody's business", Duration::from_secs(5), || Ok(answers(&bed, &client, "127.0.0.1:9000")))
+        .expect("answers");
+    drop(own);
     bed.node(0).start().expect("started");
     bed.node(0).wait_ready().expect("ready");
     [&client, &near].iter().for_each(|p| bed.wait_captured(p, true).expect("captured again"));
@@ -104,19 +107,6 @@ fn a_killed_node_fails_closed_and_a_restart_heals() {
     }
     let report = end(traffic);
     assert!(report["failed"].as_u64().is_some_and(|n| n > 0) && report["worked"].as_u64().is_some_and(|n| n > 80), "{report}");
-}
-
-/// A server of the client's own, on its loopback.
-fn client_loopback(bed: &Bed, client: &Pod) -> String {
-    let mut command = bed.command(client, &program("probe"), &["serve", "9000"]);
-    command.spawn().expect("a server in the client pod");
-    let mut at = None;
-    wait_for("a server on loopback", Duration::from_secs(5), || {
-        at = Some("127.0.0.1:9000".to_owned());
-        Ok(answers(bed, client, "127.0.0.1:9000"))
-    })
-    .expect("listens");
-    at.expect("an address")
 }
 
 #[test]

@@ -36,7 +36,6 @@ pub struct Bed {
     pods: BTreeMap<String, Pod>,
     services: kubelet::Services,
     next_address: u16,
-    keep: bool,
 }
 
 impl Bed {
@@ -53,7 +52,6 @@ impl Bed {
             pods: BTreeMap::new(),
             services: kubelet::Services::default(),
             next_address: 10,
-            keep: false,
             id,
         };
         for part in ["config/applied", "config/pods", "config/services", "config/namespaces", "logs", "ca", "hosts"] {
@@ -101,9 +99,11 @@ impl Bed {
         self.network.fabric()
     }
 
-    /// Leaves everything in place when the bed is dropped.
-    pub fn keep(&mut self) {
-        self.keep = true;
+    /// Leaves everything running, beyond the end of this process; [`remove`] removes it.
+    pub fn keep(self) -> Result<()> {
+        fs::write(self.directory.join("kept"), "")?;
+        std::mem::forget(self);
+        Ok(())
     }
 
     /// Puts a manifest into force under a name; the same name replaces it.
@@ -190,9 +190,6 @@ impl Bed {
 
 impl Drop for Bed {
     fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
         if std::thread::panicking() {
             self.nodes.iter().for_each(Node::print_log);
         }

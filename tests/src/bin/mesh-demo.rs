@@ -1,1 +1,399 @@
-fn main() {}
+//! The demo: Bookinfo, unmodified, on two nodes, with every byte between them in mutual TLS; then policy applied live.
+
+use std::{
+    collections::BTreeMap,
+    io::Read,
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{AMBIENT, Process, program, wait_for},
+};
+use nix::sys::signal::{SigSet, Signal};
+use serde_json::Value;
+
+/// The manifests, as they are in the repository.
+const BOOKINFO: &str = include_str!("../../corpora/seed/01-bookinfo.yaml");
+const STRICT: &str = include_str!("../../corpora/seed/12-mtls-strict-mesh.yaml");
+/// What the original Bookinfo has beyond the seed manifest.
+const REST: &str = include_str!("../../corpora/bookinfo-details-ratings.yaml");
+const DENY: &str = "\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata:
+  name: reviews-not-for-client
+  namespace: default
+spec:
+  selector:
+    matchLabels:
+      app: reviews
+  action: DENY
+  rules:
+  - from:
+    - source:
+        serviceAccounts: [\"default/client\"]
+";
+const REQUESTS: usize = 20;
+
+/// Bookinfo on two meshed nodes.
+#[derive(Parser)]
+#[command(name = "mesh-demo")]
+struct Demo {
+    /// Leave everything running at the end, and say how to explore and remove it.
+    #[arg(long)]
+    keep: bool,
+    /// Remove what an earlier `--keep` left, by its id.
+    #[arg(long, value_name = "ID")]
+    remove: Option<String>,
+}
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+fn main() -> Result<()> {
+    let demo = Demo::parse();
+    if let Some(id) = &demo.remove {
+        mesh_tests::bed::remove(id);
+        println!("removed {id}");
+        return Ok(());
+    }
+    catch_signals()?;
+    let started = Instant::now();
+    let mut bed = Bed::start(2, &NodeOptions::default())?;
+    let result = scenes(&mut bed);
+    if let Err(error) = &result
+        && STOP.load(Ordering::Relaxed)
+    {
+        println!("\ninterrupted ({error:#}); cleaning up");
+        return Ok(());
+    }
+    result?;
+    println!("\nThe demo took {:.0} s.", started.elapsed().as_secs_f64());
+    if demo.keep { explore(bed) } else { Ok(()) }
+}
+
+/// Ctrl-C ends the scene at its next step, so that the bed is cleaned up.
+fn catch_signals() -> Result<()> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    signals.thread_block()?;
+    std::thread::spawn(move || {
+        while signals.wait().is_ok() {
+            STOP.store(true, Ordering::Relaxed);
+        }
+    });
+    Ok(())
+}
+
+fn title(text: &str) -> Result<()> {
+    ensure!(!STOP.load(Ordering::Relaxed), "stopped");
+    println!("\n\x1b[1m{text}\x1b[0m");
+    Ok(())
+}
+
+fn scenes(bed: &mut Bed) -> Result<()> {
+    title("1. Two nodes, and Bookinfo spread over both")?;
+    bed.namespace("default", AMBIENT)?;
+    let client = bed.pod(&PodSpec::new("client", 0))?;
+    let outsider = bed.pod(&PodSpec::new("outsider", 0).in_namespace("outside"))?;
+    let mut pods = bed.kubectl_apply("rest", REST)?;
+    pods.extend(bed.kubectl_apply("bookinfo", BOOKINFO)?);
+    pods.push(client.clone());
+    pods.iter().try_for_each(|p| bed.wait_captured(p, true))?;
+    bed.settle()?;
+    pods.sort_by_key(|p| (p.node, p.name.clone()));
+    for pod in &pods {
+        println!("   node{}  {:<18} {:<16} {}", pod.node + 1, pod.name, pod.v4(), pod.v6());
+    }
+    println!("   namespace default has the label istio.io/dataplane-mode=ambient; the pods were neither changed nor restarted");
+
+    title("2. Traffic: the client asks for the product page, with a packet capture between the nodes")?;
+    let capture = Capture::start(bed)?;
+    let seen = ask_pages(bed, &client, REQUESTS)?;
+    let summary = capture.finish()?;
+    println!("   {REQUESTS} pages; reviews came from {}", list(&seen));
+    ensure!(seen.len() >= 2, "several versions of reviews should have answered");
+
+    title("3. Who talked to whom, and how")?;
+    connections(bed)?;
+
+    title("4. What crossed between the nodes")?;
+    summary.print();
+    ensure!(summary.packets > 0 && summary.flows > 0, "the packet capture saw nothing");
+    ensure!(!summary.plaintext_found, "something readable crossed between the nodes");
+    ensure!(summary.others.is_empty(), "something other than HBONE crossed between the nodes");
+    ensure!(summary.not_tls == 0, "an HBONE connection carried something other than TLS");
+
+    title("5. A pod outside the mesh, before and after STRICT mutual TLS (12-mtls-strict-mesh.yaml)")?;
+    let page = pods.iter().find(|p| p.name.starts_with("productpage")).context("productpage")?;
+    let reviews = pods.iter().find(|p| p.name.starts_with("reviews-v1")).context("reviews-v1")?;
+    let outside = |bed: &Bed| page_of(bed, &outsider, &page.v4().to_string()).is_ok();
+    println!("   PERMISSIVE (the default): the outsider's plaintext is {}", verdict(outside(bed)));
+    bed.apply("strict", STRICT)?;
+    bed.settle()?;
+    let after = outside(bed);
+    println!("   STRICT:                   the outsider's plaintext is {}", verdict(after));
+    ensure!(!after, "STRICT let plaintext in");
+    ensure!(page_of(bed, &client, "productpage").is_ok(), "STRICT must not touch the mesh");
+    println!("   STRICT:                   the client in the mesh is {}", verdict(true));
+
+    title("6. A DENY policy, applied while a connection is open")?;
+    let mut open = hold_connection(bed, &client, reviews)?;
+    bed.apply("deny", DENY)?;
+    let applied = Instant::now();
+    wait_for("the open connection to be cut", Duration::from_secs(5), || Ok(!open.is_running()))?;
+    println!("   an open connection from client to reviews was cut {} ms after the policy was written", applied.elapsed().as_millis());
+    println!("   a new one is {}", verdict(page_of(bed, &client, &reviews.v4().to_string()).is_ok()));
+    println!("   productpage still gets its reviews: {}", verdict(reviews_of(&page_of(bed, &client, "productpage")?).is_some()));
+    let policies = bed.nodes()[reviews.node].access_log();
+    let denied = policies.iter().rev().find(|l| l.contains("not authorized") || l.contains("not allowed any more"));
+    println!("   in node{}'s log: {}", reviews.node + 1, denied.and_then(|l| l.split("error=").nth(1)).unwrap_or("(nothing)"));
+    Ok(())
+}
+
+fn verdict(allowed: bool) -> &'static str {
+    if allowed { "answered" } else { "refused" }
+}
+
+/// One GET over a connection of its own.
+fn page_of(bed: &Bed, from: &Pod, host: &str) -> Result<Value> {
+    let script = "import json,sys,urllib.request as u; print(u.urlopen('http://%s:9080%s' % (sys.argv[1], sys.argv[2]), timeout=10).read().decode())";
+    let path = if host == "productpage" || host.parse::<std::net::IpAddr>().is_err() { "/productpage" } else { "/health" };
+    let output = bed.run(from, &PathBuf::from("/usr/bin/python3"), &["-c", script, host, path])?;
+    ensure!(output.status.success(), "no page: {}", String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default());
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The version of reviews a page was made with.
+fn reviews_of(page: &Value) -> Option<String> {
+    page["body"]["reviews"]["from"]["version"].as_str().map(str::to_owned)
+}
+
+fn ask_pages(bed: &Bed, client: &Pod, count: usize) -> Result<BTreeMap<String, usize>> {
+    let mut seen = BTreeMap::new();
+    for _ in 0..count {
+        ensure!(!STOP.load(Ordering::Relaxed), "stopped");
+        let page = page_of(bed, client, "productpage")?;
+        let Some(version) = reviews_of(&page) else { bail!("a page without reviews: {page}") };
+        *seen.entry(format!("reviews {version}")).or_default() += 1;
+    }
+    Ok(seen)
+}
+
+fn list(counts: &BTreeMap<String, usize>) -> String {
+    counts.iter().map(|(what, n)| format!("{what} ({n})")).collect::<Vec<_>>().join(", ")
+}
+
+/// A connection that asks every 10 ms and ends when it fails.
+fn hold_connection(bed: &Bed, from: &Pod, to: &Pod) -> Result<Process> {
+    let script = "import socket,sys,time\ns=socket.create_connection((sys.argv[1],9080))\nwhile True:\n  s.sendall(b'GET /health HTTP/1.1\\r\\nhost: reviews\\r\\n\\r\\n')\n  if not s.recv(65536): break\n  time.sleep(0.01)\n";
+    let mut command = bed.command(from, &PathBuf::from("/usr/bin/python3"), &["-c", script, &to.v4().to_string()]);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut process = Process::start(command)?;
+    std::thread::sleep(Duration::from_millis(500));
+    ensure!(process.is_running(), "the connection did not come about");
+    Ok(process)
+}
+
+/// Prints the connections of both nodes' access logs, summed up.
+fn connections(bed: &Bed) -> Result<()> {
+    let mut rows: BTreeMap<(String, String, String, String), usize> = BTreeMap::new();
+    for node in bed.nodes() {
+        for line in node.access_log().iter().filter(|l| l.contains("direction=\"outbound\"")) {
+            let field =
+                |name: &str| line.split(&format!("{name}=\"")).nth(1).and_then(|rest| rest.split('"').next()).unwrap_or("-").to_owned();
+            let way = if field("dst.hbone_addr") == "-" { "in process, same node" } else { "HBONE tunnel, mutual TLS" };
+            let short = |id: String| id.replace("spiffe://cluster.local/ns/", "").replace("/sa/", "/");
+            let source = format!("{} [{}]", field("src.workload"), short(field("src.identity")));
+            let destination = format!("{} [{}]", field("dst.workload"), short(field("dst.identity")));
+            *rows.entry((node.name.clone(), source, destination, way.to_owned())).or_default() += 1;
+        }
+    }
+    println!("   {:<6} {:<42} {:<42} {:<26} connections", "node", "source [identity]", "destination [identity]", "way");
+    for ((node, source, destination, way), count) in rows {
+        println!("   {node:<6} {source:<42} {destination:<42} {way:<26} {count}");
+    }
+    for node in bed.nodes() {
+        for pooled in node.admin_json("/pool")?.as_array().into_iter().flatten() {
+            println!("   {} keeps a tunnel connection to {} as {}", node.name, pooled["address"], pooled["source"]);
+        }
+    }
+    Ok(())
+}
+
+/// A packet capture where node 1 is joined to the bridge between the nodes.
+struct Capture {
+    process: Process,
+    file: PathBuf,
+}
+
+/// What a capture shows.
+struct Summary {
+    packets: usize,
+    bytes: usize,
+    flows: usize,
+    /// Segments with data on HBONE connections that begin a record which is not TLS.
+    not_tls: usize,
+    /// TCP packets on other ports.
+    others: BTreeMap<String, usize>,
+    plaintext_found: bool,
+}
+
+impl Capture {
+    fn start(bed: &Bed) -> Result<Self> {
+        let file = bed.directory.join("between-nodes.pcap");
+        let mut command = Command::new("ip");
+        let netns = bed.fabric_netns();
+        let name = netns.file_name().and_then(|n| n.to_str()).context("a name")?;
+        command.args(["netns", "exec", name, "tcpdump", "-i", "port0", "-s", "0", "-U", "-w"]).arg(&file).arg("tcp");
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let process = Process::start(command)?;
+        wait_for("the packet capture", Duration::from_secs(5), || Ok(file.exists()))?;
+        std::thread::sleep(Duration::from_millis(200));
+        Ok(Self { process, file })
+    }
+
+    fn finish(mut self) -> Result<Summary> {
+        std::thread::sleep(Duration::from_millis(300));
+        self.process.signal(Signal::SIGTERM);
+        self.process.wait(Duration::from_secs(5));
+        let mut bytes = Vec::new();
+        std::fs::File::open(&self.file)?.read_to_end(&mut bytes)?;
+        Summary::read(&bytes)
+    }
+}
+
+impl Summary {
+    /// Reads the classic pcap format of tcpdump on an Ethernet bridge.
+    fn read(pcap: &[u8]) -> Result<Self> {
+        ensure!(pcap.get(..4) == Some(&[0xd4, 0xc3, 0xb2, 0xa1]), "not a pcap file of this machine's byte order");
+        let mut summary = Self { packets: 0, bytes: 0, flows: 0, not_tls: 0, others: BTreeMap::new(), plaintext_found: false };
+        let mut streams: BTreeMap<(Vec<u8>, Vec<u8>), Stream> = BTreeMap::new();
+        let mut at = 24;
+        while let Some(header) = pcap.get(at..at + 16) {
+            let length = u32::from_le_bytes(header[8..12].try_into()?) as usize;
+            let Some(frame) = pcap.get(at + 16..at + 16 + length) else { break };
+            at += 16 + length;
+            if let Some(segment) = Segment::parse(frame) {
+                summary.packets += 1;
+                summary.bytes += segment.data.len();
+                if segment.ports.0 == 15008 || segment.ports.1 == 15008 {
+                    streams.entry(segment.key()).or_default().take(&segment);
+                } else {
+                    *summary.others.entry(format!("TCP {} to {}", segment.ports.0, segment.ports.1)).or_default() += 1;
+                }
+                let text = String::from_utf8_lossy(segment.data);
+                summary.plaintext_found |= ["HTTP/1.1", "GET /", "reviewer"].iter().any(|w| text.contains(w));
+            }
+        }
+        summary.flows = streams.len() / 2;
+        summary.not_tls = streams.values().filter(|s| !s.is_tls()).count();
+        Ok(summary)
+    }
+
+    fn print(&self) {
+        println!("   {} TCP packets with {} bytes of data, {} connections, all on port 15008", self.packets, self.bytes, self.flows);
+        println!(
+            "   both directions of every connection are an unbroken sequence of TLS records: {}",
+            if self.not_tls == 0 { "yes" } else { "NO" }
+        );
+        println!("   HTTP or anything of Bookinfo readable in any packet: {}", if self.plaintext_found { "YES" } else { "no" });
+        for (what, n) in &self.others {
+            println!("   NOT HBONE: {what}: {n} packets");
+        }
+    }
+}
+
+/// A TCP segment.
+struct Segment<'a> {
+    addresses: (&'a [u8], &'a [u8]),
+    ports: (u16, u16),
+    sequence: u32,
+    data: &'a [u8],
+}
+
+impl<'a> Segment<'a> {
+    fn parse(frame: &'a [u8]) -> Option<Self> {
+        let (addresses, tcp) = match frame.get(12..14)? {
+            [0x08, 0x00] => {
+                let ip = frame.get(14..)?;
+                let header = usize::from(ip.first()? & 0xf) * 4;
+                let total = usize::from(u16::from_be_bytes([*ip.get(2)?, *ip.get(3)?]));
+                ((ip.get(12..16)?, ip.get(16..20)?), ip.get(header..total)?)
+            }
+            [0x86, 0xdd] => {
+                let ip = frame.get(14..)?;
+                let length = usize::from(u16::from_be_bytes([*ip.get(4)?, *ip.get(5)?]));
+                ((ip.get(8..24)?, ip.get(24..40)?), ip.get(40..40 + length)?)
+            }
+            _ => return None,
+        };
+        let port = |at: usize| Some(u16::from_be_bytes([*tcp.get(at)?, *tcp.get(at + 1)?]));
+        let sequence = u32::from_be_bytes(tcp.get(4..8)?.try_into().ok()?);
+        let data = tcp.get(usize::from(tcp.get(12)? >> 4) * 4..)?;
+        Some(Self { addresses, ports: (port(0)?, port(2)?), sequence, data })
+    }
+
+    fn key(&self) -> (Vec<u8>, Vec<u8>) {
+        let end = |address: &[u8], port: u16| [address, &port.to_be_bytes()].concat();
+        (end(self.addresses.0, self.ports.0), end(self.addresses.1, self.ports.1))
+    }
+}
+
+/// One direction of a connection, put together again.
+#[derive(Default)]
+struct Stream {
+    pieces: BTreeMap<u32, Vec<u8>>,
+}
+
+impl Stream {
+    fn take(&mut self, segment: &Segment<'_>) {
+        if !segment.data.is_empty() {
+            self.pieces.entry(segment.sequence).or_insert_with(|| segment.data.to_vec());
+        }
+    }
+
+    /// Whether the bytes are TLS records one after the other. A connection older than the capture is not.
+    fn is_tls(&self) -> bool {
+        let mut bytes = Vec::new();
+        let mut next = None;
+        for (sequence, data) in &self.pieces {
+            let overlap = next.map_or(0, |n: u32| n.wrapping_sub(*sequence) as usize);
+            if overlap > data.len() {
+                continue;
+            }
+            bytes.extend_from_slice(&data[overlap..]);
+            next = Some(sequence.wrapping_add(u32::try_from(data.len()).unwrap_or(0)));
+        }
+        let mut at = 0;
+        while let Some(header) = bytes.get(at..at + 5) {
+            let known = (20..=23).contains(&header[0]) && header[1] == 3;
+            if !known {
+                return false;
+            }
+            at += 5 + usize::from(u16::from_be_bytes([header[3], header[4]]));
+        }
+        true
+    }
+}
+
+fn explore(bed: Bed) -> Result<()> {
+    let (id, directory) = (&bed.id, bed.directory.display());
+    println!("\nEverything is left running. To explore:");
+    println!("   ls {}                          manifests, logs, the CA", directory);
+    println!("   ip netns list | grep mb{id}                       nodes (n0, n1), pods (p...), the network between (fabric)");
+    println!(
+        "   ip netns exec mb{id}-n0 {} status     what node1 thinks (also: pods, workloads, services, certificates, pool, metrics)",
+        program("meshctl").display()
+    );
+    println!("   $EDITOR {}/applied/x.yaml            policies written here take effect at once", bed.config().display());
+    println!("   tail -f {directory}/logs/node1.log             every connection");
+    println!("The STRICT and DENY policies are still in force. To remove everything: {} --remove {id}", program("mesh-demo").display());
+    bed.keep()
+}
