@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::{
     ebpf, fuzz, layers, setup,
-    steps::{cargo, run as step, target},
+    steps::{cargo, root, run as step, target},
 };
 
 /// Seconds each fuzz target runs in CI.
@@ -14,6 +14,8 @@ const FUZZ_SECONDS: u32 = 60;
 pub fn run(quick: bool) -> Result<()> {
     setup::run(!quick)?;
     step("formatting", &mut cargo(&["fmt", "--all", "--check"]))?;
+    let mut ebpf = cargo(&["fmt", "--check"]);
+    step("formatting of the eBPF programs", ebpf.current_dir(root().join("mesh-ebpf")))?;
     layers::run()?;
     step("building", &mut cargo(&["build", "--locked", "--workspace", "--all-targets"]))?;
     step("clippy", &mut cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
