@@ -50,3 +50,6 @@ async fn keepalive(mut ping_pong: h2::PingPong) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -224,3 +224,101 @@ impl HandshakeFailure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+    use rustls::NamedGroup;
+
+    use super::*;
+
+    type Issuing = CertifiedIssuer<'static, KeyPair>;
+
+    fn ca() -> Issuing {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        CertifiedIssuer::self_signed(params, KeyPair::generate().expect("key")).expect("root")
+    }
+
+    fn id(text: &str) -> SpiffeId {
+        SpiffeId::parse(text).expect("valid")
+    }
+
+    fn credentials(ca: &Issuing, identity: &str) -> Result<Credentials, TlsError> {
+        issued(ca, identity, identity)
+    }
+
+    fn issued(ca: &Issuing, written: &str, identity: &str) -> Result<Credentials, TlsError> {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(written.try_into().expect("ascii"))];
+        let key = KeyPair::generate().expect("key");
+        let leaf = params.signed_by(&key, ca).expect("leaf");
+        let mut roots = RootCertStore::empty();
+        roots.add(ca.as_ref().der().clone()).expect("root");
+        let now = SystemTime::now();
+        let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        Credentials::new(id(identity), (now, now), vec![leaf.der().clone()], key, Arc::new(roots))
+    }
+
+    const CLIENT: &str = "spiffe://cluster.local/ns/a/sa/client";
+    const SERVER: &str = "spiffe://cluster.local/ns/a/sa/server";
+
+    /// Both sides' results of a handshake; the client's includes the server's verdict on it.
+    async fn shake(client: &Credentials, expected: &str, server: &Credentials) -> (io::Result<NamedGroup>, io::Result<SpiffeId>) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let dial = async {
+            let mut stream = connect(client, id(expected), near).await?;
+            stream.read_u8().await?;
+            let group = stream.get_ref().1.negotiated_key_exchange_group().map(|g| g.name());
+            group.ok_or_else(|| io::Error::other("no group"))
+        };
+        let take = async {
+            let (mut stream, peer) = accept(server, far).await?;
+            stream.write_u8(1).await?;
+            stream.flush().await?;
+            Ok(peer)
+        };
+        tokio::join!(dial, take)
+    }
+
+    #[tokio::test]
+    async fn peers_agree_on_the_hybrid_exchange_and_know_each_other() {
+        let ca = ca();
+        let (client, server) = (credentials(&ca, CLIENT).expect("client"), credentials(&ca, SERVER).expect("server"));
+        let (group, peer) = shake(&client, SERVER, &server).await;
+        assert_eq!(group.expect("connected"), NamedGroup::X25519MLKEM768);
+        assert_eq!(peer.expect("accepted"), id(CLIENT));
+    }
+
+    #[tokio::test]
+    async fn only_the_expected_identity_is_accepted_by_the_client() {
+        let ca = ca();
+        let (client, server) = (credentials(&ca, CLIENT).expect("client"), credentials(&ca, SERVER).expect("server"));
+        let (refused, _) = shake(&client, "spiffe://cluster.local/ns/a/sa/other", &server).await;
+        assert_eq!(HandshakeFailure::of(&refused.expect_err("refused")), HandshakeFailure::WrongIdentity);
+    }
+
+    #[tokio::test]
+    async fn only_the_own_trust_domain_is_accepted_by_the_server() {
+        let ca = ca();
+        let client = credentials(&ca, "spiffe://elsewhere/ns/a/sa/client").expect("client");
+        let server = credentials(&ca, SERVER).expect("server");
+        let (refused, verdict) = shake(&client, SERVER, &server).await;
+        assert_eq!(HandshakeFailure::of(&verdict.expect_err("refused")), HandshakeFailure::WrongIdentity);
+        assert_eq!(HandshakeFailure::of(&refused.expect_err("told so")), HandshakeFailure::RefusedByPeer);
+    }
+
+    #[tokio::test]
+    async fn a_foreign_root_is_trusted_by_neither_side() {
+        let (ours, theirs) = (ca(), ca());
+        let (client, server) = (credentials(&theirs, CLIENT).expect("client"), credentials(&ours, SERVER).expect("server"));
+        let (refused, _) = shake(&client, SERVER, &server).await;
+        assert_eq!(HandshakeFailure::of(&refused.expect_err("refused")), HandshakeFailure::Untrusted);
+    }
+
+    #[test]
+    fn a_certificate_for_somebody_else_is_not_used() {
+        assert!(matches!(issued(&ca(), CLIENT, SERVER), Err(TlsError::WrongIdentity { .. })));
+    }
+}

@@ -36,7 +36,10 @@ pub fn run(wanted: Option<&str>, seconds: u32) -> Result<()> {
     let targets = TARGETS.iter().filter(|t| wanted.is_none_or(|w| w == **t)).collect::<Vec<_>>();
     ensure!(!targets.is_empty(), "there is no fuzz target {}; there are {}", wanted.unwrap_or_default(), TARGETS.join(", "));
     setup::run(false)?;
-    let wrapper = std::env::current_exe()?;
+    // A copy: cargo may build this very program anew meanwhile, and then its path leads nowhere.
+    let wrapper = target().join("fuzz/instrument");
+    fs::create_dir_all(target().join("fuzz"))?;
+    fs::copy("/proc/self/exe", &wrapper)?;
     for name in targets {
         let binary = format!("fuzz_{name}");
         let mut build = cargo(&["build", "--locked", "-p", "mesh-tests", "--features", "fuzz", "--bin", &binary]);

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -115,7 +115,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(proxy.clone().tidy_pool());
     tokio::spawn(admin::serve(admin, node.clone()));
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
-    let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), taken_over: false };
+    let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), released: Vec::new(), taken_over: false };
     tokio::select! {
         stopped = reconciler.run(discovery, config) => stopped?,
         signal = stop_signal() => tracing::info!(target: "app", signal = signal?, "stopping"),
@@ -137,6 +137,8 @@ async fn stop_signal() -> anyhow::Result<&'static str> {
 struct Reconciler {
     node: Arc<Node>,
     served: HashMap<WorkloadUid, Served>,
+    /// Pods released while they ran: their connections end with them, not with their capture.
+    released: Vec<(u64, Weak<ServedPod>)>,
     /// Whether pods left enrolled by an earlier process have been dealt with.
     taken_over: bool,
 }
@@ -174,9 +176,11 @@ impl Reconciler {
             !same || wanted(uid).is_none_or(|w| w.ips != s.pod.addresses)
         });
         for uid in leaving.map(|(uid, _)| uid.clone()).collect::<Vec<_>>() {
-            let exists = found.contains_key(&uid);
+            let same = |s: &Served| found.get(&uid).is_some_and(|f| f.netns_cookie == s.netns_cookie);
+            let exists = self.served.get(&uid).is_some_and(same);
             self.release(&uid, exists);
         }
+        self.end_released(found);
         let mut states = Vec::with_capacity(mine.len());
         for workload in &mine {
             let problem = match found.get(&workload.uid) {
@@ -195,6 +199,18 @@ impl Reconciler {
             self.taken_over = true;
             self.node.capture().retain(&self.served.values().map(|s| s.netns_cookie).collect::<HashSet<_>>());
         }
+    }
+
+    /// Ends the connections of released pods that are gone now.
+    fn end_released(&mut self, found: &HashMap<WorkloadUid, LocalPod>) {
+        self.released.retain(|(netns_cookie, pod)| {
+            let Some(pod) = pod.upgrade() else { return false };
+            let exists = found.get(&pod.uid).is_some_and(|f| f.netns_cookie == *netns_cookie);
+            if !exists {
+                pod.end(Cut::PodGone);
+            }
+            exists
+        });
     }
 
     fn state(&self, workload: &Workload, problem: Option<String>) -> PodState {
@@ -230,7 +246,9 @@ impl Reconciler {
         let Some(Served { pod, netns_cookie, serving }) = self.served.remove(uid) else { return };
         self.node.capture().release(netns_cookie, &pod.addresses);
         tracing::info!(target: "app", %uid, exists, "pod released");
-        if !exists {
+        if exists {
+            self.released.push((netns_cookie, Arc::downgrade(&pod)));
+        } else {
             pod.end(Cut::PodGone);
         }
         let node = self.node.clone();

@@ -32,6 +32,8 @@ pub enum Failure {
     Identity(Arc<str>),
     #[error("connecting to {to} failed")]
     Dial { to: SocketAddr, source: io::Error },
+    #[error("connecting to the mesh peer {to} failed")]
+    DialPeer { to: SocketAddr, source: io::Error },
     #[error("connecting to {0} took too long")]
     DialTimeout(SocketAddr),
     #[error("the TLS handshake failed")]
@@ -64,7 +66,7 @@ impl Failure {
             Self::UnknownWorkload => "unknown_workload",
             Self::NotServedYet => "not_served_yet",
             Self::Identity(_) => "identity",
-            Self::Dial { .. } => "connect",
+            Self::Dial { .. } | Self::DialPeer { .. } => "connect",
             Self::DialTimeout(_) => "connect_timeout",
             Self::Tls { .. } => "tls",
             Self::Tunnel(TunnelError::Refused(http::StatusCode::UNAUTHORIZED)) => "denied_by_peer",
@@ -91,6 +93,7 @@ impl Failure {
             Self::Tls { .. } => "TLS_FAILURE",
             Self::Tunnel(TunnelError::Handshake(_) | TunnelError::Timeout) => "H2_HANDSHAKE_FAILURE",
             Self::Dial { .. }
+            | Self::DialPeer { .. }
             | Self::DialTimeout(_)
             | Self::Application { .. }
             | Self::NoEndpoint(_)
@@ -113,7 +116,7 @@ impl Failure {
     pub fn retryable(&self) -> bool {
         match self {
             Self::NotServedYet | Self::UnknownWorkload | Self::Tunnel(TunnelError::Closing(_)) => true,
-            Self::Dial { source, .. } => matches!(
+            Self::DialPeer { source, .. } => matches!(
                 source.kind(),
                 io::ErrorKind::ConnectionRefused
                     | io::ErrorKind::ConnectionReset
@@ -126,6 +129,7 @@ impl Failure {
             | Self::NoEndpoint(_)
             | Self::NotInRegistry(_)
             | Self::Identity(_)
+            | Self::Dial { .. }
             | Self::DialTimeout(_)
             | Self::Tls { .. }
             | Self::Tunnel(_)

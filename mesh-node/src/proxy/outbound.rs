@@ -312,7 +312,10 @@ async fn open_tunnel(
 
 async fn dial_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, key: PoolKey) -> Result<Connection, Failure> {
     let credentials = proxy.identity.credentials(&key.source).await.map_err(Failure::Identity)?;
-    let stream = connect(&pod, key.address).await?;
+    let stream = connect(&pod, key.address).await.map_err(|failure| match failure {
+        Failure::Dial { to, source } => Failure::DialPeer { to, source },
+        other => other,
+    })?;
     let handshake = timeout(CONNECT_TIMEOUT, tls::connect(&credentials, key.destination.clone(), stream)).await;
     let stream = handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(|source| {
         let kind = HandshakeFailure::of(&source);

@@ -1,0 +1,259 @@
+//! Client, pool and server against each other, in memory and on paused time.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, StatusCode};
+use tokio::{
+    io::DuplexStream,
+    sync::{mpsc, watch},
+    time::sleep,
+};
+
+use super::{
+    IDLE_RELEASE, PING_INTERVAL, PING_TIMEOUT, POOL_STREAMS,
+    headers::{Authority, Forwarded, TraceParent, build},
+    pool::PoolKey,
+    server::Offer,
+    *,
+};
+use crate::{
+    id::{SpiffeId, WorkloadUid},
+    io::relay::{Duplex, Sink, Source},
+};
+
+/// A server that hands its offers to the test, and can be told to drain.
+struct Server {
+    offers: mpsc::UnboundedReceiver<Offer>,
+    drain: watch::Sender<bool>,
+}
+
+fn serve(io: DuplexStream) -> Server {
+    let (offer, offers) = mpsc::unbounded_channel();
+    let (drain, mut draining) = watch::channel(false);
+    tokio::spawn(server::serve(io, move |o| drop(offer.send(o)), async move {
+        if draining.wait_for(|d| *d).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }));
+    Server { offers, drain }
+}
+
+async fn connected() -> (Connection, Server) {
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    let server = serve(far);
+    (Connection::handshake(near).await.expect("handshake"), server)
+}
+
+fn request() -> Request<()> {
+    let forwarded = Forwarded { client: "10.0.0.1:1".parse().expect("valid"), host: None };
+    build(&Authority::Address("10.0.0.2:80".parse().expect("valid")), &forwarded, TraceParent::fresh(1, 1)).expect("request")
+}
+
+impl Server {
+    async fn accept(&mut self) -> Tunnel {
+        self.offers.recv().await.expect("an offer").accept().expect("accepted")
+    }
+}
+
+async fn pair(connection: &Connection, server: &mut Server) -> (Tunnel, Tunnel) {
+    let (opened, accepted) = tokio::join!(connection.open(request()), server.accept());
+    (opened.expect("opened"), accepted)
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_direction_ends_on_its_own_and_a_reset_is_no_end() {
+    let (connection, mut server) = connected().await;
+    let (mut near, mut far) = pair(&connection, &mut server).await;
+    {
+        let ((mut from_far, mut to_far), (mut from_near, mut to_near)) = (near.halves(), far.halves());
+        to_far.put(Bytes::from_static(b"question")).await.expect("put");
+        to_far.finish().await.expect("finish");
+        assert_eq!(from_near.next().await.expect("data").expect("some"), "question");
+        assert!(from_near.next().await.expect("end").is_none());
+        to_near.put(Bytes::from_static(b"answer")).await.expect("put after the other end finished");
+        to_near.finish().await.expect("finish");
+        assert_eq!(from_far.next().await.expect("data").expect("some"), "answer");
+        assert!(from_far.next().await.expect("end").is_none());
+    }
+    let (near, mut far) = pair(&connection, &mut server).await;
+    near.reset();
+    let (mut from_near, _to_near) = far.halves();
+    assert!(from_near.next().await.is_err(), "a reset is an error, not an end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dropped_tunnel_is_a_reset_at_the_other_end() {
+    let (connection, mut server) = connected().await;
+    let (near, mut far) = pair(&connection, &mut server).await;
+    drop(near);
+    assert!(far.halves().0.next().await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_carries_its_status() {
+    let (connection, mut server) = connected().await;
+    let refuse = async { server.offers.recv().await.expect("an offer").refuse(StatusCode::UNAUTHORIZED) };
+    let (opened, ()) = tokio::join!(connection.open(request()), refuse);
+    assert!(matches!(opened, Err(TunnelError::Refused(StatusCode::UNAUTHORIZED))));
+    assert_eq!(connection.streams(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_connection_closes_itself_and_a_used_one_does_not() {
+    let (connection, mut server) = connected().await;
+    let (near, _far) = pair(&connection, &mut server).await;
+    sleep(IDLE_RELEASE * 2).await;
+    assert!(!connection.is_closed() && connection.streams() == 1);
+    drop(near);
+    sleep(IDLE_RELEASE - Duration::from_secs(1)).await;
+    assert!(!connection.is_closed());
+    sleep(Duration::from_secs(2)).await;
+    assert!(connection.is_closed());
+    assert!(matches!(connection.open(request()).await, Err(TunnelError::Closing(_))));
+    assert!(server.offers.recv().await.is_none(), "the server has seen the end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_answers_no_pings_is_given_up() {
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    let connection = Connection::handshake(near).await.expect("the client's half of the handshake needs no answer");
+    sleep(PING_INTERVAL + PING_TIMEOUT + Duration::from_secs(1)).await;
+    assert!(connection.is_closed());
+    drop(far);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_draining_server_lets_streams_finish_and_takes_no_new_ones() {
+    let (connection, mut server) = connected().await;
+    let (mut near, mut far) = pair(&connection, &mut server).await;
+    server.drain.send_replace(true);
+    sleep(Duration::from_millis(10)).await;
+    assert!(matches!(connection.open(request()).await, Err(TunnelError::Closing(_))));
+    near.halves().1.put(Bytes::from_static(b"still here")).await.expect("put");
+    assert_eq!(far.halves().0.next().await.expect("data").expect("some"), "still here");
+}
+
+/// Tiny frames to a reader that does not read must not end the connection others share.
+#[tokio::test]
+async fn a_stalled_reader_of_small_frames_does_not_end_the_connection() {
+    let (connection, mut server) = connected().await;
+    let (mut near, mut far) = pair(&connection, &mut server).await;
+    let flood = async {
+        let (_source, mut sink) = near.halves();
+        for _ in 0..400_000 {
+            sink.put(Bytes::from_static(b"x")).await.expect("put");
+        }
+        sink.finish().await.expect("finish");
+    };
+    let absorb = async {
+        let (mut source, _sink) = far.halves();
+        let absorbing = tokio::time::timeout(Duration::from_secs(2), source.absorb()).await;
+        assert!(absorbing.is_err());
+        let mut count = 0;
+        while let Some(chunk) = source.next().await.expect("the connection lives") {
+            count += chunk.len();
+            source.passed_on(chunk.len());
+        }
+        assert_eq!(count, 400_000);
+    };
+    tokio::join!(flood, absorb);
+    let (_near, _far) = pair(&connection, &mut server).await;
+}
+
+fn key(destination: &str) -> PoolKey {
+    let id = |account: &str| SpiffeId::parse(&format!("spiffe://cluster.local/ns/a/sa/{account}")).expect("valid");
+    PoolKey {
+        source: id("client"),
+        source_workload: WorkloadUid("client".into()),
+        destination: id("server"),
+        destination_workload: WorkloadUid(destination.into()),
+        address: "10.0.0.2:15008".parse().expect("valid"),
+    }
+}
+
+/// Dials in-memory servers that accept everything and keeps their tunnels open.
+#[derive(Clone, Default)]
+struct Network {
+    dialled: Arc<AtomicUsize>,
+    drains: Arc<std::sync::Mutex<Vec<watch::Sender<bool>>>>,
+}
+
+impl Network {
+    async fn dial(self) -> Result<Connection, TunnelError> {
+        self.dialled.fetch_add(1, Ordering::SeqCst);
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let mut server = serve(far);
+        self.drains.lock().expect("lock").push(server.drain.clone());
+        tokio::spawn(async move {
+            let mut tunnels = Vec::new();
+            while let Some(offer) = server.offers.recv().await {
+                tunnels.push(offer.accept());
+            }
+        });
+        Connection::handshake(near).await
+    }
+
+    async fn open(&self, pool: &Pool, key: &PoolKey) -> Result<Tunnel, TunnelError> {
+        pool.open(key, || Ok::<_, TunnelError>(request()), || self.clone().dial()).await
+    }
+
+    fn dialled(&self) -> usize {
+        self.dialled.load(Ordering::SeqCst)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_shares_connections_up_to_their_streams_and_keys_never_mix() {
+    let (pool, network) = (Pool::default(), Network::default());
+    let (key_a, key_b) = (key("a"), key("b"));
+    let mut tunnels = Vec::new();
+    for _ in 0..POOL_STREAMS {
+        tunnels.push(network.open(&pool, &key_a).await.expect("opened"));
+    }
+    assert_eq!(network.dialled(), 1);
+    tunnels.push(network.open(&pool, &key_a).await.expect("opened"));
+    assert_eq!(network.dialled(), 2);
+    tunnels.push(network.open(&pool, &key_b).await.expect("opened"));
+    assert_eq!(network.dialled(), 3);
+    drop(tunnels);
+    network.open(&pool, &key_a).await.map(drop).expect("opened");
+    assert_eq!(network.dialled(), 3, "an idle connection is used again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_goaway_moves_the_next_tunnel_to_a_new_connection() {
+    let (pool, network) = (Pool::default(), Network::default());
+    let key = key("a");
+    let _open = network.open(&pool, &key).await.expect("opened");
+    network.drains.lock().expect("lock")[0].send_replace(true);
+    sleep(Duration::from_millis(10)).await;
+    network.open(&pool, &key).await.map(drop).expect("opened elsewhere");
+    assert_eq!(network.dialled(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_of_workloads_that_are_gone_are_closed() {
+    let (pool, network) = (Pool::default(), Network::default());
+    let open = network.open(&pool, &key("a")).await.expect("opened");
+    pool.retain(|uid| &*uid.0 != "a");
+    assert!(pool.states().is_empty());
+    network.open(&pool, &key("a")).await.map(drop).expect("opened");
+    assert_eq!(network.dialled(), 2, "the old connection is not used again");
+    drop(open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_dial_is_the_callers_error_and_the_next_call_tries_again() {
+    let pool = Pool::default();
+    let fail = || async { Err::<Connection, TunnelError>(TunnelError::Timeout) };
+    assert!(pool.open(&key("a"), || Ok(request()), fail).await.is_err());
+    let network = Network::default();
+    assert!(network.open(&pool, &key("a")).await.is_ok());
+}
