@@ -28,6 +28,20 @@ pub struct Workload {
     pub policy: WorkloadPolicy,
 }
 
+impl Workload {
+    /// Istio's canonical service name, as far as labels give one.
+    pub fn canonical_service(&self) -> Option<&str> {
+        let label = |key: &str| self.labels.get(key);
+        label("service.istio.io/canonical-name").or_else(|| label("app.kubernetes.io/name")).or_else(|| label("app"))
+    }
+
+    /// Istio's canonical revision, as far as labels give one.
+    pub fn canonical_revision(&self) -> Option<&str> {
+        let label = |key: &str| self.labels.get(key);
+        label("service.istio.io/canonical-revision").or_else(|| label("app.kubernetes.io/version")).or_else(|| label("version"))
+    }
+}
+
 /// A Kubernetes service with its endpoints resolved.
 #[derive(Debug)]
 pub struct Service {

@@ -199,3 +199,20 @@ fn python_sockets_of_every_mode_see_plain_tcp() {
         assert!(report["peername"][0] == host.as_str() && report["server"]["firstError"].is_null(), "{host} {mode}: {report}");
     }
 }
+
+/// The kernel runs the connect hooks for the first subflow of a Multipath TCP socket; the proxy is no Multipath peer, so
+/// there is no other.
+#[test]
+fn multipath_tcp_is_captured_as_tcp() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    let script = "import socket,sys\ns = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)\n\
+                  s.connect((sys.argv[1], 8080)); s.sendall(b'ping\\n'); print(s.recv(10).decode().strip(), s.getpeername()[0])";
+    let to = server.v4().to_string();
+    let output = bed.run(&client, Path::new("/usr/bin/python3"), &["-c", script, &to]).expect("python");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.starts_with("pong"), "{text} {}", String::from_utf8_lossy(&output.stderr));
+    assert!(bed.node(0).metric("mesh_capture_events", &["\"captured\""]).expect("metric") > 0.5, "{text}");
+    assert!(bed.node(0).access_log().iter().any(|l| l.contains("dst.hbone_addr") && l.contains("sa/server")));
+    println!("{text}");
+}

@@ -43,6 +43,12 @@ enum Command {
         #[arg(long)]
         quick: bool,
     },
+    /// Measure ratios of meshed to plain connections in the test bed, in one run (wrk, nginx, iperf3).
+    Bench {
+        /// Rounds of each measurement; the median counts.
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+    },
     /// Check that modules of mesh-node import only from the layers they may.
     Layers,
     /// Run fuzz targets for some time each.
@@ -73,6 +79,7 @@ fn main() -> Result<()> {
         Command::Ebpf { command: EbpfCommand::Verify } => ebpf::verify(),
         Command::Demo { keep } => test::demo(keep),
         Command::Test { quick } => test::run(quick),
+        Command::Bench { rounds } => test::bench(rounds),
         Command::Layers => layers::run(),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
     }

@@ -32,6 +32,12 @@ const RUNTIME: &[Package] = &[
     Package { file: "/usr/bin/python3", package: "python3-minimal", why: "one test uses Python's plain sockets" },
 ];
 
+const BENCH: &[Package] = &[
+    Package { file: "/usr/bin/wrk", package: "wrk", why: "the load of the benches" },
+    Package { file: "/usr/sbin/nginx", package: "nginx-light", why: "the server of the benches" },
+    Package { file: "/usr/bin/iperf3", package: "iperf3", why: "the bulk stream of the benches" },
+];
+
 const LLVM: &str = "/usr/lib/llvm-22";
 const EBPF: &[Package] = &[
     Package { file: "/usr/lib/llvm-22/bin/llvm-config", package: "llvm-22-dev", why: "bpf-linker links against LLVM" },
@@ -59,6 +65,12 @@ pub fn run(ebpf: bool) -> Result<()> {
 /// Where tools that cargo builds go: below the target directory, so that the user's own are left alone.
 pub fn tools() -> PathBuf {
     target().join("tools")
+}
+
+/// What the benches need beyond [`run`].
+pub fn bench() -> Result<()> {
+    run(false)?;
+    install(BENCH)
 }
 
 fn check_machine() -> Result<()> {

@@ -42,3 +42,11 @@ pub fn demo(keep: bool) -> Result<()> {
     demo.args(keep.then_some("--keep"));
     step("the demo", &mut demo)
 }
+
+/// Ratios of the mesh to no mesh.
+pub fn bench(rounds: u32) -> Result<()> {
+    setup::bench()?;
+    step("building", &mut cargo(&["build", "--locked", "--release", "-p", "mesh-node", "-p", "mesh-tests", "--bins"]))?;
+    let mut bench = std::process::Command::new(target().join("release/mesh-bench"));
+    step("measuring", bench.args(["--rounds", &rounds.to_string()]))
+}

@@ -95,12 +95,23 @@ pub fn parse<B>(request: &Request<B>) -> Result<ConnectRequest, BadRequest> {
 }
 
 /// Builds the request that opens a tunnel to `to`.
-pub fn build(to: &Authority, forwarded: &Forwarded, trace: TraceParent) -> Result<Request<()>, http::Error> {
+pub fn build(to: &Authority, forwarded: &Forwarded, baggage: &str, trace: TraceParent) -> Result<Request<()>, http::Error> {
     let mut request = Request::builder().method(Method::CONNECT).version(Version::HTTP_2).uri(to.to_string()).body(())?;
     let headers: &mut HeaderMap = request.headers_mut();
     headers.insert("forwarded", HeaderValue::try_from(forwarded.to_string())?);
     headers.insert("traceparent", HeaderValue::try_from(trace.to_string())?);
+    if !baggage.is_empty() {
+        headers.insert("baggage", HeaderValue::try_from(baggage)?);
+    }
     Ok(request)
+}
+
+/// The `baggage` header as ztunnel writes it: keys of the source workload, comma-joined, nothing encoded. Values a header
+/// cannot carry are left out.
+pub fn baggage<'a>(pairs: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) -> String {
+    let legal = |v: &str| !v.is_empty() && v.bytes().all(|b| b.is_ascii_graphic() && b != b',' && b != b'=');
+    let known = pairs.into_iter().filter_map(|(k, v)| Some(format!("{k}={}", v.filter(|v| legal(v))?)));
+    known.collect::<Vec<_>>().join(",")
 }
 
 /// RFC 7239 as ztunnel writes it: `for="ip:port"[;host=name]`.
@@ -216,7 +227,15 @@ mod tests {
         let forwarded = Forwarded { client: "10.0.0.1:4711".parse().expect("valid"), host: Some("web.default.svc.cluster.local".into()) };
         let trace = TraceParent::fresh(7, 9);
         assert_eq!(trace.to_string().len(), 55);
-        let request = build(&to, &forwarded, trace).expect("built");
+        let carried = baggage([
+            ("k8s.namespace.name", Some("web")),
+            ("k8s.pod.name", None),
+            ("service.name", Some("a,b")),
+            ("service.version", Some("v1")),
+        ]);
+        assert_eq!(carried, "k8s.namespace.name=web,service.version=v1");
+        let request = build(&to, &forwarded, &carried, trace).expect("built");
+        assert_eq!(request.headers()["baggage"], carried.as_str());
         assert_eq!(request.uri().to_string(), "[fd00::1]:8080");
         let read = parse(&request).expect("read");
         assert_eq!(read, ConnectRequest { authority: to, forwarded: Some(forwarded), traceparent: Some(trace) });

@@ -53,7 +53,7 @@ async fn connected() -> (Connection, Server) {
 
 fn request() -> Request<()> {
     let forwarded = Forwarded { client: "10.0.0.1:1".parse().expect("valid"), host: None };
-    build(&Authority::Address("10.0.0.2:80".parse().expect("valid")), &forwarded, TraceParent::fresh(1, 1)).expect("request")
+    build(&Authority::Address("10.0.0.2:80".parse().expect("valid")), &forwarded, "", TraceParent::fresh(1, 1)).expect("request")
 }
 
 impl Server {

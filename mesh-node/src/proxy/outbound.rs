@@ -23,7 +23,7 @@ use crate::{
     config::{OutboundPolicy, Snapshot},
     hbone::{
         Connection, PoolKey, Tunnel, TunnelError,
-        headers::{Authority, Forwarded, TraceParent, build},
+        headers::{Authority, Forwarded, TraceParent, baggage, build},
     },
     io::{
         relay::{Broken, relay},
@@ -304,7 +304,13 @@ async fn open_tunnel(
         address: hbone_address(to),
     };
     let trace = TraceParent::fresh(fastrand::u128(..), fastrand::u64(..));
-    let request = || build(&Authority::Address(to), forwarded, trace).map_err(|e| Failure::Broken(io::Error::other(e)));
+    let carried = baggage([
+        ("k8s.namespace.name", Some(&*source.name.namespace)),
+        ("k8s.pod.name", Some(&*source.name.name)),
+        ("service.name", source.canonical_service()),
+        ("service.version", source.canonical_revision()),
+    ]);
+    let request = || build(&Authority::Address(to), forwarded, &carried, trace).map_err(|e| Failure::Broken(io::Error::other(e)));
     let connect = || dial_hbone(proxy.clone(), pod.clone(), key.clone());
     let opened = timeout_at(Instant::now() + TUNNEL_TIMEOUT, proxy.pool.open(&key, request, connect)).await;
     opened.unwrap_or(Err(Failure::Tunnel(TunnelError::Timeout)))

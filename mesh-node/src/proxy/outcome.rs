@@ -199,8 +199,8 @@ impl Names {
             principal: party.identity.as_ref().map_or_else(|| known(None), ToString::to_string),
             app: known(app),
             version: known(version),
-            canonical_service: known(label("service.istio.io/canonical-name").or(app).or(name)),
-            canonical_revision: label("service.istio.io/canonical-revision").or(version).unwrap_or("latest").to_owned(),
+            canonical_service: known(workload.and_then(Workload::canonical_service).or(name)),
+            canonical_revision: workload.and_then(Workload::canonical_revision).unwrap_or("latest").to_owned(),
         }
     }
 }

@@ -23,6 +23,12 @@ pub struct NodeOptions {
 }
 
 impl NodeOptions {
+    /// Logs nothing below warnings: no line for every connection.
+    pub fn quiet(mut self) -> Self {
+        self.arguments.extend(["--log".to_owned(), "warn".to_owned()]);
+        self
+    }
+
     pub fn with(arguments: &[&str]) -> Self {
         Self { arguments: arguments.iter().map(|a| (*a).to_owned()).collect() }
     }

@@ -1,0 +1,142 @@
+//! Ratios of the mesh to no mesh, in one run: requests per second (wrk to nginx), new connections per second, and one bulk
+//! stream (iperf3), for pods of one node and of two. Rounds are interleaved; the median counts. Numbers are of the machine
+//! they ran on, only the ratios travel.
+
+use std::{collections::BTreeMap, path::Path};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{AMBIENT, wait_for},
+};
+
+/// Compare meshed with plain connections.
+#[derive(Parser)]
+#[command(name = "mesh-bench")]
+struct Bench {
+    /// Rounds of each measurement.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Seconds of each measurement.
+    #[arg(long, default_value_t = 3)]
+    seconds: u32,
+}
+
+const NGINX: &str = "daemon off; worker_processes 1; pid /dev/null; error_log /dev/null;
+events { worker_connections 4096; }
+http { access_log off; keepalive_requests 1000000000; server { listen 8080 reuseport; listen [::]:8080; location / { return 200 '0123456789012345678901234567890123456789012345678901234567890123'; } } }
+";
+
+fn main() -> Result<()> {
+    let bench = Bench::parse();
+    let mut bed = Bed::start(2, &NodeOptions::default().quiet())?;
+    let config = bed.directory.join("nginx.conf");
+    std::fs::write(&config, NGINX)?;
+    let server = |name: &str, node: usize| PodSpec {
+        command: vec!["sh".into(), "-c".into(), format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {}", config.display())],
+        port: Some(8080),
+        ..PodSpec::new(name, node)
+    };
+    let client = bed.pod(&PodSpec::new("client", 0))?;
+    let near = bed.pod(&server("near", 0))?;
+    let far = bed.pod(&server("far", 1))?;
+    let pods = [&client, &near, &far];
+    let mut results: BTreeMap<(String, bool), Vec<f64>> = BTreeMap::new();
+    let mut cpu: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for round in 0..bench.rounds {
+        for meshed in [false, true] {
+            bed.namespace("default", if meshed { AMBIENT } else { &[] })?;
+            pods.iter().try_for_each(|p| bed.wait_captured(p, meshed))?;
+            bed.settle()?;
+            for (place, target) in [("same node", &near), ("two nodes", &far)] {
+                for (what, measure) in measurements(&bench) {
+                    let before = ticks(&bed)?;
+                    let value = measure(&bed, &client, target)?;
+                    let name = format!("{place}: {what}");
+                    if meshed && what.contains("requests") {
+                        cpu.entry(name.clone())
+                            .or_default()
+                            .push((ticks(&bed)? - before) * 10.0 / (value * f64::from(bench.seconds) / 1000.0));
+                    }
+                    results.entry((name, meshed)).or_default().push(value);
+                }
+            }
+        }
+        eprintln!("round {} of {} done", round + 1, bench.rounds);
+    }
+    println!("{:<42} {:>12} {:>12} {:>7} {:>28}", "", "no mesh", "mesh", "ratio", "mesh-node CPU ms/1000 req");
+    let names = results.keys().filter(|(_, meshed)| *meshed).map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    for name in names {
+        let (plain, mesh) = (median(&results[&(name.clone(), false)]), median(&results[&(name.clone(), true)]));
+        let cpu = cpu.get(&name).map_or(String::new(), |c| format!("{:.0}", median(c)));
+        println!("{name:<42} {plain:>12.0} {mesh:>12.0} {:>7.2} {cpu:>28}", mesh / plain);
+    }
+    for node in bed.nodes() {
+        println!("{}: {:.1} MiB resident after the load", node.name, node.resident()? as f64 / 1048576.0);
+    }
+    Ok(())
+}
+
+type Measure = Box<dyn Fn(&Bed, &Pod, &Pod) -> Result<f64>>;
+
+fn measurements(bench: &Bench) -> Vec<(String, Measure)> {
+    let seconds = bench.seconds;
+    let mut all: Vec<(String, Measure)> = [1_u32, 16, 64]
+        .into_iter()
+        .map(|n| {
+            (
+                format!("requests/s, {n} connections"),
+                Box::new(move |bed: &Bed, c: &Pod, s: &Pod| wrk(bed, c, s, n, seconds, false)) as Measure,
+            )
+        })
+        .collect();
+    all.push(("new connections/s, 16 at a time".into(), Box::new(move |bed, c, s| wrk(bed, c, s, 16, seconds, true))));
+    all.push(("bulk MB/s, one stream".into(), Box::new(move |bed, c, s| iperf(bed, c, s, seconds))));
+    all
+}
+
+fn wrk(bed: &Bed, client: &Pod, server: &Pod, connections: u32, seconds: u32, close: bool) -> Result<f64> {
+    let url = format!("http://{}/", server.address(8080));
+    let (connections, duration) = (connections.to_string(), format!("{seconds}s"));
+    let mut arguments = vec!["-t", "1", "-c", &connections, "-d", &duration];
+    if close {
+        arguments.extend(["-H", "Connection: close"]);
+    }
+    arguments.push(&url);
+    let output = bed.run(client, Path::new("/usr/bin/wrk"), &arguments)?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find_map(|l| l.strip_prefix("Requests/sec:")).with_context(|| text.to_string())?;
+    ensure!(!text.contains("Non-2xx"), "{text}");
+    Ok(line.trim().parse()?)
+}
+
+fn iperf(bed: &Bed, client: &Pod, server: &Pod, seconds: u32) -> Result<f64> {
+    let (host, duration) = (server.v4().to_string(), seconds.to_string());
+    let mut rate = None;
+    wait_for("iperf3", std::time::Duration::from_secs(30), || {
+        let output = bed.run(client, Path::new("/usr/bin/iperf3"), &["-c", &host, "-p", "8081", "-t", &duration, "-J"])?;
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
+        Ok(rate.is_some())
+    })?;
+    Ok(rate.context("a rate")? / 8e6)
+}
+
+/// CPU time of both mesh-nodes, in ticks of 10 ms.
+fn ticks(bed: &Bed) -> Result<f64> {
+    let mut sum = 0.0;
+    for node in bed.nodes() {
+        let pid = node.pid().context("running")?;
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect::<Vec<_>>();
+        sum += fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+    }
+    Ok(sum)
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
