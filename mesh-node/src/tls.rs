@@ -270,7 +270,7 @@ mod tests {
         let dial = async {
             let mut stream = connect(client, id(expected), near).await?;
             stream.read_u8().await?;
-            let group = stream.get_ref().1.negotiated_key_exchange_group().map(|g| g.name());
+            let group = stream.get_ref().1.negotiated_key_exchange_group().map(rustls::crypto::SupportedKxGroup::name);
             group.ok_or_else(|| io::Error::other("no group"))
         };
         let take = async {
