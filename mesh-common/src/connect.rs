@@ -12,23 +12,35 @@ pub enum Verdict {
     Redirect(Address),
     /// Refuse it: one of the proxy's own ports on the pod itself.
     Refuse,
+    /// Refuse it: the pod has no address of this family, so nothing could leave, and a connection that seems to succeed
+    /// would keep a client from trying the other family.
+    NoFamily,
+}
+
+/// Whether an address is the pod's own.
+#[inline(always)]
+#[must_use]
+pub fn is_own(ip: &[u8; 16], pod: &Pod) -> bool {
+    same_ip(ip, &pod.v4) || same_ip(ip, &pod.v6)
 }
 
 /// Decides for a connect of `pod` to `dst`.
 ///
 /// The redirect goes to the pod's own address, not to loopback, so that the application's `getsockname` shows the
-/// address it would have had; a pod without an address of that family gets loopback (see [`Pod`]).
+/// address it would have had. A pod none of whose addresses are known yet gets loopback (see [`Pod`]).
 #[inline(always)]
 #[must_use]
 pub fn decide(dst: &Address, pod: &Pod) -> Verdict {
-    let own = same_ip(&dst.ip, &pod.v4) || same_ip(&dst.ip, &pod.v6);
-    if own || is_loopback(&dst.ip) || is_unspecified(&dst.ip) {
+    if is_own(&dst.ip, pod) || is_loopback(&dst.ip) || is_unspecified(&dst.ip) {
         return if is_reserved_port(dst.port()) { Verdict::Refuse } else { Verdict::Untouched };
     }
     if is_v6_link_local(&dst.ip) {
         return Verdict::Untouched;
     }
-    let ip = if is_v4(&dst.ip) { pod.v4 } else { pod.v6 };
+    let (ip, other) = if is_v4(&dst.ip) { (pod.v4, pod.v6) } else { (pod.v6, pod.v4) };
+    if is_loopback(&ip) && !is_loopback(&other) {
+        return Verdict::NoFamily;
+    }
     Verdict::Redirect(Address::new(ip, OUTBOUND_PORT))
 }
 
@@ -69,5 +81,10 @@ mod tests {
         for (dst, port, expected) in cases {
             assert_eq!(decide(&Address::new(ip(dst), port), &pod), expected, "{dst}:{port}");
         }
+        let v4_only = Pod { v6: ip("::1"), ..pod };
+        assert_eq!(decide(&Address::new(ip("fd00::99"), 443), &v4_only), Verdict::NoFamily);
+        assert_eq!(decide(&Address::new(ip("10.96.0.1"), 443), &v4_only), redirect_v4);
+        let unknown = Pod { v4: ip("127.0.0.1"), v6: ip("::1") };
+        assert_eq!(decide(&Address::new(ip("10.96.0.1"), 80), &unknown), Verdict::Redirect(Address::new(ip("127.0.0.1"), OUTBOUND_PORT)));
     }
 }

@@ -13,8 +13,10 @@ pub const MAX_PENDING: usize = 65_536;
 pub const MAX_PROXY_FLOWS: usize = 65_536;
 /// Upper bound on node processes served by one set of programs (an old and a new one during an upgrade, with room).
 pub const MAX_PROXIES: usize = 16;
-/// Upper bound on steered pod addresses: two families per pod.
-pub const MAX_LISTENERS: usize = MAX_PODS * 2;
+/// Upper bound on steered pod addresses: two families per pod, and the process itself.
+pub const MAX_LISTENERS: usize = MAX_PODS * 2 + 1;
+/// Key of the listener that stands for the node process being alive; no pod has this address.
+pub const ALIVE: [u8; 16] = [0; 16];
 
 /// Node-wide settings, the only element of the `NODE` array.
 #[repr(C)]
@@ -86,10 +88,12 @@ pub enum Counter {
     PassedFailOpen = 5,
     /// Captured connections whose original destination found no room; the proxy refuses them.
     LostOrigDst = 6,
+    /// Outbound connections refused: the pod has no address of the destination's family.
+    RefusedNoFamily = 7,
 }
 
 impl Counter {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Captured,
         Self::Steered,
         Self::RefusedReservedPort,
@@ -97,6 +101,7 @@ impl Counter {
         Self::RefusedNoProxy,
         Self::PassedFailOpen,
         Self::LostOrigDst,
+        Self::RefusedNoFamily,
     ];
 
     /// The metric label value.
@@ -110,6 +115,7 @@ impl Counter {
             Self::RefusedNoProxy => "refused_no_proxy",
             Self::PassedFailOpen => "passed_fail_open",
             Self::LostOrigDst => "lost_orig_dst",
+            Self::RefusedNoFamily => "refused_no_family",
         }
     }
 }

@@ -11,8 +11,8 @@ use aya_ebpf::{
 };
 use mesh_common::{
     Address, addr,
-    connect::{Verdict, decide},
-    maps::{Counter, Pod, SocketMark},
+    connect::{Verdict, decide, is_own},
+    maps::{ALIVE, Counter, SocketMark},
 };
 
 use crate::maps::{LISTENERS, PODS, PROXIES, SOCKETS, count, fail_open};
@@ -113,7 +113,8 @@ fn conclude(ctx: &SockAddrContext, dst: Address) -> Result<Option<Address>, i32>
     let cgroup = unsafe { bpf_get_current_cgroup_id() };
     // SAFETY: as above.
     if unsafe { PROXIES.get(cgroup) }.is_some() {
-        return remember(ctx, SocketMark::PROXY, dst).map(|()| None);
+        // Only what goes to this pod's application is let past its steering; elsewhere the proxy is a client like any.
+        return if is_own(&dst.ip, pod) { remember(ctx, SocketMark::PROXY, dst).map(|()| None) } else { forget(ctx) };
     }
     match decide(&dst, pod) {
         Verdict::Untouched => forget(ctx),
@@ -121,7 +122,11 @@ fn conclude(ctx: &SockAddrContext, dst: Address) -> Result<Option<Address>, i32>
             count(Counter::RefusedReservedPort);
             Err(REFUSE)
         }
-        Verdict::Redirect(_) if fail_open() && !proxy_serves(pod) => {
+        Verdict::NoFamily => {
+            count(Counter::RefusedNoFamily);
+            Err(REFUSE)
+        }
+        Verdict::Redirect(_) if fail_open() && !proxy_serves() => {
             count(Counter::PassedFailOpen);
             forget(ctx)
         }
@@ -167,15 +172,10 @@ pub fn storage(ctx: *mut bpf_sock_addr, flags: u64) -> *mut SocketMark {
     }
 }
 
-/// Whether an inbound listener of this pod is alive.
+/// Whether a node process is alive.
 #[inline(always)]
-fn proxy_serves(pod: &Pod) -> bool {
-    listener_exists(&pod.v4) || listener_exists(&pod.v6)
-}
-
-#[inline(always)]
-fn listener_exists(ip: &[u8; 16]) -> bool {
-    let key = *ip;
+pub fn proxy_serves() -> bool {
+    let key = ALIVE;
     // SAFETY: lookup in a sockhash yields a referenced socket or null; the reference is released at once.
     unsafe {
         let sk: *mut bpf_sock = bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const key).cast_mut().cast()).cast();

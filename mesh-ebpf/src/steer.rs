@@ -1,11 +1,12 @@
 //! `sk_lookup` in a pod's network namespace: plaintext connections to the pod are steered to the inbound listener.
 //!
 //! The accepted socket's local address is the original destination. Let through are: the pod talking to itself, the
-//! proxy's own connections to the application, and the HBONE port. With no listener in its slot no proxy serves, and
-//! the fail mode decides: the kernel would otherwise fall through to the application.
+//! proxy's own connections to the application, and the HBONE port. With no listener in its slot the kernel would fall
+//! through to the application: the connection is refused, unless no process serves and the fail mode is open. Another
+//! socket of the pod that shares the port (`SO_REUSEPORT`) gets nothing.
 
 use aya_ebpf::{
-    bindings::{bpf_sk_lookup, sk_action},
+    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action},
     macros::sk_lookup,
     programs::SkLookupContext,
 };
@@ -15,7 +16,7 @@ use mesh_common::{
 };
 
 use crate::{
-    connect::bytes,
+    connect::{bytes, proxy_serves},
     maps::{LISTENERS, PROXY_FLOWS, count, fail_open},
 };
 
@@ -34,11 +35,12 @@ pub fn mesh_steer(ctx: SkLookupContext) -> u32 {
     if own || flow.local.port() == HBONE_PORT || is_proxy_flow(&flow) {
         return sk_action::SK_PASS;
     }
-    if LISTENERS.redirect_sk_lookup(&ctx, flow.local.ip, 0).is_ok() {
+    if LISTENERS.redirect_sk_lookup(&ctx, flow.local.ip, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT)).is_ok() {
         count(Counter::Steered);
         return sk_action::SK_PASS;
     }
-    if fail_open() {
+    // An address without a listener of its own is nobody's to serve: it passes only where nothing is served at all.
+    if fail_open() && !proxy_serves() {
         count(Counter::PassedFailOpen);
         return sk_action::SK_PASS;
     }

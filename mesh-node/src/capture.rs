@@ -22,7 +22,7 @@ use std::{
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
 use mesh_common::{
     Address, addr,
-    maps::{Counter, MAX_PROXIES, NodeConfig, PendingKey, Pod},
+    maps::{ALIVE, Counter, MAX_PROXIES, NodeConfig, PendingKey, Pod},
 };
 
 pub use discovery::{Discovery, LocalPod, cgroup2_mount, pod_uid};
@@ -79,6 +79,8 @@ impl CaptureError {
 
 /// The loaded programs and their maps.
 pub struct Capture {
+    /// Stands for this process being alive, see [`Capture::announce`].
+    alive: std::net::TcpListener,
     directory: PathBuf,
     steer: OwnedFd,
     pods: HashMap<MapData, u64, Pod>,
@@ -98,14 +100,19 @@ impl Capture {
         let node = NodeConfig { fail_open: u32::from(settings.fail_mode == FailMode::Open) };
         loaded.array::<NodeConfig>("NODE")?.set(0, node, 0).map_err(CaptureError::map("NODE"))?;
         register_self(&mut loaded.hash("PROXIES")?)?;
+        discovery::check_own_cgroup(&settings.cgroup)?;
         let cgroup =
             std::fs::File::open(&settings.cgroup).map_err(CaptureError::io(format!("open cgroup {}", settings.cgroup.display())))?;
         for hook in object::CGROUP_HOOKS {
-            pins::attach(&pins::hook_link(&directory, hook.program), loaded.program(hook.program)?, cgroup.as_fd(), hook.attach_type)?;
+            let link = pins::hook_link(&directory, hook.program);
+            pins::drop_foreign(&link, &cgroup)?;
+            pins::attach(&link, loaded.program(hook.program)?, cgroup.as_fd(), hook.attach_type)?;
         }
         let steer = loaded.program(object::STEER)?.try_clone_to_owned().map_err(CaptureError::io("duplicate a program descriptor"))?;
         pins::update_steering(&directory, steer.as_fd())?;
+        let alive = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).map_err(CaptureError::io("listen on loopback"))?;
         Ok(Self {
+            alive,
             pods: loaded.hash("PODS")?,
             listeners: loaded.take("LISTENERS", SockHash::try_from)?,
             counters: loaded.take("COUNTERS", PerCpuArray::try_from)?,
@@ -115,25 +122,44 @@ impl Capture {
         })
     }
 
-    /// Enrols a pod whose listeners are ready: from here on its connections come to this process.
+    /// Says that this process serves: from here on the fail mode is not asked for.
     ///
-    /// Ordered so that nothing is captured that nobody would accept: routing, the listener's slot, steering of what
-    /// comes in, and last what goes out.
-    pub fn enrol(&mut self, netns: &Netns, addresses: &[IpAddr], inbound: &impl AsRawFd) -> Result<(), CaptureError> {
-        let cookie = netns.cookie().map_err(CaptureError::io("read a network namespace cookie"))?;
-        routing::prepare(netns)?;
-        for ip in addresses {
-            self.listeners.insert(octets(*ip), inbound.as_raw_fd(), 0).map_err(CaptureError::map("LISTENERS"))?;
-        }
-        pins::attach(&pins::steer_link(&self.directory, cookie), self.steer.as_fd(), netns.as_fd(), sys::SK_LOOKUP)?;
-        self.pods.insert(cookie, pod(addresses), 0).map_err(CaptureError::map("PODS"))
+    /// The kernel forgets the listener when the process ends, however it ends.
+    pub fn announce(&mut self) -> Result<(), CaptureError> {
+        self.listeners.insert(ALIVE, self.alive.as_raw_fd(), 0).map_err(CaptureError::map("LISTENERS"))
     }
 
-    /// Stops capturing a pod. Connections already captured go on.
-    pub fn release(&mut self, cookie: u64, addresses: &[IpAddr]) {
+    /// Enrols a pod whose listeners are ready: from here on its connections come to this process. Also for one that is
+    /// enrolled already and whose addresses have changed.
+    ///
+    /// Ordered so that nothing is captured that nobody would accept: routing, the listener's slot, steering of what
+    /// comes in, and last what goes out. Whatever fails, the pod is captured as far as it can be: what nobody
+    /// accepts is refused, not let through.
+    pub fn enrol(&mut self, netns: &Netns, addresses: &[IpAddr], inbound: &impl AsRawFd) -> Result<(), CaptureError> {
+        let prepared = routing::prepare(netns);
+        let listening = addresses.iter().try_for_each(|ip| self.listeners.insert(octets(*ip), inbound.as_raw_fd(), 0));
+        self.hold(netns, addresses)?;
+        prepared?;
+        listening.map_err(CaptureError::map("LISTENERS"))
+    }
+
+    /// Captures a pod without anybody to accept its connections: they are refused while a process serves.
+    pub fn hold(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
+        let cookie = netns.cookie().map_err(CaptureError::io("read a network namespace cookie"))?;
+        let steered = pins::attach(&pins::steer_link(&self.directory, cookie), self.steer.as_fd(), netns.as_fd(), sys::SK_LOOKUP);
+        self.pods.insert(cookie, pod(addresses), 0).map_err(CaptureError::map("PODS"))?;
+        steered
+    }
+
+    /// Stops capturing a pod; its addresses are the caller's to forget. Connections already captured go on.
+    pub fn release(&mut self, cookie: u64) {
         // Each of them may be gone already, with the pod or by an earlier call.
         let _ = self.pods.remove(&cookie);
         let _ = std::fs::remove_file(pins::steer_link(&self.directory, cookie));
+    }
+
+    /// Steers nothing to these addresses any more.
+    pub fn forget_addresses(&mut self, addresses: &[IpAddr]) {
         for ip in addresses {
             let _ = self.listeners.remove(&octets(*ip));
         }
@@ -145,7 +171,7 @@ impl Capture {
         let links = pins::steered(&self.directory).into_iter().filter(|c| !cookies.contains(c));
         for cookie in stale.into_iter().chain(links) {
             tracing::info!(target: "capture", cookie, "released a pod that is no longer there");
-            self.release(cookie, &[]);
+            self.release(cookie);
         }
     }
 

@@ -38,6 +38,11 @@ pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the TLS and HTTP/2 handshakes of a peer may take.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Streams reset by one end whose late frames are put up with, and for how long. The library's defaults (50, and 1,024 late
+/// frames in a connection's life) would end a connection that others share when many of its streams are cut at once.
+pub const RESET_STREAMS: usize = 4096;
+pub const RESET_MEMORY: Duration = Duration::from_secs(10);
+
 /// Sends PINGs until one is not answered in time.
 async fn keepalive(mut ping_pong: h2::PingPong) {
     loop {

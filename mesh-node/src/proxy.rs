@@ -5,6 +5,7 @@
 
 pub mod failure;
 pub mod inbound;
+pub mod limits;
 pub mod live;
 pub mod outbound;
 pub mod outcome;
@@ -13,6 +14,7 @@ pub mod pods;
 use std::{sync::Arc, time::Duration};
 
 pub use failure::Failure;
+pub use limits::Limits;
 pub use live::Live;
 pub use pods::{Pods, ServedPod};
 
@@ -29,11 +31,12 @@ pub struct Proxy {
     pub pods: Pods,
     pub live: Live,
     pub metrics: Arc<Metrics>,
+    pub limits: Limits,
 }
 
 impl Proxy {
-    pub fn new(config: Configuration, identity: Manager, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { config, identity, pool: Pool::default(), pods: Pods::default(), live: Live::default(), metrics })
+    pub fn new(config: Configuration, identity: Manager, metrics: Arc<Metrics>, limits: Limits) -> Arc<Self> {
+        Arc::new(Self { config, identity, pool: Pool::default(), pods: Pods::default(), live: Live::default(), metrics, limits })
     }
 
     /// Re-checks every live connection whenever the configuration changes.

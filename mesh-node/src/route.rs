@@ -19,6 +19,8 @@ use crate::{
 pub struct Workload {
     pub uid: WorkloadUid,
     pub name: ObjectName,
+    /// What made it, as Istio names workloads in metrics.
+    pub workload_name: Arc<str>,
     pub node: Arc<str>,
     pub identity: SpiffeId,
     pub labels: Labels,

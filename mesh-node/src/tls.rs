@@ -5,7 +5,11 @@
 
 mod verify;
 
-use std::{io, sync::Arc, time::SystemTime};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
@@ -92,10 +96,11 @@ impl Credentials {
         Ok(config)
     }
 
-    /// When it should be replaced: at half its life, moved by up to a tenth of it either way so that a fleet spreads out.
-    pub fn renew_at(&self, jitter: f64) -> SystemTime {
-        let life = self.not_after.duration_since(self.not_before).unwrap_or_default();
-        self.not_before + life.mul_f64(0.5 + 0.1 * jitter.clamp(-1.0, 1.0))
+    /// How long after `now`, when it was issued, it should be replaced: half of what is left of its life, moved by up to a
+    /// tenth of that either way so that a fleet spreads out.
+    pub fn renew_in(&self, now: SystemTime, jitter: f64) -> Duration {
+        let life = self.not_after.duration_since(now).unwrap_or_default();
+        life.mul_f64(0.5 + 0.1 * jitter.clamp(-1.0, 1.0))
     }
 
     pub fn is_expired(&self, now: SystemTime) -> bool {

@@ -1,6 +1,12 @@
 //! The three listeners inside a pod and the tasks that accept from them.
 
-use std::{io, net::SocketAddr, os::fd::AsRawFd, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
 
 use mesh_common::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
 use tokio::{
@@ -36,31 +42,53 @@ impl Listeners {
         })
     }
 
-    /// The listener plaintext is steered to.
-    pub fn inbound(&self) -> &impl AsRawFd {
-        &self.inbound
+    /// Another descriptor of the listener plaintext is steered to.
+    pub fn inbound(&self) -> io::Result<OwnedFd> {
+        self.inbound.as_fd().try_clone_to_owned()
     }
 
     /// Starts accepting.
     pub fn serve(self, proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, mut originals: OriginalDestinations) -> Serving {
         let (drain, draining) = watch::channel(false);
-        let context = || (proxy.clone(), pod.clone());
-        let (p, w) = context();
+        let (p, w) = (proxy.clone(), pod.clone());
         let outbound = tokio::spawn(accept(self.outbound, draining.clone(), move |stream, client| {
+            // Taken also when there is no room, so that the entry does not stay.
             let original = originals.take(client);
-            drop(tokio::spawn(outbound::serve(p.clone(), w.clone(), stream, client, original)));
+            let Some(slot) = p.limits.connection() else { return refuse(&p, "outbound", &stream) };
+            let (p, w) = (p.clone(), w.clone());
+            tokio::spawn(async move {
+                outbound::serve(p, w, stream, client, original).await;
+                drop(slot);
+            });
         }));
-        let (p, w) = context();
+        let (p, w) = (proxy.clone(), pod.clone());
         let inbound = tokio::spawn(accept(self.inbound, draining.clone(), move |stream, client| {
-            drop(tokio::spawn(inbound::serve_plaintext(p.clone(), w.clone(), stream, client)));
+            let Some(slot) = p.limits.connection() else { return refuse(&p, "inbound", &stream) };
+            let (p, w) = (p.clone(), w.clone());
+            tokio::spawn(async move {
+                inbound::serve_plaintext(p, w, stream, client).await;
+                drop(slot);
+            });
         }));
-        let (p, w) = context();
-        let connections = draining.clone();
+        let (p, w, connections) = (proxy.clone(), pod.clone(), draining.clone());
         let hbone = tokio::spawn(accept(self.hbone, draining, move |stream, client| {
-            drop(tokio::spawn(inbound::serve_hbone(p.clone(), w.clone(), stream, client, connections.clone())));
+            let (Some(slot), Some(handshake)) = (p.limits.connection(), p.limits.handshake()) else {
+                return refuse(&p, "inbound", &stream);
+            };
+            let (p, w, connections) = (p.clone(), w.clone(), connections.clone());
+            tokio::spawn(async move {
+                inbound::serve_hbone(p, w, stream, client, handshake, connections).await;
+                drop(slot);
+            });
         }));
         Serving { drain, tasks: [outbound, inbound, hbone] }
     }
+}
+
+/// Resets a connection there is no room for.
+fn refuse(proxy: &Proxy, direction: &'static str, stream: &TcpStream) {
+    socket::reset_on_close(stream);
+    proxy.metrics.failure(direction, "too_many_connections");
 }
 
 /// Listeners at work.

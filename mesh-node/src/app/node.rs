@@ -3,8 +3,12 @@
 use std::{
     collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -19,14 +23,14 @@ use crate::{
     id::WorkloadUid,
     identity::{EmbeddedCa, Manager},
     io::netns::Netns,
-    proxy::{Proxy, ServedPod, live::Cut},
+    proxy::{Limits, Proxy, ServedPod, live::Cut},
     route::Workload,
     sources::directory::Directory,
     telemetry::{EventLabels, Metrics, chain},
 };
 
 /// How often the node looks for pods that came or went.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a released pod's listeners go on, for peers that have not heard of it yet.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// How long connections may go on after the process was told to stop.
@@ -65,6 +69,7 @@ pub struct Node {
     pub started: SystemTime,
     pods: Mutex<Vec<PodState>>,
     capture: Mutex<Capture>,
+    reconciled: AtomicBool,
 }
 
 impl Node {
@@ -72,9 +77,10 @@ impl Node {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Ready: configuration read, and every pod that should be captured is.
+    /// Ready: the configuration has been read and the pods there were have been captured. One pod that cannot be is shown
+    /// by [`Node::pods`]; it does not make the node unready for the others.
     pub fn is_ready(&self) -> bool {
-        self.proxy.config.is_ready() && self.pods().iter().all(|p| !p.enrolled || p.captured || p.problem.is_none())
+        self.reconciled.load(Ordering::Acquire)
     }
 
     /// Refreshes the gauges that are read from elsewhere.
@@ -97,6 +103,7 @@ impl Node {
 /// Runs a node until it is told to stop.
 pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     Netns::host().context("cannot open the node's network namespace")?;
+    let descriptors = raise_descriptor_limit().context("cannot raise the limit of open files")?;
     let ca = EmbeddedCa::open(&settings.ca_dir, settings.mesh.trust_domains.local.clone(), settings.certificate_ttl)?;
     let source = Directory::open(&settings.config_dir, "default")
         .with_context(|| format!("configuration directory {}", settings.config_dir.display()))?;
@@ -105,9 +112,15 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     let (sender, receiver) = mpsc::channel(16);
     let (publisher, config) = Publisher::new(Arc::new(settings.mesh.clone()), receiver);
     let metrics = Arc::new(Metrics::default());
-    let proxy = Proxy::new(config.clone(), Manager::new(Arc::new(ca)), metrics);
-    let node =
-        Arc::new(Node { settings, proxy: proxy.clone(), started: SystemTime::now(), pods: Mutex::default(), capture: Mutex::new(capture) });
+    let proxy = Proxy::new(config.clone(), Manager::new(Arc::new(ca)), metrics, Limits::for_descriptors(descriptors));
+    let node = Arc::new(Node {
+        settings,
+        proxy: proxy.clone(),
+        started: SystemTime::now(),
+        pods: Mutex::default(),
+        capture: Mutex::new(capture),
+        reconciled: AtomicBool::new(false),
+    });
     let admin = admin::bind(node.settings.admin).await.with_context(|| format!("admin address {}", node.settings.admin))?;
     tokio::spawn(publisher.run());
     tokio::spawn(source.run(sender));
@@ -115,13 +128,22 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(proxy.clone().tidy_pool());
     tokio::spawn(admin::serve(admin, node.clone()));
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
-    let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), released: Vec::new(), taken_over: false };
+    let mut reconciler =
+        Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), taken_over: false };
     tokio::select! {
         stopped = reconciler.run(discovery, config) => stopped?,
         signal = stop_signal() => tracing::info!(target: "app", signal = signal?, "stopping"),
     }
     reconciler.stop().await;
     Ok(())
+}
+
+/// Raises the soft limit of open files to the hard one; the limit from then on.
+fn raise_descriptor_limit() -> nix::Result<u64> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok(hard)
 }
 
 async fn stop_signal() -> anyhow::Result<&'static str> {
@@ -134,9 +156,14 @@ async fn stop_signal() -> anyhow::Result<&'static str> {
 }
 
 /// Keeps what is captured equal to what should be.
+///
+/// A pod is released only on evidence: it is gone, or the configuration says that it is not in the mesh. What cannot be
+/// found out changes nothing.
 struct Reconciler {
     node: Arc<Node>,
     served: HashMap<WorkloadUid, Served>,
+    /// Pods that should be captured and cannot be served, with the reason: their connections are refused.
+    held: HashMap<WorkloadUid, String>,
     /// Pods released while they ran: their connections end with them, not with their capture.
     released: Vec<(u64, Weak<ServedPod>)>,
     /// Whether pods left enrolled by an earlier process have been dealt with.
@@ -147,19 +174,26 @@ struct Served {
     pod: Arc<ServedPod>,
     netns_cookie: u64,
     serving: Serving,
+    /// Another descriptor of the inbound listener, for addresses that come later.
+    inbound: OwnedFd,
 }
+
+type Found = HashMap<WorkloadUid, LocalPod>;
 
 impl Reconciler {
     async fn run(&mut self, mut discovery: Discovery, mut config: Configuration) -> anyhow::Result<()> {
         config.ready().await;
         loop {
             let (looked, found) = tokio::task::spawn_blocking(move || {
-                let found = discovery.look(Instant::now()).clone();
+                let found = discovery.look(Instant::now()).cloned();
                 (discovery, found)
             })
             .await?;
             discovery = looked;
-            self.reconcile(&found);
+            match found {
+                Ok(found) => self.reconcile(&found)?,
+                Err(error) => tracing::error!(target: "app", %error, "cannot look for pods; those captured stay so"),
+            }
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
                 changed = config.changed() => anyhow::ensure!(changed, "the configuration has ended"),
@@ -167,42 +201,63 @@ impl Reconciler {
         }
     }
 
-    fn reconcile(&mut self, found: &HashMap<WorkloadUid, LocalPod>) {
+    fn reconcile(&mut self, found: &Found) -> anyhow::Result<()> {
         let snapshot = self.node.proxy.config.load().clone();
         let mine = snapshot.workloads().filter(|w| w.node == snapshot.mesh.node).cloned().collect::<Vec<_>>();
-        let wanted = |uid: &WorkloadUid| snapshot.workload(uid).filter(|w| w.enrolled && w.node == snapshot.mesh.node);
-        let leaving = self.served.iter().filter(|(uid, s)| {
-            let same = found.get(*uid).is_some_and(|f| f.netns_cookie == s.netns_cookie);
-            !same || wanted(uid).is_none_or(|w| w.ips != s.pod.addresses)
-        });
-        for uid in leaving.map(|(uid, _)| uid.clone()).collect::<Vec<_>>() {
-            let same = |s: &Served| found.get(&uid).is_some_and(|f| f.netns_cookie == s.netns_cookie);
-            let exists = self.served.get(&uid).is_some_and(same);
+        let leaves = |uid: &WorkloadUid| snapshot.workload(uid).is_some_and(|w| !w.enrolled);
+        for (uid, exists) in self.leaving(found, &leaves) {
             self.release(&uid, exists);
         }
+        self.held.retain(|uid, _| found.contains_key(uid) && !leaves(uid));
         self.end_released(found);
-        let mut states = Vec::with_capacity(mine.len());
-        for workload in &mine {
-            let problem = match found.get(&workload.uid) {
-                Some(local) if workload.enrolled && !self.served.contains_key(&workload.uid) => self.enrol(workload, local).err(),
-                _ => None,
-            };
-            if let Some(problem) = &problem {
-                tracing::error!(target: "app", pod = %workload.name, problem, "a pod cannot be captured");
+        for workload in mine.iter().filter(|w| w.enrolled) {
+            if let Some(local) = found.get(&workload.uid) {
+                self.keep_enrolled(workload, local);
             }
-            states.push(self.state(workload, problem));
         }
+        let mut states = mine.iter().map(|w| self.state(w, found)).collect::<Vec<_>>();
         states.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         *self.node.pods.lock().unwrap_or_else(PoisonError::into_inner) = states;
         self.node.proxy.identity.retain(&mine.iter().filter(|w| w.enrolled).map(|w| w.identity.clone()).collect());
         if !self.taken_over {
             self.taken_over = true;
-            self.node.capture().retain(&self.served.values().map(|s| s.netns_cookie).collect::<HashSet<_>>());
+            let stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
+            let mut capture = self.node.capture();
+            capture.retain(&stay);
+            capture.announce()?;
+            self.node.reconciled.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Served pods that are to be released, and whether they still exist.
+    fn leaving(&self, found: &Found, leaves: &impl Fn(&WorkloadUid) -> bool) -> Vec<(WorkloadUid, bool)> {
+        let exists = |uid: &WorkloadUid, s: &Served| found.get(uid).is_some_and(|f| f.netns_cookie == s.netns_cookie);
+        let all = self.served.iter().map(|(uid, s)| (uid.clone(), exists(uid, s)));
+        all.filter(|(uid, exists)| !exists || leaves(uid)).collect()
+    }
+
+    /// Serves a pod that is to be captured; one that cannot be served is held.
+    fn keep_enrolled(&mut self, workload: &Workload, local: &LocalPod) {
+        let result = match self.served.get(&workload.uid) {
+            None => self.enrol(workload, local),
+            Some(served) if **served.pod.addresses() != workload.ips => self.move_addresses(workload, local),
+            Some(_) => Ok(()),
+        };
+        match result {
+            Ok(()) => drop(self.held.remove(&workload.uid)),
+            Err(problem) => {
+                let held = self.node.capture().hold(&local.netns, &workload.ips);
+                let problem = held.err().map_or(problem.clone(), |e| format!("{problem}; nor can it be cut off: {}", chain(&e)));
+                if self.held.insert(workload.uid.clone(), problem.clone()).as_ref() != Some(&problem) {
+                    tracing::error!(target: "app", pod = %workload.name, problem, "a pod cannot be served; its connections are refused");
+                }
+            }
         }
     }
 
     /// Ends the connections of released pods that are gone now.
-    fn end_released(&mut self, found: &HashMap<WorkloadUid, LocalPod>) {
+    fn end_released(&mut self, found: &Found) {
         self.released.retain(|(netns_cookie, pod)| {
             let Some(pod) = pod.upgrade() else { return false };
             let exists = found.get(&pod.uid).is_some_and(|f| f.netns_cookie == *netns_cookie);
@@ -213,38 +268,60 @@ impl Reconciler {
         });
     }
 
-    fn state(&self, workload: &Workload, problem: Option<String>) -> PodState {
+    fn state(&self, workload: &Workload, found: &Found) -> PodState {
+        let captured = self.served.contains_key(&workload.uid);
+        let missing = || (!found.contains_key(&workload.uid)).then(|| "no process of it has been found in the cgroups".to_owned());
+        let problem = self.held.get(&workload.uid).cloned().or_else(missing);
         PodState {
             uid: workload.uid.to_string(),
             namespace: workload.name.namespace.to_string(),
             name: workload.name.name.to_string(),
             addresses: workload.ips.clone(),
             enrolled: workload.enrolled,
-            captured: self.served.contains_key(&workload.uid),
-            problem,
+            captured,
+            problem: problem.filter(|_| workload.enrolled && !captured),
         }
     }
 
     fn enrol(&mut self, workload: &Workload, local: &LocalPod) -> Result<(), String> {
         let listeners = Listeners::bind(&local.netns).map_err(|e| format!("cannot listen in the pod: {e}"))?;
+        let inbound = listeners.inbound().map_err(|e| format!("cannot duplicate a descriptor: {e}"))?;
         let pod = ServedPod::new(workload.uid.clone(), local.netns.clone(), workload.ips.clone());
         let originals = {
             let mut capture = self.node.capture();
             let originals = capture.original_destinations(local.netns_cookie).map_err(|e| chain(&e))?;
-            capture.enrol(&local.netns, &workload.ips, listeners.inbound()).map_err(|e| chain(&e))?;
+            capture.enrol(&local.netns, &workload.ips, &inbound).map_err(|e| chain(&e))?;
             originals
         };
         self.node.proxy.pods.insert(pod.clone());
         let serving = listeners.serve(&self.node.proxy, &pod, originals);
-        self.served.insert(workload.uid.clone(), Served { pod, netns_cookie: local.netns_cookie, serving });
+        self.served.insert(workload.uid.clone(), Served { pod, netns_cookie: local.netns_cookie, serving, inbound });
         tracing::info!(target: "app", pod = %workload.name, identity = %workload.identity, addresses = ?workload.ips, "pod captured");
         Ok(())
     }
 
+    /// Goes on serving a pod under other addresses, without letting go of it.
+    fn move_addresses(&mut self, workload: &Workload, local: &LocalPod) -> Result<(), String> {
+        let Some(served) = self.served.get(&workload.uid) else { return Ok(()) };
+        self.node.capture().enrol(&local.netns, &workload.ips, &served.inbound).map_err(|e| chain(&e))?;
+        let old = served.pod.set_addresses(workload.ips.clone());
+        tracing::info!(target: "app", pod = %workload.name, addresses = ?workload.ips, "pod has other addresses");
+        self.forget_addresses(&old);
+        Ok(())
+    }
+
+    /// Steers nothing more to addresses no served pod has.
+    fn forget_addresses(&self, addresses: &[IpAddr]) {
+        let used = |ip: &IpAddr| self.served.values().any(|s| s.pod.addresses().contains(ip));
+        let unused = addresses.iter().copied().filter(|ip| !used(ip)).collect::<Vec<_>>();
+        self.node.capture().forget_addresses(&unused);
+    }
+
     /// Stops capturing a pod. One that still exists keeps its connections; one that is gone loses them.
     fn release(&mut self, uid: &WorkloadUid, exists: bool) {
-        let Some(Served { pod, netns_cookie, serving }) = self.served.remove(uid) else { return };
-        self.node.capture().release(netns_cookie, &pod.addresses);
+        let Some(Served { pod, netns_cookie, serving, inbound: _ }) = self.served.remove(uid) else { return };
+        self.node.capture().release(netns_cookie);
+        self.forget_addresses(&pod.addresses());
         tracing::info!(target: "app", %uid, exists, "pod released");
         if exists {
             self.released.push((netns_cookie, Arc::downgrade(&pod)));

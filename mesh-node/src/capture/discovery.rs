@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::CaptureError;
 use crate::{id::WorkloadUid, io::netns::Netns};
 
 /// How deep below the root pods are looked for: kubepods / `QoS` class / pod, with room for a nested root.
@@ -44,33 +45,61 @@ impl Discovery {
         Ok(Self { root, host_netns: Netns::host()?.inode(), parents: Vec::new(), searched: None, pods: HashMap::new() })
     }
 
-    /// The pods that run now and have a network namespace of their own.
-    pub fn look(&mut self, now: Instant) -> &HashMap<WorkloadUid, LocalPod> {
+    /// The pods that run now and have a network namespace of their own. After an error nothing is known: pods found
+    /// before are still there for all anybody can tell.
+    pub fn look(&mut self, now: Instant) -> io::Result<&HashMap<WorkloadUid, LocalPod>> {
         if self.searched.is_none_or(|at| now.duration_since(at) >= FULL_SEARCH) {
-            self.parents.clear();
-            find_parents(&self.root, MAX_DEPTH, &mut self.parents);
+            let mut parents = Vec::new();
+            find_parents(&self.root, MAX_DEPTH, Place::Outside, &mut parents)?;
+            self.parents = parents;
             self.searched = Some(now);
         }
         let mut found = HashMap::new();
-        for (uid, directory) in self.parents.iter().flat_map(|p| pods_in(p)) {
-            if let Some(pod) = self.pods.remove(&uid).filter(LocalPod::is_current).or_else(|| self.open(&uid, &directory)) {
-                found.insert(uid, pod);
+        for parent in &self.parents {
+            for (uid, directory) in pods_in(parent)? {
+                let known = self.pods.get(&uid);
+                let pod = match known.filter(|p| p.is_current()) {
+                    Some(pod) => Some(pod.clone()),
+                    None => self.open(&uid, &directory, known)?,
+                };
+                found.extend(pod.map(|pod| (uid, pod)));
             }
         }
         self.pods = found;
-        &self.pods
+        Ok(&self.pods)
     }
 
-    /// Finds the pod's namespace through its processes. None while it has none of its own.
-    fn open(&self, uid: &WorkloadUid, directory: &Path) -> Option<LocalPod> {
+    /// Finds the pod's namespace through its processes: the known one as long as a process is in it, else that of the
+    /// oldest. None while it has none of its own.
+    fn open(&self, uid: &WorkloadUid, directory: &Path, known: Option<&LocalPod>) -> io::Result<Option<LocalPod>> {
         let mut pids = Vec::new();
-        collect_pids(directory, MAX_DEPTH, &mut pids);
+        collect_pids(directory, MAX_DEPTH, &mut pids)?;
         pids.sort_unstable();
-        pids.into_iter().find_map(|pid| {
-            let netns = Netns::open(&netns_path(pid)).ok().filter(|n| n.inode() != self.host_netns)?;
-            let netns_cookie = netns.cookie().ok()?;
-            Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, pid })
-        })
+        let mut first = None;
+        for pid in pids {
+            // A process that ends meanwhile is no error.
+            let Some(netns) = vanished(Netns::open(&netns_path(pid)))? else { continue };
+            if netns.inode() == self.host_netns {
+                continue;
+            }
+            if let Some(known) = known.filter(|k| k.netns.inode() == netns.inode()) {
+                return Ok(Some(LocalPod { pid, ..known.clone() }));
+            }
+            first = first.or(Some((pid, netns)));
+        }
+        let Some((pid, netns)) = first else { return Ok(None) };
+        let netns_cookie = netns.cookie()?;
+        Ok(Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, pid }))
+    }
+}
+
+/// What is gone is none; any other error is one.
+fn vanished<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        // ENODEV: a cgroup that is being removed.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV)) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -99,35 +128,52 @@ pub fn pod_uid(name: &str) -> Option<WorkloadUid> {
     legal.then(|| WorkloadUid(uid.into()))
 }
 
-fn directories(path: &Path) -> impl Iterator<Item = (String, PathBuf)> {
-    let entries = fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
-    let directories = entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
-    directories.filter_map(|e| Some((e.file_name().into_string().ok()?, e.path())))
+fn directories(path: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+    let mut found = Vec::new();
+    let Some(entries) = vanished(fs::read_dir(path))? else { return Ok(found) };
+    for entry in entries {
+        let Some(entry) = vanished(entry)? else { break };
+        if vanished(entry.file_type())?.is_some_and(|t| t.is_dir()) {
+            found.extend(entry.file_name().into_string().ok().map(|name| (name, entry.path())));
+        }
+    }
+    Ok(found)
 }
 
-fn pods_in(parent: &Path) -> impl Iterator<Item = (WorkloadUid, PathBuf)> {
-    directories(parent).filter_map(|(name, path)| Some((pod_uid(&name)?, path)))
+fn pods_in(parent: &Path) -> io::Result<Vec<(WorkloadUid, PathBuf)>> {
+    Ok(directories(parent)?.into_iter().filter_map(|(name, path)| Some((pod_uid(&name)?, path))).collect())
 }
 
-/// Directories of the kubelet's tree: those named `kubepods...`, and the `QoS` classes in them.
-fn find_parents(directory: &Path, depth: usize, found: &mut Vec<PathBuf>) {
-    for (name, path) in directories(directory) {
-        if depth == 0 || pod_uid(&name).is_some() {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Outside,
+    InKubepods,
+}
+
+/// Directories of the kubelet's tree: those named `kubepods...`, and the quality-of-service classes in them.
+fn find_parents(directory: &Path, depth: usize, place: Place, found: &mut Vec<PathBuf>) -> io::Result<()> {
+    for (name, path) in directories(directory)? {
+        if depth == 0 || pod_uid(&name).is_some() || name.ends_with(".scope") {
             continue;
         }
-        if name.starts_with("kubepods") || (found.last().is_some_and(|p| directory.starts_with(p)) && !name.ends_with(".scope")) {
+        let below = if name.starts_with("kubepods") { Place::InKubepods } else { place };
+        if below == Place::InKubepods {
             found.push(path.clone());
         }
-        find_parents(&path, depth - 1, found);
+        find_parents(&path, depth - 1, below, found)?;
     }
+    Ok(())
 }
 
-fn collect_pids(directory: &Path, depth: usize, pids: &mut Vec<u32>) {
-    let own = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+fn collect_pids(directory: &Path, depth: usize, pids: &mut Vec<u32>) -> io::Result<()> {
+    let own = vanished(fs::read_to_string(directory.join("cgroup.procs")))?.unwrap_or_default();
     pids.extend(own.lines().filter_map(|l| l.parse::<u32>().ok()));
     if depth > 0 {
-        directories(directory).for_each(|(_, path)| collect_pids(&path, depth - 1, pids));
+        for (_, path) in directories(directory)? {
+            collect_pids(&path, depth - 1, pids)?;
+        }
     }
+    Ok(())
 }
 
 /// The mount point of the cgroup v2 hierarchy, from `/proc/self/mountinfo`: not every system has it at `/sys/fs/cgroup`.
@@ -147,12 +193,31 @@ fn parse_cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
     })
 }
 
-/// The id the kernel knows this process's cgroup by: the inode of its directory.
-pub fn own_cgroup_id() -> io::Result<u64> {
+/// The directory of the cgroup this process is in.
+fn own_cgroup() -> io::Result<PathBuf> {
     let memberships = fs::read_to_string("/proc/self/cgroup")?;
     let path = memberships.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or("/");
-    let directory = cgroup2_mount()?.join(path.trim_start_matches('/'));
-    Ok(fs::metadata(directory)?.ino())
+    Ok(cgroup2_mount()?.join(path.trim_start_matches('/')))
+}
+
+/// The id the kernel knows this process's cgroup by: the inode of its directory.
+pub fn own_cgroup_id() -> io::Result<u64> {
+    Ok(fs::metadata(own_cgroup()?)?.ino())
+}
+
+/// Fails unless this process is below the cgroup the programs are attached to: elsewhere its own connections to
+/// applications would not be recognised, and steered back to it without end.
+pub fn check_own_cgroup(root: &Path) -> Result<(), CaptureError> {
+    let own = own_cgroup().and_then(fs::canonicalize).map_err(CaptureError::io("find the cgroup of this process"))?;
+    let root = fs::canonicalize(root).map_err(CaptureError::io(format!("find cgroup {}", root.display())))?;
+    if own.starts_with(&root) {
+        return Ok(());
+    }
+    Err(CaptureError::Unsupported(format!(
+        "this process is in cgroup {}, which is not below --cgroup-root {}; choose a root above both pods and mesh-node",
+        own.display(),
+        root.display()
+    )))
 }
 
 #[cfg(test)]
@@ -199,6 +264,7 @@ mod tests {
         let under = uid.replace('-', "_");
         for path in [
             format!("kubepods/pod{uid}0/c1"),
+            format!("kubepods/besteffort/pod{uid}3/c1"),
             format!("kubepods/burstable/pod{uid}1/c1"),
             format!("kubelet.slice/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}2.slice/cri-1.scope"),
             "system.slice/ssh.service".to_owned(),
@@ -206,9 +272,9 @@ mod tests {
             fs::create_dir_all(dir.path().join(path)).expect("created");
         }
         let mut parents = Vec::new();
-        find_parents(dir.path(), MAX_DEPTH, &mut parents);
-        let mut uids = parents.iter().flat_map(|p| pods_in(p)).map(|(u, _)| u.0.to_string()).collect::<Vec<_>>();
+        find_parents(dir.path(), MAX_DEPTH, Place::Outside, &mut parents).expect("found");
+        let mut uids = parents.iter().flat_map(|p| pods_in(p).expect("read")).map(|(u, _)| u.0.to_string()).collect::<Vec<_>>();
         uids.sort();
-        assert_eq!(uids, [format!("{uid}0"), format!("{uid}1"), format!("{uid}2")]);
+        assert_eq!(uids, [format!("{uid}0"), format!("{uid}1"), format!("{uid}2"), format!("{uid}3")]);
     }
 }

@@ -8,7 +8,10 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, BorrowedFd},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -89,23 +92,46 @@ pub fn attach(path: &Path, program: BorrowedFd<'_>, target: BorrowedFd<'_>, atta
 pub fn update_steering(directory: &Path, program: BorrowedFd<'_>) -> Result<(), CaptureError> {
     for cookie in steered(directory) {
         let path = steer_link(directory, cookie);
-        let updated = sys::open_pin(&path).and_then(|link| sys::link_update(link.as_fd(), program));
-        if updated.is_err() {
-            remove(&path)?;
+        match sys::open_pin(&path).and_then(|link| sys::link_update(link.as_fd(), program)) {
+            Ok(()) => {}
+            // The namespace is gone.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => remove(&path)?,
+            Err(error) => return Err(CaptureError::io(format!("update the link {}", path.display()))(error)),
         }
     }
     Ok(())
+}
+
+/// Removes the pin of a link that is on another cgroup: the root was changed since.
+pub fn drop_foreign(path: &Path, cgroup: &fs::File) -> Result<(), CaptureError> {
+    let Ok(link) = sys::open_pin(path) else { return Ok(()) };
+    let inspect = || CaptureError::io(format!("inspect the link {}", path.display()));
+    let wanted = cgroup.metadata().map_err(inspect())?.ino();
+    if sys::link_cgroup(link.as_fd()).map_err(inspect())? == wanted { Ok(()) } else { remove(path) }
 }
 
 fn remove(path: &Path) -> Result<(), CaptureError> {
     fs::remove_file(path).map_err(CaptureError::io(format!("remove {}", path.display())))
 }
 
-/// Removes every pin of every ABI version below `base`: programs detach, maps go. True when there was something.
+/// Removes every pin of every ABI version below `base`, and nothing else: programs detach, maps go. True when there was
+/// something.
 pub fn uninstall(base: &Path) -> Result<bool, CaptureError> {
-    match fs::remove_dir_all(base) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(CaptureError::io(format!("remove {}", base.display()))(error)),
+    let entries = match fs::read_dir(base) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(CaptureError::io(format!("read {}", base.display()))(error)),
+    };
+    let mut removed = false;
+    for entry in entries.filter_map(Result::ok) {
+        let name = entry.file_name();
+        let version = name.to_str().and_then(|n| n.strip_prefix('v')).is_some_and(|v| v.parse::<u32>().is_ok());
+        if version && entry.path().join("maps").is_dir() {
+            fs::remove_dir_all(entry.path()).map_err(CaptureError::io(format!("remove {}", entry.path().display())))?;
+            removed = true;
+        }
     }
+    // Stays when something else is in it.
+    let _ = fs::remove_dir(base);
+    Ok(removed)
 }

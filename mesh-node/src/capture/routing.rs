@@ -40,14 +40,15 @@ pub fn prepare(netns: &Netns) -> Result<(), CaptureError> {
     })
 }
 
-/// Undoes [`prepare`], as far as it was done.
+/// Undoes [`prepare`]; a namespace that was never prepared is left alone.
 pub fn remove(netns: &Netns) -> Result<(), CaptureError> {
     in_netns(netns, "remove the routing of a pod", |netlink| {
+        let mut ours = false;
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let _ = netlink.request(RouteNetlinkMessage::DelRule(rule(family)), 0);
+            ours |= netlink.request(RouteNetlinkMessage::DelRule(rule(family)), 0).is_ok();
             let _ = netlink.request(RouteNetlinkMessage::DelRoute(route(family)), 0);
         }
-        fs::write(FWMARK_ACCEPT, "0")
+        if ours { fs::write(FWMARK_ACCEPT, "0") } else { Ok(()) }
     })
 }
 

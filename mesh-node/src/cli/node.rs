@@ -152,18 +152,15 @@ fn uninstall(args: &KernelArgs) -> anyhow::Result<()> {
     let removed = capture::uninstall(&args.bpf_dir)?;
     let mut discovery = Discovery::new(args.cgroup()?)?;
     let mut failed = 0;
-    for pod in discovery.look(std::time::Instant::now()).values() {
+    let pods = discovery.look(std::time::Instant::now())?;
+    for pod in pods.values() {
         if let Err(error) = capture::remove_routing(&pod.netns) {
             eprintln!("pod {}: {}", pod.uid, telemetry::chain(&error));
             failed += 1;
         }
     }
     let programs = if removed { "removed" } else { "there were none" };
-    println!(
-        "programs and maps below {}: {programs}; routing of {} pods: removed",
-        args.bpf_dir.display(),
-        discovery.look(std::time::Instant::now()).len() - failed
-    );
+    println!("programs and maps below {}: {programs}; routing of {} pods: removed", args.bpf_dir.display(), pods.len() - failed);
     anyhow::ensure!(failed == 0, "the routing of {failed} pods could not be removed");
     Ok(())
 }

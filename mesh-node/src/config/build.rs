@@ -194,6 +194,7 @@ impl<'a> Builder<'a> {
         Ok(Workload {
             uid: pod.uid.clone(),
             name: name.clone(),
+            workload_name: pod.workload_name.clone(),
             node: pod.node.clone(),
             identity,
             labels: pod.labels.clone(),
@@ -215,6 +216,16 @@ impl<'a> Builder<'a> {
                     self.remark(Severity::Error, named, &message);
                 } else {
                     snapshot.by_vip.insert(*vip, built.clone());
+                }
+            }
+            for (ip, port) in service.external_ips.iter().flat_map(|ip| built.ports.iter().map(move |p| (*ip, p.port))) {
+                let address = SocketAddr::new(ip, port);
+                if let Some(other) = snapshot.by_external.get(&address) {
+                    let message =
+                        format!("status.loadBalancer: {address} belongs to Service {} already; use another address or port", other.name);
+                    self.remark(Severity::Error, named, &message);
+                } else {
+                    snapshot.by_external.insert(address, built.clone());
                 }
             }
             snapshot.services.push(built);

@@ -21,12 +21,21 @@ pub struct Snapshot {
     pub(super) by_ip: HashMap<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
     pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
+    pub(super) by_external: HashMap<SocketAddr, Arc<Service>>,
 }
 
 impl Snapshot {
     /// A mesh in which nothing is known yet.
     pub fn empty(mesh: Arc<MeshSettings>) -> Self {
-        Self { generation: 0, mesh, workloads: HashMap::new(), by_ip: HashMap::new(), services: Vec::new(), by_vip: HashMap::new() }
+        Self {
+            generation: 0,
+            mesh,
+            workloads: HashMap::new(),
+            by_ip: HashMap::new(),
+            services: Vec::new(),
+            by_vip: HashMap::new(),
+            by_external: HashMap::new(),
+        }
     }
 
     pub fn workload(&self, uid: &WorkloadUid) -> Option<&Arc<Workload>> {
@@ -52,6 +61,9 @@ impl Snapshot {
                 Some(port) => Target::Service { service, port },
                 None => Target::NoSuchPort(service),
             };
+        }
+        if let Some((service, port)) = self.by_external.get(&dst).and_then(|s| Some((s, s.port(dst.port())?))) {
+            return Target::Service { service, port };
         }
         self.by_ip.get(&dst.ip()).map_or(Target::Unknown, Target::Workload)
     }

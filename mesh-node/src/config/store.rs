@@ -190,6 +190,20 @@ mod tests {
     }
 
     #[test]
+    fn a_header_or_version_that_cannot_be_read_keeps_the_last_good_object_too() {
+        let namespace = |label: serde_json::Value| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "n", "labels": {"rev": label}}});
+        let mut other = peer_authentication("x", "STRICT");
+        other["apiVersion"] = json!("security.istio.io/v2");
+        let mut store = Store::default();
+        store.apply(Change { origin: origin("a"), content: content(&[namespace(json!("1")), peer_authentication("x", "STRICT")]) });
+        store.apply(Change { origin: origin("a"), content: content(&[namespace(json!(1)), other]) });
+        assert_eq!(names(&store), ["n", "x"]);
+        let text = store.statuses().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        assert!(text.contains("Namespace n: metadata.labels") && text.contains("PeerAuthentication default/x: apiVersion"), "{text}");
+        assert_eq!(text.matches("last good").count(), 2, "{text}");
+    }
+
+    #[test]
     fn an_unreadable_file_changes_nothing_but_its_status() {
         let mut store = Store::default();
         store.apply(Change { origin: origin("a"), content: content(&[peer_authentication("x", "STRICT")]) });

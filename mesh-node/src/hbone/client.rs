@@ -15,8 +15,8 @@ use tokio::{
 };
 
 use super::{
-    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, SEND_BUFFER, STREAM_WINDOW, Tunnel,
-    keepalive, tunnel::Held,
+    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, RESET_MEMORY, RESET_STREAMS,
+    SEND_BUFFER, STREAM_WINDOW, Tunnel, keepalive, tunnel::Held,
 };
 
 /// Why a tunnel could not be opened.
@@ -88,6 +88,10 @@ impl Connection {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(MAX_FRAME)
             .max_send_buffer_size(SEND_BUFFER)
+            .max_concurrent_reset_streams(RESET_STREAMS)
+            .max_local_error_reset_streams(None)
+            .reset_stream_duration(RESET_MEMORY)
+            .max_pending_accept_reset_streams(RESET_STREAMS)
             .max_header_list_size(CLIENT_HEADER_LIST)
             .enable_push(false);
         let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await.map_err(|_| TunnelError::Timeout)?;

@@ -78,7 +78,11 @@ impl Pool {
     pub fn retain(&self, exists: impl Fn(&WorkloadUid) -> bool) {
         self.lock().retain(|key, slot| {
             let wanted = exists(&key.source_workload) && exists(&key.destination_workload);
-            // A slot in use is being dialled: look again next time.
+            // A slot somebody holds is being dialled, or about to be: look again next time. None can be taken out
+            // meanwhile, the map is locked.
+            if Arc::strong_count(slot) > 1 {
+                return true;
+            }
             let Ok(mut connections) = slot.0.try_lock() else { return true };
             if !wanted {
                 connections.iter().for_each(Connection::close);

@@ -11,7 +11,8 @@ use tokio::{
 };
 
 use super::{
-    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, MAX_FRAME, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS, STREAM_WINDOW, Tunnel,
+    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS,
+    STREAM_WINDOW, Tunnel,
     headers::{BadRequest, ConnectRequest, parse},
     keepalive,
 };
@@ -58,6 +59,10 @@ where
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(None)
+        .reset_stream_duration(RESET_MEMORY)
+        .max_pending_accept_reset_streams(RESET_STREAMS)
         .max_header_list_size(SERVER_HEADER_LIST)
         .max_concurrent_streams(SERVER_MAX_STREAMS);
     let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await;

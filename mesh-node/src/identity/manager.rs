@@ -19,6 +19,9 @@ use crate::{id::SpiffeId, telemetry::chain, tls::Credentials};
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(150);
 
+/// How often the wall clock is looked at while a certificate is in use.
+const LOOK_AT_CLOCK: Duration = Duration::from_secs(30);
+
 /// What an identity's certificate is like, for inspection.
 #[derive(Debug, Clone)]
 pub struct CertificateState {
@@ -125,10 +128,10 @@ async fn keep(source: Arc<dyn CertificateSource>, id: SpiffeId, current: watch::
         let wait = match source.issue(&id).await {
             Ok(credentials) => {
                 backoff = BACKOFF_MIN;
-                let at = credentials.renew_at(fastrand::f64() * 2.0 - 1.0);
+                let wait = credentials.renew_in(SystemTime::now(), fastrand::f64() * 2.0 - 1.0);
                 tracing::debug!(target: "identity", identity = %id, "certificate issued");
                 current.send_replace(Current { credentials: Some(Arc::new(credentials)), error: None });
-                at.duration_since(SystemTime::now()).unwrap_or_default().max(BACKOFF_MIN)
+                wait.max(BACKOFF_MIN)
             }
             Err(error) => {
                 let text = chain(&error);
@@ -139,7 +142,21 @@ async fn keep(source: Arc<dyn CertificateSource>, id: SpiffeId, current: watch::
                 wait
             }
         };
-        tokio::time::sleep(wait).await;
+        sleep_by_the_clock(wait, &current).await;
+    }
+}
+
+/// Sleeps, but no longer than until the certificate expires by the wall clock, which a suspended machine's timers miss.
+async fn sleep_by_the_clock(wait: Duration, current: &watch::Sender<Current>) {
+    let until = tokio::time::Instant::now() + wait;
+    loop {
+        let left = until.saturating_duration_since(tokio::time::Instant::now());
+        let now = current.borrow().clone();
+        let expired = now.error.is_none() && now.credentials.is_some_and(|c| c.is_expired(SystemTime::now()));
+        if left.is_zero() || expired {
+            return;
+        }
+        tokio::time::sleep(left.min(LOOK_AT_CLOCK)).await;
     }
 }
 

@@ -195,6 +195,11 @@ fn bad_policies_are_refused_with_field_and_remedy() {
         ("AuthorizationPolicy", json!({"rules": [{"from": [{"source": {"principal": ["x"]}}]}]}), "spec.rules[0].from[0].source"),
         ("AuthorizationPolicy", json!({"rules": [{"from": [{"source": {}}]}]}), "is empty"),
         ("AuthorizationPolicy", json!({"rules": [{"to": [{"operation": {"ports": ["http"]}}]}]}), "spec.rules[0].to[0].operation.ports[0]"),
+        (
+            "AuthorizationPolicy",
+            json!({"rules": [{"from": [{"source": {"principals": [""]}}]}]}),
+            "spec.rules[0].from[0].source.principals[0]",
+        ),
         ("AuthorizationPolicy", json!({"action": "CUSTOM", "rules": [{}]}), "spec.action"),
         ("AuthorizationPolicy", json!({"action": "deny"}), "spec.action"),
         ("AuthorizationPolicy", json!({"action": "DENY"}), "spec.rules"),

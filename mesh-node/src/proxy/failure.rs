@@ -24,6 +24,8 @@ pub enum Failure {
     NoEndpoint(ObjectName),
     #[error("{0} is not part of the mesh and outbound traffic is REGISTRY_ONLY")]
     NotInRegistry(SocketAddr),
+    #[error("too many connections are open on this node")]
+    TooManyConnections,
     #[error("the pod is not part of the configuration yet")]
     UnknownWorkload,
     #[error("the destination pod on this node is not captured yet")]
@@ -63,6 +65,7 @@ impl Failure {
             Self::NoSuchPort { .. } => "no_such_port",
             Self::NoEndpoint(_) => "no_endpoint",
             Self::NotInRegistry(_) => "not_in_registry",
+            Self::TooManyConnections => "too_many_connections",
             Self::UnknownWorkload => "unknown_workload",
             Self::NotServedYet => "not_served_yet",
             Self::Identity(_) => "identity",
@@ -100,6 +103,7 @@ impl Failure {
             | Self::NoSuchPort { .. }
             | Self::NotInRegistry(_)
             | Self::NotServedYet
+            | Self::TooManyConnections
             | Self::UnknownWorkload
             | Self::Tunnel(TunnelError::Closing(_) | TunnelError::Request(_) | TunnelError::Refused(_)) => "CONNECT",
             Self::LostOriginalDestination
@@ -128,6 +132,7 @@ impl Failure {
             | Self::NoSuchPort { .. }
             | Self::NoEndpoint(_)
             | Self::NotInRegistry(_)
+            | Self::TooManyConnections
             | Self::Identity(_)
             | Self::Dial { .. }
             | Self::DialTimeout(_)

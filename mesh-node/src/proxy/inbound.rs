@@ -10,6 +10,7 @@ use tokio::{net::TcpStream, sync::watch, time::timeout};
 
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
+    limits::Slot,
     live::{Cut, Registration},
     outcome::{Direction, Outcome, Party},
 };
@@ -117,7 +118,15 @@ pub async fn cut(registration: &mut Registration, pod: &ServedPod) -> Cut {
 }
 
 /// An HBONE connection, as accepted on the HBONE listener. `drain` turns true when the pod takes no new tunnels.
-pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, mut drain: watch::Receiver<bool>) {
+/// `handshake` is given back when the handshake is over.
+pub async fn serve_hbone(
+    proxy: Arc<Proxy>,
+    pod: Arc<ServedPod>,
+    stream: TcpStream,
+    client: SocketAddr,
+    handshake: Slot,
+    mut drain: watch::Receiver<bool>,
+) {
     let local = match stream.local_addr() {
         Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
         Err(_) => return,
@@ -126,6 +135,7 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
         Ok(accepted) => accepted,
         Err(failure) => return refused_handshake(&proxy, client, failure),
     };
+    drop(handshake);
     proxy.metrics.hbone_connections.inc();
     let connection = HboneConnection { proxy: proxy.clone(), pod: pod.clone(), peer, client, local };
     let serving = server::serve(stream, |offer| drop(tokio::spawn(serve_offer(connection.clone(), offer))), async move {
@@ -155,7 +165,8 @@ fn refused_handshake(proxy: &Arc<Proxy>, client: SocketAddr, failure: Failure) {
 async fn accept_tls(proxy: &Proxy, pod: &ServedPod, stream: TcpStream) -> Result<(ServerStream<TcpStream>, SpiffeId), Failure> {
     tune(&stream).map_err(Failure::Broken)?;
     let identity = proxy.config.load().workload(&pod.uid).map(|w| w.identity.clone()).ok_or(Failure::UnknownWorkload)?;
-    let credentials = proxy.identity.credentials(&identity).await.map_err(Failure::Identity)?;
+    let credentials = timeout(HANDSHAKE_TIMEOUT, proxy.identity.credentials(&identity)).await;
+    let credentials = credentials.unwrap_or_else(|_| Err("it took too long".into())).map_err(Failure::Identity)?;
     let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(&credentials, stream)).await;
     let accepted = accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     accepted.map_err(|source| Failure::Tls { kind: HandshakeFailure::of(&source), source })
@@ -174,6 +185,10 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     let mut outcome = Outcome::new(&connection.proxy.metrics, Direction::Inbound);
     outcome.source = Party { address: Some(connection.client), identity: Some(connection.peer.clone()), workload: None };
     outcome.tunnel = Some(connection.local);
+    let Some(_slot) = connection.proxy.limits.connection() else {
+        offer.refuse(StatusCode::SERVICE_UNAVAILABLE);
+        return outcome.fail(Failure::TooManyConnections);
+    };
     let admitted = match answer(&connection, &offer, &mut outcome).await {
         Ok(admitted) => admitted,
         Err(failure) => {

@@ -192,7 +192,7 @@ impl Names {
         let known = |value: Option<&str>| value.unwrap_or("unknown").to_owned();
         let app = label("app").or_else(|| label("app.kubernetes.io/name"));
         let version = label("version").or_else(|| label("app.kubernetes.io/version"));
-        let name = workload.map(|w| &*w.name.name);
+        let name = workload.map(|w| &*w.workload_name);
         Self {
             workload: known(name),
             namespace: known(workload.map(|w| &*w.name.namespace)),

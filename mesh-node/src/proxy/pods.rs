@@ -17,13 +17,13 @@ use crate::{id::WorkloadUid, io::netns::Netns};
 pub struct ServedPod {
     pub uid: WorkloadUid,
     pub netns: Arc<Netns>,
-    pub addresses: Vec<IpAddr>,
+    addresses: ArcSwap<Vec<IpAddr>>,
     ended: watch::Sender<Option<Cut>>,
 }
 
 impl ServedPod {
     pub fn new(uid: WorkloadUid, netns: Arc<Netns>, addresses: Vec<IpAddr>) -> Arc<Self> {
-        Arc::new(Self { uid, netns, addresses, ended: watch::Sender::new(None) })
+        Arc::new(Self { uid, netns, addresses: ArcSwap::from_pointee(addresses), ended: watch::Sender::new(None) })
     }
 
     /// Completes when all of the pod's connections are to end.
@@ -38,9 +38,18 @@ impl ServedPod {
         self.ended.send_if_modified(|e| e.is_none() && e.replace(cut).is_none());
     }
 
+    pub fn addresses(&self) -> Arc<Vec<IpAddr>> {
+        self.addresses.load_full()
+    }
+
+    /// Gives the pod other addresses; returns those it had.
+    pub fn set_addresses(&self, addresses: Vec<IpAddr>) -> Arc<Vec<IpAddr>> {
+        self.addresses.swap(Arc::new(addresses))
+    }
+
     /// The pod's address of the family of `like`.
     pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
-        self.addresses.iter().copied().find(|a| a.is_ipv4() == like.is_ipv4())
+        self.addresses.load().iter().copied().find(|a| a.is_ipv4() == like.is_ipv4())
     }
 }
 

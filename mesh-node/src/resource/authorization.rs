@@ -209,8 +209,8 @@ fn source(spec: SourceSpec, at: &str) -> Result<SourceMatch, FieldError> {
     }
     let field = |name: &str| format!("{at}.{name}");
     let found = SourceMatch {
-        principals: strings(spec.principals, spec.not_principals),
-        namespaces: strings(spec.namespaces, spec.not_namespaces),
+        principals: values(spec.principals, spec.not_principals, &field("principals"), pattern)?,
+        namespaces: values(spec.namespaces, spec.not_namespaces, &field("namespaces"), pattern)?,
         service_accounts: values(spec.service_accounts, spec.not_service_accounts, &field("serviceAccounts"), service_account)?,
         ip_blocks: values(spec.ip_blocks, spec.not_ip_blocks, &field("ipBlocks"), ip_block)?,
         remote_ip_blocks: values(spec.remote_ip_blocks, spec.not_remote_ip_blocks, &field("remoteIpBlocks"), ip_block)?,
@@ -254,8 +254,8 @@ fn condition(spec: WhenSpec, at: &str) -> Result<Condition, FieldError> {
     Ok(match spec.key.as_str() {
         "source.ip" => Condition::SourceIp(values(yes, no, &field, ip_block)?),
         "remote.ip" => Condition::RemoteIp(values(yes, no, &field, ip_block)?),
-        "source.namespace" => Condition::SourceNamespace(strings(yes, no)),
-        "source.principal" => Condition::SourcePrincipal(strings(yes, no)),
+        "source.namespace" => Condition::SourceNamespace(values(yes, no, &field, pattern)?),
+        "source.principal" => Condition::SourcePrincipal(values(yes, no, &field, pattern)?),
         "source.serviceAccount" => Condition::SourceServiceAccount(values(yes, no, &field, service_account)?),
         "destination.ip" => Condition::DestinationIp(values(yes, no, &field, ip_block)?),
         "destination.port" => Condition::DestinationPort(values(yes, no, &field, port)?),
@@ -278,9 +278,9 @@ fn present(fields: &[(&'static str, &Texts)]) -> Vec<&'static str> {
     fields.iter().filter(|(_, v)| v.as_ref().is_some_and(|v| !v.is_empty())).map(|(n, _)| *n).collect()
 }
 
-fn strings(any_of: Texts, none_of: Texts) -> Values<StringMatch> {
-    let read = |texts: Texts| texts.unwrap_or_default().iter().map(|t| StringMatch::parse(t)).collect();
-    Values { any_of: read(any_of), none_of: read(none_of) }
+/// An empty pattern would match whoever has no identity; Istio's validation refuses it.
+fn pattern(text: &str) -> Result<StringMatch, String> {
+    if text.is_empty() { Err("is empty; name a value, or remove it".to_owned()) } else { Ok(StringMatch::parse(text)) }
 }
 
 fn values<T>(any_of: Texts, none_of: Texts, at: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<Values<T>, FieldError> {

@@ -34,8 +34,6 @@ const ISTIO_VERSIONS: &[&str] = &["v1", "v1beta1", "v1alpha3", "v1alpha1"];
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Header {
-    api_version: Option<String>,
-    kind: Option<String>,
     #[serde(default)]
     metadata: Metadata,
 }
@@ -52,32 +50,39 @@ pub struct Metadata {
     #[serde(default)]
     pub annotations: Option<super::selector::Labels>,
     pub creation_timestamp: Option<String>,
-    pub deletion_timestamp: Option<String>,
+    #[serde(default)]
+    pub owner_references: Option<Vec<Owner>>,
+}
+
+/// An entry of `metadata.ownerReferences`.
+#[derive(Debug, Deserialize)]
+pub struct Owner {
+    #[serde(default)]
+    pub kind: String,
+    #[serde(default)]
+    pub name: String,
 }
 
 /// Reads one document. `default_namespace` is for namespaced objects that name none, as `kubectl apply` does.
 pub fn parse(document: &Value, default_namespace: &str) -> Result<Parsed, Rejection> {
-    let header: Header = typed(document, "document without apiVersion and kind", None)?;
-    let (Some(api_version), Some(kind)) = (&header.api_version, &header.kind) else {
-        return Err(reject(
-            "document without apiVersion and kind".into(),
-            if header.kind.is_none() { "kind" } else { "apiVersion" },
-            "is missing; every document needs apiVersion, kind and metadata.name",
-            None,
-        ));
+    let text = |pointer: &str| document.pointer(pointer).and_then(Value::as_str);
+    let (Some(api_version), Some(kind)) = (text("/apiVersion"), text("/kind")) else {
+        let field = if text("/kind").is_none() { "kind" } else { "apiVersion" };
+        let problem = "is missing; every document needs apiVersion, kind and metadata.name";
+        return Err(reject("document without apiVersion and kind".into(), field, problem, None));
     };
     let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
-    let name = header.metadata.name.as_deref().unwrap_or_default();
-    let label = format!("{kind} {}/{name}", header.metadata.namespace.as_deref().unwrap_or(default_namespace));
-    let Some(known) = known(group, kind) else { return unknown(group, kind, label) };
-    check_version(group, version, &label)?;
-    let namespace = if known == Kind::Namespace { "" } else { header.metadata.namespace.as_deref().unwrap_or(default_namespace) };
+    let (name, namespace) = (text("/metadata/name").unwrap_or_default(), text("/metadata/namespace").unwrap_or(default_namespace));
+    let Some(known) = known(group, kind) else { return unknown(group, kind, format!("{kind} {namespace}/{name}")) };
     if name.is_empty() {
-        return Err(reject(label, "metadata.name", "is missing; every object needs a name", None));
+        return Err(reject(format!("{kind} {namespace}/"), "metadata.name", "is missing; every object needs a name", None));
     }
+    // From here on every rejection says which object it is, so that its last good version can stay.
+    let namespace = if known == Kind::Namespace { "" } else { namespace };
     let key = Key { kind: known, name: ObjectName::new(namespace, name) };
-    let object = object(document, &key, header.metadata)?;
-    Ok(Parsed::Object(Box::new(object)))
+    check_version(group, version, &key)?;
+    let header: Header = typed(document, &key)?;
+    Ok(Parsed::Object(Box::new(object(document, &key, header.metadata)?)))
 }
 
 fn known(group: &str, kind: &str) -> Option<Kind> {
@@ -100,7 +105,7 @@ fn unknown(group: &str, kind: &str, label: String) -> Result<Parsed, Rejection> 
     Ok(Parsed::Ignored(Arc::from(format!("{group}/{kind}"))))
 }
 
-fn check_version(group: &str, version: &str, label: &str) -> Result<(), Rejection> {
+fn check_version(group: &str, version: &str, key: &Key) -> Result<(), Rejection> {
     let served: &[&str] = match group {
         "" => &["v1"],
         "discovery.k8s.io" => &["v1", "v1beta1"],
@@ -110,20 +115,18 @@ fn check_version(group: &str, version: &str, label: &str) -> Result<(), Rejectio
         return Ok(());
     }
     let problem = format!("version {version:?} is not served; use one of {}", served.join(", "));
-    Err(reject(label.to_owned(), "apiVersion", &problem, None))
+    Err(reject(key.to_string(), "apiVersion", &problem, Some(key.clone())))
 }
 
 fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Rejection> {
-    let created = metadata.creation_timestamp.as_deref().and_then(parse_time);
     let fail = |e: FieldError| e.of(key);
+    let created = metadata.creation_timestamp.as_deref().map(parse_time).transpose().map_err(fail)?;
     let spec = document.get("spec");
     let object = match key.kind {
         Kind::Namespace => Object::Namespace(Namespace { labels: metadata.labels }),
-        Kind::Pod => Object::Pod(Box::new(Pod::read(typed(document, &key.to_string(), Some(key))?, metadata).map_err(fail)?)),
-        Kind::Service => Object::Service(Box::new(Service::read(typed(document, &key.to_string(), Some(key))?, &metadata).map_err(fail)?)),
-        Kind::EndpointSlice => {
-            Object::EndpointSlice(EndpointSlice::read(typed(document, &key.to_string(), Some(key))?, &metadata).map_err(fail)?)
-        }
+        Kind::Pod => Object::Pod(Box::new(Pod::read(typed(document, key)?, metadata).map_err(fail)?)),
+        Kind::Service => Object::Service(Box::new(Service::read(typed(document, key)?, &metadata).map_err(fail)?)),
+        Kind::EndpointSlice => Object::EndpointSlice(EndpointSlice::read(typed(document, key)?, &metadata).map_err(fail)?),
         Kind::PeerAuthentication => Object::PeerAuthentication(PeerAuthentication::read(spec_of(spec, key)?).map_err(fail)?),
         Kind::AuthorizationPolicy => {
             let dry_run = metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")).is_some_and(|v| v == "true");
@@ -140,16 +143,16 @@ fn spec_of<T: DeserializeOwned>(spec: Option<&Value>, key: &Key) -> Result<T, Re
         None | Some(Value::Null) => &empty,
         Some(spec) => spec,
     };
-    typed(spec, &key.to_string(), Some(key)).map_err(|mut r| {
+    typed(spec, key).map_err(|mut r| {
         r.field = if r.field == "." { "spec".into() } else { format!("spec.{}", r.field) };
         r
     })
 }
 
-fn typed<T: DeserializeOwned>(value: &Value, label: &str, key: Option<&Key>) -> Result<T, Rejection> {
+fn typed<T: DeserializeOwned>(value: &Value, key: &Key) -> Result<T, Rejection> {
     serde_path_to_error::deserialize(value).map_err(|error| {
-        let field = error.path().to_string();
-        reject(label.to_owned(), &field, &format!("{}; correct or remove the field", error.inner()), key.cloned())
+        let problem = format!("{}; correct or remove the field", error.inner());
+        reject(key.to_string(), &error.path().to_string(), &problem, Some(key.clone()))
     })
 }
 
@@ -174,7 +177,8 @@ impl FieldError {
     }
 }
 
-/// RFC 3339 as Kubernetes writes it.
-fn parse_time(text: &str) -> Option<SystemTime> {
-    time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok().map(SystemTime::from)
+/// RFC 3339 as Kubernetes writes it. It decides which of several policies counts, so it must not be guessed.
+fn parse_time(text: &str) -> Result<SystemTime, FieldError> {
+    let parsed = time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339);
+    parsed.map(SystemTime::from).map_err(|e| FieldError::new("metadata.creationTimestamp", format!("{text:?} is not RFC 3339: {e}")))
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 use serde::Deserialize;
 
 use super::{
-    envelope::{FieldError, Metadata},
+    envelope::{FieldError, Metadata, Owner},
     selector::Labels,
 };
 use crate::id::{WorkloadUid, canonical};
@@ -26,6 +26,8 @@ pub struct Pod {
     /// Succeeded or Failed: its address may belong to another pod already.
     pub finished: bool,
     pub ips: Vec<IpAddr>,
+    /// What made it, as Istio names workloads: the Deployment of a `ReplicaSet`, the owner, or the pod itself.
+    pub workload_name: Arc<str>,
 }
 
 #[derive(Deserialize)]
@@ -77,9 +79,19 @@ impl Pod {
             node: spec.node_name.unwrap_or_default().into(),
             service_account: account.as_deref().unwrap_or("default").into(),
             host_network: spec.host_network.unwrap_or(false),
+            workload_name: workload_name(&metadata.owner_references.unwrap_or_default(), &metadata.name.unwrap_or_default()),
             finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             ips,
         })
+    }
+}
+
+/// A `ReplicaSet` is named after its Deployment and a hash; other owners give their name as it is.
+fn workload_name(owners: &[Owner], pod: &str) -> Arc<str> {
+    match owners.first().filter(|o| !o.name.is_empty()) {
+        Some(owner) if owner.kind == "ReplicaSet" => owner.name.rsplit_once('-').map_or(&*owner.name, |(deployment, _)| deployment).into(),
+        Some(owner) => owner.name.as_str().into(),
+        None => pod.into(),
     }
 }
 
@@ -97,8 +109,10 @@ pub enum TrafficPolicy {
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Service {
-    /// Addresses that mean this service: cluster IPs, external IPs, load balancer addresses. Empty when headless.
+    /// Cluster IPs: every port of them is this service's. Empty when headless.
     pub vips: Vec<IpAddr>,
+    /// External and load balancer addresses: only the service's own ports are, the others are somebody else's.
+    pub external_ips: Vec<IpAddr>,
     pub ports: Vec<ServicePort>,
     pub internal_traffic_policy: TrafficPolicy,
     /// `sessionAffinity: ClientIP`.
@@ -177,9 +191,11 @@ impl Service {
         let ingress = status.unwrap_or_default().load_balancer.ingress.unwrap_or_default();
         let ingress = ingress.iter().filter_map(|i| i.ip.as_deref());
         let ingress = ingress.enumerate().map(|(i, t)| ip(t, || format!("status.loadBalancer.ingress[{i}].ip")));
-        let vips = cluster.chain(external).chain(ingress).collect::<Result<Vec<_>, _>>()?;
+        let vips = cluster.collect::<Result<Vec<_>, _>>()?;
+        let external_ips = external.chain(ingress).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             vips: if external_name { Vec::new() } else { vips },
+            external_ips: if external_name { Vec::new() } else { external_ips },
             ports: spec.ports.unwrap_or_default().into_iter().filter(|p| is_tcp(p.protocol.as_deref())).map(ServicePort::from).collect(),
             internal_traffic_policy: spec.internal_traffic_policy.unwrap_or_default(),
             client_ip_affinity: spec.session_affinity.as_deref() == Some("ClientIP"),

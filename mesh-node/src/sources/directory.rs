@@ -66,6 +66,8 @@ pub struct Directory {
     root: PathBuf,
     default_namespace: String,
     known: BTreeMap<PathBuf, Version>,
+    /// Whether the last look failed.
+    unreadable: bool,
 }
 
 /// One look at the directory.
@@ -80,7 +82,7 @@ impl Directory {
     /// A source for an existing directory.
     pub fn open(root: &Path, default_namespace: &str) -> io::Result<Self> {
         fs::read_dir(root)?;
-        Ok(Self { root: root.to_owned(), default_namespace: default_namespace.to_owned(), known: BTreeMap::new() })
+        Ok(Self { root: root.to_owned(), default_namespace: default_namespace.to_owned(), known: BTreeMap::new(), unreadable: false })
     }
 
     /// Feeds changes until nobody takes them. The first batch is the whole directory, also when it is empty.
@@ -117,7 +119,19 @@ impl Directory {
     fn look(&mut self) -> Look {
         let mut files = BTreeMap::new();
         let mut look = Look::default();
-        let overflow = find(&self.root, MAX_DEPTH, &mut files);
+        let overflow = match find(&self.root, MAX_DEPTH, &mut files) {
+            Ok(overflow) => overflow,
+            // What cannot be read is not gone: everything stays as it is until it can.
+            Err(error) => {
+                let content = Content::Unreadable(format!("cannot be read: {error}"));
+                look.changes.push(Change { origin: origin(&self.root), content });
+                self.unreadable = true;
+                return look;
+            }
+        };
+        if std::mem::take(&mut self.unreadable) {
+            look.changes.push(Change { origin: origin(&self.root), content: Content::Gone });
+        }
         let gone = self.known.keys().filter(|p| !files.contains_key(*p)).cloned().collect::<Vec<_>>();
         for path in gone {
             self.known.remove(&path);
@@ -148,25 +162,34 @@ fn origin(path: &Path) -> Origin {
 }
 
 /// Collects the manifests below a directory. True when there were too many.
-fn find(directory: &Path, depth: usize, files: &mut BTreeMap<PathBuf, Version>) -> bool {
+fn find(directory: &Path, depth: usize, files: &mut BTreeMap<PathBuf, Version>) -> io::Result<bool> {
     let mut overflow = false;
-    for entry in fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok) {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
         let path = entry.path();
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
             continue;
         }
         // Follows symbolic links: that is how a ConfigMap is mounted.
-        let Ok(metadata) = fs::metadata(&path) else { continue };
+        let metadata = match fs::metadata(&path) {
+            Ok(metadata) => metadata,
+            // Removed meanwhile, or a link to nowhere.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
         if metadata.is_dir() && depth > 0 {
-            overflow |= find(&path, depth - 1, files);
+            overflow |= match find(&path, depth - 1, files) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+                found => found?,
+            };
         } else if metadata.is_file() && is_manifest(&path) {
             if files.len() >= MAX_FILES {
-                return true;
+                return Ok(true);
             }
             files.insert(path, Version::of(&metadata));
         }
     }
-    overflow
+    Ok(overflow)
 }
 
 fn is_manifest(path: &Path) -> bool {

@@ -30,6 +30,8 @@ pub struct PodSpec {
     pub port: Option<u16>,
     /// Takes this place on the node's network; of a pod that is gone, for instance.
     pub address: Option<u16>,
+    /// Directory of its quality of service below `kubepods`; none for a guaranteed pod.
+    pub quality: String,
 }
 
 impl PodSpec {
@@ -41,6 +43,7 @@ impl PodSpec {
             node,
             labels: BTreeMap::from([("app".to_owned(), name.to_owned())]),
             service_account: name.to_owned(),
+            quality: "burstable".to_owned(),
             ..Self::default()
         }
     }
@@ -63,6 +66,11 @@ impl PodSpec {
 
     pub fn account(mut self, account: &str) -> Self {
         account.clone_into(&mut self.service_account);
+        self
+    }
+
+    pub fn quality(mut self, class: &str) -> Self {
+        class.clone_into(&mut self.quality);
         self
     }
 
@@ -145,7 +153,7 @@ impl Bed {
         }
         let (netns, addresses) = self.network.add_pod(spec.node, host)?;
         let uid = new_uid(&self.id, self.pods.len(), host);
-        let cgroup = self.nodes[spec.node].cgroup.join(format!("kubepods/burstable/pod{uid}/c0"));
+        let cgroup = self.nodes[spec.node].cgroup.join("kubepods").join(&spec.quality).join(format!("pod{uid}/c0"));
         fs::create_dir_all(&cgroup)?;
         let mut pod = Pod {
             name: spec.name.clone(),
@@ -214,6 +222,15 @@ impl Bed {
             Some(value) => object["metadata"]["labels"][key] = json!(value),
             None => drop(object["metadata"]["labels"].as_object_mut().and_then(|l| l.remove(key))),
         }
+        write_atomically(&path, &object.to_string())
+    }
+
+    /// Changes the addresses the API says a running pod has.
+    pub fn set_addresses(&mut self, pod: &Pod, addresses: &[IpAddr]) -> Result<()> {
+        let path = self.config().join(format!("pods/{}-{}.json", pod.namespace, pod.name));
+        let mut object: Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+        object["status"]["podIP"] = json!(addresses.first());
+        object["status"]["podIPs"] = addresses.iter().map(|ip| json!({"ip": ip})).collect();
         write_atomically(&path, &object.to_string())
     }
 
@@ -316,6 +333,7 @@ impl Bed {
                 environment: BTreeMap::new(),
                 port: container["ports"][0]["containerPort"].as_u64().and_then(|p| u16::try_from(p).ok()),
                 address: None,
+                quality: "besteffort".to_owned(),
             };
             pods.push(self.pod(&spec)?);
         }

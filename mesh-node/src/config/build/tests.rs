@@ -75,6 +75,33 @@ fn service_resolves_to_the_target_ports_of_all_its_slices() {
 }
 
 #[test]
+fn external_addresses_mean_a_service_only_on_its_ports() {
+    let mut external = service();
+    external["spec"]["externalIPs"] = json!(["192.0.2.1"]);
+    external["status"] = json!({"loadBalancer": {"ingress": [{"ip": "192.0.2.2"}, {"hostname": "x.example"}]}});
+    let (snapshot, _) = built(&[external, slice("a", &["10.0.0.1"], true)]);
+    for ip in ["192.0.2.1", "192.0.2.2"] {
+        assert!(matches!(snapshot.resolve(format!("{ip}:80").parse().expect("valid")), Target::Service { .. }));
+        assert!(
+            matches!(snapshot.resolve(format!("{ip}:9100").parse().expect("valid")), Target::Unknown),
+            "another port is not the service's"
+        );
+    }
+}
+
+#[test]
+fn workloads_are_named_after_what_made_the_pod() {
+    let owned = |kind: &str, name: &str| json!({"metadata": {"ownerReferences": [{"kind": kind, "name": name}]}});
+    let (snapshot, _) = built(&[
+        pod("a", "10.0.0.1", &owned("ReplicaSet", "web-v1-5d4f8c7b9")),
+        pod("b", "10.0.0.2", &owned("StatefulSet", "db")),
+        pod("c", "10.0.0.3", &json!({})),
+    ]);
+    let name = |ip: &str| snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a workload").workload_name.to_string();
+    assert_eq!(["10.0.0.1", "10.0.0.2", "10.0.0.3"].map(name), ["web-v1", "db", "c"]);
+}
+
+#[test]
 fn endpoint_loads_outlive_a_snapshot() {
     let documents = [service(), slice("a", &["10.0.0.1"], true)];
     let (first, _) = built(&documents);

@@ -1,0 +1,136 @@
+//! What must not slip past capture and policy, found by looking for ways round them.
+
+use std::{
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{AMBIENT, Process, program, wait_for},
+};
+use serde_json::Value;
+
+fn answers(bed: &Bed, client: &Pod, to: &str) -> bool {
+    bed.probe(client, &["ask", to, "ping"]).expect("a report")["answer"] == "pong"
+}
+
+fn ip(pod: &Pod, arguments: &[&str]) {
+    let netns = pod.netns.file_name().and_then(|n| n.to_str()).expect("a name");
+    assert!(Command::new("ip").args(["-n", netns]).args(arguments).status().expect("ip").success());
+}
+
+#[test]
+fn a_pod_that_takes_a_mesh_port_first_is_cut_off_and_not_let_through() {
+    let mut bed = Bed::start(2, &NodeOptions::default()).expect("bed");
+    let server = bed.pod(&PodSpec::server("server", 1)).expect("server");
+    let squatter = bed.pod(&PodSpec::server("squatter", 0)).expect("squatter");
+    // Not root in the pod, or SO_REUSEPORT would let it share; an ordinary listener is the same to the kernel.
+    let own = Process::start(bed.command(&squatter, &program("probe"), &["serve", "15001"])).expect("a listener on 15001");
+    wait_for("its listener", Duration::from_secs(5), || Ok(answers(&bed, &squatter, "127.0.0.1:15001"))).expect("listens");
+    assert!(answers(&bed, &squatter, &server.address(8080)) && answers(&bed, &server, &squatter.address(8080)), "not in the mesh yet");
+    bed.namespace("default", AMBIENT).expect("label");
+    bed.wait_captured(&server, true).expect("captured");
+    let problem = |bed: &Bed| {
+        let pods = bed.nodes()[0].admin_json("/pods").expect("pods");
+        let mine = pods.as_array().into_iter().flatten().find(|p| p["uid"] == squatter.uid.as_str()).cloned();
+        mine.and_then(|p| p["problem"].as_str().map(str::to_owned)).unwrap_or_default()
+    };
+    wait_for("the problem to be told", Duration::from_secs(5), || Ok(problem(&bed).contains("cannot listen"))).expect("told");
+    // Its connections end at its own listener: nothing leaves the pod.
+    let out = bed.probe(&squatter, &["ask", &server.address(8080), "who"]).expect("a report");
+    let reached = out["answer"].as_str().is_some_and(|a| a.contains(&format!("\"local\":\"{}", server.v4())));
+    assert!(!reached, "out of a pod that cannot be served: {out}");
+    assert!(!answers(&bed, &server, &squatter.address(8080)), "into a pod that cannot be served");
+    drop(own);
+    bed.wait_captured(&squatter, true).expect("captured once the port is free");
+    assert!(answers(&bed, &squatter, &server.address(8080)) && answers(&bed, &server, &squatter.address(8080)));
+}
+
+#[test]
+fn an_address_the_mesh_does_not_know_is_no_way_round_policy() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    ip(&server, &["addr", "add", "10.244.16.200/20", "dev", "eth0"]);
+    let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: d, namespace: default}\nspec: {mtls: {mode: STRICT}}\n";
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: d, namespace: default}\nspec: {action: DENY, rules: [{}]}\n";
+    for policy in [strict, deny] {
+        bed.apply("policy", policy).expect("applied");
+        bed.settle().expect("settled");
+        assert!(!answers(&bed, &client, "10.244.16.200:8080"), "{policy}");
+    }
+    assert!(!answers(&bed, &client, &server.address(8080)), "denied by its own address, too");
+}
+
+#[test]
+fn a_pod_that_changes_its_addresses_stays_captured() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 1), PodSpec::server("server", 0)]).expect("pods");
+    let steady =
+        bed.command(&client, &program("probe"), &["steady", &server.address(8080), "4"]).stdout(Stdio::piped()).spawn().expect("steady");
+    ip(&server, &["addr", "add", "10.244.16.201/20", "dev", "eth0"]);
+    let before = bed.node(0).metric("mesh_capture_events", &["steered"]).expect("metric");
+    for addresses in [vec!["10.244.16.201".parse().expect("valid"), server.v6()], vec![], server.addresses.clone()] {
+        bed.set_addresses(&server, &addresses).expect("changed");
+        bed.settle().expect("settled");
+        std::thread::sleep(Duration::from_millis(300));
+        let pods = bed.nodes()[0].admin("/pods").expect("pods");
+        assert!(!pods.contains("\"captured\": false"), "{addresses:?}: {pods}");
+    }
+    let log = bed.nodes()[0].log_text();
+    assert!(!log.contains("pod released") && log.contains("pod has other addresses"), "it was let go of");
+    assert!(bed.node(0).metric("mesh_capture_events", &["steered"]).expect("metric") >= before);
+    assert!(answers(&bed, &client, &server.address(8080)));
+    let output = steady.wait_with_output().expect("ended");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+    assert!(report.get("error").is_none(), "{report}");
+}
+
+#[test]
+fn many_tunnels_cut_at_once_leave_the_others_of_the_pair_alone() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    let _second = Process::start(bed.command(&server, &program("probe"), &["serve", "8090"])).expect("a second port");
+    wait_for("its listener", Duration::from_secs(5), || Ok(answers(&bed, &server, "127.0.0.1:8090"))).expect("listens");
+    let steady =
+        bed.command(&client, &program("probe"), &["steady", &server.address(8080), "6"]).stdout(Stdio::piped()).spawn().expect("steady");
+    let uploads = (0..90).map(|_| {
+        let mut command = bed.command(&client, &program("probe"), &["stall", &server.address(8090), "20"]);
+        Process::start({
+            command.stdout(Stdio::null());
+            command
+        })
+    });
+    let mut uploads = uploads.collect::<Result<Vec<_>, _>>().expect("uploads");
+    wait_for("ninety tunnels more", Duration::from_secs(20), || Ok(bed.nodes()[0].metric("mesh_open_connections", &[])? > 90.5))
+        .expect("tunnels");
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: d, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: ['8090']}}]}]}\n";
+    bed.apply("deny", deny).expect("applied");
+    wait_for("all of them cut", Duration::from_secs(10), || Ok(uploads.iter_mut().all(|u| !u.is_running()))).expect("cut");
+    let output = steady.wait_with_output().expect("ended");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+    assert!(report.get("error").is_none(), "{report}");
+}
+
+#[test]
+fn a_cgroup_root_that_does_not_cover_the_process_is_refused() {
+    let mut bed = Bed::start(1, &NodeOptions::default()).expect("bed");
+    bed.node(0).stop().expect("stopped");
+    let root = bed.nodes()[0].cgroup.join("kubepods").display().to_string();
+    let (config, pins) = (bed.config().display().to_string(), bed.nodes()[0].pins.join("other").display().to_string());
+    let ca = bed.directory.join("ca").display().to_string();
+    let arguments = ["run", "--node", "x", "--config-dir", &config, "--bpf-dir", &pins, "--ca-dir", &ca, "--cgroup-root", &root];
+    let output = bed.nodes()[0].mesh_node(&arguments).expect("run");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("not below --cgroup-root"), "{text}");
+}
+
+#[test]
+fn pods_of_every_qos_class_are_found() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    for class in ["", "besteffort", "burstable"] {
+        let name = if class.is_empty() { "guaranteed" } else { class };
+        let pod = bed.pod(&PodSpec::new(name, 0).quality(class)).expect("pod");
+        bed.wait_captured(&pod, true).expect(name);
+    }
+}
