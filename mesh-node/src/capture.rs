@@ -155,7 +155,8 @@ impl Capture {
     pub fn release(&mut self, cookie: u64) {
         // Each of them may be gone already, with the pod or by an earlier call.
         let _ = self.pods.remove(&cookie);
-        let _ = std::fs::remove_file(pins::steer_link(&self.directory, cookie));
+        // Before the addresses are forgotten: a program still there would refuse what has no listener.
+        pins::detach(&pins::steer_link(&self.directory, cookie));
     }
 
     /// Steers nothing to these addresses any more.

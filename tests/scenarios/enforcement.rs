@@ -119,7 +119,8 @@ fn a_cgroup_root_that_does_not_cover_the_process_is_refused() {
     let root = bed.nodes()[0].cgroup.join("kubepods").display().to_string();
     let (config, pins) = (bed.config().display().to_string(), bed.nodes()[0].pins.join("other").display().to_string());
     let ca = bed.directory.join("ca").display().to_string();
-    let arguments = ["run", "--node", "x", "--config-dir", &config, "--bpf-dir", &pins, "--ca-dir", &ca, "--cgroup-root", &root];
+    let arguments =
+        ["run", "--node", "x", "--config-dir", &config, "--bpf-dir", &pins, "--ca-dir", &ca, "--state-dir", &ca, "--cgroup-root", &root];
     let output = bed.nodes()[0].mesh_node(&arguments).expect("run");
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && text.contains("not below --cgroup-root"), "{text}");

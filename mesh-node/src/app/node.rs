@@ -25,7 +25,7 @@ use crate::{
     io::netns::Netns,
     proxy::{Limits, Proxy, ServedPod, live::Cut},
     route::Workload,
-    sources::directory::Directory,
+    sources::{directory::Directory, last_good::LastGood},
     telemetry::{EventLabels, Metrics, chain},
 };
 
@@ -43,6 +43,7 @@ pub struct NodeSettings {
     pub capture: CaptureSettings,
     pub config_dir: PathBuf,
     pub ca_dir: PathBuf,
+    pub state_dir: PathBuf,
     pub certificate_ttl: Duration,
     pub admin: SocketAddr,
 }
@@ -105,7 +106,9 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     Netns::host().context("cannot open the node's network namespace")?;
     let descriptors = raise_descriptor_limit().context("cannot raise the limit of open files")?;
     let ca = EmbeddedCa::open(&settings.ca_dir, settings.mesh.trust_domains.local.clone(), settings.certificate_ttl)?;
-    let source = Directory::open(&settings.config_dir, "default")
+    let last_good = LastGood::open(&settings.state_dir.join("last-good"))
+        .with_context(|| format!("state directory {}", settings.state_dir.display()))?;
+    let source = Directory::open(&settings.config_dir, last_good, "default")
         .with_context(|| format!("configuration directory {}", settings.config_dir.display()))?;
     let capture = Capture::open(&settings.capture)?;
     let discovery = Discovery::new(settings.capture.cgroup.clone())?;

@@ -110,6 +110,15 @@ pub fn drop_foreign(path: &Path, cgroup: &fs::File) -> Result<(), CaptureError> 
     if sys::link_cgroup(link.as_fd()).map_err(inspect())? == wanted { Ok(()) } else { remove(path) }
 }
 
+/// Takes a program off what it is linked to and removes the pin. Nothing to do is fine.
+pub fn detach(path: &Path) {
+    if let Ok(link) = sys::open_pin(path) {
+        // A link whose namespace is gone is detached already.
+        let _ = sys::link_detach(link.as_fd());
+    }
+    let _ = fs::remove_file(path);
+}
+
 fn remove(path: &Path) -> Result<(), CaptureError> {
     fs::remove_file(path).map_err(CaptureError::io(format!("remove {}", path.display())))
 }

@@ -25,6 +25,7 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// The part of `union bpf_attr` these commands use; the kernel takes shorter ones and zeroes the rest.
 #[repr(C)]
@@ -112,6 +113,11 @@ pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type:
 /// Puts another program behind a link, atomically.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_UPDATE, &LinkUpdateAttr { link: number(link), program: number(program), ..LinkUpdateAttr::default() }).map(drop)
+}
+
+/// Takes a program off what it is linked to, at once. Letting go of the last reference would do it some time later.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(BPF_LINK_DETACH, &LinkUpdateAttr { link: number(link), ..LinkUpdateAttr::default() }).map(drop)
 }
 
 pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {

@@ -64,6 +64,9 @@ struct RunArgs {
     /// Directory of Kubernetes YAML to take the configuration from; re-read on change.
     #[arg(long, env = "MESH_CONFIG_DIR", value_name = "DIR")]
     config_dir: PathBuf,
+    /// Directory for what must survive a restart: the last good version of every manifest.
+    #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node")]
+    state_dir: PathBuf,
     /// Directory for the embedded CA's root key and certificate; the nodes of a mesh share its contents.
     #[arg(long, env = "MESH_CA_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node/ca")]
     ca_dir: PathBuf,
@@ -141,6 +144,7 @@ impl RunArgs {
             capture: CaptureSettings { cgroup, pins: self.kernel.bpf_dir, fail_mode: self.fail_mode },
             config_dir: self.config_dir,
             ca_dir: self.ca_dir,
+            state_dir: self.state_dir,
             certificate_ttl: Duration::from_secs(self.certificate_ttl),
             admin: self.admin,
         })

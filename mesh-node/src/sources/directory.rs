@@ -6,7 +6,7 @@
 //! is closed, so a half-written file never takes effect; neither does one that changes while it is read.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Read},
     os::{
@@ -25,7 +25,10 @@ use tokio::{
     time::Instant,
 };
 
-use super::manifest::{self, MAX_FILE};
+use super::{
+    last_good::LastGood,
+    manifest::{self, MAX_FILE},
+};
 use crate::config::store::{Change, Content, Origin};
 
 /// Directories below the root, and files in all of them.
@@ -68,6 +71,9 @@ pub struct Directory {
     known: BTreeMap<PathBuf, Version>,
     /// Whether the last look failed.
     unreadable: bool,
+    last_good: LastGood,
+    /// Files whose last good version stands in for one that is being written.
+    stood_in: BTreeSet<PathBuf>,
 }
 
 /// One look at the directory.
@@ -79,10 +85,17 @@ struct Look {
 }
 
 impl Directory {
-    /// A source for an existing directory.
-    pub fn open(root: &Path, default_namespace: &str) -> io::Result<Self> {
+    /// A source for an existing directory, whose last good contents are kept in another.
+    pub fn open(root: &Path, last_good: LastGood, default_namespace: &str) -> io::Result<Self> {
         fs::read_dir(root)?;
-        Ok(Self { root: root.to_owned(), default_namespace: default_namespace.to_owned(), known: BTreeMap::new(), unreadable: false })
+        Ok(Self {
+            root: root.to_owned(),
+            default_namespace: default_namespace.to_owned(),
+            known: BTreeMap::new(),
+            unreadable: false,
+            last_good,
+            stood_in: BTreeSet::new(),
+        })
     }
 
     /// Feeds changes until nobody takes them. The first batch is the whole directory, also when it is empty.
@@ -103,9 +116,13 @@ impl Directory {
             if wait_more {
                 // Nothing of an incomplete first reading takes effect.
                 self.known.clear();
+                self.stood_in.clear();
             } else if (first || !look.changes.is_empty()) && changes.send(look.changes).await.is_err() {
                 return Ok(());
             } else {
+                if first && !self.unreadable {
+                    self.last_good.retain(self.known.keys().chain(&self.stood_in));
+                }
                 first = false;
             }
             if look.pending > 0 {
@@ -135,6 +152,7 @@ impl Directory {
         let gone = self.known.keys().filter(|p| !files.contains_key(*p)).cloned().collect::<Vec<_>>();
         for path in gone {
             self.known.remove(&path);
+            self.last_good.forget(&path);
             look.changes.push(Change { origin: origin(&path), content: Content::Gone });
         }
         if overflow {
@@ -147,13 +165,38 @@ impl Directory {
             }
             match read(&path, &version, &self.default_namespace) {
                 Some(content) => {
-                    self.known.insert(path.clone(), version);
-                    look.changes.push(Change { origin: origin(&path), content });
+                    self.take(&path, content, &mut look);
+                    self.known.insert(path, version);
                 }
-                None => look.pending += 1,
+                None => {
+                    look.pending += 1;
+                    if !self.known.contains_key(&path) && !self.stood_in.contains(&path) {
+                        self.stand_in(&path, &mut look);
+                        self.stood_in.insert(path);
+                    }
+                }
             }
         }
         look
+    }
+
+    /// Passes a file's content on; before one that is not good and never was seen good by this process, its last good version.
+    fn take(&mut self, path: &Path, (content, text): (Content, String), look: &mut Look) {
+        let good = matches!(&content, Content::Read { rejections, .. } if rejections.is_empty());
+        if good {
+            self.last_good.store(path, &text);
+        } else if !self.known.contains_key(path) && !self.stood_in.contains(path) {
+            self.stand_in(path, look);
+        }
+        self.stood_in.remove(path);
+        look.changes.push(Change { origin: origin(path), content });
+    }
+
+    fn stand_in(&self, path: &Path, look: &mut Look) {
+        if let Some(text) = self.last_good.load(path) {
+            let content = manifest::read(&text, &self.default_namespace);
+            look.changes.push(Change { origin: origin(path), content });
+        }
     }
 }
 
@@ -196,11 +239,12 @@ fn is_manifest(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
 }
 
-/// A file's content, or `None` while it is being written.
-fn read(path: &Path, version: &Version, default_namespace: &str) -> Option<Content> {
-    let unreadable = |e: &dyn std::fmt::Display| Some(Content::Unreadable(format!("cannot be read: {e}")));
+/// A file's content and text, or `None` while it is being written.
+fn read(path: &Path, version: &Version, default_namespace: &str) -> Option<(Content, String)> {
+    let refused = |problem: String| Some((Content::Unreadable(problem), String::new()));
+    let unreadable = |e: &dyn std::fmt::Display| refused(format!("cannot be read: {e}"));
     if version.size > MAX_FILE {
-        return Some(Content::Unreadable(format!("is {} bytes, the limit is {MAX_FILE}; split the file", version.size)));
+        return refused(format!("is {} bytes, the limit is {MAX_FILE}; split the file", version.size));
     }
     let file = match File::open(path) {
         Ok(file) => file,
@@ -216,10 +260,10 @@ fn read(path: &Path, version: &Version, default_namespace: &str) -> Option<Conte
     if fs::metadata(path).map(|m| Version::of(&m)).ok().as_ref() != Some(version) {
         return None;
     }
-    Some(match String::from_utf8(bytes) {
-        Ok(text) => manifest::read(&text, default_namespace),
-        Err(error) => Content::Unreadable(format!("is not UTF-8 text ({error}); correct the file")),
-    })
+    match String::from_utf8(bytes) {
+        Ok(text) => Some((manifest::read(&text, default_namespace), text)),
+        Err(error) => refused(format!("is not UTF-8 text ({error}); correct the file")),
+    }
 }
 
 /// A read lease: the kernel grants it only while no process has the file open for writing.
@@ -350,17 +394,22 @@ mod tests {
 
     struct Running {
         dir: tempfile::TempDir,
+        state: tempfile::TempDir,
         config: Configuration,
     }
 
     fn start() -> Running {
-        let dir = tempfile::tempdir().expect("tempdir");
+        start_in(tempfile::tempdir().expect("tempdir"), tempfile::tempdir().expect("tempdir"))
+    }
+
+    /// Starts on a directory as a process that finds it.
+    fn start_in(dir: tempfile::TempDir, state: tempfile::TempDir) -> Running {
         let mesh = Arc::new(MeshSettings::new("n", TrustDomain::parse("cluster.local").expect("valid")));
         let (sender, receiver) = mpsc::channel(4);
         let (publisher, config) = Publisher::new(mesh, receiver);
         tokio::spawn(publisher.run());
-        tokio::spawn(Directory::open(dir.path(), "default").expect("open").run(sender));
-        Running { dir, config }
+        tokio::spawn(Directory::open(dir.path(), LastGood::open(state.path()).expect("state"), "default").expect("open").run(sender));
+        Running { dir, state, config }
     }
 
     impl Running {
@@ -416,6 +465,35 @@ mod tests {
         file.write_all(format!("---\n{}", namespace("whole")).as_bytes()).expect("write");
         drop(file);
         running.wait_for("closed", |r| r.services() == ["half", "whole"]).await;
+    }
+
+    #[tokio::test]
+    async fn a_restart_while_files_are_broken_goes_on_with_what_they_said() {
+        let running = start();
+        let (broken, half, kept) =
+            (running.dir.path().join("a.yaml"), running.dir.path().join("b.yaml"), running.dir.path().join("c.yaml"));
+        fs::write(&broken, namespace("one")).expect("write");
+        fs::write(&half, namespace("two")).expect("write");
+        fs::write(&kept, namespace("three")).expect("write");
+        fs::write(running.dir.path().join("d.yaml"), namespace("four")).expect("write");
+        running.wait_for("all good", |r| r.services() == ["four", "one", "three", "two"]).await;
+        let Running { dir, state, .. } = running;
+        fs::write(&broken, "kind: [").expect("write");
+        fs::write(
+            &kept,
+            format!("{}---\napiVersion: v1\nkind: Service\nmetadata: {{name: bad}}\nspec: {{ports: none}}\n", namespace("five")),
+        )
+        .expect("write");
+        fs::remove_file(dir.path().join("d.yaml")).expect("remove");
+        let mut writer = File::create(&half).expect("create");
+        writer.write_all(b"half").expect("write");
+        let again = start_in(dir, state);
+        again.wait_for("as before, but for what is gone or new", |r| r.services() == ["five", "one", "two"]).await;
+        assert!(again.errors().contains("a.yaml") && again.errors().contains("Service default/bad"), "{}", again.errors());
+        writer.set_len(0).expect("truncate");
+        fs::write(&half, namespace("six")).expect("write");
+        drop(writer);
+        again.wait_for("written at last", |r| r.services() == ["five", "one", "six"]).await;
     }
 
     #[tokio::test]

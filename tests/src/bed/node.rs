@@ -61,6 +61,7 @@ impl Node {
         for (flag, value) in [
             ("--config-dir", bed.config()),
             ("--ca-dir", bed.directory.join("ca")),
+            ("--state-dir", bed.directory.join("state").join(&name)),
             ("--cgroup-root", cgroup.clone()),
             ("--bpf-dir", pins.clone()),
         ] {
