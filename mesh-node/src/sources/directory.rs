@@ -163,18 +163,15 @@ impl Directory {
             if self.known.get(&path) == Some(&version) {
                 continue;
             }
-            match read(&path, &version, &self.default_namespace) {
-                Some(content) => {
-                    self.take(&path, content, &mut look);
-                    self.known.insert(path, version);
-                }
-                None => {
-                    look.pending += 1;
-                    if !self.known.contains_key(&path) && !self.stood_in.contains(&path) {
-                        self.stand_in(&path, &mut look);
-                        self.stood_in.insert(path);
-                    }
-                }
+            if let Some(content) = read(&path, &version, &self.default_namespace) {
+                self.take(&path, content, &mut look);
+                self.known.insert(path, version);
+                continue;
+            }
+            look.pending += 1;
+            if !self.known.contains_key(&path) && !self.stood_in.contains(&path) {
+                self.stand_in(&path, &mut look);
+                self.stood_in.insert(path);
             }
         }
         look
