@@ -3,3 +3,4 @@
 pub mod directory;
 pub mod last_good;
 pub mod manifest;
+mod watch;

@@ -9,33 +9,23 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Read},
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
-        unix::fs::MetadataExt,
-    },
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::mpsc,
-    time::Instant,
-};
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     last_good::LastGood,
     manifest::{self, MAX_FILE},
+    watch::{MAX_DEPTH, Watch},
 };
 use crate::config::store::{Change, Content, Origin};
 
-/// Directories below the root, and files in all of them.
-const MAX_DEPTH: usize = 8;
+/// Files in all directories below the root.
 const MAX_FILES: usize = 100_000;
-/// Changes that come within this time of each other take effect together.
-const SETTLE: Duration = Duration::from_millis(20);
 /// How often a file that is being written is looked at again.
 const PENDING: Duration = Duration::from_millis(50);
 /// How long the first reading waits for files that are being written.
@@ -297,82 +287,6 @@ fn lease(file: &File, kind: libc::c_int) -> io::Result<()> {
         libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind)
     };
     if ret == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// An inotify instance the runtime can wait for.
-struct Events(Inotify);
-
-impl AsRawFd for Events {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
-}
-
-impl AsFd for Events {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-/// Notices changes below a directory.
-struct Watch(Option<AsyncFd<Events>>);
-
-impl Watch {
-    fn new() -> io::Result<Self> {
-        match Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC) {
-            Ok(inotify) => {
-                // SAFETY: the value owns the descriptor it names, and keeps it for as long as it lives.
-                let events = unsafe { AsyncFd::register_with_interest(Events(inotify), Interest::READABLE) };
-                Ok(Self(Some(events.map_err(io::Error::from)?)))
-            }
-            Err(error) => {
-                tracing::warn!(target: "config", %error, "no inotify: changes are noticed every {} s", LOOK_AGAIN.as_secs());
-                Ok(Self(None))
-            }
-        }
-    }
-
-    /// Watches every directory below `root`; watching one again changes nothing.
-    fn cover(&self, root: &Path) {
-        let Some(inotify) = &self.0 else { return };
-        let flags = AddWatchFlags::IN_CLOSE_WRITE
-            | AddWatchFlags::IN_MOVED_TO
-            | AddWatchFlags::IN_MOVED_FROM
-            | AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_ATTRIB;
-        let mut stack = vec![(root.to_owned(), MAX_DEPTH)];
-        while let Some((directory, depth)) = stack.pop() {
-            // A directory that cannot be watched is still looked at every few seconds.
-            let _ = inotify.get_ref().0.add_watch(&directory, flags);
-            if depth == 0 {
-                continue;
-            }
-            let entries = fs::read_dir(&directory).into_iter().flatten().filter_map(Result::ok);
-            stack.extend(entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| (e.path(), depth - 1)));
-        }
-    }
-
-    /// Completes a moment after a change, or after `at_most`.
-    async fn changed(&mut self, at_most: Duration) {
-        let Some(inotify) = &mut self.0 else { return tokio::time::sleep(at_most.min(Duration::from_secs(1))).await };
-        if tokio::time::timeout(at_most, drain(inotify)).await.is_ok() {
-            // What else belongs to the same change comes at once.
-            let _ = tokio::time::timeout(SETTLE, async {
-                loop {
-                    drain(inotify).await;
-                }
-            })
-            .await;
-        }
-    }
-}
-
-/// Waits for events and takes them all.
-async fn drain(inotify: &mut AsyncFd<Events>) {
-    let Ok(mut ready) = inotify.readable_mut().await else { return std::future::pending().await };
-    while ready.get_inner().0.read_events().is_ok_and(|events| !events.is_empty()) {}
-    ready.clear_ready();
 }
 
 #[cfg(test)]
