@@ -216,3 +216,38 @@ fn multipath_tcp_is_captured_as_tcp() {
     assert!(bed.node(0).access_log().iter().any(|l| l.contains("dst.hbone_addr") && l.contains("sa/server")));
     println!("{text}");
 }
+
+/// Clusters of one family are as good as others: a pod without IPv6 in its kernel settings, and one without IPv4.
+#[test]
+fn single_stack_pods_work_and_the_other_family_fails_at_once() {
+    let mut bed = Bed::start(2, &NodeOptions::default()).expect("bed");
+    let pods = [PodSpec::server("four", 0), PodSpec::server("four-far", 1), PodSpec::server("six", 0), PodSpec::server("six-far", 1)];
+    let [four, four_far, six, six_far] = pods.map(|s| bed.pod(&s).expect("pod"));
+    for pod in [&four, &four_far] {
+        let netns = mesh_node::io::netns::Netns::open(&pod.netns).expect("netns");
+        netns.enter(|| std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")).expect("entered").expect("disabled");
+        bed.set_addresses(pod, &[pod.v4()]).expect("addresses");
+    }
+    for pod in [&six, &six_far] {
+        let netns = pod.netns.file_name().and_then(|n| n.to_str()).expect("a name");
+        let flushed = std::process::Command::new("ip").args(["-n", netns, "-4", "addr", "flush", "dev", "eth0"]).status();
+        assert!(flushed.expect("ip").success());
+        bed.set_addresses(pod, &[pod.v6()]).expect("addresses");
+    }
+    bed.namespace("default", mesh_tests::bed::AMBIENT).expect("label");
+    [&four, &four_far, &six, &six_far].iter().for_each(|p| bed.wait_captured(p, true).expect("captured"));
+    bed.settle().expect("settled");
+    for (from, to) in
+        [(&four, four_far.address(8080)), (&four_far, four.address(8080)), (&six, six_far.address6(8080)), (&six_far, six.address6(8080))]
+    {
+        assert_exchanged(&report(&bed, from, &["exchange", &to, "300000"]), 300_000, &to);
+        let names = report(&bed, from, &["names", &to]);
+        assert_eq!(names["peername"], to.as_str(), "{names}");
+    }
+    for (from, to) in [(&four, six_far.address6(8080)), (&six, four_far.address(8080))] {
+        let started = std::time::Instant::now();
+        let refused = bed.probe(from, &["ask", &to, "ping"]).expect("a report");
+        assert!(refused["error"].is_string() && started.elapsed() < std::time::Duration::from_secs(1), "{refused}");
+    }
+    assert!(bed.node(0).metric("mesh_capture_events", &["refused_no_family"]).expect("metric") > 1.5);
+}

@@ -2,7 +2,10 @@
 
 use std::{io::Write, time::Duration};
 
-use mesh_tests::{Bed, NodeOptions, PodSpec, bed::wait_for};
+use mesh_tests::{
+    Bed, NodeOptions, PodSpec,
+    bed::{program, wait_for},
+};
 
 fn remarks(bed: &Bed) -> String {
     let status = bed.nodes()[0].admin_json("/status").expect("status");
@@ -72,6 +75,31 @@ fn every_seed_manifest_is_taken_and_what_is_not_honoured_is_said() {
     }
     assert!(remarks.contains("admin-only") && remarks.contains("request.auth.claims[role]"), "{remarks}");
     assert!(!remarks.contains("PeerAuthentication default/reviews-mtls"), "{remarks}");
+}
+
+#[test]
+fn meshctl_shows_a_node_from_inside() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [_pod] = bed.meshed([PodSpec::new("a-pod", 0)]).expect("pod");
+    let run = |arguments: &[&str]| {
+        let output = bed.nodes()[0].run(&program("meshctl"), arguments).expect("meshctl");
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    };
+    for (what, part) in [
+        ("status", "\"failMode\": \"closed\""),
+        ("pods", "a-pod"),
+        ("workloads", "spiffe://cluster.local/ns/default/sa/a-pod"),
+        ("services", "bed-marker"),
+        ("certificates", "notAfter"),
+        ("pool", "[]"),
+        ("metrics", "mesh_enrolled_pods 1"),
+    ] {
+        let (success, text) = run(&[what]);
+        assert!(success && text.contains(part), "{what}: {text}");
+    }
+    let (success, text) = run(&["--admin", "127.0.0.1:1", "status"]);
+    assert!(!success && text.contains("127.0.0.1:1") && text.contains("is it running"), "{text}");
+    assert!(!run(&["nonsense"]).0);
 }
 
 #[test]

@@ -24,6 +24,7 @@ pub fn run(quick: bool) -> Result<()> {
         ebpf::verify()?;
     }
     step("scenarios in the test bed", &mut cargo(&["test", "--locked", "-p", "mesh-tests"]))?;
+    step("the demo", &mut std::process::Command::new(target().join("debug/mesh-demo")))?;
     if !quick {
         fuzz::run(None, FUZZ_SECONDS)?;
     }

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -112,7 +112,12 @@ impl Node {
 
     /// Runs another command of mesh-node on this node to its end.
     pub fn mesh_node(&self, arguments: &[&str]) -> Result<std::process::Output> {
-        let mut command = Command::new(program("mesh-node"));
+        self.run(&program("mesh-node"), arguments)
+    }
+
+    /// Runs a program on this node, outside pods, to its end.
+    pub fn run(&self, program: &Path, arguments: &[&str]) -> Result<std::process::Output> {
+        let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null());
         process::place(&mut command, Some(self.netns.clone()), Some(self.cgroup.join("mesh-node")), None);
         Ok(command.output()?)
