@@ -37,8 +37,8 @@ pub fn decide(dst: &Address, pod: &Pod) -> Verdict {
     if is_v6_link_local(&dst.ip) {
         return Verdict::Untouched;
     }
-    let (ip, other) = if is_v4(&dst.ip) { (pod.v4, pod.v6) } else { (pod.v6, pod.v4) };
-    if is_loopback(&ip) && !is_loopback(&other) {
+    let ip = if is_v4(&dst.ip) { pod.v4 } else { pod.v6 };
+    if same_ip(&ip, &Pod::NONE) {
         return Verdict::NoFamily;
     }
     Verdict::Redirect(Address::new(ip, OUTBOUND_PORT))
@@ -81,7 +81,9 @@ mod tests {
         for (dst, port, expected) in cases {
             assert_eq!(decide(&Address::new(ip(dst), port), &pod), expected, "{dst}:{port}");
         }
-        let v4_only = Pod { v6: ip("::1"), ..pod };
+        let unknown_v6 = Pod { v6: ip("::1"), ..pod };
+        assert_eq!(decide(&Address::new(ip("fd00::99"), 443), &unknown_v6), Verdict::Redirect(Address::new(ip("::1"), OUTBOUND_PORT)));
+        let v4_only = Pod { v6: Pod::NONE, ..pod };
         assert_eq!(decide(&Address::new(ip("fd00::99"), 443), &v4_only), Verdict::NoFamily);
         assert_eq!(decide(&Address::new(ip("10.96.0.1"), 443), &v4_only), redirect_v4);
         let unknown = Pod { v4: ip("127.0.0.1"), v6: ip("::1") };

@@ -30,10 +30,15 @@ pub struct NodeConfig {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Pod {
-    /// The pod's IPv4 address in mapped form; loopback when it has none.
+    /// The pod's IPv4 address in mapped form; loopback when it is not known, [`Pod::NONE`] when it has none.
     pub v4: [u8; 16],
-    /// The pod's IPv6 address; loopback when it has none.
+    /// The pod's IPv6 address; likewise.
     pub v6: [u8; 16],
+}
+
+impl Pod {
+    /// In place of an address: the pod has no way out for this family.
+    pub const NONE: [u8; 16] = [0; 16];
 }
 
 /// What a socket is to the mesh, kept in socket-local storage: it dies with the socket and needs no limit of its own.

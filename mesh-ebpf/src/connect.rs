@@ -122,13 +122,13 @@ fn conclude(ctx: &SockAddrContext, dst: Address) -> Result<Option<Address>, i32>
             count(Counter::RefusedReservedPort);
             Err(REFUSE)
         }
+        Verdict::Redirect(_) | Verdict::NoFamily if fail_open() && !proxy_serves() => {
+            count(Counter::PassedFailOpen);
+            forget(ctx)
+        }
         Verdict::NoFamily => {
             count(Counter::RefusedNoFamily);
             Err(REFUSE)
-        }
-        Verdict::Redirect(_) if fail_open() && !proxy_serves() => {
-            count(Counter::PassedFailOpen);
-            forget(ctx)
         }
         Verdict::Redirect(target) => {
             remember(ctx, SocketMark::CAPTURED, dst)?;

@@ -129,6 +129,11 @@ impl Capture {
         self.listeners.insert(ALIVE, self.alive.as_raw_fd(), 0).map_err(CaptureError::map("LISTENERS"))
     }
 
+    /// Says that this process serves no more: the fail mode decides from here on.
+    pub fn withdraw(&mut self) {
+        let _ = self.listeners.remove(&ALIVE);
+    }
+
     /// Enrols a pod whose listeners are ready: from here on its connections come to this process. Also for one that is
     /// enrolled already and whose addresses have changed.
     ///
@@ -147,7 +152,7 @@ impl Capture {
     pub fn hold(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
         let cookie = netns.cookie().map_err(CaptureError::io("read a network namespace cookie"))?;
         let steered = pins::attach(&pins::steer_link(&self.directory, cookie), self.steer.as_fd(), netns.as_fd(), sys::SK_LOOKUP);
-        self.pods.insert(cookie, pod(addresses), 0).map_err(CaptureError::map("PODS"))?;
+        self.pods.insert(cookie, pod(addresses, netns), 0).map_err(CaptureError::map("PODS"))?;
         steered
     }
 
@@ -226,9 +231,15 @@ fn octets(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-fn pod(addresses: &[IpAddr]) -> Pod {
-    let first = |v4: bool, otherwise: IpAddr| octets(addresses.iter().copied().find(|a| a.is_ipv4() == v4).unwrap_or(otherwise));
-    Pod { v4: first(true, std::net::Ipv4Addr::LOCALHOST.into()), v6: first(false, std::net::Ipv6Addr::LOCALHOST.into()) }
+/// The pod's addresses as the programs want them: loopback stands for one that is not known, nothing for a family the pod
+/// does not have.
+fn pod(addresses: &[IpAddr], netns: &Netns) -> Pod {
+    let of_family = |v4: bool, loopback: IpAddr| match addresses.iter().copied().find(|a| a.is_ipv4() == v4) {
+        Some(address) => octets(address),
+        None if addresses.is_empty() || routing::has_route(netns, loopback) => octets(loopback),
+        None => Pod::NONE,
+    };
+    Pod { v4: of_family(true, std::net::Ipv4Addr::LOCALHOST.into()), v6: of_family(false, std::net::Ipv6Addr::LOCALHOST.into()) }
 }
 
 /// Makes the cgroup of this process one whose sockets are never captured.

@@ -42,6 +42,12 @@ fn a_pod_that_takes_a_mesh_port_first_is_cut_off_and_not_let_through() {
     let reached = out["answer"].as_str().is_some_and(|a| a.contains(&format!("\"local\":\"{}", server.v4())));
     assert!(!reached, "out of a pod that cannot be served: {out}");
     assert!(!answers(&bed, &server, &squatter.address(8080)), "into a pod that cannot be served");
+    // Opted out, it is let go of; and taken again.
+    bed.relabel(&squatter, "istio.io/dataplane-mode", Some("none")).expect("relabel");
+    wait_for("an opted-out pod to be left alone", Duration::from_secs(5), || Ok(answers(&bed, &server, &squatter.address(8080))))
+        .expect("left alone");
+    bed.relabel(&squatter, "istio.io/dataplane-mode", None).expect("relabel");
+    wait_for("the problem to be told again", Duration::from_secs(5), || Ok(problem(&bed).contains("cannot listen"))).expect("told");
     drop(own);
     bed.wait_captured(&squatter, true).expect("captured once the port is free");
     assert!(answers(&bed, &squatter, &server.address(8080)) && answers(&bed, &server, &squatter.address(8080)));
@@ -123,7 +129,7 @@ fn a_cgroup_root_that_does_not_cover_the_process_is_refused() {
         ["run", "--node", "x", "--config-dir", &config, "--bpf-dir", &pins, "--ca-dir", &ca, "--state-dir", &ca, "--cgroup-root", &root];
     let output = bed.nodes()[0].mesh_node(&arguments).expect("run");
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && text.contains("not below --cgroup-root"), "{text}");
+    assert!(!output.status.success() && text.contains("is not below --cgroup-root"), "{text}");
 }
 
 #[test]
@@ -134,4 +140,22 @@ fn pods_of_every_qos_class_are_found() {
         let pod = bed.pod(&PodSpec::new(name, 0).quality(class)).expect("pod");
         bed.wait_captured(&pod, true).expect(name);
     }
+}
+
+#[test]
+fn a_pod_with_threaded_cgroups_hides_no_other() {
+    let mut bed = Bed::start(1, &NodeOptions::default()).expect("bed");
+    let odd = bed.pod(&PodSpec::server("odd", 0)).expect("pod");
+    let threads = odd.cgroup.join("threads");
+    std::fs::create_dir(&threads).expect("created");
+    std::fs::write(threads.join("cgroup.type"), "threaded").expect("a threaded cgroup");
+    assert!(std::fs::read_to_string(threads.join("cgroup.procs")).is_err(), "this is what discovery meets");
+    bed.namespace("default", AMBIENT).expect("label");
+    bed.wait_captured(&odd, true).expect("captured");
+    bed.node(0).kill();
+    let later = bed.pod(&PodSpec::server("later", 0)).expect("pod");
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    bed.wait_captured(&odd, true).expect("captured again");
+    bed.wait_captured(&later, true).expect("captured");
 }

@@ -136,6 +136,19 @@ fn a_killed_node_fails_open_when_told_to_and_a_restart_heals() {
 }
 
 #[test]
+fn a_polite_stop_fails_open_while_it_still_waits_for_connections() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--fail-mode", "open"])).expect("bed");
+    let [client, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("far", 1)]).expect("pods");
+    let open = start(&bed, &client, &["steady", &far.address(8080), "3"]);
+    let new = start(&bed, &client, &["attempts", &far.address(8080), "5"]);
+    std::thread::sleep(Duration::from_millis(500));
+    bed.node(0).stop().expect("stopped");
+    let (open, new) = (end(open), end(new));
+    assert!(open.get("error").is_none(), "what was open was waited for: {open}");
+    assert!(new["failed"].as_u64().is_some_and(|n| n <= 2) && new["worked"].as_u64().is_some_and(|n| n > 100), "{new}");
+}
+
+#[test]
 fn a_restart_with_the_other_fail_mode_takes_effect() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
     let [client, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("far", 1)]).expect("pods");

@@ -72,7 +72,7 @@ impl Listeners {
         }));
         let (p, w, connections) = (proxy.clone(), pod.clone(), draining.clone());
         let hbone = tokio::spawn(accept(self.hbone, draining, move |stream, client| {
-            let (Some(slot), Some(handshake)) = (p.limits.connection(), p.limits.handshake()) else {
+            let (Some(slot), Some(handshake)) = (p.limits.connection(), w.handshake()) else {
                 return refuse(&p, "inbound", &stream);
             };
             let (p, w, connections) = (p.clone(), w.clone(), connections.clone());

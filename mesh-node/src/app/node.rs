@@ -131,8 +131,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(proxy.clone().tidy_pool());
     tokio::spawn(admin::serve(admin, node.clone()));
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
-    let mut reconciler =
-        Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), taken_over: false };
+    let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };
     tokio::select! {
         stopped = reconciler.run(discovery, config) => stopped?,
         signal = stop_signal() => tracing::info!(target: "app", signal = signal?, "stopping"),
@@ -169,8 +168,8 @@ struct Reconciler {
     held: HashMap<WorkloadUid, String>,
     /// Pods released while they ran: their connections end with them, not with their capture.
     released: Vec<(u64, Weak<ServedPod>)>,
-    /// Whether pods left enrolled by an earlier process have been dealt with.
-    taken_over: bool,
+    /// Namespaces that are, or may have to be, captured. What the kernel has beyond them is released.
+    stay: Option<HashSet<u64>>,
 }
 
 struct Served {
@@ -222,12 +221,15 @@ impl Reconciler {
         states.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         *self.node.pods.lock().unwrap_or_else(PoisonError::into_inner) = states;
         self.node.proxy.identity.retain(&mine.iter().filter(|w| w.enrolled).map(|w| w.identity.clone()).collect());
-        if !self.taken_over {
-            self.taken_over = true;
-            let stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
-            let mut capture = self.node.capture();
-            capture.retain(&stay);
-            capture.announce()?;
+        let stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
+        let first = self.stay.is_none();
+        if self.stay.as_ref() != Some(&stay) {
+            // Pods that were held, or left enrolled by an earlier process, and are gone or not in the mesh.
+            self.node.capture().retain(&stay);
+            self.stay = Some(stay);
+        }
+        if first {
+            self.node.capture().announce()?;
             self.node.reconciled.store(true, Ordering::Release);
         }
         Ok(())
@@ -282,7 +284,7 @@ impl Reconciler {
             addresses: workload.ips.clone(),
             enrolled: workload.enrolled,
             captured,
-            problem: problem.filter(|_| workload.enrolled && !captured),
+            problem: problem.filter(|_| workload.enrolled),
         }
     }
 
@@ -347,6 +349,7 @@ impl Reconciler {
     /// Takes no more connections and waits a little for those there are. Capture stays as it is: what happens to new
     /// connections from here on is the fail mode's business.
     async fn stop(&mut self) {
+        self.node.capture().withdraw();
         let served = std::mem::take(&mut self.served);
         let pods = served.values().map(|s| s.pod.clone()).collect::<Vec<_>>();
         for served in served.into_values() {

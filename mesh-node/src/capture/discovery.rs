@@ -15,6 +15,8 @@ use crate::{id::WorkloadUid, io::netns::Netns};
 
 /// How deep below the root pods are looked for: kubepods / `QoS` class / pod, with room for a nested root.
 const MAX_DEPTH: usize = 8;
+/// How deep cgroups nest where this process is looked for.
+const MAX_CGROUP_DEPTH: usize = 16;
 /// How often the whole tree is searched for places where pods appear; in between only known places are.
 const FULL_SEARCH: Duration = Duration::from_secs(5);
 
@@ -60,7 +62,11 @@ impl Discovery {
                 let known = self.pods.get(&uid);
                 let pod = match known.filter(|p| p.is_current()) {
                     Some(pod) => Some(pod.clone()),
-                    None => self.open(&uid, &directory, known)?,
+                    // One pod that cannot be looked into changes nothing for it, nor for the others.
+                    None => self.open(&uid, &directory, known).unwrap_or_else(|error| {
+                        tracing::warn!(target: "capture", pod = %uid, %error, "cannot look into a pod");
+                        known.cloned()
+                    }),
                 };
                 found.extend(pod.map(|pod| (uid, pod)));
             }
@@ -78,7 +84,12 @@ impl Discovery {
         let mut first = None;
         for pid in pids {
             // A process that ends meanwhile is no error.
-            let Some(netns) = vanished(Netns::open(&netns_path(pid)))? else { continue };
+            let netns = match Netns::open(&netns_path(pid)) {
+                // The kernel's other answer for a process that ends at this moment.
+                Err(error) if error.raw_os_error() == Some(libc::EACCES) => continue,
+                other => vanished(other)?,
+            };
+            let Some(netns) = netns else { continue };
             if netns.inode() == self.host_netns {
                 continue;
             }
@@ -166,7 +177,11 @@ fn find_parents(directory: &Path, depth: usize, place: Place, found: &mut Vec<Pa
 }
 
 fn collect_pids(directory: &Path, depth: usize, pids: &mut Vec<u32>) -> io::Result<()> {
-    let own = vanished(fs::read_to_string(directory.join("cgroup.procs")))?.unwrap_or_default();
+    let own = match fs::read_to_string(directory.join("cgroup.procs")) {
+        // A threaded cgroup lists threads only; their processes are in an ancestor.
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => String::new(),
+        other => vanished(other)?.unwrap_or_default(),
+    };
     pids.extend(own.lines().filter_map(|l| l.parse::<u32>().ok()));
     if depth > 0 {
         for (_, path) in directories(directory)? {
@@ -207,17 +222,33 @@ pub fn own_cgroup_id() -> io::Result<u64> {
 
 /// Fails unless this process is below the cgroup the programs are attached to: elsewhere its own connections to
 /// applications would not be recognised, and steered back to it without end.
+///
+/// Cgroups are compared by their number: the same one may be seen under several mounts.
 pub fn check_own_cgroup(root: &Path) -> Result<(), CaptureError> {
-    let own = own_cgroup().and_then(fs::canonicalize).map_err(CaptureError::io("find the cgroup of this process"))?;
-    let root = fs::canonicalize(root).map_err(CaptureError::io(format!("find cgroup {}", root.display())))?;
-    if own.starts_with(&root) {
+    let own = own_cgroup_id().map_err(CaptureError::io("find the cgroup of this process"))?;
+    let found = holds(root, own, MAX_CGROUP_DEPTH).map_err(CaptureError::io(format!("look through cgroup {}", root.display())))?;
+    if found {
         return Ok(());
     }
     Err(CaptureError::Unsupported(format!(
-        "this process is in cgroup {}, which is not below --cgroup-root {}; choose a root above both pods and mesh-node",
-        own.display(),
+        "this process's cgroup is not below --cgroup-root {}; choose a root above both pods and mesh-node",
         root.display()
     )))
+}
+
+/// Whether a cgroup, or one below it, has this number.
+fn holds(directory: &Path, id: u64, depth: usize) -> io::Result<bool> {
+    if vanished(fs::metadata(directory))?.is_some_and(|m| m.ino() == id) {
+        return Ok(true);
+    }
+    if depth > 0 {
+        for (_, path) in directories(directory)? {
+            if holds(&path, id, depth - 1)? {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 #[cfg(test)]

@@ -107,7 +107,10 @@ pub fn drop_foreign(path: &Path, cgroup: &fs::File) -> Result<(), CaptureError> 
     let Ok(link) = sys::open_pin(path) else { return Ok(()) };
     let inspect = || CaptureError::io(format!("inspect the link {}", path.display()));
     let wanted = cgroup.metadata().map_err(inspect())?.ino();
-    if sys::link_cgroup(link.as_fd()).map_err(inspect())? == wanted { Ok(()) } else { remove(path) }
+    if sys::link_cgroup(link.as_fd()).map_err(inspect())? != wanted {
+        detach(path);
+    }
+    Ok(())
 }
 
 /// Takes a program off what it is linked to and removes the pin. Nothing to do is fine.

@@ -4,7 +4,10 @@
 //! (`net.ipv4.tcp_fwmark_accept`, both families in spite of its name); a rule sends marked packets to a table that delivers
 //! everything locally. Done over netlink; no binary is called.
 
-use std::{fs, io};
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+};
 
 use mesh_common::{TRANSPARENT_MARK, TRANSPARENT_RULE_PRIORITY, TRANSPARENT_TABLE};
 use netlink_packet_core::{
@@ -15,7 +18,7 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 
 use super::CaptureError;
 use crate::io::netns::Netns;
@@ -50,6 +53,16 @@ pub fn remove(netns: &Netns) -> Result<(), CaptureError> {
         }
         if ours { fs::write(FWMARK_ACCEPT, "0") } else { Ok(()) }
     })
+}
+
+/// Whether a namespace has a way out for the family of `like`. Asks by connecting a datagram socket to a documentation
+/// address, which sends nothing.
+pub fn has_route(netns: &Netns, like: IpAddr) -> bool {
+    let (any, out): (SocketAddr, SocketAddr) = match like {
+        IpAddr::V4(_) => ((Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv4Addr::new(192, 0, 2, 1), 9).into()),
+        IpAddr::V6(_) => ((Ipv6Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into()),
+    };
+    netns.enter(|| UdpSocket::bind(any).and_then(|s| s.connect(out))).is_ok_and(|connected| connected.is_ok())
 }
 
 fn in_netns(netns: &Netns, what: &str, f: impl FnOnce(&mut Netlink) -> io::Result<()>) -> Result<(), CaptureError> {
@@ -95,7 +108,7 @@ impl Netlink {
     fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
+        socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
         Ok(Self(socket))
     }
 

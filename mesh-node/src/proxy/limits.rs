@@ -9,8 +9,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 const RESERVED: u64 = 1024;
 /// Descriptors of a connection: its two ends.
 const EACH: u64 = 2;
-/// TLS handshakes with peers at once: each costs a millisecond of CPU and may take its whole timeout.
-const HANDSHAKES: usize = 1024;
+/// TLS handshakes into one pod at once: each costs a millisecond of CPU and may take its whole timeout. For each pod, so
+/// that a flood to one leaves the others alone.
+pub const HANDSHAKES: usize = 256;
 
 /// Room for one more; given back when dropped.
 pub type Slot = OwnedSemaphorePermit;
@@ -19,7 +20,6 @@ pub type Slot = OwnedSemaphorePermit;
 #[derive(Debug, Clone)]
 pub struct Limits {
     connections: Arc<Semaphore>,
-    handshakes: Arc<Semaphore>,
 }
 
 impl Limits {
@@ -27,15 +27,11 @@ impl Limits {
     pub fn for_descriptors(descriptors: u64) -> Self {
         let connections = descriptors.saturating_sub(RESERVED.min(descriptors / 2)) / EACH;
         let connections = usize::try_from(connections).unwrap_or(usize::MAX).clamp(16, Semaphore::MAX_PERMITS);
-        Self { connections: Arc::new(Semaphore::new(connections)), handshakes: Arc::new(Semaphore::new(HANDSHAKES)) }
+        Self { connections: Arc::new(Semaphore::new(connections)) }
     }
 
     pub fn connection(&self) -> Option<Slot> {
         self.connections.clone().try_acquire_owned().ok()
-    }
-
-    pub fn handshake(&self) -> Option<Slot> {
-        self.handshakes.clone().try_acquire_owned().ok()
     }
 }
 
@@ -51,6 +47,5 @@ mod tests {
         assert_eq!(slots.len(), 100);
         let small = Limits::for_descriptors(64);
         assert_eq!((0..100).map_while(|_| small.connection()).collect::<Vec<_>>().len(), 16);
-        assert!(small.handshake().is_some());
     }
 }

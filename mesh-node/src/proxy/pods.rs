@@ -7,9 +7,12 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
-use super::live::Cut;
+use super::{
+    limits::{HANDSHAKES, Slot},
+    live::Cut,
+};
 use crate::{id::WorkloadUid, io::netns::Netns};
 
 /// A pod whose listeners this process holds.
@@ -19,11 +22,18 @@ pub struct ServedPod {
     pub netns: Arc<Netns>,
     addresses: ArcSwap<Vec<IpAddr>>,
     ended: watch::Sender<Option<Cut>>,
+    handshakes: Arc<Semaphore>,
 }
 
 impl ServedPod {
     pub fn new(uid: WorkloadUid, netns: Arc<Netns>, addresses: Vec<IpAddr>) -> Arc<Self> {
-        Arc::new(Self { uid, netns, addresses: ArcSwap::from_pointee(addresses), ended: watch::Sender::new(None) })
+        Arc::new(Self {
+            uid,
+            netns,
+            addresses: ArcSwap::from_pointee(addresses),
+            ended: watch::Sender::new(None),
+            handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
+        })
     }
 
     /// Completes when all of the pod's connections are to end.
@@ -36,6 +46,11 @@ impl ServedPod {
     /// Ends all of the pod's connections.
     pub fn end(&self, cut: Cut) {
         self.ended.send_if_modified(|e| e.is_none() && e.replace(cut).is_none());
+    }
+
+    /// Room for one more TLS handshake into this pod.
+    pub fn handshake(&self) -> Option<Slot> {
+        self.handshakes.clone().try_acquire_owned().ok()
     }
 
     pub fn addresses(&self) -> Arc<Vec<IpAddr>> {

@@ -18,7 +18,7 @@ use std::{
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
-    last_good::LastGood,
+    last_good::{LastGood, Quality},
     manifest::{self, MAX_FILE},
     watch::{MAX_DEPTH, Watch},
 };
@@ -53,14 +53,15 @@ impl Version {
     }
 }
 
+/// What a look found at a path: a version of a file, or why there is no telling.
+type Seen = Result<Version, String>;
+
 /// Watches one directory.
 #[derive(Debug)]
 pub struct Directory {
     root: PathBuf,
     default_namespace: String,
-    known: BTreeMap<PathBuf, Version>,
-    /// Whether the last look failed.
-    unreadable: bool,
+    known: BTreeMap<PathBuf, Seen>,
     last_good: LastGood,
     /// Files whose last good version stands in for one that is being written.
     stood_in: BTreeSet<PathBuf>,
@@ -72,6 +73,8 @@ struct Look {
     changes: Vec<Change>,
     /// Files that are being written.
     pending: usize,
+    /// Whether the directory itself cannot be read.
+    unreadable: bool,
 }
 
 impl Directory {
@@ -82,7 +85,6 @@ impl Directory {
             root: root.to_owned(),
             default_namespace: default_namespace.to_owned(),
             known: BTreeMap::new(),
-            unreadable: false,
             last_good,
             stood_in: BTreeSet::new(),
         })
@@ -102,7 +104,11 @@ impl Directory {
             })
             .await
             .map_err(io::Error::other)?;
-            let wait_more = first && look.pending > 0 && started.elapsed() < FIRST_WAIT;
+            // A first reading is waited for: without one nothing is known, and nothing may be done.
+            let wait_more = first && (look.unreadable || look.pending > 0 && started.elapsed() < FIRST_WAIT);
+            if first && look.unreadable {
+                tracing::error!(target: "config", directory = %self.root.display(), "the configuration cannot be read; waiting");
+            }
             if wait_more {
                 // Nothing of an incomplete first reading takes effect.
                 self.known.clear();
@@ -110,12 +116,14 @@ impl Directory {
             } else if (first || !look.changes.is_empty()) && changes.send(look.changes).await.is_err() {
                 return Ok(());
             } else {
-                if first && !self.unreadable {
+                if first {
                     self.last_good.retain(self.known.keys().chain(&self.stood_in));
                 }
                 first = false;
             }
-            if look.pending > 0 {
+            if look.unreadable && first {
+                tokio::time::sleep(FIRST_WAIT).await;
+            } else if look.pending > 0 {
                 tokio::time::sleep(PENDING).await;
             } else {
                 watch.changed(LOOK_AGAIN).await;
@@ -124,63 +132,75 @@ impl Directory {
     }
 
     fn look(&mut self) -> Look {
-        let mut files = BTreeMap::new();
+        let mut found = BTreeMap::new();
         let mut look = Look::default();
-        let overflow = match find(&self.root, MAX_DEPTH, &mut files) {
-            Ok(overflow) => overflow,
-            // What cannot be read is not gone: everything stays as it is until it can.
-            Err(error) => {
-                let content = Content::Unreadable(format!("cannot be read: {error}"));
-                look.changes.push(Change { origin: origin(&self.root), content });
-                self.unreadable = true;
-                return look;
-            }
-        };
-        if std::mem::take(&mut self.unreadable) {
-            look.changes.push(Change { origin: origin(&self.root), content: Content::Gone });
-        }
-        let gone = self.known.keys().filter(|p| !files.contains_key(*p)).cloned().collect::<Vec<_>>();
-        for path in gone {
-            self.known.remove(&path);
-            self.last_good.forget(&path);
-            look.changes.push(Change { origin: origin(&path), content: Content::Gone });
-        }
-        if overflow {
+        if find(&self.root, MAX_DEPTH, &mut found) {
             let content = Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"));
             look.changes.push(Change { origin: origin(&self.root), content });
         }
-        for (path, version) in files {
-            if self.known.get(&path) == Some(&version) {
+        self.forget_gone(&found, &mut look);
+        for (path, seen) in found {
+            if self.known.get(&path) == Some(&seen) {
                 continue;
             }
-            if let Some(content) = read(&path, &version, &self.default_namespace) {
-                self.take(&path, content, &mut look);
-                self.known.insert(path, version);
-                continue;
+            match &seen {
+                Ok(version) => {
+                    let Some(content) = read(&path, version, &self.default_namespace) else {
+                        look.pending += 1;
+                        self.stand_in(&path, &mut look);
+                        continue;
+                    };
+                    self.take(&path, content, &mut look);
+                }
+                // A directory, or a file of which not even this is known: what was below it stays.
+                Err(problem) => {
+                    self.last_good.below(&path).iter().for_each(|p| self.stand_in(p, &mut look));
+                    let content = Content::Unreadable(problem.clone());
+                    look.changes.push(Change { origin: origin(&path), content });
+                }
             }
-            look.pending += 1;
-            if !self.known.contains_key(&path) && !self.stood_in.contains(&path) {
-                self.stand_in(&path, &mut look);
-                self.stood_in.insert(path);
-            }
+            self.known.insert(path, seen);
         }
+        look.unreadable = matches!(self.known.get(&self.root), Some(Err(_)));
         look
     }
 
-    /// Passes a file's content on; before one that is not good and never was seen good by this process, its last good version.
+    /// Passes on what is gone for certain: not what is below something that cannot be read.
+    fn forget_gone(&mut self, found: &BTreeMap<PathBuf, Seen>, look: &mut Look) {
+        let hidden = |path: &Path| path.ancestors().any(|a| matches!(found.get(a), Some(Err(_))));
+        let gone = |path: &&PathBuf| !found.contains_key(*path) && !hidden(path);
+        let gone = self.known.keys().chain(&self.stood_in).filter(gone).cloned().collect::<BTreeSet<_>>();
+        for path in gone {
+            self.known.remove(&path);
+            self.stood_in.remove(&path);
+            self.last_good.forget(&path);
+            look.changes.push(Change { origin: origin(&path), content: Content::Gone });
+        }
+    }
+
+    /// Passes a file's content on; before one that is not good and never was seen by this process, what it last said.
     fn take(&mut self, path: &Path, (content, text): (Content, String), look: &mut Look) {
-        let good = matches!(&content, Content::Read { rejections, .. } if rejections.is_empty());
-        if good {
-            self.last_good.store(path, &text);
-        } else if !self.known.contains_key(path) && !self.stood_in.contains(path) {
+        let quality = match &content {
+            Content::Read { rejections, .. } if rejections.is_empty() => Some(Quality::Good),
+            Content::Read { .. } => Some(Quality::Partial),
+            Content::Unreadable(_) | Content::Gone => None,
+        };
+        if quality != Some(Quality::Good) {
             self.stand_in(path, look);
+        }
+        if let Some(quality) = quality {
+            self.last_good.store(path, &text, quality);
         }
         self.stood_in.remove(path);
         look.changes.push(Change { origin: origin(path), content });
     }
 
-    fn stand_in(&self, path: &Path, look: &mut Look) {
-        if let Some(text) = self.last_good.load(path) {
+    /// Puts what a file last said in force, unless this process has seen the file itself.
+    fn stand_in(&mut self, path: &Path, look: &mut Look) {
+        if matches!(self.known.get(path), Some(Ok(_))) || !self.stood_in.insert(path.to_owned()) {
+            return;
+        }
+        for text in self.last_good.load(path) {
             let content = manifest::read(&text, &self.default_namespace);
             look.changes.push(Change { origin: origin(path), content });
         }
@@ -191,35 +211,37 @@ fn origin(path: &Path) -> Origin {
     Origin(Arc::new(path.to_owned()))
 }
 
-/// Collects the manifests below a directory. True when there were too many.
-fn find(directory: &Path, depth: usize, files: &mut BTreeMap<PathBuf, Version>) -> io::Result<bool> {
-    let mut overflow = false;
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        let path = entry.path();
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
-            continue;
+/// Collects the manifests below a directory, and what there cannot be read. True when there were too many.
+fn find(directory: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Seen>) -> bool {
+    let cannot = |error: &io::Error| format!("cannot be read: {error}; what it held before stays in force");
+    let entries = match fs::read_dir(directory).and_then(Iterator::collect::<io::Result<Vec<_>>>) {
+        Ok(entries) => entries,
+        // Removed meanwhile; the root itself must be there.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && depth < MAX_DEPTH => return false,
+        Err(error) => {
+            found.insert(directory.to_owned(), Err(cannot(&error)));
+            return false;
         }
+    };
+    let mut overflow = false;
+    for entry in entries.iter().filter(|e| !e.file_name().as_encoded_bytes().starts_with(b".")) {
+        let path = entry.path();
         // Follows symbolic links: that is how a ConfigMap is mounted.
-        let metadata = match fs::metadata(&path) {
-            Ok(metadata) => metadata,
-            // Removed meanwhile, or a link to nowhere.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        if metadata.is_dir() && depth > 0 {
-            overflow |= match find(&path, depth - 1, files) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-                found => found?,
-            };
-        } else if metadata.is_file() && is_manifest(&path) {
-            if files.len() >= MAX_FILES {
-                return Ok(true);
+        match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_dir() && depth > 0 => overflow |= find(&path, depth - 1, found),
+            Ok(metadata) if metadata.is_file() && is_manifest(&path) => {
+                if found.len() >= MAX_FILES {
+                    return true;
+                }
+                found.insert(path, Ok(Version::of(&metadata)));
             }
-            files.insert(path, Version::of(&metadata));
+            Ok(_) => {}
+            // Removed meanwhile, or a link to nowhere.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => drop(found.insert(path, Err(cannot(&error)))),
         }
     }
-    Ok(overflow)
+    overflow
 }
 
 fn is_manifest(path: &Path) -> bool {
@@ -400,11 +422,44 @@ mod tests {
         writer.write_all(b"half").expect("write");
         let again = start_in(dir, state);
         again.wait_for("as before, but for what is gone or new", |r| r.services() == ["five", "one", "two"]).await;
+        // What was in force in part is what stays, not what was good before it.
+        fs::write(&kept, "kind: {").expect("write");
+        again.wait_for("named", |r| r.errors().contains("c.yaml: error: is not YAML")).await;
+        let Running { dir, state, .. } = again;
+        let again = start_in(dir, state);
+        again.wait_for("the last that was in force", |r| r.services() == ["five", "one", "two"]).await;
+        fs::write(
+            &kept,
+            format!("{}---\napiVersion: v1\nkind: Service\nmetadata: {{name: bad}}\nspec: {{ports: none}}\n", namespace("five")),
+        )
+        .expect("write");
+        again.wait_for("readable again", |r| r.errors().contains("Service default/bad")).await;
         assert!(again.errors().contains("a.yaml") && again.errors().contains("Service default/bad"), "{}", again.errors());
         writer.set_len(0).expect("truncate");
         fs::write(&half, namespace("six")).expect("write");
         drop(writer);
         again.wait_for("written at last", |r| r.services() == ["five", "one", "six"]).await;
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_stays_and_hides_nothing_else() {
+        let running = start();
+        let (dir, looped) = (running.dir.path().to_owned(), running.dir.path().join("loop.yaml"));
+        fs::create_dir(dir.join("sub")).expect("mkdir");
+        fs::write(dir.join("sub/a.yaml"), namespace("one")).expect("write");
+        fs::write(&looped, namespace("two")).expect("write");
+        running.wait_for("read", |r| r.services() == ["one", "two"]).await;
+        // A link to itself: there is something, and nobody can tell what.
+        fs::remove_file(&looped).expect("remove");
+        std::os::unix::fs::symlink(&looped, &looped).expect("link");
+        fs::write(dir.join("b.yaml"), namespace("three")).expect("write");
+        running.wait_for("the rest goes on", |r| r.services().contains(&"three".to_owned()) && r.errors().contains("loop.yaml")).await;
+        assert_eq!(running.services(), ["one", "three", "two"]);
+        let Running { dir, state, .. } = running;
+        let again = start_in(dir, state);
+        again.wait_for("also over a restart", |r| r.services() == ["one", "three", "two"]).await;
+        fs::remove_file(&looped).expect("remove");
+        again.wait_for("gone for certain", |r| r.services() == ["one", "three"]).await;
     }
 
     #[tokio::test]

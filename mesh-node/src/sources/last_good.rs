@@ -3,9 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
-    hash::{DefaultHasher, Hash, Hasher},
-    io,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -21,40 +19,75 @@ impl LastGood {
         Ok(Self(directory.to_owned()))
     }
 
-    fn copy(&self, original: &Path) -> PathBuf {
-        let mut hasher = DefaultHasher::new();
-        original.hash(&mut hasher);
-        self.0.join(format!("{:016x}", hasher.finish()))
+    /// Copies are named by a number made of the original's path (FNV-1a, the same in every version of this program).
+    fn copy(&self, original: &Path, quality: Quality) -> PathBuf {
+        let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        let number = original.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, step);
+        self.0.join(format!("{number:016x}.{}", quality.suffix()))
     }
 
-    /// The last good text of a file.
-    pub fn load(&self, original: &Path) -> Option<String> {
-        let text = fs::read_to_string(self.copy(original)).ok()?;
-        let (name, content) = text.split_once('\n')?;
-        (name == original.display().to_string()).then(|| content.to_owned())
+    /// The last texts of a file, in the order they were in force: the last good one, and the last one of which something was
+    /// refused, if it came after.
+    pub fn load(&self, original: &Path) -> Vec<String> {
+        let name = original.display().to_string();
+        let read = |quality| {
+            Some(fs::read_to_string(self.copy(original, quality)).ok()?.split_once('\n').filter(|(n, _)| *n == name)?.1.to_owned())
+        };
+        [Quality::Good, Quality::Partial].into_iter().filter_map(read).collect()
     }
 
-    /// Remembers a good text. A copy appears whole or not at all; one that cannot be written is only logged, the node works
+    /// Originals at or below a path of which there are copies.
+    pub fn below(&self, path: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.0).into_iter().flatten().filter_map(Result::ok);
+        let names = entries.filter_map(|e| Some(PathBuf::from(fs::read_to_string(e.path()).ok()?.split_once('\n')?.0)));
+        names.filter(|n| n.starts_with(path)).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// Remembers a text. A copy appears whole or not at all; one that cannot be written is only logged, the node works
     /// without it.
-    pub fn store(&self, original: &Path, text: &str) {
-        let copy = self.copy(original);
+    pub fn store(&self, original: &Path, text: &str, quality: Quality) {
+        let copy = self.copy(original, quality);
         let temporary = copy.with_extension("new");
         let written = fs::write(&temporary, format!("{}\n{text}", original.display())).and_then(|()| fs::rename(&temporary, &copy));
         if let Err(error) = written {
             tracing::warn!(target: "config", %error, file = %original.display(), "cannot keep the last good version for a restart");
         }
+        if quality == Quality::Good {
+            // What was in force in part before is over.
+            let _ = fs::remove_file(self.copy(original, Quality::Partial));
+        }
     }
 
     pub fn forget(&self, original: &Path) {
-        let _ = fs::remove_file(self.copy(original));
+        for quality in [Quality::Good, Quality::Partial] {
+            let _ = fs::remove_file(self.copy(original, quality));
+        }
     }
 
     /// Forgets all but these: files that went while nobody watched.
     pub fn retain<'a>(&self, originals: impl Iterator<Item = &'a PathBuf>) {
-        let wanted = originals.map(|o| self.copy(o)).collect::<BTreeSet<_>>();
+        let copies = |o: &PathBuf| [self.copy(o, Quality::Good), self.copy(o, Quality::Partial)];
+        let wanted = originals.flat_map(copies).collect::<BTreeSet<_>>();
         let entries = fs::read_dir(&self.0).into_iter().flatten().filter_map(Result::ok);
         for path in entries.map(|e| e.path()).filter(|p| !wanted.contains(p)) {
             let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// How good a text was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quality {
+    Good,
+    /// Readable, but some of its objects were refused.
+    Partial,
+}
+
+impl Quality {
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Partial => "partial",
         }
     }
 }
