@@ -29,7 +29,7 @@ const RUNTIME: &[Package] = &[
         why: "the test bed makes network namespaces with it (mesh-node itself calls no binary)",
     },
     Package { file: "/usr/bin/tcpdump", package: "tcpdump", why: "the demo shows what crosses between the nodes" },
-    Package { file: "/usr/bin/python3", package: "python3-minimal", why: "one test uses Python's plain sockets" },
+    Package { file: "/usr/bin/python3", package: "python3", why: "a test and the demo use Python's plain sockets" },
 ];
 
 const BENCH: &[Package] = &[

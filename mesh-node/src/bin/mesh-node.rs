@@ -1,8 +1,16 @@
 //! The node agent.
 
+use std::process::ExitCode;
+
 use clap::Parser;
 use mesh_node::cli::MeshNode;
 
-fn main() -> anyhow::Result<()> {
-    MeshNode::parse().run()
+fn main() -> ExitCode {
+    match MeshNode::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mesh-node: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -1,8 +1,16 @@
 //! The command line to look inside a node.
 
+use std::process::ExitCode;
+
 use clap::Parser;
 use mesh_node::cli::Meshctl;
 
-fn main() -> anyhow::Result<()> {
-    Meshctl::parse().run()
+fn main() -> ExitCode {
+    match Meshctl::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("meshctl: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
