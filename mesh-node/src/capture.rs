@@ -260,7 +260,21 @@ pub fn pin_directory(base: &Path) -> PathBuf {
 
 /// Entries of a pinned map: how a test or an operator sees that nothing is left behind.
 pub fn count_entries(map: &Path) -> Result<usize, CaptureError> {
+    pinned_keys(map).map(|keys| keys.len())
+}
+
+/// Whether a process serves with the pins below `base`.
+pub fn is_served(base: &Path) -> Result<bool, CaptureError> {
+    let listeners = pins::map(&pin_directory(base), "LISTENERS");
+    if !listeners.exists() {
+        return Ok(false);
+    }
+    Ok(pinned_keys(&listeners)?.iter().any(|key| **key == ALIVE))
+}
+
+fn pinned_keys(map: &Path) -> Result<Vec<Vec<u8>>, CaptureError> {
     let data = MapData::from_pin(map).map_err(CaptureError::map("pinned map"))?;
-    let key_size = data.info().map_err(CaptureError::map("pinned map"))?.key_size();
-    sys::count_keys(data.fd().as_fd(), key_size as usize).map_err(CaptureError::io(format!("iterate {}", map.display())))
+    let info = data.info().map_err(CaptureError::map("pinned map"))?;
+    let (size, limit) = (info.key_size() as usize, info.max_entries() as usize);
+    sys::keys(data.fd().as_fd(), size, limit).map_err(CaptureError::io(format!("iterate {}", map.display())))
 }

@@ -210,6 +210,8 @@ fn uninstall_leaves_nothing_in_the_kernel() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
     assert!(answers(&bed, &client, &server.address(8080)));
+    let refused = bed.nodes()[0].uninstall().expect_err("not under a running process").to_string();
+    assert!(refused.contains("stop it first") && answers(&bed, &client, &server.address(8080)), "{refused}");
     bed.node(0).stop().expect("stopped");
     let removed = bed.nodes()[0].uninstall().expect("uninstalled");
     assert!(removed.contains("removed") && removed.contains("2 pods"), "{removed}");

@@ -131,17 +131,18 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     bpf(BPF_OBJ_GET, &PinAttr { pathname: path.as_ptr() as u64, ..PinAttr::default() }).map(owned)
 }
 
-/// Counts the keys of a map, whatever they are.
-pub fn count_keys(map: BorrowedFd<'_>, key_size: usize) -> io::Result<usize> {
-    let (mut key, mut next) = (vec![0_u8; key_size], vec![0_u8; key_size]);
-    for count in 0.. {
-        let from = if count == 0 { 0 } else { key.as_ptr() as u64 };
+/// The keys of a map as they are, at most `limit` of them.
+pub fn keys(map: BorrowedFd<'_>, key_size: usize, limit: usize) -> io::Result<Vec<Vec<u8>>> {
+    let mut found: Vec<Vec<u8>> = Vec::new();
+    while found.len() < limit {
+        let mut next = vec![0_u8; key_size];
+        let from = found.last().map_or(0, |key| key.as_ptr() as u64);
         let attr = NextKeyAttr { map: number(map), pad: 0, key: from, next_key: next.as_mut_ptr() as u64 };
         match bpf(BPF_MAP_GET_NEXT_KEY, &attr) {
-            Ok(_) => std::mem::swap(&mut key, &mut next),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(count),
+            Ok(_) => found.push(next),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
             Err(error) => return Err(error),
         }
     }
-    Ok(0)
+    Ok(found)
 }

@@ -30,6 +30,8 @@ enum Command {
     /// When the process ends, capture stays in the kernel and the fail mode applies; `uninstall` removes it.
     Run(Box<RunArgs>),
     /// Remove everything an earlier `run` left in the kernel: programs, maps, and the routing inside pods.
+    ///
+    /// Stop `run` first: under a running process this is refused.
     Uninstall(KernelArgs),
     /// Load the eBPF programs into this kernel without attaching them, and report what the verifier says.
     Verify,
@@ -153,6 +155,8 @@ impl RunArgs {
 
 fn uninstall(args: &KernelArgs) -> anyhow::Result<()> {
     Netns::host()?;
+    let served = capture::is_served(&args.bpf_dir)?;
+    anyhow::ensure!(!served, "a mesh-node is running with the pins in {}; stop it first", args.bpf_dir.display());
     let removed = capture::uninstall(&args.bpf_dir)?;
     let mut discovery = Discovery::new(args.cgroup()?)?;
     let mut failed = 0;

@@ -13,13 +13,15 @@ use anyhow::{Context, Result};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
-    sys::signal::{Signal, kill},
+    sys::signal::{SigSet, Signal, kill},
     unistd::Pid,
 };
 
 /// Arranges where a command will run. It dies with the process that starts it.
 pub fn place(command: &mut Command, netns: Option<PathBuf>, cgroup: Option<PathBuf>, hosts: Option<PathBuf>) {
     let enter = move || -> io::Result<()> {
+        // The demo blocks the signals it waits for; its children are not to.
+        SigSet::empty().thread_set_mask()?;
         if let Some(cgroup) = &cgroup {
             let mut procs = OpenOptions::new().write(true).open(cgroup.join("cgroup.procs"))?;
             io::Write::write_all(&mut procs, b"0")?;
