@@ -104,9 +104,9 @@ fn install(packages: &[Package]) -> Result<()> {
     if ask("apt-get", &["--version"]).is_none() {
         bail!("this machine has no apt-get; install these with its package manager: {}", names.join(", "));
     }
-    steps::run("updating Debian's package lists", Command::new("apt-get").args(["update", "-qq"]))?;
+    steps::run("updating Debian's package lists", Command::new("apt-get").args(["update", "-q"]))?;
     let mut command = Command::new("apt-get");
-    command.args(["install", "-y", "-qq", "--no-install-recommends"]).args(&names).env("DEBIAN_FRONTEND", "noninteractive");
+    command.args(["install", "-y", "-q", "--no-install-recommends"]).args(&names).env("DEBIAN_FRONTEND", "noninteractive");
     steps::run(&format!("installing {}", names.join(", ")), &mut command)
 }
 

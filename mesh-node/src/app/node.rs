@@ -126,7 +126,12 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     });
     let admin = admin::bind(node.settings.admin).await.with_context(|| format!("admin address {}", node.settings.admin))?;
     tokio::spawn(publisher.run());
-    tokio::spawn(source.run(sender));
+    tokio::spawn(async move {
+        // Without its source the node ends; this is why.
+        if let Err(error) = source.run(sender).await {
+            tracing::error!(target: "config", %error, "the configuration directory cannot be followed any more");
+        }
+    });
     tokio::spawn(proxy.clone().recheck_policies());
     tokio::spawn(proxy.clone().tidy_pool());
     tokio::spawn(admin::serve(admin, node.clone()));
