@@ -1,42 +1,116 @@
-//! Which endpoint a connection goes to: least request by power of two choices, as Envoy's default for services.
+//! Which endpoint of a cluster a request or connection goes to. Pure: dice, clock and health are arguments.
 
-use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    net::IpAddr,
+mod locality;
+pub mod outlier;
+mod table;
+
+use std::{net::IpAddr, net::SocketAddr, time::Instant};
+
+pub use table::{Table, hash};
+
+use crate::{
+    resource::selector::Labels,
+    route::{
+        cluster::{Cluster, Endpoint, Locality},
+        traffic::{Balancer, Warmup},
+    },
 };
 
-use crate::route::{Endpoint, Service, ServicePort};
+/// Throws until one is taken, when endpoints that warm up are passed over.
+const WARMUP_THROWS: u32 = 16;
 
 /// Who asks, and with what dice.
 #[derive(Debug, Clone, Copy)]
 pub struct Asker<'a> {
     pub client: IpAddr,
     pub node: &'a str,
+    pub locality: &'a Locality,
+    pub labels: &'a Labels,
     /// Uniformly random bits.
     pub dice: u64,
-    /// Endpoints already tried for this connection.
-    pub tried: &'a [std::net::SocketAddr],
+    /// Counts requests to the cluster, for going round.
+    pub turn: u64,
+    /// Of the request, for consistent hashing.
+    pub hash: Option<u64>,
+    /// Endpoints to avoid as long as there are others.
+    pub tried: &'a [SocketAddr],
+    /// Endpoints left out for now, and until when.
+    pub ejected: &'a [(SocketAddr, Instant)],
+    pub now: Instant,
+}
+
+impl Asker<'_> {
+    fn is_ejected(&self, endpoint: &Endpoint) -> bool {
+        self.ejected.iter().any(|(a, until)| *a == endpoint.address && *until > self.now)
+    }
 }
 
 /// Picks an endpoint of the client's address family, or `None` when none can be used.
 ///
-/// Ready endpoints are used; when there are none, those that still serve while they terminate, as kube-proxy does. An
-/// endpoint already tried is avoided as long as there is another.
-pub fn pick<'a>(service: &Service, port: &'a ServicePort, asker: &Asker<'_>) -> Option<&'a Endpoint> {
-    let reachable =
-        |e: &&Endpoint| e.address.is_ipv4() == asker.client.is_ipv4() && (!service.local_only || e.node.as_deref() == Some(asker.node));
-    let usable = |test: fn(&Endpoint) -> bool| port.endpoints.iter().filter(reachable).filter(|e| test(e)).collect::<Vec<_>>();
-    let mut candidates = usable(|e| e.ready);
-    if candidates.is_empty() {
-        candidates = usable(|e| e.serving_while_terminating);
-    }
-    if candidates.iter().any(|e| !asker.tried.contains(&e.address)) {
-        candidates.retain(|e| !asker.tried.contains(&e.address));
-    }
-    if service.client_ip_affinity {
+/// Ready endpoints are used; when there are none, those that still serve while they terminate, as kube-proxy does.
+/// Ejected ones are left out, unless so few are left that the policy says to use all (panic). One already tried is
+/// avoided as long as there is another.
+pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint> {
+    let mut candidates = usable(cluster, asker);
+    if cluster.client_ip_affinity && !matches!(cluster.policy.balancer, Balancer::Hash { .. }) {
+        avoid(&mut candidates, asker.tried);
         return candidates.into_iter().max_by_key(|e| affinity(asker.client, e));
     }
-    least_request(&candidates, asker.dice)
+    let healthy = leave_out_ejected(cluster, asker, &mut candidates);
+    let mut candidates = locality::narrow(cluster, asker, candidates, healthy);
+    if let (Balancer::Hash { .. }, Some(hash), Some(table)) = (&cluster.policy.balancer, asker.hash, &cluster.table) {
+        let address = table.pick(hash, |a| candidates.iter().any(|e| e.address == *a))?;
+        return candidates.into_iter().find(|e| e.address == address);
+    }
+    avoid(&mut candidates, asker.tried);
+    choose(cluster, asker, &candidates)
+}
+
+fn usable<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Vec<&'a Endpoint> {
+    let reachable =
+        |e: &&Endpoint| e.address.is_ipv4() == asker.client.is_ipv4() && (!cluster.local_only || e.node.as_deref() == Some(asker.node));
+    let select = |test: fn(&Endpoint) -> bool| cluster.endpoints.iter().filter(reachable).filter(|e| test(e)).collect::<Vec<_>>();
+    let ready = select(|e| e.ready);
+    if ready.is_empty() { select(|e| e.serving_while_terminating) } else { ready }
+}
+
+/// Leaves the ejected out unless the rest is too small. Returns whether those left are all healthy.
+fn leave_out_ejected(cluster: &Cluster, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) -> bool {
+    if asker.ejected.is_empty() {
+        return true;
+    }
+    let healthy = candidates.iter().filter(|e| !asker.is_ejected(e)).count();
+    let panic = cluster.policy.outlier.map_or(0, |o| o.min_health_percent) as usize;
+    if 100 * healthy < panic * candidates.len() {
+        return false;
+    }
+    // Whole levels of locality must still see who is gone: they are left out there when localities count.
+    if !locality::counts(cluster) {
+        candidates.retain(|e| !asker.is_ejected(e));
+    }
+    true
+}
+
+fn avoid(candidates: &mut Vec<&Endpoint>, tried: &[SocketAddr]) {
+    if !tried.is_empty() && candidates.iter().any(|e| !tried.contains(&e.address)) {
+        candidates.retain(|e| !tried.contains(&e.address));
+    }
+}
+
+fn choose<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: &[&'a Endpoint]) -> Option<&'a Endpoint> {
+    let warmup = cluster.policy.warmup.as_ref();
+    match (&cluster.policy.balancer, warmup) {
+        (Balancer::LeastRequest | Balancer::Passthrough, None) => least_request(candidates, asker.dice),
+        (Balancer::RoundRobin, None) => at(candidates, asker.turn),
+        (Balancer::Random | Balancer::Hash { .. }, _) => at(candidates, asker.dice >> 16),
+        (_, Some(warmup)) => warming(cluster, asker, candidates, warmup),
+    }
+}
+
+fn at<'a>(candidates: &[&'a Endpoint], i: u64) -> Option<&'a Endpoint> {
+    let n = candidates.len() as u64;
+    let i = i.checked_rem(n).and_then(|i| usize::try_from(i).ok())?;
+    candidates.get(i).copied()
 }
 
 /// The less loaded of two different candidates picked at random; the first pick when they are level.
@@ -48,113 +122,35 @@ fn least_request<'a>(candidates: &[&'a Endpoint], dice: u64) -> Option<&'a Endpo
         _ => {
             let first = (dice >> 32) % n;
             let second = (first + 1 + (dice & 0xffff_ffff) % (n - 1)) % n;
-            let at = |i: u64| usize::try_from(i).ok().and_then(|i| candidates.get(i).copied());
-            let (a, b) = (at(first)?, at(second)?);
+            let (a, b) = (at(candidates, first)?, at(candidates, second)?);
             Some(if b.load.current() < a.load.current() { b } else { a })
         }
     }
 }
 
+/// Throws again when an endpoint that warms up is not due for its turn.
+fn warming<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: &[&'a Endpoint], warmup: &Warmup) -> Option<&'a Endpoint> {
+    let mut dice = asker.dice;
+    let mut found = None;
+    for throw in 0..WARMUP_THROWS {
+        found = match cluster.policy.balancer {
+            Balancer::RoundRobin => at(candidates, asker.turn + u64::from(throw)),
+            _ => least_request(candidates, dice),
+        };
+        dice = hash(&dice.to_le_bytes());
+        #[expect(clippy::cast_precision_loss, reason = "a share needs no more")]
+        let thrown = (dice >> 11) as f64 / (1_u64 << 53) as f64;
+        if found.is_none_or(|e| thrown < warmup.share(asker.now.saturating_duration_since(e.load.since))) {
+            break;
+        }
+    }
+    found
+}
+
 /// Rendezvous hashing: a client keeps its endpoint while it exists, and only the clients of a lost one move.
 fn affinity(client: IpAddr, endpoint: &Endpoint) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (client, endpoint.address).hash(&mut hasher);
-    hasher.finish()
+    hash(format!("{client} {}", endpoint.address).as_bytes())
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{collections::HashMap, net::SocketAddr, sync::Arc};
-
-    use super::*;
-    use crate::{id::ObjectName, route::Load};
-
-    fn endpoint(address: &str) -> Endpoint {
-        Endpoint {
-            address: address.parse().expect("valid"),
-            ready: true,
-            serving_while_terminating: false,
-            node: Some("n1".into()),
-            load: Arc::new(Load::default()),
-        }
-    }
-
-    fn service() -> Service {
-        Service { name: ObjectName::new("a", "b"), vips: Vec::new(), ports: Vec::new(), local_only: false, client_ip_affinity: false }
-    }
-
-    fn port(endpoints: Vec<Endpoint>) -> ServicePort {
-        ServicePort { name: "".into(), port: 80, endpoints }
-    }
-
-    fn asker(dice: u64) -> Asker<'static> {
-        Asker { client: "10.0.0.1".parse().expect("valid"), node: "n1", dice, tried: &[] }
-    }
-
-    fn three() -> Vec<Endpoint> {
-        ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"].map(endpoint).into()
-    }
-
-    #[test]
-    fn idle_endpoints_share_evenly() {
-        let port = port(three());
-        let mut counts: HashMap<SocketAddr, u32> = HashMap::new();
-        let mut rng = fastrand::Rng::with_seed(7);
-        for _ in 0..30_000 {
-            *counts.entry(pick(&service(), &port, &asker(rng.u64(..))).expect("some").address).or_default() += 1;
-        }
-        // Binomial with p = 1/3: four sigma is 327.
-        assert!(counts.len() == 3 && counts.values().all(|n| n.abs_diff(10_000) < 327), "{counts:?}");
-    }
-
-    #[test]
-    fn the_busier_of_two_is_never_picked() {
-        let port = port(vec![endpoint("10.0.0.2:80"), endpoint("10.0.0.3:80")]);
-        let _busy = port.endpoints[0].load.begin();
-        let mut rng = fastrand::Rng::with_seed(7);
-        assert!((0..100).all(|_| pick(&service(), &port, &asker(rng.u64(..))).expect("some").address.to_string() == "10.0.0.3:80"));
-    }
-
-    #[test]
-    fn unready_endpoints_are_used_only_while_terminating_and_nothing_is_ready() {
-        let mut endpoints = three();
-        endpoints[0].ready = false;
-        endpoints[1].ready = false;
-        endpoints[1].serving_while_terminating = true;
-        let picked = |endpoints: &[Endpoint]| pick(&service(), &port(endpoints.to_vec()), &asker(1)).map(|e| e.address.to_string());
-        assert_eq!(picked(&endpoints).as_deref(), Some("10.0.0.4:80"));
-        endpoints[2].ready = false;
-        assert_eq!(picked(&endpoints).as_deref(), Some("10.0.0.3:80"));
-        endpoints[1].serving_while_terminating = false;
-        assert_eq!(picked(&endpoints), None);
-    }
-
-    #[test]
-    fn family_locality_and_history_narrow_the_choice() {
-        let mut endpoints = three();
-        endpoints.push(endpoint("[fd00::2]:80"));
-        endpoints[0].node = Some("n2".into());
-        let port = port(endpoints);
-        let v6 = Asker { client: "fd00::1".parse().expect("valid"), ..asker(1) };
-        assert_eq!(pick(&service(), &port, &v6).expect("some").address.to_string(), "[fd00::2]:80");
-        let local = Service { local_only: true, ..service() };
-        let tried = ["10.0.0.3:80".parse().expect("valid")];
-        for dice in 0..50 {
-            let asker = Asker { tried: &tried, ..asker(dice << 32 | dice) };
-            assert_eq!(pick(&local, &port, &asker).expect("some").address.to_string(), "10.0.0.4:80");
-        }
-    }
-
-    #[test]
-    fn affinity_moves_only_the_clients_of_a_lost_endpoint() {
-        let service = Service { client_ip_affinity: true, ..service() };
-        let full = port(three());
-        let less = port(three().into_iter().take(2).collect());
-        for i in 0..200_u8 {
-            let asker = Asker { client: [10, 1, 0, i].into(), ..asker(u64::from(i)) };
-            let before = pick(&service, &full, &asker).expect("some").address;
-            let after = pick(&service, &less, &asker).expect("some").address;
-            assert!(before == after || before.to_string() == "10.0.0.4:80");
-        }
-    }
-}
+mod tests;

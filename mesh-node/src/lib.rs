@@ -7,6 +7,7 @@ pub mod io;
 pub mod telemetry;
 // 2 pure decisions
 pub mod balance;
+pub mod detect;
 pub mod policy;
 pub mod resource;
 pub mod route;

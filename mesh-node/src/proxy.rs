@@ -4,12 +4,14 @@
 //! snapshot each; every connection ends in exactly one [`outcome::Outcome`].
 
 pub mod failure;
+pub mod http;
 pub mod inbound;
 pub mod limits;
 pub mod live;
 pub mod outbound;
 pub mod outcome;
 pub mod pods;
+mod sniff;
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,11 +34,12 @@ pub struct Proxy {
     pub live: Live,
     pub metrics: Arc<Metrics>,
     pub limits: Limits,
+    pub replays: http::Replays,
 }
 
 impl Proxy {
     pub fn new(config: Configuration, identity: Manager, metrics: Arc<Metrics>, limits: Limits) -> Arc<Self> {
-        Arc::new(Self { config, identity, pool: Pool::default(), pods: Pods::default(), live: Live::default(), metrics, limits })
+        Arc::new(Self { config, identity, pool: Pool::default(), pods: Pods::default(), live: Live::default(), metrics, limits, replays: http::Replays::default() })
     }
 
     /// Re-checks every live connection whenever the configuration changes.
@@ -51,7 +54,7 @@ impl Proxy {
         }
     }
 
-    /// Closes pooled connections of workloads that are gone.
+    /// Closes pooled connections of workloads and services that are gone, and those not needed any more.
     pub async fn tidy_pool(self: Arc<Self>) {
         let mut config = self.config.clone();
         loop {
@@ -61,6 +64,11 @@ impl Proxy {
             }
             let snapshot = config.load();
             self.pool.retain(|uid| snapshot.workload(uid).is_some_and(|w| w.enrolled));
+            let now = std::time::Instant::now();
+            for pod in self.pods.all() {
+                let Some(workload) = snapshot.workload(&pod.uid) else { continue };
+                pod.clusters.tidy(now, |id| snapshot.cluster_for(&workload.name.namespace, id).cloned());
+            }
         }
     }
 }

@@ -4,17 +4,24 @@
 //! exists is valid on its own; whether it fits the others is decided in `config`.
 
 pub mod authorization;
+pub mod destination_rule;
 pub mod envelope;
+pub mod fields;
+pub mod gateway_route;
 pub mod kube;
 pub mod peer_authentication;
 pub mod selector;
 pub mod strings;
+pub mod virtual_service;
 
 use std::{fmt, sync::Arc, time::SystemTime};
 
 pub use authorization::AuthorizationPolicy;
-pub use kube::{EndpointSlice, Namespace, Pod, Service};
+pub use destination_rule::DestinationRule;
+pub use gateway_route::{GatewayRoute, ReferenceGrant};
+pub use kube::{EndpointSlice, Namespace, Node, Pod, Service};
 pub use peer_authentication::PeerAuthentication;
+pub use virtual_service::VirtualService;
 
 use crate::id::ObjectName;
 
@@ -22,11 +29,19 @@ use crate::id::ObjectName;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
     Namespace,
+    Node,
     Pod,
     Service,
     EndpointSlice,
     PeerAuthentication,
     AuthorizationPolicy,
+    VirtualService,
+    DestinationRule,
+    #[expect(clippy::upper_case_acronyms, reason = "the kind's own name")]
+    HTTPRoute,
+    #[expect(clippy::upper_case_acronyms, reason = "the kind's own name")]
+    GRPCRoute,
+    ReferenceGrant,
 }
 
 impl fmt::Display for Kind {
@@ -56,11 +71,16 @@ impl fmt::Display for Key {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Object {
     Namespace(Namespace),
+    Node(Node),
     Pod(Box<Pod>),
     Service(Box<Service>),
     EndpointSlice(EndpointSlice),
     PeerAuthentication(PeerAuthentication),
     AuthorizationPolicy(AuthorizationPolicy),
+    VirtualService(Box<VirtualService>),
+    DestinationRule(Box<DestinationRule>),
+    GatewayRoute(GatewayRoute),
+    ReferenceGrant(ReferenceGrant),
 }
 
 /// An object with its name.

@@ -1,12 +1,20 @@
-//! Where a connection is going: from an original destination to a service's endpoints, a workload, or the unknown.
+//! Where traffic is going: from an original destination to a service, by its routes to a cluster, or to a workload or the
+//! unknown. Pure: names and snapshots in, decisions out.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-};
+pub mod cluster;
+pub mod l4;
+pub mod matching;
+pub mod request;
+pub mod retry;
+pub mod rewrite;
+pub mod rule;
+pub mod table;
+pub mod traffic;
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+pub use cluster::{Cluster, ClusterId, Endpoint, Load, LoadGuard};
+pub use table::PortRoutes;
 
 use crate::{
     id::{ObjectName, SpiffeId, WorkloadUid},
@@ -24,6 +32,7 @@ pub struct Workload {
     pub node: Arc<str>,
     pub identity: SpiffeId,
     pub labels: Labels,
+    pub locality: cluster::Locality,
     pub ips: Vec<IpAddr>,
     /// Whether its traffic is captured and it takes HBONE.
     pub enrolled: bool,
@@ -44,58 +53,23 @@ impl Workload {
     }
 }
 
-/// A Kubernetes service with its endpoints resolved.
+/// A Kubernetes service with its endpoints and routes resolved.
 #[derive(Debug)]
 pub struct Service {
     pub name: ObjectName,
     pub vips: Vec<IpAddr>,
     pub ports: Vec<ServicePort>,
-    pub local_only: bool,
-    pub client_ip_affinity: bool,
 }
 
 #[derive(Debug)]
 pub struct ServicePort {
     pub name: Arc<str>,
     pub port: u16,
-    pub endpoints: Vec<Endpoint>,
-}
-
-/// An address a service's connections can go to.
-#[derive(Debug, Clone)]
-pub struct Endpoint {
-    pub address: SocketAddr,
-    pub ready: bool,
-    pub serving_while_terminating: bool,
-    pub node: Option<Arc<str>>,
-    /// Connections this node has open to it; outlives snapshots.
-    pub load: Arc<Load>,
-}
-
-/// A count of what is under way.
-#[derive(Debug, Default)]
-pub struct Load(AtomicU32);
-
-impl Load {
-    pub fn current(&self) -> u32 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// Counts one more until the guard is dropped.
-    pub fn begin(self: &Arc<Self>) -> LoadGuard {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        LoadGuard(self.clone())
-    }
-}
-
-/// One thing under way.
-#[derive(Debug)]
-pub struct LoadGuard(Arc<Load>);
-
-impl Drop for LoadGuard {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
-    }
+    /// All endpoints.
+    pub cluster: Arc<Cluster>,
+    /// Subsets of them by name.
+    pub subsets: BTreeMap<Arc<str>, Arc<Cluster>>,
+    pub routes: PortRoutes,
 }
 
 /// What an original destination is.

@@ -2,6 +2,9 @@
 //!
 //! Label values are closed sets, or names of workloads and services of the mesh: bounded by the configuration.
 
+mod flags;
+
+pub use flags::{Flag, Flags};
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -48,6 +51,14 @@ pub struct HandshakeLabels {
     pub reason: &'static str,
 }
 
+/// Requests by what became of them. Flags are a closed set.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabels {
+    /// 0 when there was no response.
+    pub response_code: u16,
+    pub response_flags: Flags,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct EventLabels {
     pub event: &'static str,
@@ -63,6 +74,11 @@ pub struct Metrics {
     pub received: Family<TcpLabels, Counter>,
     pub failures: Family<FailureLabels, Counter>,
     pub handshake_failures: Family<HandshakeLabels, Counter>,
+    pub http_requests: Family<RequestLabels, Counter>,
+    /// The one of `http_requests` that almost all are: found without a lock.
+    http_ok: Counter,
+    pub http_active: Gauge,
+    pub mirror_failures: Counter,
     pub open_connections: Gauge,
     pub hbone_connections: Gauge,
     pub enrolled_pods: Gauge,
@@ -81,6 +97,10 @@ impl Default for Metrics {
             received: Family::default(),
             failures: Family::default(),
             handshake_failures: Family::default(),
+            http_requests: Family::default(),
+            http_ok: Counter::default(),
+            http_active: Gauge::default(),
+            mirror_failures: Counter::default(),
             open_connections: Gauge::default(),
             hbone_connections: Gauge::default(),
             enrolled_pods: Gauge::default(),
@@ -88,6 +108,7 @@ impl Default for Metrics {
             config_remarks: Gauge::default(),
             capture_events: Family::default(),
         };
+        metrics.http_ok = metrics.http_requests.get_or_create(&RequestLabels { response_code: 200, response_flags: Flags::default() }).clone();
         metrics.register();
         metrics
     }
@@ -103,6 +124,9 @@ impl Metrics {
         r.register("istio_tcp_received_bytes", "Bytes received as requests on TCP connections", self.received.clone());
         r.register("mesh_connection_failures", "Connections refused, failed or cut, by reason", self.failures.clone());
         r.register("mesh_tls_handshake_failures", "TLS handshakes with mesh peers that failed, by reason", self.handshake_failures.clone());
+        r.register("mesh_http_requests", "HTTP requests served for pods of this node, by response", self.http_requests.clone());
+        r.register("mesh_http_active_requests", "HTTP requests under way", self.http_active.clone());
+        r.register("mesh_http_mirror_failures", "Mirrored requests that were given up or failed", self.mirror_failures.clone());
         r.register("mesh_open_connections", "Connections being relayed", self.open_connections.clone());
         r.register("mesh_hbone_inbound_connections", "HBONE connections accepted and open", self.hbone_connections.clone());
         r.register("mesh_enrolled_pods", "Pods of this node whose traffic is captured", self.enrolled_pods.clone());
@@ -120,6 +144,15 @@ impl Metrics {
 
     pub fn failure(&self, direction: &'static str, reason: &'static str) {
         self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
+    }
+
+    /// Counts a request that is over.
+    pub fn request(&self, response_code: u16, response_flags: Flags) {
+        if response_code == 200 && response_flags == Flags::default() {
+            self.http_ok.inc();
+        } else {
+            self.http_requests.get_or_create(&RequestLabels { response_code, response_flags }).inc();
+        }
     }
 
     pub fn handshake_failure(&self, side: &'static str, reason: &'static str) {

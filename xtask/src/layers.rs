@@ -25,12 +25,12 @@ const SEPARATE: &[u8] = &[4, 5];
 /// Crates only these modules use.
 const OWNED: &[(&str, &[&str])] = &[
     ("aya", &["capture"]),
-    ("h2", &["hbone"]),
+    ("h2", &["hbone", "proxy"]),
     ("rustls", &["tls", "identity"]),
     ("tokio_rustls", &["tls"]),
     ("rcgen", &["identity"]),
-    ("hyper", &["proxy", "admin"]),
-    ("hyper_util", &["proxy", "admin"]),
+    ("hyper", &["admin"]),
+    ("hyper_util", &["admin"]),
     ("netlink_packet_route", &["capture"]),
     ("serde_saphyr", &["sources"]),
 ];

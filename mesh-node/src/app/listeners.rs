@@ -81,7 +81,7 @@ impl Listeners {
                 drop(slot);
             });
         }));
-        Serving { drain, tasks: [outbound, inbound, hbone] }
+        Serving { drain, pod: pod.clone(), tasks: [outbound, inbound, hbone] }
     }
 }
 
@@ -93,6 +93,7 @@ fn refuse(proxy: &Proxy, direction: &'static str, stream: &TcpStream) {
 
 /// Listeners at work.
 pub struct Serving {
+    pod: Arc<ServedPod>,
     drain: watch::Sender<bool>,
     tasks: [JoinHandle<()>; 3],
 }
@@ -101,6 +102,7 @@ impl Serving {
     /// Stops accepting, after what is in the backlog, and tells HBONE peers to go elsewhere. Connections go on.
     pub async fn drain(self) {
         self.drain.send_replace(true);
+        self.pod.drain();
         for task in self.tasks {
             // A task that panicked has nothing left to drain.
             let _ = task.await;

@@ -1,10 +1,13 @@
 //! From objects to a snapshot: joins pods with namespaces, services with endpoints, and workloads with their policies.
 
+mod routes;
+mod services;
+
 use std::{
     collections::{BTreeMap, HashMap, btree_map::Entry},
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::Arc,
-    time::SystemTime,
+    time::{Instant, SystemTime},
 };
 
 use super::{
@@ -16,16 +19,17 @@ use crate::{
     id::{ObjectName, SpiffeId},
     policy::{CompiledPolicy, WorkloadPolicy, effective_mtls},
     resource::{
-        AuthorizationPolicy, EndpointSlice, Named, Object, PeerAuthentication, Pod,
+        AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Named, Object, PeerAuthentication, Pod, ReferenceGrant,
+        VirtualService,
         authorization::Action,
-        kube::{self, TrafficPolicy},
+        kube,
         selector::{Labels, WorkloadSelector},
     },
-    route::{Endpoint, Load, Service, ServicePort, Workload},
+    route::Workload,
 };
 
 /// Builds the next snapshot. Loads of endpoints that stay are carried over from the previous one.
-pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot) -> (Snapshot, Vec<Status>) {
+pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: Instant) -> (Snapshot, Vec<Status>) {
     let mut builder = Builder { mesh, store, statuses: store.statuses(), parts: Parts::default() };
     for named in store.objects().into_values() {
         builder.take(named);
@@ -34,7 +38,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot) -> (S
     let mut snapshot = Snapshot::empty(mesh.clone());
     snapshot.generation = previous.generation + 1;
     builder.workloads(&policies, &mut snapshot);
-    builder.services(previous, &mut snapshot);
+    services::build(&mut builder, previous, &mut snapshot, now);
     builder.statuses.sort();
     (snapshot, builder.statuses)
 }
@@ -43,11 +47,16 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot) -> (S
 #[derive(Default)]
 struct Parts<'a> {
     namespaces: HashMap<&'a str, &'a Labels>,
+    nodes: HashMap<&'a str, &'a kube::Node>,
     pods: Vec<(&'a Named, &'a Pod)>,
     services: Vec<(&'a Named, &'a kube::Service)>,
     slices: HashMap<(&'a str, &'a str), Vec<&'a EndpointSlice>>,
     peer_authentications: Vec<(&'a Named, &'a PeerAuthentication)>,
     authorizations: Vec<(&'a Named, &'a AuthorizationPolicy)>,
+    virtual_services: Vec<(&'a Named, &'a VirtualService)>,
+    destination_rules: Vec<(&'a Named, &'a DestinationRule)>,
+    gateway_routes: Vec<(&'a Named, &'a GatewayRoute)>,
+    grants: Vec<(&'a Named, &'a ReferenceGrant)>,
 }
 
 struct Builder<'a> {
@@ -85,12 +94,22 @@ impl<'a> Builder<'a> {
             }
             Object::PeerAuthentication(p) => parts.peer_authentications.push((named, p)),
             Object::AuthorizationPolicy(p) => parts.authorizations.push((named, p)),
+            Object::Node(n) => drop(parts.nodes.insert(&named.key.name.name, n)),
+            Object::VirtualService(v) => parts.virtual_services.push((named, v)),
+            Object::DestinationRule(d) => parts.destination_rules.push((named, d)),
+            Object::GatewayRoute(r) => parts.gateway_routes.push((named, r)),
+            Object::ReferenceGrant(g) => parts.grants.push((named, g)),
         }
     }
 
     fn remark(&mut self, severity: Severity, named: &Named, message: &str) {
+        let status = self.status(severity, named, message);
+        self.statuses.push(status);
+    }
+
+    fn status(&self, severity: Severity, named: &Named, message: &str) -> Status {
         let origin = self.store.origin_of(&named.key).map(ToString::to_string).unwrap_or_default();
-        self.statuses.push(Status { origin, severity, message: format!("{}: {message}", named.key) });
+        Status { origin, severity, message: format!("{}: {message}", named.key) }
     }
 
     fn policies(&mut self) -> Policies<'a> {
@@ -186,6 +205,15 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Where a node is, as far as its labels say.
+    fn locality(&self, node: &str, zone: Option<&Arc<str>>) -> kube::Node {
+        let mut locality = self.parts.nodes.get(node).copied().cloned().unwrap_or_default();
+        if locality.zone.is_empty() {
+            locality.zone = zone.cloned().unwrap_or_default();
+        }
+        locality
+    }
+
     fn workload(&self, named: &Named, pod: &Pod, policies: &Policies<'_>) -> Result<Workload, String> {
         let name = &named.key.name;
         let namespace = self.parts.namespaces.get(&*name.namespace).copied();
@@ -198,38 +226,11 @@ impl<'a> Builder<'a> {
             node: pod.node.clone(),
             identity,
             labels: pod.labels.clone(),
+            locality: self.locality(&pod.node, None),
             ips: pod.ips.clone(),
             enrolled: !pod.host_network && self.mesh.enrolment.enrols(namespace, &pod.labels),
             policy: policies.of(name, &pod.labels, &self.mesh.root_namespace),
         })
-    }
-
-    fn services(&mut self, previous: &Snapshot, snapshot: &mut Snapshot) {
-        let loads = loads(previous);
-        for (named, service) in std::mem::take(&mut self.parts.services) {
-            let name = &named.key.name;
-            let slices = self.parts.slices.get(&(&*name.namespace, &*name.name)).map(Vec::as_slice).unwrap_or_default();
-            let built = Arc::new(build_service(name, service, slices, &loads));
-            for vip in &service.vips {
-                if let Some(other) = snapshot.by_vip.get(vip) {
-                    let message = format!("spec.clusterIPs: {vip} belongs to Service {} already; use another address", other.name);
-                    self.remark(Severity::Error, named, &message);
-                } else {
-                    snapshot.by_vip.insert(*vip, built.clone());
-                }
-            }
-            for (ip, port) in service.external_ips.iter().flat_map(|ip| built.ports.iter().map(move |p| (*ip, p.port))) {
-                let address = SocketAddr::new(ip, port);
-                if let Some(other) = snapshot.by_external.get(&address) {
-                    let message =
-                        format!("status.loadBalancer: {address} belongs to Service {} already; use another address or port", other.name);
-                    self.remark(Severity::Error, named, &message);
-                } else {
-                    snapshot.by_external.insert(address, built.clone());
-                }
-            }
-            snapshot.services.push(built);
-        }
     }
 }
 
@@ -262,48 +263,6 @@ impl Policies<'_> {
         }
         policy
     }
-}
-
-type Loads<'a> = HashMap<(&'a ObjectName, SocketAddr), &'a Arc<Load>>;
-
-fn loads(previous: &Snapshot) -> Loads<'_> {
-    let ports = previous.services.iter().flat_map(|s| s.ports.iter().map(move |p| (s, p)));
-    ports.flat_map(|(s, p)| p.endpoints.iter().map(move |e| ((&s.name, e.address), &e.load))).collect()
-}
-
-fn build_service(name: &ObjectName, service: &kube::Service, slices: &[&EndpointSlice], loads: &Loads<'_>) -> Service {
-    let ports = service.ports.iter().map(|p| ServicePort {
-        name: p.name.clone(),
-        port: p.port,
-        endpoints: endpoints(name, &p.name, slices, loads),
-    });
-    Service {
-        name: name.clone(),
-        vips: service.vips.clone(),
-        ports: ports.collect(),
-        local_only: service.internal_traffic_policy == TrafficPolicy::Local,
-        client_ip_affinity: service.client_ip_affinity,
-    }
-}
-
-/// The endpoints of one service port over all slices, each address once.
-fn endpoints(service: &ObjectName, port: &str, slices: &[&EndpointSlice], loads: &Loads<'_>) -> Vec<Endpoint> {
-    let mut found: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
-    for slice in slices {
-        let Some(target) = slice.ports.get(port) else { continue };
-        for (endpoint, ip) in slice.endpoints.iter().flat_map(|e| e.addresses.iter().map(move |ip| (e, ip))) {
-            let address = SocketAddr::new(*ip, *target);
-            let load = || loads.get(&(service, address)).map_or_else(Arc::default, |l| (*l).clone());
-            found.entry(address).or_insert_with(|| Endpoint {
-                address,
-                ready: endpoint.ready,
-                serving_while_terminating: endpoint.serving_while_terminating,
-                node: endpoint.node.clone(),
-                load: load(),
-            });
-        }
-    }
-    found.into_values().collect()
 }
 
 #[cfg(test)]

@@ -91,7 +91,7 @@ impl Publisher {
     }
 
     fn publish(&mut self) {
-        let (snapshot, statuses) = build(&self.store, &self.mesh, &self.shared.snapshot.load());
+        let (snapshot, statuses) = build(&self.store, &self.mesh, &self.shared.snapshot.load(), std::time::Instant::now());
         let generation = snapshot.generation;
         for status in new_ones(&self.shared.statuses.load(), &statuses) {
             tracing::warn!(target: "config", "{status}");

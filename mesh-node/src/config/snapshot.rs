@@ -8,8 +8,8 @@ use std::{
 
 use super::settings::MeshSettings;
 use crate::{
-    id::WorkloadUid,
-    route::{Service, Target, Workload},
+    id::{ObjectName, WorkloadUid},
+    route::{Cluster, ClusterId, Service, Target, Workload},
 };
 
 /// Everything the data path asks, as of one generation.
@@ -20,8 +20,11 @@ pub struct Snapshot {
     pub(super) workloads: HashMap<WorkloadUid, Arc<Workload>>,
     pub(super) by_ip: HashMap<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
+    pub(super) by_name: HashMap<ObjectName, Arc<Service>>,
     pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
     pub(super) by_external: HashMap<SocketAddr, Arc<Service>>,
+    /// Services as clients of a namespace see them, where that differs: by client namespace and service.
+    pub(super) views: HashMap<Arc<str>, HashMap<ObjectName, Arc<Service>>>,
 }
 
 impl Snapshot {
@@ -33,8 +36,10 @@ impl Snapshot {
             workloads: HashMap::new(),
             by_ip: HashMap::new(),
             services: Vec::new(),
+            by_name: HashMap::new(),
             by_vip: HashMap::new(),
             by_external: HashMap::new(),
+            views: HashMap::new(),
         }
     }
 
@@ -54,7 +59,26 @@ impl Snapshot {
         &self.services
     }
 
-    /// What an address and port mean to a client in the mesh.
+    /// A cluster as clients of a namespace see it.
+    pub fn cluster_for(&self, namespace: &str, id: &ClusterId) -> Option<&Arc<Cluster>> {
+        let seen = self.views.get(namespace).and_then(|v| v.get(&id.service));
+        let service = seen.or_else(|| self.by_name.get(&id.service))?;
+        let port = service.port(id.port)?;
+        if id.subset.is_empty() { Some(&port.cluster) } else { port.subsets.get(&id.subset) }
+    }
+
+    /// What an address and port mean to a client of a namespace.
+    pub fn resolve_for(&self, namespace: &str, dst: SocketAddr) -> Target<'_> {
+        let target = self.resolve(dst);
+        let Target::Service { service, port } = &target else { return target };
+        let seen = self.views.get(namespace).and_then(|v| v.get(&service.name));
+        match seen.and_then(|s| Some((s, s.port(port.port)?))) {
+            Some((service, port)) => Target::Service { service, port },
+            None => target,
+        }
+    }
+
+    /// What an address and port mean to a client in the mesh of no namespace in particular.
     pub fn resolve(&self, dst: SocketAddr) -> Target<'_> {
         if let Some(service) = self.by_vip.get(&dst.ip()) {
             return match service.port(dst.port()) {

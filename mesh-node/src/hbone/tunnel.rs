@@ -7,11 +7,12 @@
 use std::{
     future::poll_fn,
     io,
-    task::{Poll, ready},
+    task::{Context, Poll, Waker, ready},
 };
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
+use tokio::io::ReadBuf;
 
 use crate::io::relay::{Duplex, Sink, Source};
 
@@ -34,6 +35,62 @@ pub trait Held: Send + Sync + std::fmt::Debug {}
 impl Tunnel {
     pub fn new(send: SendStream<Bytes>, receive: RecvStream, held: Option<Box<dyn Held>>) -> Self {
         Self { send, receive, joined: BytesMut::new(), _held: held }
+    }
+
+    /// Whether nothing has come and the other end has not closed.
+    pub fn is_quiet(&mut self) -> bool {
+        let mut cx = Context::from_waker(Waker::noop());
+        self.joined.is_empty() && self.receive.poll_data(&mut cx).is_pending()
+    }
+
+    /// Completes when something has come, or the other end has closed. Nothing is lost.
+    pub async fn spoken(&mut self) {
+        while self.joined.is_empty() {
+            match poll_fn(|cx| self.receive.poll_data(cx)).await {
+                Some(Ok(data)) => self.joined.extend_from_slice(&data),
+                // Whoever reads next finds the same.
+                Some(Err(_)) | None => return,
+            }
+        }
+    }
+
+    /// Reads into a buffer; for protocols that want one. The peer may send on at once.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while self.joined.is_empty() {
+            match ready!(self.receive.poll_data(cx)) {
+                None => return Poll::Ready(Ok(())),
+                Some(Err(error)) => return Poll::Ready(Err(into_io(error))),
+                Some(Ok(data)) => self.joined.extend_from_slice(&data),
+            }
+        }
+        let n = self.joined.len().min(buffer.remaining());
+        buffer.put_slice(&self.joined.split_to(n));
+        // Fails only when the stream is gone, and then there is no window to widen.
+        let _ = self.receive.flow_control().release_capacity(n);
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes what the peer's window has room for.
+    pub fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        if data.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        self.send.reserve_capacity(data.len());
+        while self.send.capacity() == 0 {
+            match ready!(self.send.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Poll::Ready(Err(into_io(error))),
+                None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+            }
+        }
+        let n = self.send.capacity().min(data.len());
+        let sent = self.send.send_data(Bytes::copy_from_slice(&data[..n]), false);
+        Poll::Ready(sent.map(|()| n).map_err(into_io))
+    }
+
+    /// Says that no more data will come.
+    pub fn shutdown(&mut self) -> io::Result<()> {
+        self.send.send_data(Bytes::new(), true).map_err(into_io)
     }
 }
 
@@ -138,6 +195,14 @@ impl TunnelSink<'_> {
                 None => return Err(io::ErrorKind::BrokenPipe.into()),
             }
         }
+    }
+}
+
+impl TunnelSink<'_> {
+    /// Sends of a piece what there is room for, at least one byte; returns the rest. Nothing is lost when this is dropped.
+    pub async fn put_part(&mut self, piece: &mut Bytes) -> io::Result<()> {
+        let n = self.capacity(piece.len()).await?;
+        self.stream.send_data(piece.split_to(n), false).map_err(into_io)
     }
 }
 

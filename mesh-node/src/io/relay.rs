@@ -13,7 +13,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use tokio::{
-    io::{AsyncRead, AsyncWriteExt, Interest, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -101,6 +101,19 @@ pub struct Traffic {
     pub sent: AtomicU64,
     /// From upstream to downstream.
     pub received: AtomicU64,
+}
+
+impl Traffic {
+    /// Bytes of both directions.
+    pub fn total(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed).wrapping_add(self.received.load(Ordering::Relaxed))
+    }
+
+    /// Takes the numbers of another.
+    pub fn copy(&self, other: &Self) {
+        self.sent.store(other.sent.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.received.store(other.received.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
 }
 
 /// Moves bytes both ways until both directions have ended, one breaks, or `cut` completes; the last two reset both ends.
@@ -200,8 +213,99 @@ impl TcpSource<'_> {
     }
 }
 
+/// A TCP connection of which the first bytes have been read already: they are read again first.
+#[derive(Debug)]
+pub struct Prefixed {
+    prefix: Bytes,
+    stream: TcpStream,
+}
+
+impl Prefixed {
+    pub fn new(stream: TcpStream, prefix: Bytes) -> Self {
+        Self { prefix, stream }
+    }
+}
+
+impl AsyncRead for Prefixed {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.prefix.is_empty() {
+            return Pin::new(&mut this.stream).poll_read(cx, buffer);
+        }
+        let n = this.prefix.len().min(buffer.remaining());
+        buffer.put_slice(&this.prefix.split_to(n));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Prefixed {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+impl Duplex for Prefixed {
+    type Source<'a> = PrefixedSource<'a>;
+    type Sink<'a> = TcpSink<'a>;
+
+    fn halves(&mut self) -> (PrefixedSource<'_>, TcpSink<'_>) {
+        let (source, sink) = self.stream.halves();
+        (PrefixedSource { prefix: &mut self.prefix, source }, sink)
+    }
+
+    fn reset(self) {
+        self.stream.reset();
+    }
+}
+
+/// The reading half: first what was read before.
+pub struct PrefixedSource<'a> {
+    prefix: &'a mut Bytes,
+    source: TcpSource<'a>,
+}
+
+impl Source for PrefixedSource<'_> {
+    async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        if self.prefix.is_empty() { self.source.next().await } else { Ok(Some(std::mem::take(self.prefix))) }
+    }
+
+    fn passed_on(&mut self, n: usize) {
+        self.source.passed_on(n);
+    }
+
+    async fn absorb(&mut self) -> std::convert::Infallible {
+        self.source.absorb().await
+    }
+}
+
 /// The writing half of a TCP connection.
 pub struct TcpSink<'a>(WriteHalf<'a>);
+
+impl TcpSink<'_> {
+    /// Writes what there is room for, at least one byte.
+    pub async fn write_some(&mut self, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        match self.0.write_vectored(slices).await? {
+            0 => Err(io::ErrorKind::WriteZero.into()),
+            n => Ok(n),
+        }
+    }
+}
 
 impl Sink for TcpSink<'_> {
     async fn put(&mut self, chunk: Bytes) -> io::Result<()> {

@@ -102,6 +102,18 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
+/// Keepalive as configured; what is not given stays as it is.
+pub fn keep_alive(stream: &TcpStream, time: Option<Duration>, interval: Option<Duration>, probes: Option<u32>) -> io::Result<()> {
+    let keepalive = TcpKeepalive::new().with_time(time.unwrap_or(KEEPALIVE)).with_interval(interval.unwrap_or(KEEPALIVE));
+    SockRef::from(stream).set_tcp_keepalive(&keepalive.with_retries(probes.unwrap_or(KEEPALIVE_PROBES)))
+}
+
+/// Whether something has come in, or the other end has closed: asked of the kernel, which knows before the reactor does.
+pub fn has_input(stream: &TcpStream) -> bool {
+    let mut byte = [std::mem::MaybeUninit::uninit()];
+    !matches!(SockRef::from(stream).peek(&mut byte), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+}
+
 /// Makes the close of this connection a reset, whatever is unsent: the other end must not take it for an end of data.
 pub fn reset_on_close(stream: &TcpStream) {
     // A socket that is gone already has nothing left to reset.

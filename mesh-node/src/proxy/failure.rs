@@ -22,6 +22,8 @@ pub enum Failure {
     NoSuchPort { service: ObjectName, port: u16 },
     #[error("service {0} has no usable endpoint")]
     NoEndpoint(ObjectName),
+    #[error("the pod has as many connections to service {0} as its DestinationRule allows")]
+    Overflow(ObjectName),
     #[error("{0} is not part of the mesh and outbound traffic is REGISTRY_ONLY")]
     NotInRegistry(SocketAddr),
     #[error("too many connections are open on this node")]
@@ -64,6 +66,7 @@ impl Failure {
             Self::ReservedPort(_) => "reserved_port",
             Self::NoSuchPort { .. } => "no_such_port",
             Self::NoEndpoint(_) => "no_endpoint",
+            Self::Overflow(_) => "overflow",
             Self::NotInRegistry(_) => "not_in_registry",
             Self::TooManyConnections => "too_many_connections",
             Self::UnknownWorkload => "unknown_workload",
@@ -72,7 +75,7 @@ impl Failure {
             Self::Dial { .. } | Self::DialPeer { .. } => "connect",
             Self::DialTimeout(_) => "connect_timeout",
             Self::Tls { .. } => "tls",
-            Self::Tunnel(TunnelError::Refused(http::StatusCode::UNAUTHORIZED)) => "denied_by_peer",
+            Self::Tunnel(TunnelError::Refused(::http::StatusCode::UNAUTHORIZED)) => "denied_by_peer",
             Self::Tunnel(TunnelError::Refused(_)) => "refused_by_peer",
             Self::Tunnel(_) => "tunnel",
             Self::Denied(Denial::PlaintextUnderStrict) => "plaintext_under_strict",
@@ -85,13 +88,15 @@ impl Failure {
             Self::Cut(Cut::PolicyChanged) => "policy_changed",
             Self::Cut(Cut::PodGone) => "pod_gone",
             Self::Cut(Cut::Shutdown) => "shutdown",
+            Self::Cut(Cut::Idle) => "idle",
+            Self::Cut(Cut::MaxDuration) => "max_duration",
         }
     }
 
     /// The `response_flags` value, ztunnel's.
     pub fn response_flag(&self) -> &'static str {
         match self {
-            Self::Denied(_) | Self::Cut(Cut::PolicyChanged) | Self::Tunnel(TunnelError::Refused(http::StatusCode::UNAUTHORIZED)) => "DENY",
+            Self::Denied(_) | Self::Cut(Cut::PolicyChanged) | Self::Tunnel(TunnelError::Refused(::http::StatusCode::UNAUTHORIZED)) => "DENY",
             Self::Identity(_) => "IDENTITY_ERROR",
             Self::Tls { .. } => "TLS_FAILURE",
             Self::Tunnel(TunnelError::Handshake(_) | TunnelError::Timeout) => "H2_HANDSHAKE_FAILURE",
@@ -102,6 +107,7 @@ impl Failure {
             | Self::NoEndpoint(_)
             | Self::NoSuchPort { .. }
             | Self::NotInRegistry(_)
+            | Self::Overflow(_)
             | Self::NotServedYet
             | Self::TooManyConnections
             | Self::UnknownWorkload
@@ -111,7 +117,7 @@ impl Failure {
             | Self::BadRequest(_)
             | Self::ForeignAuthority(_)
             | Self::Broken(_)
-            | Self::Cut(Cut::PodGone | Cut::Shutdown) => "-",
+            | Self::Cut(Cut::PodGone | Cut::Shutdown | Cut::Idle | Cut::MaxDuration) => "-",
         }
     }
 
@@ -132,6 +138,7 @@ impl Failure {
             | Self::NoSuchPort { .. }
             | Self::NoEndpoint(_)
             | Self::NotInRegistry(_)
+            | Self::Overflow(_)
             | Self::TooManyConnections
             | Self::Identity(_)
             | Self::Dial { .. }

@@ -32,6 +32,7 @@ use crate::{
 };
 
 /// A connection that was let in: the application's end of it, and the reason to end it early.
+#[derive(Debug)]
 pub struct Admitted {
     pub application: TcpStream,
     pub registration: Registration,
@@ -238,7 +239,7 @@ fn endpoint_here(snapshot: &Snapshot, host: &str, port: u16, own: impl Fn(Socket
     let mut labels = host.split('.');
     let (name, namespace, svc) = (labels.next()?, labels.next()?, labels.next()?);
     let service = snapshot.services().iter().find(|s| svc == "svc" && &*s.name.name == name && &*s.name.namespace == namespace)?;
-    service.port(port)?.endpoints.iter().map(|e| e.address).find(|a| own(*a))
+    service.port(port)?.cluster.endpoints.iter().map(|e| e.address).find(|a| own(*a))
 }
 
 /// The answer to a CONNECT that cannot be served, as ztunnel gives it.

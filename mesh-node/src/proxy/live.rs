@@ -21,6 +21,10 @@ pub enum Cut {
     PolicyChanged,
     PodGone,
     Shutdown,
+    /// It had no traffic for as long as its destination allows.
+    Idle,
+    /// It lasted as long as its destination allows.
+    MaxDuration,
 }
 
 impl fmt::Display for Cut {
@@ -29,6 +33,8 @@ impl fmt::Display for Cut {
             Self::PolicyChanged => "the connection is not allowed any more",
             Self::PodGone => "the pod is gone",
             Self::Shutdown => "the proxy is shutting down",
+            Self::Idle => "the connection was idle for longer than its DestinationRule allows",
+            Self::MaxDuration => "the connection lasted longer than its DestinationRule allows",
         })
     }
 }
@@ -88,6 +94,11 @@ impl Live {
 }
 
 impl Registration {
+    /// Whether the connection is to end.
+    pub fn is_cut(&self) -> bool {
+        self.cut.borrow().is_some()
+    }
+
     /// Completes when the connection is to end.
     pub async fn cut(&mut self) -> Cut {
         let cut = self.cut.wait_for(Option::is_some).await.map(|cut| *cut);

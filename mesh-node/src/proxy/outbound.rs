@@ -1,12 +1,14 @@
 //! Out of a pod: from a captured connection to the destination it was meant for.
 
 use std::{
+    future::Future,
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
+use bytes::Bytes;
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep, timeout, timeout_at},
@@ -14,80 +16,221 @@ use tokio::{
 
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
+    http::{
+        self,
+        clusters::{ClusterState, ConnectionSlot, EndpointState},
+    },
     inbound::{self, Admitted},
-    live::Cut,
+    live::{Cut, Registration},
     outcome::{Direction, Outcome, Party},
+    sniff::{self, Begun},
 };
 use crate::{
-    balance::{self, Asker},
+    balance::{self, Asker, outlier::Event},
     config::{OutboundPolicy, Snapshot},
     hbone::{
         Connection, PoolKey, Tunnel, TunnelError,
         headers::{Authority, Forwarded, TraceParent, baggage, build},
     },
+    id::ObjectName,
     io::{
-        relay::{Broken, relay},
+        relay::{Broken, Prefixed, Traffic, relay},
         socket::{self, Source, reset_on_close, tune},
     },
     policy::Facts,
-    route::{LoadGuard, Target, Workload},
+    route::{
+        Cluster, LoadGuard, Target, Workload,
+        l4::L4Context,
+        traffic::{Balancer, HashKey},
+    },
     tls::{self, HandshakeFailure},
 };
 
 /// How long attempts go on while the destination's node is still enrolling it, and how far apart they are.
-const RETRY_FOR: Duration = Duration::from_secs(3);
+pub(super) const RETRY_FOR: Duration = Duration::from_secs(3);
 const RETRY_EVERY: Duration = Duration::from_millis(50);
 /// The destination's node answers after its application has: its own time to connect, and ours.
 const TUNNEL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A captured connection, as accepted on the outbound listener.
 pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, original: Option<SocketAddr>) {
-    let mut outcome = Outcome::new(&proxy.metrics, Direction::Outbound);
-    outcome.source.address = Some(client);
-    outcome.destination.address = original;
-    let upstream = match establish(&proxy, &pod, client, original, &downstream, &mut outcome).await {
-        Ok(upstream) => upstream,
-        Err(failure) => {
-            reset_on_close(&downstream);
-            return outcome.fail(failure);
-        }
+    let Some(original) = original else {
+        let mut outcome = Outcome::new(&proxy.metrics, Direction::Outbound);
+        outcome.source.address = Some(client);
+        reset_on_close(&downstream);
+        return outcome.fail(Failure::LostOriginalDestination);
     };
     if let Err(error) = tune(&downstream) {
-        return outcome.fail(Failure::Broken(error));
+        tracing::debug!(target: "proxy", %client, %error, "the client is gone");
+        return;
     }
-    outcome.opened();
-    let traffic = outcome.traffic.clone();
-    let relayed = match upstream.stream {
-        Stream::Tcp(stream) => relay(downstream, stream, &traffic, pod.ended()).await,
-        Stream::Tunnel(tunnel) => relay(downstream, *tunnel, &traffic, pod.ended()).await,
-        Stream::Local(local) => relay_local(downstream, *local, &pod, &traffic).await,
-    };
-    if let Err(broken) = relayed {
-        outcome.fail(broken.into());
+    let begun = sniff::begin(&proxy, &pod, downstream, client, original).await;
+    match begun {
+        Begun::Http { downstream, read, http2 } => {
+            let address = SocketAddr::new(client_address(&pod, client, original), client.port());
+            let connection = http::Connection { proxy, pod, client: address, original };
+            if http2 { connection.serve_h2(downstream, read).await } else { connection.serve_h1(downstream, read).await }
+        }
+        Begun::Opaque { downstream, read, sni, established } => {
+            let connection = Opaque { proxy, pod, client, original, sni };
+            connection.serve(downstream, read, established).await;
+        }
+        Begun::Gone => {}
+    }
+}
+
+/// A connection whose bytes are nobody's business.
+pub(super) struct Opaque {
+    pub proxy: Arc<Proxy>,
+    pub pod: Arc<ServedPod>,
+    pub client: SocketAddr,
+    pub original: SocketAddr,
+    pub sni: Option<String>,
+}
+
+/// An established connection, and what will be said of it.
+pub(super) struct Established {
+    upstream: Upstream,
+    outcome: Outcome,
+}
+
+impl Established {
+    /// Completes when the server has said something, or has closed.
+    pub(super) async fn server_spoke(&mut self) {
+        let readable = match &mut self.upstream.stream {
+            Stream::Tunnel(tunnel) => return tunnel.spoken().await,
+            Stream::Tcp(stream) => stream.readable().await,
+            Stream::Local(local) => local.admitted.application.readable().await,
+        };
+        // Whoever reads next finds the same.
+        drop(readable);
+    }
+}
+
+impl Opaque {
+    async fn serve(self, downstream: TcpStream, read: Bytes, established: Option<Established>) {
+        let Established { upstream, mut outcome } = match established {
+            Some(established) => established,
+            None => match self.establish(&downstream).await {
+                Some(established) => established,
+                None => return reset_on_close(&downstream),
+            },
+        };
+        outcome.opened();
+        let traffic = outcome.traffic.clone();
+        let Upstream { stream, limits, held: _held } = upstream;
+        let downstream = Prefixed::new(downstream, read);
+        let (pod, cut) = (&self.pod, self.cut(&limits, &traffic));
+        let relayed = match stream {
+            Stream::Tcp(stream) => relay(downstream, stream, &traffic, cut).await,
+            Stream::Tunnel(tunnel) => relay(downstream, *tunnel, &traffic, cut).await,
+            Stream::Local(local) => relay_local(downstream, *local, pod, &traffic, cut).await,
+        };
+        if let Err(broken) = relayed {
+            outcome.fail(broken.into());
+        }
+    }
+
+    /// Connects to where it goes; a failure is counted and logged.
+    pub(super) async fn establish(&self, downstream: &TcpStream) -> Option<Established> {
+        let mut outcome = Outcome::new(&self.proxy.metrics, Direction::Outbound);
+        outcome.source.address = Some(self.client);
+        outcome.destination.address = Some(self.original);
+        match establish(self, downstream, &mut outcome).await {
+            Ok(upstream) => Some(Established { upstream, outcome }),
+            Err(failure) => {
+                outcome.fail(failure);
+                None
+            }
+        }
+    }
+
+    /// Completes when the connection is to end: with the pod, or for the limits of its destination.
+    async fn cut(&self, limits: &TimeLimits, traffic: &Traffic) -> Cut {
+        tokio::select! {
+            biased;
+            cut = self.pod.ended() => cut,
+            cut = limits.reached(traffic) => cut,
+        }
     }
 }
 
 /// The far end of a connection.
 struct Upstream {
     stream: Stream,
-    /// Counts the connection against its endpoint as long as it is open.
-    _load: Option<LoadGuard>,
+    limits: TimeLimits,
+    held: Held,
 }
 
-enum Stream {
+/// What a connection counts as, as long as it is open.
+#[derive(Debug, Default)]
+struct Held {
+    _load: Option<LoadGuard>,
+    _slot: Option<ConnectionSlot>,
+}
+
+/// How long a connection may last, and how long without traffic.
+#[derive(Debug, Default)]
+struct TimeLimits {
+    most: Option<Duration>,
+    idle: Option<Duration>,
+}
+
+impl TimeLimits {
+    async fn reached(&self, traffic: &Traffic) -> Cut {
+        let most = async {
+            match self.most {
+                Some(most) => sleep(most).await,
+                None => std::future::pending().await,
+            }
+        };
+        let idle = async {
+            let Some(idle) = self.idle else { return std::future::pending().await };
+            let mut before = traffic.total();
+            loop {
+                sleep(idle).await;
+                let now = traffic.total();
+                if now == before {
+                    return;
+                }
+                before = now;
+            }
+        };
+        tokio::select! {
+            () = most => Cut::MaxDuration,
+            () = idle => Cut::Idle,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Stream {
     Tcp(TcpStream),
     Tunnel(Box<Tunnel>),
     Local(Box<Local>),
 }
 
 /// A connection to a pod of this node: admitted by its inbound stage, without a tunnel.
-struct Local {
+#[derive(Debug)]
+pub(super) struct Local {
     admitted: Admitted,
     pod: Arc<ServedPod>,
     outcome: Outcome,
 }
 
-async fn relay_local(downstream: TcpStream, local: Local, pod: &ServedPod, traffic: &crate::io::relay::Traffic) -> Result<(), Broken<Cut>> {
+impl Local {
+    pub(super) fn into_parts(self) -> (TcpStream, Registration, Arc<ServedPod>, Outcome) {
+        (self.admitted.application, self.admitted.registration, self.pod, self.outcome)
+    }
+}
+
+async fn relay_local(
+    downstream: Prefixed,
+    local: Local,
+    pod: &ServedPod,
+    traffic: &Traffic,
+    cut: impl Future<Output = Cut>,
+) -> Result<(), Broken<Cut>> {
     let Local { admitted: Admitted { application, mut registration }, pod: destination, mut outcome } = local;
     outcome.opened();
     let cut = async {
@@ -95,14 +238,11 @@ async fn relay_local(downstream: TcpStream, local: Local, pod: &ServedPod, traff
             biased;
             reason = inbound::cut(&mut registration, &destination) => reason,
             reason = pod.ended() => reason,
+            reason = cut => reason,
         }
     };
     let relayed = relay(downstream, application, traffic, cut).await;
-    let moved = |from: &std::sync::atomic::AtomicU64, to: &std::sync::atomic::AtomicU64| {
-        to.store(from.load(std::sync::atomic::Ordering::Relaxed), std::sync::atomic::Ordering::Relaxed);
-    };
-    moved(&traffic.sent, &outcome.traffic.sent);
-    moved(&traffic.received, &outcome.traffic.received);
+    outcome.traffic.copy(traffic);
     if let Err(Broken::Cut(cut)) = &relayed {
         outcome.fail(Failure::Cut(*cut));
     }
@@ -110,30 +250,22 @@ async fn relay_local(downstream: TcpStream, local: Local, pod: &ServedPod, traff
 }
 
 /// Resolves, picks and dials; again with a new decision as long as that may help and the client is still there.
-async fn establish(
-    proxy: &Arc<Proxy>,
-    pod: &Arc<ServedPod>,
-    client: SocketAddr,
-    original: Option<SocketAddr>,
-    downstream: &TcpStream,
-    outcome: &mut Outcome,
-) -> Result<Upstream, Failure> {
-    let original = original.ok_or(Failure::LostOriginalDestination)?;
+async fn establish(opaque: &Opaque, downstream: &TcpStream, outcome: &mut Outcome) -> Result<Upstream, Failure> {
     let deadline = Instant::now() + RETRY_FOR;
     let mut tried = Vec::new();
     loop {
         let attempt = async {
-            let decision = decide(proxy, pod, client, original, &tried)?;
+            let decision = decide(opaque, &tried)?;
             describe(outcome, &decision);
             tried.push(decision.to());
-            dial(proxy, pod, client, decision, outcome).await
+            dial(opaque, decision).await
         };
         let failure = tokio::select! {
             established = attempt => match established {
                 Ok(upstream) => return Ok(upstream),
                 Err(failure) => failure,
             },
-            cut = pod.ended() => return Err(Failure::Cut(cut)),
+            cut = opaque.pod.ended() => return Err(Failure::Cut(cut)),
             error = gone(downstream) => return Err(Failure::Broken(error)),
         };
         if !failure.retryable() || Instant::now() >= deadline {
@@ -155,11 +287,19 @@ async fn gone(downstream: &TcpStream) -> io::Error {
 struct Decision {
     way: Way,
     source: Arc<Workload>,
-    service: Option<crate::id::ObjectName>,
-    load: Option<LoadGuard>,
+    /// The service, and what is counted at it; none for an address that is of no service.
+    cluster: Option<Chosen>,
 }
 
-enum Way {
+/// An endpoint picked from a cluster.
+struct Chosen {
+    cluster: Arc<Cluster>,
+    state: Arc<ClusterState>,
+    endpoint: Arc<EndpointState>,
+    load: LoadGuard,
+}
+
+pub(super) enum Way {
     /// Unchanged: unknown to the mesh, or known but not in it.
     Plain(SocketAddr, Option<Arc<Workload>>),
     /// A pod of this node.
@@ -176,20 +316,51 @@ impl Decision {
     }
 }
 
-fn decide(proxy: &Proxy, pod: &ServedPod, client: SocketAddr, original: SocketAddr, tried: &[SocketAddr]) -> Result<Decision, Failure> {
+fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure> {
+    let Opaque { proxy, pod, client, original, sni } = opaque;
     let snapshot = proxy.config.load();
     let source = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
-    let (to, service, load) = match snapshot.resolve(original) {
+    let (to, cluster) = match snapshot.resolve_for(&source.name.namespace, *original) {
         Target::Service { service, port } => {
-            let asker = Asker { client: client_address(pod, client, original), node: &snapshot.mesh.node, dice: fastrand::u64(..), tried };
-            let endpoint = balance::pick(service, port, &asker).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?;
-            (endpoint.address, Some(service.name.clone()), Some(endpoint.load.begin()))
+            let client = client_address(pod, *client, *original);
+            let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
+            let routed = port.routes.find_l4(context, fastrand::u64(..));
+            let cluster = routed.unwrap_or(Some(&port.cluster)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?;
+            let (to, chosen) = choose(&snapshot, &source, pod, cluster, client, tried)?;
+            (to, Some(chosen))
         }
         Target::NoSuchPort(service) => return Err(Failure::NoSuchPort { service: service.name.clone(), port: original.port() }),
-        Target::Unknown if snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => return Err(Failure::NotInRegistry(original)),
-        Target::Workload(_) | Target::Unknown => (original, None, None),
+        Target::Unknown if snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => return Err(Failure::NotInRegistry(*original)),
+        Target::Workload(_) | Target::Unknown => (*original, None),
     };
-    Ok(Decision { way: way(&snapshot, to)?, source, service, load })
+    Ok(Decision { way: way(&snapshot, to)?, source, cluster })
+}
+
+fn choose(
+    snapshot: &Snapshot,
+    source: &Workload,
+    pod: &ServedPod,
+    cluster: &Arc<Cluster>,
+    client: IpAddr,
+    tried: &[SocketAddr],
+) -> Result<(SocketAddr, Chosen), Failure> {
+    let state = pod.clusters.of(cluster);
+    let hash = matches!(&cluster.policy.balancer, Balancer::Hash { key: HashKey::SourceIp, .. });
+    let asker = Asker {
+        client,
+        node: &snapshot.mesh.node,
+        locality: &source.locality,
+        labels: &source.labels,
+        dice: fastrand::u64(..),
+        turn: state.turn(),
+        hash: hash.then(|| balance::hash(client.to_string().as_bytes())),
+        tried,
+        ejected: &state.outliers.ejected(),
+        now: std::time::Instant::now(),
+    };
+    let picked = balance::pick(cluster, &asker).ok_or_else(|| Failure::NoEndpoint(cluster.id.service.clone()))?;
+    let chosen = Chosen { cluster: cluster.clone(), endpoint: state.endpoint(picked.address), state, load: picked.load.begin() };
+    Ok((picked.address, chosen))
 }
 
 fn way(snapshot: &Snapshot, to: SocketAddr) -> Result<Way, Failure> {
@@ -211,7 +382,7 @@ fn client_address(pod: &ServedPod, client: SocketAddr, like: SocketAddr) -> IpAd
 
 fn describe(outcome: &mut Outcome, decision: &Decision) {
     outcome.source.workload = Some(decision.source.clone());
-    outcome.service.clone_from(&decision.service);
+    outcome.service = decision.cluster.as_ref().map(|c| c.cluster.id.service.clone());
     let known = |w: &Arc<Workload>| (Some(w.clone()), Some(w.identity.clone()));
     let (workload, identity) = match &decision.way {
         Way::Plain(_, workload) => (workload.clone(), None),
@@ -226,30 +397,83 @@ fn hbone_address(to: SocketAddr) -> SocketAddr {
     SocketAddr::new(to.ip(), mesh_common::HBONE_PORT)
 }
 
-async fn dial(
-    proxy: &Arc<Proxy>,
-    pod: &Arc<ServedPod>,
-    client: SocketAddr,
-    decision: Decision,
-    _outcome: &Outcome,
-) -> Result<Upstream, Failure> {
-    let Decision { way, source, service, load } = decision;
-    let stream = match way {
-        Way::Plain(to, _) => Stream::Tcp(connect(pod, to).await?),
-        Way::Local(to, workload) => Stream::Local(Box::new(hand_over(proxy, pod, client, to, &source, &workload).await?)),
-        Way::Tunnel(to, workload) => {
-            let forwarded = Forwarded {
-                client: SocketAddr::new(client_address(pod, client, to), client.port()),
-                host: service.map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace)),
-            };
-            Stream::Tunnel(Box::new(open_tunnel(proxy, pod, to, &source, &workload, &forwarded).await?))
-        }
+async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> {
+    let Decision { way, source, cluster } = decision;
+    let Some(Chosen { cluster, state, endpoint, load }) = cluster else {
+        let dial = Dial::new(opaque, None, CONNECT_TIMEOUT);
+        return Ok(Upstream { stream: dial.go(way, &source).await?, limits: TimeLimits::default(), held: Held::default() });
     };
-    Ok(Upstream { stream, _load: load })
+    let settings = &cluster.policy.tcp;
+    let slot = ConnectionSlot::begin(&state, &endpoint, settings.max_connections);
+    let slot = slot.ok_or_else(|| Failure::Overflow(cluster.id.service.clone()))?;
+    let to = match &way {
+        Way::Plain(to, _) | Way::Local(to, _) | Way::Tunnel(to, _) => *to,
+    };
+    let stream = Dial::new(opaque, Some(&cluster.id.service), settings.connect_timeout).go(way, &source).await;
+    let event = if stream.is_ok() { Event::Success } else { Event::LocalOrigin };
+    if !matches!(stream, Err(Failure::Denied(_))) {
+        state.observe(&cluster, to, &endpoint, event);
+    }
+    let stream = stream?;
+    if let (Stream::Tcp(stream), Some(k)) = (&stream, &settings.keepalive) {
+        socket::keep_alive(stream, k.time, k.interval, k.probes).map_err(Failure::Broken)?;
+    }
+    let limits = TimeLimits { most: settings.max_connection_duration, idle: settings.idle_timeout };
+    Ok(Upstream { stream, limits, held: Held { _load: Some(load), _slot: Some(slot) } })
 }
 
-async fn connect(pod: &ServedPod, to: SocketAddr) -> Result<TcpStream, Failure> {
-    let connected = timeout(CONNECT_TIMEOUT, socket::connect(&pod.netns, to, Source::Own)).await;
+/// One connection to be made.
+pub(super) struct Dial<'d> {
+    pub proxy: &'d Arc<Proxy>,
+    pub pod: &'d Arc<ServedPod>,
+    pub client: SocketAddr,
+    pub to: SocketAddr,
+    pub service: Option<&'d ObjectName>,
+    /// How long to go on while the destination's node may still be enrolling it.
+    pub patience: Duration,
+    pub timeout: Duration,
+}
+
+impl<'d> Dial<'d> {
+    fn new(opaque: &'d Opaque, service: Option<&'d ObjectName>, timeout: Duration) -> Self {
+        let Opaque { proxy, pod, client, original, .. } = opaque;
+        Self { proxy, pod, client: *client, to: *original, service, patience: Duration::ZERO, timeout }
+    }
+
+    /// Connects to `to`, however it is reached; again while that may help and patience lasts.
+    pub(super) async fn connect(&self) -> Result<Stream, Failure> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            let (way, source) = {
+                let snapshot = self.proxy.config.load();
+                let source = snapshot.workload(&self.pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
+                (way(&snapshot, self.to)?, source)
+            };
+            match self.go(way, &source).await {
+                Err(failure) if failure.retryable() && Instant::now() < deadline => sleep(RETRY_EVERY).await,
+                other => return other,
+            }
+        }
+    }
+
+    async fn go(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
+        let Self { proxy, pod, client, service, .. } = self;
+        Ok(match way {
+            Way::Plain(to, _) => Stream::Tcp(connect(pod, to, self.timeout).await?),
+            Way::Local(to, workload) => Stream::Local(Box::new(hand_over(proxy, pod, *client, to, source, &workload).await?)),
+            Way::Tunnel(to, workload) => {
+                let forwarded = Forwarded {
+                    client: SocketAddr::new(client_address(pod, *client, to), client.port()),
+                    host: service.map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace)),
+                };
+                Stream::Tunnel(Box::new(open_tunnel(proxy, pod, to, source, &workload, &forwarded).await?))
+            }
+        })
+    }
+}
+
+async fn connect(pod: &ServedPod, to: SocketAddr, within: Duration) -> Result<TcpStream, Failure> {
+    let connected = timeout(within, socket::connect(&pod.netns, to, Source::Own)).await;
     connected.map_err(|_| Failure::DialTimeout(to))?.map_err(|source| Failure::Dial { to, source })
 }
 
@@ -280,9 +504,9 @@ async fn hand_over(
 /// What the source side says of a refusal by the destination side, as it would of a refusal from another node.
 fn mirrored(failure: &Failure) -> Failure {
     let status = match failure {
-        Failure::Denied(_) => http::StatusCode::UNAUTHORIZED,
+        Failure::Denied(_) => ::http::StatusCode::UNAUTHORIZED,
         Failure::UnknownWorkload => return Failure::UnknownWorkload,
-        _ => http::StatusCode::SERVICE_UNAVAILABLE,
+        _ => ::http::StatusCode::SERVICE_UNAVAILABLE,
     };
     Failure::Tunnel(TunnelError::Refused(status))
 }
@@ -318,7 +542,7 @@ async fn open_tunnel(
 
 async fn dial_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, key: PoolKey) -> Result<Connection, Failure> {
     let credentials = proxy.identity.credentials(&key.source).await.map_err(Failure::Identity)?;
-    let stream = connect(&pod, key.address).await.map_err(|failure| match failure {
+    let stream = connect(&pod, key.address, CONNECT_TIMEOUT).await.map_err(|failure| match failure {
         Failure::Dial { to, source } => Failure::DialPeer { to, source },
         other => other,
     })?;

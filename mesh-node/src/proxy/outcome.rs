@@ -46,6 +46,7 @@ pub struct Party {
 }
 
 /// A connection from its first to its last moment. Dropped, it is counted and logged; without [`Outcome::fail`] it was good.
+#[derive(Debug)]
 pub struct Outcome {
     metrics: Arc<Metrics>,
     direction: Direction,

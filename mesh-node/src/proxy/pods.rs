@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, watch};
 
 use super::{
+    http::Clusters,
     limits::{HANDSHAKES, Slot},
     live::Cut,
 };
@@ -22,6 +23,9 @@ pub struct ServedPod {
     pub netns: Arc<Netns>,
     addresses: ArcSwap<Vec<IpAddr>>,
     ended: watch::Sender<Option<Cut>>,
+    draining: watch::Sender<bool>,
+    /// What it has under way to other services.
+    pub clusters: Clusters,
     handshakes: Arc<Semaphore>,
 }
 
@@ -32,6 +36,8 @@ impl ServedPod {
             netns,
             addresses: ArcSwap::from_pointee(addresses),
             ended: watch::Sender::new(None),
+            draining: watch::Sender::new(false),
+            clusters: Clusters::default(),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
         })
     }
@@ -41,6 +47,25 @@ impl ServedPod {
         let mut receiver = self.ended.subscribe();
         let cut = receiver.wait_for(Option::is_some).await.map(|cut| *cut);
         cut.ok().flatten().unwrap_or(Cut::PodGone)
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.ended.borrow().is_some()
+    }
+
+    /// Asks the pod's clients to go elsewhere: their connections end when they can without harm.
+    pub fn drain(&self) {
+        self.draining.send_replace(true);
+    }
+
+    pub fn is_draining(&self) -> bool {
+        *self.draining.borrow()
+    }
+
+    /// Completes when connections are to end when they can.
+    pub async fn draining(&self) {
+        // The sender is this pod's own.
+        let _ = self.draining.subscribe().wait_for(|d| *d).await;
     }
 
     /// Ends all of the pod's connections.

@@ -5,13 +5,14 @@ use std::{sync::Arc, time::SystemTime};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{AuthorizationPolicy, EndpointSlice, Key, Kind, Named, Namespace, Object, Parsed, PeerAuthentication, Pod, Rejection, Service};
+use super::{
+    AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Key, Kind, Named, Namespace, Node, Object, Parsed, PeerAuthentication,
+    Pod, ReferenceGrant, Rejection, Service, VirtualService,
+};
 use crate::id::ObjectName;
 
 /// Kinds of the groups this node serves that it does not yet act on. An operator must hear that they do nothing.
 const NOT_HONOURED: &[(&str, &str)] = &[
-    ("networking.istio.io", "VirtualService"),
-    ("networking.istio.io", "DestinationRule"),
     ("networking.istio.io", "Gateway"),
     ("networking.istio.io", "ServiceEntry"),
     ("networking.istio.io", "Sidecar"),
@@ -23,8 +24,6 @@ const NOT_HONOURED: &[(&str, &str)] = &[
     ("telemetry.istio.io", "Telemetry"),
     ("extensions.istio.io", "WasmPlugin"),
     ("gateway.networking.k8s.io", "Gateway"),
-    ("gateway.networking.k8s.io", "HTTPRoute"),
-    ("gateway.networking.k8s.io", "GRPCRoute"),
     ("gateway.networking.k8s.io", "TCPRoute"),
     ("gateway.networking.k8s.io", "TLSRoute"),
 ];
@@ -78,7 +77,7 @@ pub fn parse(document: &Value, default_namespace: &str) -> Result<Parsed, Reject
         return Err(reject(format!("{kind} {namespace}/"), "metadata.name", "is missing; every object needs a name", None));
     }
     // From here on every rejection says which object it is, so that its last good version can stay.
-    let namespace = if known == Kind::Namespace { "" } else { namespace };
+    let namespace = if matches!(known, Kind::Namespace | Kind::Node) { "" } else { namespace };
     let key = Key { kind: known, name: ObjectName::new(namespace, name) };
     check_version(group, version, &key)?;
     let header: Header = typed(document, &key)?;
@@ -88,11 +87,17 @@ pub fn parse(document: &Value, default_namespace: &str) -> Result<Parsed, Reject
 fn known(group: &str, kind: &str) -> Option<Kind> {
     Some(match (group, kind) {
         ("", "Namespace") => Kind::Namespace,
+        ("", "Node") => Kind::Node,
         ("", "Pod") => Kind::Pod,
         ("", "Service") => Kind::Service,
         ("discovery.k8s.io", "EndpointSlice") => Kind::EndpointSlice,
         ("security.istio.io", "PeerAuthentication") => Kind::PeerAuthentication,
         ("security.istio.io", "AuthorizationPolicy") => Kind::AuthorizationPolicy,
+        ("networking.istio.io", "VirtualService") => Kind::VirtualService,
+        ("networking.istio.io", "DestinationRule") => Kind::DestinationRule,
+        ("gateway.networking.k8s.io", "HTTPRoute") => Kind::HTTPRoute,
+        ("gateway.networking.k8s.io", "GRPCRoute") => Kind::GRPCRoute,
+        ("gateway.networking.k8s.io", "ReferenceGrant") => Kind::ReferenceGrant,
         _ => return None,
     })
 }
@@ -109,6 +114,7 @@ fn check_version(group: &str, version: &str, key: &Key) -> Result<(), Rejection>
     let served: &[&str] = match group {
         "" => &["v1"],
         "discovery.k8s.io" => &["v1", "v1beta1"],
+        "gateway.networking.k8s.io" => &["v1", "v1beta1", "v1alpha2"],
         _ => ISTIO_VERSIONS,
     };
     if served.contains(&version) {
@@ -124,6 +130,7 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
     let spec = document.get("spec");
     let object = match key.kind {
         Kind::Namespace => Object::Namespace(Namespace { labels: metadata.labels }),
+        Kind::Node => Object::Node(Node::read(&metadata.labels)),
         Kind::Pod => Object::Pod(Box::new(Pod::read(typed(document, key)?, metadata).map_err(fail)?)),
         Kind::Service => Object::Service(Box::new(Service::read(typed(document, key)?, &metadata).map_err(fail)?)),
         Kind::EndpointSlice => Object::EndpointSlice(EndpointSlice::read(typed(document, key)?, &metadata).map_err(fail)?),
@@ -132,6 +139,11 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
             let dry_run = metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")).is_some_and(|v| v == "true");
             Object::AuthorizationPolicy(AuthorizationPolicy::read(spec_of(spec, key)?, dry_run).map_err(fail)?)
         }
+        Kind::VirtualService => Object::VirtualService(Box::new(VirtualService::read(spec_of(spec, key)?).map_err(fail)?)),
+        Kind::DestinationRule => Object::DestinationRule(Box::new(DestinationRule::read(spec_of(spec, key)?).map_err(fail)?)),
+        Kind::HTTPRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, false).map_err(fail)?),
+        Kind::GRPCRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, true).map_err(fail)?),
+        Kind::ReferenceGrant => Object::ReferenceGrant(ReferenceGrant::read(spec_of(spec, key)?)),
     };
     Ok(Named { key: key.clone(), created, object })
 }

@@ -15,6 +15,25 @@ pub struct Namespace {
     pub labels: Labels,
 }
 
+/// Where a node is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Node {
+    pub region: Arc<str>,
+    pub zone: Arc<str>,
+    pub subzone: Arc<str>,
+}
+
+impl Node {
+    pub(super) fn read(labels: &Labels) -> Self {
+        let label = |keys: [&str; 2]| keys.into_iter().find_map(|k| labels.get(k)).unwrap_or_default().into();
+        Self {
+            region: label(["topology.kubernetes.io/region", "failure-domain.beta.kubernetes.io/region"]),
+            zone: label(["topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone"]),
+            subzone: label(["topology.istio.io/subzone", ""]),
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pod {
     pub uid: WorkloadUid,
@@ -124,6 +143,8 @@ pub struct ServicePort {
     /// Empty when the service has a single unnamed port.
     pub name: Arc<str>,
     pub port: u16,
+    /// `appProtocol`: it wins over the name.
+    pub app_protocol: Option<Arc<str>>,
 }
 
 #[derive(Deserialize)]
@@ -150,7 +171,10 @@ struct ServiceSpec {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct ServicePortSpec {
+    #[serde(default)]
+    app_protocol: Option<String>,
     #[serde(default)]
     name: Option<String>,
     port: u16,
@@ -210,7 +234,7 @@ fn is_tcp(protocol: Option<&str>) -> bool {
 
 impl From<ServicePortSpec> for ServicePort {
     fn from(spec: ServicePortSpec) -> Self {
-        Self { name: spec.name.unwrap_or_default().into(), port: spec.port }
+        Self { name: spec.name.unwrap_or_default().into(), port: spec.port, app_protocol: spec.app_protocol.map(Arc::from) }
     }
 }
 
@@ -230,6 +254,7 @@ pub struct Endpoint {
     /// Shutting down but still answering: used when nothing is ready, as kube-proxy does.
     pub serving_while_terminating: bool,
     pub node: Option<Arc<str>>,
+    pub zone: Option<Arc<str>>,
 }
 
 #[derive(Deserialize)]
@@ -251,6 +276,8 @@ struct EndpointDocument {
     conditions: Conditions,
     #[serde(default)]
     node_name: Option<String>,
+    #[serde(default)]
+    zone: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -294,5 +321,6 @@ fn endpoint(document: EndpointDocument, at: &str) -> Result<Endpoint, FieldError
         ready: ready.unwrap_or(true),
         serving_while_terminating: terminating.unwrap_or(false) && serving.unwrap_or(false),
         node: document.node_name.map(Arc::from),
+        zone: document.zone.map(Arc::from),
     })
 }

@@ -30,7 +30,7 @@ fn mesh() -> Arc<MeshSettings> {
 }
 
 fn built(documents: &[Value]) -> (Snapshot, Vec<Status>) {
-    build(&store(documents), &mesh(), &Snapshot::empty(mesh()))
+    build(&store(documents), &mesh(), &Snapshot::empty(mesh()), Instant::now())
 }
 
 fn pod(name: &str, ip: &str, more: &Value) -> Value {
@@ -67,7 +67,7 @@ fn service_resolves_to_the_target_ports_of_all_its_slices() {
     let (snapshot, statuses) = built(&[service(), slice("a", &["10.0.0.1"], true), slice("b", &["10.0.0.2", "10.0.0.1"], false)]);
     assert!(statuses.is_empty(), "{statuses:?}");
     let Target::Service { port, .. } = snapshot.resolve("10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
-    let found = port.endpoints.iter().map(|e| (e.address.to_string(), e.ready)).collect::<Vec<_>>();
+    let found = port.cluster.endpoints.iter().map(|e| (e.address.to_string(), e.ready)).collect::<Vec<_>>();
     assert_eq!(found, [("10.0.0.1:8080".to_owned(), true), ("10.0.0.2:8080".to_owned(), false)]);
     assert!(matches!(snapshot.resolve("10.96.0.1:81".parse().expect("valid")), Target::NoSuchPort(_)));
     assert!(matches!(snapshot.resolve("10.96.0.1:53".parse().expect("valid")), Target::NoSuchPort(_)));
@@ -105,11 +105,11 @@ fn workloads_are_named_after_what_made_the_pod() {
 fn endpoint_loads_outlive_a_snapshot() {
     let documents = [service(), slice("a", &["10.0.0.1"], true)];
     let (first, _) = built(&documents);
-    let guard = first.services[0].ports[0].endpoints[0].load.begin();
-    let (second, _) = build(&store(&documents), &mesh(), &first);
-    assert_eq!(second.services[0].ports[0].endpoints[0].load.current(), 1);
+    let guard = first.services[0].ports[0].cluster.endpoints[0].load.begin();
+    let (second, _) = build(&store(&documents), &mesh(), &first, Instant::now());
+    assert_eq!(second.services[0].ports[0].cluster.endpoints[0].load.current(), 1);
     drop(guard);
-    assert_eq!(second.services[0].ports[0].endpoints[0].load.current(), 0);
+    assert_eq!(second.services[0].ports[0].cluster.endpoints[0].load.current(), 0);
 }
 
 #[test]

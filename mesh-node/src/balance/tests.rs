@@ -1,0 +1,248 @@
+//! Picks of every balancer.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
+
+use super::*;
+use crate::{
+    detect::Protocol,
+    id::ObjectName,
+    route::{
+        ClusterId, Load,
+        traffic::{Distribute, HashKey, HashTable, Outlier, TrafficPolicy},
+    },
+};
+
+static NOWHERE: LazyLock<Locality> = LazyLock::new(Locality::default);
+static NO_LABELS: LazyLock<Labels> = LazyLock::new(Labels::default);
+static NOW: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+fn endpoint(address: &str) -> Endpoint {
+    Endpoint {
+        address: address.parse().expect("valid"),
+        ready: true,
+        serving_while_terminating: false,
+        node: Some("n1".into()),
+        locality: Locality::default(),
+        labels: Labels::default(),
+        load: Arc::new(Load::new(*NOW)),
+    }
+}
+
+fn cluster(endpoints: Vec<Endpoint>, policy: TrafficPolicy) -> Cluster {
+    let table = match policy.balancer {
+        Balancer::Hash { table, .. } => Some(Arc::new(Table::build(table, endpoints.iter().map(|e| e.address).collect()))),
+        _ => None,
+    };
+    let id = ClusterId { service: ObjectName::new("a", "b"), port: 80, subset: "".into() };
+    Cluster { id, protocol: Protocol::Http, policy: Arc::new(policy), endpoints, local_only: false, client_ip_affinity: false, table }
+}
+
+fn asker(dice: u64) -> Asker<'static> {
+    Asker {
+        client: "10.0.0.1".parse().expect("valid"),
+        node: "n1",
+        locality: &NOWHERE,
+        labels: &NO_LABELS,
+        dice,
+        turn: 0,
+        hash: None,
+        tried: &[],
+        ejected: &[],
+        now: *NOW,
+    }
+}
+
+fn three() -> Vec<Endpoint> {
+    ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"].map(endpoint).into()
+}
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().expect("valid")
+}
+
+/// How often each endpoint is picked in `n` tries.
+fn counts(cluster: &Cluster, n: u32, ask: impl Fn(u64, u64) -> Asker<'static>) -> HashMap<String, u32> {
+    let mut rng = fastrand::Rng::with_seed(7);
+    let mut counts = HashMap::new();
+    for turn in 0..n {
+        let picked = pick(cluster, &ask(rng.u64(..), turn.into())).map_or_else(|| "none".to_owned(), |e| e.address.to_string());
+        *counts.entry(picked).or_default() += 1;
+    }
+    counts
+}
+
+#[test]
+fn idle_endpoints_share_evenly() {
+    for balancer in [Balancer::LeastRequest, Balancer::Random] {
+        let cluster = cluster(three(), TrafficPolicy { balancer, ..TrafficPolicy::default() });
+        let counts = counts(&cluster, 30_000, |dice, _| asker(dice));
+        // Binomial with p = 1/3: four sigma is 327.
+        assert!(counts.len() == 3 && counts.values().all(|n| n.abs_diff(10_000) < 327), "{counts:?}");
+    }
+    let round = cluster(three(), TrafficPolicy { balancer: Balancer::RoundRobin, ..TrafficPolicy::default() });
+    let counts = counts(&round, 3000, |dice, turn| Asker { turn, ..asker(dice) });
+    assert!(counts.values().all(|n| *n == 1000), "{counts:?}");
+}
+
+#[test]
+fn the_busier_of_two_is_never_picked() {
+    let cluster = cluster(three().into_iter().take(2).collect(), TrafficPolicy::default());
+    let _busy = cluster.endpoints[0].load.begin();
+    assert_eq!(counts(&cluster, 100, |dice, _| asker(dice)), HashMap::from([("10.0.0.3:80".to_owned(), 100)]));
+}
+
+#[test]
+fn unready_endpoints_are_used_only_while_terminating_and_nothing_is_ready() {
+    let mut endpoints = three();
+    endpoints[0].ready = false;
+    endpoints[1].ready = false;
+    endpoints[1].serving_while_terminating = true;
+    let picked = |endpoints: &[Endpoint]| {
+        pick(&cluster(endpoints.to_vec(), TrafficPolicy::default()), &asker(1)).map(|e| e.address.to_string())
+    };
+    assert_eq!(picked(&endpoints).as_deref(), Some("10.0.0.4:80"));
+    endpoints[2].ready = false;
+    assert_eq!(picked(&endpoints).as_deref(), Some("10.0.0.3:80"));
+    endpoints[1].serving_while_terminating = false;
+    assert_eq!(picked(&endpoints), None);
+}
+
+#[test]
+fn family_locality_and_history_narrow_the_choice() {
+    let mut endpoints = three();
+    endpoints.push(endpoint("[fd00::2]:80"));
+    endpoints[0].node = Some("n2".into());
+    let cluster = Cluster { local_only: true, ..cluster(endpoints, TrafficPolicy::default()) };
+    let v6 = Asker { client: "fd00::1".parse().expect("valid"), ..asker(1) };
+    assert_eq!(pick(&cluster, &v6).expect("some").address.to_string(), "[fd00::2]:80");
+    let tried = [address("10.0.0.3:80")];
+    for dice in 0..50 {
+        let asker = Asker { tried: &tried, ..asker(dice << 32 | dice) };
+        assert_eq!(pick(&cluster, &asker).expect("some").address.to_string(), "10.0.0.4:80");
+    }
+}
+
+#[test]
+fn affinity_moves_only_the_clients_of_a_lost_endpoint() {
+    let cluster = |n| Cluster { client_ip_affinity: true, ..cluster(three().into_iter().take(n).collect(), TrafficPolicy::default()) };
+    let (full, less) = (cluster(3), cluster(2));
+    for i in 0..200_u8 {
+        let asker = Asker { client: [10, 1, 0, i].into(), ..asker(u64::from(i)) };
+        let before = pick(&full, &asker).expect("some").address;
+        let after = pick(&less, &asker).expect("some").address;
+        assert!(before == after || before.to_string() == "10.0.0.4:80");
+    }
+}
+
+#[test]
+fn equal_hashes_meet_the_same_endpoint() {
+    let balancer = Balancer::Hash { key: HashKey::SourceIp, table: HashTable::Ring { minimum: 1024 } };
+    let cluster = cluster(three(), TrafficPolicy { balancer, ..TrafficPolicy::default() });
+    for hash in (0..100_u64).map(|i| super::hash(&i.to_le_bytes())) {
+        let picked = (0..5).map(|dice| pick(&cluster, &Asker { hash: Some(hash), ..asker(dice) }).expect("some").address);
+        assert!(picked.collect::<Vec<_>>().windows(2).all(|w| w[0] == w[1]));
+    }
+    let without = counts(&cluster, 3000, |dice, _| asker(dice));
+    assert_eq!(without.len(), 3, "without a hash, any");
+}
+
+#[test]
+fn ejected_endpoints_are_left_out_until_too_few_are_left() {
+    let later = *NOW + Duration::from_secs(1);
+    let two: &'static [_] = vec![(address("10.0.0.2:80"), later), (address("10.0.0.3:80"), later)].leak();
+    let ask = |dice, _| Asker { ejected: two, ..asker(dice) };
+    let policy = |min_health_percent| TrafficPolicy {
+        outlier: Some(Outlier { min_health_percent, ..Outlier::default() }),
+        ..TrafficPolicy::default()
+    };
+    assert_eq!(counts(&cluster(three(), policy(0)), 100, ask), HashMap::from([("10.0.0.4:80".to_owned(), 100)]));
+    assert_eq!(counts(&cluster(three(), policy(50)), 300, ask).len(), 3, "panic");
+    let all: &'static [_] = three().iter().map(|e| (e.address, later)).collect::<Vec<_>>().leak();
+    assert_eq!(counts(&cluster(three(), policy(0)), 1, |d, _| Asker { ejected: all, ..asker(d) }), HashMap::from([("none".to_owned(), 1)]));
+    assert_eq!(counts(&cluster(three(), policy(50)), 300, |d, _| Asker { ejected: all, ..asker(d) }).len(), 3);
+    let over = counts(&cluster(three(), policy(0)), 300, |d, _| Asker { ejected: all, now: later, ..asker(d) });
+    assert_eq!(over.len(), 3, "the time is over");
+}
+
+fn place(text: &str) -> Locality {
+    let mut parts = text.split('/').map(std::sync::Arc::from);
+    let mut next = || parts.next().unwrap_or_default();
+    Locality { region: next(), zone: next(), subzone: next() }
+}
+
+#[test]
+fn near_localities_are_preferred_and_failed_over_from() {
+    static HERE: LazyLock<Locality> = LazyLock::new(|| place("r1/z1/a"));
+    let mut endpoints = ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80", "10.0.0.5:80"].map(endpoint).to_vec();
+    for (endpoint, at) in endpoints.iter_mut().zip(["r1/z1/a", "r1/z1/b", "r1/z2/a", "r2/z1/a"]) {
+        endpoint.locality = place(at);
+    }
+    let policy = TrafficPolicy { outlier: Some(Outlier::default()), ..TrafficPolicy::default() };
+    let near = cluster(endpoints.clone(), policy);
+    let later = *NOW + Duration::from_secs(1);
+    for gone in 0..4 {
+        let ejected: &'static [_] = endpoints.iter().take(gone).map(|e| (e.address, later)).collect::<Vec<_>>().leak();
+        let counts = counts(&near, 50, |dice, _| Asker { locality: &HERE, ejected, ..asker(dice) });
+        assert_eq!(counts, HashMap::from([(endpoints[gone].address.to_string(), 50)]));
+    }
+    let off = cluster(endpoints, TrafficPolicy::default());
+    assert_eq!(counts(&off, 400, |dice, _| Asker { locality: &HERE, ..asker(dice) }).len(), 4, "without outlier detection, all");
+}
+
+#[test]
+fn traffic_is_distributed_over_localities_by_weight() {
+    static HERE: LazyLock<Locality> = LazyLock::new(|| place("r1/z1/a"));
+    let mut endpoints = three();
+    for (endpoint, at) in endpoints.iter_mut().zip(["r1/z1", "r1/z2", "r2/z1"]) {
+        endpoint.locality = place(at);
+    }
+    let mut policy = TrafficPolicy::default();
+    policy.locality.distribute =
+        vec![Distribute { from: "r1/z1/*".into(), to: vec![("r1/z1/*".into(), 80), ("r1/z2/*".into(), 20), ("r3/*".into(), 0)] }];
+    let counts = counts(&cluster(endpoints, policy), 10_000, |dice, _| Asker { locality: &HERE, ..asker(dice) });
+    assert!(counts["10.0.0.2:80"].abs_diff(8000) < 160 && counts["10.0.0.3:80"].abs_diff(2000) < 160 && counts.len() == 2, "{counts:?}");
+}
+
+#[test]
+fn labels_in_order_decide_the_priority() {
+    let labels = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<Labels>();
+    static MINE: LazyLock<Labels> = LazyLock::new(|| {
+        [("rack", "1"), ("row", "a")].map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect()
+    });
+    let mut endpoints = three();
+    endpoints[0].labels = labels(&[("rack", "2"), ("row", "a")]);
+    endpoints[1].labels = labels(&[("rack", "1"), ("row", "b")]);
+    endpoints[2].labels = labels(&[("rack", "1"), ("row", "a")]);
+    let mut policy = TrafficPolicy { outlier: Some(Outlier::default()), ..TrafficPolicy::default() };
+    policy.locality.failover_priority = vec!["rack".into(), "row".into()];
+    policy.locality.failover = BTreeMap::new();
+    let cluster = cluster(endpoints, policy);
+    let later = *NOW + Duration::from_secs(1);
+    for (gone, expected) in [(&[][..], "10.0.0.4:80"), (&["10.0.0.4:80"], "10.0.0.3:80"), (&["10.0.0.4:80", "10.0.0.3:80"], "10.0.0.2:80")] {
+        let ejected: &'static [_] = gone.iter().map(|a| (address(a), later)).collect::<Vec<_>>().leak();
+        let counts = counts(&cluster, 20, |dice, _| Asker { labels: &MINE, ejected, ..asker(dice) });
+        assert_eq!(counts, HashMap::from([(expected.to_owned(), 20)]));
+    }
+}
+
+#[test]
+fn a_new_endpoint_warms_up() {
+    let mut endpoints = three();
+    let old = *NOW;
+    let now = old + Duration::from_secs(100);
+    endpoints[0].load = Arc::new(Load::new(now - Duration::from_secs(5)));
+    for balancer in [Balancer::LeastRequest, Balancer::RoundRobin] {
+        let warmup = Some(Warmup { duration: Duration::from_secs(50), minimum: 10.0, aggression: 1.0 });
+        let cluster = cluster(endpoints.clone(), TrafficPolicy { balancer, warmup, ..TrafficPolicy::default() });
+        let counts = counts(&cluster, 30_000, |dice, turn| Asker { now, turn, ..asker(dice) });
+        let share = counts["10.0.0.2:80"];
+        // A tenth of a full share among two full ones is 1 in 21.
+        assert!((1000..1900).contains(&share), "{counts:?}");
+        let warm = self::counts(&cluster, 30_000, |dice, turn| Asker { now: now + Duration::from_secs(60), turn, ..asker(dice) });
+        assert!(warm["10.0.0.2:80"].abs_diff(10_000) < 327, "{warm:?}");
+    }
+}

@@ -1,0 +1,337 @@
+//! Routes: which `VirtualService` or Gateway API routes are in force for a service, delegates merged in, destinations
+//! resolved to clusters.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use super::{
+    Builder, age,
+    services::{Clusters, Registry, closeness, is_visible, service_of},
+};
+use crate::{
+    config::store::{Severity, Status},
+    id::ObjectName,
+    resource::{GatewayRoute, Key, Kind, Named, ReferenceGrant, VirtualService, gateway_route::precedence},
+    route::{
+        Cluster, ClusterId, PortRoutes,
+        l4::L4Rule,
+        matching::{HttpMatch, PathMatch},
+        rule::{Action, Destination, Rule},
+        table::{HttpTable, ResolvedL4, ResolvedRule},
+    },
+};
+
+pub(super) struct Routes<'a> {
+    /// By service: closest host and oldest first.
+    virtual_services: HashMap<&'a ObjectName, Vec<(usize, &'a Named, &'a VirtualService)>>,
+    /// Those that others delegate to.
+    delegates: HashMap<&'a ObjectName, &'a VirtualService>,
+    gateway_routes: HashMap<&'a ObjectName, Vec<(&'a Named, &'a GatewayRoute)>>,
+    grants: Vec<(&'a Named, &'a ReferenceGrant)>,
+    ports: HashMap<&'a ObjectName, Vec<u16>>,
+    /// Namespaces whose clients are routed otherwise.
+    pub special: BTreeSet<&'a str>,
+    pub remarks: RefCell<Vec<Status>>,
+}
+
+impl<'a> Routes<'a> {
+    pub fn new(builder: &mut Builder<'a>, registry: &Registry<'a>) -> Self {
+        let mut routes = Self {
+            virtual_services: HashMap::new(),
+            delegates: HashMap::new(),
+            gateway_routes: HashMap::new(),
+            grants: std::mem::take(&mut builder.parts.grants),
+            ports: registry.iter().map(|(name, e)| (*name, e.service.ports.iter().map(|p| p.port).collect())).collect(),
+            special: BTreeSet::new(),
+            remarks: RefCell::default(),
+        };
+        let mut all = std::mem::take(&mut builder.parts.virtual_services);
+        all.sort_by_key(|(named, _)| age(named));
+        for (named, virtual_service) in all {
+            routes.add_virtual_service(builder, registry, named, virtual_service);
+        }
+        for list in routes.virtual_services.values_mut() {
+            list.sort_by_key(|(close, ..)| std::cmp::Reverse(*close));
+        }
+        let mut all = std::mem::take(&mut builder.parts.gateway_routes);
+        all.sort_by_key(|(named, _)| age(named));
+        for (named, route) in all {
+            routes.add_gateway_route(builder, registry, named, route);
+        }
+        routes.name_the_unused(builder);
+        routes
+    }
+
+    fn add_virtual_service(&mut self, builder: &mut Builder<'a>, registry: &Registry<'a>, named: &'a Named, vs: &'a VirtualService) {
+        let namespace: &str = &named.key.name.namespace;
+        if vs.hosts.is_empty() {
+            self.delegates.insert(&named.key.name, vs);
+        }
+        if vs.http.iter().flat_map(|r| &r.matches).any(|m| m.never) {
+            let message = "spec.http: matches on @request.auth.claims never hold: this version of mesh-node does not verify tokens";
+            builder.remark(Severity::Warning, named, message);
+        }
+        if !vs.mesh {
+            return;
+        }
+        let restricted = vs.export_to.iter().filter(|to| !["*", "~"].contains(&&***to));
+        self.special.extend(restricted.map(|to| if &**to == "." { namespace } else { &**to }));
+        for host in &vs.hosts {
+            if host.starts_with('*') {
+                for name in registry.keys() {
+                    if let Some(close) = closeness(host, namespace, name) {
+                        self.virtual_services.entry(name).or_default().push((close, named, vs));
+                    }
+                }
+                continue;
+            }
+            match service_of(host, namespace).and_then(|n| registry.get_key_value(&n)) {
+                Some((name, _)) => self.virtual_services.entry(name).or_default().push((usize::MAX, named, vs)),
+                None => {
+                    builder.remark(Severity::Warning, named, &format!("spec.hosts: there is no Service {host}; its routes are not used"));
+                }
+            }
+        }
+    }
+
+    fn add_gateway_route(&mut self, builder: &mut Builder<'a>, registry: &Registry<'a>, named: &'a Named, route: &'a GatewayRoute) {
+        let namespace = &named.key.name.namespace;
+        for parent in &route.parents {
+            let name = ObjectName { namespace: parent.namespace.clone().unwrap_or_else(|| namespace.clone()), name: parent.name.clone() };
+            let Some((name, entry)) = registry.get_key_value(&name) else {
+                let message = format!("spec.parentRefs: there is no Service {name}; the route is not used for it");
+                builder.remark(Severity::Warning, named, &message);
+                continue;
+            };
+            if parent.port.is_some_and(|p| !entry.service.ports.iter().any(|e| e.port == p)) {
+                let message = format!("spec.parentRefs: Service {name} has no port {}; the route is not used for it", parent.port.unwrap_or(0));
+                builder.remark(Severity::Warning, named, &message);
+                continue;
+            }
+            let list = self.gateway_routes.entry(name).or_default();
+            if !list.iter().any(|(n, _)| n.key == named.key) {
+                list.push((named, route));
+            }
+            if *namespace != name.namespace {
+                self.special.insert(namespace);
+            }
+        }
+    }
+
+    /// Says which virtual services are not in force for a host because an older one is.
+    fn name_the_unused(&self, builder: &mut Builder<'a>) {
+        for (service, list) in &self.virtual_services {
+            let mut visible = list.iter().filter(|(close, named, vs)| {
+                *close == usize::MAX && is_visible(&vs.export_to, &named.key.name.namespace, None)
+            });
+            let Some((_, first, _)) = visible.next() else { continue };
+            for (_, named, _) in visible.filter(|(_, named, _)| named.key != first.key) {
+                let message = format!("spec.hosts: {} of {service} is older and is used for it; merge the two", first.key);
+                builder.remark(Severity::Error, named, &message);
+            }
+            if self.gateway_routes.contains_key(service) {
+                let message = format!("spec.hosts: Service {service} has Gateway API routes, which are used instead for HTTP");
+                builder.remark(Severity::Warning, first, &message);
+            }
+        }
+    }
+
+    /// Whether a service has any routes a client of a namespace can see.
+    pub fn any(&self, service: &ObjectName, client: &str) -> bool {
+        let visible = |(_, named, vs): &(usize, &Named, &VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, Some(client));
+        self.virtual_services.get(service).is_some_and(|l| l.iter().any(visible)) || self.gateway_routes.contains_key(service)
+    }
+
+    /// The routes of one port of a service in one view.
+    pub fn of(&self, builder: &Builder<'_>, service: &ObjectName, port: u16, client: Option<&str>, clusters: &Clusters<'_>) -> PortRoutes {
+        let resolver = Resolver { routes: self, builder, port, clusters, quiet: client.is_some() };
+        let visible = |(_, named, vs): &&(usize, &'a Named, &'a VirtualService)| {
+            is_visible(&vs.export_to, &named.key.name.namespace, client)
+        };
+        let chosen = self.virtual_services.get(service).and_then(|l| l.iter().find(visible));
+        let mut found = PortRoutes::default();
+        if let Some((_, named, vs)) = chosen {
+            let l4 = |rules: &[L4Rule]| rules.iter().map(|r| resolver.l4(named, r)).collect::<Vec<_>>();
+            (found.tcp, found.tls) = (l4(&vs.tcp), l4(&vs.tls));
+            if !vs.http.is_empty() {
+                let rules = vs.http.iter().flat_map(|r| self.expand(builder, named, r, resolver.quiet));
+                let rules = rules.map(|(rule, namespace)| resolver.http(named, &namespace, rule)).collect();
+                found.http = Some(HttpTable { origin: named.key.to_string().into(), rules });
+            }
+        }
+        if let Some(table) = self.gateway_table(service, port, client, &resolver) {
+            found.http = Some(table);
+        }
+        found
+    }
+
+    /// Gateway API routes of one port: a consumer's own before the producer's; the most specific match first.
+    fn gateway_table(&self, service: &ObjectName, port: u16, client: Option<&str>, resolver: &Resolver<'_, '_>) -> Option<HttpTable> {
+        let attached = self.gateway_routes.get(service)?.iter().filter(|(named, route)| {
+            route.parents.iter().any(|p| {
+                let namespace = p.namespace.as_ref().unwrap_or(&named.key.name.namespace);
+                p.name == service.name && *namespace == service.namespace && p.port.is_none_or(|p| p == port)
+            })
+        });
+        let of = |namespace: &str| attached.clone().filter(|(named, _)| &*named.key.name.namespace == namespace).collect::<Vec<_>>();
+        let mut routes = client.filter(|c| **c != *service.namespace).map(of).unwrap_or_default();
+        if routes.is_empty() {
+            routes = of(&service.namespace);
+        }
+        let origin = routes.first()?.0.key.to_string();
+        let mut rules = routes.iter().flat_map(|(named, route)| route.rules.iter().map(move |r| (*named, r))).collect::<Vec<_>>();
+        // Stable: among equals the older route, and the earlier rule, stays first.
+        rules.sort_by_key(|(_, rule)| std::cmp::Reverse(rule.matches.first().map(precedence)));
+        let resolved = rules.into_iter().map(|(named, r)| resolver.http(named, &named.key.name.namespace, r.clone())).collect();
+        Some(HttpTable { origin: origin.into(), rules: resolved })
+    }
+
+    /// A rule, or the rules of the virtual service it delegates to; each with the namespace its names are of.
+    fn expand(&self, builder: &Builder<'_>, named: &Named, rule: &Rule, quiet: bool) -> Vec<(Rule, Arc<str>)> {
+        let own = named.key.name.namespace.clone();
+        let Action::Delegate { namespace, name } = &rule.action else { return vec![(rule.clone(), own)] };
+        let namespace = if namespace.is_empty() { &own } else { namespace };
+        let to = ObjectName { namespace: namespace.clone(), name: name.clone() };
+        let Some(delegate) = self.delegates.get(&to) else {
+            if !quiet {
+                self.remark(builder, Severity::Warning, named, &format!("spec.http: there is no VirtualService {to} without hosts to delegate to; the route is not used"));
+            }
+            return Vec::new();
+        };
+        delegate.http.iter().filter_map(|d| Some((merge(rule, d)?, namespace.clone()))).collect()
+    }
+
+    fn remark(&self, builder: &Builder<'_>, severity: Severity, named: &Named, message: &str) {
+        let status = builder.status(severity, named, message);
+        let mut remarks = self.remarks.borrow_mut();
+        if !remarks.contains(&status) {
+            remarks.push(status);
+        }
+    }
+
+    /// Whether an object of a kind and namespace may refer to a service of another.
+    fn granted(&self, from: &Key, to: &ObjectName) -> bool {
+        let kind = from.kind.to_string();
+        let grants = self.grants.iter().filter(|(named, _)| named.key.name.namespace == to.namespace);
+        grants.map(|(_, grant)| grant).any(|g| g.allows(&kind, &from.name.namespace, &to.name))
+    }
+}
+
+/// Resolves the destinations of rules for one port in one view.
+struct Resolver<'r, 'a> {
+    routes: &'r Routes<'a>,
+    builder: &'r Builder<'r>,
+    port: u16,
+    clusters: &'r Clusters<'r>,
+    /// What is wrong has been said for another view.
+    quiet: bool,
+}
+
+impl Resolver<'_, '_> {
+    fn http(&self, named: &Named, namespace: &str, rule: Rule) -> ResolvedRule {
+        let destinations = match &rule.action {
+            Action::Forward(all) => all.iter().map(|d| self.cluster(named, namespace, &d.destination)).collect(),
+            _ => Vec::new(),
+        };
+        let mirrors = rule.mirrors.iter().map(|m| self.cluster(named, namespace, &m.destination)).collect();
+        ResolvedRule { rule: Arc::new(rule), destinations, mirrors }
+    }
+
+    fn l4(&self, named: &Named, rule: &L4Rule) -> ResolvedL4 {
+        let destinations = rule.destinations.iter().map(|d| self.cluster(named, &named.key.name.namespace, &d.destination));
+        ResolvedL4 { destinations: destinations.collect(), rule: Arc::new(rule.clone()) }
+    }
+
+    fn cluster(&self, named: &Named, namespace: &str, destination: &Destination) -> Option<Arc<Cluster>> {
+        let found = self.find(named, namespace, destination);
+        if let (Err(problem), false) = (&found, self.quiet) {
+            let message = format!("destination {}: {problem}; what is routed there is refused", destination.host);
+            self.routes.remark(self.builder, Severity::Warning, named, &message);
+        }
+        found.ok()
+    }
+
+    fn find(&self, named: &Named, namespace: &str, destination: &Destination) -> Result<Arc<Cluster>, String> {
+        if destination.refused {
+            return Err("is not a Service".into());
+        }
+        let service = service_of(&destination.host, namespace);
+        let known = service.as_ref().and_then(|s| self.routes.ports.get_key_value(s));
+        let (service, ports) = known.ok_or("there is no such Service")?;
+        let foreign = matches!(named.key.kind, Kind::HTTPRoute | Kind::GRPCRoute) && *service.namespace != *namespace;
+        if foreign && !self.routes.granted(&named.key, service) {
+            return Err(format!("no ReferenceGrant in namespace {} allows it", service.namespace));
+        }
+        let port = match (destination.port, ports.as_slice()) {
+            (Some(port), _) => port,
+            (None, [only]) => *only,
+            (None, _) => self.port,
+        };
+        if !ports.contains(&port) {
+            return Err(format!("the Service has no port {port}"));
+        }
+        let id = ClusterId { service: (*service).clone(), port, subset: destination.subset.clone() };
+        self.clusters.get(&id).cloned().ok_or_else(|| format!("no DestinationRule defines a subset {}", destination.subset))
+    }
+}
+
+/// A delegate's rule under the rule that delegates: both must match, and what the delegate leaves open is the root's.
+/// `None` when they can never both match.
+fn merge(root: &Rule, delegate: &Rule) -> Option<Rule> {
+    let any = [HttpMatch::default()];
+    let of = |rule: &Rule| if rule.matches.is_empty() { any.to_vec() } else { rule.matches.clone() };
+    let matches = of(root).iter().flat_map(|r| of(delegate).iter().filter_map(|d| merge_match(r, d)).collect::<Vec<_>>()).collect::<Vec<_>>();
+    if matches.is_empty() {
+        return None;
+    }
+    let mut merged = delegate.clone();
+    merged.matches = matches;
+    merged.rewrite = merged.rewrite.or_else(|| root.rewrite.clone());
+    merged.timeout = merged.timeout.or(root.timeout);
+    merged.retries = merged.retries.or_else(|| root.retries.clone());
+    merged.cors = merged.cors.or_else(|| root.cors.clone());
+    if merged.fault.delay.is_none() && merged.fault.abort.is_none() {
+        merged.fault = root.fault.clone();
+    }
+    if merged.mirrors.is_empty() {
+        merged.mirrors.clone_from(&root.mirrors);
+    }
+    if merged.headers == Default::default() {
+        merged.headers = root.headers.clone();
+    }
+    Some(merged)
+}
+
+/// `None` when the two ask for different things.
+fn merge_match(root: &HttpMatch, delegate: &HttpMatch) -> Option<HttpMatch> {
+    fn one<T: Clone>(a: &Option<T>, b: &Option<T>) -> Option<Option<T>> {
+        if a.is_some() && b.is_some() { None } else { Some(a.clone().or_else(|| b.clone())) }
+    }
+    let clash = |name: &http::HeaderName| root.headers.iter().any(|h| h.name == name);
+    if delegate.headers.iter().any(|h| clash(&h.name)) || delegate.query.iter().any(|q| root.query.iter().any(|r| r.name == q.name)) {
+        return None;
+    }
+    let path = match (&root.path, &delegate.path) {
+        (Some(PathMatch::Prefix { path: root, .. }), Some(PathMatch::Prefix { path, .. } | PathMatch::Exact { path, .. }))
+            if path.starts_with(&**root) =>
+        {
+            delegate.path.clone()
+        }
+        (root, delegate) => one(root, delegate)?,
+    };
+    let mut merged = root.clone();
+    merged.path = path;
+    merged.scheme = one(&root.scheme, &delegate.scheme)?;
+    merged.method = one(&root.method, &delegate.method)?;
+    merged.authority = one(&root.authority, &delegate.authority)?;
+    merged.port = if root.port == delegate.port { root.port } else { one(&root.port, &delegate.port)? };
+    merged.headers.extend(delegate.headers.iter().cloned());
+    merged.query.extend(delegate.query.iter().cloned());
+    merged.source.namespace = one(&root.source.namespace, &delegate.source.namespace)?;
+    merged.source.labels = root.source.labels.iter().chain(delegate.source.labels.iter()).map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+    merged.never |= delegate.never;
+    Some(merged)
+}

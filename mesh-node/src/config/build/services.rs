@@ -1,0 +1,348 @@
+//! Services: endpoints joined with pods and nodes, destination rules applied, routes attached.
+//!
+//! Most clients see a service alike. Namespaces whose clients do not (a `DestinationRule` of the client's namespace, an
+//! `exportTo`, a consumer's route) get a view of their own, with the services that differ.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use super::{Builder, age, routes::Routes};
+use crate::{
+    balance::Table,
+    config::{snapshot::Snapshot, store::Severity},
+    detect::Protocol,
+    id::ObjectName,
+    resource::{
+        DestinationRule, EndpointSlice, Named,
+        destination_rule::{Layered, Subset},
+        kube::{self, TrafficPolicy},
+    },
+    route::{Cluster, ClusterId, Endpoint, Load, PortRoutes, Service, ServicePort, Workload, l4::host_matches, traffic::Balancer},
+};
+
+/// A service before routes: its ports with their endpoints.
+pub(super) struct Entry<'a> {
+    pub named: &'a Named,
+    pub service: &'a kube::Service,
+    /// Beside the service's ports.
+    endpoints: Vec<Vec<Endpoint>>,
+}
+
+/// All services by name.
+pub(super) type Registry<'a> = BTreeMap<&'a ObjectName, Entry<'a>>;
+
+/// A service's full name.
+pub(super) fn full_name(name: &ObjectName) -> String {
+    format!("{}.{}.svc.cluster.local", name.name, name.namespace)
+}
+
+/// The service a host name means in an object of a namespace: a short name is of that namespace.
+pub(super) fn service_of(host: &str, namespace: &str) -> Option<ObjectName> {
+    let mut labels = host.trim_end_matches('.').split('.');
+    let name = labels.next().filter(|n| !n.is_empty() && *n != "*")?;
+    let Some(of) = labels.next() else { return Some(ObjectName::new(namespace, name)) };
+    let rest = labels.collect::<Vec<_>>().join(".");
+    matches!(rest.as_str(), "" | "svc" | "svc.cluster.local").then(|| ObjectName::new(of, name))
+}
+
+/// Whether an object is for clients of a namespace; `None` is any namespace that is not treated apart.
+pub(super) fn is_visible(export_to: &[Arc<str>], own: &str, client: Option<&str>) -> bool {
+    export_to.is_empty() || export_to.iter().any(|to| match &**to {
+        "*" => true,
+        "." => client == Some(own),
+        other => client == Some(other),
+    })
+}
+
+/// How closely a host pattern of an object names a service: exactly is the most, a longer wildcard is more.
+pub(super) fn closeness(host: &str, namespace: &str, service: &ObjectName) -> Option<usize> {
+    if host.starts_with('*') {
+        return host_matches(host, &full_name(service)).then_some(host.len());
+    }
+    (service_of(host, namespace).as_ref() == Some(service)).then_some(usize::MAX)
+}
+
+pub(super) fn build(builder: &mut Builder<'_>, previous: &Snapshot, snapshot: &mut Snapshot, now: Instant) {
+    let registry = registry(builder, previous, snapshot, now);
+    let rules = Rules::new(builder, &registry);
+    let routes = Routes::new(builder, &registry);
+    let tables = tables(previous);
+    let mut clusters = Clusters::default();
+    for (name, entry) in &registry {
+        clusters.add(name, entry, &rules.of(name, None, &builder.mesh.root_namespace), &tables);
+    }
+    for (name, entry) in &registry {
+        let service = Arc::new(assemble(name, entry, &clusters, |port| routes.of(builder, name, port, None, &clusters)));
+        place(builder, entry, &service, snapshot);
+        snapshot.by_name.insert((*name).clone(), service.clone());
+        snapshot.services.push(service);
+    }
+    let namespaces: BTreeSet<&str> = rules.special.iter().chain(&routes.special).copied().collect();
+    for client in namespaces {
+        let mut own = Clusters { below: Some(&clusters), ..Clusters::default() };
+        let differs = |name: &ObjectName| rules.differs(name, client, &builder.mesh.root_namespace);
+        for (name, entry) in registry.iter().filter(|(name, _)| differs(name)) {
+            own.add(name, entry, &rules.of(name, Some(client), &builder.mesh.root_namespace), &tables);
+        }
+        // A route may lead to a cluster that differs: every service with routes is looked at.
+        let seen = registry.iter().filter(|(name, _)| differs(name) || routes.any(name, client)).map(|(name, entry)| {
+            let service = assemble(name, entry, &own, |port| routes.of(builder, name, port, Some(client), &own));
+            ((*name).clone(), Arc::new(service))
+        });
+        let seen = seen.collect();
+        snapshot.views.insert(client.into(), seen);
+    }
+    builder.statuses.extend(rules.remarks.into_inner());
+    builder.statuses.extend(routes.remarks.into_inner());
+}
+
+fn registry<'a>(builder: &mut Builder<'a>, previous: &Snapshot, snapshot: &Snapshot, now: Instant) -> Registry<'a> {
+    let loads = loads(previous);
+    let services = std::mem::take(&mut builder.parts.services);
+    let entry = |(named, service): (&'a Named, &'a kube::Service)| {
+        let name = &named.key.name;
+        let slices = builder.parts.slices.get(&(&*name.namespace, &*name.name)).map(Vec::as_slice).unwrap_or_default();
+        let endpoints = |port: &kube::ServicePort| {
+            let load = |address| loads.get(&(name, address)).map_or_else(|| Arc::new(Load::new(now)), |l| (*l).clone());
+            endpoints(builder, snapshot, &port.name, slices, load)
+        };
+        (name, Entry { named, service, endpoints: service.ports.iter().map(endpoints).collect() })
+    };
+    services.into_iter().map(entry).collect()
+}
+
+type Loads<'a> = HashMap<(&'a ObjectName, SocketAddr), &'a Arc<Load>>;
+
+fn loads(previous: &Snapshot) -> Loads<'_> {
+    let ports = previous.services.iter().flat_map(|s| s.ports.iter().map(move |p| (s, p)));
+    ports.flat_map(|(s, p)| p.cluster.endpoints.iter().map(move |e| ((&s.name, e.address), &e.load))).collect()
+}
+
+/// The endpoints of one service port over all slices, each address once, by address.
+fn endpoints(
+    builder: &Builder<'_>,
+    snapshot: &Snapshot,
+    port: &str,
+    slices: &[&EndpointSlice],
+    load: impl Fn(SocketAddr) -> Arc<Load>,
+) -> Vec<Endpoint> {
+    let mut found: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
+    for slice in slices {
+        let Some(target) = slice.ports.get(port) else { continue };
+        for (endpoint, ip) in slice.endpoints.iter().flat_map(|e| e.addresses.iter().map(move |ip| (e, ip))) {
+            let address = SocketAddr::new(*ip, *target);
+            let workload: Option<&Arc<Workload>> = snapshot.by_ip.get(ip);
+            found.entry(address).or_insert_with(|| Endpoint {
+                address,
+                ready: endpoint.ready,
+                serving_while_terminating: endpoint.serving_while_terminating,
+                node: endpoint.node.clone(),
+                locality: builder.locality(endpoint.node.as_deref().unwrap_or_default(), endpoint.zone.as_ref()),
+                labels: workload.map(|w| w.labels.clone()).unwrap_or_default(),
+                load: load(address),
+            });
+        }
+    }
+    found.into_values().collect()
+}
+
+/// Destination rules by the services they are for, closest host and oldest first.
+struct Rules<'a> {
+    by_service: HashMap<&'a ObjectName, Vec<(usize, &'a Named, &'a DestinationRule)>>,
+    /// Namespaces whose clients see some service otherwise.
+    special: BTreeSet<&'a str>,
+    remarks: std::cell::RefCell<Vec<crate::config::store::Status>>,
+}
+
+/// What is in force for one service in one view.
+#[derive(Default)]
+struct Effective<'a> {
+    policy: Option<&'a Layered>,
+    subsets: Vec<&'a Subset>,
+}
+
+impl<'a> Rules<'a> {
+    fn new(builder: &mut Builder<'a>, registry: &Registry<'a>) -> Self {
+        let mut all = std::mem::take(&mut builder.parts.destination_rules);
+        all.sort_by_key(|(named, _)| age(named));
+        let mut rules = Self { by_service: HashMap::new(), special: BTreeSet::new(), remarks: Default::default() };
+        for (named, rule) in all {
+            let namespace: &str = &named.key.name.namespace;
+            let mut add = |name: &'a ObjectName, close: usize| {
+                rules.by_service.entry(name).or_default().push((close, named, rule));
+                let global = is_visible(&rule.export_to, namespace, None);
+                let restricted = rule.export_to.iter().filter(|to| !["*", "~"].contains(&&***to));
+                rules.special.extend(restricted.map(|to| if &**to == "." { namespace } else { to }));
+                if global && namespace != &*name.namespace && namespace != &*builder.mesh.root_namespace {
+                    rules.special.insert(namespace);
+                }
+            };
+            if rule.host.starts_with('*') {
+                registry.keys().for_each(|name| if let Some(close) = closeness(&rule.host, namespace, name) { add(name, close) });
+                continue;
+            }
+            match service_of(&rule.host, namespace).and_then(|n| registry.get_key_value(&n)) {
+                Some((name, _)) => add(name, usize::MAX),
+                None => {
+                    let message = format!("spec.host: there is no Service {}; the rule is not used", rule.host);
+                    builder.remark(Severity::Warning, named, &message);
+                }
+            }
+        }
+        for list in rules.by_service.values_mut() {
+            list.sort_by_key(|(close, ..)| std::cmp::Reverse(*close));
+        }
+        rules
+    }
+
+    /// The rules of the first of these namespaces that has any: the client's, the service's, the root.
+    fn applying(&self, service: &ObjectName, client: Option<&str>, root: &str) -> Vec<(&'a Named, &'a DestinationRule)> {
+        let Some(all) = self.by_service.get(service) else { return Vec::new() };
+        let namespaces = client.into_iter().chain([&*service.namespace, root]);
+        for namespace in namespaces {
+            let here = all.iter().filter(|(_, named, rule)| {
+                let own: &str = &named.key.name.namespace;
+                own == namespace && is_visible(&rule.export_to, own, client)
+            });
+            let here = here.collect::<Vec<_>>();
+            if let Some((closest, ..)) = here.first() {
+                return here.iter().filter(|(close, ..)| close == closest).map(|(_, named, rule)| (*named, *rule)).collect();
+            }
+        }
+        Vec::new()
+    }
+
+    /// The oldest rule's policy, and the subsets of all for the same host.
+    fn of(&self, service: &ObjectName, client: Option<&str>, root: &str) -> Effective<'a> {
+        let mut effective = Effective::default();
+        for (_, rule) in self.applying(service, client, root) {
+            effective.policy = effective.policy.or(Some(&rule.policy));
+            for subset in &rule.subsets {
+                if !effective.subsets.iter().any(|s| s.name == subset.name) {
+                    effective.subsets.push(subset);
+                }
+            }
+        }
+        effective
+    }
+
+    fn differs(&self, service: &ObjectName, client: &str, root: &str) -> bool {
+        let key = |client| self.applying(service, client, root).iter().map(|(named, _)| &named.key).collect::<Vec<_>>();
+        key(None) != key(Some(client))
+    }
+}
+
+/// Clusters of a view; what is not here is as in the view below.
+#[derive(Default)]
+pub(super) struct Clusters<'a> {
+    by_id: HashMap<ClusterId, Arc<Cluster>>,
+    subsets: HashMap<ObjectName, Vec<Arc<str>>>,
+    below: Option<&'a Clusters<'a>>,
+}
+
+type Tables<'a> = HashMap<&'a ClusterId, &'a Arc<Table>>;
+
+fn tables(previous: &Snapshot) -> Tables<'_> {
+    let ports = previous.services.iter().flat_map(|s| &s.ports);
+    let clusters = ports.flat_map(|p| std::iter::once(&p.cluster).chain(p.subsets.values()));
+    clusters.filter_map(|c| Some((&c.id, c.table.as_ref()?))).collect()
+}
+
+impl Clusters<'_> {
+    pub(super) fn get(&self, id: &ClusterId) -> Option<&Arc<Cluster>> {
+        let here = || self.by_id.get(id);
+        if self.subsets.contains_key(&id.service) { here() } else { self.below.map_or_else(here, |b| b.get(id)) }
+    }
+
+    fn subsets(&self, service: &ObjectName) -> &[Arc<str>] {
+        match (self.subsets.get(service), self.below) {
+            (Some(subsets), _) => subsets,
+            (None, Some(below)) => below.subsets(service),
+            (None, None) => &[],
+        }
+    }
+
+    fn add(&mut self, name: &ObjectName, entry: &Entry<'_>, effective: &Effective<'_>, tables: &Tables<'_>) {
+        let whole = std::iter::once(None).chain(effective.subsets.iter().copied().map(Some));
+        for subset in whole {
+            for (port, endpoints) in entry.service.ports.iter().zip(&entry.endpoints) {
+                let cluster = cluster(name, entry.service, port, endpoints, effective.policy, subset, tables);
+                self.by_id.insert(cluster.id.clone(), Arc::new(cluster));
+            }
+        }
+        self.subsets.insert(name.clone(), effective.subsets.iter().map(|s| s.name.clone()).collect());
+    }
+}
+
+fn cluster(
+    name: &ObjectName,
+    service: &kube::Service,
+    port: &kube::ServicePort,
+    endpoints: &[Endpoint],
+    policy: Option<&Layered>,
+    subset: Option<&Subset>,
+    tables: &Tables<'_>,
+) -> Cluster {
+    let id = ClusterId { service: name.clone(), port: port.port, subset: subset.map(|s| s.name.clone()).unwrap_or_default() };
+    let selected = |e: &&Endpoint| subset.is_none_or(|s| s.labels.iter().all(|(k, v)| e.labels.get(k) == Some(v)));
+    let endpoints = endpoints.iter().filter(selected).cloned().collect::<Vec<_>>();
+    let policy = Layered::effective(policy, subset.map(|s| &s.policy), port.port);
+    let table = match policy.balancer {
+        Balancer::Hash { table, .. } => {
+            let addresses = endpoints.iter().map(|e| e.address).collect::<Vec<_>>();
+            let same = tables.get(&id).filter(|t| t.is_of(table, &addresses));
+            Some(same.map_or_else(|| Arc::new(Table::build(table, addresses)), |t| (*t).clone()))
+        }
+        _ => None,
+    };
+    Cluster {
+        id,
+        protocol: Protocol::declared(&port.name, port.app_protocol.as_deref()),
+        policy: Arc::new(policy),
+        endpoints,
+        local_only: service.internal_traffic_policy == TrafficPolicy::Local,
+        client_ip_affinity: service.client_ip_affinity,
+        table,
+    }
+}
+
+fn assemble(name: &ObjectName, entry: &Entry<'_>, clusters: &Clusters<'_>, routes: impl Fn(u16) -> PortRoutes) -> Service {
+    let id = |port: u16, subset: &Arc<str>| ClusterId { service: name.clone(), port, subset: subset.clone() };
+    let none: Arc<str> = "".into();
+    let ports = entry.service.ports.iter().filter_map(|p| {
+        let subsets = clusters.subsets(name).iter().filter_map(|s| Some((s.clone(), clusters.get(&id(p.port, s))?.clone())));
+        Some(ServicePort {
+            name: p.name.clone(),
+            port: p.port,
+            cluster: clusters.get(&id(p.port, &none))?.clone(),
+            subsets: subsets.collect(),
+            routes: routes(p.port),
+        })
+    });
+    Service { name: name.clone(), vips: entry.service.vips.clone(), ports: ports.collect() }
+}
+
+/// Gives a service its addresses, which no other has.
+fn place(builder: &mut Builder<'_>, entry: &Entry<'_>, service: &Arc<Service>, snapshot: &mut Snapshot) {
+    for vip in &entry.service.vips {
+        if let Some(other) = snapshot.by_vip.get(vip) {
+            let message = format!("spec.clusterIPs: {vip} belongs to Service {} already; use another address", other.name);
+            builder.remark(Severity::Error, entry.named, &message);
+        } else {
+            snapshot.by_vip.insert(*vip, service.clone());
+        }
+    }
+    for (ip, port) in entry.service.external_ips.iter().flat_map(|ip| service.ports.iter().map(move |p| (*ip, p.port))) {
+        let address = SocketAddr::new(ip, port);
+        if let Some(other) = snapshot.by_external.get(&address) {
+            let message = format!("status.loadBalancer: {address} belongs to Service {} already; use another address or port", other.name);
+            builder.remark(Severity::Error, entry.named, &message);
+        } else {
+            snapshot.by_external.insert(address, service.clone());
+        }
+    }
+}

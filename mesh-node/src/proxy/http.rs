@@ -1,0 +1,234 @@
+//! HTTP for captured connections: routing, resilience and traffic shaping where the client is.
+//!
+//! [`wire`] and [`framing`] are the HTTP/1 codec, pure; [`h1`] and [`h2`] the two ends of connections; [`exchange`] is one
+//! request in the order things happen, [`attempt`] one try at it. [`clusters`] holds what a pod has under way, [`upstream`]
+//! its connections. HTTP/1 is read and written by this module's own code, because what is refused, how a broken response
+//! ends and what may be passed on uncopied are decided there; HTTP/2 frames are the `h2` library's.
+
+mod attempt;
+mod body;
+pub mod clusters;
+mod exchange;
+mod framing;
+mod h1;
+mod h2;
+mod headers;
+mod mirror;
+mod record;
+mod reply;
+mod transport;
+mod upload;
+mod upstream;
+mod wire;
+
+use std::{borrow::Cow, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::Method;
+use tokio::net::TcpStream;
+
+pub use clusters::Clusters;
+pub use record::Flags;
+pub use upload::Replays;
+
+use self::{
+    body::{FrameSink, FrameSource},
+    exchange::{End, Exchange},
+    h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
+    h2::{Accepted, H2Responder, H2Source},
+    record::{Flag, Record},
+    reply::Reply,
+    transport::Transport,
+    wire::{Malformed, WireRequest},
+};
+use super::{Proxy, ServedPod};
+use crate::io::relay::Prefixed;
+
+/// How long a client may take over the head of a request it has begun.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The client's connection, as every exchange on it sees it.
+pub struct Downstream<'d> {
+    pub proxy: &'d Arc<Proxy>,
+    pub pod: &'d Arc<ServedPod>,
+    /// The client as others are to see it.
+    pub client: SocketAddr,
+    pub original: SocketAddr,
+    pub http2: bool,
+}
+
+/// A captured connection that carries HTTP.
+pub struct Connection {
+    pub proxy: Arc<Proxy>,
+    pub pod: Arc<ServedPod>,
+    pub client: SocketAddr,
+    pub original: SocketAddr,
+}
+
+impl Connection {
+    /// Serves HTTP/1 until the client closes, or something does that ends the connection. `read`: what was read already.
+    pub async fn serve_h1(self, stream: TcpStream, read: Bytes) {
+        let mut transport = Transport::Tcp(stream);
+        let mut unread = Unread::from(read);
+        let finished = tokio::select! {
+            finished = self.h1_loop(&mut transport, &mut unread) => finished,
+            _ = self.pod.ended() => Finished::Cut,
+        };
+        if finished == Finished::Cut {
+            transport.reset();
+        }
+    }
+
+    async fn h1_loop(&self, transport: &mut Transport, unread: &mut Unread) -> Finished {
+        let (source, sink) = transport.halves();
+        let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
+        loop {
+            let request = tokio::select! {
+                biased;
+                request = read_request(&mut reader) => request,
+                () = self.pod.draining() => return Finished::Closed,
+            };
+            let end = match request {
+                Ok(request) => self.h1_exchange(request, &mut reader, &mut sink).await,
+                Err(NoHead::Malformed(malformed)) => {
+                    self.refuse_h1(malformed, &mut reader, &mut sink).await;
+                    if malformed.close { Next::Close } else { Next::Another }
+                }
+                Err(NoHead::Ended { .. } | NoHead::Broken(_)) => return Finished::Closed,
+            };
+            match end {
+                Next::Another => {}
+                Next::Abort => return Finished::Cut,
+                Next::Close => {
+                    // The answer must not be lost to a reset because of what the client still sends.
+                    if sink.shutdown().await.is_ok() {
+                        reader.linger().await;
+                    }
+                    return Finished::Closed;
+                }
+            }
+        }
+    }
+
+    async fn h1_exchange(&self, request: WireRequest, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) -> Next {
+        let WireRequest { head, minor, keep_alive, upgrade, expects_continue, .. } = request;
+        let down = self.downstream(false);
+        let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
+        let mut record = Record::new(&self.proxy.metrics, self.client, self.original, protocol);
+        let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
+        if expects_continue && body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await.is_err() {
+            return Next::Close;
+        }
+        let mut exchange = Exchange {
+            down: &down,
+            body: reader,
+            responder: &mut responder,
+            record: &mut record,
+            upgrade,
+            close: self.pod.is_draining(),
+            grpc: false,
+        };
+        let end = exchange.run(head).await;
+        match end {
+            End::Complete if responder.keeps_alive() => Next::Another,
+            End::Complete => Next::Close,
+            // Nothing was answered: the client is gone, or is to see a failure.
+            End::Broken if !responder.has_started() => Next::Abort,
+            End::Broken => Next::Close,
+        }
+    }
+
+    async fn refuse_h1(&self, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
+        let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/1.1");
+        if malformed.protocol_error {
+            record.raise(Flag::DownstreamProtocolError);
+        }
+        record.details = Cow::Borrowed(malformed.details);
+        let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
+        let reply = Reply::new(malformed.status, malformed.body);
+        record.status = reply.start(false, malformed.close, &mut responder, |_| {}).ok();
+        // A client that does not take the answer gets none.
+        let _ = responder.flush().await;
+        reader.begin_body(wire::Framing::Empty);
+    }
+
+    /// Serves HTTP/2 until the connection ends. `read`: what was read already.
+    pub async fn serve_h2(self, stream: TcpStream, read: Bytes) {
+        let connection = Arc::new(self);
+        let pod = connection.pod.clone();
+        let io = Prefixed::new(stream, read);
+        let client = connection.client;
+        let serving = h2::serve(io, |accepted| drop(tokio::spawn(connection.clone().h2_exchange(accepted))), pod.draining());
+        tokio::select! {
+            result = serving => if let Err(error) = result {
+                tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection ended");
+            },
+            _ = pod.ended() => {}
+        }
+    }
+
+    async fn h2_exchange(self: Arc<Self>, accepted: Accepted) {
+        let (request, respond) = accepted;
+        let (parts, stream) = request.into_parts();
+        let mut body = H2Source::new(stream, &parts.headers);
+        let mut responder = H2Responder::new(respond, parts.method == Method::HEAD);
+        let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/2");
+        let down = self.downstream(true);
+        let head = h2::request_head(http::Request::from_parts(parts, ()));
+        let head = match head {
+            Ok(head) => head,
+            Err(malformed) => {
+                record.details = Cow::Borrowed(malformed.details);
+                record.status = Reply::new(malformed.status, malformed.body).start(false, false, &mut responder, |_| {}).ok();
+                // A client that does not take the answer gets none.
+                let _ = responder.flush().await;
+                return;
+            }
+        };
+        let mut exchange = Exchange {
+            down: &down,
+            body: &mut body,
+            responder: &mut responder,
+            record: &mut record,
+            upgrade: None,
+            close: false,
+            grpc: false,
+        };
+        let end = tokio::select! {
+            end = exchange.run(head) => end,
+            _ = self.pod.ended() => End::Broken,
+        };
+        if !responder.is_complete() {
+            responder.reset(::h2::Reason::INTERNAL_ERROR);
+        } else if end == End::Broken || !body.is_end() {
+            // The answer is complete; what the client still sends is not wanted (RFC 9113 section 8.1).
+            responder.reset(::h2::Reason::NO_ERROR);
+        }
+    }
+
+    fn downstream(&self, http2: bool) -> Downstream<'_> {
+        Downstream { proxy: &self.proxy, pod: &self.pod, client: self.client, original: self.original, http2 }
+    }
+}
+
+/// Waits for a request as long as the client likes, and for the rest of one that has begun for a minute.
+async fn read_request(reader: &mut Reader<'_>) -> Result<WireRequest, NoHead> {
+    reader.begun().await?;
+    match tokio::time::timeout(HEAD_TIMEOUT, reader.request()).await {
+        Ok(request) => request,
+        Err(_) => Err(NoHead::Broken(io::ErrorKind::TimedOut.into())),
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Another,
+    Close,
+    Abort,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Finished {
+    Closed,
+    Cut,
+}

@@ -1,0 +1,383 @@
+//! One attempt at a request: to an endpoint and, unless it is to be tried again, the response back to the client.
+
+use std::{borrow::Cow, future::Future, io, pin::pin};
+
+use http::{HeaderMap, HeaderValue, StatusCode};
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    body::{Broken, Closed, FrameSource, RequestBody, Responder, ResponseHead, pump},
+    h2::{H2Sink, wire_request},
+    upload::Upload,
+    upstream::{Failed, NoUpstream, UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
+    wire::{Framing, Malformed, WireResponse},
+};
+use crate::{
+    hbone::TunnelError,
+    proxy::{Failure, live::Cut},
+    route::{
+        request::RequestHead,
+        retry::{Reset, RetryPolicy},
+    },
+};
+
+/// When an exchange is over, whatever its state. Set once the whole request has been received.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Deadlines {
+    /// Of the whole exchange.
+    pub route: Option<Instant>,
+    /// The client's own (`grpc-timeout`).
+    pub client: Option<Instant>,
+    /// Of the attempt under way, until its response begins.
+    pub attempt: Option<Instant>,
+}
+
+/// A time that is up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeUp {
+    Route,
+    Client,
+    Attempt,
+}
+
+impl Deadlines {
+    fn next(&self) -> Option<(Instant, TimeUp)> {
+        let all = [(self.client, TimeUp::Client), (self.route, TimeUp::Route), (self.attempt, TimeUp::Attempt)];
+        all.into_iter().filter_map(|(at, which)| Some((at?, which))).min_by_key(|(at, _)| *at)
+    }
+
+    /// Completes when one of them has passed.
+    pub async fn passed(&self) -> TimeUp {
+        match self.next() {
+            Some((at, which)) => {
+                sleep_until(at).await;
+                which
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// How an attempt ended.
+#[derive(Debug)]
+pub enum Attempt {
+    /// The response went to the client, or as much of it as there was.
+    Answered(Answered),
+    /// The response asks for another attempt and nothing of it was passed on.
+    Again,
+    /// There was no response.
+    Failed(Failed),
+    /// Not allowed: by the destination's policy on connections.
+    Denied,
+    TimeUp(TimeUp),
+    /// The client is gone.
+    Abandoned,
+    /// The client's request turned out to be malformed.
+    Malformed(Malformed),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Answered {
+    Whole,
+    /// The upstream broke off.
+    Truncated(Reset),
+    TimeUp(TimeUp),
+    /// The client went away meanwhile.
+    Abandoned,
+}
+
+/// What an attempt asks before it passes a response on.
+pub struct Verdict {
+    /// Another attempt is wanted instead.
+    pub again: bool,
+    /// What is put on its way to the client otherwise.
+    pub headers: HeaderMap,
+}
+
+/// What stays the same over the attempts of one exchange.
+pub struct Plan<'a> {
+    pub head: &'a RequestHead,
+    pub upgrade: Option<&'a HeaderValue>,
+    pub policy: &'a RetryPolicy,
+    pub timeout: Option<std::time::Duration>,
+    /// The connection to the client ends after this response.
+    pub close: bool,
+}
+
+/// Makes one attempt.
+pub async fn attempt<B: RequestBody, R: Responder>(
+    plan: &Plan<'_>,
+    wanted: &Wanted<'_>,
+    upload: &mut Upload<'_, B>,
+    responder: &mut R,
+    deadlines: &mut Deadlines,
+    judge: &mut (impl FnMut(StatusCode, HeaderMap) -> Verdict + Send),
+) -> Attempt {
+    let mut half_closed = false;
+    let upstream = {
+        let mut acquiring = pin!(acquire(wanted));
+        loop {
+            let received = upload.is_received();
+            arm(plan, deadlines, received);
+            tokio::select! {
+                biased;
+                acquired = &mut acquiring => match acquired {
+                    Ok(upstream) => break upstream,
+                    Err(no_upstream) => return no_upstream.into(),
+                },
+                up = deadlines.passed() => return Attempt::TimeUp(up),
+                error = responder.gone() => return gone(&error),
+                closed = upload.closed(), if received && !half_closed => match closed {
+                    Closed::Half => half_closed = true,
+                    Closed::Gone(error) => return gone(&error),
+                },
+            }
+        }
+    };
+    match upstream {
+        Upstream::H1(mut connection) => {
+            let (ended, clean) = {
+                let (sink, source, cut) = connection.halves();
+                let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
+                let ended = exchange.run(judge, cut).await;
+                (ended, exchange.clean)
+            };
+            if clean {
+                release(connection, wanted.cluster, wanted.endpoint);
+            }
+            ended
+        }
+        Upstream::H2(mut send, guard) => {
+            let Some(request) = wire_request(plan.head) else {
+                let bad = Malformed { details: "invalid_host", ..Malformed::BAD_BODY };
+                return Attempt::Malformed(bad);
+            };
+            let empty = upload.is_end();
+            let (response, stream) = match send.send_request(request, empty) {
+                Ok(opened) => opened,
+                Err(_) => return Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
+            };
+            let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
+            let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
+            let ended = exchange.run(judge, std::future::pending()).await;
+            if !exchange.clean
+                && let UpSink::H2(sink) = &mut exchange.sink
+            {
+                sink.reset(h2::Reason::CANCEL);
+            }
+            drop(guard);
+            ended
+        }
+    }
+}
+
+/// Sets the deadlines that begin when the whole request is there.
+fn arm(plan: &Plan<'_>, deadlines: &mut Deadlines, received: bool) {
+    if !received {
+        return;
+    }
+    if deadlines.route.is_none() {
+        deadlines.route = plan.timeout.map(|t| Instant::now() + t);
+    }
+    if deadlines.attempt.is_none() {
+        deadlines.attempt = plan.policy.per_try_timeout.map(|t| Instant::now() + t);
+    }
+}
+
+fn gone(error: &io::Error) -> Attempt {
+    tracing::debug!(target: "proxy", %error, "the client is gone");
+    Attempt::Abandoned
+}
+
+/// A request and its response on one connection.
+struct Exchange<'e, 'a, 'b, B, R> {
+    plan: &'e Plan<'e>,
+    sink: UpSink<'a>,
+    source: UpSource<'a>,
+    half_closed: bool,
+    upload: &'e mut Upload<'b, B>,
+    responder: &'e mut R,
+    deadlines: &'e mut Deadlines,
+    /// Everything was sent and received: the connection can serve another exchange.
+    clean: bool,
+}
+
+/// What happened next.
+enum Event {
+    Cut(Cut),
+    TimeUp(TimeUp),
+    Uploaded(Result<(), Broken>),
+    Closed(Closed),
+    Head(Result<WireResponse, Failed>),
+    Downloaded(Result<(), Broken>),
+    Gone(io::Error),
+}
+
+impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
+    async fn run(
+        &mut self,
+        judge: &mut (impl FnMut(StatusCode, HeaderMap) -> Verdict + Send),
+        cut: impl Future<Output = Cut> + Send,
+    ) -> Attempt {
+        let mut cut = pin!(cut);
+        self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade);
+        let (mut uploaded, mut no_more_up) = (false, false);
+        let response = loop {
+            arm(self.plan, self.deadlines, self.upload.is_received());
+            let watch = uploaded && !self.half_closed;
+            let event = tokio::select! {
+                biased;
+                head = self.source.head(&self.plan.head.method) => Event::Head(head),
+                cut = &mut cut => Event::Cut(cut),
+                up = self.deadlines.passed() => Event::TimeUp(up),
+                event = up(self.upload, &mut self.sink, uploaded), if watch || !uploaded && !no_more_up => event,
+                error = self.responder.gone() => Event::Gone(error),
+            };
+            match event {
+                Event::Head(Ok(head)) if is_interim(head.status) => {
+                    if head.status != StatusCode::CONTINUE
+                        && let Err(error) = self.responder.informational(head.status, head.headers).await
+                    {
+                        return gone(&error);
+                    }
+                }
+                Event::Head(Ok(head)) => break head,
+                Event::Head(Err(failed)) => return Attempt::Failed(failed),
+                Event::Cut(_) => return Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
+                Event::TimeUp(up) => return Attempt::TimeUp(up),
+                Event::Uploaded(Ok(())) => {
+                    uploaded = true;
+                    if self.half_closed {
+                        self.half_close().await;
+                    }
+                }
+                Event::Uploaded(Err(Broken::Source(error))) => return broken_request(error),
+                // It may have answered before it closed: whatever there is to read tells more than this does.
+                Event::Uploaded(Err(Broken::Sink(_))) => no_more_up = true,
+                Event::Closed(Closed::Half) => self.half_close().await,
+                Event::Closed(Closed::Gone(error)) | Event::Gone(error) => return gone(&error),
+                Event::Downloaded(_) => {}
+            }
+        };
+        self.deadlines.attempt = None;
+        let WireResponse { status, headers, framing, keep_alive } = response;
+        let verdict = judge(status, headers);
+        if verdict.again {
+            return Attempt::Again;
+        }
+        self.upload.settle();
+        let answered = self.answer(status, verdict.headers, framing, uploaded, no_more_up, cut).await;
+        self.clean &= keep_alive && !self.half_closed && status != StatusCode::SWITCHING_PROTOCOLS;
+        Attempt::Answered(answered)
+    }
+
+    fn framing(&self) -> Framing {
+        if self.upload.is_end() { Framing::Empty } else { self.upload.framing() }
+    }
+
+    async fn half_close(&mut self) {
+        self.half_closed = true;
+        self.sink.half_close().await;
+    }
+
+    /// Passes the response on, and what is left of the request.
+    async fn answer(
+        &mut self,
+        status: StatusCode,
+        headers: HeaderMap,
+        framing: Framing,
+        mut uploaded: bool,
+        mut no_more_up: bool,
+        mut cut: std::pin::Pin<&mut (impl Future<Output = Cut> + Send)>,
+    ) -> Answered {
+        let switched = status == StatusCode::SWITCHING_PROTOCOLS;
+        let close = self.plan.close || !self.upload.is_received() && !switched;
+        if self.responder.start(ResponseHead { status, headers, framing }, close).is_err() {
+            return Answered::Abandoned;
+        }
+        if switched {
+            self.upload.become_raw();
+            self.sink.become_raw();
+            self.source.become_raw();
+            uploaded = false;
+        }
+        let mut downloaded = false;
+        loop {
+            if downloaded && (uploaded || no_more_up || !switched) {
+                self.clean = uploaded;
+                return Answered::Whole;
+            }
+            let watch = uploaded && !self.half_closed && !switched;
+            let event = tokio::select! {
+                biased;
+                done = pump(&mut self.source, self.responder), if !downloaded => Event::Downloaded(done),
+                cut = &mut cut => Event::Cut(cut),
+                up = self.deadlines.passed() => Event::TimeUp(up),
+                event = up(self.upload, &mut self.sink, uploaded), if watch || !uploaded && !no_more_up => event,
+            };
+            match event {
+                Event::Downloaded(Ok(())) => downloaded = true,
+                Event::Downloaded(Err(Broken::Source(error))) => return Answered::Truncated(self.source.broken_off(&error)),
+                Event::Downloaded(Err(Broken::Sink(_))) | Event::Closed(Closed::Gone(_)) | Event::Gone(_) => return Answered::Abandoned,
+                Event::Cut(_) => return Answered::Truncated(Reset::ConnectionTermination),
+                Event::TimeUp(up) => return Answered::TimeUp(up),
+                Event::Uploaded(Ok(())) => uploaded = true,
+                Event::Uploaded(Err(Broken::Source(_))) => return Answered::Abandoned,
+                Event::Uploaded(Err(Broken::Sink(_))) => no_more_up = true,
+                Event::Closed(Closed::Half) => self.half_close().await,
+                Event::Head(_) => {}
+            }
+        }
+    }
+}
+
+/// Sends the body on, or, when that is done, waits for the client to close.
+async fn up<B: RequestBody>(upload: &mut Upload<'_, B>, sink: &mut UpSink<'_>, uploaded: bool) -> Event {
+    if uploaded { Event::Closed(upload.closed().await) } else { Event::Uploaded(pump(upload, sink).await) }
+}
+
+fn broken_request(error: super::body::BodyError) -> Attempt {
+    match error {
+        super::body::BodyError::Malformed(malformed) => Attempt::Malformed(malformed),
+        super::body::BodyError::Truncated | super::body::BodyError::Cut(_) => Attempt::Abandoned,
+    }
+}
+
+impl From<NoUpstream> for Attempt {
+    fn from(no_upstream: NoUpstream) -> Self {
+        let failure = match no_upstream {
+            NoUpstream::Overflow => return Self::Failed(Failed::new(Reset::Overflow)),
+            NoUpstream::Failed(failure) => failure,
+        };
+        let refused = |source: &io::Error| {
+            let text = io_words(source);
+            Cow::Owned(format!("delayed_connect_error:_{}", text.replace(' ', "_")))
+        };
+        match &failure {
+            Failure::Denied(_) | Failure::Tunnel(TunnelError::Refused(StatusCode::UNAUTHORIZED)) => Self::Denied,
+            Failure::DialTimeout(_) | Failure::Tunnel(TunnelError::Timeout) => Self::Failed(Failed::new(Reset::ConnectTimeout)),
+            Failure::Dial { source, .. } | Failure::DialPeer { source, .. } | Failure::Application { source, .. }
+                if source.kind() == io::ErrorKind::TimedOut =>
+            {
+                Self::Failed(Failed::new(Reset::ConnectTimeout))
+            }
+            Failure::Dial { source, .. } | Failure::DialPeer { source, .. } | Failure::Application { source, .. } => {
+                Self::Failed(Failed { reset: Reset::ConnectFailure, detail: refused(source) })
+            }
+            // The connection was there and is not HTTP/2, or ended.
+            Failure::Broken(error) => Self::Failed(Failed::new(
+                if error.kind() == io::ErrorKind::ConnectionReset && super::h2::reason(error).is_some() { Reset::ProtocolError } else { Reset::ConnectionTermination },
+            )),
+            other => {
+                let detail = crate::telemetry::chain(other).replace(' ', "_");
+                Self::Failed(Failed { reset: Reset::ConnectFailure, detail: Cow::Owned(detail) })
+            }
+        }
+    }
+}
+
+/// What the system says of an error, without its number.
+fn io_words(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or(&text).to_owned()
+}

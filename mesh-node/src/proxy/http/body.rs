@@ -1,0 +1,134 @@
+//! Moving bodies: where frames come from, where they go, and the pump between them.
+//!
+//! Everything here may be dropped at any await and taken up again: what has been read but not written stays with the sink.
+
+use std::{future::Future, io};
+
+use http::{HeaderMap, StatusCode};
+
+use super::{
+    framing::Frame,
+    wire::{Framing, Malformed},
+};
+
+/// Frames put together before they are written.
+const AT_ONCE: usize = 8;
+
+/// Why a body does not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    #[error("the connection ended before the body did")]
+    Truncated,
+    #[error("the body is malformed: {0}")]
+    Malformed(Malformed),
+    /// The other end reset the stream or the connection.
+    #[error("the body was cut")]
+    Cut(#[source] io::Error),
+}
+
+impl From<Malformed> for BodyError {
+    fn from(malformed: Malformed) -> Self {
+        Self::Malformed(malformed)
+    }
+}
+
+/// Where frames come from.
+pub trait FrameSource: Send {
+    /// The next frame, or `None` at the end.
+    fn frame(&mut self) -> impl Future<Output = Result<Option<Frame>, BodyError>> + Send;
+
+    /// A frame that is there already.
+    fn buffered(&mut self) -> Result<Option<Frame>, BodyError>;
+
+    /// Whether it is known that nothing more will come.
+    fn is_end(&self) -> bool;
+}
+
+/// Where frames go.
+pub trait FrameSink: Send {
+    fn push(&mut self, frame: Frame);
+
+    /// Nothing more will be pushed.
+    fn end(&mut self);
+
+    fn has_ended(&self) -> bool;
+
+    /// Whether all that was pushed, and the end, are written.
+    fn is_flushed(&self) -> bool;
+
+    fn flush(&mut self) -> impl Future<Output = io::Result<()>> + Send;
+}
+
+/// Which side of a pump failed.
+#[derive(Debug)]
+pub enum Broken {
+    Source(BodyError),
+    Sink(io::Error),
+}
+
+/// Moves frames until the source has ended and everything is written. A sink that takes nothing stops the source.
+pub async fn pump(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> Result<(), Broken> {
+    loop {
+        if !sink.has_ended() {
+            for _ in 0..AT_ONCE {
+                let Some(frame) = source.buffered().map_err(Broken::Source)? else { break };
+                sink.push(frame);
+            }
+            if source.is_end() {
+                sink.end();
+            }
+        }
+        if !sink.is_flushed() {
+            sink.flush().await.map_err(Broken::Sink)?;
+            continue;
+        }
+        if sink.has_ended() {
+            return Ok(());
+        }
+        match source.frame().await.map_err(Broken::Source)? {
+            Some(frame) => sink.push(frame),
+            None => sink.end(),
+        }
+    }
+}
+
+/// What a client did after its request.
+#[derive(Debug)]
+pub enum Closed {
+    /// It will send no more, and still reads.
+    Half,
+    /// It is gone.
+    Gone(io::Error),
+}
+
+/// The body of a request, and what comes after it.
+pub trait RequestBody: FrameSource {
+    /// The body's length, if it has been told.
+    fn framing(&self) -> Framing;
+
+    /// After the end of the body: completes when the client has closed, in part or in whole.
+    fn closed(&mut self) -> impl Future<Output = Closed> + Send;
+
+    /// Takes what follows as it comes: after the protocol was switched.
+    fn become_raw(&mut self);
+}
+
+/// A response's head on its way to the client.
+#[derive(Debug)]
+pub struct ResponseHead {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub framing: Framing,
+}
+
+/// Where the response goes.
+pub trait Responder: FrameSink {
+    /// Sends a head before the final one: 100 or 103.
+    fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Puts the head on its way. `close`: the connection must not be used again.
+    fn start(&mut self, head: ResponseHead, close: bool) -> io::Result<()>;
+
+    /// Completes when the client does not want the response any more.
+    fn gone(&mut self) -> impl Future<Output = io::Error> + Send;
+}

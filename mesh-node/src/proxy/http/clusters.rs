@@ -1,0 +1,259 @@
+//! What a pod has under way to each destination: connections, requests, retries, and which endpoints it leaves out.
+//!
+//! For each source pod and cluster, as a sidecar would count, so that limits written for sidecars keep their meaning.
+//! Counters are atomic and idle connections are kept in lock-free queues: requests of one pod do not wait for each other.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use arc_swap::ArcSwap;
+use crossbeam_queue::SegQueue;
+use tokio::sync::Notify;
+
+use super::upstream::{H1Upstream, H2Upstream};
+use crate::{
+    balance::outlier::{Event, Outliers, Streak},
+    route::{Cluster, ClusterId, traffic::RetryBudget},
+};
+
+/// The clusters of one pod. Reading is lock-free; a cluster is added once.
+#[derive(Debug, Default)]
+pub struct Clusters(Table<ClusterId, ClusterState>);
+
+impl Clusters {
+    pub fn of(&self, cluster: &Cluster) -> Arc<ClusterState> {
+        self.0.get_or_insert(&cluster.id, ClusterState::new)
+    }
+
+    pub fn all(&self) -> Vec<(ClusterId, Arc<ClusterState>)> {
+        self.0.entries.load().iter().map(|(id, state)| (id.clone(), state.clone())).collect()
+    }
+
+    /// Forgets clusters that are no more, and lets go of idle connections that are dead or have been idle too long.
+    pub fn tidy(&self, now: Instant, current: impl Fn(&ClusterId) -> Option<Arc<Cluster>>) {
+        let gone = self.all().into_iter().filter(|(id, state)| match current(id) {
+            Some(cluster) => {
+                state.tidy(&cluster, now);
+                false
+            }
+            None => true,
+        });
+        let gone = gone.map(|(id, _)| id).collect::<Vec<_>>();
+        if !gone.is_empty() {
+            self.0.change(|entries| gone.iter().for_each(|id| drop(entries.remove(id))));
+        }
+    }
+}
+
+/// A map that is read without a lock and seldom changed.
+#[derive(Debug)]
+struct Table<K, V> {
+    entries: ArcSwap<HashMap<K, Arc<V>>>,
+    writing: Mutex<()>,
+}
+
+impl<K, V> Default for Table<K, V> {
+    fn default() -> Self {
+        Self { entries: ArcSwap::from_pointee(HashMap::new()), writing: Mutex::new(()) }
+    }
+}
+
+impl<K: Clone + Eq + std::hash::Hash, V> Table<K, V> {
+    fn get_or_insert(&self, key: &K, make: impl FnOnce() -> V) -> Arc<V> {
+        if let Some(found) = self.entries.load().get(key) {
+            return found.clone();
+        }
+        let mut found = None;
+        self.change(|entries| found = Some(entries.entry(key.clone()).or_insert_with(|| Arc::new(make())).clone()));
+        // Set above, whatever happens.
+        found.unwrap_or_else(|| unreachable!("an entry was made"))
+    }
+
+    fn change(&self, f: impl FnOnce(&mut HashMap<K, Arc<V>>)) {
+        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = HashMap::clone(&self.entries.load());
+        f(&mut entries);
+        self.entries.store(Arc::new(entries));
+    }
+}
+
+/// What is counted against a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limited {
+    Connections,
+    Pending,
+    Requests,
+    Retries,
+}
+
+#[derive(Debug)]
+pub struct ClusterState {
+    pub outliers: Outliers,
+    turn: AtomicU64,
+    connections: AtomicU32,
+    pending: AtomicU32,
+    requests: AtomicU32,
+    retries: AtomicU32,
+    endpoints: Table<SocketAddr, EndpointState>,
+}
+
+impl ClusterState {
+    fn new() -> Self {
+        Self {
+            outliers: Outliers::new(Instant::now()),
+            turn: AtomicU64::new(fastrand::u64(0..1024)),
+            connections: AtomicU32::new(0),
+            pending: AtomicU32::new(0),
+            requests: AtomicU32::new(0),
+            retries: AtomicU32::new(0),
+            endpoints: Table::default(),
+        }
+    }
+
+    /// Counts picks, for going round.
+    pub fn turn(&self) -> u64 {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub fn endpoint(&self, address: SocketAddr) -> Arc<EndpointState> {
+        self.endpoints.get_or_insert(&address, EndpointState::default)
+    }
+
+    fn counter(&self, of: Limited) -> &AtomicU32 {
+        match of {
+            Limited::Connections => &self.connections,
+            Limited::Pending => &self.pending,
+            Limited::Requests => &self.requests,
+            Limited::Retries => &self.retries,
+        }
+    }
+
+    pub fn count(&self, of: Limited) -> u32 {
+        self.counter(of).load(Ordering::Relaxed)
+    }
+
+    /// Counts one more, unless that is more than the limit.
+    pub fn begin(self: &Arc<Self>, of: Limited, limit: Option<u32>) -> Option<Slot> {
+        let counter = self.counter(of);
+        let up = |n: u32| limit.is_none_or(|limit| n < limit).then_some(n + 1);
+        counter.fetch_update(Ordering::AcqRel, Ordering::Relaxed, up).ok()?;
+        Some(Slot { state: self.clone(), of })
+    }
+
+    /// Room for one more retry, by the budget if there is one, else by the limit.
+    pub fn begin_retry(self: &Arc<Self>, limit: Option<u32>, budget: Option<&RetryBudget>) -> Option<Slot> {
+        let limit = match budget {
+            None => limit,
+            Some(budget) => {
+                let under_way = f64::from(self.count(Limited::Requests) + self.count(Limited::Pending));
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a u32")]
+                let share = (under_way * budget.percent / 100.0) as u32;
+                Some(share.max(budget.minimum))
+            }
+        };
+        self.begin(Limited::Retries, limit)
+    }
+
+    /// Takes in what became of an attempt.
+    pub fn observe(&self, cluster: &Cluster, address: SocketAddr, endpoint: &EndpointState, event: Event) {
+        let Some(settings) = &cluster.policy.outlier else { return };
+        let now = Instant::now();
+        if self.outliers.record(address, &endpoint.streak, event, settings, cluster.endpoints.len(), now) {
+            tracing::info!(target: "proxy", cluster = %cluster.id, endpoint = %address, ?event, "endpoint ejected");
+        }
+    }
+
+    fn tidy(&self, cluster: &Cluster, now: Instant) {
+        let exists = |a: &SocketAddr| cluster.endpoints.iter().any(|e| e.address == *a);
+        self.outliers.retain(exists);
+        let all = self.endpoints.entries.load_full();
+        for endpoint in all.values() {
+            endpoint.tidy(cluster, now);
+        }
+        let unused = |a: &SocketAddr, e: &EndpointState| !exists(a) && e.connections.load(Ordering::Relaxed) == 0;
+        if all.iter().any(|(a, e)| unused(a, e)) {
+            self.endpoints.change(|entries| entries.retain(|a, e| !unused(a, e)));
+        }
+    }
+
+    /// Connections kept for later, over all endpoints.
+    pub fn idle(&self) -> usize {
+        self.endpoints.entries.load().values().map(|e| e.idle.len()).sum()
+    }
+}
+
+/// One of what is counted, until it is dropped.
+#[derive(Debug)]
+pub struct Slot {
+    state: Arc<ClusterState>,
+    of: Limited,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.state.counter(self.of).fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// What a pod has with one endpoint of a cluster.
+#[derive(Debug, Default)]
+pub struct EndpointState {
+    pub streak: Streak,
+    pub idle: SegQueue<Box<H1Upstream>>,
+    /// Open connections of either protocol.
+    pub connections: AtomicU32,
+    /// Woken when a connection becomes idle or ends.
+    pub freed: Notify,
+    pub h2: ArcSwap<Vec<Arc<H2Upstream>>>,
+    /// Held while an HTTP/2 connection is made, so that a burst makes one.
+    pub dialling: tokio::sync::Mutex<()>,
+}
+
+impl EndpointState {
+    fn tidy(&self, cluster: &Cluster, now: Instant) {
+        for _ in 0..self.idle.len() {
+            let Some(mut connection) = self.idle.pop() else { break };
+            let fresh = now.saturating_duration_since(connection.idle_since()) < cluster.policy.http.idle_timeout;
+            if fresh && connection.is_usable() {
+                self.idle.push(connection);
+                self.freed.notify_one();
+            }
+        }
+        if self.h2.load().iter().any(|c| c.is_closed()) {
+            self.h2.rcu(|all| all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>());
+        }
+    }
+}
+
+/// An open connection, counted at its cluster and endpoint.
+#[derive(Debug)]
+pub struct ConnectionSlot {
+    endpoint: Arc<EndpointState>,
+    slot: Option<Slot>,
+}
+
+impl ConnectionSlot {
+    /// Room for one more connection. An endpoint without any always gets one, or requests to it would wait for ever.
+    pub fn begin(state: &Arc<ClusterState>, endpoint: &Arc<EndpointState>, limit: Option<u32>) -> Option<Self> {
+        let alone = endpoint.connections.load(Ordering::Acquire) == 0;
+        let slot = state.begin(Limited::Connections, limit).or_else(|| if alone { state.begin(Limited::Connections, None) } else { None });
+        let slot = slot?;
+        endpoint.connections.fetch_add(1, Ordering::AcqRel);
+        Some(Self { endpoint: endpoint.clone(), slot: Some(slot) })
+    }
+}
+
+impl Drop for ConnectionSlot {
+    fn drop(&mut self) {
+        self.endpoint.connections.fetch_sub(1, Ordering::AcqRel);
+        drop(self.slot.take());
+        self.endpoint.freed.notify_one();
+    }
+}

@@ -1,0 +1,659 @@
+//! One request from its head to the end of its response, in the order things happen: route, CORS, fault, redirect or direct
+//! response, pick a cluster, rewrite, mirror, then attempts until one is answered.
+
+use std::{borrow::Cow, sync::Arc, sync::LazyLock, time::Duration};
+
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use tokio::time::{Instant, sleep};
+
+use super::{
+    Downstream,
+    attempt::{Answered, Attempt, Deadlines, Plan, TimeUp, Verdict, attempt},
+    body::{RequestBody, Responder},
+    clusters::{ClusterState, EndpointState, Limited, Slot},
+    headers,
+    mirror,
+    record::{Flag, Record},
+    reply::{Reply, http_status_of_grpc, reason},
+    upload::Upload,
+    upstream::{Failed, Wanted},
+    wire::Malformed,
+};
+use crate::{
+    balance::{self, Asker, outlier::Event},
+    config::Snapshot,
+    route::{
+        Cluster, Target, Workload,
+        matching::Context,
+        request::{RequestHead, cookie, query_parameter},
+        retry::{Reset, RetryPolicy, default_policy},
+        rewrite,
+        rule::{Abort, Action, Cors, Rule, Weighted, pick_weighted},
+        table::ResolvedRule,
+        traffic::{Balancer, HashKey, Upgrade},
+    },
+};
+
+static DEFAULT_RETRIES: LazyLock<RetryPolicy> = LazyLock::new(default_policy);
+
+/// Whether the client's connection can go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The response is complete.
+    Complete,
+    /// The response is not, or the request has not been read to its end: the client must see the end of the connection or
+    /// stream.
+    Broken,
+}
+
+/// One request under way.
+pub struct Exchange<'e, 'd, B, R> {
+    pub down: &'e Downstream<'d>,
+    pub body: &'e mut B,
+    pub responder: &'e mut R,
+    pub record: &'e mut Record,
+    pub upgrade: Option<HeaderValue>,
+    pub close: bool,
+    pub grpc: bool,
+}
+
+/// Where a request is forwarded to.
+struct Forward<'s> {
+    cluster: Arc<Cluster>,
+    rule: Option<&'s Rule>,
+    destination: Option<&'s Weighted>,
+    cors: Option<CorsAnswer>,
+    snapshot: &'s Snapshot,
+    source: &'s Arc<Workload>,
+}
+
+/// What CORS adds to a response.
+#[derive(Debug, Clone)]
+struct CorsAnswer {
+    origin: HeaderValue,
+    credentials: bool,
+    expose: Option<HeaderValue>,
+}
+
+impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
+    /// Serves the request.
+    pub async fn run(&mut self, mut head: RequestHead) -> End {
+        self.record.describe(&head);
+        self.grpc = head.is_grpc();
+        let snapshot = self.down.proxy.config.load().clone();
+        let Some(source) = snapshot.workload(&self.down.pod.uid) else {
+            return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
+        };
+        self.record.source = Some(source.clone());
+        let Target::Service { port, .. } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
+            return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
+        };
+        if head.method == Method::CONNECT {
+            self.close = true;
+            return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;
+        }
+        let Some(table) = &port.routes.http else {
+            let forward = Forward { cluster: port.cluster.clone(), rule: None, destination: None, cors: None, snapshot: &snapshot, source };
+            return self.forward(head, forward, None).await;
+        };
+        let Some(found) = table.find(&head, Context { source, port: port.port }) else {
+            return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;
+        };
+        let (resolved, path) = (found.resolved, found.path);
+        let rule = &*resolved.rule;
+        self.record.route = Some(if rule.name.is_empty() { table.origin.clone() } else { rule.name.clone() });
+        let cors = match rule.cors.as_ref().map(|cors| self.cors(cors, &head)) {
+            Some(Preflight::Answer(headers)) => return self.preflight(headers).await,
+            Some(Preflight::Pass(answer)) => answer,
+            None => None,
+        };
+        if let Some(end) = self.fault(rule, cors.as_ref()).await {
+            return end;
+        }
+        match &rule.action {
+            Action::Redirect(redirect) => {
+                let location = rewrite::location(redirect, path, &head, self.down.original.port());
+                self.redirect(rule, redirect.status, &location, cors.as_ref()).await
+            }
+            Action::Respond(response) => {
+                let mut reply = Reply::new(response.status, "");
+                reply.verbatim = Some(response.body.clone());
+                self.record.details = Cow::Borrowed("direct_response");
+                self.reply(reply, |headers| decorate(headers, rule, None, cors.as_ref())).await
+            }
+            Action::Forward(all) => {
+                let Some((cluster, destination)) = pick_destination(resolved, all) else { return self.missing(rule).await };
+                let forward = Forward { cluster, rule: Some(rule), destination: Some(destination), cors, snapshot: &snapshot, source };
+                let mirrors = self.mirrors(resolved);
+                let original = rewrite::request(&mut head, rule, path, Some(destination));
+                self.forward_rewritten(head, forward, original, mirrors).await
+            }
+            Action::Delegate { .. } => self.missing(rule).await,
+        }
+    }
+
+    /// A destination that does not exist.
+    async fn missing(&mut self, rule: &Rule) -> End {
+        if rule.missing_status == StatusCode::INTERNAL_SERVER_ERROR {
+            self.record.details = Cow::Borrowed("direct_response");
+            return self.reply(Reply::new(rule.missing_status, ""), |_| {}).await;
+        }
+        self.refuse(rule.missing_status, Flag::NoCluster, "cluster_not_found").await
+    }
+
+    async fn refuse(&mut self, status: StatusCode, flag: Flag, details: &'static str) -> End {
+        self.record.raise(flag);
+        self.record.details = Cow::Borrowed(details);
+        self.reply(Reply::new(status, ""), |_| {}).await
+    }
+
+    async fn redirect(&mut self, rule: &Rule, status: StatusCode, location: &str, cors: Option<&CorsAnswer>) -> End {
+        let mut reply = Reply::new(status, "");
+        if let Ok(location) = HeaderValue::from_str(location) {
+            reply.headers.insert(header::LOCATION, location);
+        }
+        self.record.details = Cow::Borrowed("direct_response");
+        self.reply(reply, |headers| decorate(headers, rule, None, cors)).await
+    }
+
+    /// Answers without the upstream.
+    async fn reply(&mut self, reply: Reply, change: impl FnOnce(&mut HeaderMap)) -> End {
+        let close = self.close || !self.body.is_end();
+        match reply.start(self.grpc, close, self.responder, change) {
+            Ok(status) => self.record.status = Some(status),
+            Err(_) => return self.abandoned(),
+        }
+        while !self.responder.is_flushed() {
+            if self.responder.flush().await.is_err() {
+                return self.abandoned();
+            }
+        }
+        if self.body.is_end() { End::Complete } else { End::Broken }
+    }
+
+    fn abandoned(&mut self) -> End {
+        self.record.raise(Flag::DownstreamDisconnect);
+        self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+        End::Broken
+    }
+
+    async fn preflight(&mut self, headers: HeaderMap) -> End {
+        let mut reply = Reply::new(StatusCode::OK, "");
+        reply.headers = headers;
+        self.record.details = Cow::Borrowed("cors_response");
+        self.reply(reply, |_| {}).await
+    }
+
+    /// Delays and aborts, each by its own dice.
+    async fn fault(&mut self, rule: &Rule, cors: Option<&CorsAnswer>) -> Option<End> {
+        if let Some((delay, share)) = rule.fault.delay
+            && share.hit(fastrand::u32(..))
+        {
+            self.record.raise(Flag::DelayInjected);
+            tokio::select! {
+                () = sleep(delay) => {}
+                _ = self.responder.gone() => return Some(self.abandoned()),
+            }
+        }
+        let (abort, share) = rule.fault.abort?;
+        if !share.hit(fastrand::u32(..)) {
+            return None;
+        }
+        self.record.raise(Flag::FaultInjected);
+        self.record.details = Cow::Borrowed("fault_filter_abort");
+        let reply = match abort {
+            Abort::Http(status) => Reply::new(status, "fault filter abort"),
+            Abort::Grpc(code) => Reply { grpc_status: Some(code), ..Reply::new(StatusCode::OK, "fault filter abort") },
+        };
+        Some(self.reply(reply, |headers| cors_headers(headers, cors)).await)
+    }
+
+    fn cors(&self, cors: &Cors, head: &RequestHead) -> Preflight {
+        let Some(origin) = head.headers.get(header::ORIGIN) else { return Preflight::Pass(None) };
+        let preflight = head.method == Method::OPTIONS && head.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+        let allowed = cors.allows(origin.as_bytes());
+        if !preflight {
+            let answer = CorsAnswer { origin: origin.clone(), credentials: cors.credentials, expose: cors.expose.clone() };
+            return Preflight::Pass(allowed.then_some(answer));
+        }
+        if !allowed {
+            return if cors.forward_unmatched { Preflight::Pass(None) } else { Preflight::Answer(HeaderMap::new()) };
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+        if cors.credentials {
+            headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+        }
+        for (name, value) in [
+            (header::ACCESS_CONTROL_ALLOW_METHODS, &cors.methods),
+            (header::ACCESS_CONTROL_ALLOW_HEADERS, &cors.headers),
+            (header::ACCESS_CONTROL_MAX_AGE, &cors.max_age),
+        ] {
+            if let Some(value) = value {
+                headers.insert(name, value.clone());
+            }
+        }
+        Preflight::Answer(headers)
+    }
+
+    /// The mirrors the dice pick.
+    fn mirrors(&self, resolved: &ResolvedRule) -> Vec<Arc<Cluster>> {
+        let all = resolved.rule.mirrors.iter().zip(&resolved.mirrors);
+        all.filter(|(mirror, _)| mirror.share.hit(fastrand::u32(..))).filter_map(|(_, cluster)| cluster.clone()).collect()
+    }
+
+    async fn forward(&mut self, head: RequestHead, forward: Forward<'_>, original: Option<HeaderValue>) -> End {
+        self.forward_rewritten(head, forward, original, Vec::new()).await
+    }
+
+    async fn forward_rewritten(
+        &mut self,
+        mut head: RequestHead,
+        forward: Forward<'_>,
+        original: Option<HeaderValue>,
+        mirrors: Vec<Arc<Cluster>>,
+    ) -> End {
+        headers::prepare(&mut head);
+        if let Some(original) = original {
+            head.headers.insert(headers::ORIGINAL_PATH.clone(), original);
+        }
+        self.record.cluster = Some(forward.cluster.clone());
+        let state = self.down.pod.clusters.of(&forward.cluster);
+        let Some(_request) = state.begin(Limited::Requests, forward.cluster.policy.http.max_requests) else {
+            return self.failed(&Failed::new(Reset::Overflow), false, None, forward.cors.as_ref()).await;
+        };
+        let policy = forward.rule.and_then(|r| r.retries.as_ref()).unwrap_or(&DEFAULT_RETRIES);
+        let timeout = forward.rule.and_then(|r| r.timeout);
+        let client = if self.grpc { headers::grpc_timeout(&head.headers) } else { None };
+        let client = client.map(|t| timeout.map_or(t, |most| t.min(most)));
+        let hashed = Hashed::of(&forward.cluster, &head, self.down);
+        let replays = self.down.proxy.replays.clone();
+        let keep = policy.attempts > 0 && self.upgrade.is_none();
+        let mut upload = Upload::new(self.body, keep, &replays);
+        for cluster in mirrors {
+            mirror::start(self.down, &head, cluster, &mut upload);
+        }
+        let attempts = Attempts {
+            down: self.down,
+            responder: self.responder,
+            record: self.record,
+            upload,
+            deadlines: Deadlines { client: client.map(|t| Instant::now() + t), ..Deadlines::default() },
+            policy,
+            timeout,
+            upgrade: self.upgrade.as_ref(),
+            close: self.close,
+            state,
+            forward: &forward,
+            hashed,
+            tried: Vec::new(),
+            began: Instant::now(),
+            number: 0,
+            retry: None,
+        };
+        let failure = match attempts.run(head).await {
+            Outcome::Ended(end) => return end,
+            Outcome::Failed(failure) => failure,
+        };
+        self.fail(failure, forward.rule, forward.cors.as_ref()).await
+    }
+
+    async fn fail(&mut self, failure: Unanswered, rule: Option<&Rule>, cors: Option<&CorsAnswer>) -> End {
+        let (reply, details) = match failure {
+            Unanswered::Reset(failed, retried) => return self.failed(&failed, retried, rule, cors).await,
+            Unanswered::NoEndpoint => {
+                self.record.raise(Flag::NoHealthyUpstream);
+                (Reply::new(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream"), "no_healthy_upstream")
+            }
+            Unanswered::Denied => (Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), "rbac_access_denied_matched_policy[none]"),
+            Unanswered::TimeUp(TimeUp::Client) => {
+                let reply = Reply { grpc_status: Some(4), ..Reply::new(StatusCode::GATEWAY_TIMEOUT, "downstream duration timeout") };
+                (reply, "max_duration_timeout")
+            }
+            Unanswered::TimeUp(up) => {
+                self.record.raise(Flag::UpstreamTimeout);
+                (Reply::timeout(), if up == TimeUp::Attempt { "upstream_per_try_timeout" } else { "response_timeout" })
+            }
+            Unanswered::Malformed(malformed) => {
+                if malformed.protocol_error {
+                    self.record.raise(Flag::DownstreamProtocolError);
+                }
+                self.close = true;
+                (Reply::new(malformed.status, malformed.body), malformed.details)
+            }
+        };
+        self.record.details = Cow::Borrowed(details);
+        self.reply(reply, |headers| decorate_reply(headers, rule, cors)).await
+    }
+
+    async fn failed(&mut self, failed: &Failed, retried: bool, rule: Option<&Rule>, cors: Option<&CorsAnswer>) -> End {
+        self.record.raise(flag_of(failed.reset));
+        let words = reason(failed.reset).replace(' ', "_");
+        self.record.details = match (failed.reset, &*failed.detail) {
+            (Reset::PerTryTimeout, _) => Cow::Borrowed("upstream_per_try_timeout"),
+            (_, "") => format!("upstream_reset_before_response_started{{{words}}}").into(),
+            (_, detail) => format!("upstream_reset_before_response_started{{{words}|{detail}}}").into(),
+        };
+        self.reply(Reply::reset(failed.reset, retried), |headers| decorate_reply(headers, rule, cors)).await
+    }
+}
+
+fn flag_of(reset: Reset) -> Flag {
+    match reset {
+        Reset::ConnectFailure | Reset::ConnectTimeout => Flag::UpstreamConnectionFailure,
+        Reset::ConnectionTermination => Flag::UpstreamConnectionTermination,
+        Reset::ProtocolError => Flag::UpstreamProtocolError,
+        Reset::RefusedStream | Reset::RemoteReset => Flag::UpstreamRemoteReset,
+        Reset::Overflow => Flag::UpstreamOverflow,
+        Reset::PerTryTimeout => Flag::UpstreamTimeout,
+    }
+}
+
+enum Preflight {
+    Answer(HeaderMap),
+    Pass(Option<CorsAnswer>),
+}
+
+fn pick_destination<'s>(resolved: &ResolvedRule, all: &'s [Weighted]) -> Option<(Arc<Cluster>, &'s Weighted)> {
+    let picked = match all {
+        [_] => 0,
+        _ => pick_weighted(all.iter().map(|d| d.weight), fastrand::u64(..))?,
+    };
+    Some((resolved.destinations.get(picked)?.clone()?, all.get(picked)?))
+}
+
+/// Changes a response's headers as its route, destination and CORS say.
+fn decorate(headers: &mut HeaderMap, rule: &Rule, destination: Option<&Weighted>, cors: Option<&CorsAnswer>) {
+    if let Some(destination) = destination {
+        destination.headers.response.apply(headers);
+    }
+    rule.headers.response.apply(headers);
+    cors_headers(headers, cors);
+}
+
+fn decorate_reply(headers: &mut HeaderMap, rule: Option<&Rule>, cors: Option<&CorsAnswer>) {
+    match rule {
+        Some(rule) => decorate(headers, rule, None, cors),
+        None => cors_headers(headers, cors),
+    }
+}
+
+fn cors_headers(headers: &mut HeaderMap, cors: Option<&CorsAnswer>) {
+    let Some(cors) = cors else { return };
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, cors.origin.clone());
+    if cors.credentials {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+    }
+    if let Some(expose) = &cors.expose {
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, expose.clone());
+    }
+}
+
+/// What a request is hashed by.
+#[derive(Debug, Default)]
+struct Hashed {
+    hash: Option<u64>,
+    /// A cookie given to a client that had none.
+    cookie: Option<HeaderValue>,
+}
+
+impl Hashed {
+    fn of(cluster: &Cluster, head: &RequestHead, down: &Downstream<'_>) -> Self {
+        let Balancer::Hash { key, .. } = &cluster.policy.balancer else { return Self::default() };
+        let plain = |value: Option<&[u8]>| Self { hash: value.map(balance::hash), cookie: None };
+        match key {
+            HashKey::Header(name) => plain(head.headers.get(name).map(HeaderValue::as_bytes)),
+            HashKey::Query(name) => plain(head.query().and_then(|q| query_parameter(q, name)).map(str::as_bytes)),
+            HashKey::SourceIp => plain(Some(down.client.ip().to_string().as_bytes())),
+            HashKey::Cookie { name, path, ttl } => match (cookie(&head.headers, name), ttl) {
+                (Some(value), _) => plain(Some(value.as_bytes())),
+                (None, None) => Self::default(),
+                (None, Some(ttl)) => Self::fresh_cookie(name, path.as_deref(), *ttl),
+            },
+        }
+    }
+
+    fn fresh_cookie(name: &str, path: Option<&str>, ttl: Duration) -> Self {
+        let value = format!("{:016x}", fastrand::u64(..));
+        let age = if ttl.is_zero() { String::new() } else { format!("; Max-Age={}", ttl.as_secs()) };
+        let path = path.map(|p| format!("; Path={p}")).unwrap_or_default();
+        let cookie = HeaderValue::from_str(&format!("{name}=\"{value}\"{age}{path}; HttpOnly")).ok();
+        Self { hash: Some(balance::hash(value.as_bytes())), cookie }
+    }
+}
+
+/// Why no response came, when the answer is up to the proxy.
+#[derive(Debug)]
+enum Unanswered {
+    Reset(Failed, bool),
+    NoEndpoint,
+    Denied,
+    TimeUp(TimeUp),
+    Malformed(Malformed),
+}
+
+enum Outcome {
+    Ended(End),
+    Failed(Unanswered),
+}
+
+/// The attempts of one exchange.
+struct Attempts<'x, 'd, 'b, B, R> {
+    down: &'x Downstream<'d>,
+    responder: &'x mut R,
+    record: &'x mut Record,
+    upload: Upload<'b, B>,
+    deadlines: Deadlines,
+    policy: &'x RetryPolicy,
+    timeout: Option<Duration>,
+    upgrade: Option<&'x HeaderValue>,
+    close: bool,
+    state: Arc<ClusterState>,
+    forward: &'x Forward<'x>,
+    hashed: Hashed,
+    tried: Vec<std::net::SocketAddr>,
+    began: Instant,
+    /// Of the attempt under way, counted from one.
+    number: u32,
+    /// Counts the retry under way.
+    retry: Option<Slot>,
+}
+
+impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
+    async fn run(mut self, mut head: RequestHead) -> Outcome {
+        loop {
+            self.number += 1;
+            let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
+            self.record.attempts = self.number;
+            self.record.endpoint = Some(address);
+            self.upload.rewind();
+            self.deadlines.attempt = None;
+            headers::expect_within(&mut head.headers, self.time_left());
+            let ended = self.attempt(&head, address, &endpoint).await;
+            let again = match ended {
+                Attempt::Answered(answered) => return Outcome::Ended(self.answered(answered)),
+                Attempt::Abandoned => {
+                    self.record.raise(Flag::DownstreamDisconnect);
+                    self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+                    return Outcome::Ended(End::Broken);
+                }
+                Attempt::Malformed(malformed) => return Outcome::Failed(Unanswered::Malformed(malformed)),
+                Attempt::Denied => return Outcome::Failed(Unanswered::Denied),
+                Attempt::Again => Ok(()),
+                Attempt::TimeUp(TimeUp::Attempt) => Err(Failed::new(Reset::PerTryTimeout)),
+                Attempt::TimeUp(up) => {
+                    self.observe(address, &endpoint, Event::LocalOrigin);
+                    return Outcome::Failed(Unanswered::TimeUp(up));
+                }
+                Attempt::Failed(failed) => Err(failed),
+            };
+            if let Err(failed) = again {
+                if failed.reset != Reset::Overflow {
+                    self.observe(address, &endpoint, Event::LocalOrigin);
+                }
+                if !self.wants_again(self.policy.wants_after_reset(failed.reset)) {
+                    return Outcome::Failed(Unanswered::Reset(failed, self.number > 1));
+                }
+            }
+            if !self.tried.contains(&address) {
+                self.tried.push(address);
+            }
+            if let Some(up) = self.back_off().await {
+                return up;
+            }
+        }
+    }
+
+    fn pick(&self) -> Option<(std::net::SocketAddr, Arc<EndpointState>, crate::route::LoadGuard)> {
+        let Forward { cluster, snapshot, source, .. } = self.forward;
+        let ejected = self.state.outliers.ejected();
+        let tried: &[_] = if self.policy.ignore_previous_hosts { &self.tried } else { &[] };
+        let asker = Asker {
+            client: self.down.client.ip(),
+            node: &snapshot.mesh.node,
+            locality: &source.locality,
+            labels: &source.labels,
+            dice: fastrand::u64(..),
+            turn: self.state.turn(),
+            hash: self.hashed.hash,
+            tried,
+            ejected: &ejected,
+            now: std::time::Instant::now(),
+        };
+        let endpoint = balance::pick(cluster, &asker)?;
+        Some((endpoint.address, self.state.endpoint(endpoint.address), endpoint.load.begin()))
+    }
+
+    fn time_left(&self) -> Option<Duration> {
+        let whole = self.timeout.map(|t| self.deadlines.route.map_or(t, |at| at.saturating_duration_since(Instant::now())));
+        let each = self.policy.per_try_timeout;
+        match (whole, each) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    async fn attempt(&mut self, head: &RequestHead, address: std::net::SocketAddr, endpoint: &Arc<EndpointState>) -> Attempt {
+        let (cluster, state) = (&self.forward.cluster, self.state.clone());
+        let http2 = match cluster.policy.http.upgrade {
+            Upgrade::Always => true,
+            Upgrade::Client => self.down.http2,
+            Upgrade::Default if cluster.protocol == crate::detect::Protocol::Detect => self.down.http2,
+            Upgrade::Default => cluster.protocol.is_http2(),
+        };
+        let wanted = Wanted {
+            proxy: self.down.proxy,
+            pod: self.down.pod,
+            client: self.down.client,
+            cluster,
+            state: &state,
+            endpoint,
+            address,
+            http2: http2 && self.upgrade.is_none(),
+        };
+        let plan = Plan { head, upgrade: self.upgrade, policy: self.policy, timeout: self.timeout, close: self.close };
+        let Self { responder, record, upload, deadlines, policy, forward, hashed, began, number, retry, .. } = self;
+        let repeatable = upload.can_repeat();
+        let mut judge = |status: StatusCode, mut headers: HeaderMap| {
+            let grpc = headers.get("grpc-status").map(|s| http_status_of_grpc(s.as_bytes()));
+            state.observe(cluster, address, endpoint, Event::of_status(grpc.unwrap_or(status)));
+            let again = policy.wants_after_response(status, &headers);
+            let again = again && allowed(again, *number, policy, repeatable, &state, cluster, retry, record);
+            if again {
+                return Verdict { again, headers };
+            }
+            record.status = Some(status);
+            record.details = Cow::Borrowed("via_upstream");
+            if status != StatusCode::SWITCHING_PROTOCOLS {
+                let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                headers.insert(headers::SERVICE_TIME.clone(), took.into());
+            }
+            match forward.rule {
+                Some(rule) => decorate(&mut headers, rule, forward.destination, forward.cors.as_ref()),
+                None => cors_headers(&mut headers, forward.cors.as_ref()),
+            }
+            if let Some(cookie) = hashed.cookie.take() {
+                headers.append(header::SET_COOKIE, cookie);
+            }
+            Verdict { again, headers }
+        };
+        attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await
+    }
+
+    /// Whether another attempt is made when one is wanted; says in the record why not.
+    fn wants_again(&mut self, wanted: bool) -> bool {
+        let Self { policy, upload, state, forward, retry, record, number, .. } = self;
+        allowed(wanted, *number, policy, upload.can_repeat(), state, &forward.cluster, retry, record)
+    }
+
+    fn observe(&self, address: std::net::SocketAddr, endpoint: &EndpointState, event: Event) {
+        self.state.observe(&self.forward.cluster, address, endpoint, event);
+    }
+
+    /// Waits before the next attempt, unless time is up or the client gone first.
+    async fn back_off(&mut self) -> Option<Outcome> {
+        let wait = sleep(self.policy.backoff(self.number, fastrand::u32(..)));
+        self.deadlines.attempt = None;
+        tokio::select! {
+            biased;
+            up = self.deadlines.passed() => Some(Outcome::Failed(Unanswered::TimeUp(up))),
+            _ = self.responder.gone() => {
+                self.record.raise(Flag::DownstreamDisconnect);
+                self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+                Some(Outcome::Ended(End::Broken))
+            }
+            () = wait => None,
+        }
+    }
+
+    fn answered(&mut self, answered: Answered) -> End {
+        match answered {
+            Answered::Whole => return if self.upload.is_received() { End::Complete } else { End::Broken },
+            Answered::Truncated(reset) => {
+                self.record.raise(flag_of(reset));
+                let words = reason(reset).replace(' ', "_");
+                self.record.details = format!("upstream_reset_after_response_started{{{words}}}").into();
+            }
+            Answered::TimeUp(TimeUp::Client) => self.record.details = Cow::Borrowed("max_duration_timeout"),
+            Answered::TimeUp(_) => {
+                self.record.raise(Flag::UpstreamTimeout);
+                self.record.details = Cow::Borrowed("response_timeout");
+            }
+            Answered::Abandoned => {
+                self.record.raise(Flag::DownstreamDisconnect);
+                self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+            }
+        }
+        End::Broken
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "called from inside and outside a closure that holds the parts apart")]
+fn allowed(
+    wanted: bool,
+    number: u32,
+    policy: &RetryPolicy,
+    repeatable: bool,
+    state: &Arc<ClusterState>,
+    cluster: &Cluster,
+    retry: &mut Option<Slot>,
+    record: &mut Record,
+) -> bool {
+    if !wanted || policy.attempts == 0 {
+        return false;
+    }
+    if number > policy.attempts {
+        record.raise(Flag::RetriesExhausted);
+        return false;
+    }
+    if !repeatable {
+        return false;
+    }
+    if retry.is_none() {
+        *retry = state.begin_retry(cluster.policy.http.max_retries, cluster.policy.retry_budget.as_ref());
+    }
+    if retry.is_none() {
+        record.raise(Flag::UpstreamOverflow);
+    }
+    retry.is_some()
+}

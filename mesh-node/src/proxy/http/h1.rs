@@ -1,0 +1,363 @@
+//! One HTTP/1 connection, either end: reading heads and bodies, writing them.
+
+use std::{io, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, Method, StatusCode};
+
+use super::{
+    body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
+    framing::{Decoder, Encoder, Frame, Out},
+    transport::{TransportSink, TransportSource},
+    wire::{self, Framing, MAX_HEAD, Malformed},
+};
+
+/// How long a client may take to read an answer after which the connection is closed, and what it may still send.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 256 * 1024;
+
+/// What has been read of a connection and not been used.
+#[derive(Debug, Default)]
+pub struct Unread {
+    pub buffer: Bytes,
+    /// Bytes whose room has not been given back to the other end.
+    held: usize,
+    ended: bool,
+}
+
+impl From<Bytes> for Unread {
+    fn from(buffer: Bytes) -> Self {
+        Self { buffer, ..Self::default() }
+    }
+}
+
+/// The reading half of a connection: heads, and the body after the head last read.
+pub struct Reader<'a> {
+    source: TransportSource<'a>,
+    unread: &'a mut Unread,
+    decoder: Decoder,
+    framing: Framing,
+}
+
+/// Why there is no head.
+#[derive(Debug)]
+pub enum NoHead {
+    /// The connection ended, cleanly or not, with nothing or only part of a head.
+    Ended { partial: bool },
+    Broken(io::Error),
+    Malformed(Malformed),
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(source: TransportSource<'a>, unread: &'a mut Unread) -> Self {
+        Self { source, unread, decoder: Decoder::new(Framing::Empty), framing: Framing::Empty }
+    }
+
+    /// What follows is a body.
+    pub fn begin_body(&mut self, framing: Framing) {
+        self.framing = framing;
+        self.decoder = Decoder::new(framing);
+    }
+
+    /// Reads more into an empty buffer, or joins it to what is there. False at the end.
+    async fn fill(&mut self) -> io::Result<bool> {
+        if self.unread.ended {
+            return Ok(false);
+        }
+        self.source.passed_on(std::mem::take(&mut self.unread.held));
+        let Some(chunk) = self.source.next().await? else {
+            self.unread.ended = true;
+            return Ok(false);
+        };
+        self.unread.held = chunk.len();
+        let buffer = &mut self.unread.buffer;
+        if buffer.is_empty() {
+            *buffer = chunk;
+        } else {
+            let mut joined = BytesMut::with_capacity(buffer.len() + chunk.len());
+            joined.extend_from_slice(buffer);
+            joined.extend_from_slice(&chunk);
+            *buffer = joined.freeze();
+        }
+        Ok(true)
+    }
+
+    /// The bytes of the next head. Nothing is lost when this is dropped.
+    async fn head(&mut self) -> Result<Bytes, NoHead> {
+        loop {
+            let empty = wire::leading_empty_lines(&self.unread.buffer);
+            drop(self.unread.buffer.split_to(empty));
+            if let Some(end) = wire::head_end(&self.unread.buffer) {
+                if end > MAX_HEAD {
+                    return Err(NoHead::Malformed(Malformed::TOO_LARGE));
+                }
+                return Ok(self.unread.buffer.split_to(end));
+            }
+            if self.unread.buffer.len() > MAX_HEAD {
+                return Err(NoHead::Malformed(Malformed::TOO_LARGE));
+            }
+            // A line that cannot begin a request need not be waited for to the end.
+            match self.fill().await {
+                Ok(true) => {}
+                Ok(false) => return Err(NoHead::Ended { partial: !self.unread.buffer.is_empty() }),
+                Err(error) => return Err(NoHead::Broken(error)),
+            }
+        }
+    }
+
+    /// Waits for the first byte of a head.
+    pub async fn begun(&mut self) -> Result<(), NoHead> {
+        while self.unread.buffer.is_empty() {
+            match self.fill().await {
+                Ok(true) => {}
+                Ok(false) => return Err(NoHead::Ended { partial: false }),
+                Err(error) => return Err(NoHead::Broken(error)),
+            }
+        }
+        Ok(())
+    }
+
+    pub async fn request(&mut self) -> Result<wire::WireRequest, NoHead> {
+        let bytes = self.head().await?;
+        let request = wire::request(&bytes).map_err(NoHead::Malformed)?;
+        self.begin_body(request.framing);
+        Ok(request)
+    }
+
+    pub async fn response(&mut self, method: &Method) -> Result<wire::WireResponse, NoHead> {
+        let bytes = self.head().await?;
+        let response = wire::response(&bytes, method).map_err(NoHead::Malformed)?;
+        self.begin_body(response.framing);
+        Ok(response)
+    }
+
+    /// Reads and forgets what a client still sends, so that the answer before it is not lost to a reset.
+    pub async fn linger(&mut self) {
+        let drain = async {
+            let mut left = LINGER_BYTES;
+            loop {
+                let n = self.unread.buffer.len();
+                self.unread.buffer.clear();
+                left = left.saturating_sub(n);
+                if left == 0 || !self.fill().await.unwrap_or(false) {
+                    return;
+                }
+            }
+        };
+        // Time is up either way.
+        let _ = tokio::time::timeout(LINGER, drain).await;
+    }
+}
+
+impl FrameSource for Reader<'_> {
+    async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
+        loop {
+            if let Some(frame) = self.buffered()? {
+                return Ok(Some(frame));
+            }
+            if self.decoder.is_done() {
+                return Ok(None);
+            }
+            if !self.fill().await.map_err(BodyError::Cut)? {
+                return if self.decoder.finish() { Ok(None) } else { Err(BodyError::Truncated) };
+            }
+        }
+    }
+
+    fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
+        Ok(self.decoder.decode(&mut self.unread.buffer)?)
+    }
+
+    fn is_end(&self) -> bool {
+        self.decoder.is_done()
+    }
+}
+
+impl RequestBody for Reader<'_> {
+    fn framing(&self) -> Framing {
+        self.framing
+    }
+
+    async fn closed(&mut self) -> Closed {
+        if !self.unread.buffer.is_empty() {
+            // The next request is waiting; whoever sent it is there.
+            return std::future::pending().await;
+        }
+        match self.fill().await {
+            Ok(true) => std::future::pending().await,
+            Ok(false) => Closed::Half,
+            Err(error) => Closed::Gone(error),
+        }
+    }
+
+    fn become_raw(&mut self) {
+        self.begin_body(Framing::UntilClose);
+    }
+}
+
+/// The writing half of a connection, for one message at a time.
+pub struct H1Sink<'a> {
+    sink: TransportSink<'a>,
+    out: Out,
+    encoder: Encoder,
+    ended: bool,
+    /// Trailers were written: they are the end.
+    trailed: bool,
+    shut: bool,
+}
+
+impl<'a> H1Sink<'a> {
+    pub fn new(sink: TransportSink<'a>) -> Self {
+        Self { sink, out: Out::default(), encoder: Encoder::new(Framing::Empty), ended: true, trailed: false, shut: false }
+    }
+
+    /// Begins a message with its head.
+    pub fn begin(&mut self, head: Vec<u8>, framing: Framing) {
+        self.out.push(head.into());
+        self.encoder = Encoder::new(framing);
+        self.ended = false;
+        self.trailed = false;
+    }
+
+    /// What follows goes out as it comes, and its end is the connection's.
+    pub fn become_raw(&mut self) {
+        self.encoder = Encoder::new(Framing::UntilClose);
+        self.ended = false;
+    }
+
+    /// Says that nothing more will be written.
+    pub async fn shutdown(&mut self) -> io::Result<()> {
+        self.shut = true;
+        self.sink.finish().await
+    }
+
+    /// Completes when the other end has reset.
+    pub async fn broken(&mut self) -> io::Error {
+        self.sink.broken().await
+    }
+}
+
+impl FrameSink for H1Sink<'_> {
+    fn push(&mut self, frame: Frame) {
+        self.trailed |= matches!(frame, Frame::Trailers(_));
+        self.encoder.frame(frame, &mut self.out);
+    }
+
+    fn end(&mut self) {
+        if !self.ended && !self.trailed {
+            self.encoder.end(&mut self.out);
+        }
+        self.ended = true;
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    fn is_flushed(&self) -> bool {
+        let closes = self.ended && self.encoder.framing() == Framing::UntilClose;
+        self.out.is_empty() && (!closes || self.shut)
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        self.sink.write(&mut self.out).await?;
+        if self.ended && self.encoder.framing() == Framing::UntilClose && !self.shut {
+            self.shutdown().await?;
+        }
+        Ok(())
+    }
+}
+
+/// Answers on a connection.
+pub struct H1Responder<'s, 'a> {
+    pub sink: &'s mut H1Sink<'a>,
+    /// The client's minor version.
+    minor: u8,
+    head_request: bool,
+    keep_alive: bool,
+    started: bool,
+}
+
+impl<'s, 'a> H1Responder<'s, 'a> {
+    pub fn new(sink: &'s mut H1Sink<'a>, minor: u8, method: &Method, keep_alive: bool) -> Self {
+        Self { sink, minor, head_request: method == Method::HEAD, keep_alive, started: false }
+    }
+
+    /// Whether the connection can be used for another request.
+    pub fn keeps_alive(&self) -> bool {
+        self.started && self.keep_alive && self.sink.has_ended() && self.sink.is_flushed()
+    }
+
+    pub fn has_started(&self) -> bool {
+        self.started
+    }
+}
+
+impl FrameSink for H1Responder<'_, '_> {
+    fn push(&mut self, frame: Frame) {
+        self.sink.push(frame);
+    }
+
+    fn end(&mut self) {
+        self.sink.end();
+    }
+
+    fn has_ended(&self) -> bool {
+        self.sink.has_ended()
+    }
+
+    fn is_flushed(&self) -> bool {
+        self.sink.is_flushed()
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush().await
+    }
+}
+
+impl Responder for H1Responder<'_, '_> {
+    async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
+        if self.minor == 0 {
+            return Ok(());
+        }
+        let mut head = Vec::new();
+        wire::write_response(status, &headers, Framing::Empty, false, &mut head);
+        self.sink.out.push(head.into());
+        self.sink.sink.write(&mut self.sink.out).await
+    }
+
+    fn start(&mut self, head: ResponseHead, close: bool) -> io::Result<()> {
+        let ResponseHead { status, headers, framing } = head;
+        let switching = status == StatusCode::SWITCHING_PROTOCOLS;
+        let bodiless = self.head_request || matches!(status.as_u16(), 204 | 304);
+        let framing = match framing {
+            _ if switching => Framing::UntilClose,
+            _ if bodiless => Framing::Empty,
+            // HTTP/1.0 knows no chunks.
+            Framing::Chunked | Framing::UntilClose if self.minor == 0 => Framing::UntilClose,
+            Framing::UntilClose => Framing::Chunked,
+            Framing::Empty => Framing::Length(0),
+            other => other,
+        };
+        self.keep_alive &= !close && framing != Framing::UntilClose;
+        self.started = true;
+        let mut bytes = Vec::with_capacity(512);
+        // A client of HTTP/1.0 that asked to keep the connection must be told that it is kept.
+        let told = !self.keep_alive && !switching;
+        let written = if switching { Framing::Empty } else { framing };
+        wire::write_response(status, &headers, written, told, &mut bytes);
+        if self.minor == 0 && self.keep_alive {
+            bytes.truncate(bytes.len() - 2);
+            bytes.extend_from_slice(b"connection: keep-alive\r\n\r\n");
+        }
+        self.sink.begin(bytes, framing);
+        if bodiless {
+            self.sink.end();
+        }
+        Ok(())
+    }
+
+    async fn gone(&mut self) -> io::Error {
+        self.sink.broken().await
+    }
+}

@@ -1,0 +1,429 @@
+//! HTTP/2 streams, either end, and the server end of a connection.
+
+use std::{
+    future::{Future, poll_fn},
+    io,
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream, server::SendResponse};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::{
+    body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
+    framing::{Frame, Out},
+    wire::{Framing, MAX_HEAD, MAX_HEADERS, checked_authority, path_and_query, strip_hop_by_hop},
+};
+use crate::route::request::{RequestHead, Scheme};
+
+/// Settings towards clients: what one stream, and all streams of a connection, may have in flight.
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+const MAX_STREAMS: u32 = 1024;
+const MAX_FRAME: u32 = 64 * 1024;
+const SEND_BUFFER: usize = 256 * 1024;
+/// Streams a client may reset before they have been served, and what is put up with of streams reset here. Beyond it the
+/// connection ends: a flood of resets must not cost more than it pays (CVE-2023-44487).
+const RESET_STREAMS: usize = 200;
+const RESET_MEMORY: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The receiving direction of a stream.
+#[derive(Debug)]
+pub struct H2Source {
+    stream: RecvStream,
+    /// Bytes whose window has not been given back.
+    held: usize,
+    ended: bool,
+    framing: Framing,
+}
+
+impl H2Source {
+    pub fn new(stream: RecvStream, headers: &HeaderMap) -> Self {
+        let ended = stream.is_end_stream();
+        let length = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+        let framing = match (ended, length) {
+            (true, _) => Framing::Empty,
+            (false, Some(n)) => Framing::Length(n),
+            (false, None) => Framing::Chunked,
+        };
+        Self { stream, held: 0, ended, framing }
+    }
+
+    pub fn framing(&self) -> Framing {
+        self.framing
+    }
+
+    fn release(&mut self) {
+        // Fails only when the stream is gone, and then there is no window to widen.
+        let _ = self.stream.flow_control().release_capacity(std::mem::take(&mut self.held));
+    }
+
+    fn taken(&mut self, data: Bytes) -> Frame {
+        self.held += data.len();
+        self.ended = self.stream.is_end_stream();
+        Frame::Data(data)
+    }
+}
+
+impl FrameSource for H2Source {
+    async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
+        if self.ended {
+            return Ok(None);
+        }
+        self.release();
+        match poll_fn(|cx| self.stream.poll_data(cx)).await {
+            Some(Ok(data)) => Ok(Some(self.taken(data))),
+            Some(Err(error)) => Err(BodyError::Cut(into_io(error))),
+            None => {
+                let trailers = poll_fn(|cx| self.stream.poll_trailers(cx)).await.map_err(|e| BodyError::Cut(into_io(e)))?;
+                self.ended = true;
+                Ok(trailers.map(Frame::Trailers))
+            }
+        }
+    }
+
+    fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
+        if self.ended || self.held > STREAM_WINDOW as usize / 2 {
+            return Ok(None);
+        }
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        match self.stream.poll_data(&mut cx) {
+            Poll::Ready(Some(Ok(data))) => Ok(Some(self.taken(data))),
+            // Whatever else there is is found when it is waited for.
+            Poll::Ready(Some(Err(error))) => Err(BodyError::Cut(into_io(error))),
+            Poll::Ready(None) | Poll::Pending => Ok(None),
+        }
+    }
+
+    fn is_end(&self) -> bool {
+        self.ended
+    }
+}
+
+impl RequestBody for H2Source {
+    fn framing(&self) -> Framing {
+        self.framing
+    }
+
+    async fn closed(&mut self) -> Closed {
+        // A reset is seen by the responder.
+        std::future::pending().await
+    }
+
+    fn become_raw(&mut self) {}
+}
+
+/// The sending direction of a stream.
+#[derive(Debug)]
+pub struct H2Sink {
+    stream: SendStream<Bytes>,
+    out: Out,
+    trailers: Option<HeaderMap>,
+    ended: bool,
+    finished: bool,
+}
+
+impl H2Sink {
+    /// `finished`: the head was the end of it.
+    pub fn new(stream: SendStream<Bytes>, finished: bool) -> Self {
+        Self { stream, out: Out::default(), trailers: None, ended: finished, finished }
+    }
+
+    pub fn reset(&mut self, reason: Reason) {
+        self.stream.send_reset(reason);
+    }
+
+    /// Completes when the other end has reset the stream.
+    pub async fn broken(&mut self) -> io::Error {
+        poll_fn(|cx| self.stream.poll_reset(cx)).await.map_or_else(into_io, |reason| into_io(reason.into()))
+    }
+
+    async fn capacity(&mut self, wanted: usize) -> io::Result<usize> {
+        self.stream.reserve_capacity(wanted);
+        loop {
+            let n = self.stream.capacity();
+            if n > 0 {
+                return Ok(n.min(wanted));
+            }
+            match poll_fn(|cx| self.stream.poll_capacity(cx)).await {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(into_io(error)),
+                None => return Err(io::ErrorKind::BrokenPipe.into()),
+            }
+        }
+    }
+}
+
+impl FrameSink for H2Sink {
+    fn push(&mut self, frame: Frame) {
+        match frame {
+            Frame::Data(data) => self.out.push(data),
+            Frame::Trailers(trailers) => self.trailers = Some(trailers),
+        }
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    fn is_flushed(&self) -> bool {
+        self.out.is_empty() && (!self.ended || self.finished)
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        while let Some(wanted) = self.out.first().map(|p| p.len()) {
+            let n = self.capacity(wanted).await?;
+            let Some(part) = self.out.first().map(|p| p.split_to(n.min(p.len()))) else { break };
+            let last = self.ended && self.trailers.is_none() && self.out.is_empty();
+            self.stream.send_data(part, last).map_err(into_io)?;
+            self.finished |= last;
+        }
+        if self.ended && !self.finished {
+            match self.trailers.take() {
+                Some(trailers) => self.stream.send_trailers(trailers),
+                None => self.stream.send_data(Bytes::new(), true),
+            }
+            .map_err(into_io)?;
+            self.finished = true;
+        }
+        Ok(())
+    }
+}
+
+/// An HTTP/2 error as the rest of the proxy sees errors; its reason can be had back with [`reason`].
+pub fn into_io(error: h2::Error) -> io::Error {
+    if error.is_io() {
+        return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
+    }
+    io::Error::new(io::ErrorKind::ConnectionReset, error)
+}
+
+/// Answers on a stream.
+pub struct H2Responder {
+    respond: SendResponse<Bytes>,
+    sink: Option<H2Sink>,
+    head_request: bool,
+    /// Asked for before there is a sink.
+    ended: bool,
+}
+
+impl H2Responder {
+    pub fn new(respond: SendResponse<Bytes>, head_request: bool) -> Self {
+        Self { respond, sink: None, head_request, ended: false }
+    }
+
+    /// Ends the stream unfinished.
+    pub fn reset(&mut self, reason: Reason) {
+        self.respond.send_reset(reason);
+    }
+
+    pub fn is_complete(&self) -> bool {
+        self.sink.as_ref().is_some_and(|s| s.finished)
+    }
+}
+
+impl FrameSink for H2Responder {
+    fn push(&mut self, frame: Frame) {
+        if let Some(sink) = &mut self.sink {
+            sink.push(frame);
+        }
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        if let Some(sink) = &mut self.sink {
+            sink.end();
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.sink.as_ref().map_or(self.ended, FrameSink::has_ended)
+    }
+
+    fn is_flushed(&self) -> bool {
+        self.sink.as_ref().is_none_or(FrameSink::is_flushed)
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        match &mut self.sink {
+            Some(sink) => sink.flush().await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Responder for H2Responder {
+    async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        self.respond.send_informational(response).map_err(into_io)
+    }
+
+    fn start(&mut self, head: ResponseHead, _close: bool) -> io::Result<()> {
+        let ResponseHead { status, mut headers, framing } = head;
+        if let Framing::Length(n) = framing {
+            headers.entry(header::CONTENT_LENGTH).or_insert_with(|| n.into());
+        }
+        let empty = self.head_request || framing == Framing::Empty || matches!(status.as_u16(), 204 | 304);
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        let stream = self.respond.send_response(response, empty).map_err(into_io)?;
+        self.sink = Some(H2Sink::new(stream, empty));
+        Ok(())
+    }
+
+    async fn gone(&mut self) -> io::Error {
+        match &mut self.sink {
+            Some(sink) => sink.broken().await,
+            None => poll_fn(|cx| self.respond.poll_reset(cx)).await.map_or_else(into_io, |reason| into_io(reason.into())),
+        }
+    }
+}
+
+
+/// Turns a request of HTTP/2 into the common form.
+pub fn request_head(request: Request<()>) -> Result<RequestHead, super::wire::Malformed> {
+    use super::wire::Malformed;
+    let (parts, ()) = request.into_parts();
+    let mut headers = parts.headers;
+    let missing = Malformed { status: StatusCode::BAD_REQUEST, body: "", details: "missing_host_header", protocol_error: false, close: false };
+    if headers.len() > MAX_HEADERS {
+        return Err(Malformed { details: "http2.too_many_headers", close: false, ..Malformed::TOO_LARGE });
+    }
+    let host = headers.remove(header::HOST);
+    let authority = match parts.uri.authority() {
+        Some(authority) => HeaderValue::from_str(authority.as_str()).map_err(|_| missing)?,
+        None => host.ok_or(missing)?,
+    };
+    let target = match parts.uri.path_and_query() {
+        Some(target) => path_and_query(&Bytes::copy_from_slice(target.as_str().as_bytes())).map_err(|m| Malformed { close: false, ..m })?,
+        None => http::uri::PathAndQuery::from_static("/"),
+    };
+    let scheme = if parts.uri.scheme() == Some(&http::uri::Scheme::HTTPS) { Scheme::Https } else { Scheme::Http };
+    strip_hop_by_hop(&mut headers);
+    join_cookies(&mut headers);
+    Ok(RequestHead { method: parts.method, scheme, authority: checked_authority(authority)?, target, headers })
+}
+
+/// HTTP/2 may split cookies over several fields; HTTP/1 must not (RFC 9113 section 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let mut all = headers.get_all(header::COOKIE).iter();
+    if let (Some(_), Some(_)) = (all.next(), all.next()) {
+        let joined = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>().join(&b"; "[..]);
+        if let Ok(value) = HeaderValue::from_bytes(&joined) {
+            headers.insert(header::COOKIE, value);
+        }
+    }
+}
+
+/// A stream as accepted.
+pub type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
+
+/// Serves one connection until it ends. Every stream goes to `on_stream`, which must not wait.
+///
+/// When `drain` completes, the client is told to go elsewhere (GOAWAY); open streams go on to their end.
+pub async fn serve<T>(io: T, mut on_stream: impl FnMut(Accepted), drain: impl Future<Output = ()>) -> Result<(), h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_pending_accept_reset_streams(RESET_STREAMS)
+        .reset_stream_duration(RESET_MEMORY);
+    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await;
+    let Ok(handshake) = handshake else { return Err(Reason::SETTINGS_TIMEOUT.into()) };
+    let mut connection = handshake?;
+    let mut drain = std::pin::pin!(drain);
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut drain, if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            accepted = connection.accept() => match accepted {
+                Some(accepted) => on_stream(accepted?),
+                None => return Ok(()),
+            }
+        }
+    }
+}
+
+/// The client end of a connection, to open streams on.
+pub struct Opened {
+    pub send: h2::client::SendRequest<Bytes>,
+    /// Must be driven for anything to happen.
+    pub connection: Box<dyn Future<Output = Result<(), h2::Error>> + Send + Unpin>,
+}
+
+pub async fn connect<T>(io: T) -> Result<Opened, h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let mut builder = h2::client::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .reset_stream_duration(RESET_MEMORY)
+        .enable_push(false);
+    let (send, connection) = builder.handshake(io).await?;
+    Ok(Opened { send, connection: Box::new(connection) })
+}
+
+/// The reason of a stream's or connection's end, if HTTP/2 gave one.
+pub fn reason(error: &io::Error) -> Option<Reason> {
+    error.get_ref()?.downcast_ref::<h2::Error>()?.reason()
+}
+
+/// Whether an error is of the whole connection: GOAWAY, or its loss.
+pub fn is_connection(error: &io::Error) -> bool {
+    match error.get_ref().and_then(|e| e.downcast_ref::<h2::Error>()) {
+        Some(error) => error.is_go_away() || error.is_io(),
+        None => true,
+    }
+}
+
+/// Whether it was the other end's doing.
+pub fn is_remote(error: &io::Error) -> bool {
+    error.get_ref().and_then(|e| e.downcast_ref::<h2::Error>()).is_some_and(h2::Error::is_remote)
+}
+
+/// The request as HTTP/2 sends it; `None` when the authority is none.
+pub fn wire_request(head: &RequestHead) -> Option<Request<()>> {
+    let mut parts = http::uri::Parts::default();
+    parts.scheme = Some(match head.scheme {
+        Scheme::Http => http::uri::Scheme::HTTP,
+        Scheme::Https => http::uri::Scheme::HTTPS,
+    });
+    parts.authority = Some(http::uri::Authority::from_maybe_shared(Bytes::copy_from_slice(head.authority.as_bytes())).ok()?);
+    parts.path_and_query = Some(head.target.clone());
+    let mut request = Request::new(());
+    *request.method_mut() = head.method.clone();
+    *request.uri_mut() = http::Uri::from_parts(parts).ok()?;
+    *request.version_mut() = http::Version::HTTP_2;
+    *request.headers_mut() = head.headers.clone();
+    Some(request)
+}
+

@@ -1,0 +1,109 @@
+//! Headers the proxy itself puts on requests, and those it takes off, as Envoy does for a sidecar's outbound listener.
+
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::route::request::RequestHead;
+
+/// Headers by which a caller that is trusted could steer Envoy's router. Nobody is, so they are taken off.
+const CONTROL: [&str; 17] = [
+    "x-envoy-internal",
+    "x-envoy-retry-on",
+    "x-envoy-retry-grpc-on",
+    "x-envoy-max-retries",
+    "x-envoy-retriable-status-codes",
+    "x-envoy-retriable-header-names",
+    "x-envoy-upstream-alt-stat-name",
+    "x-envoy-upstream-rq-timeout-ms",
+    "x-envoy-upstream-rq-timeout-alt-response",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+    "x-envoy-expected-rq-timeout-ms",
+    "x-envoy-hedge-on-per-try-timeout",
+    "x-envoy-is-timeout-retry",
+    "x-envoy-decorator-operation",
+    "x-envoy-ip-tags",
+    "x-envoy-original-path",
+    "x-envoy-force-trace",
+];
+
+static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub static SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+static EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
+pub static ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
+
+/// Takes off and puts on what every forwarded request has so.
+pub fn prepare(head: &mut RequestHead) {
+    if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-")) {
+        CONTROL.iter().for_each(|name| drop(head.headers.remove(*name)));
+    }
+    if !head.headers.contains_key(&X_FORWARDED_PROTO) {
+        head.headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static(head.scheme.as_str()));
+    }
+    if !head.headers.contains_key(&X_REQUEST_ID)
+        && let Ok(id) = HeaderValue::from_str(&request_id(fastrand::u128(..)))
+    {
+        head.headers.insert(X_REQUEST_ID.clone(), id);
+    }
+}
+
+/// A random UUID (RFC 9562 version 4).
+fn request_id(bits: u128) -> String {
+    let bits = bits & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
+    format!("{:08x}-{:04x}-{:04x}-{:04x}-{:012x}", bits >> 96, (bits >> 80) & 0xffff, (bits >> 64) & 0xffff, (bits >> 48) & 0xffff, bits & 0xffff_ffff_ffff)
+}
+
+/// Tells the endpoint how long it has.
+pub fn expect_within(headers: &mut HeaderMap, time: Option<Duration>) {
+    if let Some(time) = time {
+        headers.insert(EXPECTED_TIMEOUT.clone(), u64::try_from(time.as_millis()).unwrap_or(u64::MAX).into());
+    }
+}
+
+/// `grpc-timeout`: at most eight digits and a unit (the gRPC project's `PROTOCOL-HTTP2.md`).
+pub fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let n: u64 = digits.parse().ok().filter(|_| digits.len() <= 8 && digits.bytes().all(|b| b.is_ascii_digit()))?;
+    Some(match unit {
+        "H" => Duration::from_secs(n * 3600),
+        "M" => Duration::from_secs(n * 60),
+        "S" => Duration::from_secs(n),
+        "m" => Duration::from_millis(n),
+        "u" => Duration::from_micros(n),
+        "n" => Duration::from_nanos(n),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_ids_are_uuids_of_version_4() {
+        for bits in [0, u128::MAX, 0x1234_5678_9abc_def0_1234_5678_9abc_def0] {
+            let id = request_id(bits);
+            assert!(id.len() == 36 && id.as_bytes()[14] == b'4' && b"89ab".contains(&id.as_bytes()[19]), "{id}");
+        }
+    }
+
+    #[test]
+    fn grpc_timeouts_are_read() {
+        for (text, expected) in [
+            ("200m", Some(Duration::from_millis(200))),
+            ("1H", Some(Duration::from_secs(3600))),
+            ("5S", Some(Duration::from_secs(5))),
+            ("123456789S", None),
+            ("S", None),
+            ("", None),
+            ("5x", None),
+            ("-5S", None),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", HeaderValue::from_static(text));
+            assert_eq!(grpc_timeout(&headers), expected, "{text}");
+        }
+    }
+}

@@ -1,0 +1,488 @@
+//! Connections to endpoints: pooled for each source pod, cluster and endpoint, and one message exchange at a time on them.
+
+use std::{
+    borrow::Cow,
+    future::{Future, poll_fn},
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use h2::{Reason, client::ResponseFuture, client::SendRequest};
+use http::{HeaderValue, Method, StatusCode};
+use tokio::{sync::Notify, time::timeout};
+
+use super::{
+    body::{BodyError, FrameSink, FrameSource},
+    clusters::{ClusterState, ConnectionSlot, EndpointState, Limited},
+    framing::Frame,
+    h1::{H1Sink, NoHead, Reader, Unread},
+    h2::{H2Sink, H2Source},
+    transport::Transport,
+    wire::{self, Framing, WireResponse},
+};
+use crate::{
+    id::WorkloadUid,
+    proxy::{
+        Failure, Proxy, ServedPod, inbound,
+        live::{Cut, Registration},
+        outbound::{self, Dial},
+        outcome::Outcome,
+    },
+    route::{Cluster, request::RequestHead, retry::Reset},
+};
+
+/// Why there is no connection to send a request on.
+#[derive(Debug)]
+pub enum NoUpstream {
+    Overflow,
+    Failed(Failure),
+}
+
+/// What a request needs from a connection.
+pub struct Wanted<'a> {
+    pub proxy: &'a Arc<Proxy>,
+    pub pod: &'a Arc<ServedPod>,
+    pub client: SocketAddr,
+    pub cluster: &'a Arc<Cluster>,
+    pub state: &'a Arc<ClusterState>,
+    pub endpoint: &'a Arc<EndpointState>,
+    pub address: SocketAddr,
+    pub http2: bool,
+}
+
+/// Something a connection within the node keeps: that it is counted and can be cut on the other pod's side.
+#[derive(Debug)]
+pub struct LocalHold {
+    registration: Registration,
+    pod: Arc<ServedPod>,
+    _outcome: Outcome,
+}
+
+impl LocalHold {
+    async fn cut(hold: &mut Option<Self>) -> Cut {
+        match hold {
+            Some(hold) => inbound::cut(&mut hold.registration, &hold.pod).await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// An HTTP/1 connection, used by one exchange at a time.
+#[derive(Debug)]
+pub struct H1Upstream {
+    transport: Transport,
+    unread: Unread,
+    hold: Option<LocalHold>,
+    /// The pod it leads to: an address may get another.
+    workload: Option<WorkloadUid>,
+    requests: u32,
+    idle_since: Instant,
+    _slot: ConnectionSlot,
+}
+
+impl H1Upstream {
+    pub fn idle_since(&self) -> Instant {
+        self.idle_since
+    }
+
+    /// Whether it can be used again.
+    pub fn is_usable(&mut self) -> bool {
+        let cut = self.hold.as_ref().is_some_and(|h| h.registration.is_cut() || h.pod.has_ended());
+        !cut && self.unread.buffer.is_empty() && self.transport.is_quiet()
+    }
+
+    /// Both halves for one exchange, and what ends it from outside.
+    pub fn halves(&mut self) -> (UpSink<'_>, UpSource<'_>, impl Future<Output = Cut> + Send + '_) {
+        let (source, sink) = self.transport.halves();
+        let reader = Reader::new(source, &mut self.unread);
+        (UpSink::H1(H1Sink::new(sink)), UpSource::H1(reader), LocalHold::cut(&mut self.hold))
+    }
+}
+
+/// An HTTP/2 connection, shared by all exchanges that find it.
+#[derive(Debug)]
+pub struct H2Upstream {
+    send: SendRequest<Bytes>,
+    workload: Option<WorkloadUid>,
+    streams: AtomicU32,
+    requests: AtomicU32,
+    closed: AtomicBool,
+    /// Woken when the number of streams changes, and to close.
+    changed: Notify,
+}
+
+impl H2Upstream {
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    fn has_room(&self, cluster: &Cluster) -> bool {
+        let theirs = u32::try_from(self.send.current_max_send_streams()).unwrap_or(u32::MAX);
+        let limit = cluster.policy.http.max_streams.unwrap_or(u32::MAX).min(theirs);
+        !self.is_closed() && self.streams.load(Ordering::Acquire) < limit
+    }
+
+    fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.changed.notify_one();
+    }
+
+    async fn until_unused(&self, idle: Duration) {
+        loop {
+            let changed = self.changed.notified();
+            let unused = self.streams.load(Ordering::Acquire) == 0;
+            if unused && self.is_closed() {
+                return;
+            }
+            if !unused {
+                changed.await;
+            } else if timeout(idle, changed).await.is_err() {
+                self.closed.store(true, Ordering::Release);
+            }
+        }
+    }
+}
+
+/// A stream of a connection, counted.
+#[derive(Debug)]
+pub struct StreamGuard(Arc<H2Upstream>);
+
+impl StreamGuard {
+    fn new(connection: &Arc<H2Upstream>) -> Self {
+        connection.streams.fetch_add(1, Ordering::AcqRel);
+        connection.changed.notify_one();
+        Self(connection.clone())
+    }
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_one();
+    }
+}
+
+/// A connection, or a place on one, that a request can be sent on.
+pub enum Upstream {
+    H1(Box<H1Upstream>),
+    H2(Box<SendRequest<Bytes>>, StreamGuard),
+}
+
+/// Gets a connection to an endpoint: an idle one, a new one, or, at the limit, the next that becomes free.
+pub async fn acquire(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
+    if wanted.http2 { acquire_h2(wanted).await } else { acquire_h1(wanted).await.map(Upstream::H1) }
+}
+
+async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> {
+    let Wanted { cluster, state, endpoint, .. } = wanted;
+    let limit = cluster.policy.tcp.max_connections;
+    let mut pending = None;
+    loop {
+        let freed = endpoint.freed.notified();
+        let workload = wanted.workload();
+        while let Some(mut idle) = endpoint.idle.pop() {
+            if idle.workload == workload && idle.is_usable() {
+                return Ok(idle);
+            }
+        }
+        if let Some(slot) = ConnectionSlot::begin(state, endpoint, limit) {
+            return connect_h1(wanted, workload, slot).await.map_err(NoUpstream::Failed);
+        }
+        if pending.is_none() {
+            pending = Some(state.begin(Limited::Pending, cluster.policy.http.max_pending).ok_or(NoUpstream::Overflow)?);
+        }
+        freed.await;
+    }
+}
+
+async fn connect_h1(wanted: &Wanted<'_>, workload: Option<WorkloadUid>, slot: ConnectionSlot) -> Result<Box<H1Upstream>, Failure> {
+    let (transport, hold) = dial(wanted).await?;
+    let (unread, idle_since) = (Unread::default(), Instant::now());
+    Ok(Box::new(H1Upstream { transport, unread, hold, workload, requests: 0, idle_since, _slot: slot }))
+}
+
+async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Failure> {
+    let Wanted { proxy, pod, client, cluster, address, .. } = wanted;
+    let patience = if cluster.endpoints.len() > 1 { Duration::ZERO } else { outbound::RETRY_FOR };
+    let settings = &cluster.policy.tcp;
+    let dial = Dial { proxy, pod, client: *client, to: *address, service: Some(&cluster.id.service), patience, timeout: settings.connect_timeout };
+    let stream = dial.connect().await?;
+    Ok(match stream {
+        outbound::Stream::Tcp(stream) => {
+            if let Some(keepalive) = &settings.keepalive {
+                crate::io::socket::keep_alive(&stream, keepalive.time, keepalive.interval, keepalive.probes).map_err(Failure::Broken)?;
+            }
+            (Transport::Tcp(stream), None)
+        }
+        outbound::Stream::Tunnel(tunnel) => (Transport::Tunnel(tunnel), None),
+        outbound::Stream::Local(local) => {
+            let (application, registration, pod, mut outcome) = local.into_parts();
+            outcome.opened();
+            (Transport::Tcp(application), Some(LocalHold { registration, pod, _outcome: outcome }))
+        }
+    })
+}
+
+impl Wanted<'_> {
+    /// The pod that has the endpoint's address now.
+    fn workload(&self) -> Option<WorkloadUid> {
+        self.proxy.config.load().workload_by_ip(self.address.ip()).map(|w| w.uid.clone())
+    }
+}
+
+async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
+    let endpoint = wanted.endpoint;
+    loop {
+        let workload = wanted.workload();
+        let find = || endpoint.h2.load().iter().find(|c| c.workload == workload && c.has_room(wanted.cluster)).cloned();
+        let connection = match find() {
+            Some(connection) => connection,
+            None => {
+                let _one_at_a_time = endpoint.dialling.lock().await;
+                match find() {
+                    Some(connection) => connection,
+                    None => connect_h2(wanted, workload).await?,
+                }
+            }
+        };
+        let guard = StreamGuard::new(&connection);
+        let most = wanted.cluster.policy.http.max_requests_per_connection;
+        if most.is_some_and(|most| connection.requests.fetch_add(1, Ordering::AcqRel) + 1 >= most) {
+            connection.close();
+        }
+        // One that ended meanwhile is left for another; a new one that does so is reported by whoever sends on it.
+        match connection.send.clone().ready().await {
+            Ok(send) => return Ok(Upstream::H2(Box::new(send), guard)),
+            Err(error) if connection.requests.load(Ordering::Acquire) <= 1 => {
+                return Err(NoUpstream::Failed(Failure::Broken(super::h2::into_io(error))));
+            }
+            Err(_) => connection.close(),
+        }
+    }
+}
+
+async fn connect_h2(wanted: &Wanted<'_>, workload: Option<WorkloadUid>) -> Result<Arc<H2Upstream>, NoUpstream> {
+    let limit = wanted.cluster.policy.tcp.max_connections;
+    let slot = ConnectionSlot::begin(wanted.state, wanted.endpoint, limit).ok_or(NoUpstream::Overflow)?;
+    let (transport, hold) = dial(wanted).await.map_err(NoUpstream::Failed)?;
+    let opened = super::h2::connect(transport).await.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
+    let connection = Arc::new(H2Upstream {
+        send: opened.send,
+        workload,
+        streams: AtomicU32::new(0),
+        requests: AtomicU32::new(0),
+        closed: AtomicBool::new(false),
+        changed: Notify::new(),
+    });
+    tokio::spawn(drive(opened.connection, connection.clone(), hold, slot, wanted.cluster.policy.http.idle_timeout));
+    let added = connection.clone();
+    wanted.endpoint.h2.rcu(|all| {
+        let mut all = all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>();
+        all.push(added.clone());
+        all
+    });
+    Ok(connection)
+}
+
+/// Runs an HTTP/2 connection until it breaks, is cut, or is not needed any more.
+async fn drive(
+    mut connection: Box<dyn Future<Output = Result<(), h2::Error>> + Send + Unpin>,
+    shared: Arc<H2Upstream>,
+    mut hold: Option<LocalHold>,
+    slot: ConnectionSlot,
+    idle: Duration,
+) {
+    tokio::select! {
+        result = &mut connection => if let Err(error) = result {
+            tracing::debug!(target: "proxy", %error, "upstream HTTP/2 connection ended");
+        },
+        _ = LocalHold::cut(&mut hold) => {}
+        () = shared.until_unused(idle) => {}
+    }
+    shared.closed.store(true, Ordering::Release);
+    drop(slot);
+}
+
+/// Gives an HTTP/1 connection back after an exchange that left it clean.
+pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, endpoint: &EndpointState) {
+    connection.requests += 1;
+    let worn = cluster.policy.http.max_requests_per_connection.is_some_and(|most| connection.requests >= most);
+    if !worn {
+        connection.idle_since = Instant::now();
+        endpoint.idle.push(connection);
+        endpoint.freed.notify_one();
+    }
+}
+
+/// Where a request goes.
+pub enum UpSink<'a> {
+    H1(H1Sink<'a>),
+    H2(H2Sink),
+}
+
+/// Where its response comes from.
+pub enum UpSource<'a> {
+    H1(Reader<'a>),
+    H2 { response: Pin<Box<ResponseFuture>>, body: Option<H2Source> },
+}
+
+/// Why an exchange on a connection failed before there was a response: what it counts as, and more for the details.
+#[derive(Debug)]
+pub struct Failed {
+    pub reset: Reset,
+    pub detail: Cow<'static, str>,
+}
+
+impl Failed {
+    pub fn new(reset: Reset) -> Self {
+        Self { reset, detail: Cow::Borrowed("") }
+    }
+
+    fn of_h2(error: &io::Error) -> Self {
+        Self::new(match super::h2::reason(error) {
+            _ if super::h2::is_connection(error) => Reset::ConnectionTermination,
+            Some(Reason::REFUSED_STREAM) => Reset::RefusedStream,
+            _ if super::h2::is_remote(error) => Reset::RemoteReset,
+            _ => Reset::ProtocolError,
+        })
+    }
+}
+
+impl UpSink<'_> {
+    /// Puts an HTTP/1 request's head on its way.
+    pub fn begin(&mut self, head: &RequestHead, framing: Framing, upgrade: Option<&HeaderValue>) {
+        if let Self::H1(sink) = self {
+            let mut bytes = Vec::with_capacity(512);
+            wire::write_request(head, framing, upgrade, &mut bytes);
+            sink.begin(bytes, framing);
+        }
+    }
+
+    /// Passes on that the client will send no more. False when that cannot be said.
+    pub async fn half_close(&mut self) -> bool {
+        match self {
+            Self::H1(sink) => sink.shutdown().await.is_ok(),
+            Self::H2(_) => false,
+        }
+    }
+
+    pub fn become_raw(&mut self) {
+        if let Self::H1(sink) = self {
+            sink.become_raw();
+        }
+    }
+}
+
+impl FrameSink for UpSink<'_> {
+    fn push(&mut self, frame: Frame) {
+        match self {
+            Self::H1(sink) => sink.push(frame),
+            Self::H2(sink) => sink.push(frame),
+        }
+    }
+
+    fn end(&mut self) {
+        match self {
+            Self::H1(sink) => sink.end(),
+            Self::H2(sink) => sink.end(),
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        match self {
+            Self::H1(sink) => sink.has_ended(),
+            Self::H2(sink) => sink.has_ended(),
+        }
+    }
+
+    fn is_flushed(&self) -> bool {
+        match self {
+            Self::H1(sink) => sink.is_flushed(),
+            Self::H2(sink) => sink.is_flushed(),
+        }
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::H1(sink) => sink.flush().await,
+            Self::H2(sink) => sink.flush().await,
+        }
+    }
+}
+
+impl UpSource<'_> {
+    /// The next head of a response, informational ones among them. Nothing is lost when this is dropped.
+    pub async fn head(&mut self, method: &Method) -> Result<WireResponse, Failed> {
+        match self {
+            Self::H1(reader) => reader.response(method).await.map_err(|no_head| {
+                Failed::new(match no_head {
+                    NoHead::Ended { .. } | NoHead::Broken(_) => Reset::ConnectionTermination,
+                    NoHead::Malformed(_) => Reset::ProtocolError,
+                })
+            }),
+            Self::H2 { response, body } => {
+                let answered = poll_fn(|cx| response.as_mut().poll(cx)).await.map_err(|e| Failed::of_h2(&super::h2::into_io(e)))?;
+                let (mut parts, stream) = answered.into_parts();
+                wire::strip_hop_by_hop(&mut parts.headers);
+                let source = H2Source::new(stream, &parts.headers);
+                let mut framing = source.framing();
+                if method == Method::HEAD || matches!(parts.status.as_u16(), 204 | 304) {
+                    framing = Framing::Empty;
+                }
+                *body = Some(source);
+                Ok(WireResponse { status: parts.status, headers: parts.headers, framing, keep_alive: true })
+            }
+        }
+    }
+
+    pub fn become_raw(&mut self) {
+        if let Self::H1(reader) = self {
+            reader.begin_body(Framing::UntilClose);
+        }
+    }
+
+    /// What a body that broke off is called in the details of the response.
+    pub fn broken_off(&self, error: &BodyError) -> Reset {
+        match (self, error) {
+            (Self::H1(_), _) | (_, BodyError::Malformed(_) | BodyError::Truncated) => Reset::ProtocolError,
+            (Self::H2 { .. }, BodyError::Cut(error)) => Failed::of_h2(error).reset,
+        }
+    }
+}
+
+impl FrameSource for UpSource<'_> {
+    async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
+        match self {
+            Self::H1(reader) => reader.frame().await,
+            Self::H2 { body: Some(body), .. } => body.frame().await,
+            Self::H2 { body: None, .. } => Ok(None),
+        }
+    }
+
+    fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
+        match self {
+            Self::H1(reader) => reader.buffered(),
+            Self::H2 { body: Some(body), .. } => body.buffered(),
+            Self::H2 { body: None, .. } => Ok(None),
+        }
+    }
+
+    fn is_end(&self) -> bool {
+        match self {
+            Self::H1(reader) => reader.is_end(),
+            Self::H2 { body, .. } => body.as_ref().is_none_or(FrameSource::is_end),
+        }
+    }
+}
+
+/// Whether a status is of a head before the final one.
+pub fn is_interim(status: StatusCode) -> bool {
+    status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS
+}

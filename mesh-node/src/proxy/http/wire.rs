@@ -1,0 +1,419 @@
+//! HTTP/1 heads: from bytes to a request or response, and back. Pure; what is refused, and with which words, is as recorded
+//! of Envoy. RFC 9112.
+//!
+//! Ambiguity about where a message ends is never passed on: `content-length` beside `transfer-encoding`, repeated lengths
+//! and unknown codings are refused.
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
+
+use crate::{
+    detect,
+    route::request::{BadPath, RequestHead, Scheme, normalise_path},
+};
+
+/// Largest head, bytes.
+pub const MAX_HEAD: usize = 60 * 1024;
+/// Most headers.
+pub const MAX_HEADERS: usize = 100;
+
+/// A message that is refused, with the answer a client gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{details}")]
+pub struct Malformed {
+    pub status: StatusCode,
+    pub body: &'static str,
+    /// `response_code_details`.
+    pub details: &'static str,
+    /// Whether it is a downstream protocol error (`DPE`).
+    pub protocol_error: bool,
+    pub close: bool,
+}
+
+impl Malformed {
+    const fn codec(details: &'static str) -> Self {
+        Self { status: StatusCode::BAD_REQUEST, body: "Bad Request", details, protocol_error: true, close: true }
+    }
+
+    const fn too_large(details: &'static str) -> Self {
+        let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        Self { status, body: "Request Header Fields Too Large", details, protocol_error: true, close: true }
+    }
+
+    const fn refused(status: StatusCode, details: &'static str, close: bool) -> Self {
+        Self { status, body: "", details, protocol_error: false, close }
+    }
+
+    pub const TOO_LARGE: Self = Self::too_large("http1.headers_too_large");
+    pub const BAD_BODY: Self = Self::codec("http1.codec_error");
+}
+
+const CODEC: Malformed = Malformed::codec("http1.codec_error");
+
+/// Where a message's body ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// There is none.
+    Empty,
+    Length(u64),
+    Chunked,
+    /// With the connection.
+    UntilClose,
+}
+
+/// A request as read from an HTTP/1 connection.
+#[derive(Debug)]
+pub struct WireRequest {
+    pub head: RequestHead,
+    pub minor: u8,
+    pub framing: Framing,
+    pub keep_alive: bool,
+    /// The protocol asked for by `upgrade`.
+    pub upgrade: Option<HeaderValue>,
+    pub expects_continue: bool,
+}
+
+/// A response head as read from an HTTP/1 connection.
+#[derive(Debug)]
+pub struct WireResponse {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub framing: Framing,
+    pub keep_alive: bool,
+}
+
+/// Where a head ends: after its empty line. Lines may end with LF alone.
+pub fn head_end(bytes: &[u8]) -> Option<usize> {
+    memchr::memchr_iter(b'\n', bytes).find_map(|at| match bytes.get(at + 1..) {
+        Some([b'\n', ..]) => Some(at + 2),
+        Some([b'\r', b'\n', ..]) => Some(at + 3),
+        _ => None,
+    })
+}
+
+/// How many bytes of empty lines come before a head.
+pub fn leading_empty_lines(bytes: &[u8]) -> usize {
+    bytes.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count()
+}
+
+/// Reads a request head, which must be whole.
+pub fn request(bytes: &Bytes) -> Result<WireRequest, Malformed> {
+    let (line, rest) = first_line(bytes).ok_or(CODEC)?;
+    let (method, target, minor) = request_line(bytes, line)?;
+    let mut headers = headers(bytes, rest)?;
+    let framing = request_framing(&headers, minor)?;
+    let connection = Connection::of(&headers);
+    let upgrade = if connection.upgrade { headers.get(header::UPGRADE).cloned() } else { None };
+    let expects_continue = minor == 1 && headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    headers.remove(header::EXPECT);
+    let (authority, target) = target_of(&method, target, &mut headers, minor)?;
+    let keep_alive = !connection.close && (minor == 1 || connection.keep_alive);
+    strip_hop_by_hop(&mut headers);
+    let head = RequestHead { method, scheme: Scheme::Http, authority, target, headers };
+    Ok(WireRequest { head, minor, framing, keep_alive, upgrade, expects_continue })
+}
+
+/// Reads a response head, which must be whole.
+pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malformed> {
+    let (line, rest) = first_line(bytes).ok_or(CODEC)?;
+    let line = &bytes[line];
+    let (minor, rest_of_line) = match line {
+        [b'H', b'T', b'T', b'P', b'/', b'1', b'.', minor @ (b'0' | b'1'), b' ', rest @ ..] => (minor - b'0', rest),
+        _ => return Err(CODEC),
+    };
+    let code = rest_of_line.get(..3).filter(|_| matches!(rest_of_line.get(3), None | Some(b' '))).ok_or(CODEC)?;
+    let status = StatusCode::from_bytes(code).map_err(|_| CODEC)?;
+    let mut headers = headers(bytes, rest)?;
+    let framing = response_framing(&headers, status, method)?;
+    let connection = Connection::of(&headers);
+    let keep_alive = framing != Framing::UntilClose && !connection.close && (minor == 1 || connection.keep_alive);
+    let upgrade = if status == StatusCode::SWITCHING_PROTOCOLS { headers.get(header::UPGRADE).cloned() } else { None };
+    strip_hop_by_hop(&mut headers);
+    if let Some(upgrade) = upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, upgrade);
+    }
+    Ok(WireResponse { status, headers, framing, keep_alive })
+}
+
+type Range = std::ops::Range<usize>;
+
+/// The first line without its end, and where the next begins.
+fn first_line(bytes: &[u8]) -> Option<(Range, usize)> {
+    line_at(bytes, 0)
+}
+
+fn line_at(bytes: &[u8], start: usize) -> Option<(Range, usize)> {
+    let rest = bytes.get(start..)?;
+    let end = start + memchr::memchr(b'\n', rest)?;
+    let trimmed = if end > start && bytes[end - 1] == b'\r' { end - 1 } else { end };
+    Some((start..trimmed, end + 1))
+}
+
+fn request_line(bytes: &Bytes, line: Range) -> Result<(Method, Bytes, u8), Malformed> {
+    let text = &bytes[line.clone()];
+    let first = memchr::memchr(b' ', text).ok_or(CODEC)?;
+    let last = memchr::memrchr(b' ', text).filter(|last| *last > first).ok_or(CODEC)?;
+    let method = detect::method(&text[..first]).ok_or(CODEC)?;
+    let minor = match &text[last + 1..] {
+        b"HTTP/1.1" => 1,
+        b"HTTP/1.0" => 0,
+        _ => return Err(CODEC),
+    };
+    let target = bytes.slice(line.start + first + 1..line.start + last);
+    if target.is_empty() || target.iter().any(|b| *b <= b' ' || *b == 0x7f) {
+        return Err(CODEC);
+    }
+    Ok((method, target, minor))
+}
+
+fn headers(bytes: &Bytes, mut at: usize) -> Result<HeaderMap, Malformed> {
+    let mut headers = HeaderMap::with_capacity(16);
+    let mut count = 0;
+    while let Some((line, next)) = line_at(bytes, at) {
+        at = next;
+        if line.is_empty() {
+            return Ok(headers);
+        }
+        count += 1;
+        if count > MAX_HEADERS {
+            return Err(Malformed::too_large("http1.too_many_headers"));
+        }
+        let colon = line.start + memchr::memchr(b':', &bytes[line.clone()]).ok_or(CODEC)?;
+        let name = HeaderName::from_bytes(&bytes[line.start..colon]).map_err(|_| CODEC)?;
+        let value = match folded(bytes, &mut at) {
+            None => value(bytes.slice(trim(bytes, colon + 1..line.end))),
+            Some(more) => {
+                let mut joined = bytes[trim(bytes, colon + 1..line.end)].to_vec();
+                joined.extend_from_slice(&more);
+                value(joined.into())
+            }
+        };
+        headers.append(name, value?);
+    }
+    Err(CODEC)
+}
+
+fn value(bytes: Bytes) -> Result<HeaderValue, Malformed> {
+    HeaderValue::from_maybe_shared(bytes).map_err(|_| Malformed::codec("http1.invalid_characters"))
+}
+
+/// Lines that continue a header (RFC 9112 section 5.2), each joined with a space.
+fn folded(bytes: &Bytes, at: &mut usize) -> Option<Vec<u8>> {
+    let mut joined: Option<Vec<u8>> = None;
+    while let (Some(b' ' | b'\t'), Some((line, next))) = (bytes.get(*at), line_at(bytes, *at)) {
+        let more = &bytes[trim(bytes, line)];
+        let joined = joined.get_or_insert_default();
+        joined.push(b' ');
+        joined.extend_from_slice(more);
+        *at = next;
+    }
+    joined
+}
+
+fn trim(bytes: &[u8], range: Range) -> Range {
+    let is_space = |b: &u8| matches!(b, b' ' | b'\t');
+    let text = &bytes[range.clone()];
+    let start = text.iter().take_while(|b| is_space(b)).count();
+    let end = text[start..].iter().rev().take_while(|b| is_space(b)).count();
+    range.start + start..range.end - end
+}
+
+/// What `connection` says.
+#[derive(Debug, Default)]
+struct Connection {
+    close: bool,
+    keep_alive: bool,
+    upgrade: bool,
+}
+
+impl Connection {
+    fn of(headers: &HeaderMap) -> Self {
+        let mut found = Self::default();
+        for token in tokens(headers, &header::CONNECTION) {
+            found.close |= token.eq_ignore_ascii_case("close");
+            found.keep_alive |= token.eq_ignore_ascii_case("keep-alive");
+            found.upgrade |= token.eq_ignore_ascii_case("upgrade");
+        }
+        found
+    }
+}
+
+fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
+    let lines = headers.get_all(name).iter().filter_map(|v| v.to_str().ok());
+    lines.flat_map(|v| v.split(',')).map(str::trim).filter(|t| !t.is_empty())
+}
+
+fn request_framing(headers: &HeaderMap, minor: u8) -> Result<Framing, Malformed> {
+    let length = content_length(headers)?;
+    let codings = headers.get_all(header::TRANSFER_ENCODING).iter().count();
+    if codings == 0 {
+        return Ok(length.filter(|l| *l > 0).map_or(Framing::Empty, Framing::Length));
+    }
+    if length.is_some() || minor == 0 {
+        return Err(Malformed::codec("http1.content_length_and_chunked_not_allowed"));
+    }
+    let mut all = tokens(headers, &header::TRANSFER_ENCODING);
+    match (all.next(), all.next()) {
+        (Some(one), None) if one.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
+        _ => Err(Malformed {
+            status: StatusCode::NOT_IMPLEMENTED,
+            body: "Not Implemented",
+            ..Malformed::codec("http1.invalid_transfer_encoding")
+        }),
+    }
+}
+
+fn response_framing(headers: &HeaderMap, status: StatusCode, method: &Method) -> Result<Framing, Malformed> {
+    if method == Method::HEAD || status.is_informational() || matches!(status.as_u16(), 204 | 304) {
+        return Ok(Framing::Empty);
+    }
+    let length = content_length(headers)?;
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        let mut all = tokens(headers, &header::TRANSFER_ENCODING);
+        return match (all.next(), all.next(), length) {
+            (Some(one), None, None) if one.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
+            _ => Err(CODEC),
+        };
+    }
+    Ok(length.map_or(Framing::UntilClose, |l| if l == 0 { Framing::Empty } else { Framing::Length(l) }))
+}
+
+fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
+    let mut all = headers.get_all(header::CONTENT_LENGTH).iter();
+    let (Some(value), None) = (all.next(), all.next()) else {
+        return if headers.contains_key(header::CONTENT_LENGTH) { Err(CODEC) } else { Ok(None) };
+    };
+    let digits = value.as_bytes();
+    if digits.is_empty() || digits.len() > 19 || !digits.iter().all(u8::is_ascii_digit) {
+        return Err(CODEC);
+    }
+    Ok(digits.iter().try_fold(0_u64, |n, d| n.checked_mul(10)?.checked_add(u64::from(d - b'0'))))
+}
+
+/// Splits the request target from the authority: origin, absolute and authority form (RFC 9112 section 3.2).
+fn target_of(method: &Method, target: Bytes, headers: &mut HeaderMap, minor: u8) -> Result<(HeaderValue, PathAndQuery), Malformed> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let host = match (hosts.next().cloned(), hosts.next()) {
+        (Some(_), Some(_)) => return Err(CODEC),
+        (host, _) => host.filter(|h| !h.is_empty()),
+    };
+    headers.remove(header::HOST);
+    let missing = Malformed::refused(StatusCode::BAD_REQUEST, "missing_host_header", true);
+    let root = || PathAndQuery::from_static("/");
+    if method == Method::CONNECT {
+        let authority = HeaderValue::from_maybe_shared(target).map_err(|_| CODEC)?;
+        return Ok((checked_authority(authority)?, root()));
+    }
+    if target.starts_with(b"/") {
+        // HTTP/1.0 knows no Host; there it may be missing.
+        let host = if minor == 0 { host.unwrap_or_else(|| HeaderValue::from_static("")) } else { host.ok_or(missing)? };
+        return Ok((checked_authority(host)?, path_and_query(&target)?));
+    }
+    if &*target == b"*" && method == Method::OPTIONS {
+        return Err(Malformed::refused(StatusCode::NOT_FOUND, "absolute_path_rejected", false));
+    }
+    let after = target.strip_prefix(b"http://").or_else(|| target.strip_prefix(b"https://")).ok_or(CODEC)?;
+    let end = after.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(after.len());
+    let authority = HeaderValue::from_bytes(&after[..end]).map_err(|_| CODEC)?;
+    if authority.is_empty() {
+        return Err(missing);
+    }
+    let path = &after[end..];
+    let path = if path.starts_with(b"/") { path.to_vec() } else { [b"/", path].concat() };
+    Ok((checked_authority(authority)?, path_and_query(&path.into())?))
+}
+
+/// An authority that cannot be taken for something else: no user part, no white space, no list.
+pub fn checked_authority(authority: HeaderValue) -> Result<HeaderValue, Malformed> {
+    let legal = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+;=:[]%".contains(b);
+    if authority.as_bytes().iter().all(legal) { Ok(authority) } else { Err(Malformed::refused(StatusCode::BAD_REQUEST, "invalid_host", true)) }
+}
+
+/// Path and query, the path normalised.
+pub fn path_and_query(target: &Bytes) -> Result<PathAndQuery, Malformed> {
+    let bad = Malformed::refused(StatusCode::BAD_REQUEST, "path_normalization_failed", true);
+    let text = std::str::from_utf8(target).map_err(|_| bad)?;
+    if text.contains('#') {
+        return Err(bad);
+    }
+    let (path, query) = text.split_once('?').map_or((text, None), |(path, query)| (path, Some(query)));
+    let parsed = match normalise_path(path) {
+        Ok(None) => PathAndQuery::from_maybe_shared(target.clone()),
+        Ok(Some(normal)) => PathAndQuery::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
+        Err(BadPath::Fragment | BadPath::NotAbsolute) => return Err(bad),
+    };
+    parsed.map_err(|_| bad)
+}
+
+/// Removes what is for this connection only: RFC 9110 section 7.6.1. `te: trailers` stays.
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        let named = tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::from_bytes(t.as_bytes()).ok()).collect::<Vec<_>>();
+        named.iter().filter(|n| **n != header::TE).for_each(|n| drop(headers.remove(n)));
+        headers.remove(header::CONNECTION);
+    }
+    if headers.contains_key(header::TE) {
+        let trailers = tokens(headers, &header::TE).any(|t| t.eq_ignore_ascii_case("trailers"));
+        headers.remove(header::TE);
+        if trailers {
+            headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        }
+    }
+    for name in ["keep-alive", "proxy-connection", "transfer-encoding", "upgrade"] {
+        headers.remove(name);
+    }
+}
+
+/// Writes a request head.
+pub fn write_request(head: &RequestHead, framing: Framing, upgrade: Option<&HeaderValue>, out: &mut Vec<u8>) {
+    out.extend_from_slice(head.method.as_str().as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(head.target.as_str().as_bytes());
+    out.extend_from_slice(b" HTTP/1.1\r\nhost: ");
+    out.extend_from_slice(head.authority.as_bytes());
+    out.extend_from_slice(b"\r\n");
+    write_headers(&head.headers, out);
+    write_framing(framing, head.headers.contains_key(header::CONTENT_LENGTH), out);
+    if let Some(upgrade) = upgrade {
+        out.extend_from_slice(b"connection: upgrade\r\nupgrade: ");
+        out.extend_from_slice(upgrade.as_bytes());
+        out.extend_from_slice(b"\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Writes a response head. `close` adds `connection: close`.
+pub fn write_response(status: StatusCode, headers: &HeaderMap, framing: Framing, close: bool, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"HTTP/1.1 ");
+    out.extend_from_slice(status.as_str().as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
+    out.extend_from_slice(b"\r\n");
+    write_headers(headers, out);
+    write_framing(framing, headers.contains_key(header::CONTENT_LENGTH), out);
+    if close {
+        out.extend_from_slice(b"connection: close\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+pub fn write_headers(headers: &HeaderMap, out: &mut Vec<u8>) {
+    for (name, value) in headers {
+        out.extend_from_slice(name.as_str().as_bytes());
+        out.extend_from_slice(b": ");
+        out.extend_from_slice(value.as_bytes());
+        out.extend_from_slice(b"\r\n");
+    }
+}
+
+fn write_framing(framing: Framing, has_length: bool, out: &mut Vec<u8>) {
+    match framing {
+        Framing::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
+        Framing::Length(n) if !has_length => out.extend_from_slice(format!("content-length: {n}\r\n").as_bytes()),
+        Framing::Empty | Framing::Length(_) | Framing::UntilClose => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;

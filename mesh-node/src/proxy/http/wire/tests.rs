@@ -1,0 +1,146 @@
+//! Heads good and bad, as recorded of Envoy.
+
+use super::*;
+
+fn parse(text: &str) -> Result<WireRequest, Malformed> {
+    let bytes = Bytes::copy_from_slice(text.as_bytes());
+    assert_eq!(head_end(&bytes), Some(bytes.len()), "{text:?} is a whole head");
+    request(&bytes)
+}
+
+fn refused(text: &str) -> (u16, &'static str) {
+    let malformed = parse(text).expect_err(text);
+    (malformed.status.as_u16(), malformed.details)
+}
+
+#[test]
+fn requests_are_read() {
+    let request = parse("POST /a/../b?c=1 HTTP/1.1\r\nHost: svc:80\r\nX-V:  1 \r\nx-v: 2\r\nContent-Length: 5\r\n\r\n").expect("valid");
+    assert_eq!(request.head.method, Method::POST);
+    assert_eq!((request.head.target.as_str(), request.head.host()), ("/b?c=1", "svc:80"));
+    let values = request.head.headers.get_all("x-v").iter().map(|v| v.to_str().expect("text")).collect::<Vec<_>>();
+    assert_eq!((values, request.framing, request.keep_alive), (vec!["1", "2"], Framing::Length(5), true));
+    assert!(!request.head.headers.contains_key("host"));
+}
+
+#[test]
+fn lines_may_end_with_lf_and_headers_may_be_folded() {
+    let request = parse("GET /x HTTP/1.1\nhost: a\nx-id: 1\n 2\n\t3\n\n").expect("valid");
+    assert_eq!(request.head.headers["x-id"], "1 2 3");
+    let absolute = parse("GET http://other.example:81?q HTTP/1.1\r\nhost: a\r\n\r\n").expect("valid");
+    assert_eq!((absolute.head.host(), absolute.head.target.as_str()), ("other.example:81", "/?q"));
+}
+
+#[test]
+fn connection_headers_are_for_this_connection_only() {
+    let request = parse(
+        "GET / HTTP/1.1\r\nhost: a\r\nconnection: x-hop, keep-alive\r\nx-hop: 1\r\nte: trailers, gzip\r\nproxy-connection: keep-alive\r\nkeep-alive: timeout=5\r\nx-envoy-foo: 1\r\n\r\n",
+    )
+    .expect("valid");
+    let names = request.head.headers.keys().map(|n| n.as_str()).collect::<Vec<_>>();
+    assert_eq!(names.len(), 2, "{names:?}");
+    assert_eq!((&request.head.headers["te"], request.keep_alive), (&HeaderValue::from_static("trailers"), true));
+}
+
+#[test]
+fn keep_alive_is_by_version_and_connection() {
+    for (text, expected) in [
+        ("GET / HTTP/1.1\r\nhost: a\r\n\r\n", true),
+        ("GET / HTTP/1.1\r\nhost: a\r\nconnection: Close\r\n\r\n", false),
+        ("GET / HTTP/1.0\r\n\r\n", false),
+        ("GET / HTTP/1.0\r\nconnection: keep-alive\r\n\r\n", true),
+    ] {
+        assert_eq!(parse(text).expect("valid").keep_alive, expected, "{text:?}");
+    }
+}
+
+#[test]
+fn ambiguous_or_broken_requests_are_refused_as_recorded() {
+    let codec = (400, "http1.codec_error");
+    let both = (400, "http1.content_length_and_chunked_not_allowed");
+    for (text, expected) in [
+        ("GET /x HTTP/1.1\r\n\r\n", (400, "missing_host_header")),
+        ("GET /x HTTP/1.1\r\nhost:\r\n\r\n", (400, "missing_host_header")),
+        ("garbage\r\n\r\n", codec),
+        ("GET  HTTP/1.1\r\nhost: a\r\n\r\n", codec),
+        ("GET / HTTP/2.0\r\nhost: a\r\n\r\n", codec),
+        ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n", both),
+        ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n", both),
+        ("POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n", both),
+        ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ncontent-length: 5\r\n\r\n", codec),
+        ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ncontent-length: 4\r\n\r\n", codec),
+        ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4, 4\r\n\r\n", codec),
+        ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: +4\r\n\r\n", codec),
+        ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n", (501, "http1.invalid_transfer_encoding")),
+        ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n\r\n", (501, "http1.invalid_transfer_encoding")),
+        ("GET / HTTP/1.1\r\nhost: a\r\nx-a: a\0b\r\n\r\n", (400, "http1.invalid_characters")),
+        ("GET / HTTP/1.1\r\nhost : a\r\n\r\n", codec),
+        ("GET / HTTP/1.1\r\nhost: a\r\n: empty\r\n\r\n", codec),
+        ("GET / HTTP/1.1\r\nhost: a\r\nno colon\r\n\r\n", codec),
+        ("GET / HTTP/1.1\r\n folded: first\r\nhost: a\r\n\r\n", codec),
+        ("GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", codec),
+        ("GET / HTTP/1.1\r\nhost: a b\r\n\r\n", (400, "invalid_host")),
+        ("GET / HTTP/1.1\r\nhost: a@b\r\n\r\n", (400, "invalid_host")),
+        ("FOO / HTTP/1.1\r\nhost: a\r\n\r\n", codec),
+        ("get / HTTP/1.1\r\nhost: a\r\n\r\n", codec),
+        ("OPTIONS * HTTP/1.1\r\nhost: a\r\n\r\n", (404, "absolute_path_rejected")),
+        ("GET /direct/y#frag HTTP/1.1\r\nhost: a\r\n\r\n", (400, "path_normalization_failed")),
+        ("GET /.. HTTP/1.1\r\nhost: a\r\n\r\n", (400, "path_normalization_failed")),
+    ] {
+        assert_eq!(refused(text), expected, "{text:?}");
+    }
+    let many = format!("GET / HTTP/1.1\r\nhost: a\r\n{}\r\n", "x: 1\r\n".repeat(100));
+    assert_eq!(refused(&many), (431, "http1.too_many_headers"));
+}
+
+#[test]
+fn responses_end_where_they_must() {
+    let read = |text: &str, method: &Method| response(&Bytes::copy_from_slice(text.as_bytes()), method);
+    for (text, method, framing, keep_alive) in [
+        ("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n", Method::GET, Framing::Length(3), true),
+        ("HTTP/1.1 200\r\ntransfer-encoding: chunked\r\n\r\n", Method::GET, Framing::Chunked, true),
+        ("HTTP/1.1 200 OK\r\n\r\n", Method::GET, Framing::UntilClose, false),
+        ("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n", Method::HEAD, Framing::Empty, true),
+        ("HTTP/1.1 204 No Content\r\n\r\n", Method::GET, Framing::Empty, true),
+        ("HTTP/1.1 304 Not Modified\r\ncontent-length: 3\r\n\r\n", Method::GET, Framing::Empty, true),
+        ("HTTP/1.1 100 Continue\r\n\r\n", Method::POST, Framing::Empty, true),
+        ("HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n", Method::GET, Framing::Empty, false),
+        ("HTTP/1.0 200 OK\r\nconnection: keep-alive\r\ncontent-length: 1\r\n\r\n", Method::GET, Framing::Length(1), true),
+        ("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 1\r\n\r\n", Method::GET, Framing::Length(1), false),
+    ] {
+        let found = read(text, &method).expect(text);
+        assert_eq!((found.framing, found.keep_alive), (framing, keep_alive), "{text:?}");
+    }
+    for bad in [
+        "nope\r\n\r\n",
+        "HTTP/1.1 20 OK\r\n\r\n",
+        "HTTP/1.1 2000 OK\r\n\r\n",
+        "HTTP/2.0 200 OK\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n",
+    ] {
+        assert!(read(bad, &Method::GET).is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let text = "PUT /p?q HTTP/1.1\r\nhost: svc\r\nx-b: 2\r\nx-a: 1\r\nx-a: 3\r\ntransfer-encoding: chunked\r\n\r\n";
+    let first = parse(text).expect("valid");
+    let mut out = Vec::new();
+    write_request(&first.head, first.framing, None, &mut out);
+    let again = parse(std::str::from_utf8(&out).expect("text")).expect("valid");
+    assert_eq!((first.head.headers, first.head.target, first.framing), (again.head.headers, again.head.target, again.framing));
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
+        let bytes = Bytes::from([b"GET / HTTP/1.1\r\nhost: a\r\n".as_slice(), &bytes, b"\r\n\r\n"].concat());
+        if let Some(end) = head_end(&bytes) {
+            let _ = request(&bytes.slice(..end));
+            let _ = response(&bytes.slice(..end), &Method::GET);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Finding out what a captured connection speaks, before anything is decided about it.
+//!
+//! A port that declares its protocol is believed. Otherwise the first bytes tell. A client that sends nothing at first may
+//! be waiting for the server to speak: after [`CLIENT_FIRST`] the connection is established as an opaque one, so that the
+//! server can; whoever speaks first then decides.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{io::AsyncReadExt, net::TcpStream, time::sleep};
+
+use super::{
+    Proxy, ServedPod,
+    outbound::{Established, Opaque},
+};
+use crate::{
+    detect::{Detected, Protocol, detect},
+    io::socket::reset_on_close,
+    route::Target,
+};
+
+/// How long a client is given to speak first before the server is connected, so that it can.
+const CLIENT_FIRST: Duration = Duration::from_millis(3);
+/// How long the first bytes may take to become a whole request line or client hello; then they are opaque.
+const WHOLE: Duration = Duration::from_millis(500);
+/// First bytes looked at, at most: a little more than the longest line or client hello that is waited for.
+const MOST: usize = 72 * 1024;
+
+/// What a connection turned out to be.
+pub(super) enum Begun {
+    Http { downstream: TcpStream, read: Bytes, http2: bool },
+    Opaque { downstream: TcpStream, read: Bytes, sni: Option<String>, established: Option<Established> },
+    /// The client closed before it sent anything.
+    Gone,
+}
+
+pub(super) async fn begin(
+    proxy: &Arc<Proxy>,
+    pod: &Arc<ServedPod>,
+    mut downstream: TcpStream,
+    client: SocketAddr,
+    original: SocketAddr,
+) -> Begun {
+    let looks = looks(proxy, pod, original);
+    if looks == Looks::Opaque {
+        return Begun::Opaque { downstream, read: Bytes::new(), sni: None, established: None };
+    }
+    let mut read = BytesMut::new();
+    if looks == Looks::Any {
+        let first = tokio::select! {
+            biased;
+            first = downstream.read_buf(&mut read) => Some(first),
+            () = sleep(CLIENT_FIRST) => None,
+        };
+        match first {
+            Some(Ok(n)) if n > 0 => {}
+            // Closed at once, and half of it perhaps only: what the server says to that is its own business.
+            Some(_) => return Begun::Opaque { downstream, read: Bytes::new(), sni: None, established: None },
+            None => match server_first(proxy, pod, &mut downstream, &mut read, (client, original)).await {
+                First::Client => {}
+                First::Server(established) => {
+                    return Begun::Opaque { downstream, read: Bytes::new(), sni: None, established: Some(established) };
+                }
+                First::Neither => return Begun::Gone,
+            },
+        }
+    }
+    let detected = look(&mut downstream, &mut read, pod).await;
+    let read = read.freeze();
+    match detected {
+        Some(Detected::Http1) => Begun::Http { downstream, read, http2: false },
+        Some(Detected::Http2) => Begun::Http { downstream, read, http2: true },
+        // A port that declares HTTP gets HTTP: what is not is refused as such.
+        Some(_) if looks == Looks::Http => Begun::Http { downstream, read, http2: false },
+        Some(Detected::Tls(sni)) => Begun::Opaque { downstream, read, sni, established: None },
+        Some(Detected::Opaque | Detected::More) => Begun::Opaque { downstream, read, sni: None, established: None },
+        None if read.is_empty() => Begun::Gone,
+        None => Begun::Opaque { downstream, read, sni: None, established: None },
+    }
+}
+
+/// Who spoke first.
+enum First {
+    Client,
+    Server(Established),
+    /// The server cannot be reached.
+    Neither,
+}
+
+/// Connects the server, so that it can speak. A connection it says nothing on before the client does is given up: the
+/// client's request decides where it goes.
+async fn server_first(
+    proxy: &Arc<Proxy>,
+    pod: &Arc<ServedPod>,
+    downstream: &mut TcpStream,
+    read: &mut BytesMut,
+    (client, original): (SocketAddr, SocketAddr),
+) -> First {
+    let opaque = Opaque { proxy: proxy.clone(), pod: pod.clone(), client, original, sni: None };
+    let Some(mut established) = opaque.establish(downstream).await else {
+        reset_on_close(downstream);
+        return First::Neither;
+    };
+    tokio::select! {
+        biased;
+        n = downstream.read_buf(read) => match n {
+            Ok(n) if n > 0 => First::Client,
+            // Closed, or half of it: what the server says to that is its own business.
+            _ => First::Server(established),
+        },
+        () = established.server_spoke() => First::Server(established),
+        _ = pod.ended() => First::Neither,
+    }
+}
+
+/// What there is to find out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Looks {
+    /// Which version of HTTP.
+    Http,
+    /// Whether it is HTTP at all.
+    Any,
+    /// The server name of TLS, if it begins with that.
+    Tls,
+    Opaque,
+}
+
+fn looks(proxy: &Proxy, pod: &ServedPod, original: SocketAddr) -> Looks {
+    let snapshot = proxy.config.load();
+    let Some(source) = snapshot.workload(&pod.uid) else { return Looks::Opaque };
+    let Target::Service { port, .. } = snapshot.resolve_for(&source.name.namespace, original) else { return Looks::Opaque };
+    match port.cluster.protocol {
+        Protocol::Http | Protocol::Http2 | Protocol::Grpc => Looks::Http,
+        Protocol::Detect => Looks::Any,
+        Protocol::Tls if !port.routes.tls.is_empty() => Looks::Tls,
+        Protocol::Tls | Protocol::Tcp => Looks::Opaque,
+    }
+}
+
+/// Reads until it can be told. `None`: the client has closed or is gone.
+async fn look(downstream: &mut TcpStream, read: &mut BytesMut, pod: &ServedPod) -> Option<Detected> {
+    let deadline = sleep(WHOLE);
+    let mut deadline = std::pin::pin!(deadline);
+    let mut begun = !read.is_empty();
+    loop {
+        let detected = detect(read);
+        if detected != Detected::More {
+            return Some(detected);
+        }
+        if read.len() >= MOST {
+            return Some(Detected::Opaque);
+        }
+        if !begun {
+            // Nothing yet: it has all the time it likes.
+            deadline.as_mut().reset(tokio::time::Instant::now() + WHOLE);
+        }
+        tokio::select! {
+            biased;
+            n = downstream.read_buf(read) => match n {
+                Ok(n) if n > 0 => begun = true,
+                _ => return None,
+            },
+            () = &mut deadline, if begun => return Some(Detected::Opaque),
+            _ = pod.ended() => return None,
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! `DestinationRule`: subsets, load balancing, pools and outlier detection of a host. Semantics of Istio's networking API.
+
+mod document;
+mod policy;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+pub(super) use document::Spec;
+
+use super::{
+    envelope::FieldError,
+    selector::Labels,
+    virtual_service::check_host,
+};
+use crate::route::traffic::TrafficPolicy;
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct DestinationRule {
+    pub host: Arc<str>,
+    pub policy: Layered,
+    pub subsets: Vec<Subset>,
+    pub export_to: Vec<Arc<str>>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Subset {
+    pub name: Arc<str>,
+    pub labels: Labels,
+    pub policy: Layered,
+}
+
+/// A traffic policy in parts: those that are absent are the host's, or the default.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Layered {
+    pub(crate) blocks: policy::Blocks,
+    /// Replaces the others as a whole on its port.
+    pub(crate) ports: BTreeMap<u16, policy::Blocks>,
+}
+
+impl Layered {
+    /// The policy in force on a port: a subset's blocks over the host's, and those of a port instead of both.
+    pub fn effective(host: Option<&Self>, subset: Option<&Self>, port: u16) -> TrafficPolicy {
+        let by_port = [subset, host].into_iter().flatten().find_map(|l| l.ports.get(&port));
+        if let Some(blocks) = by_port {
+            return blocks.clone().into_policy();
+        }
+        let blocks = host.map(|h| h.blocks.clone()).unwrap_or_default();
+        subset.map_or(blocks.clone(), |s| s.blocks.clone().over(blocks)).into_policy()
+    }
+}
+
+impl DestinationRule {
+    pub(super) fn read(spec: Spec) -> Result<Self, FieldError> {
+        if spec.host.is_empty() {
+            return Err(FieldError::new("spec.host", "is missing; name a service"));
+        }
+        if spec.workload_selector.is_some_and(|s| !s.match_labels.is_empty()) {
+            return Err(FieldError::new("spec.workloadSelector", "is not supported by mesh-node; remove it, or use exportTo"));
+        }
+        check_host(&spec.host).map_err(|problem| FieldError::new("spec.host", problem))?;
+        let policy = spec.traffic_policy.map(|p| policy::layered(p, "spec.trafficPolicy")).transpose()?.unwrap_or_default();
+        let mut subsets: Vec<Subset> = Vec::new();
+        for (i, document) in spec.subsets.into_iter().enumerate() {
+            let at = format!("spec.subsets[{i}]");
+            if document.name.is_empty() || subsets.iter().any(|s| *s.name == *document.name) {
+                return Err(FieldError::new(format!("{at}.name"), format!("{:?} is missing or used twice; name every subset", document.name)));
+            }
+            let policy = document.traffic_policy.map(|p| policy::layered(p, &format!("{at}.trafficPolicy")));
+            subsets.push(Subset {
+                name: document.name.into(),
+                labels: document.labels,
+                policy: policy.transpose()?.unwrap_or_default(),
+            });
+        }
+        Ok(Self {
+            host: spec.host.into(),
+            policy,
+            subsets,
+            export_to: spec.export_to.into_iter().map(Arc::from).collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

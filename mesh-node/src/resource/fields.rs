@@ -1,0 +1,95 @@
+//! Field types that several kinds share: durations, percentages, header names and values.
+
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue};
+use serde::{Deserialize, Deserializer, de::Error as _};
+
+use super::envelope::FieldError;
+
+/// A duration as Istio writes it: `1h`, `1m`, `1s`, `1ms`, and sums such as `1m30s`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Time(pub Duration);
+
+impl Time {
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut rest = text.trim();
+        if rest == "0" {
+            return Some(Self(Duration::ZERO));
+        }
+        let mut total = 0.0_f64;
+        while !rest.is_empty() {
+            let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+            let number: f64 = rest[..digits].parse().ok()?;
+            rest = &rest[digits..];
+            let (unit, seconds) = [("ms", 1e-3), ("us", 1e-6), ("µs", 1e-6), ("ns", 1e-9), ("h", 3600.0), ("m", 60.0), ("s", 1.0)]
+                .into_iter()
+                .find(|(unit, _)| rest.starts_with(unit))?;
+            total += number * seconds;
+            rest = &rest[unit.len()..];
+        }
+        // A thousand years is long enough, and keeps sums of instants far from their ends.
+        (!text.trim().is_empty() && total <= 3.2e10).then(|| Self(Duration::from_secs_f64(total)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::parse(&text).ok_or_else(|| D::Error::custom(format!("{text:?} is not a duration; write one such as 3s, 500ms or 1m30s")))
+    }
+}
+
+/// Istio's `Percent`.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Percent {
+    #[serde(default)]
+    pub value: f64,
+}
+
+/// A duration that has to be more than nothing.
+pub fn positive(time: Time, at: &str) -> Result<Duration, FieldError> {
+    if time.0 < Duration::from_millis(1) {
+        return Err(FieldError::new(at, "must be at least 1ms"));
+    }
+    Ok(time.0)
+}
+
+/// A header name, in lower case.
+pub fn header_name(text: &str, at: &str) -> Result<HeaderName, FieldError> {
+    HeaderName::from_bytes(text.as_bytes()).map_err(|_| FieldError::new(at, format!("{text:?} is not a header name")))
+}
+
+pub fn header_value(text: &str, at: &str) -> Result<HeaderValue, FieldError> {
+    HeaderValue::from_str(text).map_err(|_| FieldError::new(at, format!("{text:?} is not a header value: use visible ASCII")))
+}
+
+/// A port number.
+pub fn port(number: u32, at: &str) -> Result<u16, FieldError> {
+    u16::try_from(number).ok().filter(|p| *p != 0).ok_or_else(|| FieldError::new(at, format!("{number} is not a port; use 1 to 65535")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_as_istio_writes_them() {
+        let cases = [
+            ("3s", 3000),
+            ("0.5s", 500),
+            ("100ms", 100),
+            ("1m30s", 90_000),
+            ("1h", 3_600_000),
+            ("1.5h", 5_400_000),
+            ("0s", 0),
+        ];
+        for (text, millis) in cases {
+            assert_eq!(Time::parse(text), Some(Time(Duration::from_millis(millis))), "{text}");
+        }
+        for bad in ["", "3", "s", "3 s", "-1s", "1s2", "1d", "99999999999999h"] {
+            assert_eq!(Time::parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,575 @@
+//! Gateway API's `HTTPRoute` and `GRPCRoute` with Services as parents (mesh routing), and `ReferenceGrant`.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use http::StatusCode;
+use serde::Deserialize;
+
+use super::{
+    envelope::FieldError,
+    fields::{Time, header_name, header_value, port},
+};
+use crate::route::{
+    matching::{HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, TextMatch},
+    retry::{BASE_BACKOFF, RetryOn, RetryPolicy, default_policy},
+    rule::{
+        Action, Cors, Destination, Fault, HeaderChanges, HeaderOperations, Mirror, PathRewrite, Redirect, RedirectPort, Rewrite, Rule, Share,
+        Weighted,
+    },
+};
+
+type Result<T> = std::result::Result<T, FieldError>;
+
+/// A route of the mesh: rules of one match each, in the order written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GatewayRoute {
+    /// Services it is for. Gateways among its parents are not this node's business.
+    pub parents: Vec<Parent>,
+    pub rules: Vec<Rule>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parent {
+    /// The route's own when absent.
+    pub namespace: Option<Arc<str>>,
+    pub name: Arc<str>,
+    /// All ports when absent.
+    pub port: Option<u16>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct Spec {
+    parent_refs: Vec<Reference>,
+    hostnames: Vec<String>,
+    use_default_gateways: Option<serde_json::Value>,
+    rules: Option<Vec<RuleDocument>>,
+}
+
+/// A reference to a parent or a backend.
+#[derive(Deserialize, Default, Clone)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Reference {
+    group: Option<String>,
+    kind: Option<String>,
+    name: String,
+    namespace: Option<String>,
+    port: Option<u32>,
+    section_name: Option<String>,
+    weight: Option<u32>,
+    filters: Vec<Filter>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct RuleDocument {
+    name: Option<String>,
+    matches: Vec<Match>,
+    filters: Vec<Filter>,
+    backend_refs: Vec<Reference>,
+    timeouts: Option<Timeouts>,
+    retry: Option<Retry>,
+    session_persistence: Option<serde_json::Value>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Match {
+    path: Option<Typed>,
+    headers: Vec<Typed>,
+    query_params: Vec<Typed>,
+    /// A method's name for HTTP, a service and method for gRPC.
+    method: Option<Method>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Method {
+    Name(String),
+    Grpc(GrpcMethod),
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct GrpcMethod {
+    r#type: Option<String>,
+    service: Option<String>,
+    method: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct Typed {
+    r#type: Option<String>,
+    name: String,
+    value: Option<String>,
+}
+
+#[derive(Deserialize, Default, Clone)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Filter {
+    r#type: String,
+    request_header_modifier: Option<Modifier>,
+    response_header_modifier: Option<Modifier>,
+    request_mirror: Option<MirrorDocument>,
+    request_redirect: Option<RedirectDocument>,
+    url_rewrite: Option<RewriteDocument>,
+    cors: Option<CorsDocument>,
+    extension_ref: Option<serde_json::Value>,
+}
+
+#[derive(Deserialize, Default, Clone)]
+#[serde(deny_unknown_fields, default)]
+struct Modifier {
+    set: Vec<Pair>,
+    add: Vec<Pair>,
+    remove: Vec<String>,
+}
+
+#[derive(Deserialize, Clone)]
+#[serde(deny_unknown_fields)]
+struct Pair {
+    name: String,
+    value: String,
+}
+
+#[derive(Deserialize, Clone)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct MirrorDocument {
+    backend_ref: Reference,
+    #[serde(default)]
+    percent: Option<u32>,
+    #[serde(default)]
+    fraction: Option<Fraction>,
+}
+
+#[derive(Deserialize, Clone, Copy)]
+#[serde(deny_unknown_fields)]
+struct Fraction {
+    numerator: u32,
+    #[serde(default)]
+    denominator: Option<u32>,
+}
+
+#[derive(Deserialize, Default, Clone)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct RedirectDocument {
+    scheme: Option<String>,
+    hostname: Option<String>,
+    path: Option<PathModifier>,
+    port: Option<u32>,
+    status_code: Option<u16>,
+}
+
+#[derive(Deserialize, Default, Clone)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct RewriteDocument {
+    hostname: Option<String>,
+    path: Option<PathModifier>,
+}
+
+#[derive(Deserialize, Default, Clone)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct PathModifier {
+    r#type: String,
+    replace_full_path: Option<String>,
+    replace_prefix_match: Option<String>,
+}
+
+#[derive(Deserialize, Default, Clone)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct CorsDocument {
+    allow_origins: Vec<String>,
+    allow_credentials: Option<bool>,
+    allow_methods: Vec<String>,
+    allow_headers: Vec<String>,
+    expose_headers: Vec<String>,
+    max_age: Option<u64>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Timeouts {
+    request: Option<Time>,
+    backend_request: Option<Time>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct Retry {
+    codes: Vec<u16>,
+    attempts: Option<u32>,
+    backoff: Option<Time>,
+}
+
+impl GatewayRoute {
+    pub(super) fn read(spec: Spec, grpc: bool) -> Result<Self> {
+        // Host names say nothing about a Service parent, and default gateways are none.
+        let Spec { parent_refs, hostnames: _, use_default_gateways: _, rules } = spec;
+        let parents = parent_refs.iter().enumerate().filter(|(_, p)| is_service(p, Some("Gateway")));
+        let parents = parents.map(|(i, p)| parent(p, &format!("spec.parentRefs[{i}]"))).collect::<Result<_>>()?;
+        let mut flat = Vec::new();
+        for (i, document) in rules.unwrap_or_else(|| vec![RuleDocument::default()]).iter().enumerate() {
+            let at = format!("spec.rules[{i}]");
+            let common = rule(document, &at)?;
+            let matches = document.matches.iter().enumerate().map(|(j, m)| {
+                let at = format!("{at}.matches[{j}]");
+                if grpc { grpc_match(m, &at) } else { http_match(m, &at) }
+            });
+            let mut matches = matches.collect::<Result<Vec<_>>>()?;
+            if matches.is_empty() {
+                matches.push(HttpMatch { path: Some(PathMatch::Segments("/".into())), ..HttpMatch::default() });
+            }
+            flat.extend(matches.into_iter().map(|m| Rule { matches: vec![m], ..common.clone() }));
+        }
+        Ok(Self { parents, rules: flat })
+    }
+}
+
+/// How specific a match is: the more specific goes first. Gateway API's order of precedence.
+pub fn precedence(matched: &HttpMatch) -> (u8, usize, bool, usize, usize) {
+    let (kind, length) = match &matched.path {
+        Some(PathMatch::Exact { path, .. }) => (3, path.len()),
+        Some(PathMatch::Segments(path) | PathMatch::Prefix { path, .. }) => (2, path.len()),
+        Some(PathMatch::Regex(_)) => (1, 0),
+        None => (0, 0),
+    };
+    (kind, length, matched.method.is_some(), matched.headers.len(), matched.query.len())
+}
+
+/// `default` is the kind of a reference that names none.
+fn is_service(reference: &Reference, default: Option<&str>) -> bool {
+    let group = reference.group.as_deref();
+    let kind = reference.kind.as_deref().or(default);
+    kind == Some("Service") && matches!(group, None | Some("" | "core"))
+}
+
+fn parent(reference: &Reference, at: &str) -> Result<Parent> {
+    let number = match (&reference.port, &reference.section_name) {
+        (Some(number), _) => Some(port(*number, &format!("{at}.port"))?),
+        (None, Some(_)) => return Err(FieldError::new(format!("{at}.sectionName"), "is not supported for a Service; use port")),
+        (None, None) => None,
+    };
+    Ok(Parent { namespace: reference.namespace.as_deref().map(Arc::from), name: reference.name.as_str().into(), port: number })
+}
+
+fn destination(reference: &Reference, at: &str) -> Result<Destination> {
+    let host = match &reference.namespace {
+        Some(namespace) => format!("{}.{namespace}.svc.cluster.local", reference.name),
+        None => reference.name.clone(),
+    };
+    let number = reference.port.map(|p| port(p, &format!("{at}.port"))).transpose()?;
+    Ok(Destination { host: host.into(), subset: "".into(), port: number, refused: !is_service(reference, Some("Service")) })
+}
+
+fn http_match(document: &Match, at: &str) -> Result<HttpMatch> {
+    let path = document.path.as_ref().map(|p| {
+        let value = p.value.as_deref().unwrap_or("/");
+        match p.r#type.as_deref().unwrap_or("PathPrefix") {
+            "Exact" => Ok(PathMatch::Exact { path: value.into(), ignore_case: false }),
+            "PathPrefix" => Ok(PathMatch::Segments(value.into())),
+            "RegularExpression" => pattern(value, &format!("{at}.path.value")).map(PathMatch::Regex),
+            other => Err(unknown_type(other, &format!("{at}.path.type"), "Exact, PathPrefix, RegularExpression")),
+        }
+    });
+    let path = path.transpose()?.unwrap_or_else(|| PathMatch::Segments("/".into()));
+    let method = match &document.method {
+        None => None,
+        Some(Method::Name(name)) => Some(TextMatch::Exact(name.as_str().into())),
+        Some(Method::Grpc(_)) => return Err(FieldError::new(format!("{at}.method"), "is the name of an HTTP method, such as GET")),
+    };
+    let query = document.query_params.iter().enumerate().map(|(i, q)| {
+        Ok(QueryMatch { name: q.name.as_str().into(), value: text(q, &format!("{at}.queryParams[{i}]"))? })
+    });
+    let query = query.collect::<Result<_>>()?;
+    Ok(HttpMatch { path: Some(path), method, headers: headers(&document.headers, at)?, query, ..HttpMatch::default() })
+}
+
+fn grpc_match(document: &Match, at: &str) -> Result<HttpMatch> {
+    let path = match &document.method {
+        None => PathMatch::Segments("/".into()),
+        Some(Method::Name(_)) => return Err(FieldError::new(format!("{at}.method"), "needs service or method")),
+        Some(Method::Grpc(method)) => grpc_path(method, &format!("{at}.method"))?,
+    };
+    if document.path.is_some() || !document.query_params.is_empty() {
+        return Err(FieldError::new(at, "a GRPCRoute matches method and headers only"));
+    }
+    Ok(HttpMatch { path: Some(path), headers: headers(&document.headers, at)?, ..HttpMatch::default() })
+}
+
+fn grpc_path(document: &GrpcMethod, at: &str) -> Result<PathMatch> {
+    let exact = match document.r#type.as_deref() {
+        None | Some("Exact") => true,
+        Some("RegularExpression") => false,
+        Some(other) => return Err(unknown_type(other, &format!("{at}.type"), "Exact, RegularExpression")),
+    };
+    Ok(match (exact, document.service.as_deref(), document.method.as_deref()) {
+        (true, Some(service), Some(method)) => PathMatch::Exact { path: format!("/{service}/{method}").into(), ignore_case: false },
+        (true, Some(service), None) => PathMatch::Segments(format!("/{service}").into()),
+        (true, None, Some(method)) => PathMatch::Regex(pattern(&format!("/[^/]+/{}", regex::escape(method)), at)?),
+        (false, service, method) if service.is_some() || method.is_some() => {
+            PathMatch::Regex(pattern(&format!("/{}/{}", service.unwrap_or("[^/]+"), method.unwrap_or("[^/]+")), at)?)
+        }
+        _ => return Err(FieldError::new(at, "needs service or method")),
+    })
+}
+
+fn headers(all: &[Typed], at: &str) -> Result<Vec<HeaderMatch>> {
+    let mut found: BTreeMap<String, HeaderMatch> = BTreeMap::new();
+    for (i, header) in all.iter().enumerate() {
+        let at = format!("{at}.headers[{i}]");
+        let name = header_name(&header.name, &format!("{at}.name"))?;
+        let value = text(header, &at)?;
+        // Of several for one name only the first counts.
+        found.entry(name.as_str().to_owned()).or_insert(HeaderMatch { name, value, inverted: false });
+    }
+    Ok(found.into_values().collect())
+}
+
+fn text(document: &Typed, at: &str) -> Result<TextMatch> {
+    let value = document.value.as_deref().unwrap_or_default();
+    match document.r#type.as_deref() {
+        None | Some("Exact") => Ok(TextMatch::Exact(value.into())),
+        Some("RegularExpression") => pattern(value, &format!("{at}.value")).map(TextMatch::Regex),
+        Some(other) => Err(unknown_type(other, &format!("{at}.type"), "Exact, RegularExpression")),
+    }
+}
+
+fn pattern(text: &str, at: &str) -> Result<Pattern> {
+    Pattern::parse(text).map_err(|e| FieldError::new(at, format!("{text:?}: {e}")))
+}
+
+fn unknown_type(given: &str, at: &str, known: &str) -> FieldError {
+    FieldError::new(at, format!("{given:?} is not one of {known}"))
+}
+
+fn rule(document: &RuleDocument, at: &str) -> Result<Rule> {
+    if document.session_persistence.is_some() {
+        return Err(FieldError::new(format!("{at}.sessionPersistence"), "is not supported by mesh-node; use a DestinationRule's consistentHash"));
+    }
+    let filters = filters(&document.filters, &format!("{at}.filters"))?;
+    let backends = document.backend_refs.iter().enumerate().map(|(i, r)| {
+        let at = format!("{at}.backendRefs[{i}]");
+        let filters = self::filters(&r.filters, &format!("{at}.filters"))?;
+        if filters.redirect.is_some() || filters.rewrite.is_some() || !filters.mirrors.is_empty() || filters.cors.is_some() {
+            return Err(FieldError::new(format!("{at}.filters"), "only header modifiers are supported on a backend"));
+        }
+        Ok(Weighted { weight: r.weight.unwrap_or(1), destination: destination(r, &at)?, headers: filters.headers, authority: None })
+    });
+    let backends = backends.collect::<Result<Vec<_>>>()?;
+    let action = match filters.redirect {
+        Some(_) if !backends.is_empty() => return Err(FieldError::new(at, "has backendRefs and a RequestRedirect; keep one")),
+        Some(redirect) => Action::Redirect(redirect),
+        None => Action::Forward(backends),
+    };
+    let timeouts = document.timeouts.as_ref();
+    let nonzero = |t: Option<Time>| t.map(|t| t.0).filter(|t| !t.is_zero());
+    let per_try = nonzero(timeouts.and_then(|t| t.backend_request));
+    Ok(Rule {
+        name: document.name.as_deref().unwrap_or_default().into(),
+        matches: Vec::new(),
+        action,
+        headers: filters.headers,
+        rewrite: filters.rewrite,
+        timeout: nonzero(timeouts.and_then(|t| t.request)),
+        retries: retries(document.retry.as_ref(), per_try, &format!("{at}.retry"))?,
+        fault: Fault::default(),
+        mirrors: filters.mirrors,
+        cors: filters.cors,
+        missing_status: StatusCode::INTERNAL_SERVER_ERROR,
+    })
+}
+
+fn retries(retry: Option<&Retry>, per_try: Option<std::time::Duration>, at: &str) -> Result<Option<RetryPolicy>> {
+    let Some(retry) = retry else { return Ok(per_try.map(|t| RetryPolicy { per_try_timeout: Some(t), ..default_policy() })) };
+    if let Some(i) = retry.codes.iter().position(|c| !(400..600).contains(c)) {
+        return Err(FieldError::new(format!("{at}.codes[{i}]"), "is not an error status; use 400 to 599"));
+    }
+    let connection = RetryOn::CONNECT_FAILURE.or(RetryOn::REFUSED_STREAM).or(RetryOn::RESET).or(RetryOn::STATUS_CODES);
+    Ok(Some(RetryPolicy {
+        attempts: retry.attempts.unwrap_or(2),
+        on: connection,
+        codes: retry.codes.iter().copied().collect(),
+        per_try_timeout: per_try,
+        base_backoff: retry.backoff.map_or(BASE_BACKOFF, |t| t.0),
+        ..default_policy()
+    }))
+}
+
+#[derive(Default)]
+struct Filters {
+    headers: HeaderOperations,
+    redirect: Option<Redirect>,
+    rewrite: Option<Rewrite>,
+    mirrors: Vec<Mirror>,
+    cors: Option<Cors>,
+}
+
+fn filters(all: &[Filter], at: &str) -> Result<Filters> {
+    let mut filters = Filters::default();
+    for (i, filter) in all.iter().enumerate() {
+        let at = format!("{at}[{i}]");
+        let missing = |field: &str| FieldError::new(format!("{at}.{field}"), "is missing; the filter's type asks for it");
+        match filter.r#type.as_str() {
+            "RequestHeaderModifier" => {
+                let document = filter.request_header_modifier.as_ref().ok_or_else(|| missing("requestHeaderModifier"))?;
+                let (changes, authority) = modifier(document, &format!("{at}.requestHeaderModifier"))?;
+                filters.headers.request = changes;
+                filters.headers.authority = authority;
+            }
+            "ResponseHeaderModifier" => {
+                let document = filter.response_header_modifier.as_ref().ok_or_else(|| missing("responseHeaderModifier"))?;
+                filters.headers.response = modifier(document, &format!("{at}.responseHeaderModifier"))?.0;
+            }
+            "RequestRedirect" => {
+                let document = filter.request_redirect.as_ref().ok_or_else(|| missing("requestRedirect"))?;
+                filters.redirect = Some(redirect(document, &format!("{at}.requestRedirect"))?);
+            }
+            "URLRewrite" => {
+                let document = filter.url_rewrite.as_ref().ok_or_else(|| missing("urlRewrite"))?;
+                filters.rewrite = Some(rewrite(document, &format!("{at}.urlRewrite"))?);
+            }
+            "RequestMirror" => {
+                let document = filter.request_mirror.as_ref().ok_or_else(|| missing("requestMirror"))?;
+                filters.mirrors.push(mirror(document, &format!("{at}.requestMirror"))?);
+            }
+            "CORS" => {
+                let document = filter.cors.as_ref().ok_or_else(|| missing("cors"))?;
+                filters.cors = Some(cors(document, &format!("{at}.cors"))?);
+            }
+            "ExtensionRef" if filter.extension_ref.is_some() => {
+                return Err(FieldError::new(at, "extensions are not supported by mesh-node; remove the filter"));
+            }
+            other => {
+                let known = "RequestHeaderModifier, ResponseHeaderModifier, RequestRedirect, URLRewrite, RequestMirror, CORS";
+                return Err(unknown_type(other, &format!("{at}.type"), known));
+            }
+        }
+    }
+    Ok(filters)
+}
+
+fn modifier(document: &Modifier, at: &str) -> Result<(HeaderChanges, Option<http::HeaderValue>)> {
+    let mut authority = None;
+    let mut pairs = |all: &[Pair], field: &str| {
+        let mut out = Vec::new();
+        for (i, pair) in all.iter().enumerate() {
+            let at = format!("{at}.{field}[{i}]");
+            let value = header_value(&pair.value, &format!("{at}.value"))?;
+            if pair.name.eq_ignore_ascii_case("host") {
+                authority.get_or_insert(value);
+            } else {
+                out.push((header_name(&pair.name, &format!("{at}.name"))?, value));
+            }
+        }
+        Ok::<_, FieldError>(out)
+    };
+    let (set, add) = (pairs(&document.set, "set")?, pairs(&document.add, "add")?);
+    let remove = document.remove.iter().enumerate().map(|(i, name)| header_name(name, &format!("{at}.remove[{i}]")));
+    Ok((HeaderChanges { set, add, remove: remove.collect::<Result<_>>()? }, authority))
+}
+
+fn path(document: &PathModifier, at: &str) -> Result<PathRewrite> {
+    match (document.r#type.as_str(), &document.replace_full_path, &document.replace_prefix_match) {
+        ("ReplaceFullPath", Some(path), None) => Ok(PathRewrite::Full(path.as_str().into())),
+        // Segments are replaced: what follows begins with a slash of its own.
+        ("ReplacePrefixMatch", None, Some(prefix)) => Ok(PathRewrite::Matched(prefix.trim_end_matches('/').into())),
+        _ => Err(FieldError::new(at, "needs a type of ReplaceFullPath with replaceFullPath, or ReplacePrefixMatch with replacePrefixMatch")),
+    }
+}
+
+fn redirect(document: &RedirectDocument, at: &str) -> Result<Redirect> {
+    let status = document.status_code.unwrap_or(302);
+    let status = StatusCode::from_u16(status).ok().filter(|s| [301, 302, 303, 307, 308].contains(&s.as_u16()));
+    let status = status.ok_or_else(|| FieldError::new(format!("{at}.statusCode"), "is not one of 301, 302, 303, 307, 308"))?;
+    let redirect_port = match (document.port, &document.scheme) {
+        (Some(number), _) => RedirectPort::Port(port(number, &format!("{at}.port"))?),
+        (None, Some(_)) => RedirectPort::FromScheme,
+        (None, None) => RedirectPort::FromRequest,
+    };
+    Ok(Redirect {
+        scheme: document.scheme.as_deref().map(Arc::from),
+        authority: document.hostname.as_deref().map(Arc::from),
+        port: redirect_port,
+        path: document.path.as_ref().map(|p| path(p, &format!("{at}.path"))).transpose()?,
+        status,
+    })
+}
+
+fn rewrite(document: &RewriteDocument, at: &str) -> Result<Rewrite> {
+    Ok(Rewrite {
+        path: document.path.as_ref().map(|p| path(p, &format!("{at}.path"))).transpose()?,
+        authority: document.hostname.as_deref().map(|h| header_value(h, &format!("{at}.hostname"))).transpose()?,
+    })
+}
+
+fn mirror(document: &MirrorDocument, at: &str) -> Result<Mirror> {
+    let share = match (document.percent, document.fraction) {
+        (Some(_), Some(_)) => return Err(FieldError::new(at, "has percent and fraction; keep one")),
+        (Some(percent), None) => Share::percent(f64::from(percent)),
+        (None, Some(f)) => Share::fraction(f.numerator, f.denominator.unwrap_or(100)),
+        (None, None) => Some(Share::ALL),
+    };
+    let share = share.ok_or_else(|| FieldError::new(at, "the share is more than the whole"))?;
+    Ok(Mirror { destination: destination(&document.backend_ref, &format!("{at}.backendRef"))?, share })
+}
+
+fn cors(document: &CorsDocument, at: &str) -> Result<Cors> {
+    let origin = |text: &String| match text.as_str() {
+        "*" => Ok(TextMatch::Present),
+        wild if wild.contains('*') => {
+            let expression = regex::escape(wild).replace("\\*", ".*");
+            pattern(&expression, &format!("{at}.allowOrigins")).map(TextMatch::Regex)
+        }
+        exact => Ok(TextMatch::Exact(exact.into())),
+    };
+    let list =
+        |all: &[String], field: &str| (!all.is_empty()).then(|| header_value(&all.join(","), &format!("{at}.{field}"))).transpose();
+    Ok(Cors {
+        origins: document.allow_origins.iter().map(origin).collect::<Result<_>>()?,
+        methods: list(&document.allow_methods, "allowMethods")?,
+        headers: list(&document.allow_headers, "allowHeaders")?,
+        expose: list(&document.expose_headers, "exposeHeaders")?,
+        max_age: Some(header_value(&document.max_age.unwrap_or(5).to_string(), at)?),
+        credentials: document.allow_credentials.unwrap_or(false),
+        forward_unmatched: false,
+    })
+}
+
+/// Who may refer to Services of the grant's namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReferenceGrant {
+    /// Kind (`HTTPRoute`, `GRPCRoute`) and namespace of those that may.
+    pub from: Vec<(String, String)>,
+    /// Names of Services; `None` for all of them.
+    pub to: Vec<Option<String>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct GrantSpec {
+    from: Vec<GrantReference>,
+    to: Vec<GrantReference>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct GrantReference {
+    group: String,
+    kind: String,
+    namespace: Option<String>,
+    name: Option<String>,
+}
+
+impl ReferenceGrant {
+    pub(super) fn read(spec: GrantSpec) -> Self {
+        let from = spec.from.into_iter().filter(|f| f.group == "gateway.networking.k8s.io");
+        let to = spec.to.into_iter().filter(|t| t.group.is_empty() && t.kind == "Service");
+        Self { from: from.filter_map(|f| Some((f.kind, f.namespace?))).collect(), to: to.map(|t| t.name).collect() }
+    }
+
+    pub fn allows(&self, kind: &str, namespace: &str, service: &str) -> bool {
+        self.from.iter().any(|(k, n)| k == kind && n == namespace)
+            && self.to.iter().any(|name| name.as_ref().is_none_or(|n| n == service))
+    }
+}

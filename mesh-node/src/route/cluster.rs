@@ -1,0 +1,94 @@
+//! Where traffic can go: a service's port, or a subset of its endpoints, with the policy for getting there.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Instant,
+};
+
+use super::traffic::TrafficPolicy;
+use crate::{balance::Table, detect::Protocol, id::ObjectName, resource::kube::Node, resource::selector::Labels};
+
+/// Names a destination as Envoy names clusters.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClusterId {
+    pub service: ObjectName,
+    pub port: u16,
+    /// Empty for all endpoints.
+    pub subset: Arc<str>,
+}
+
+impl fmt::Display for ClusterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "outbound|{}|{}|{}.{}.svc.cluster.local", self.port, self.subset, self.service.name, self.service.namespace)
+    }
+}
+
+#[derive(Debug)]
+pub struct Cluster {
+    pub id: ClusterId,
+    pub protocol: Protocol,
+    pub policy: Arc<TrafficPolicy>,
+    /// By address.
+    pub endpoints: Vec<Endpoint>,
+    /// Only endpoints of the client's node: `internalTrafficPolicy: Local`.
+    pub local_only: bool,
+    /// `sessionAffinity: ClientIP`.
+    pub client_ip_affinity: bool,
+    /// For consistent hashing.
+    pub table: Option<Arc<Table>>,
+}
+
+/// Where an endpoint or a client is: region, zone and subzone, empty where unknown.
+pub type Locality = Node;
+
+/// An address a service's connections can go to.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    pub ready: bool,
+    pub serving_while_terminating: bool,
+    pub node: Option<Arc<str>>,
+    pub locality: Locality,
+    /// Of the pod behind it; none when it is not a pod.
+    pub labels: Labels,
+    /// What this node has under way to it; outlives snapshots.
+    pub load: Arc<Load>,
+}
+
+/// A count of what is under way, and since when the endpoint has been known.
+#[derive(Debug)]
+pub struct Load {
+    count: AtomicU32,
+    pub since: Instant,
+}
+
+impl Load {
+    pub fn new(since: Instant) -> Self {
+        Self { count: AtomicU32::new(0), since }
+    }
+
+    pub fn current(&self) -> u32 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Counts one more until the guard is dropped.
+    pub fn begin(self: &Arc<Self>) -> LoadGuard {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        LoadGuard(self.clone())
+    }
+}
+
+/// One thing under way.
+#[derive(Debug)]
+pub struct LoadGuard(Arc<Load>);
+
+impl Drop for LoadGuard {
+    fn drop(&mut self) {
+        self.0.count.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,200 @@
+//! What a route does to a request's target and headers, and the targets of redirects.
+
+use http::{HeaderValue, uri::PathAndQuery};
+
+use super::{
+    matching::PathMatch,
+    request::RequestHead,
+    rule::{PathRewrite, Redirect, RedirectPort, Rule, Weighted},
+};
+
+/// The path a rewrite makes of a path (without query).
+pub fn path(rewrite: &PathRewrite, matched: Option<&PathMatch>, path: &str) -> String {
+    match rewrite {
+        PathRewrite::Full(new) => new.to_string(),
+        PathRewrite::Matched(new) => {
+            // A rule that matches without a path takes every one: its prefix is the root.
+            let replaced = matched.map_or(1.min(path.len()), |m| m.matched_len(path));
+            let rest = path.get(replaced..).unwrap_or_default();
+            let rewritten = format!("{new}{rest}");
+            if rewritten.starts_with('/') { rewritten } else { format!("/{rewritten}") }
+        }
+        PathRewrite::Regex { pattern, substitution } => {
+            let replaced = pattern.replace_all(path.as_bytes(), |captures: &regex::bytes::Captures<'_>| {
+                substitute(substitution, captures)
+            });
+            String::from_utf8_lossy(&replaced).into_owned()
+        }
+    }
+}
+
+/// RE2's substitution: `\0` to `\9` are groups, `\\` is a backslash.
+fn substitute(template: &str, captures: &regex::bytes::Captures<'_>) -> Vec<u8> {
+    let mut out = Vec::with_capacity(template.len());
+    let mut bytes = template.bytes();
+    while let Some(byte) = bytes.next() {
+        match (byte, (byte == b'\\').then(|| bytes.clone().next()).flatten()) {
+            (b'\\', Some(digit @ b'0'..=b'9')) => {
+                bytes.next();
+                out.extend_from_slice(captures.get(usize::from(digit - b'0')).map_or(&[][..], |m| m.as_bytes()));
+            }
+            (b'\\', Some(b'\\')) => {
+                bytes.next();
+                out.push(b'\\');
+            }
+            (byte, _) => out.push(byte),
+        }
+    }
+    out
+}
+
+/// Applies a rule, and the destination it picked, to a request that is forwarded. Whether the original path is to be told
+/// upstream is for the caller: it is returned when it was changed.
+pub fn request(head: &mut RequestHead, rule: &Rule, matched: Option<&PathMatch>, destination: Option<&Weighted>) -> Option<HeaderValue> {
+    rule.headers.request.apply(&mut head.headers);
+    if let Some(destination) = destination {
+        destination.headers.request.apply(&mut head.headers);
+    }
+    let rewrite = rule.rewrite.as_ref();
+    let authority = rewrite.and_then(|r| r.authority.as_ref()).or(rule.headers.authority.as_ref());
+    let authority = authority.or_else(|| destination.and_then(|d| d.authority.as_ref()));
+    if let Some(authority) = authority {
+        head.authority = authority.clone();
+    }
+    let original = HeaderValue::from_str(head.target.as_str()).ok();
+    let new = path(rewrite?.path.as_ref()?, matched, head.path());
+    let new = match head.query() {
+        Some(query) if !new.contains('?') => format!("{new}?{query}"),
+        _ => new,
+    };
+    // What a rewrite makes of a path is a path, unless the operator wrote something that is not; then it stays.
+    head.target = PathAndQuery::try_from(new).ok()?;
+    original
+}
+
+/// The `location` of a redirect. `port` is the one the request came to.
+pub fn location(redirect: &Redirect, matched: Option<&PathMatch>, head: &RequestHead, port: u16) -> String {
+    let scheme = redirect.scheme.as_deref().unwrap_or(head.scheme.as_str());
+    let (host, own_port) = split_port(head.host());
+    let given = redirect.authority.as_deref();
+    let host = given.unwrap_or(host);
+    let printed = match redirect.port {
+        RedirectPort::Port(port) => Some(port),
+        RedirectPort::FromRequest => Some(port),
+        RedirectPort::FromScheme => None,
+        RedirectPort::Keep if given.is_some() || scheme != head.scheme.as_str() => None,
+        RedirectPort::Keep => own_port,
+    };
+    let well_known = if scheme == "https" { 443 } else { 80 };
+    let printed = match redirect.port {
+        // As the client wrote it.
+        RedirectPort::Keep => printed,
+        _ => printed.filter(|p| *p != well_known),
+    };
+    let path = redirect.path.as_ref().map_or_else(|| head.path().to_owned(), |p| self::path(p, matched, head.path()));
+    let query = head.query().filter(|_| !path.contains('?'));
+    let mut location = format!("{scheme}://{host}");
+    if let Some(port) = printed {
+        location += &format!(":{port}");
+    }
+    location += &path;
+    if let Some(query) = query {
+        location += "?";
+        location += query;
+    }
+    location
+}
+
+/// Host and port of an authority; an IPv6 address keeps its brackets.
+pub fn split_port(authority: &str) -> (&str, Option<u16>) {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && (!host.contains(':') || host.ends_with(']')) => match port.parse() {
+            Ok(port) => (host, Some(port)),
+            Err(_) => (authority, None),
+        },
+        _ => (authority, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, Method, StatusCode};
+
+    use super::*;
+    use crate::route::{matching::compile, request::Scheme};
+
+    fn head(target: &str, host: &str) -> RequestHead {
+        RequestHead {
+            method: Method::GET,
+            scheme: Scheme::Http,
+            authority: host.parse().expect("valid"),
+            target: target.parse().expect("valid"),
+            headers: HeaderMap::new(),
+        }
+    }
+
+    fn regex(pattern: &str, substitution: &str) -> PathRewrite {
+        PathRewrite::Regex { pattern: compile(pattern).expect("valid"), substitution: substitution.into() }
+    }
+
+    #[test]
+    fn paths_are_rewritten_as_recorded() {
+        let prefix = |p: &str| PathMatch::Prefix { path: p.into(), ignore_case: false };
+        let exact = |p: &str| PathMatch::Exact { path: p.into(), ignore_case: false };
+        let segments = |p: &str| PathMatch::Segments(p.into());
+        let to = |p: &str| PathRewrite::Matched(p.into());
+        let cases = [
+            (to("/p2/"), Some(prefix("/rw_prefix/")), "/rw_prefix/a/echo", "/p2/a/echo"),
+            (to("/new"), Some(exact("/old")), "/old", "/new"),
+            (to("/v2"), None, "/a/b", "/v2a/b"),
+            (to("/xyz"), Some(segments("/foo")), "/foo/bar", "/xyz/bar"),
+            (to(""), Some(segments("/foo")), "/foo/bar", "/bar"),
+            (to(""), Some(segments("/foo")), "/foo", "/"),
+            (to("/xyz"), Some(segments("/foo/")), "/foo/bar", "/xyz/bar"),
+            (regex("/([a-z]+)/echo", "/\\1-\\1/echo"), None, "/rw_regex/abc/echo", "/rw_regex/abc-abc/echo"),
+            (regex("a", "\\\\\\0"), None, "/a", "/\\a"),
+            (PathRewrite::Full("/x".into()), Some(segments("/foo")), "/foo/bar", "/x"),
+        ];
+        for (rewrite, matched, from, expected) in cases {
+            assert_eq!(path(&rewrite, matched.as_ref(), from), expected, "{rewrite:?} of {from}");
+        }
+    }
+
+    #[test]
+    fn redirects_point_where_recorded() {
+        let plain =
+            Redirect { scheme: None, authority: None, port: RedirectPort::Keep, path: None, status: StatusCode::MOVED_PERMANENTLY };
+        let cases = [
+            (Redirect { scheme: Some("https".into()), ..plain.clone() }, "/a/b?q=1", "svc.example", "https://svc.example/a/b?q=1"),
+            (Redirect { authority: Some("o.example".into()), ..plain.clone() }, "/a/b?q=1", "svc.example:80", "http://o.example/a/b?q=1"),
+            (Redirect { path: Some(PathRewrite::Full("/n".into())), ..plain.clone() }, "/a/b?q=1", "svc.example", "http://svc.example/n?q=1"),
+            (Redirect { path: Some(PathRewrite::Full("/n?z=2".into())), ..plain.clone() }, "/a?q=1", "s:81", "http://s:81/n?z=2"),
+            (Redirect { port: RedirectPort::Port(8443), ..plain.clone() }, "/a", "svc.example", "http://svc.example:8443/a"),
+            (Redirect { port: RedirectPort::FromRequest, ..plain.clone() }, "/a", "svc.example", "http://svc.example:9080/a"),
+            (
+                Redirect { scheme: Some("https".into()), port: RedirectPort::Port(443), ..plain.clone() },
+                "/a",
+                "svc.example:9080",
+                "https://svc.example/a",
+            ),
+            (
+                Redirect { path: Some(regex("^/redir_regex/(\\w+)", "/r/\\1/z")), ..plain },
+                "/redir_regex/a/b?q=1",
+                "svc.example",
+                "http://svc.example/r/a/z/b?q=1",
+            ),
+        ];
+        for (redirect, target, host, expected) in cases {
+            assert_eq!(location(&redirect, None, &head(target, host), 9080), expected);
+        }
+    }
+
+    #[test]
+    fn authorities_are_split_at_their_port() {
+        for (authority, expected) in
+            [("a", ("a", None)), ("a:80", ("a", Some(80))), ("[::1]:80", ("[::1]", Some(80))), ("[::1]", ("[::1]", None)), ("a:x", ("a:x", None))]
+        {
+            assert_eq!(split_port(authority), expected);
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Rules with their destinations resolved, and how a request finds its rule.
+
+use std::sync::Arc;
+
+use super::{
+    cluster::Cluster,
+    l4::{L4Context, L4Rule},
+    matching::{Context, PathMatch},
+    request::RequestHead,
+    rule::{Rule, pick_weighted},
+};
+
+/// The routes of one port of a service. Without rules everything goes to the port's own cluster.
+#[derive(Debug, Default)]
+pub struct PortRoutes {
+    pub http: Option<HttpTable>,
+    pub tcp: Vec<ResolvedL4>,
+    pub tls: Vec<ResolvedL4>,
+}
+
+#[derive(Debug)]
+pub struct HttpTable {
+    /// The object they come from, for the log.
+    pub origin: Arc<str>,
+    pub rules: Vec<ResolvedRule>,
+}
+
+/// A rule and, beside each of its destinations, the cluster it names; `None` when that does not exist.
+#[derive(Debug)]
+pub struct ResolvedRule {
+    pub rule: Arc<Rule>,
+    pub destinations: Vec<Option<Arc<Cluster>>>,
+    pub mirrors: Vec<Option<Arc<Cluster>>>,
+}
+
+#[derive(Debug)]
+pub struct ResolvedL4 {
+    pub rule: Arc<L4Rule>,
+    pub destinations: Vec<Option<Arc<Cluster>>>,
+}
+
+/// A rule that matched, and what of it did.
+#[derive(Debug, Clone, Copy)]
+pub struct Found<'a> {
+    pub resolved: &'a ResolvedRule,
+    /// The path match in force, which a prefix rewrite goes by.
+    pub path: Option<&'a PathMatch>,
+}
+
+impl HttpTable {
+    /// The first rule, and the first of its matches, that takes the request.
+    pub fn find(&self, request: &RequestHead, context: Context<'_>) -> Option<Found<'_>> {
+        self.rules.iter().find_map(|resolved| {
+            let matches = &resolved.rule.matches;
+            if matches.is_empty() {
+                return Some(Found { resolved, path: None });
+            }
+            let matched = matches.iter().find(|m| m.matches(request, context))?;
+            Some(Found { resolved, path: matched.path.as_ref() })
+        })
+    }
+}
+
+impl PortRoutes {
+    /// The cluster a connection that is not HTTP goes to, when a rule says so: `Some(None)` is one that does not exist.
+    pub fn find_l4(&self, context: L4Context<'_>, dice: u64) -> Option<Option<&Arc<Cluster>>> {
+        let rules = if context.sni.is_some() && !self.tls.is_empty() { &self.tls } else { &self.tcp };
+        let found = rules.iter().find(|r| r.rule.matches(context))?;
+        let picked = pick_weighted(found.rule.destinations.iter().map(|d| d.weight), dice);
+        Some(picked.and_then(|i| found.destinations.get(i)?.as_ref()))
+    }
+}

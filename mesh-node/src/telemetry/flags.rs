@@ -1,0 +1,83 @@
+//! Response flags: why a request or connection ended as it did, in Envoy's letters.
+
+use std::fmt;
+
+use prometheus_client::encoding::{EncodeLabelValue, LabelValueEncoder};
+
+/// Envoy's response flags, as far as they occur here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Flag {
+    NoHealthyUpstream,
+    UpstreamConnectionFailure,
+    UpstreamOverflow,
+    NoRoute,
+    NoCluster,
+    RetriesExhausted,
+    UpstreamTimeout,
+    UpstreamRemoteReset,
+    UpstreamConnectionTermination,
+    UpstreamProtocolError,
+    DownstreamDisconnect,
+    DownstreamProtocolError,
+    DelayInjected,
+    FaultInjected,
+}
+
+impl Flag {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NoHealthyUpstream => "UH",
+            Self::UpstreamConnectionFailure => "UF",
+            Self::UpstreamOverflow => "UO",
+            Self::NoRoute => "NR",
+            Self::NoCluster => "NC",
+            Self::RetriesExhausted => "URX",
+            Self::UpstreamTimeout => "UT",
+            Self::UpstreamRemoteReset => "UR",
+            Self::UpstreamConnectionTermination => "UC",
+            Self::UpstreamProtocolError => "UPE",
+            Self::DownstreamDisconnect => "DC",
+            Self::DownstreamProtocolError => "DPE",
+            Self::DelayInjected => "DI",
+            Self::FaultInjected => "FI",
+        }
+    }
+}
+
+/// Most flags one request can have.
+const MAX_FLAGS: usize = 4;
+
+/// Flags in the order they were raised; printed with commas, `-` for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Flags([Option<Flag>; MAX_FLAGS]);
+
+impl Flags {
+    pub fn raise(&mut self, flag: Flag) {
+        if !self.0.contains(&Some(flag))
+            && let Some(free) = self.0.iter_mut().find(|f| f.is_none())
+        {
+            *free = Some(flag);
+        }
+    }
+}
+
+impl fmt::Display for Flags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut any = false;
+        for flag in self.0.iter().flatten() {
+            if any {
+                f.write_str(",")?;
+            }
+            f.write_str(flag.name())?;
+            any = true;
+        }
+        if any { Ok(()) } else { f.write_str("-") }
+    }
+}
+
+impl EncodeLabelValue for Flags {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        use fmt::Write as _;
+        write!(encoder, "{self}")
+    }
+}
