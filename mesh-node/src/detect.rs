@@ -69,8 +69,8 @@ pub fn detect(bytes: &[u8]) -> Detected {
     match bytes {
         [] => Detected::More,
         [0x16, ..] => tls(bytes),
-        _ if PREFACE.starts_with(bytes) => Detected::More,
         _ if bytes.starts_with(PREFACE) => Detected::Http2,
+        _ if PREFACE.starts_with(bytes) => Detected::More,
         _ => http1(bytes),
     }
 }

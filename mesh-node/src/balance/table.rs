@@ -62,13 +62,14 @@ impl Table {
     }
 }
 
-/// At least `minimum` points, each endpoint as many as another.
+/// At least `minimum` points, each endpoint as many as another. Their number is a power of two, so that it seldom depends on
+/// how many endpoints there are: where it does, an endpoint more or less moves hashes of all others.
 fn ring(minimum: u64, addresses: &[SocketAddr]) -> Vec<(u64, u32)> {
     let n = addresses.len() as u64;
     if n == 0 {
         return Vec::new();
     }
-    let each = minimum.div_ceil(n).max(1);
+    let each = minimum.div_ceil(n).next_power_of_two();
     let points = addresses.iter().zip(0_u32..).flat_map(|(address, index)| {
         (0..each).map(move |i| (xxh64(format!("{address}_{i}").as_bytes(), 0), index))
     });

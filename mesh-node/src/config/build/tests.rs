@@ -1,5 +1,7 @@
 //! Snapshots from manifests.
 
+use std::net::SocketAddr;
+
 use serde_json::{Value, json};
 
 use super::*;

@@ -204,7 +204,8 @@ struct Exchange<'e, 'a, 'b, B, R> {
 
 /// What happened next.
 enum Event {
-    Cut(Cut),
+    /// By policy, or with the destination pod.
+    Cut,
     TimeUp(TimeUp),
     Uploaded(Result<(), Broken>),
     Closed(Closed),
@@ -228,7 +229,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             let event = tokio::select! {
                 biased;
                 head = self.source.head(&self.plan.head.method) => Event::Head(head),
-                cut = &mut cut => Event::Cut(cut),
+                _ = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
                 event = up(self.upload, &mut self.sink, uploaded), if watch || !uploaded && !no_more_up => event,
                 error = self.responder.gone() => Event::Gone(error),
@@ -243,7 +244,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 }
                 Event::Head(Ok(head)) => break head,
                 Event::Head(Err(failed)) => return Attempt::Failed(failed),
-                Event::Cut(_) => return Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
+                Event::Cut => return Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
                 Event::TimeUp(up) => return Attempt::TimeUp(up),
                 Event::Uploaded(Ok(())) => {
                     uploaded = true;
@@ -253,7 +254,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 }
                 Event::Uploaded(Err(Broken::Source(error))) => return broken_request(error),
                 // It may have answered before it closed: whatever there is to read tells more than this does.
-                Event::Uploaded(Err(Broken::Sink(_))) => no_more_up = true,
+                Event::Uploaded(Err(Broken::Sink(error))) => {
+                    tracing::debug!(target: "proxy", %error, "the upstream takes no more of the request");
+                    no_more_up = true;
+                }
                 Event::Closed(Closed::Half) => self.half_close().await,
                 Event::Closed(Closed::Gone(error)) | Event::Gone(error) => return gone(&error),
                 Event::Downloaded(_) => {}
@@ -311,7 +315,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             let event = tokio::select! {
                 biased;
                 done = pump(&mut self.source, self.responder), if !downloaded => Event::Downloaded(done),
-                cut = &mut cut => Event::Cut(cut),
+                _ = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
                 event = up(self.upload, &mut self.sink, uploaded), if watch || !uploaded && !no_more_up => event,
             };
@@ -319,7 +323,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::Downloaded(Ok(())) => downloaded = true,
                 Event::Downloaded(Err(Broken::Source(error))) => return Answered::Truncated(self.source.broken_off(&error)),
                 Event::Downloaded(Err(Broken::Sink(_))) | Event::Closed(Closed::Gone(_)) | Event::Gone(_) => return Answered::Abandoned,
-                Event::Cut(_) => return Answered::Truncated(Reset::ConnectionTermination),
+                Event::Cut => return Answered::Truncated(Reset::ConnectionTermination),
                 Event::TimeUp(up) => return Answered::TimeUp(up),
                 Event::Uploaded(Ok(())) => uploaded = true,
                 Event::Uploaded(Err(Broken::Source(_))) => return Answered::Abandoned,

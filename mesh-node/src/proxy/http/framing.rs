@@ -149,7 +149,7 @@ fn take(buffer: &mut Bytes, left: u64) -> (Bytes, u64) {
 fn chunk_size(line: &[u8]) -> Result<u64, Malformed> {
     let digits = line.iter().position(|b| !b.is_ascii_hexdigit()).unwrap_or(line.len());
     let rest = line[digits..].trim_ascii_start();
-    if digits == 0 || digits > 15 || !(rest.is_empty() || rest.starts_with(b";")) || rest.contains(&b'\r') {
+    if digits == 0 || digits > 15 || !(rest.is_empty() || rest.starts_with(b";")) || line.contains(&b'\r') {
         return Err(Malformed::BAD_BODY);
     }
     let text = std::str::from_utf8(&line[..digits]).map_err(|_| Malformed::BAD_BODY)?;

@@ -1,1 +1,114 @@
+//! Destination rules as written, good and bad.
 
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{
+    resource::{self, Object, Parsed},
+    route::traffic::{Balancer, HashKey, HashTable, Outlier, Upgrade},
+};
+
+fn read(spec: &Value) -> Result<DestinationRule, String> {
+    let document = json!({"apiVersion": "networking.istio.io/v1", "kind": "DestinationRule", "metadata": {"name": "d"}, "spec": spec});
+    match resource::parse(&document, "default") {
+        Ok(Parsed::Object(named)) => match named.object {
+            Object::DestinationRule(d) => Ok(*d),
+            other => panic!("{other:?}"),
+        },
+        Ok(other) => panic!("{other:?}"),
+        Err(rejection) => Err(rejection.to_string()),
+    }
+}
+
+fn policy(policy: &Value) -> Result<TrafficPolicy, String> {
+    read(&json!({"host": "a", "trafficPolicy": policy})).map(|d| Layered::effective(Some(&d.policy), None, 80))
+}
+
+#[test]
+fn the_seed_breaker_is_read_as_it_is_written() {
+    let text = include_str!("../../../../tests/corpora/seed/08-circuit-breaker.yaml");
+    let document: Value = serde_saphyr::from_str(text).expect("YAML");
+    let rule = read(&document["spec"]).expect("valid");
+    let policy = Layered::effective(Some(&rule.policy), None, 9080);
+    assert_eq!(policy.tcp.max_connections, Some(100));
+    assert_eq!((policy.http.max_pending, policy.http.max_requests, policy.http.max_requests_per_connection), (Some(50), Some(100), Some(2)));
+    let expected = Outlier {
+        consecutive_5xx: 5,
+        interval: Duration::from_secs(30),
+        base_ejection: Duration::from_secs(30),
+        max_ejection_percent: 50,
+        min_health_percent: 50,
+        ..Outlier::default()
+    };
+    assert_eq!(policy.outlier, Some(expected));
+}
+
+#[test]
+fn everything_a_policy_can_say_is_read() {
+    let policy = policy(&json!({
+        "loadBalancer": {"consistentHash": {"httpCookie": {"name": "c", "path": "/p", "ttl": "0s"}, "maglev": {"tableSize": 101}},
+                         "localityLbSetting": {"failover": [{"from": "a", "to": "b"}]}},
+        "connectionPool": {"tcp": {"maxConnections": 0, "connectTimeout": "250ms", "tcpKeepalive": {"probes": 3, "time": "60s", "interval": "5s"},
+                                   "maxConnectionDuration": "1h", "idleTimeout": "5m"},
+                           "http": {"maxRetries": 3, "idleTimeout": "30s", "h2UpgradePolicy": "UPGRADE", "maxConcurrentStreams": 7}},
+        "outlierDetection": {"consecutive5xxErrors": 7, "consecutiveGatewayErrors": 2, "splitExternalLocalOriginErrors": true,
+                             "consecutiveLocalOriginFailures": 4},
+        "tls": {"mode": "ISTIO_MUTUAL"},
+        "retryBudget": {"percent": 25, "minRetryConcurrency": 5},
+    }))
+    .expect("valid");
+    let Balancer::Hash { key, table } = &policy.balancer else { panic!("{:?}", policy.balancer) };
+    assert_eq!(*key, HashKey::Cookie { name: "c".into(), path: Some("/p".into()), ttl: Some(Duration::ZERO) });
+    assert_eq!(*table, HashTable::Maglev { size: 101 });
+    assert_eq!((policy.tcp.max_connections, policy.tcp.connect_timeout), (None, Duration::from_millis(250)), "zero is no limit");
+    assert_eq!((policy.http.max_retries, policy.http.upgrade, policy.http.max_streams), (Some(3), Upgrade::Always, Some(7)));
+    let outlier = policy.outlier.expect("outlier");
+    assert_eq!((outlier.consecutive_5xx, outlier.consecutive_gateway, outlier.consecutive_local, outlier.split_local), (7, 2, 4, true));
+    assert_eq!(policy.retry_budget.expect("budget").minimum, 5);
+    assert_eq!(super::super::super::route::traffic::TrafficPolicy::default(), self::policy(&json!({})).expect("valid"));
+}
+
+#[test]
+fn subsets_and_ports_override_block_by_block() {
+    let rule = read(&json!({
+        "host": "a",
+        "trafficPolicy": {
+            "loadBalancer": {"simple": "RANDOM"}, "connectionPool": {"tcp": {"maxConnections": 5}},
+            "portLevelSettings": [{"port": {"number": 81}, "loadBalancer": {"simple": "ROUND_ROBIN"}}],
+        },
+        "subsets": [{"name": "v1", "labels": {"version": "v1"}, "trafficPolicy": {"loadBalancer": {"simple": "ROUND_ROBIN"}}}],
+    }))
+    .expect("valid");
+    let effective = |subset: Option<&Layered>, port| {
+        let policy = Layered::effective(Some(&rule.policy), subset, port);
+        (policy.balancer, policy.tcp.max_connections)
+    };
+    assert_eq!(effective(None, 80), (Balancer::Random, Some(5)));
+    assert_eq!(effective(Some(&rule.subsets[0].policy), 80), (Balancer::RoundRobin, Some(5)), "the subset's balancer, the host's pool");
+    assert_eq!(effective(None, 81), (Balancer::RoundRobin, None), "a port's settings inherit nothing");
+}
+
+#[test]
+fn mistakes_are_named_with_their_field() {
+    for (spec, expected) in [
+        (json!({}), "spec.host"),
+        (json!({"host": "a", "subsets": [{"name": "x"}, {"name": "x"}]}), "spec.subsets[1].name"),
+        (json!({"host": "a", "trafficPolicy": {"tls": {"mode": "SIMPLE"}}}), "spec.trafficPolicy.tls.mode"),
+        (json!({"host": "a", "trafficPolicy": {"loadBalancer": {"simple": "X"}}}), "spec.trafficPolicy.loadBalancer.simple"),
+        (json!({"host": "a", "trafficPolicy": {"loadBalancer": {"consistentHash": {}}}}), "needs exactly one of"),
+        (json!({"host": "a", "trafficPolicy": {"loadBalancer": {"consistentHash": {"useSourceIp": true, "maglev": {"tableSize": 100}}}}}), "maglev.tableSize"),
+        (json!({"host": "a", "trafficPolicy": {"connectionPool": {"tcp": {"maxConnections": -1}}}}), "connectionPool.tcp.maxConnections"),
+        (json!({"host": "a", "trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "0s"}}}}), "connectionPool.tcp.connectTimeout"),
+        (json!({"host": "a", "trafficPolicy": {"outlierDetection": {"maxEjectionPercent": 101}}}), "outlierDetection.maxEjectionPercent"),
+        (json!({"host": "a", "trafficPolicy": {"portLevelSettings": [{"loadBalancer": {}}]}}), "portLevelSettings[0].port"),
+        (json!({"host": "a", "trafficPolicy": {"tunnel": {}}}), "spec.trafficPolicy.tunnel"),
+        (json!({"host": "a", "workloadSelector": {"matchLabels": {"a": "b"}}}), "spec.workloadSelector"),
+        (json!({"host": "a", "subsets": [{"name": "v", "trafficPolicy": {"outlierDetection": {"interval": "x"}}}]}), "interval"),
+        (json!({"host": "a", "typo": 1}), "typo"),
+    ] {
+        let problem = read(&spec).expect_err(&spec.to_string());
+        assert!(problem.contains(expected) && problem.contains("DestinationRule default/d"), "{spec}: {problem}");
+    }
+}
