@@ -7,5 +7,7 @@
 pub mod bed;
 pub mod pattern;
 pub mod peer;
+pub mod scripted;
+pub mod engine;
 
 pub use bed::{Bed, NodeOptions, Pod, PodSpec};
