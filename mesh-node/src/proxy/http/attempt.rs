@@ -295,7 +295,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         mut cut: std::pin::Pin<&mut (impl Future<Output = Cut> + Send)>,
     ) -> Answered {
         let switched = status == StatusCode::SWITCHING_PROTOCOLS;
-        let close = self.plan.close || !self.upload.is_received() && !switched;
+        // A client that was refused another protocol may have begun to speak it.
+        let refused = self.plan.upgrade.is_some() && !switched;
+        let close = self.plan.close || refused || !self.upload.is_received() && !switched;
         if self.responder.start(ResponseHead { status, headers, framing }, close).is_err() {
             return Answered::Abandoned;
         }
@@ -305,11 +307,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             self.source.become_raw();
             uploaded = false;
         }
-        let mut downloaded = false;
+        let (mut downloaded, mut upstream_first) = (false, false);
         loop {
             if downloaded && (uploaded || no_more_up || !switched) {
                 self.clean = uploaded;
-                return Answered::Whole;
+                return if upstream_first { Answered::Truncated(Reset::ConnectionTermination) } else { Answered::Whole };
             }
             let watch = uploaded && !self.half_closed && !switched;
             let event = tokio::select! {
@@ -320,7 +322,12 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 event = up(self.upload, &mut self.sink, uploaded), if watch || !uploaded && !no_more_up => event,
             };
             match event {
-                Event::Downloaded(Ok(())) => downloaded = true,
+                Event::Downloaded(Ok(())) => {
+                    downloaded = true;
+                    upstream_first = switched && !uploaded;
+                }
+                // It was the client that closed first.
+                Event::Downloaded(Err(Broken::Source(_))) if self.half_closed => return Answered::Abandoned,
                 Event::Downloaded(Err(Broken::Source(error))) => return Answered::Truncated(self.source.broken_off(&error)),
                 Event::Downloaded(Err(Broken::Sink(_))) | Event::Closed(Closed::Gone(_)) | Event::Gone(_) => return Answered::Abandoned,
                 Event::Cut => return Answered::Truncated(Reset::ConnectionTermination),
@@ -369,9 +376,8 @@ impl From<NoUpstream> for Attempt {
                 Self::Failed(Failed { reset: Reset::ConnectFailure, detail: refused(source) })
             }
             // The connection was there and is not HTTP/2, or ended.
-            Failure::Broken(error) => Self::Failed(Failed::new(
-                if error.kind() == io::ErrorKind::ConnectionReset && super::h2::reason(error).is_some() { Reset::ProtocolError } else { Reset::ConnectionTermination },
-            )),
+            Failure::Broken(error) if super::h2::is_connection(error) => Self::Failed(Failed::new(Reset::ConnectionTermination)),
+            Failure::Broken(_) => Self::Failed(Failed::new(Reset::ProtocolError)),
             other => {
                 let detail = crate::telemetry::chain(other).replace(' ', "_");
                 Self::Failed(Failed { reset: Reset::ConnectFailure, detail: Cow::Owned(detail) })

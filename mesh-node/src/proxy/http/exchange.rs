@@ -260,6 +260,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         self.record.cluster = Some(forward.cluster.clone());
         let state = self.down.pod.clusters.of(&forward.cluster);
         let Some(_request) = state.begin(Limited::Requests, forward.cluster.policy.http.max_requests) else {
+            self.record.attempts = 1;
             return self.failed(&Failed::new(Reset::Overflow), false, None, forward.cors.as_ref()).await;
         };
         let policy = forward.rule.and_then(|r| r.retries.as_ref()).unwrap_or(&DEFAULT_RETRIES);

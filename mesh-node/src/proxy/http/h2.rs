@@ -397,10 +397,11 @@ pub fn reason(error: &io::Error) -> Option<Reason> {
     error.get_ref()?.downcast_ref::<h2::Error>()?.reason()
 }
 
-/// Whether an error is of the whole connection: GOAWAY, or its loss.
+/// Whether the other end gave the whole connection up, or it was lost. A connection given up here, because of what came on
+/// it, is not: that is a protocol error.
 pub fn is_connection(error: &io::Error) -> bool {
     match error.get_ref().and_then(|e| e.downcast_ref::<h2::Error>()) {
-        Some(error) => error.is_go_away() || error.is_io(),
+        Some(error) => error.is_go_away() && error.is_remote() || error.is_io(),
         None => true,
     }
 }
