@@ -34,6 +34,8 @@ pub struct Asker<'a> {
     pub hash: Option<u64>,
     /// Endpoints to avoid as long as there are others.
     pub tried: &'a [SocketAddr],
+    /// Whether localities of endpoints tried are avoided as well.
+    pub elsewhere: bool,
     /// Endpoints left out for now, and until when.
     pub ejected: &'a [(SocketAddr, Instant)],
     pub now: Instant,
@@ -52,6 +54,9 @@ impl Asker<'_> {
 /// avoided as long as there is another.
 pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint> {
     let mut candidates = usable(cluster, asker);
+    if asker.elsewhere {
+        avoid_localities(cluster, asker, &mut candidates);
+    }
     if cluster.client_ip_affinity && !matches!(cluster.policy.balancer, Balancer::Hash { .. }) {
         avoid(&mut candidates, asker.tried);
         return candidates.into_iter().max_by_key(|e| affinity(asker.client, e));
@@ -94,6 +99,15 @@ fn leave_out_ejected(cluster: &Cluster, asker: &Asker<'_>, candidates: &mut Vec<
 fn avoid(candidates: &mut Vec<&Endpoint>, tried: &[SocketAddr]) {
     if !tried.is_empty() && candidates.iter().any(|e| !tried.contains(&e.address)) {
         candidates.retain(|e| !tried.contains(&e.address));
+    }
+}
+
+/// Leaves out localities that have been tried, as long as there are others.
+fn avoid_localities(cluster: &Cluster, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) {
+    let tried = cluster.endpoints.iter().filter(|e| asker.tried.contains(&e.address)).map(|e| &e.locality).collect::<Vec<_>>();
+    let fresh = |e: &Endpoint| !tried.contains(&&e.locality) && !asker.is_ejected(e);
+    if !tried.is_empty() && candidates.iter().any(|e| fresh(e)) {
+        candidates.retain(|e| fresh(e));
     }
 }
 

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Seconds each fuzz target runs in CI.
-const FUZZ_SECONDS: u32 = 60;
+const FUZZ_SECONDS: u32 = 30;
 
 /// Every check and test. Order: what fails fastest first.
 pub fn run(quick: bool) -> Result<()> {

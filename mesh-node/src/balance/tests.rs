@@ -51,6 +51,7 @@ fn asker(dice: u64) -> Asker<'static> {
         turn: 0,
         hash: None,
         tried: &[],
+        elsewhere: false,
         ejected: &[],
         now: *NOW,
     }
@@ -205,6 +206,22 @@ fn traffic_is_distributed_over_localities_by_weight() {
         vec![Distribute { from: "r1/z1/*".into(), to: vec![("r1/z1/*".into(), 80), ("r1/z2/*".into(), 20), ("r3/*".into(), 0)] }];
     let counts = counts(&cluster(endpoints, policy), 10_000, |dice, _| Asker { locality: &HERE, ..asker(dice) });
     assert!(counts["10.0.0.2:80"].abs_diff(8000) < 160 && counts["10.0.0.3:80"].abs_diff(2000) < 160 && counts.len() == 2, "{counts:?}");
+}
+
+#[test]
+fn a_retry_goes_to_another_locality_when_asked_to() {
+    static HERE: LazyLock<Locality> = LazyLock::new(|| place("r1/z1/a"));
+    let mut endpoints = ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"].map(endpoint).to_vec();
+    for (endpoint, at) in endpoints.iter_mut().zip(["r1/z1/a", "r1/z1/a", "r2/z1/a"]) {
+        endpoint.locality = place(at);
+    }
+    let policy = TrafficPolicy { outlier: Some(Outlier::default()), ..TrafficPolicy::default() };
+    let cluster = cluster(endpoints, policy);
+    let tried: &'static [_] = vec![address("10.0.0.2:80")].leak();
+    let near = counts(&cluster, 20, |dice, _| Asker { locality: &HERE, tried, ..asker(dice) });
+    assert_eq!(near, HashMap::from([("10.0.0.3:80".to_owned(), 20)]));
+    let far = counts(&cluster, 20, |dice, _| Asker { locality: &HERE, tried, elsewhere: true, ..asker(dice) });
+    assert_eq!(far, HashMap::from([("10.0.0.4:80".to_owned(), 20)]));
 }
 
 #[test]

@@ -9,7 +9,7 @@ mod attempt;
 mod body;
 pub mod clusters;
 mod exchange;
-mod framing;
+pub mod framing;
 mod h1;
 mod h2;
 mod headers;
@@ -19,7 +19,7 @@ mod reply;
 mod transport;
 mod upload;
 mod upstream;
-mod wire;
+pub mod wire;
 
 use std::{borrow::Cow, io, net::SocketAddr, sync::Arc, time::Duration};
 

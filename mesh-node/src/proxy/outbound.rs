@@ -296,7 +296,7 @@ struct Chosen {
     cluster: Arc<Cluster>,
     state: Arc<ClusterState>,
     endpoint: Arc<EndpointState>,
-    load: LoadGuard,
+    load: Option<LoadGuard>,
 }
 
 pub(super) enum Way {
@@ -326,7 +326,7 @@ fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure> {
             let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
             let routed = port.routes.find_l4(context, fastrand::u64(..));
             let cluster = routed.unwrap_or(Some(&port.cluster)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?;
-            let (to, chosen) = choose(&snapshot, &source, pod, cluster, client, tried)?;
+            let (to, chosen) = choose(&snapshot, &source, pod, cluster, (client, *original), tried)?;
             (to, Some(chosen))
         }
         Target::NoSuchPort(service) => return Err(Failure::NoSuchPort { service: service.name.clone(), port: original.port() }),
@@ -341,7 +341,7 @@ fn choose(
     source: &Workload,
     pod: &ServedPod,
     cluster: &Arc<Cluster>,
-    client: IpAddr,
+    (client, original): (IpAddr, SocketAddr),
     tried: &[SocketAddr],
 ) -> Result<(SocketAddr, Chosen), Failure> {
     let state = pod.clusters.of(cluster);
@@ -355,12 +355,17 @@ fn choose(
         turn: state.turn(),
         hash: hash.then(|| balance::hash(client.to_string().as_bytes())),
         tried,
+        elsewhere: false,
         ejected: &state.outliers.ejected(),
         now: std::time::Instant::now(),
     };
-    let picked = balance::pick(cluster, &asker).ok_or_else(|| Failure::NoEndpoint(cluster.id.service.clone()))?;
-    let chosen = Chosen { cluster: cluster.clone(), endpoint: state.endpoint(picked.address), state, load: picked.load.begin() };
-    Ok((picked.address, chosen))
+    let (address, load) = if cluster.policy.balancer == Balancer::Passthrough {
+        (original, cluster.endpoints.iter().find(|e| e.address == original).map(|e| e.load.begin()))
+    } else {
+        let picked = balance::pick(cluster, &asker).ok_or_else(|| Failure::NoEndpoint(cluster.id.service.clone()))?;
+        (picked.address, Some(picked.load.begin()))
+    };
+    Ok((address, Chosen { cluster: cluster.clone(), endpoint: state.endpoint(address), state, load }))
 }
 
 fn way(snapshot: &Snapshot, to: SocketAddr) -> Result<Way, Failure> {
@@ -419,7 +424,7 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
         socket::keep_alive(stream, k.time, k.interval, k.probes).map_err(Failure::Broken)?;
     }
     let limits = TimeLimits { most: settings.max_connection_duration, idle: settings.idle_timeout };
-    Ok(Upstream { stream, limits, held: Held { _load: Some(load), _slot: Some(slot) } })
+    Ok(Upstream { stream, limits, held: Held { _load: load, _slot: Some(slot) } })
 }
 
 /// One connection to be made.

@@ -136,6 +136,7 @@ pub struct Service {
     pub internal_traffic_policy: TrafficPolicy,
     /// `sessionAffinity: ClientIP`.
     pub client_ip_affinity: bool,
+    headless: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -201,6 +202,11 @@ struct Ingress {
 }
 
 impl Service {
+    /// Without an address of its own: names lead to its endpoints directly.
+    pub fn is_headless(&self) -> bool {
+        self.headless
+    }
+
     pub(super) fn read(document: ServiceDocument, _metadata: &Metadata) -> Result<Self, FieldError> {
         let ServiceDocument { spec, status } = document;
         let external_name = spec.r#type.as_deref() == Some("ExternalName");
@@ -208,6 +214,7 @@ impl Service {
         if texts.is_empty() {
             texts.extend(spec.cluster_ip);
         }
+        let headless = !external_name && texts.iter().any(|t| t == "None");
         texts.retain(|t| !t.is_empty() && t != "None");
         let cluster = texts.iter().enumerate().map(|(i, t)| ip(t, || format!("spec.clusterIPs[{i}]")));
         let external = spec.external_ips.unwrap_or_default();
@@ -223,6 +230,7 @@ impl Service {
             ports: spec.ports.unwrap_or_default().into_iter().filter(|p| is_tcp(p.protocol.as_deref())).map(ServicePort::from).collect(),
             internal_traffic_policy: spec.internal_traffic_policy.unwrap_or_default(),
             client_ip_affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+            headless,
         })
     }
 }

@@ -10,14 +10,13 @@ use super::{
 
 /// The path a rewrite makes of a path (without query).
 pub fn path(rewrite: &PathRewrite, matched: Option<&PathMatch>, path: &str) -> String {
-    match rewrite {
+    let rewritten = match rewrite {
         PathRewrite::Full(new) => new.to_string(),
         PathRewrite::Matched(new) => {
             // A rule that matches without a path takes every one: its prefix is the root.
             let replaced = matched.map_or(1.min(path.len()), |m| m.matched_len(path));
             let rest = path.get(replaced..).unwrap_or_default();
-            let rewritten = format!("{new}{rest}");
-            if rewritten.starts_with('/') { rewritten } else { format!("/{rewritten}") }
+            format!("{new}{rest}")
         }
         PathRewrite::Regex { pattern, substitution } => {
             let replaced = pattern.replace_all(path.as_bytes(), |captures: &regex::bytes::Captures<'_>| {
@@ -25,7 +24,9 @@ pub fn path(rewrite: &PathRewrite, matched: Option<&PathMatch>, path: &str) -> S
             });
             String::from_utf8_lossy(&replaced).into_owned()
         }
-    }
+    };
+    // Whatever was written, a path is absolute.
+    if rewritten.starts_with('/') { rewritten } else { format!("/{rewritten}") }
 }
 
 /// RE2's substitution: `\0` to `\9` are groups, `\\` is a backslash.

@@ -1,5 +1,6 @@
 //! Ratios of the mesh to no mesh, in one run: requests per second (wrk to nginx), new connections per second, and one bulk
-//! stream (iperf3), for pods of one node and of two. Rounds are interleaved; the median counts. Numbers are of the machine
+//! stream (iperf3), for pods of one node and of two, by pod address (layer 4) and by a service that declares HTTP (layer 7; the
+//! ratio is to the pod's address without a mesh, since nothing serves the service's there). Rounds are interleaved; the median counts. Numbers are of the machine
 //! they ran on, only the ratios travel.
 
 use std::{collections::BTreeMap, path::Path};
@@ -21,6 +22,9 @@ struct Bench {
     /// Seconds of each measurement.
     #[arg(long, default_value_t = 3)]
     seconds: u32,
+    /// Only measurements whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
 }
 
 const NGINX: &str = "daemon off; worker_processes 1; pid /dev/null; error_log /dev/null;
@@ -38,6 +42,11 @@ fn main() -> Result<()> {
         port: Some(8080),
         ..PodSpec::new(name, node)
     };
+    for name in ["near", "far"] {
+        let ports = "[{name: http, port: 80, targetPort: 8080}]";
+        let yaml = format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: {name}}}, ports: {ports}}}\n");
+        bed.kubectl_apply(name, &yaml)?;
+    }
     let client = bed.pod(&PodSpec::new("client", 0))?;
     let near = bed.pod(&server("near", 0))?;
     let far = bed.pod(&server("far", 1))?;
@@ -50,7 +59,7 @@ fn main() -> Result<()> {
             pods.iter().try_for_each(|p| bed.wait_captured(p, meshed))?;
             bed.settle()?;
             for (place, target) in [("same node", &near), ("two nodes", &far)] {
-                for (what, measure) in measurements(&bench) {
+                for (what, measure) in measurements(&bench, meshed).into_iter().filter(|(w, _)| w.contains(&bench.only)) {
                     let before = ticks(&bed)?;
                     let value = measure(&bed, &client, target)?;
                     let name = format!("{place}: {what}");
@@ -80,30 +89,29 @@ fn main() -> Result<()> {
 
 type Measure = Box<dyn Fn(&Bed, &Pod, &Pod) -> Result<f64>>;
 
-fn measurements(bench: &Bench) -> Vec<(String, Measure)> {
+fn measurements(bench: &Bench, meshed: bool) -> Vec<(String, Measure)> {
     let seconds = bench.seconds;
-    let mut all: Vec<(String, Measure)> = [1_u32, 16, 64]
-        .into_iter()
-        .map(|n| {
-            (
-                format!("requests/s, {n} connections"),
-                Box::new(move |bed: &Bed, c: &Pod, s: &Pod| wrk(bed, c, s, n, seconds, false)) as Measure,
-            )
-        })
-        .collect();
-    all.push(("new connections/s, 16 at a time".into(), Box::new(move |bed, c, s| wrk(bed, c, s, 16, seconds, true))));
+    let mut all: Vec<(String, Measure)> = Vec::new();
+    for (layer, by_name) in [("L4", false), ("L7", true)] {
+        let url = move |s: &Pod| if by_name && meshed { format!("http://{}/", s.name) } else { format!("http://{}/", s.address(8080)) };
+        for n in [1_u32, 16, 64] {
+            let measure = move |bed: &Bed, c: &Pod, s: &Pod| wrk(bed, c, &url(s), n, seconds, false);
+            all.push((format!("{layer} requests/s, {n} connections"), Box::new(measure)));
+        }
+        let measure = move |bed: &Bed, c: &Pod, s: &Pod| wrk(bed, c, &url(s), 16, seconds, true);
+        all.push((format!("{layer} new connections/s, 16 at a time"), Box::new(measure)));
+    }
     all.push(("bulk MB/s, one stream".into(), Box::new(move |bed, c, s| iperf(bed, c, s, seconds))));
     all
 }
 
-fn wrk(bed: &Bed, client: &Pod, server: &Pod, connections: u32, seconds: u32, close: bool) -> Result<f64> {
-    let url = format!("http://{}/", server.address(8080));
+fn wrk(bed: &Bed, client: &Pod, url: &str, connections: u32, seconds: u32, close: bool) -> Result<f64> {
     let (connections, duration) = (connections.to_string(), format!("{seconds}s"));
     let mut arguments = vec!["-t", "1", "-c", &connections, "-d", &duration];
     if close {
         arguments.extend(["-H", "Connection: close"]);
     }
-    arguments.push(&url);
+    arguments.push(url);
     let output = bed.run(client, Path::new("/usr/bin/wrk"), &arguments)?;
     let text = String::from_utf8_lossy(&output.stdout);
     let line = text.lines().find_map(|l| l.strip_prefix("Requests/sec:")).with_context(|| text.to_string())?;

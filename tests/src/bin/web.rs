@@ -382,7 +382,8 @@ mod grpc {
                 frame.extend(u32::try_from(message.len())?.to_be_bytes());
                 frame.extend(message.as_bytes());
                 let wanted = frame.len();
-                out.send_data(frame.into(), false)?;
+                // A unary call ends with its message.
+                out.send_data(frame.into(), messages == 1)?;
                 if let Some(response) = response.take() {
                     let (parts, body) = response.await?.into_parts();
                     head = parts.headers;
@@ -397,10 +398,11 @@ mod grpc {
                 }
                 echoed += 1;
             }
-            let mut trailers = http::HeaderMap::new();
-            trailers.insert("x-sum", http::HeaderValue::from(messages));
-            // A call that has failed already wants no more.
-            let _ = out.send_trailers(trailers);
+            if messages > 1 {
+                let mut trailers = http::HeaderMap::new();
+                trailers.insert("x-sum", http::HeaderValue::from(messages));
+                out.send_trailers(trailers)?;
+            }
             let last = match incoming.as_mut().filter(|b| !b.is_end_stream()) {
                 Some(body) => {
                     while let Some(data) = body.data().await {

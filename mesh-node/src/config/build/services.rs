@@ -290,7 +290,11 @@ fn cluster(
     let id = ClusterId { service: name.clone(), port: port.port, subset: subset.map(|s| s.name.clone()).unwrap_or_default() };
     let selected = |e: &&Endpoint| subset.is_none_or(|s| s.labels.iter().all(|(k, v)| e.labels.get(k) == Some(v)));
     let endpoints = endpoints.iter().filter(selected).cloned().collect::<Vec<_>>();
-    let policy = Layered::effective(policy, subset.map(|s| &s.policy), port.port);
+    let mut policy = Layered::effective(policy, subset.map(|s| &s.policy), port.port);
+    if service.is_headless() {
+        // Its clients pick the endpoint themselves, by its address.
+        policy.balancer = Balancer::Passthrough;
+    }
     let table = match policy.balancer {
         Balancer::Hash { table, .. } => {
             let addresses = endpoints.iter().map(|e| e.address).collect::<Vec<_>>();
@@ -334,6 +338,12 @@ fn place(builder: &mut Builder<'_>, entry: &Entry<'_>, service: &Arc<Service>, s
             builder.remark(Severity::Error, entry.named, &message);
         } else {
             snapshot.by_vip.insert(*vip, service.clone());
+        }
+    }
+    if entry.service.is_headless() {
+        // A pod's own address is the service's on its ports, for the first service that says so.
+        for endpoint in service.ports.iter().flat_map(|p| p.cluster.endpoints.iter().filter(|e| e.address.port() == p.port)) {
+            snapshot.by_external.entry(endpoint.address).or_insert_with(|| service.clone());
         }
     }
     for (ip, port) in entry.service.external_ips.iter().flat_map(|ip| service.ports.iter().map(move |p| (*ip, p.port))) {

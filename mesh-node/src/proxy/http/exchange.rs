@@ -505,8 +505,14 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         }
     }
 
-    fn pick(&self) -> Option<(std::net::SocketAddr, Arc<EndpointState>, crate::route::LoadGuard)> {
+    /// The endpoint for an attempt, and what counts it there.
+    fn pick(&self) -> Option<(std::net::SocketAddr, Arc<EndpointState>, Option<crate::route::LoadGuard>)> {
         let Forward { cluster, snapshot, source, .. } = self.forward;
+        if cluster.policy.balancer == Balancer::Passthrough {
+            let address = self.down.original;
+            let load = cluster.endpoints.iter().find(|e| e.address == address).map(|e| e.load.begin());
+            return Some((address, self.state.endpoint(address), load));
+        }
         let ejected = self.state.outliers.ejected();
         let tried: &[_] = if self.policy.ignore_previous_hosts { &self.tried } else { &[] };
         let asker = Asker {
@@ -518,11 +524,12 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             turn: self.state.turn(),
             hash: self.hashed.hash,
             tried,
+            elsewhere: self.policy.remote_localities,
             ejected: &ejected,
             now: std::time::Instant::now(),
         };
         let endpoint = balance::pick(cluster, &asker)?;
-        Some((endpoint.address, self.state.endpoint(endpoint.address), endpoint.load.begin()))
+        Some((endpoint.address, self.state.endpoint(endpoint.address), Some(endpoint.load.begin())))
     }
 
     fn time_left(&self) -> Option<Duration> {

@@ -123,6 +123,7 @@ impl Mirror {
                 turn: state.turn(),
                 hash: None,
                 tried: &[],
+                elsewhere: false,
                 ejected: &ejected,
                 now: std::time::Instant::now(),
             };

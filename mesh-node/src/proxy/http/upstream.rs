@@ -83,6 +83,7 @@ pub struct H1Upstream {
     /// The pod it leads to: an address may get another.
     workload: Option<WorkloadUid>,
     requests: u32,
+    made: Instant,
     idle_since: Instant,
     _slot: ConnectionSlot,
 }
@@ -205,7 +206,7 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
 async fn connect_h1(wanted: &Wanted<'_>, workload: Option<WorkloadUid>, slot: ConnectionSlot) -> Result<Box<H1Upstream>, Failure> {
     let (transport, hold) = dial(wanted).await?;
     let (unread, idle_since) = (Unread::default(), Instant::now());
-    Ok(Box::new(H1Upstream { transport, unread, hold, workload, requests: 0, idle_since, _slot: slot }))
+    Ok(Box::new(H1Upstream { transport, unread, hold, workload, requests: 0, made: idle_since, idle_since, _slot: slot }))
 }
 
 async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Failure> {
@@ -314,6 +315,7 @@ async fn drive(
 pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, endpoint: &EndpointState) {
     connection.requests += 1;
     let worn = cluster.policy.http.max_requests_per_connection.is_some_and(|most| connection.requests >= most);
+    let worn = worn || cluster.policy.tcp.max_connection_duration.is_some_and(|most| connection.made.elapsed() >= most);
     if !worn {
         connection.idle_since = Instant::now();
         endpoint.idle.push(connection);

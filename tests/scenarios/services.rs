@@ -1,0 +1,410 @@
+//! Which rules are in force for whom, and where they lead: both APIs, visibility, delegation, TCP and TLS routes, headless
+//! services, consistent hashing. In one process, over real sockets.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use mesh_tests::engine::{Engine, destination_rule, service, virtual_service};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+};
+
+/// A server that answers HTTP with its name and what it got, and anything else with its name alone.
+async fn named(name: &'static str) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 16 * 1024];
+                while let Ok(n) = stream.read(&mut buffer).await {
+                    if n == 0 {
+                        return;
+                    }
+                    let text = String::from_utf8_lossy(&buffer[..n]).into_owned();
+                    let answer = if text.contains(" HTTP/1.1\r\n") {
+                        let line = text.lines().next().unwrap_or_default().to_owned();
+                        let body = format!("{name} {line}");
+                        format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+                    } else {
+                        name.to_owned()
+                    };
+                    if stream.write_all(answer.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+async fn say(engine: &Engine, vip: SocketAddr, bytes: &[u8]) -> String {
+    let mut stream = engine.connect(vip).await.expect("connected");
+    stream.write_all(bytes).await.expect("written");
+    let mut buffer = vec![0; 16 * 1024];
+    let read = tokio::time::timeout(std::time::Duration::from_secs(5), stream.read(&mut buffer)).await;
+    let n = read.expect("an answer in time").unwrap_or(0);
+    String::from_utf8_lossy(&buffer[..n]).into_owned()
+}
+
+/// The name of the server that answered, or the status.
+async fn get(engine: &Engine, vip: SocketAddr, path: &str, headers: &str) -> String {
+    let answer = say(engine, vip, format!("GET {path} HTTP/1.1\r\nhost: web\r\n{headers}\r\n").as_bytes()).await;
+    match answer.split("\r\n\r\n").nth(1).and_then(|b| b.split(' ').next()).filter(|b| !b.is_empty()) {
+        Some(name) => name.to_owned(),
+        None => answer.split(' ').nth(1).unwrap_or("nothing").to_owned(),
+    }
+}
+
+fn vip(n: u8) -> SocketAddr {
+    SocketAddr::from(([10, 97, 0, n], 80))
+}
+
+fn http_services(all: &[(&str, u8, SocketAddr)]) -> Vec<Value> {
+    all.iter().flat_map(|(name, n, to)| service(name, &vip(*n).ip().to_string(), "http", &[*to])).collect()
+}
+
+fn to(host: &str) -> Value {
+    json!([{"destination": {"host": host}}])
+}
+
+fn in_namespace(mut document: Value, namespace: &str) -> Value {
+    document["metadata"]["namespace"] = json!(namespace);
+    document
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn virtual_services_are_in_force_where_they_are_visible() {
+    let (a, b, c) = (named("a").await, named("b").await, named("c").await);
+    let services = || http_services(&[("web", 1, a), ("b", 2, b), ("c", 3, c)]);
+    let engine = Engine::start(&services()).await.expect("engine");
+    let vs = |name: &str, hosts: Value, export: Value, host: &str| {
+        let mut document = virtual_service("web", &json!([{"route": to(host)}]));
+        document["metadata"]["name"] = json!(name);
+        document["spec"]["hosts"] = hosts;
+        document["spec"]["exportTo"] = export;
+        document
+    };
+    let b_full = "b.default.svc.cluster.local";
+    let cases: Vec<(&str, Vec<Value>, &str)> = vec![
+        ("none", vec![], "a"),
+        ("short name", vec![vs("v", json!(["web"]), json!([]), "b")], "b"),
+        ("full name", vec![vs("v", json!(["web.default.svc.cluster.local"]), json!(["*"]), b_full)], "b"),
+        ("exported to its namespace", vec![vs("v", json!(["web"]), json!(["."]), "b")], "b"),
+        ("exported to another", vec![vs("v", json!(["web"]), json!(["other"]), "b")], "a"),
+        ("of another, exported here", vec![in_namespace(vs("v", json!(["web.default.svc.cluster.local"]), json!(["default"]), b_full), "other")], "b"),
+        ("a short name of another namespace", vec![in_namespace(vs("v", json!(["web"]), json!([]), b_full), "other")], "a"),
+        ("wildcard", vec![vs("v", json!(["*.svc.cluster.local"]), json!([]), "b")], "b"),
+        ("exact before wildcard", vec![vs("v1", json!(["*"]), json!([]), "b"), vs("v2", json!(["web"]), json!([]), "c")], "c"),
+        ("longer wildcard first", vec![vs("v1", json!(["*"]), json!([]), "b"), vs("v2", json!(["*.default.svc.cluster.local"]), json!([]), "c")], "c"),
+        ("the first by name of two", vec![vs("v2", json!(["web"]), json!([]), "c"), vs("v1", json!(["web"]), json!([]), "b")], "b"),
+        ("a missing destination", vec![vs("v", json!(["web"]), json!([]), "nobody")], "503"),
+    ];
+    for (what, rules, expected) in cases {
+        engine.apply(&[services(), rules].concat()).await.expect("applied");
+        assert_eq!(get(&engine, vip(1), "/x", "").await, expected, "{what}");
+    }
+    let gateway = json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": "g"},
+        "spec": {"hosts": ["web"], "gateways": ["gw"], "http": [{"route": to("b")}]}});
+    engine.apply(&[services(), vec![gateway]].concat()).await.expect("applied");
+    assert_eq!(get(&engine, vip(1), "/x", "").await, "a", "for gateways only");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn matches_are_tried_in_order_and_sources_are_looked_at() {
+    let (a, b, c) = (named("a").await, named("b").await, named("c").await);
+    let services = http_services(&[("web", 1, a), ("b", 2, b), ("c", 3, c)]);
+    let rules = json!([
+        {"match": [{"sourceLabels": {"app": "other"}}, {"sourceNamespace": "other"}], "route": to("b")},
+        {"match": [{"gateways": ["mesh"], "sourceLabels": {"app": "other"}, "uri": {"exact": "/gateways"}}], "route": to("b")},
+        {"match": [{"port": 81}], "route": to("b")},
+        {"match": [{"uri": {"regex": "/re/[0-9]+"}, "method": {"exact": "GET"}}], "route": to("b")},
+        {"match": [{"uri": {"prefix": "/CASE"}, "ignoreUriCase": true, "queryParams": {"q": {"exact": ""}}}], "route": to("b")},
+        {"match": [{"uri": {"prefix": "/without"}, "withoutHeaders": {"x-skip": {}}}], "route": to("b")},
+        {"match": [{"uri": {"prefix": "/claims"}, "headers": {"@request.auth.claims.sub": {"exact": "x"}}}], "route": to("b")},
+        {"match": [{"authority": {"prefix": "web"}, "uri": {"prefix": "/all"}, "sourceLabels": {"app": "client"}, "sourceNamespace": "default"}], "route": to("b")},
+        {"route": to("c")},
+        {"match": [{"uri": {"prefix": "/never"}}], "route": to("b")},
+    ]);
+    let engine = Engine::start(&[services, vec![virtual_service("web", &rules)]].concat()).await.expect("engine");
+    for (path, headers, expected) in [
+        ("/plain", "", "c"),
+        ("/gateways", "", "b"),
+        ("/re/12", "", "b"),
+        ("/re/12?x", "", "b"),
+        ("/re/12/x", "", "c"),
+        ("/case/x?q", "", "b"),
+        ("/case/x", "", "c"),
+        ("/without", "", "b"),
+        ("/without", "x-skip: 1\r\n", "c"),
+        ("/claims", "", "c"),
+        ("/all", "", "b"),
+        ("/never", "", "c"),
+    ] {
+        assert_eq!(get(&engine, vip(1), path, headers).await, expected, "{path} {headers}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_virtual_service_delegates_to_another() {
+    let (a, b, c) = (named("a").await, named("b").await, named("c").await);
+    let services = http_services(&[("web", 1, a), ("b", 2, b), ("c", 3, c)]);
+    let root = virtual_service("web", &json!([
+        {"match": [{"uri": {"prefix": "/shop"}}], "delegate": {"name": "shop"}},
+        {"match": [{"uri": {"prefix": "/gone"}}], "delegate": {"name": "nobody"}},
+        {"route": to("web")},
+    ]));
+    let delegate = json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": "shop"}, "spec": {"http": [
+        {"match": [{"uri": {"prefix": "/shop/cart"}, "headers": {"x-b": {"exact": "1"}}}], "route": to("b")},
+        {"match": [{"uri": {"prefix": "/elsewhere"}}], "route": to("b")},
+        {"route": to("c")},
+    ]}});
+    let engine = Engine::start(&[services, vec![root, delegate]].concat()).await.expect("engine");
+    for (path, headers, expected) in [
+        ("/shop/cart", "x-b: 1\r\n", "b"),
+        ("/shop/cart", "", "c"),
+        ("/elsewhere", "", "a"),
+        ("/gone", "", "a"),
+        ("/x", "", "a"),
+    ] {
+        assert_eq!(get(&engine, vip(1), path, headers).await, expected, "{path} {headers}");
+    }
+}
+
+fn route(kind: &str, name: &str, spec: Value) -> Value {
+    let mut spec = spec;
+    if spec.get("parentRefs").is_none() {
+        spec["parentRefs"] = json!([{"group": "", "kind": "Service", "name": "web"}]);
+    }
+    json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": kind, "metadata": {"name": name}, "spec": spec})
+}
+
+fn backend(name: &str) -> Value {
+    json!([{"name": name, "port": 80}])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateway_routes_go_by_their_own_precedence() {
+    let (a, b, c) = (named("a").await, named("b").await, named("c").await);
+    let services = || http_services(&[("web", 1, a), ("b", 2, b), ("c", 3, c)]);
+    let first = route("HTTPRoute", "r1", json!({"rules": [
+        {"matches": [{"path": {"value": "/a"}}], "backendRefs": backend("b")},
+        {"matches": [{"path": {"type": "Exact", "value": "/a/exact"}}], "backendRefs": backend("c")},
+        {"matches": [{"path": {"value": "/a/long"}}], "backendRefs": backend("c")},
+        {"matches": [{"path": {"value": "/a"}, "headers": [{"name": "X-H", "value": "1"}]}], "backendRefs": backend("c")},
+        {"matches": [{"path": {"value": "/a"}, "method": "PUT"}], "backendRefs": backend("web")},
+        {"matches": [{"path": {"value": "/redirect"}}], "filters": [{"type": "RequestRedirect", "requestRedirect": {"statusCode": 301, "port": 8080}}]},
+        {"matches": [{"path": {"value": "/none"}}]},
+        {"matches": [{"path": {"value": "/foreign"}}], "backendRefs": [{"name": "d", "namespace": "other", "port": 80}]},
+        {"matches": [{"path": {"value": "/kind"}}], "backendRefs": [{"kind": "Other", "group": "x", "name": "d"}]},
+    ]}));
+    let second = route("HTTPRoute", "r2", json!({"rules": [{"matches": [{"path": {"value": "/a"}}, {"path": {"value": "/second"}}], "backendRefs": backend("c")}]}));
+    let ignored = virtual_service("web", &json!([{"route": to("c")}]));
+    let foreign = service("d", "10.97.0.9", "http", &[b]).into_iter().map(|d| in_namespace(d, "other")).collect::<Vec<_>>();
+    let all = [services(), foreign.clone(), vec![first.clone(), second.clone(), ignored]].concat();
+    let engine = Engine::start(&all).await.expect("engine");
+    for (path, headers, expected) in [
+        ("/a", "", "b"),
+        ("/a/x", "", "b"),
+        ("/ab", "", "404"),
+        ("/a/exact", "", "c"),
+        ("/a/exact/x", "", "b"),
+        ("/a/long/x", "", "c"),
+        ("/a", "x-h: 1\r\n", "c"),
+        ("/second", "", "c"),
+        ("/redirect", "", "301"),
+        ("/none", "", "500"),
+        ("/foreign", "", "500"),
+        ("/kind", "", "500"),
+        ("/nothing", "", "404"),
+    ] {
+        assert_eq!(get(&engine, vip(1), path, headers).await, expected, "{path} {headers}");
+    }
+    let grant = json!({"apiVersion": "gateway.networking.k8s.io/v1beta1", "kind": "ReferenceGrant", "metadata": {"name": "g", "namespace": "other"},
+        "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "default"}], "to": [{"group": "", "kind": "Service"}]}});
+    engine.apply(&[services(), foreign, vec![first, grant]].concat()).await.expect("applied");
+    assert_eq!(get(&engine, vip(1), "/foreign", "").await, "b", "granted");
+    // A consumer's route is for clients of its own namespace only.
+    let consumer = |namespace: &str| {
+        let parent = json!([{"group": "", "kind": "Service", "name": "web", "namespace": "default"}]);
+        in_namespace(route("HTTPRoute", "c", json!({"parentRefs": parent, "rules": [{"filters": [{"type": "RequestRedirect", "requestRedirect": {"hostname": "x"}}]}]})), namespace)
+    };
+    engine.apply(&[services(), vec![consumer("other")]].concat()).await.expect("applied");
+    assert_eq!(get(&engine, vip(1), "/x", "").await, "a");
+    engine.apply(&[services(), vec![consumer("default")]].concat()).await.expect("applied");
+    assert_eq!(get(&engine, vip(1), "/x", "").await, "302");
+    let grpc = route("GRPCRoute", "g", json!({"rules": [
+        {"matches": [{"method": {"service": "a.B", "method": "C"}}], "backendRefs": backend("b")},
+        {"matches": [{"method": {"service": "a.B"}}], "backendRefs": backend("c")},
+    ]}));
+    engine.apply(&[services(), vec![grpc]].concat()).await.expect("applied");
+    for (path, expected) in [("/a.B/C", "b"), ("/a.B/D", "c"), ("/a.X/C", "404")] {
+        assert_eq!(get(&engine, vip(1), path, "").await, expected, "{path}");
+    }
+}
+
+/// A TLS client hello that asks for a name, as any client begins.
+fn client_hello(name: &str) -> Vec<u8> {
+    let config = rustls::ClientConfig::builder().with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+    let name = rustls::pki_types::ServerName::try_from(name.to_owned()).expect("a name");
+    let mut connection = rustls::ClientConnection::new(std::sync::Arc::new(config), name).expect("TLS");
+    let mut hello = Vec::new();
+    connection.write_tls(&mut hello).expect("written");
+    hello
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tcp_and_tls_connections_are_routed_too() {
+    let (a, b, c) = (named("a").await, named("b").await, named("c").await);
+    let tls_web = service("tls-web", "10.97.0.4", "tls", &[a]);
+    let tcp_web = service("tcp-web", "10.97.0.5", "tcp", &[a]);
+    let any_web = service("any-web", "10.97.0.6", "any", &[a]);
+    let others = http_services(&[("b", 2, b), ("c", 3, c)]);
+    let vs = |name: &str, more: Value| {
+        let mut spec = json!({"hosts": [name]});
+        spec.as_object_mut().expect("object").extend(more.as_object().expect("object").clone());
+        json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": name}, "spec": spec})
+    };
+    let rules = vec![
+        vs("tls-web", json!({"tls": [
+            {"match": [{"sniHosts": ["b.example"]}], "route": to("b")},
+            {"match": [{"sniHosts": ["*.wild.example"]}], "route": to("c")},
+        ]})),
+        vs("tcp-web", json!({"tcp": [
+            {"match": [{"sourceLabels": {"app": "other"}}], "route": to("c")},
+            {"match": [{"port": 80, "destinationSubnets": ["10.97.0.0/24"]}], "route": [{"destination": {"host": "b"}, "weight": 50}, {"destination": {"host": "c"}, "weight": 50}]},
+        ]})),
+        vs("any-web", json!({"tcp": [{"route": to("b")}], "http": [{"route": to("c")}]})),
+    ];
+    let engine = Engine::start(&[tls_web, tcp_web, any_web, others, rules].concat()).await.expect("engine");
+    for (name, expected) in [("b.example", "b"), ("x.wild.example", "c"), ("other.example", "a")] {
+        assert_eq!(say(&engine, vip(4), &client_hello(name)).await, expected, "{name}");
+    }
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for _ in 0..100 {
+        *counts.entry(say(&engine, vip(5), b"hello").await).or_default() += 1;
+    }
+    assert!(counts.len() == 2 && counts["b"].abs_diff(50) <= 20, "{counts:?}");
+    // On a port that declares nothing the first bytes tell which rules are meant.
+    assert_eq!(say(&engine, vip(6), b"GET key\r\n").await, "b");
+    assert_eq!(get(&engine, vip(6), "/x", "").await, "c");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_speaks_first_on_an_undeclared_port_is_heard() {
+    // Speaks first, then echoes.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let _ = stream.write_all(b"220 hello\n").await;
+                let (mut reader, mut writer) = stream.split();
+                let _ = tokio::io::copy(&mut reader, &mut writer).await;
+            });
+        }
+    });
+    let web = named("web").await;
+    let documents = [service("smtp", "10.97.0.7", "any", &[address]), service("web", "10.97.0.8", "any", &[web])].concat();
+    let rules = virtual_service("web", &json!([{"directResponse": {"status": 418}}]));
+    let engine = Engine::start(&[documents, vec![rules]].concat()).await.expect("engine");
+    let mut stream = engine.connect(vip(7)).await.expect("connected");
+    let started = std::time::Instant::now();
+    let mut banner = [0; 10];
+    stream.read_exact(&mut banner).await.expect("a banner");
+    assert!(started.elapsed() < std::time::Duration::from_millis(500), "no stall: {:?}", started.elapsed());
+    stream.write_all(b"EHLO\n").await.expect("written");
+    let mut echo = [0; 5];
+    stream.read_exact(&mut echo).await.expect("an echo");
+    assert_eq!((&banner[..], &echo[..]), (&b"220 hello\n"[..], &b"EHLO\n"[..]));
+    // A client that takes its time is still understood.
+    let mut stream = engine.connect(vip(8)).await.expect("connected");
+    for part in ["GE", "T / HTTP/1.1\r", "\nhost: a\r\n\r\n"] {
+        tokio::time::sleep(std::time::Duration::from_millis(60)).await;
+        stream.write_all(part.as_bytes()).await.expect("written");
+    }
+    let mut answer = vec![0; 1000];
+    let n = stream.read(&mut answer).await.expect("an answer");
+    assert!(answer[..n].starts_with(b"HTTP/1.1 418"), "{}", String::from_utf8_lossy(&answer[..n]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_headless_service_has_routes_and_its_clients_pick_the_endpoint() {
+    let (a, b) = (named("a").await, named("b").await);
+    // Its port is the endpoints' own; two services, since the two have different ports here.
+    let headless = |name: &str, address: SocketAddr| {
+        let mut documents = service(name, "None", "http", &[address]);
+        documents[0]["spec"]["ports"][0]["port"] = json!(address.port());
+        documents
+    };
+    let documents = || [headless("ha", a), headless("hb", b)].concat();
+    let engine = Engine::start(&documents()).await.expect("engine");
+    assert_eq!((get(&engine, a, "/x", "").await.as_str(), get(&engine, b, "/x", "").await.as_str()), ("a", "b"));
+    let rule = virtual_service("ha", &json!([{"match": [{"uri": {"prefix": "/t"}}], "directResponse": {"status": 418}}, {"route": to("ha")}]));
+    engine.apply(&[documents(), vec![rule]].concat()).await.expect("applied");
+    assert_eq!((get(&engine, a, "/t", "").await.as_str(), get(&engine, a, "/x", "").await.as_str()), ("418", "a"));
+    assert_eq!(get(&engine, b, "/t", "").await, "b");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn consistent_hashing_keeps_clients_where_they_were() {
+    let servers = [named("a").await, named("b").await, named("c").await, named("d").await];
+    let documents = |policy: Value| {
+        let mut documents = service("web", "10.97.0.1", "http", &servers);
+        documents.push(destination_rule("web", &json!({"loadBalancer": {"consistentHash": policy}})));
+        documents
+    };
+    let engine = Engine::start(&documents(json!({"httpHeaderName": "x-user"}))).await.expect("engine");
+    for policy in [json!({"httpHeaderName": "x-user"}), json!({"httpHeaderName": "x-user", "maglev": {}}), json!({"httpQueryParameterName": "u"}), json!({"httpCookie": {"name": "s"}})] {
+        engine.apply(&documents(policy.clone())).await.expect("applied");
+        let mut used = BTreeMap::new();
+        for user in 0..20 {
+            let (path, headers) = (format!("/x?u={user}"), format!("x-user: {user}\r\ncookie: o=1; s={user}\r\n"));
+            let first = get(&engine, vip(1), &path, &headers).await;
+            for _ in 0..3 {
+                assert_eq!(get(&engine, vip(1), &path, &headers).await, first, "{policy}");
+            }
+            used.insert(first, ());
+        }
+        assert!(used.len() >= 3, "{policy}: {used:?}");
+    }
+    engine.apply(&documents(json!({"httpCookie": {"name": "s", "ttl": "60s", "path": "/p"}}))).await.expect("applied");
+    let answer = say(&engine, vip(1), b"GET / HTTP/1.1\r\nhost: web\r\n\r\n").await;
+    let cookie = answer.lines().find_map(|l| l.strip_prefix("set-cookie: ")).expect("a cookie").to_owned();
+    assert!(cookie.starts_with("s=\"") && cookie.contains("Max-Age=60") && cookie.contains("Path=/p"), "{cookie}");
+    let server = answer.split("\r\n\r\n").nth(1).and_then(|b| b.split(' ').next()).expect("a body").to_owned();
+    let pair = cookie.split(';').next().expect("a pair");
+    for _ in 0..3 {
+        assert_eq!(get(&engine, vip(1), "/", &format!("cookie: {pair}\r\n")).await, server);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cors_is_answered_for_the_application() {
+    let a = named("a").await;
+    let cors = json!({"allowOrigins": [{"exact": "http://good"}], "allowMethods": ["GET", "PUT"], "maxAge": "60s", "allowCredentials": true, "exposeHeaders": ["x-e"]});
+    let with = |unmatched: &str| {
+        let mut cors = cors.clone();
+        cors["unmatchedPreflights"] = json!(unmatched);
+        [http_services(&[("web", 1, a)]), vec![virtual_service("web", &json!([{"corsPolicy": cors, "route": to("web")}]))]].concat()
+    };
+    let engine = Engine::start(&with("FORWARD")).await.expect("engine");
+    let ask = async |method: &str, origin: &str, preflight: bool| {
+        let more = if preflight { "access-control-request-method: PUT\r\n" } else { "" };
+        say(&engine, vip(1), format!("{method} / HTTP/1.1\r\nhost: web\r\norigin: {origin}\r\n{more}\r\n").as_bytes()).await
+    };
+    let answer = ask("OPTIONS", "http://good", true).await;
+    for part in ["200", "access-control-allow-origin: http://good", "access-control-allow-methods: GET,PUT", "access-control-max-age: 60", "access-control-allow-credentials: true"] {
+        assert!(answer.contains(part) && !answer.contains("OPTIONS /"), "{part}: {answer}");
+    }
+    let answer = ask("GET", "http://good", false).await;
+    assert!(answer.contains("access-control-allow-origin: http://good") && answer.contains("access-control-expose-headers: x-e") && answer.contains("a GET"), "{answer}");
+    let answer = ask("GET", "http://bad", false).await;
+    assert!(!answer.contains("access-control") && answer.contains("a GET"), "{answer}");
+    assert!(ask("OPTIONS", "http://bad", true).await.contains("a OPTIONS"), "forwarded");
+    engine.apply(&with("IGNORE")).await.expect("applied");
+    let answer = ask("OPTIONS", "http://bad", true).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("access-control") && !answer.contains("a OPTIONS"), "{answer}");
+}
