@@ -128,8 +128,11 @@ fn workload(w: &Workload) -> Value {
 fn services(node: &Node) -> Value {
     let snapshot = node.proxy.config.load();
     let port = |p: &crate::route::ServicePort| {
-        let endpoints =
-            p.cluster.endpoints.iter().map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
+        let endpoints = p
+            .cluster
+            .endpoints
+            .iter()
+            .map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
         json!({"name": &*p.name, "port": p.port, "endpoints": endpoints.collect::<Vec<_>>()})
     };
     let one = |s: &Arc<crate::route::Service>| json!({"namespace": &*s.name.namespace, "name": &*s.name.name, "addresses": s.vips, "ports": s.ports.iter().map(port).collect::<Vec<_>>()});

@@ -20,7 +20,8 @@ pub enum Protocol {
 impl Protocol {
     /// By `appProtocol`, else by the part of the port's name before the first `-`. Istio's protocol selection.
     pub fn declared(name: &str, app_protocol: Option<&str>) -> Self {
-        let first = if name == "grpc-web" || name.starts_with("grpc-web-") { "grpc-web" } else { name.split('-').next().unwrap_or_default() };
+        let first =
+            if name == "grpc-web" || name.starts_with("grpc-web-") { "grpc-web" } else { name.split('-').next().unwrap_or_default() };
         app_protocol.and_then(Self::named).or_else(|| Self::named(first)).unwrap_or_default()
     }
 
@@ -98,9 +99,40 @@ fn could_be_request_line(bytes: &[u8]) -> bool {
 
 /// Methods that are known: those of the registry that real clients send. Envoy's codec refuses others.
 const METHODS: [&str; 34] = [
-    "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "CONNECT", "TRACE", "COPY", "LOCK", "MKCOL", "MOVE", "PROPFIND",
-    "PROPPATCH", "SEARCH", "UNLOCK", "BIND", "REBIND", "UNBIND", "ACL", "REPORT", "MKACTIVITY", "CHECKOUT", "MERGE", "M-SEARCH", "NOTIFY",
-    "SUBSCRIBE", "UNSUBSCRIBE", "PURGE", "MKCALENDAR", "LINK", "UNLINK", "SOURCE",
+    "GET",
+    "POST",
+    "PUT",
+    "DELETE",
+    "HEAD",
+    "OPTIONS",
+    "PATCH",
+    "CONNECT",
+    "TRACE",
+    "COPY",
+    "LOCK",
+    "MKCOL",
+    "MOVE",
+    "PROPFIND",
+    "PROPPATCH",
+    "SEARCH",
+    "UNLOCK",
+    "BIND",
+    "REBIND",
+    "UNBIND",
+    "ACL",
+    "REPORT",
+    "MKACTIVITY",
+    "CHECKOUT",
+    "MERGE",
+    "M-SEARCH",
+    "NOTIFY",
+    "SUBSCRIBE",
+    "UNSUBSCRIBE",
+    "PURGE",
+    "MKCALENDAR",
+    "LINK",
+    "UNLINK",
+    "SOURCE",
 ];
 
 pub fn is_method(name: &[u8]) -> bool {
@@ -118,7 +150,11 @@ fn tls(bytes: &[u8]) -> Detected {
     let mut hello = Vec::new();
     loop {
         let [kind, major, _, high, low, rest @ ..] = records else {
-            return if records.first().is_none_or(|k| *k == 0x16) && records.get(1).is_none_or(|m| *m == 3) { Detected::More } else { Detected::Opaque };
+            return if records.first().is_none_or(|k| *k == 0x16) && records.get(1).is_none_or(|m| *m == 3) {
+                Detected::More
+            } else {
+                Detected::Opaque
+            };
         };
         let length = usize::from(u16::from_be_bytes([*high, *low]));
         if *kind != 0x16 || *major != 3 || length == 0 || length > 0x4800 {

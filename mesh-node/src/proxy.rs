@@ -39,7 +39,16 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn new(config: Configuration, identity: Manager, metrics: Arc<Metrics>, limits: Limits) -> Arc<Self> {
-        Arc::new(Self { config, identity, pool: Pool::default(), pods: Pods::default(), live: Live::default(), metrics, limits, replays: http::Replays::default() })
+        Arc::new(Self {
+            config,
+            identity,
+            pool: Pool::default(),
+            pods: Pods::default(),
+            live: Live::default(),
+            metrics,
+            limits,
+            replays: http::Replays::default(),
+        })
     }
 
     /// Re-checks every live connection whenever the configuration changes.

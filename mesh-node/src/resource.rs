@@ -37,9 +37,7 @@ pub enum Kind {
     AuthorizationPolicy,
     VirtualService,
     DestinationRule,
-    #[expect(clippy::upper_case_acronyms, reason = "the kind's own name")]
     HTTPRoute,
-    #[expect(clippy::upper_case_acronyms, reason = "the kind's own name")]
     GRPCRoute,
     ReferenceGrant,
 }

@@ -108,7 +108,8 @@ impl Default for Metrics {
             config_remarks: Gauge::default(),
             capture_events: Family::default(),
         };
-        metrics.http_ok = metrics.http_requests.get_or_create(&RequestLabels { response_code: 200, response_flags: Flags::default() }).clone();
+        metrics.http_ok =
+            metrics.http_requests.get_or_create(&RequestLabels { response_code: 200, response_flags: Flags::default() }).clone();
         metrics.register();
         metrics
     }

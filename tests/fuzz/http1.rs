@@ -36,7 +36,10 @@ fuzz_target!(|data: &[u8]| {
             wire::write_request(&first.head, first.framing, None, &mut out);
             if first.head.method != http::Method::CONNECT && !first.head.authority.is_empty() {
                 let again = wire::request(&out.into()).expect("what is sent on is accepted");
-                assert_eq!((again.framing, &again.head.target, &again.head.authority), (first.framing, &first.head.target, &first.head.authority));
+                assert_eq!(
+                    (again.framing, &again.head.target, &again.head.authority),
+                    (first.framing, &first.head.target, &first.head.authority)
+                );
                 assert_eq!(again.head.headers, first.head.headers);
             }
             let body = &bytes[end..];

@@ -302,7 +302,8 @@ fn differences(row: &Row, expect: &Expect, got: &Got, line: Option<&mesh_tests::
 
 /// What the upstream saw, but for what differs from one run to the next.
 fn saw(recorded: &str, attempt: &scripted::Attempt) -> Vec<String> {
-    let (line, fields) = recorded.split_once(" host=").map_or((String::new(), recorded.to_owned()), |(l, f)| (l.to_owned(), format!("host={f}")));
+    let (line, fields) =
+        recorded.split_once(" host=").map_or((String::new(), recorded.to_owned()), |(l, f)| (l.to_owned(), format!("host={f}")));
     let ignored = ["x-request-id", "x-envoy-expected-rq-timeout-ms", "x-id", "x-plan", "content-length", "transfer-encoding"];
     let mut wanted = fields.split("; ").filter_map(|f| f.split_once('=')).filter(|(n, _)| !ignored.contains(n)).collect::<Vec<_>>();
     let mut found = attempt.headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).filter(|(n, _)| !ignored.contains(n)).collect::<Vec<_>>();
@@ -329,7 +330,7 @@ async fn run(index: usize, row: &Row, engine: &Engine, seen: &Seen) -> Vec<Strin
         }
     });
     let mut got = Vec::new();
-    let handles = exchanges.map(|e| Box::pin(e)).collect::<Vec<_>>();
+    let handles = exchanges.map(Box::pin).collect::<Vec<_>>();
     for outcome in join_all(handles).await {
         got.push(outcome);
     }

@@ -40,8 +40,9 @@ impl Scene {
 
     fn web(&self, arguments: &[&str]) -> Value {
         let output = self.bed.run(&self.client, &program("web"), arguments).expect("web");
-        serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|e| panic!("{arguments:?}: {e}: {} {}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)))
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| {
+            panic!("{arguments:?}: {e}: {} {}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+        })
     }
 
     fn get(&self, path: &str, count: u32, headers: &[&str]) -> Value {
@@ -79,7 +80,10 @@ fn rules(http: &str, policy: &str) -> String {
 fn weights_headers_and_paths_decide_over_two_nodes() {
     let scene = scene([web("v1", 0, &[]), web("v2", 1, &[])]);
     let to = |v: &str| format!("{{destination: {{host: web, subset: {v}}}}}");
-    scene.apply(&rules(&format!("[{{route: [{{weight: 90, destination: {{host: web, subset: v1}}}}, {{weight: 10, destination: {{host: web, subset: v2}}}}]}}]"), SUBSETS));
+    scene.apply(&rules(
+        &"[{route: [{weight: 90, destination: {host: web, subset: v1}}, {weight: 10, destination: {host: web, subset: v2}}]}]".to_string(),
+        SUBSETS,
+    ));
     let report = scene.get("/x", 1000, &[]);
     // Binomial with p = 0.1: four sigma is 38.
     assert!(count(&report, "versions", "v2").abs_diff(100) <= 38 && count(&report, "statuses", "200") == 1000, "{report}");
@@ -127,7 +131,9 @@ fn rewrites_headers_redirects_faults_and_timeouts_are_what_the_client_sees() {
     let report = scene.get("/old/x", 1, &[]);
     let headers: Value = serde_json::from_str(report["body"].as_str().expect("a body")).expect("headers");
     assert!(headers["x-set"] == "1" && headers["x-envoy-original-path"] == "/old/x" && headers["x-forwarded-proto"] == "http", "{headers}");
-    for (path, status) in [("/late", "504"), ("/abort", "418"), ("/delay", "200"), ("/moved", "302"), ("/gone", "503"), ("/nothing", "404"), ("/x", "200")] {
+    for (path, status) in
+        [("/late", "504"), ("/abort", "418"), ("/delay", "200"), ("/moved", "302"), ("/gone", "503"), ("/nothing", "404"), ("/x", "200")]
+    {
         let report = scene.get(path, 3, &[]);
         assert_eq!(count(&report, "statuses", status), 3, "{path}: {report}");
     }
@@ -146,7 +152,8 @@ fn retries_hide_a_failing_replica_which_is_ejected_and_comes_back() {
     scene.apply(&rules("[{retries: {attempts: 3, retryOn: 5xx}, route: [{destination: {host: web}}]}]", SUBSETS));
     let report = scene.get("/x", 200, &[]);
     assert_eq!(count(&report, "statuses", "200"), 200, "retries hide it: {report}");
-    let outlier = "trafficPolicy: {outlierDetection: {consecutive5xxErrors: 3, interval: 500ms, baseEjectionTime: 2s, maxEjectionPercent: 50}}";
+    let outlier =
+        "trafficPolicy: {outlierDetection: {consecutive5xxErrors: 3, interval: 500ms, baseEjectionTime: 2s, maxEjectionPercent: 50}}";
     scene.apply(&rules(plain, outlier));
     scene.get("/x", 30, &[]);
     let report = scene.get("/x", 100, &[]);
@@ -154,14 +161,13 @@ fn retries_hide_a_failing_replica_which_is_ejected_and_comes_back() {
     // It heals, and its time passes: it is asked again.
     let failing = scene.bed.nodes()[0].admin_json("/services").expect("services");
     let address = failing.as_array().into_iter().flatten().find(|s| s["name"] == "web").expect("web")["ports"][0]["endpoints"].clone();
-    let addresses = address.as_array().expect("endpoints").iter().map(|e| e["address"].as_str().expect("an address").to_owned()).collect::<Vec<_>>();
+    let addresses =
+        address.as_array().expect("endpoints").iter().map(|e| e["address"].as_str().expect("an address").to_owned()).collect::<Vec<_>>();
     for address in &addresses {
         scene.web(&["get", &format!("{address}/heal"), "1"]);
     }
-    wait_for("the replica to be back", Duration::from_secs(15), || {
-        Ok(count(&scene.get("/x", 40, &[]), "versions", "v2") > 5)
-    })
-    .expect("back");
+    wait_for("the replica to be back", Duration::from_secs(15), || Ok(count(&scene.get("/x", 40, &[]), "versions", "v2") > 5))
+        .expect("back");
 }
 
 #[test]
@@ -172,7 +178,8 @@ fn a_breaker_opens_under_load_and_closes_after_it() {
     let report = scene.web(&["get", "web:80/sleep/300", "40", "8"]);
     let (good, refused) = (count(&report, "statuses", "200"), count(&report, "statuses", "503"));
     assert!(good >= 5 && refused >= 10 && good + refused == 40, "{report}");
-    let flagged = scene.bed.nodes()[0].metric("mesh_http_requests_total", &["response_code=\"503\"", "response_flags=\"UO\""]).expect("metric");
+    let flagged =
+        scene.bed.nodes()[0].metric("mesh_http_requests_total", &["response_code=\"503\"", "response_flags=\"UO\""]).expect("metric");
     assert!((flagged - f64::from(u32::try_from(refused).expect("few"))).abs() < 0.5, "{flagged} are flagged UO, {refused} were refused");
     let report = scene.get("/x", 50, &[]);
     assert_eq!(count(&report, "statuses", "200"), 50, "closed again: {report}");
@@ -200,10 +207,17 @@ fn grpc_streams_both_ways_with_trailers_and_protocols_are_switched() {
         let scene = scene([web("v1", node, &[])]);
         let report = scene.web(&["grpc", "web:81"]);
         assert_eq!((&report["Unary"]["status"], &report["Unary"]["echoed"]), (&"0".into(), &1.into()), "{report}");
-        assert_eq!((&report["Stream"]["status"], &report["Stream"]["sum"], &report["Stream"]["echoed"]), (&"0".into(), &"100".into(), &100.into()), "{report}");
+        assert_eq!(
+            (&report["Stream"]["status"], &report["Stream"]["sum"], &report["Stream"]["echoed"]),
+            (&"0".into(), &"100".into(), &100.into()),
+            "{report}"
+        );
         assert_eq!(report["Fail"]["status"], "9", "{report}");
         let report = scene.web(&["upgrade", "web:80/upgrade"]);
-        assert!(report["line"].as_str().is_some_and(|l| l.contains("101")) && report["said"] == serde_json::json!(["first", "second", "third"]), "{report}");
+        assert!(
+            report["line"].as_str().is_some_and(|l| l.contains("101")) && report["said"] == serde_json::json!(["first", "second", "third"]),
+            "{report}"
+        );
         assert_eq!(report["rest"], 0, "the end of one side is the end of the other: {report}");
         scene.idle();
     }
@@ -250,7 +264,8 @@ fn routes_change_under_load_without_a_failed_request() {
     let scene = scene([web("v1", 0, &[]), web("v2", 1, &[])]);
     let to = |v: &str| rules(&format!("[{{route: [{{destination: {{host: web, subset: {v}}}}}]}}]"), SUBSETS);
     scene.apply(&to("v1"));
-    let mut command = scene.bed.command(&scene.client, &program("web"), &["get", "web:80/x", "1", "8", "--seconds", "6", "--pause-millis", "1"]);
+    let mut command =
+        scene.bed.command(&scene.client, &program("web"), &["get", "web:80/x", "1", "8", "--seconds", "6", "--pause-millis", "1"]);
     let load = command.stdout(std::process::Stdio::piped()).spawn().expect("load");
     for i in 0..20 {
         scene.apply(&to(if i % 2 == 0 { "v2" } else { "v1" }));
@@ -296,7 +311,9 @@ fn seed_manifests_do_on_bookinfo_what_their_comments_say() {
         let report = get("/reviews/0", 1000, &[]);
         assert!(count(&report, "versions", "v2").abs_diff(100) <= 38 && count(&report, "versions", "v3") == 0, "{name}: {report}");
     }
-    for (name, header) in [("04-route-by-header", "user: jason"), ("19-gray-user", "user: beta-tester"), ("20-gray-region", "x-region: beijing")] {
+    for (name, header) in
+        [("04-route-by-header", "user: jason"), ("19-gray-user", "user: beta-tester"), ("20-gray-region", "x-region: beijing")]
+    {
         apply(name);
         only(&get("/reviews/0", 20, &[header]), "v2", 20);
         only(&get("/reviews/0", 20, &["user: other"]), "v1", 20);
@@ -310,7 +327,10 @@ fn seed_manifests_do_on_bookinfo_what_their_comments_say() {
     }
     apply("10-fault-delay");
     let report = get("/reviews/0", 100, &[]);
-    assert!(report["slowestMilliseconds"].as_u64().is_some_and(|ms| (5000..7000).contains(&ms)) && count(&report, "statuses", "200") == 100, "{report}");
+    assert!(
+        report["slowestMilliseconds"].as_u64().is_some_and(|ms| (5000..7000).contains(&ms)) && count(&report, "statuses", "200") == 100,
+        "{report}"
+    );
     apply("11-fault-abort");
     let report = get("/reviews/0", 1000, &[]);
     assert!(count(&report, "statuses", "500").abs_diff(100) <= 38 && count(&report, "statuses", "200") > 800, "{report}");

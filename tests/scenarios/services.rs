@@ -94,11 +94,19 @@ async fn virtual_services_are_in_force_where_they_are_visible() {
         ("full name", vec![vs("v", json!(["web.default.svc.cluster.local"]), json!(["*"]), b_full)], "b"),
         ("exported to its namespace", vec![vs("v", json!(["web"]), json!(["."]), "b")], "b"),
         ("exported to another", vec![vs("v", json!(["web"]), json!(["other"]), "b")], "a"),
-        ("of another, exported here", vec![in_namespace(vs("v", json!(["web.default.svc.cluster.local"]), json!(["default"]), b_full), "other")], "b"),
+        (
+            "of another, exported here",
+            vec![in_namespace(vs("v", json!(["web.default.svc.cluster.local"]), json!(["default"]), b_full), "other")],
+            "b",
+        ),
         ("a short name of another namespace", vec![in_namespace(vs("v", json!(["web"]), json!([]), b_full), "other")], "a"),
         ("wildcard", vec![vs("v", json!(["*.svc.cluster.local"]), json!([]), "b")], "b"),
         ("exact before wildcard", vec![vs("v1", json!(["*"]), json!([]), "b"), vs("v2", json!(["web"]), json!([]), "c")], "c"),
-        ("longer wildcard first", vec![vs("v1", json!(["*"]), json!([]), "b"), vs("v2", json!(["*.default.svc.cluster.local"]), json!([]), "c")], "c"),
+        (
+            "longer wildcard first",
+            vec![vs("v1", json!(["*"]), json!([]), "b"), vs("v2", json!(["*.default.svc.cluster.local"]), json!([]), "c")],
+            "c",
+        ),
         ("the first by name of two", vec![vs("v2", json!(["web"]), json!([]), "c"), vs("v1", json!(["web"]), json!([]), "b")], "b"),
         ("a missing destination", vec![vs("v", json!(["web"]), json!([]), "nobody")], "503"),
     ];
@@ -151,24 +159,23 @@ async fn matches_are_tried_in_order_and_sources_are_looked_at() {
 async fn a_virtual_service_delegates_to_another() {
     let (a, b, c) = (named("a").await, named("b").await, named("c").await);
     let services = http_services(&[("web", 1, a), ("b", 2, b), ("c", 3, c)]);
-    let root = virtual_service("web", &json!([
-        {"match": [{"uri": {"prefix": "/shop"}}], "delegate": {"name": "shop"}},
-        {"match": [{"uri": {"prefix": "/gone"}}], "delegate": {"name": "nobody"}},
-        {"route": to("web")},
-    ]));
+    let root = virtual_service(
+        "web",
+        &json!([
+            {"match": [{"uri": {"prefix": "/shop"}}], "delegate": {"name": "shop"}},
+            {"match": [{"uri": {"prefix": "/gone"}}], "delegate": {"name": "nobody"}},
+            {"route": to("web")},
+        ]),
+    );
     let delegate = json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": "shop"}, "spec": {"http": [
         {"match": [{"uri": {"prefix": "/shop/cart"}, "headers": {"x-b": {"exact": "1"}}}], "route": to("b")},
         {"match": [{"uri": {"prefix": "/elsewhere"}}], "route": to("b")},
         {"route": to("c")},
     ]}});
     let engine = Engine::start(&[services, vec![root, delegate]].concat()).await.expect("engine");
-    for (path, headers, expected) in [
-        ("/shop/cart", "x-b: 1\r\n", "b"),
-        ("/shop/cart", "", "c"),
-        ("/elsewhere", "", "a"),
-        ("/gone", "", "a"),
-        ("/x", "", "a"),
-    ] {
+    for (path, headers, expected) in
+        [("/shop/cart", "x-b: 1\r\n", "b"), ("/shop/cart", "", "c"), ("/elsewhere", "", "a"), ("/gone", "", "a"), ("/x", "", "a")]
+    {
         assert_eq!(get(&engine, vip(1), path, headers).await, expected, "{path} {headers}");
     }
 }
@@ -189,18 +196,26 @@ fn backend(name: &str) -> Value {
 async fn gateway_routes_go_by_their_own_precedence() {
     let (a, b, c) = (named("a").await, named("b").await, named("c").await);
     let services = || http_services(&[("web", 1, a), ("b", 2, b), ("c", 3, c)]);
-    let first = route("HTTPRoute", "r1", json!({"rules": [
-        {"matches": [{"path": {"value": "/a"}}], "backendRefs": backend("b")},
-        {"matches": [{"path": {"type": "Exact", "value": "/a/exact"}}], "backendRefs": backend("c")},
-        {"matches": [{"path": {"value": "/a/long"}}], "backendRefs": backend("c")},
-        {"matches": [{"path": {"value": "/a"}, "headers": [{"name": "X-H", "value": "1"}]}], "backendRefs": backend("c")},
-        {"matches": [{"path": {"value": "/a"}, "method": "PUT"}], "backendRefs": backend("web")},
-        {"matches": [{"path": {"value": "/redirect"}}], "filters": [{"type": "RequestRedirect", "requestRedirect": {"statusCode": 301, "port": 8080}}]},
-        {"matches": [{"path": {"value": "/none"}}]},
-        {"matches": [{"path": {"value": "/foreign"}}], "backendRefs": [{"name": "d", "namespace": "other", "port": 80}]},
-        {"matches": [{"path": {"value": "/kind"}}], "backendRefs": [{"kind": "Other", "group": "x", "name": "d"}]},
-    ]}));
-    let second = route("HTTPRoute", "r2", json!({"rules": [{"matches": [{"path": {"value": "/a"}}, {"path": {"value": "/second"}}], "backendRefs": backend("c")}]}));
+    let first = route(
+        "HTTPRoute",
+        "r1",
+        json!({"rules": [
+            {"matches": [{"path": {"value": "/a"}}], "backendRefs": backend("b")},
+            {"matches": [{"path": {"type": "Exact", "value": "/a/exact"}}], "backendRefs": backend("c")},
+            {"matches": [{"path": {"value": "/a/long"}}], "backendRefs": backend("c")},
+            {"matches": [{"path": {"value": "/a"}, "headers": [{"name": "X-H", "value": "1"}]}], "backendRefs": backend("c")},
+            {"matches": [{"path": {"value": "/a"}, "method": "PUT"}], "backendRefs": backend("web")},
+            {"matches": [{"path": {"value": "/redirect"}}], "filters": [{"type": "RequestRedirect", "requestRedirect": {"statusCode": 301, "port": 8080}}]},
+            {"matches": [{"path": {"value": "/none"}}]},
+            {"matches": [{"path": {"value": "/foreign"}}], "backendRefs": [{"name": "d", "namespace": "other", "port": 80}]},
+            {"matches": [{"path": {"value": "/kind"}}], "backendRefs": [{"kind": "Other", "group": "x", "name": "d"}]},
+        ]}),
+    );
+    let second = route(
+        "HTTPRoute",
+        "r2",
+        json!({"rules": [{"matches": [{"path": {"value": "/a"}}, {"path": {"value": "/second"}}], "backendRefs": backend("c")}]}),
+    );
     let ignored = virtual_service("web", &json!([{"route": to("c")}]));
     let foreign = service("d", "10.97.0.9", "http", &[b]).into_iter().map(|d| in_namespace(d, "other")).collect::<Vec<_>>();
     let all = [services(), foreign.clone(), vec![first.clone(), second.clone(), ignored]].concat();
@@ -229,16 +244,27 @@ async fn gateway_routes_go_by_their_own_precedence() {
     // A consumer's route is for clients of its own namespace only.
     let consumer = |namespace: &str| {
         let parent = json!([{"group": "", "kind": "Service", "name": "web", "namespace": "default"}]);
-        in_namespace(route("HTTPRoute", "c", json!({"parentRefs": parent, "rules": [{"filters": [{"type": "RequestRedirect", "requestRedirect": {"hostname": "x"}}]}]})), namespace)
+        in_namespace(
+            route(
+                "HTTPRoute",
+                "c",
+                json!({"parentRefs": parent, "rules": [{"filters": [{"type": "RequestRedirect", "requestRedirect": {"hostname": "x"}}]}]}),
+            ),
+            namespace,
+        )
     };
     engine.apply(&[services(), vec![consumer("other")]].concat()).await.expect("applied");
     assert_eq!(get(&engine, vip(1), "/x", "").await, "a");
     engine.apply(&[services(), vec![consumer("default")]].concat()).await.expect("applied");
     assert_eq!(get(&engine, vip(1), "/x", "").await, "302");
-    let grpc = route("GRPCRoute", "g", json!({"rules": [
-        {"matches": [{"method": {"service": "a.B", "method": "C"}}], "backendRefs": backend("b")},
-        {"matches": [{"method": {"service": "a.B"}}], "backendRefs": backend("c")},
-    ]}));
+    let grpc = route(
+        "GRPCRoute",
+        "g",
+        json!({"rules": [
+            {"matches": [{"method": {"service": "a.B", "method": "C"}}], "backendRefs": backend("b")},
+            {"matches": [{"method": {"service": "a.B"}}], "backendRefs": backend("c")},
+        ]}),
+    );
     engine.apply(&[services(), vec![grpc]].concat()).await.expect("applied");
     for (path, expected) in [("/a.B/C", "b"), ("/a.B/D", "c"), ("/a.X/C", "404")] {
         assert_eq!(get(&engine, vip(1), path, "").await, expected, "{path}");
@@ -268,14 +294,20 @@ async fn tcp_and_tls_connections_are_routed_too() {
         json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": name}, "spec": spec})
     };
     let rules = vec![
-        vs("tls-web", json!({"tls": [
-            {"match": [{"sniHosts": ["b.example"]}], "route": to("b")},
-            {"match": [{"sniHosts": ["*.wild.example"]}], "route": to("c")},
-        ]})),
-        vs("tcp-web", json!({"tcp": [
-            {"match": [{"sourceLabels": {"app": "other"}}], "route": to("c")},
-            {"match": [{"port": 80, "destinationSubnets": ["10.97.0.0/24"]}], "route": [{"destination": {"host": "b"}, "weight": 50}, {"destination": {"host": "c"}, "weight": 50}]},
-        ]})),
+        vs(
+            "tls-web",
+            json!({"tls": [
+                {"match": [{"sniHosts": ["b.example"]}], "route": to("b")},
+                {"match": [{"sniHosts": ["*.wild.example"]}], "route": to("c")},
+            ]}),
+        ),
+        vs(
+            "tcp-web",
+            json!({"tcp": [
+                {"match": [{"sourceLabels": {"app": "other"}}], "route": to("c")},
+                {"match": [{"port": 80, "destinationSubnets": ["10.97.0.0/24"]}], "route": [{"destination": {"host": "b"}, "weight": 50}, {"destination": {"host": "c"}, "weight": 50}]},
+            ]}),
+        ),
         vs("any-web", json!({"tcp": [{"route": to("b")}], "http": [{"route": to("c")}]})),
     ];
     let engine = Engine::start(&[tls_web, tcp_web, any_web, others, rules].concat()).await.expect("engine");
@@ -342,7 +374,8 @@ async fn a_headless_service_has_routes_and_its_clients_pick_the_endpoint() {
     let documents = || [headless("ha", a), headless("hb", b)].concat();
     let engine = Engine::start(&documents()).await.expect("engine");
     assert_eq!((get(&engine, a, "/x", "").await.as_str(), get(&engine, b, "/x", "").await.as_str()), ("a", "b"));
-    let rule = virtual_service("ha", &json!([{"match": [{"uri": {"prefix": "/t"}}], "directResponse": {"status": 418}}, {"route": to("ha")}]));
+    let rule =
+        virtual_service("ha", &json!([{"match": [{"uri": {"prefix": "/t"}}], "directResponse": {"status": 418}}, {"route": to("ha")}]));
     engine.apply(&[documents(), vec![rule]].concat()).await.expect("applied");
     assert_eq!((get(&engine, a, "/t", "").await.as_str(), get(&engine, a, "/x", "").await.as_str()), ("418", "a"));
     assert_eq!(get(&engine, b, "/t", "").await, "b");
@@ -357,7 +390,12 @@ async fn consistent_hashing_keeps_clients_where_they_were() {
         documents
     };
     let engine = Engine::start(&documents(json!({"httpHeaderName": "x-user"}))).await.expect("engine");
-    for policy in [json!({"httpHeaderName": "x-user"}), json!({"httpHeaderName": "x-user", "maglev": {}}), json!({"httpQueryParameterName": "u"}), json!({"httpCookie": {"name": "s"}})] {
+    for policy in [
+        json!({"httpHeaderName": "x-user"}),
+        json!({"httpHeaderName": "x-user", "maglev": {}}),
+        json!({"httpQueryParameterName": "u"}),
+        json!({"httpCookie": {"name": "s"}}),
+    ] {
         engine.apply(&documents(policy.clone())).await.expect("applied");
         let mut used = BTreeMap::new();
         for user in 0..20 {
@@ -396,11 +434,22 @@ async fn cors_is_answered_for_the_application() {
         say(&engine, vip(1), format!("{method} / HTTP/1.1\r\nhost: web\r\norigin: {origin}\r\n{more}\r\n").as_bytes()).await
     };
     let answer = ask("OPTIONS", "http://good", true).await;
-    for part in ["200", "access-control-allow-origin: http://good", "access-control-allow-methods: GET,PUT", "access-control-max-age: 60", "access-control-allow-credentials: true"] {
+    for part in [
+        "200",
+        "access-control-allow-origin: http://good",
+        "access-control-allow-methods: GET,PUT",
+        "access-control-max-age: 60",
+        "access-control-allow-credentials: true",
+    ] {
         assert!(answer.contains(part) && !answer.contains("OPTIONS /"), "{part}: {answer}");
     }
     let answer = ask("GET", "http://good", false).await;
-    assert!(answer.contains("access-control-allow-origin: http://good") && answer.contains("access-control-expose-headers: x-e") && answer.contains("a GET"), "{answer}");
+    assert!(
+        answer.contains("access-control-allow-origin: http://good")
+            && answer.contains("access-control-expose-headers: x-e")
+            && answer.contains("a GET"),
+        "{answer}"
+    );
     let answer = ask("GET", "http://bad", false).await;
     assert!(!answer.contains("access-control") && answer.contains("a GET"), "{answer}");
     assert!(ask("OPTIONS", "http://bad", true).await.contains("a OPTIONS"), "forwarded");

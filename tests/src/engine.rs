@@ -11,10 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_node::{
-    config::{
-        Change, Configuration, MeshSettings, Origin, Publisher,
-        store::Content,
-    },
+    config::{Change, Configuration, MeshSettings, Origin, Publisher, store::Content},
     id::{TrustDomain, WorkloadUid},
     identity::{EmbeddedCa, Manager},
     io::netns::Netns,

@@ -5,9 +5,9 @@
 //! mesh-node attached to its own part of the cgroup tree. [`Bed`] plays the kubelet and the API server. It needs root.
 
 pub mod bed;
+pub mod engine;
 pub mod pattern;
 pub mod peer;
 pub mod scripted;
-pub mod engine;
 
 pub use bed::{Bed, NodeOptions, Pod, PodSpec};

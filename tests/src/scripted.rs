@@ -124,7 +124,10 @@ fn serve(name: &str, stream: &TcpStream, connection: u32, port: u16, seen: &Seen
     Ok(false)
 }
 
-fn read_head(reader: &mut impl BufRead) -> io::Result<Option<(String, Vec<(String, String)>)>> {
+/// A first line, and headers in order.
+type Head = (String, Vec<(String, String)>);
+
+fn read_head(reader: &mut impl BufRead) -> io::Result<Option<Head>> {
     let mut line = String::new();
     if reader.read_line(&mut line)? == 0 {
         return Ok(None);
@@ -166,10 +169,7 @@ fn respond(writer: &mut impl Write, name: &str, entry: &str, number: usize, body
     thread::sleep(Duration::from_millis(delay.parse().unwrap_or(0)));
     let extra = extra.split_once('=').map(|(n, v)| format!("{n}: {v}\r\n")).unwrap_or_default();
     let body = if body.is_empty() { format!("{name} {status} #{number}\n") } else { body.to_owned() };
-    let text = format!(
-        "HTTP/1.1 {status} Status\r\ncontent-type: text/plain\r\ncontent-length: {}\r\n{extra}\r\n{body}",
-        body.len()
-    );
+    let text = format!("HTTP/1.1 {status} Status\r\ncontent-type: text/plain\r\ncontent-length: {}\r\n{extra}\r\n{body}", body.len());
     writer.write_all(text.as_bytes())
 }
 
@@ -222,7 +222,13 @@ fn seen_of(request: &http::Request<h2::RecvStream>, port: u16) -> Attempt {
     Attempt { line: String::new(), headers, body: 0, connection: 0, port }
 }
 
-async fn answer(name: &str, request: http::Request<h2::RecvStream>, mut respond: h2::server::SendResponse<bytes::Bytes>, now: &str, number: usize) {
+async fn answer(
+    name: &str,
+    request: http::Request<h2::RecvStream>,
+    mut respond: h2::server::SendResponse<bytes::Bytes>,
+    now: &str,
+    number: usize,
+) {
     match now {
         "refused" => return respond.send_reset(h2::Reason::REFUSED_STREAM),
         "rsti" => return respond.send_reset(h2::Reason::INTERNAL_ERROR),

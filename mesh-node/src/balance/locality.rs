@@ -29,7 +29,7 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: V
         if trusted {
             candidates.retain(|e| !asker.is_ejected(e));
         }
-        return distributed(distribute, asker, candidates);
+        return distributed(distribute, asker, &candidates);
     }
     let known = !asker.locality.region.is_empty() || !settings.failover_priority.is_empty();
     if cluster.policy.outlier.is_none() || !known {
@@ -65,7 +65,7 @@ fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, trusted:
     picked.map(|i| levels.swap_remove(i)).unwrap_or_default()
 }
 
-fn distributed<'a>(distribute: &traffic::Distribute, asker: &Asker<'_>, candidates: Vec<&'a Endpoint>) -> Vec<&'a Endpoint> {
+fn distributed<'a>(distribute: &traffic::Distribute, asker: &Asker<'_>, candidates: &[&'a Endpoint]) -> Vec<&'a Endpoint> {
     let of = |to: &str| candidates.iter().filter(|e| matches(to, &e.locality)).copied().collect::<Vec<_>>();
     let groups = distribute.to.iter().map(|(to, weight)| (of(to), *weight)).filter(|(group, _)| !group.is_empty()).collect::<Vec<_>>();
     let picked = pick_weighted(groups.iter().map(|(_, w)| *w), asker.dice.rotate_left(17));

@@ -17,7 +17,7 @@ use arc_swap::ArcSwap;
 use crate::route::traffic::Outlier;
 
 /// Longest ejection; Envoy's `max_ejection_time`, or the base time if that is longer.
-const MAX_EJECTION: Duration = Duration::from_secs(300);
+const MAX_EJECTION: Duration = Duration::from_mins(5);
 
 /// What an attempt says about its endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +130,8 @@ impl Outliers {
             let well = now.saturating_duration_since(h.until).as_nanos() / settings.interval.as_nanos().max(1);
             h.times.saturating_sub(u32::try_from(well).unwrap_or(u32::MAX))
         }) + 1;
-        let until = self.tick_after(now + (settings.base_ejection * times).min(MAX_EJECTION.max(settings.base_ejection)), settings.interval);
+        let until =
+            self.tick_after(now + (settings.base_ejection * times).min(MAX_EJECTION.max(settings.base_ejection)), settings.interval);
         history.insert(endpoint, History { times, until });
         active.push((endpoint, until));
         self.ejected.store(Arc::new(active));
@@ -216,7 +217,8 @@ mod tests {
         for (percent, endpoints, expected) in [(10, 1, 0), (10, 9, 0), (10, 10, 1), (50, 3, 1), (67, 3, 2), (100, 3, 3), (50, 1, 0)] {
             let now = Instant::now();
             let outliers = Outliers::new(now);
-            let ejected = (0..endpoints).filter(|i| fail(&outliers, address(*i), Event::ServerError, &settings(percent), endpoints.into(), now).is_some());
+            let ejected = (0..endpoints)
+                .filter(|i| fail(&outliers, address(*i), Event::ServerError, &settings(percent), endpoints.into(), now).is_some());
             assert_eq!(ejected.count(), expected, "{percent} % of {endpoints}");
         }
     }
@@ -232,7 +234,10 @@ mod tests {
             let lasted = until - now;
             assert!(lasted >= SECOND * times && lasted < SECOND * times + SECOND / 2, "{times}: {lasted:?}");
             assert_eq!((until - start).as_millis() % 500, 0, "on a tick");
-            assert!(outliers.is_ejected(&address(1), until - Duration::from_millis(1)) && !outliers.is_ejected(&address(1), until));
+            assert!(
+                outliers.is_ejected(&address(1), until.checked_sub(Duration::from_millis(1)).expect("later"))
+                    && !outliers.is_ejected(&address(1), until)
+            );
             now = until + Duration::from_millis(100);
         }
         now += SECOND * 60;

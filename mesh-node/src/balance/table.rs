@@ -70,9 +70,10 @@ fn ring(minimum: u64, addresses: &[SocketAddr]) -> Vec<(u64, u32)> {
         return Vec::new();
     }
     let each = minimum.div_ceil(n).next_power_of_two();
-    let points = addresses.iter().zip(0_u32..).flat_map(|(address, index)| {
-        (0..each).map(move |i| (xxh64(format!("{address}_{i}").as_bytes(), 0), index))
-    });
+    let points = addresses
+        .iter()
+        .zip(0_u32..)
+        .flat_map(|(address, index)| (0..each).map(move |i| (xxh64(format!("{address}_{i}").as_bytes(), 0), index)));
     let mut points = points.collect::<Vec<_>>();
     points.sort_unstable();
     points

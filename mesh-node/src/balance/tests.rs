@@ -102,9 +102,8 @@ fn unready_endpoints_are_used_only_while_terminating_and_nothing_is_ready() {
     endpoints[0].ready = false;
     endpoints[1].ready = false;
     endpoints[1].serving_while_terminating = true;
-    let picked = |endpoints: &[Endpoint]| {
-        pick(&cluster(endpoints.to_vec(), TrafficPolicy::default()), &asker(1)).map(|e| e.address.to_string())
-    };
+    let picked =
+        |endpoints: &[Endpoint]| pick(&cluster(endpoints.to_vec(), TrafficPolicy::default()), &asker(1)).map(|e| e.address.to_string());
     assert_eq!(picked(&endpoints).as_deref(), Some("10.0.0.4:80"));
     endpoints[2].ready = false;
     assert_eq!(picked(&endpoints).as_deref(), Some("10.0.0.3:80"));
@@ -226,10 +225,9 @@ fn a_retry_goes_to_another_locality_when_asked_to() {
 
 #[test]
 fn labels_in_order_decide_the_priority() {
+    static MINE: LazyLock<Labels> =
+        LazyLock::new(|| [("rack", "1"), ("row", "a")].map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect());
     let labels = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<Labels>();
-    static MINE: LazyLock<Labels> = LazyLock::new(|| {
-        [("rack", "1"), ("row", "a")].map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect()
-    });
     let mut endpoints = three();
     endpoints[0].labels = labels(&[("rack", "2"), ("row", "a")]);
     endpoints[1].labels = labels(&[("rack", "1"), ("row", "b")]);
@@ -239,7 +237,8 @@ fn labels_in_order_decide_the_priority() {
     policy.locality.failover = BTreeMap::new();
     let cluster = cluster(endpoints, policy);
     let later = *NOW + Duration::from_secs(1);
-    for (gone, expected) in [(&[][..], "10.0.0.4:80"), (&["10.0.0.4:80"], "10.0.0.3:80"), (&["10.0.0.4:80", "10.0.0.3:80"], "10.0.0.2:80")] {
+    for (gone, expected) in [(&[][..], "10.0.0.4:80"), (&["10.0.0.4:80"], "10.0.0.3:80"), (&["10.0.0.4:80", "10.0.0.3:80"], "10.0.0.2:80")]
+    {
         let ejected: &'static [_] = gone.iter().map(|a| (address(a), later)).collect::<Vec<_>>().leak();
         let counts = counts(&cluster, 20, |dice, _| Asker { labels: &MINE, ejected, ..asker(dice) });
         assert_eq!(counts, HashMap::from([(expected.to_owned(), 20)]));
@@ -251,15 +250,15 @@ fn a_new_endpoint_warms_up() {
     let mut endpoints = three();
     let old = *NOW;
     let now = old + Duration::from_secs(100);
-    endpoints[0].load = Arc::new(Load::new(now - Duration::from_secs(5)));
+    endpoints[0].load = Arc::new(Load::new(now.checked_sub(Duration::from_secs(5)).expect("later")));
     for balancer in [Balancer::LeastRequest, Balancer::RoundRobin] {
         let warmup = Some(Warmup { duration: Duration::from_secs(50), minimum: 10.0, aggression: 1.0 });
         let cluster = cluster(endpoints.clone(), TrafficPolicy { balancer, warmup, ..TrafficPolicy::default() });
-        let counts = counts(&cluster, 30_000, |dice, turn| Asker { now, turn, ..asker(dice) });
+        let counts = counts(&cluster, 30_000, |dice, turn| Asker { turn, now, ..asker(dice) });
         let share = counts["10.0.0.2:80"];
         // A tenth of a full share among two full ones is 1 in 21.
         assert!((1000..1900).contains(&share), "{counts:?}");
-        let warm = self::counts(&cluster, 30_000, |dice, turn| Asker { now: now + Duration::from_secs(60), turn, ..asker(dice) });
+        let warm = self::counts(&cluster, 30_000, |dice, turn| Asker { now: now + Duration::from_mins(1), turn, ..asker(dice) });
         assert!(warm["10.0.0.2:80"].abs_diff(10_000) < 327, "{warm:?}");
     }
 }

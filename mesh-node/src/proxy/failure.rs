@@ -96,7 +96,9 @@ impl Failure {
     /// The `response_flags` value, ztunnel's.
     pub fn response_flag(&self) -> &'static str {
         match self {
-            Self::Denied(_) | Self::Cut(Cut::PolicyChanged) | Self::Tunnel(TunnelError::Refused(::http::StatusCode::UNAUTHORIZED)) => "DENY",
+            Self::Denied(_) | Self::Cut(Cut::PolicyChanged) | Self::Tunnel(TunnelError::Refused(::http::StatusCode::UNAUTHORIZED)) => {
+                "DENY"
+            }
             Self::Identity(_) => "IDENTITY_ERROR",
             Self::Tls { .. } => "TLS_FAILURE",
             Self::Tunnel(TunnelError::Handshake(_) | TunnelError::Timeout) => "H2_HANDSHAKE_FAILURE",

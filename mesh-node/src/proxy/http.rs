@@ -45,7 +45,7 @@ use super::{Proxy, ServedPod};
 use crate::io::relay::Prefixed;
 
 /// How long a client may take over the head of a request it has begun.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+const HEAD_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The client's connection, as every exchange on it sees it.
 pub struct Downstream<'d> {
@@ -116,7 +116,9 @@ impl Connection {
         let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, protocol);
         let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
-        if expects_continue && body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await.is_err() {
+        if expects_continue
+            && body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await.is_err()
+        {
             return Next::Close;
         }
         let mut exchange = Exchange {
@@ -131,10 +133,9 @@ impl Connection {
         let end = exchange.run(head).await;
         match end {
             End::Complete if responder.keeps_alive() => Next::Another,
-            End::Complete => Next::Close,
             // Nothing was answered: the client is gone, or is to see a failure.
             End::Broken if !responder.has_started() => Next::Abort,
-            End::Broken => Next::Close,
+            End::Complete | End::Broken => Next::Close,
         }
     }
 

@@ -108,9 +108,9 @@ impl Established {
 }
 
 impl Opaque {
-    async fn serve(self, downstream: TcpStream, read: Bytes, established: Option<Established>) {
+    async fn serve(self, downstream: TcpStream, read: Bytes, established: Option<Box<Established>>) {
         let Established { upstream, mut outcome } = match established {
-            Some(established) => established,
+            Some(established) => *established,
             None => match self.establish(&downstream).await {
                 Some(established) => established,
                 None => return reset_on_close(&downstream),

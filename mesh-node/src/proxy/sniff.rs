@@ -28,8 +28,17 @@ const MOST: usize = 72 * 1024;
 
 /// What a connection turned out to be.
 pub(super) enum Begun {
-    Http { downstream: TcpStream, read: Bytes, http2: bool },
-    Opaque { downstream: TcpStream, read: Bytes, sni: Option<String>, established: Option<Established> },
+    Http {
+        downstream: TcpStream,
+        read: Bytes,
+        http2: bool,
+    },
+    Opaque {
+        downstream: TcpStream,
+        read: Bytes,
+        sni: Option<String>,
+        established: Option<Box<Established>>,
+    },
     /// The client closed before it sent anything.
     Gone,
 }
@@ -68,21 +77,19 @@ pub(super) async fn begin(
     let detected = look(&mut downstream, &mut read, pod).await;
     let read = read.freeze();
     match detected {
-        Some(Detected::Http1) => Begun::Http { downstream, read, http2: false },
         Some(Detected::Http2) => Begun::Http { downstream, read, http2: true },
         // A port that declares HTTP gets HTTP: what is not is refused as such.
-        Some(_) if looks == Looks::Http => Begun::Http { downstream, read, http2: false },
+        Some(found) if found == Detected::Http1 || looks == Looks::Http => Begun::Http { downstream, read, http2: false },
         Some(Detected::Tls(sni)) => Begun::Opaque { downstream, read, sni, established: None },
-        Some(Detected::Opaque | Detected::More) => Begun::Opaque { downstream, read, sni: None, established: None },
         None if read.is_empty() => Begun::Gone,
-        None => Begun::Opaque { downstream, read, sni: None, established: None },
+        Some(_) | None => Begun::Opaque { downstream, read, sni: None, established: None },
     }
 }
 
 /// Who spoke first.
 enum First {
     Client,
-    Server(Established),
+    Server(Box<Established>),
     /// The server cannot be reached.
     Neither,
 }
@@ -106,9 +113,9 @@ async fn server_first(
         n = downstream.read_buf(read) => match n {
             Ok(n) if n > 0 => First::Client,
             // Closed, or half of it: what the server says to that is its own business.
-            _ => First::Server(established),
+            _ => First::Server(Box::new(established)),
         },
-        () = established.server_spoke() => First::Server(established),
+        () = established.server_spoke() => First::Server(Box::new(established)),
         _ = pod.ended() => First::Neither,
     }
 }

@@ -7,11 +7,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 pub(super) use document::Spec;
 
-use super::{
-    envelope::FieldError,
-    selector::Labels,
-    virtual_service::check_host,
-};
+use super::{envelope::FieldError, selector::Labels, virtual_service::check_host};
 use crate::route::traffic::TrafficPolicy;
 
 #[derive(Debug, Clone, PartialEq)]
@@ -63,21 +59,15 @@ impl DestinationRule {
         for (i, document) in spec.subsets.into_iter().enumerate() {
             let at = format!("spec.subsets[{i}]");
             if document.name.is_empty() || subsets.iter().any(|s| *s.name == *document.name) {
-                return Err(FieldError::new(format!("{at}.name"), format!("{:?} is missing or used twice; name every subset", document.name)));
+                return Err(FieldError::new(
+                    format!("{at}.name"),
+                    format!("{:?} is missing or used twice; name every subset", document.name),
+                ));
             }
             let policy = document.traffic_policy.map(|p| policy::layered(p, &format!("{at}.trafficPolicy")));
-            subsets.push(Subset {
-                name: document.name.into(),
-                labels: document.labels,
-                policy: policy.transpose()?.unwrap_or_default(),
-            });
+            subsets.push(Subset { name: document.name.into(), labels: document.labels, policy: policy.transpose()?.unwrap_or_default() });
         }
-        Ok(Self {
-            host: spec.host.into(),
-            policy,
-            subsets,
-            export_to: spec.export_to.into_iter().map(Arc::from).collect(),
-        })
+        Ok(Self { host: spec.host.into(), policy, subsets, export_to: spec.export_to.into_iter().map(Arc::from).collect() })
     }
 }
 

@@ -6,8 +6,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::{
-    AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Key, Kind, Named, Namespace, Node, Object, Parsed, PeerAuthentication,
-    Pod, ReferenceGrant, Rejection, Service, VirtualService,
+    AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Key, Kind, Named, Namespace, Node, Object, Parsed,
+    PeerAuthentication, Pod, ReferenceGrant, Rejection, Service, VirtualService,
 };
 use crate::id::ObjectName;
 

@@ -76,15 +76,7 @@ mod tests {
 
     #[test]
     fn durations_are_read_as_istio_writes_them() {
-        let cases = [
-            ("3s", 3000),
-            ("0.5s", 500),
-            ("100ms", 100),
-            ("1m30s", 90_000),
-            ("1h", 3_600_000),
-            ("1.5h", 5_400_000),
-            ("0s", 0),
-        ];
+        let cases = [("3s", 3000), ("0.5s", 500), ("100ms", 100), ("1m30s", 90_000), ("1h", 3_600_000), ("1.5h", 5_400_000), ("0s", 0)];
         for (text, millis) in cases {
             assert_eq!(Time::parse(text), Some(Time(Duration::from_millis(millis))), "{text}");
         }

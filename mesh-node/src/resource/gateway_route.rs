@@ -13,8 +13,8 @@ use crate::route::{
     matching::{HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, TextMatch},
     retry::{BASE_BACKOFF, RetryOn, RetryPolicy, default_policy},
     rule::{
-        Action, Cors, Destination, Fault, HeaderChanges, HeaderOperations, Mirror, PathRewrite, Redirect, RedirectPort, Rewrite, Rule, Share,
-        Weighted,
+        Action, Cors, Destination, Fault, HeaderChanges, HeaderOperations, Mirror, PathRewrite, Redirect, RedirectPort, Rewrite, Rule,
+        Share, Weighted,
     },
 };
 
@@ -278,9 +278,11 @@ fn http_match(document: &Match, at: &str) -> Result<HttpMatch> {
         Some(Method::Name(name)) => Some(TextMatch::Exact(name.as_str().into())),
         Some(Method::Grpc(_)) => return Err(FieldError::new(format!("{at}.method"), "is the name of an HTTP method, such as GET")),
     };
-    let query = document.query_params.iter().enumerate().map(|(i, q)| {
-        Ok(QueryMatch { name: q.name.as_str().into(), value: text(q, &format!("{at}.queryParams[{i}]"))? })
-    });
+    let query = document
+        .query_params
+        .iter()
+        .enumerate()
+        .map(|(i, q)| Ok(QueryMatch { name: q.name.as_str().into(), value: text(q, &format!("{at}.queryParams[{i}]"))? }));
     let query = query.collect::<Result<_>>()?;
     Ok(HttpMatch { path: Some(path), method, headers: headers(&document.headers, at)?, query, ..HttpMatch::default() })
 }
@@ -345,7 +347,10 @@ fn unknown_type(given: &str, at: &str, known: &str) -> FieldError {
 
 fn rule(document: &RuleDocument, at: &str) -> Result<Rule> {
     if document.session_persistence.is_some() {
-        return Err(FieldError::new(format!("{at}.sessionPersistence"), "is not supported by mesh-node; use a DestinationRule's consistentHash"));
+        return Err(FieldError::new(
+            format!("{at}.sessionPersistence"),
+            "is not supported by mesh-node; use a DestinationRule's consistentHash",
+        ));
     }
     let filters = filters(&document.filters, &format!("{at}.filters"))?;
     let backends = document.backend_refs.iter().enumerate().map(|(i, r)| {
@@ -474,7 +479,9 @@ fn path(document: &PathModifier, at: &str) -> Result<PathRewrite> {
         ("ReplaceFullPath", Some(path), None) => Ok(PathRewrite::Full(path.as_str().into())),
         // Segments are replaced: what follows begins with a slash of its own.
         ("ReplacePrefixMatch", None, Some(prefix)) => Ok(PathRewrite::Matched(prefix.trim_end_matches('/').into())),
-        _ => Err(FieldError::new(at, "needs a type of ReplaceFullPath with replaceFullPath, or ReplacePrefixMatch with replacePrefixMatch")),
+        _ => {
+            Err(FieldError::new(at, "needs a type of ReplaceFullPath with replaceFullPath, or ReplacePrefixMatch with replacePrefixMatch"))
+        }
     }
 }
 
@@ -523,8 +530,7 @@ fn cors(document: &CorsDocument, at: &str) -> Result<Cors> {
         }
         exact => Ok(TextMatch::Exact(exact.into())),
     };
-    let list =
-        |all: &[String], field: &str| (!all.is_empty()).then(|| header_value(&all.join(","), &format!("{at}.{field}"))).transpose();
+    let list = |all: &[String], field: &str| (!all.is_empty()).then(|| header_value(&all.join(","), &format!("{at}.{field}"))).transpose();
     Ok(Cors {
         origins: document.allow_origins.iter().map(origin).collect::<Result<_>>()?,
         methods: list(&document.allow_methods, "allowMethods")?,
@@ -569,7 +575,6 @@ impl ReferenceGrant {
     }
 
     pub fn allows(&self, kind: &str, namespace: &str, service: &str) -> bool {
-        self.from.iter().any(|(k, n)| k == kind && n == namespace)
-            && self.to.iter().any(|name| name.as_ref().is_none_or(|n| n == service))
+        self.from.iter().any(|(k, n)| k == kind && n == namespace) && self.to.iter().any(|name| name.as_ref().is_none_or(|n| n == service))
     }
 }

@@ -36,8 +36,8 @@ impl VirtualService {
         }
         let http = http.into_iter().enumerate().map(|(i, r)| http::rule(r, &format!("spec.http[{i}]"), hosts.is_empty()));
         let http = http.collect::<Result<Vec<_>, _>>()?;
-        let tls = tls.into_iter().enumerate().map(|(i, r)| l4::tls(r, &format!("spec.tls[{i}]"))).collect::<Result<Vec<_>, _>>()?;
-        let tcp = tcp.into_iter().enumerate().map(|(i, r)| l4::tcp(r, &format!("spec.tcp[{i}]"))).collect::<Result<Vec<_>, _>>()?;
+        let tls = tls.iter().enumerate().map(|(i, r)| l4::tls(r, &format!("spec.tls[{i}]"))).collect::<Result<Vec<_>, _>>()?;
+        let tcp = tcp.iter().enumerate().map(|(i, r)| l4::tcp(r, &format!("spec.tcp[{i}]"))).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             mesh: gateways.is_empty() || gateways.iter().any(|g| g == "mesh"),
             hosts: hosts.into_iter().map(Arc::from).collect(),

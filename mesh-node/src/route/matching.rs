@@ -80,9 +80,15 @@ impl TextMatch {
 /// A test of the path, without its query.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PathMatch {
-    Exact { path: Arc<str>, ignore_case: bool },
+    Exact {
+        path: Arc<str>,
+        ignore_case: bool,
+    },
     /// Plain text prefix: `/foo` also matches `/foobar`.
-    Prefix { path: Arc<str>, ignore_case: bool },
+    Prefix {
+        path: Arc<str>,
+        ignore_case: bool,
+    },
     /// Whole segments: `/foo` matches `/foo` and `/foo/bar` only. Gateway API.
     Segments(Arc<str>),
     Regex(Pattern),

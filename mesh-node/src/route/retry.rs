@@ -91,11 +91,7 @@ pub fn default_policy() -> RetryPolicy {
 }
 
 const fn default_conditions() -> RetryOn {
-    RetryOn::CONNECT_FAILURE
-        .or(RetryOn::REFUSED_STREAM)
-        .or(RetryOn::GRPC_UNAVAILABLE)
-        .or(RetryOn::GRPC_CANCELLED)
-        .or(RetryOn::STATUS_CODES)
+    RetryOn::CONNECT_FAILURE.or(RetryOn::REFUSED_STREAM).or(RetryOn::GRPC_UNAVAILABLE).or(RetryOn::GRPC_CANCELLED).or(RetryOn::STATUS_CODES)
 }
 
 /// Reads Istio's `retryOn`: names and status codes, separated by commas. Empty means Istio's default conditions.
@@ -228,7 +224,8 @@ mod tests {
     #[test]
     fn resets_are_retried_as_recorded() {
         use Reset::*;
-        let all = [ConnectFailure, ConnectTimeout, ConnectionTermination, ProtocolError, RefusedStream, RemoteReset, PerTryTimeout, Overflow];
+        let all =
+            [ConnectFailure, ConnectTimeout, ConnectionTermination, ProtocolError, RefusedStream, RemoteReset, PerTryTimeout, Overflow];
         let cases = [
             ("5xx", [true, true, true, true, true, true, true, false]),
             ("gateway-error", [true, true, true, true, true, true, true, false]),

@@ -19,9 +19,7 @@ pub fn path(rewrite: &PathRewrite, matched: Option<&PathMatch>, path: &str) -> S
             format!("{new}{rest}")
         }
         PathRewrite::Regex { pattern, substitution } => {
-            let replaced = pattern.replace_all(path.as_bytes(), |captures: &regex::bytes::Captures<'_>| {
-                substitute(substitution, captures)
-            });
+            let replaced = pattern.replace_all(path.as_bytes(), |captures: &regex::bytes::Captures<'_>| substitute(substitution, captures));
             String::from_utf8_lossy(&replaced).into_owned()
         }
     };
@@ -163,12 +161,16 @@ mod tests {
 
     #[test]
     fn redirects_point_where_recorded() {
-        let plain =
-            Redirect { scheme: None, authority: None, port: RedirectPort::Keep, path: None, status: StatusCode::MOVED_PERMANENTLY };
+        let plain = Redirect { scheme: None, authority: None, port: RedirectPort::Keep, path: None, status: StatusCode::MOVED_PERMANENTLY };
         let cases = [
             (Redirect { scheme: Some("https".into()), ..plain.clone() }, "/a/b?q=1", "svc.example", "https://svc.example/a/b?q=1"),
             (Redirect { authority: Some("o.example".into()), ..plain.clone() }, "/a/b?q=1", "svc.example:80", "http://o.example/a/b?q=1"),
-            (Redirect { path: Some(PathRewrite::Full("/n".into())), ..plain.clone() }, "/a/b?q=1", "svc.example", "http://svc.example/n?q=1"),
+            (
+                Redirect { path: Some(PathRewrite::Full("/n".into())), ..plain.clone() },
+                "/a/b?q=1",
+                "svc.example",
+                "http://svc.example/n?q=1",
+            ),
             (Redirect { path: Some(PathRewrite::Full("/n?z=2".into())), ..plain.clone() }, "/a?q=1", "s:81", "http://s:81/n?z=2"),
             (Redirect { port: RedirectPort::Port(8443), ..plain.clone() }, "/a", "svc.example", "http://svc.example:8443/a"),
             (Redirect { port: RedirectPort::FromRequest, ..plain.clone() }, "/a", "svc.example", "http://svc.example:9080/a"),
@@ -192,9 +194,13 @@ mod tests {
 
     #[test]
     fn authorities_are_split_at_their_port() {
-        for (authority, expected) in
-            [("a", ("a", None)), ("a:80", ("a", Some(80))), ("[::1]:80", ("[::1]", Some(80))), ("[::1]", ("[::1]", None)), ("a:x", ("a:x", None))]
-        {
+        for (authority, expected) in [
+            ("a", ("a", None)),
+            ("a:80", ("a", Some(80))),
+            ("[::1]:80", ("[::1]", Some(80))),
+            ("[::1]", ("[::1]", None)),
+            ("a:x", ("a:x", None)),
+        ] {
             assert_eq!(split_port(authority), expected);
         }
     }

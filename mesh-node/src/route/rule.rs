@@ -39,7 +39,10 @@ pub enum Action {
     Redirect(Redirect),
     Respond(DirectResponse),
     /// Takes its rules from another `VirtualService`: namespace (the same when empty) and name.
-    Delegate { namespace: Arc<str>, name: Arc<str> },
+    Delegate {
+        namespace: Arc<str>,
+        name: Arc<str>,
+    },
 }
 
 /// A destination as written: resolved against the namespace of the object it stands in.
@@ -219,7 +222,6 @@ pub fn pick_weighted(weights: impl Iterator<Item = u32> + Clone, dice: u64) -> O
     if total == 0 {
         return None;
     }
-    #[expect(clippy::cast_possible_truncation, reason = "below the total, which is 64 bits")]
     let mut at = ((u128::from(dice) * u128::from(total)) >> 64) as u64;
     weights.enumerate().find_map(|(i, weight)| {
         if at < u64::from(weight) {

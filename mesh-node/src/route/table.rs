@@ -55,8 +55,8 @@ impl HttpTable {
             if matches.is_empty() {
                 return Some(Found { resolved, path: None });
             }
-            let matched = matches.iter().find(|m| m.matches(request, context))?;
-            Some(Found { resolved, path: matched.path.as_ref() })
+            let hit = matches.iter().find(|m| m.matches(request, context))?;
+            Some(Found { resolved, path: hit.path.as_ref() })
         })
     }
 }

@@ -25,7 +25,10 @@ pub enum Balancer {
     Random,
     /// To the address the client dialled.
     Passthrough,
-    Hash { key: HashKey, table: HashTable },
+    Hash {
+        key: HashKey,
+        table: HashTable,
+    },
 }
 
 /// What of a request is hashed. Without it, an endpoint is picked at random.
@@ -33,16 +36,24 @@ pub enum Balancer {
 pub enum HashKey {
     Header(HeaderName),
     /// With a life, a client without the cookie is given one.
-    Cookie { name: Arc<str>, path: Option<Arc<str>>, ttl: Option<Duration> },
+    Cookie {
+        name: Arc<str>,
+        path: Option<Arc<str>>,
+        ttl: Option<Duration>,
+    },
     SourceIp,
     Query(Arc<str>),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HashTable {
-    Ring { minimum: u64 },
+    Ring {
+        minimum: u64,
+    },
     /// The number of entries, a prime.
-    Maglev { size: u64 },
+    Maglev {
+        size: u64,
+    },
 }
 
 /// A new endpoint gets its share of requests by and by.

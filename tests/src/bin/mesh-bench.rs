@@ -44,7 +44,8 @@ fn main() -> Result<()> {
     };
     for name in ["near", "far"] {
         let ports = "[{name: http, port: 80, targetPort: 8080}]";
-        let yaml = format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: {name}}}, ports: {ports}}}\n");
+        let yaml =
+            format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: {name}}}, ports: {ports}}}\n");
         bed.kubectl_apply(name, &yaml)?;
     }
     let client = bed.pod(&PodSpec::new("client", 0))?;

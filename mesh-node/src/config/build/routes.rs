@@ -19,7 +19,7 @@ use crate::{
         Cluster, ClusterId, PortRoutes,
         l4::L4Rule,
         matching::{HttpMatch, PathMatch},
-        rule::{Action, Destination, Rule},
+        rule::{Action, Destination, HeaderOperations, Rule},
         table::{HttpTable, ResolvedL4, ResolvedRule},
     },
 };
@@ -107,7 +107,8 @@ impl<'a> Routes<'a> {
                 continue;
             };
             if parent.port.is_some_and(|p| !entry.service.ports.iter().any(|e| e.port == p)) {
-                let message = format!("spec.parentRefs: Service {name} has no port {}; the route is not used for it", parent.port.unwrap_or(0));
+                let message =
+                    format!("spec.parentRefs: Service {name} has no port {}; the route is not used for it", parent.port.unwrap_or(0));
                 builder.remark(Severity::Warning, named, &message);
                 continue;
             }
@@ -124,9 +125,8 @@ impl<'a> Routes<'a> {
     /// Says which virtual services are not in force for a host because an older one is.
     fn name_the_unused(&self, builder: &mut Builder<'a>) {
         for (service, list) in &self.virtual_services {
-            let mut visible = list.iter().filter(|(close, named, vs)| {
-                *close == usize::MAX && is_visible(&vs.export_to, &named.key.name.namespace, None)
-            });
+            let mut visible =
+                list.iter().filter(|(close, named, vs)| *close == usize::MAX && is_visible(&vs.export_to, &named.key.name.namespace, None));
             let Some((_, first, _)) = visible.next() else { continue };
             for (_, named, _) in visible.filter(|(_, named, _)| named.key != first.key) {
                 let message = format!("spec.hosts: {} of {service} is older and is used for it; merge the two", first.key);
@@ -141,16 +141,16 @@ impl<'a> Routes<'a> {
 
     /// Whether a service has any routes a client of a namespace can see.
     pub fn any(&self, service: &ObjectName, client: &str) -> bool {
-        let visible = |(_, named, vs): &(usize, &Named, &VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, Some(client));
+        let visible =
+            |(_, named, vs): &(usize, &Named, &VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, Some(client));
         self.virtual_services.get(service).is_some_and(|l| l.iter().any(visible)) || self.gateway_routes.contains_key(service)
     }
 
     /// The routes of one port of a service in one view.
     pub fn of(&self, builder: &Builder<'_>, service: &ObjectName, port: u16, client: Option<&str>, clusters: &Clusters<'_>) -> PortRoutes {
         let resolver = Resolver { routes: self, builder, port, clusters, quiet: client.is_some() };
-        let visible = |(_, named, vs): &&(usize, &'a Named, &'a VirtualService)| {
-            is_visible(&vs.export_to, &named.key.name.namespace, client)
-        };
+        let visible =
+            |(_, named, vs): &&(usize, &'a Named, &'a VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, client);
         let chosen = self.virtual_services.get(service).and_then(|l| l.iter().find(visible));
         let mut found = PortRoutes::default();
         if let Some((_, named, vs)) = chosen {
@@ -185,8 +185,8 @@ impl<'a> Routes<'a> {
         let mut rules = routes.iter().flat_map(|(named, route)| route.rules.iter().map(move |r| (*named, r))).collect::<Vec<_>>();
         // Stable: among equals the older route, and the earlier rule, stays first.
         rules.sort_by_key(|(_, rule)| std::cmp::Reverse(rule.matches.first().map(precedence)));
-        let resolved = rules.into_iter().map(|(named, r)| resolver.http(named, &named.key.name.namespace, r.clone())).collect();
-        Some(HttpTable { origin: origin.into(), rules: resolved })
+        let rules = rules.into_iter().map(|(named, r)| resolver.http(named, &named.key.name.namespace, r.clone())).collect();
+        Some(HttpTable { origin: origin.into(), rules })
     }
 
     /// A rule, or the rules of the virtual service it delegates to; each with the namespace its names are of.
@@ -197,7 +197,12 @@ impl<'a> Routes<'a> {
         let to = ObjectName { namespace: namespace.clone(), name: name.clone() };
         let Some(delegate) = self.delegates.get(&to) else {
             if !quiet {
-                self.remark(builder, Severity::Warning, named, &format!("spec.http: there is no VirtualService {to} without hosts to delegate to; the route is not used"));
+                self.remark(
+                    builder,
+                    Severity::Warning,
+                    named,
+                    &format!("spec.http: there is no VirtualService {to} without hosts to delegate to; the route is not used"),
+                );
             }
             return Vec::new();
         };
@@ -283,7 +288,8 @@ impl Resolver<'_, '_> {
 fn merge(root: &Rule, delegate: &Rule) -> Option<Rule> {
     let any = [HttpMatch::default()];
     let of = |rule: &Rule| if rule.matches.is_empty() { any.to_vec() } else { rule.matches.clone() };
-    let matches = of(root).iter().flat_map(|r| of(delegate).iter().filter_map(|d| merge_match(r, d)).collect::<Vec<_>>()).collect::<Vec<_>>();
+    let matches =
+        of(root).iter().flat_map(|r| of(delegate).iter().filter_map(|d| merge_match(r, d)).collect::<Vec<_>>()).collect::<Vec<_>>();
     if matches.is_empty() {
         return None;
     }
@@ -299,7 +305,7 @@ fn merge(root: &Rule, delegate: &Rule) -> Option<Rule> {
     if merged.mirrors.is_empty() {
         merged.mirrors.clone_from(&root.mirrors);
     }
-    if merged.headers == Default::default() {
+    if merged.headers == HeaderOperations::default() {
         merged.headers = root.headers.clone();
     }
     Some(merged)
@@ -307,8 +313,9 @@ fn merge(root: &Rule, delegate: &Rule) -> Option<Rule> {
 
 /// `None` when the two ask for different things.
 fn merge_match(root: &HttpMatch, delegate: &HttpMatch) -> Option<HttpMatch> {
-    fn one<T: Clone>(a: &Option<T>, b: &Option<T>) -> Option<Option<T>> {
-        if a.is_some() && b.is_some() { None } else { Some(a.clone().or_else(|| b.clone())) }
+    /// The one that is given; an error when both are.
+    fn one<T: Clone>(a: Option<&T>, b: Option<&T>) -> Result<Option<T>, ()> {
+        if a.is_some() && b.is_some() { Err(()) } else { Ok(a.or(b).cloned()) }
     }
     let clash = |name: &http::HeaderName| root.headers.iter().any(|h| h.name == name);
     if delegate.headers.iter().any(|h| clash(&h.name)) || delegate.query.iter().any(|q| root.query.iter().any(|r| r.name == q.name)) {
@@ -320,18 +327,19 @@ fn merge_match(root: &HttpMatch, delegate: &HttpMatch) -> Option<HttpMatch> {
         {
             delegate.path.clone()
         }
-        (root, delegate) => one(root, delegate)?,
+        (root, delegate) => one(root.as_ref(), delegate.as_ref()).ok()?,
     };
     let mut merged = root.clone();
     merged.path = path;
-    merged.scheme = one(&root.scheme, &delegate.scheme)?;
-    merged.method = one(&root.method, &delegate.method)?;
-    merged.authority = one(&root.authority, &delegate.authority)?;
-    merged.port = if root.port == delegate.port { root.port } else { one(&root.port, &delegate.port)? };
+    merged.scheme = one(root.scheme.as_ref(), delegate.scheme.as_ref()).ok()?;
+    merged.method = one(root.method.as_ref(), delegate.method.as_ref()).ok()?;
+    merged.authority = one(root.authority.as_ref(), delegate.authority.as_ref()).ok()?;
+    merged.port = if root.port == delegate.port { root.port } else { one(root.port.as_ref(), delegate.port.as_ref()).ok()? };
     merged.headers.extend(delegate.headers.iter().cloned());
     merged.query.extend(delegate.query.iter().cloned());
-    merged.source.namespace = one(&root.source.namespace, &delegate.source.namespace)?;
-    merged.source.labels = root.source.labels.iter().chain(delegate.source.labels.iter()).map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+    merged.source.namespace = one(root.source.namespace.as_ref(), delegate.source.namespace.as_ref()).ok()?;
+    merged.source.labels =
+        root.source.labels.iter().chain(delegate.source.labels.iter()).map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
     merged.never |= delegate.never;
     Some(merged)
 }

@@ -51,11 +51,12 @@ pub(super) fn service_of(host: &str, namespace: &str) -> Option<ObjectName> {
 
 /// Whether an object is for clients of a namespace; `None` is any namespace that is not treated apart.
 pub(super) fn is_visible(export_to: &[Arc<str>], own: &str, client: Option<&str>) -> bool {
-    export_to.is_empty() || export_to.iter().any(|to| match &**to {
-        "*" => true,
-        "." => client == Some(own),
-        other => client == Some(other),
-    })
+    export_to.is_empty()
+        || export_to.iter().any(|to| match &**to {
+            "*" => true,
+            "." => client == Some(own),
+            other => client == Some(other),
+        })
 }
 
 /// How closely a host pattern of an object names a service: exactly is the most, a longer wildcard is more.
@@ -169,7 +170,7 @@ impl<'a> Rules<'a> {
     fn new(builder: &mut Builder<'a>, registry: &Registry<'a>) -> Self {
         let mut all = std::mem::take(&mut builder.parts.destination_rules);
         all.sort_by_key(|(named, _)| age(named));
-        let mut rules = Self { by_service: HashMap::new(), special: BTreeSet::new(), remarks: Default::default() };
+        let mut rules = Self { by_service: HashMap::new(), special: BTreeSet::new(), remarks: std::cell::RefCell::default() };
         for (named, rule) in all {
             let namespace: &str = &named.key.name.namespace;
             let mut add = |name: &'a ObjectName, close: usize| {
@@ -182,15 +183,18 @@ impl<'a> Rules<'a> {
                 }
             };
             if rule.host.starts_with('*') {
-                registry.keys().for_each(|name| if let Some(close) = closeness(&rule.host, namespace, name) { add(name, close) });
+                registry.keys().for_each(|name| {
+                    if let Some(close) = closeness(&rule.host, namespace, name) {
+                        add(name, close);
+                    }
+                });
                 continue;
             }
-            match service_of(&rule.host, namespace).and_then(|n| registry.get_key_value(&n)) {
-                Some((name, _)) => add(name, usize::MAX),
-                None => {
-                    let message = format!("spec.host: there is no Service {}; the rule is not used", rule.host);
-                    builder.remark(Severity::Warning, named, &message);
-                }
+            if let Some((name, _)) = service_of(&rule.host, namespace).and_then(|n| registry.get_key_value(&n)) {
+                add(name, usize::MAX);
+            } else {
+                let message = format!("spec.host: there is no Service {}; the rule is not used", rule.host);
+                builder.remark(Severity::Warning, named, &message);
             }
         }
         for list in rules.by_service.values_mut() {

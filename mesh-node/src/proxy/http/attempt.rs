@@ -153,9 +153,8 @@ pub async fn attempt<B: RequestBody, R: Responder>(
                 return Attempt::Malformed(bad);
             };
             let empty = upload.is_end();
-            let (response, stream) = match send.send_request(request, empty) {
-                Ok(opened) => opened,
-                Err(_) => return Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
+            let Ok((response, stream)) = send.send_request(request, empty) else {
+                return Attempt::Failed(Failed::new(Reset::ConnectionTermination));
             };
             let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
@@ -252,7 +251,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                         self.half_close().await;
                     }
                 }
-                Event::Uploaded(Err(Broken::Source(error))) => return broken_request(error),
+                Event::Uploaded(Err(Broken::Source(error))) => return broken_request(&error),
                 // It may have answered before it closed: whatever there is to read tells more than this does.
                 Event::Uploaded(Err(Broken::Sink(error))) => {
                     tracing::debug!(target: "proxy", %error, "the upstream takes no more of the request");
@@ -327,13 +326,16 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                     upstream_first = switched && !uploaded;
                 }
                 // It was the client that closed first.
-                Event::Downloaded(Err(Broken::Source(_))) if self.half_closed => return Answered::Abandoned,
-                Event::Downloaded(Err(Broken::Source(error))) => return Answered::Truncated(self.source.broken_off(&error)),
-                Event::Downloaded(Err(Broken::Sink(_))) | Event::Closed(Closed::Gone(_)) | Event::Gone(_) => return Answered::Abandoned,
+                Event::Downloaded(Err(Broken::Source(error))) if !self.half_closed => {
+                    return Answered::Truncated(self.source.broken_off(&error));
+                }
+                Event::Downloaded(Err(Broken::Source(_) | Broken::Sink(_)))
+                | Event::Closed(Closed::Gone(_))
+                | Event::Gone(_)
+                | Event::Uploaded(Err(Broken::Source(_))) => return Answered::Abandoned,
                 Event::Cut => return Answered::Truncated(Reset::ConnectionTermination),
                 Event::TimeUp(up) => return Answered::TimeUp(up),
                 Event::Uploaded(Ok(())) => uploaded = true,
-                Event::Uploaded(Err(Broken::Source(_))) => return Answered::Abandoned,
                 Event::Uploaded(Err(Broken::Sink(_))) => no_more_up = true,
                 Event::Closed(Closed::Half) => self.half_close().await,
                 Event::Head(_) => {}
@@ -347,9 +349,9 @@ async fn up<B: RequestBody>(upload: &mut Upload<'_, B>, sink: &mut UpSink<'_>, u
     if uploaded { Event::Closed(upload.closed().await) } else { Event::Uploaded(pump(upload, sink).await) }
 }
 
-fn broken_request(error: super::body::BodyError) -> Attempt {
+fn broken_request(error: &super::body::BodyError) -> Attempt {
     match error {
-        super::body::BodyError::Malformed(malformed) => Attempt::Malformed(malformed),
+        super::body::BodyError::Malformed(malformed) => Attempt::Malformed(*malformed),
         super::body::BodyError::Truncated | super::body::BodyError::Cut(_) => Attempt::Abandoned,
     }
 }

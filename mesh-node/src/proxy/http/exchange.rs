@@ -11,8 +11,7 @@ use super::{
     attempt::{Answered, Attempt, Deadlines, Plan, TimeUp, Verdict, attempt},
     body::{RequestBody, Responder},
     clusters::{ClusterState, EndpointState, Limited, Slot},
-    headers,
-    mirror,
+    headers, mirror,
     record::{Flag, Record},
     reply::{Reply, http_status_of_grpc, reason},
     upload::Upload,
@@ -102,7 +101,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let (resolved, path) = (found.resolved, found.path);
         let rule = &*resolved.rule;
         self.record.route = Some(if rule.name.is_empty() { table.origin.clone() } else { rule.name.clone() });
-        let cors = match rule.cors.as_ref().map(|cors| self.cors(cors, &head)) {
+        let cors = match rule.cors.as_ref().map(|cors| Self::cors(cors, &head)) {
             Some(Preflight::Answer(headers)) => return self.preflight(headers).await,
             Some(Preflight::Pass(answer)) => answer,
             None => None,
@@ -124,7 +123,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             Action::Forward(all) => {
                 let Some((cluster, destination)) = pick_destination(resolved, all) else { return self.missing(rule).await };
                 let forward = Forward { cluster, rule: Some(rule), destination: Some(destination), cors, snapshot: &snapshot, source };
-                let mirrors = self.mirrors(resolved);
+                let mirrors = Self::mirrors(resolved);
                 let original = rewrite::request(&mut head, rule, path, Some(destination));
                 self.forward_rewritten(head, forward, original, mirrors).await
             }
@@ -208,7 +207,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         Some(self.reply(reply, |headers| cors_headers(headers, cors)).await)
     }
 
-    fn cors(&self, cors: &Cors, head: &RequestHead) -> Preflight {
+    fn cors(cors: &Cors, head: &RequestHead) -> Preflight {
         let Some(origin) = head.headers.get(header::ORIGIN) else { return Preflight::Pass(None) };
         let preflight = head.method == Method::OPTIONS && head.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
         let allowed = cors.allows(origin.as_bytes());
@@ -237,7 +236,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     /// The mirrors the dice pick.
-    fn mirrors(&self, resolved: &ResolvedRule) -> Vec<Arc<Cluster>> {
+    fn mirrors(resolved: &ResolvedRule) -> Vec<Arc<Cluster>> {
         let all = resolved.rule.mirrors.iter().zip(&resolved.mirrors);
         all.filter(|(mirror, _)| mirror.share.hit(fastrand::u32(..))).filter_map(|(_, cluster)| cluster.clone()).collect()
     }
@@ -472,7 +471,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             headers::expect_within(&mut head.headers, self.time_left());
             let ended = self.attempt(&head, address, &endpoint).await;
             let again = match ended {
-                Attempt::Answered(answered) => return Outcome::Ended(self.answered(answered)),
+                Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),
                 Attempt::Abandoned => {
                     self.record.raise(Flag::DownstreamDisconnect);
                     self.record.details = Cow::Borrowed("downstream_remote_disconnect");
@@ -614,12 +613,12 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         }
     }
 
-    fn answered(&mut self, answered: Answered) -> End {
+    fn answered(&mut self, answered: &Answered) -> End {
         match answered {
             Answered::Whole => return if self.upload.is_received() { End::Complete } else { End::Broken },
             Answered::Truncated(reset) => {
-                self.record.raise(flag_of(reset));
-                let words = reason(reset).replace(' ', "_");
+                self.record.raise(flag_of(*reset));
+                let words = reason(*reset).replace(' ', "_");
                 self.record.details = format!("upstream_reset_after_response_started{{{words}}}").into();
             }
             Answered::TimeUp(TimeUp::Client) => self.record.details = Cow::Borrowed("max_duration_timeout"),

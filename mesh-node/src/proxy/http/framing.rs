@@ -221,9 +221,7 @@ impl Encoder {
 
     pub fn frame(self, frame: Frame, out: &mut Out) {
         match (self.framing, frame) {
-            (Framing::Empty, _) => {}
-            (Framing::Chunked, Frame::Data(data)) if data.is_empty() => {}
-            (Framing::Chunked, Frame::Data(data)) => {
+            (Framing::Chunked, Frame::Data(data)) if !data.is_empty() => {
                 out.push(format!("{:x}\r\n", data.len()).into());
                 out.push(data);
                 out.push(Bytes::from_static(b"\r\n"));
@@ -235,8 +233,8 @@ impl Encoder {
                 out.push(text.into());
             }
             (Framing::Length(_) | Framing::UntilClose, Frame::Data(data)) => out.push(data),
-            // Without chunks there is no place for them.
-            (Framing::Length(_) | Framing::UntilClose, Frame::Trailers(_)) => {}
+            // An empty chunk would be the last; without chunks there is no place for trailers.
+            (Framing::Empty, _) | (Framing::Chunked, Frame::Data(_)) | (_, Frame::Trailers(_)) => {}
         }
     }
 

@@ -43,7 +43,9 @@ pub struct Reader<'a> {
 #[derive(Debug)]
 pub enum NoHead {
     /// The connection ended, cleanly or not, with nothing or only part of a head.
-    Ended { partial: bool },
+    Ended {
+        partial: bool,
+    },
     Broken(io::Error),
     Malformed(Malformed),
 }

@@ -290,13 +290,13 @@ impl Responder for H2Responder {
     }
 }
 
-
 /// Turns a request of HTTP/2 into the common form.
 pub fn request_head(request: Request<()>) -> Result<RequestHead, super::wire::Malformed> {
     use super::wire::Malformed;
     let (parts, ()) = request.into_parts();
     let mut headers = parts.headers;
-    let missing = Malformed { status: StatusCode::BAD_REQUEST, body: "", details: "missing_host_header", protocol_error: false, close: false };
+    let missing =
+        Malformed { status: StatusCode::BAD_REQUEST, body: "", details: "missing_host_header", protocol_error: false, close: false };
     if headers.len() > MAX_HEADERS {
         return Err(Malformed { details: "http2.too_many_headers", close: false, ..Malformed::TOO_LARGE });
     }
@@ -427,4 +427,3 @@ pub fn wire_request(head: &RequestHead) -> Option<Request<()>> {
     *request.headers_mut() = head.headers.clone();
     Some(request)
 }
-

@@ -51,7 +51,14 @@ pub fn prepare(head: &mut RequestHead) {
 /// A random UUID (RFC 9562 version 4).
 fn request_id(bits: u128) -> String {
     let bits = bits & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
-    format!("{:08x}-{:04x}-{:04x}-{:04x}-{:012x}", bits >> 96, (bits >> 80) & 0xffff, (bits >> 64) & 0xffff, (bits >> 48) & 0xffff, bits & 0xffff_ffff_ffff)
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        bits >> 96,
+        (bits >> 80) & 0xffff,
+        (bits >> 64) & 0xffff,
+        (bits >> 48) & 0xffff,
+        bits & 0xffff_ffff_ffff
+    )
 }
 
 /// Tells the endpoint how long it has.
@@ -93,7 +100,7 @@ mod tests {
     fn grpc_timeouts_are_read() {
         for (text, expected) in [
             ("200m", Some(Duration::from_millis(200))),
-            ("1H", Some(Duration::from_secs(3600))),
+            ("1H", Some(Duration::from_hours(1))),
             ("5S", Some(Duration::from_secs(5))),
             ("123456789S", None),
             ("S", None),

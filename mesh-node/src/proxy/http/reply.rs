@@ -73,7 +73,13 @@ impl Reply {
     }
 
     /// Puts the answer on its way. `change` sees the headers last.
-    pub fn start(self, grpc: bool, close: bool, responder: &mut impl Responder, change: impl FnOnce(&mut HeaderMap)) -> std::io::Result<StatusCode> {
+    pub fn start(
+        self,
+        grpc: bool,
+        close: bool,
+        responder: &mut impl Responder,
+        change: impl FnOnce(&mut HeaderMap),
+    ) -> std::io::Result<StatusCode> {
         let (status, mut headers, body) = self.into_parts(grpc);
         change(&mut headers);
         let length = body.len() as u64;

@@ -213,7 +213,8 @@ async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Fai
     let Wanted { proxy, pod, client, cluster, address, .. } = wanted;
     let patience = if cluster.endpoints.len() > 1 { Duration::ZERO } else { outbound::RETRY_FOR };
     let settings = &cluster.policy.tcp;
-    let dial = Dial { proxy, pod, client: *client, to: *address, service: Some(&cluster.id.service), patience, timeout: settings.connect_timeout };
+    let dial =
+        Dial { proxy, pod, client: *client, to: *address, service: Some(&cluster.id.service), patience, timeout: settings.connect_timeout };
     let stream = dial.connect().await?;
     Ok(match stream {
         outbound::Stream::Tcp(stream) => {
@@ -243,14 +244,13 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
     loop {
         let workload = wanted.workload();
         let find = || endpoint.h2.load().iter().find(|c| c.workload == workload && c.has_room(wanted.cluster)).cloned();
-        let connection = match find() {
-            Some(connection) => connection,
-            None => {
-                let _one_at_a_time = endpoint.dialling.lock().await;
-                match find() {
-                    Some(connection) => connection,
-                    None => connect_h2(wanted, workload).await?,
-                }
+        let connection = if let Some(connection) = find() {
+            connection
+        } else {
+            let _one_at_a_time = endpoint.dialling.lock().await;
+            match find() {
+                Some(connection) => connection,
+                None => connect_h2(wanted, workload).await?,
             }
         };
         let guard = StreamGuard::new(&connection);

@@ -327,7 +327,11 @@ fn target_of(method: &Method, target: Bytes, headers: &mut HeaderMap, minor: u8)
 /// An authority that cannot be taken for something else: no user part, no white space, no list.
 pub fn checked_authority(authority: HeaderValue) -> Result<HeaderValue, Malformed> {
     let legal = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+;=:[]%".contains(b);
-    if authority.as_bytes().iter().all(legal) { Ok(authority) } else { Err(Malformed::refused(StatusCode::BAD_REQUEST, "invalid_host", true)) }
+    if authority.as_bytes().iter().all(legal) {
+        Ok(authority)
+    } else {
+        Err(Malformed::refused(StatusCode::BAD_REQUEST, "invalid_host", true))
+    }
 }
 
 /// Path and query, the path normalised.

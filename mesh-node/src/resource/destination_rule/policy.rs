@@ -80,7 +80,10 @@ fn blocks(
             return Err(FieldError::new(format!("{at}.tls.mode"), problem));
         }
         Some(other) => {
-            return Err(FieldError::new(format!("{at}.tls.mode"), format!("{other:?} is not one of DISABLE, ISTIO_MUTUAL, SIMPLE, MUTUAL")));
+            return Err(FieldError::new(
+                format!("{at}.tls.mode"),
+                format!("{other:?} is not one of DISABLE, ISTIO_MUTUAL, SIMPLE, MUTUAL"),
+            ));
         }
     }
     Ok(Blocks {
@@ -168,7 +171,7 @@ fn consistent_hash(document: &doc::ConsistentHash, at: &str) -> Result<Balancer>
 }
 
 fn is_prime(n: u64) -> bool {
-    n >= 2 && (2..).take_while(|d| d * d <= n).all(|d| n % d != 0)
+    n >= 2 && (2..=n.isqrt()).all(|d| !n.is_multiple_of(d))
 }
 
 fn locality(document: &doc::Locality, at: &str) -> Result<Locality> {
@@ -245,9 +248,10 @@ fn outlier_detection(document: &doc::Outlier, at: &str) -> Result<Outlier> {
     let default = Outlier::default();
     let percent = |value: Option<i64>, default: u32, field: &str| match value {
         None => Ok(default),
-        Some(v) => u32::try_from(v).ok().filter(|v| *v <= 100).ok_or_else(|| {
-            FieldError::new(format!("{at}.{field}"), format!("{v} is not between 0 and 100"))
-        }),
+        Some(v) => u32::try_from(v)
+            .ok()
+            .filter(|v| *v <= 100)
+            .ok_or_else(|| FieldError::new(format!("{at}.{field}"), format!("{v} is not between 0 and 100"))),
     };
     // The deprecated count is of failures as a client sees them: every 5xx, gateway errors among them.
     let deprecated = limit(document.consecutive_errors, &format!("{at}.consecutiveErrors"))?;

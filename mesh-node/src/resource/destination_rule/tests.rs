@@ -33,7 +33,10 @@ fn the_seed_breaker_is_read_as_it_is_written() {
     let rule = read(&document["spec"]).expect("valid");
     let policy = Layered::effective(Some(&rule.policy), None, 9080);
     assert_eq!(policy.tcp.max_connections, Some(100));
-    assert_eq!((policy.http.max_pending, policy.http.max_requests, policy.http.max_requests_per_connection), (Some(50), Some(100), Some(2)));
+    assert_eq!(
+        (policy.http.max_pending, policy.http.max_requests, policy.http.max_requests_per_connection),
+        (Some(50), Some(100), Some(2))
+    );
     let expected = Outlier {
         consecutive_5xx: 5,
         interval: Duration::from_secs(30),
@@ -98,7 +101,10 @@ fn mistakes_are_named_with_their_field() {
         (json!({"host": "a", "trafficPolicy": {"tls": {"mode": "SIMPLE"}}}), "spec.trafficPolicy.tls.mode"),
         (json!({"host": "a", "trafficPolicy": {"loadBalancer": {"simple": "X"}}}), "spec.trafficPolicy.loadBalancer.simple"),
         (json!({"host": "a", "trafficPolicy": {"loadBalancer": {"consistentHash": {}}}}), "needs exactly one of"),
-        (json!({"host": "a", "trafficPolicy": {"loadBalancer": {"consistentHash": {"useSourceIp": true, "maglev": {"tableSize": 100}}}}}), "maglev.tableSize"),
+        (
+            json!({"host": "a", "trafficPolicy": {"loadBalancer": {"consistentHash": {"useSourceIp": true, "maglev": {"tableSize": 100}}}}}),
+            "maglev.tableSize",
+        ),
         (json!({"host": "a", "trafficPolicy": {"connectionPool": {"tcp": {"maxConnections": -1}}}}), "connectionPool.tcp.maxConnections"),
         (json!({"host": "a", "trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "0s"}}}}), "connectionPool.tcp.connectTimeout"),
         (json!({"host": "a", "trafficPolicy": {"outlierDetection": {"maxEjectionPercent": 101}}}), "outlierDetection.maxEjectionPercent"),

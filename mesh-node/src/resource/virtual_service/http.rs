@@ -82,7 +82,7 @@ fn action(route: HttpRoute, at: &str, delegated: bool) -> Result<Action> {
         let name = name.ok_or_else(|| FieldError::new(format!("{at}.delegate.name"), "is missing"))?;
         return Ok(Action::Delegate { namespace: delegate.namespace.unwrap_or_default().into(), name: name.into() });
     }
-    let destinations = route.route.into_iter().enumerate();
+    let destinations = route.route.iter().enumerate();
     let destinations = destinations.map(|(i, d)| weighted(d, &format!("{at}.route[{i}]"))).collect::<Result<Vec<_>>>()?;
     Ok(Action::Forward(weights(destinations, &format!("{at}.route"))?))
 }
@@ -99,7 +99,7 @@ pub(super) fn weights(mut all: Vec<(Option<u32>, Weighted)>, at: &str) -> Result
     Ok(all.into_iter().map(|(weight, d)| Weighted { weight: weight.unwrap_or(0), ..d }).filter(|d| d.weight > 0).collect())
 }
 
-fn weighted(document: doc::HttpDestination, at: &str) -> Result<(Option<u32>, Weighted)> {
+fn weighted(document: &doc::HttpDestination, at: &str) -> Result<(Option<u32>, Weighted)> {
     let weight = document.weight.map(|w| weight(w, &format!("{at}.weight"))).transpose()?;
     let headers = document.headers.as_ref().map(|h| header_operations(h, &format!("{at}.headers"))).transpose()?.unwrap_or_default();
     let destination = destination(&document.destination, &format!("{at}.destination"))?;
@@ -124,9 +124,7 @@ pub(super) fn destination(document: &doc::Destination, at: &str) -> Result<Desti
 }
 
 fn http_match(document: &doc::HttpMatch, at: &str) -> Result<HttpMatch> {
-    let text = |m: &Option<doc::StringMatch>, field: &str| {
-        m.as_ref().map(|m| text_match(m, &format!("{at}.{field}"))).transpose()
-    };
+    let text = |m: &Option<doc::StringMatch>, field: &str| m.as_ref().map(|m| text_match(m, &format!("{at}.{field}"))).transpose();
     let path = text(&document.uri, "uri")?.map(|m| path_match(m, document.ignore_uri_case)).and_then(|p| p);
     let (mut headers, mut never) = (Vec::new(), false);
     for (inverted, all, field) in [(false, &document.headers, "headers"), (true, &document.without_headers, "withoutHeaders")] {
@@ -226,7 +224,8 @@ fn rewrite(document: &doc::Rewrite, at: &str) -> Result<Rewrite> {
         (Some(uri), None) => Some(PathRewrite::Matched(uri.as_str().into())),
         (None, Some(regex)) => {
             let pattern = compile(&regex.r#match);
-            let pattern = pattern.map_err(|e| FieldError::new(format!("{at}.uriRegexRewrite.match"), format!("{:?}: {e}", regex.r#match)))?;
+            let pattern =
+                pattern.map_err(|e| FieldError::new(format!("{at}.uriRegexRewrite.match"), format!("{:?}: {e}", regex.r#match)))?;
             Some(PathRewrite::Regex { pattern, substitution: regex.rewrite.as_str().into() })
         }
         (None, None) => None,
@@ -330,7 +329,9 @@ fn fault(document: &doc::Fault, at: &str) -> Result<Fault> {
         let kind = match (a.http_status, &a.grpc_status, &a.http2_error) {
             (Some(code), None, None) => Abort::Http(status(code, &format!("{at}.httpStatus"))?),
             (None, Some(name), None) => Abort::Grpc(grpc_status(name, &format!("{at}.grpcStatus"))?),
-            (None, None, Some(_)) => return Err(FieldError::new(format!("{at}.http2Error"), "is not supported; use httpStatus or grpcStatus")),
+            (None, None, Some(_)) => {
+                return Err(FieldError::new(format!("{at}.http2Error"), "is not supported; use httpStatus or grpcStatus"));
+            }
             _ => return Err(FieldError::new(at, "needs exactly one of httpStatus and grpcStatus")),
         };
         Ok((kind, share(a.percentage, a.percent, Share::default(), &at)?))
@@ -391,9 +392,7 @@ fn cors(document: &doc::Cors, at: &str) -> Result<Cors> {
             *origin = TextMatch::Present;
         }
     }
-    let list = |all: &[String], field: &str| {
-        (!all.is_empty()).then(|| header_value(&all.join(","), &format!("{at}.{field}"))).transpose()
-    };
+    let list = |all: &[String], field: &str| (!all.is_empty()).then(|| header_value(&all.join(","), &format!("{at}.{field}"))).transpose();
     let forward_unmatched = match document.unmatched_preflights.as_deref() {
         None | Some("UNSPECIFIED" | "FORWARD") => true,
         Some("IGNORE") => false,

@@ -18,14 +18,14 @@ use crate::{
     },
 };
 
-pub(super) fn tcp(route: L4Route, at: &str) -> Result<L4Rule, FieldError> {
+pub(super) fn tcp(route: &L4Route, at: &str) -> Result<L4Rule, FieldError> {
     if let Some(i) = route.r#match.iter().position(|m| !m.sni_hosts.is_empty()) {
         return Err(FieldError::new(format!("{at}.match[{i}].sniHosts"), "belongs under tls, not tcp"));
     }
     rule(route, at)
 }
 
-pub(super) fn tls(route: L4Route, at: &str) -> Result<L4Rule, FieldError> {
+pub(super) fn tls(route: &L4Route, at: &str) -> Result<L4Rule, FieldError> {
     if route.r#match.is_empty() {
         return Err(FieldError::new(format!("{at}.match"), "is missing; a tls route needs sniHosts"));
     }
@@ -35,7 +35,7 @@ pub(super) fn tls(route: L4Route, at: &str) -> Result<L4Rule, FieldError> {
     rule(route, at)
 }
 
-fn rule(route: L4Route, at: &str) -> Result<L4Rule, FieldError> {
+fn rule(route: &L4Route, at: &str) -> Result<L4Rule, FieldError> {
     let matches = route.r#match.iter().enumerate().map(|(i, m)| l4_match(m, &format!("{at}.match[{i}]")));
     let matches = matches.collect::<Result<Vec<_>, _>>()?;
     if route.route.is_empty() {

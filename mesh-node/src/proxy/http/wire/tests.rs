@@ -37,7 +37,7 @@ fn connection_headers_are_for_this_connection_only() {
         "GET / HTTP/1.1\r\nhost: a\r\nconnection: x-hop, keep-alive\r\nx-hop: 1\r\nte: trailers, gzip\r\nproxy-connection: keep-alive\r\nkeep-alive: timeout=5\r\nx-envoy-foo: 1\r\n\r\n",
     )
     .expect("valid");
-    let names = request.head.headers.keys().map(|n| n.as_str()).collect::<Vec<_>>();
+    let names = request.head.headers.keys().map(http::HeaderName::as_str).collect::<Vec<_>>();
     assert_eq!(names.len(), 2, "{names:?}");
     assert_eq!((&request.head.headers["te"], request.keep_alive), (&HeaderValue::from_static("trailers"), true));
 }
