@@ -11,7 +11,11 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::Semaphore};
 
-use crate::{app::Node, route::Workload};
+use crate::{
+    app::Node,
+    proxy::http::clusters::{ClusterState, Limited},
+    route::Workload,
+};
 
 /// Connections served at once; more wait.
 const MAX_CONNECTIONS: usize = 32;
@@ -57,7 +61,10 @@ fn answer<B>(node: &Node, request: &Request<B>) -> Response<Full<Bytes>> {
         "/services" => document(&services(node)),
         "/certificates" => document(&certificates(node)),
         "/pool" => document(&pool(node)),
-        "/" => text(StatusCode::OK, "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool\n".to_owned()),
+        "/clusters" => document(&clusters(node)),
+        "/" => {
+            text(StatusCode::OK, "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool /clusters\n".to_owned())
+        }
         path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
     }
 }
@@ -133,7 +140,13 @@ fn services(node: &Node) -> Value {
             .endpoints
             .iter()
             .map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
-        json!({"name": &*p.name, "port": p.port, "endpoints": endpoints.collect::<Vec<_>>()})
+        let subsets = p.subsets.iter().map(|(name, c)| json!({"name": &**name, "endpoints": c.endpoints.len()}));
+        json!({
+            "name": &*p.name, "port": p.port, "protocol": format!("{:?}", p.cluster.protocol).to_lowercase(),
+            "httpRoutes": p.routes.http.as_ref().map(|t| json!({"from": &*t.origin, "rules": t.rules.len()})),
+            "tcpRoutes": p.routes.tcp.len(), "tlsRoutes": p.routes.tls.len(),
+            "subsets": subsets.collect::<Vec<_>>(), "endpoints": endpoints.collect::<Vec<_>>(),
+        })
     };
     let one = |s: &Arc<crate::route::Service>| json!({"namespace": &*s.name.namespace, "name": &*s.name.name, "addresses": s.vips, "ports": s.ports.iter().map(port).collect::<Vec<_>>()});
     snapshot.services().iter().map(one).collect()
@@ -143,6 +156,28 @@ fn certificates(node: &Node) -> Value {
     let seconds = |t: Option<SystemTime>| t.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|d| d.as_secs());
     let one = |c: crate::identity::CertificateState| json!({"identity": c.identity.to_string(), "notBefore": seconds(c.not_before), "notAfter": seconds(c.not_after), "error": c.error});
     node.proxy.identity.states().into_iter().map(one).collect()
+}
+
+/// What each pod of the node has under way to other services, and which endpoints it leaves out.
+fn clusters(node: &Node) -> Value {
+    let (snapshot, now) = (node.proxy.config.load(), std::time::Instant::now());
+    let of_pod = |pod: Arc<crate::proxy::ServedPod>| {
+        let source = snapshot.workload(&pod.uid).map(|w| w.name.to_string());
+        let mut all = pod.clusters.all();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        let one = move |(id, state): (crate::route::ClusterId, Arc<ClusterState>)| {
+            let ejected = state.outliers.ejected();
+            let ejected = ejected.iter().filter(|(_, until)| *until > now);
+            let ejected = ejected.map(|(a, until)| json!({"address": a.to_string(), "seconds": until.duration_since(now).as_secs()}));
+            json!({
+                "source": source, "cluster": id.to_string(), "connections": state.count(Limited::Connections),
+                "idle": state.idle(), "pending": state.count(Limited::Pending), "requests": state.count(Limited::Requests),
+                "retries": state.count(Limited::Retries), "ejected": ejected.collect::<Vec<_>>(),
+            })
+        };
+        all.into_iter().map(one).collect::<Vec<_>>()
+    };
+    node.proxy.pods.all().into_iter().flat_map(of_pod).collect()
 }
 
 fn pool(node: &Node) -> Value {

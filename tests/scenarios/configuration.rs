@@ -70,7 +70,7 @@ fn every_seed_manifest_is_taken_and_what_is_not_honoured_is_said() {
     bed.settle().expect("settled");
     assert_eq!(pods.len(), 4);
     let remarks = remarks(&bed);
-    for kind in ["VirtualService", "DestinationRule", "Gateway", "RequestAuthentication", "Telemetry"] {
+    for kind in ["Gateway", "RequestAuthentication", "Telemetry"] {
         assert!(remarks.contains(&format!("{kind} ")) && remarks.contains("is not honoured by this version"), "{kind}: {remarks}");
     }
     assert!(remarks.contains("admin-only") && remarks.contains("request.auth.claims[role]"), "{remarks}");
@@ -92,6 +92,7 @@ fn meshctl_shows_a_node_from_inside() {
         ("services", "bed-marker"),
         ("certificates", "notAfter"),
         ("pool", "[]"),
+        ("clusters", "[]"),
         ("metrics", "mesh_enrolled_pods 1"),
     ] {
         let (success, text) = run(&[what]);

@@ -37,6 +37,8 @@ enum What {
     Certificates,
     /// Pooled HBONE connections to other nodes.
     Pool,
+    /// What each pod has under way to other services: connections, requests, retries, ejected endpoints.
+    Clusters,
     /// All metrics, in `OpenMetrics` text.
     Metrics,
 }
@@ -51,6 +53,7 @@ impl Meshctl {
             What::Services => "/services",
             What::Certificates => "/certificates",
             What::Pool => "/pool",
+            What::Clusters => "/clusters",
             What::Metrics => "/metrics",
         };
         let body = get(self.admin, path).with_context(|| format!("mesh-node at {}", self.admin))?;

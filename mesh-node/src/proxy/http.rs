@@ -82,11 +82,12 @@ impl Connection {
     async fn h1_loop(&self, transport: &mut Transport, unread: &mut Unread) -> Finished {
         let (source, sink) = transport.halves();
         let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
+        let mut draining = std::pin::pin!(self.pod.draining());
         loop {
             let request = tokio::select! {
                 biased;
                 request = read_request(&mut reader) => request,
-                () = self.pod.draining() => return Finished::Closed,
+                () = &mut draining => return Finished::Closed,
             };
             let end = match request {
                 Ok(request) => self.h1_exchange(request, &mut reader, &mut sink).await,
@@ -215,6 +216,10 @@ impl Connection {
 /// Waits for a request as long as the client likes, and for the rest of one that has begun for a minute.
 async fn read_request(reader: &mut Reader<'_>) -> Result<WireRequest, NoHead> {
     reader.begun().await?;
+    if reader.has_head() {
+        // Almost always: no timer is needed.
+        return reader.request().await;
+    }
     match tokio::time::timeout(HEAD_TIMEOUT, reader.request()).await {
         Ok(request) => request,
         Err(_) => Err(NoHead::Broken(io::ErrorKind::TimedOut.into())),

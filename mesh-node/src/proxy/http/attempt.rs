@@ -126,7 +126,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
                     Err(no_upstream) => return no_upstream.into(),
                 },
                 up = deadlines.passed() => return Attempt::TimeUp(up),
-                error = responder.gone() => return gone(&error),
+                error = responder.gone(), if R::RESETS_APART => return gone(&error),
                 closed = upload.closed(), if received && !half_closed => match closed {
                     Closed::Half => half_closed = true,
                     Closed::Gone(error) => return gone(&error),
@@ -231,7 +231,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 _ = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
                 event = up(self.upload, &mut self.sink, uploaded), if watch || !uploaded && !no_more_up => event,
-                error = self.responder.gone() => Event::Gone(error),
+                error = self.responder.gone(), if R::RESETS_APART => Event::Gone(error),
             };
             match event {
                 Event::Head(Ok(head)) if is_interim(head.status) => {

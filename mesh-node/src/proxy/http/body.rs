@@ -123,6 +123,9 @@ pub struct ResponseHead {
 
 /// Where the response goes.
 pub trait Responder: FrameSink {
+    /// Whether only [`Responder::gone`] tells of a client that has reset; otherwise its body does too.
+    const RESETS_APART: bool;
+
     /// Sends a head before the final one: 100 or 103.
     fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> impl Future<Output = io::Result<()>> + Send;
 

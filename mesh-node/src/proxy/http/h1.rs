@@ -107,6 +107,11 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Whether a whole head has been read.
+    pub fn has_head(&self) -> bool {
+        wire::head_end(&self.unread.buffer).is_some()
+    }
+
     /// Waits for the first byte of a head.
     pub async fn begun(&mut self) -> Result<(), NoHead> {
         while self.unread.buffer.is_empty() {
@@ -318,6 +323,9 @@ impl FrameSink for H1Responder<'_, '_> {
 }
 
 impl Responder for H1Responder<'_, '_> {
+    /// The reading half sees a reset as well.
+    const RESETS_APART: bool = false;
+
     async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
         if self.minor == 0 {
             return Ok(());

@@ -261,6 +261,8 @@ impl FrameSink for H2Responder {
 }
 
 impl Responder for H2Responder {
+    const RESETS_APART: bool = true;
+
     async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
         let mut response = Response::new(());
         *response.status_mut() = status;
