@@ -278,7 +278,7 @@ fn differences(row: &Row, expect: &Expect, got: &Got, line: Option<&mesh_tests::
             value => check(name, value, found),
         }
     }
-    if expect.headers.get("x-envoy-overloaded").is_none() {
+    if !expect.headers.contains_key("x-envoy-overloaded") {
         check("x-envoy-overloaded", "(none)", got.header("x-envoy-overloaded").unwrap_or("(none)"));
     }
     if let Some(end) = &expect.end {

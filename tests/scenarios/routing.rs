@@ -81,7 +81,7 @@ fn weights_headers_and_paths_decide_over_two_nodes() {
     let scene = scene([web("v1", 0, &[]), web("v2", 1, &[])]);
     let to = |v: &str| format!("{{destination: {{host: web, subset: {v}}}}}");
     scene.apply(&rules(
-        &"[{route: [{weight: 90, destination: {host: web, subset: v1}}, {weight: 10, destination: {host: web, subset: v2}}]}]".to_string(),
+        "[{route: [{weight: 90, destination: {host: web, subset: v1}}, {weight: 10, destination: {host: web, subset: v2}}]}]",
         SUBSETS,
     ));
     let report = scene.get("/x", 1000, &[]);
@@ -105,10 +105,20 @@ fn weights_headers_and_paths_decide_over_two_nodes() {
         let report = scene.get(path, 5, headers);
         assert_eq!(count(&report, "versions", expected), 5, "{path} {headers:?}: {report}");
     }
-    // The same over IPv6, and on a port that declares nothing: the first bytes tell.
+    // On a port that declares nothing the first bytes tell.
     let undeclared = scene.web(&["get", "web:82/api/v2/x", "5"]);
     assert_eq!(count(&undeclared, "versions", "v2"), 5, "{undeclared}");
-    // The source address is the client pod's own at the server, through the tunnel and on the node.
+    // Over both families, and the server sees the client pod's own address, through the tunnel and on the node.
+    let services = scene.bed.nodes()[0].admin_json("/services").expect("services");
+    let web = services.as_array().into_iter().flatten().find(|s| s["name"] == "web").expect("web");
+    let vips = web["addresses"].as_array().expect("addresses").iter().map(|a| a.as_str().expect("text"));
+    for (vip, own) in vips.zip([scene.client.v4(), scene.client.v6()]) {
+        let to: std::net::SocketAddr = (vip.parse::<std::net::IpAddr>().expect("an address"), 80).into();
+        for (header, version) in [("user: jason", "v2"), ("user: other", "v1")] {
+            let report = scene.web(&["get", &format!("{to}/client"), "3", "--header", header]);
+            assert_eq!((count(&report, "versions", version), &report["body"]), (3, &own.to_string().into()), "{to} {header}: {report}");
+        }
+    }
     scene.idle();
 }
 

@@ -325,6 +325,30 @@ async fn tcp_and_tls_connections_are_routed_too() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tcp_connections_are_limited_too() {
+    let a = named("a").await;
+    let policy = json!({"connectionPool": {"tcp": {"maxConnections": 1, "maxConnectionDuration": "600ms"}}});
+    let documents = [service("db", "10.97.0.9", "tcp", &[a]), vec![destination_rule("db", &policy)]].concat();
+    let engine = Engine::start(&documents).await.expect("engine");
+    let mut first = engine.connect(vip(9)).await.expect("connected");
+    first.write_all(b"hello").await.expect("written");
+    let mut answer = [0; 1];
+    first.read_exact(&mut answer).await.expect("an answer");
+    assert_eq!(say(&engine, vip(9), b"hello").await, "", "there is one already");
+    let over = tokio::time::timeout(std::time::Duration::from_secs(5), first.read(&mut answer)).await.expect("it ends");
+    assert!(over.is_err() || over.is_ok_and(|n| n == 0), "it lasted as long as it may");
+    let mut again = String::new();
+    for _ in 0..50 {
+        again = say(&engine, vip(9), b"hello").await;
+        if !again.is_empty() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(again, "a", "there is room again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_speaks_first_on_an_undeclared_port_is_heard() {
     // Speaks first, then echoes.
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");

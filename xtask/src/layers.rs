@@ -189,7 +189,7 @@ mod tests {
         let text = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
         for (layer, modules) in LAYERS {
             let row = text.lines().find(|l| l.starts_with(&format!("| {layer} "))).unwrap_or_else(|| panic!("no row for layer {layer}"));
-            for module in modules.iter().filter(|m| **m != "detect") {
+            for module in *modules {
                 assert!(row.contains(&format!("`{module}`")), "layer {layer} of ARCHITECTURE.md lacks {module}");
             }
         }

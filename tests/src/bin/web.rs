@@ -127,6 +127,7 @@ impl Server {
                 thread::sleep(Duration::from_millis(number));
                 (200, String::new())
             }
+            (None, "client") => (200, stream.peer_addr()?.ip().to_canonical().to_string()),
             (None, "served") => (200, self.served.load(Ordering::Relaxed).to_string()),
             (None, "bytes") => return self.bytes(stream, number).map(|()| true),
             (None, "upgrade") => return Self::upgrade(stream, &mut reader).map(|()| false),

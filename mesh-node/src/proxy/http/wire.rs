@@ -103,7 +103,7 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Malformed> {
     let mut headers = headers(bytes, rest)?;
     let framing = request_framing(&headers, minor)?;
     let connection = Connection::of(&headers);
-    let upgrade = if connection.upgrade { headers.get(header::UPGRADE).cloned() } else { None };
+    let upgrade = if connection.upgrade { upgrade_of(&headers) } else { None };
     let expects_continue = minor == 1 && headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
     headers.remove(header::EXPECT);
     let (authority, target) = target_of(&method, target, &mut headers, minor)?;
@@ -186,7 +186,8 @@ fn headers(bytes: &Bytes, mut at: usize) -> Result<HeaderMap, Malformed> {
             Some(more) => {
                 let mut joined = bytes[trim(bytes, colon + 1..line.end)].to_vec();
                 joined.extend_from_slice(&more);
-                value(joined.into())
+                let joined = Bytes::from(joined);
+                value(joined.slice(trim(&joined, 0..joined.len())))
             }
         };
         headers.append(name, value?);
@@ -237,6 +238,13 @@ impl Connection {
         }
         found
     }
+}
+
+/// The protocol asked for. HTTP/2 is not one of them: what is then said over it would be seen by nobody on the way, so the
+/// request is served as it is (RFC 9113 has done away with that upgrade).
+fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
+    let http2 = tokens(headers, &header::UPGRADE).any(|t| t.eq_ignore_ascii_case("h2c") || t.eq_ignore_ascii_case("h2"));
+    headers.get(header::UPGRADE).filter(|_| !http2).cloned()
 }
 
 fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {

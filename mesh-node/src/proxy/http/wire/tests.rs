@@ -27,6 +27,8 @@ fn requests_are_read() {
 fn lines_may_end_with_lf_and_headers_may_be_folded() {
     let request = parse("GET /x HTTP/1.1\nhost: a\nx-id: 1\n 2\n\t3\n\n").expect("valid");
     assert_eq!(request.head.headers["x-id"], "1 2 3");
+    let empty = parse("GET /x HTTP/1.1\nhost: a\nx-id:\n 2\n \n\n").expect("valid");
+    assert_eq!(empty.head.headers["x-id"], "2");
     let absolute = parse("GET http://other.example:81?q HTTP/1.1\r\nhost: a\r\n\r\n").expect("valid");
     assert_eq!((absolute.head.host(), absolute.head.target.as_str()), ("other.example:81", "/?q"));
 }
@@ -40,6 +42,21 @@ fn connection_headers_are_for_this_connection_only() {
     let names = request.head.headers.keys().map(http::HeaderName::as_str).collect::<Vec<_>>();
     assert_eq!(names.len(), 2, "{names:?}");
     assert_eq!((&request.head.headers["te"], request.keep_alive), (&HeaderValue::from_static("trailers"), true));
+}
+
+#[test]
+fn an_upgrade_to_http_2_is_not_passed_on() {
+    let upgrade = |to: &str| {
+        let text =
+            format!("GET / HTTP/1.1\r\nhost: a\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: {to}\r\nhttp2-settings: AAA\r\n\r\n");
+        let request = parse(&text).expect("valid");
+        assert!(request.head.headers.is_empty(), "{:?}", request.head.headers);
+        request.upgrade
+    };
+    assert_eq!(upgrade("websocket").expect("an upgrade"), "websocket");
+    for to in ["h2c", "H2C", "websocket, h2c"] {
+        assert!(upgrade(to).is_none(), "{to}");
+    }
 }
 
 #[test]
