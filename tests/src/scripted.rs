@@ -2,7 +2,7 @@
 //!
 //! The plan is a request's `x-plan` header, one entry for each attempt (the last repeats): `200`, `503/400` (after 400 ms),
 //! `200+name=value` (with a header), `rst`, `fin`, `garbage`, `hdrrst`, `hdrfin`, `hdrstall` (a head and 10 of 100 bytes,
-//! then that), `early:503` (before the body is read), `upgrade`; over HTTP/2 also `refused`, `rsti`, `goaway`. Attempts are
+//! then that), `early:503` (before the body is read), `upgrade`, `switch` (101 to whoever asks for nothing); over HTTP/2 also `refused`, `rsti`, `goaway` (the connection ends), `drain` (it takes no more). Attempts are
 //! told apart by `x-id`. Made of sockets and the h2 library; nothing of mesh-node.
 
 use std::{
@@ -106,6 +106,7 @@ fn serve(name: &str, stream: &TcpStream, connection: u32, port: u16, seen: &Seen
             writer.write_all(partial.as_bytes())?;
             thread::sleep(Duration::from_secs(4));
         }
+        "switch" => writer.write_all(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n")?,
         "upgrade" => return upgraded(&mut reader, writer),
         other if line.split(' ').nth(1).is_some_and(|p| p.split('?').next().is_some_and(|p| p.ends_with("/echo"))) => {
             let fields = headers.iter().map(|(n, v)| serde_json::json!([n, v])).collect::<Vec<_>>();
@@ -204,7 +205,10 @@ pub async fn http2(name: &'static str, seen: &Seen) -> io::Result<SocketAddr> {
                         connection.abrupt_shutdown(h2::Reason::NO_ERROR);
                         continue;
                     }
-                    let now = entry(&plan, number).to_owned();
+                    if entry(&plan, number) == "drain" {
+                        connection.graceful_shutdown();
+                    }
+                    let now = entry(&plan, number).replace("drain", "200");
                     tokio::spawn(async move { answer(name, request, respond, &now, number).await });
                 }
             });

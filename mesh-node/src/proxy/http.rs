@@ -135,7 +135,7 @@ impl Connection {
         match end {
             End::Complete if responder.keeps_alive() => Next::Another,
             // Nothing was answered: the client is gone, or is to see a failure.
-            End::Broken if !responder.has_started() => Next::Abort,
+            End::Broken if !responder.has_started() || responder.would_look_complete() => Next::Abort,
             End::Complete | End::Broken => Next::Close,
         }
     }

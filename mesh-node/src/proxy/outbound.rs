@@ -326,7 +326,7 @@ fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure> {
             let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
             let routed = port.routes.find_l4(context, fastrand::u64(..));
             let cluster = routed.unwrap_or(Some(&port.cluster)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?;
-            let (to, chosen) = choose(&snapshot, &source, pod, cluster, (client, *original), tried)?;
+            let (to, chosen) = choose(&snapshot, &source, pod, cluster, (client, *original, &service.name), tried)?;
             (to, Some(chosen))
         }
         Target::NoSuchPort(service) => return Err(Failure::NoSuchPort { service: service.name.clone(), port: original.port() }),
@@ -341,7 +341,7 @@ fn choose(
     source: &Workload,
     pod: &ServedPod,
     cluster: &Arc<Cluster>,
-    (client, original): (IpAddr, SocketAddr),
+    (client, original, dialled): (IpAddr, SocketAddr, &ObjectName),
     tried: &[SocketAddr],
 ) -> Result<(SocketAddr, Chosen), Failure> {
     let state = pod.clusters.of(cluster);
@@ -359,7 +359,7 @@ fn choose(
         ejected: &state.outliers.ejected(),
         now: std::time::Instant::now(),
     };
-    let (address, load) = if cluster.policy.balancer == Balancer::Passthrough {
+    let (address, load) = if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *dialled {
         (original, cluster.endpoints.iter().find(|e| e.address == original).map(|e| e.load.begin()))
     } else {
         let picked = balance::pick(cluster, &asker).ok_or_else(|| Failure::NoEndpoint(cluster.id.service.clone()))?;

@@ -7,7 +7,11 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use tokio::{io::AsyncReadExt, net::TcpStream, time::sleep};
+use tokio::{
+    io::AsyncReadExt,
+    net::TcpStream,
+    time::{sleep, timeout},
+};
 
 use super::{
     Proxy, ServedPod,
@@ -104,9 +108,21 @@ async fn server_first(
     (client, original): (SocketAddr, SocketAddr),
 ) -> First {
     let opaque = Opaque { proxy: proxy.clone(), pod: pod.clone(), client, original, sni: None };
-    let Some(mut established) = opaque.establish(downstream).await else {
-        reset_on_close(downstream);
-        return First::Neither;
+    let established = tokio::select! {
+        established = opaque.establish(downstream) => established,
+        _ = downstream.readable() => None,
+    };
+    let Some(mut established) = established else {
+        // Either the client has spoken, or the server cannot be reached: what the client says may lead elsewhere.
+        return match timeout(WHOLE, downstream.read_buf(read)).await {
+            Ok(Ok(n)) if n > 0 => First::Client,
+            // It will say nothing; what the server says is still for it.
+            Ok(Ok(_)) => match opaque.establish(downstream).await {
+                Some(established) => First::Server(Box::new(established)),
+                None => refused(downstream),
+            },
+            _ => refused(downstream),
+        };
     };
     tokio::select! {
         biased;
@@ -118,6 +134,11 @@ async fn server_first(
         () = established.server_spoke() => First::Server(Box::new(established)),
         _ = pod.ended() => First::Neither,
     }
+}
+
+fn refused(downstream: &TcpStream) -> First {
+    reset_on_close(downstream);
+    First::Neither
 }
 
 /// What there is to find out.

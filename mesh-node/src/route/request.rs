@@ -82,6 +82,8 @@ pub enum BadPath {
     Fragment,
     /// It is not an absolute path, or climbs above the root.
     NotAbsolute,
+    /// Decoding it may make something that can be decoded again: what it means would depend on how often that is done.
+    Ambiguous,
 }
 
 /// Normalises a path as RFC 3986 sections 5.2.4 and 6.2.2 do and Istio asks of Envoy by default: dot segments removed,
@@ -116,7 +118,17 @@ pub fn normalise_path(path: &str) -> Result<Option<String>, BadPath> {
         }
     }
     let normal = format!("/{}", out.join("/"));
+    if normal != path && has_stray_percent(path) {
+        return Err(BadPath::Ambiguous);
+    }
     Ok((normal != path).then_some(normal))
+}
+
+/// Whether there is a percent sign that begins no escape: with what is decoded after it, it might.
+fn has_stray_percent(path: &str) -> bool {
+    let bytes = path.as_bytes();
+    let is_hex = |i: usize| bytes.get(i).is_some_and(u8::is_ascii_hexdigit);
+    bytes.iter().enumerate().any(|(i, b)| *b == b'%' && !(is_hex(i + 1) && is_hex(i + 2)))
 }
 
 fn decode_unreserved(path: &str) -> String {
@@ -165,6 +177,8 @@ mod tests {
             ("/a\\b", Ok(Some("/a/b"))),
             ("/a%zz", Ok(None)),
             ("/a%", Ok(None)),
+            ("/a%%325e", Err(BadPath::Ambiguous)),
+            ("/%252e%252e/b", Ok(None)),
             ("/direct/y#frag", Err(BadPath::Fragment)),
             ("relative", Err(BadPath::NotAbsolute)),
         ];

@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    body::{Broken, Closed, FrameSource, RequestBody, Responder, ResponseHead, pump},
+    body::{Broken, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead, drain, fill, pump},
     h2::{H2Sink, wire_request},
     upload::Upload,
     upstream::{Failed, NoUpstream, UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
@@ -127,9 +127,11 @@ pub async fn attempt<B: RequestBody, R: Responder>(
                 },
                 up = deadlines.passed() => return Attempt::TimeUp(up),
                 error = responder.gone(), if R::RESETS_APART => return gone(&error),
-                closed = upload.closed(), if received && !half_closed => match closed {
-                    Closed::Half => half_closed = true,
-                    Closed::Gone(error) => return gone(&error),
+                waiting = waiting(upload, received), if !half_closed => match waiting {
+                    Event::Closed(Closed::Half) => half_closed = true,
+                    Event::Closed(Closed::Gone(error)) => return gone(&error),
+                    Event::Uploaded(Err(Broken::Source(error))) => return broken_request(&error),
+                    _ => {}
                 },
             }
         }
@@ -207,6 +209,8 @@ enum Event {
     Cut,
     TimeUp(TimeUp),
     Uploaded(Result<(), Broken>),
+    /// The whole request has been read; the rest of it is being written.
+    Received,
     Closed(Closed),
     Head(Result<WireResponse, Failed>),
     Downloaded(Result<(), Broken>),
@@ -230,7 +234,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 head = self.source.head(&self.plan.head.method) => Event::Head(head),
                 _ = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
-                event = up(self.upload, &mut self.sink, uploaded), if watch || !uploaded && !no_more_up => event,
+                event = up(self.upload, &mut self.sink, uploaded, self.half_closed), if watch || !uploaded && !no_more_up => event,
                 error = self.responder.gone(), if R::RESETS_APART => Event::Gone(error),
             };
             match event {
@@ -240,6 +244,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                     {
                         return gone(&error);
                     }
+                }
+                // Nobody asked for another protocol.
+                Event::Head(Ok(head)) if head.status == StatusCode::SWITCHING_PROTOCOLS && self.plan.upgrade.is_none() => {
+                    return Attempt::Failed(Failed::new(Reset::ProtocolError));
                 }
                 Event::Head(Ok(head)) => break head,
                 Event::Head(Err(failed)) => return Attempt::Failed(failed),
@@ -259,7 +267,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 }
                 Event::Closed(Closed::Half) => self.half_close().await,
                 Event::Closed(Closed::Gone(error)) | Event::Gone(error) => return gone(&error),
-                Event::Downloaded(_) => {}
+                Event::Downloaded(_) | Event::Received => {}
             }
         };
         self.deadlines.attempt = None;
@@ -305,6 +313,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             self.sink.become_raw();
             self.source.become_raw();
             uploaded = false;
+            // What is said now has no end that a timeout could be for.
+            *self.deadlines = Deadlines::default();
         }
         let (mut downloaded, mut upstream_first) = (false, false);
         loop {
@@ -318,7 +328,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 done = pump(&mut self.source, self.responder), if !downloaded => Event::Downloaded(done),
                 _ = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
-                event = up(self.upload, &mut self.sink, uploaded), if watch || !uploaded && !no_more_up => event,
+                event = up(self.upload, &mut self.sink, uploaded, self.half_closed), if watch || !uploaded && !no_more_up => event,
             };
             match event {
                 Event::Downloaded(Ok(())) => {
@@ -338,15 +348,39 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::Uploaded(Ok(())) => uploaded = true,
                 Event::Uploaded(Err(Broken::Sink(_))) => no_more_up = true,
                 Event::Closed(Closed::Half) => self.half_close().await,
-                Event::Head(_) => {}
+                Event::Head(_) | Event::Received => {}
             }
         }
     }
 }
 
 /// Sends the body on, or, when that is done, waits for the client to close.
-async fn up<B: RequestBody>(upload: &mut Upload<'_, B>, sink: &mut UpSink<'_>, uploaded: bool) -> Event {
-    if uploaded { Event::Closed(upload.closed().await) } else { Event::Uploaded(pump(upload, sink).await) }
+async fn up<B: RequestBody>(upload: &mut Upload<'_, B>, sink: &mut UpSink<'_>, uploaded: bool, half_closed: bool) -> Event {
+    if uploaded {
+        return Event::Closed(upload.closed().await);
+    }
+    if !sink.has_ended() {
+        return match fill(upload, sink).await {
+            Ok(()) => Event::Received,
+            Err(broken) => Event::Uploaded(Err(broken)),
+        };
+    }
+    tokio::select! {
+        biased;
+        drained = drain(sink) => Event::Uploaded(drained.map_err(Broken::Sink)),
+        closed = upload.closed(), if !half_closed => Event::Closed(closed),
+    }
+}
+
+/// What a client does while there is no connection for its request.
+async fn waiting<B: RequestBody>(upload: &mut Upload<'_, B>, received: bool) -> Event {
+    if received {
+        return Event::Closed(upload.closed().await);
+    }
+    match upload.read_ahead().await {
+        Ok(()) => Event::Received,
+        Err(error) => Event::Uploaded(Err(Broken::Source(error))),
+    }
 }
 
 fn broken_request(error: &super::body::BodyError) -> Attempt {

@@ -57,6 +57,11 @@ pub trait FrameSink: Send {
     fn is_flushed(&self) -> bool;
 
     fn flush(&mut self) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Completes when the other end wants no more, if only the sink is told of that.
+    fn broken(&mut self) -> impl Future<Output = io::Error> + Send {
+        std::future::pending()
+    }
 }
 
 /// Which side of a pump failed.
@@ -68,6 +73,20 @@ pub enum Broken {
 
 /// Moves frames until the source has ended and everything is written. A sink that takes nothing stops the source.
 pub async fn pump(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> Result<(), Broken> {
+    fill(source, sink).await?;
+    drain(sink).await.map_err(Broken::Sink)
+}
+
+/// Writes what has been pushed.
+pub async fn drain(sink: &mut impl FrameSink) -> io::Result<()> {
+    while !sink.is_flushed() {
+        sink.flush().await?;
+    }
+    Ok(())
+}
+
+/// Moves frames until the source has ended. The last of them may not be written yet.
+pub async fn fill(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> Result<(), Broken> {
     loop {
         if !sink.has_ended() {
             for _ in 0..AT_ONCE {
@@ -78,14 +97,19 @@ pub async fn pump(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> R
                 sink.end();
             }
         }
+        if sink.has_ended() {
+            return Ok(());
+        }
         if !sink.is_flushed() {
             sink.flush().await.map_err(Broken::Sink)?;
             continue;
         }
-        if sink.has_ended() {
-            return Ok(());
-        }
-        match source.frame().await.map_err(Broken::Source)? {
+        let frame = tokio::select! {
+            biased;
+            frame = source.frame() => frame.map_err(Broken::Source)?,
+            error = sink.broken() => return Err(Broken::Sink(error)),
+        };
+        match frame {
             Some(frame) => sink.push(frame),
             None => sink.end(),
         }

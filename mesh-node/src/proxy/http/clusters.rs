@@ -102,6 +102,8 @@ pub struct ClusterState {
     requests: AtomicU32,
     retries: AtomicU32,
     endpoints: Table<SocketAddr, EndpointState>,
+    /// Woken, all of them, when a connection ends: its place is anybody's.
+    pub freed: Notify,
 }
 
 impl ClusterState {
@@ -114,6 +116,7 @@ impl ClusterState {
             requests: AtomicU32::new(0),
             retries: AtomicU32::new(0),
             endpoints: Table::default(),
+            freed: Notify::new(),
         }
     }
 
@@ -253,8 +256,10 @@ impl ConnectionSlot {
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         self.endpoint.connections.fetch_sub(1, Ordering::AcqRel);
-        drop(self.slot.take());
-        self.endpoint.freed.notify_one();
+        let state = self.slot.take().map(|slot| slot.state.clone());
+        if let Some(state) = state {
+            state.freed.notify_waiters();
+        }
     }
 }
 

@@ -21,6 +21,7 @@ use super::{
 use crate::{
     balance::{self, Asker, outlier::Event},
     config::Snapshot,
+    id::ObjectName,
     route::{
         Cluster, Target, Workload,
         matching::Context,
@@ -64,6 +65,8 @@ struct Forward<'s> {
     cors: Option<CorsAnswer>,
     snapshot: &'s Snapshot,
     source: &'s Arc<Workload>,
+    /// The service whose address the client dialled.
+    dialled: &'s ObjectName,
 }
 
 /// What CORS adds to a response.
@@ -84,7 +87,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
         self.record.source = Some(source.clone());
-        let Target::Service { port, .. } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
+        let Target::Service { service, port } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
         if head.method == Method::CONNECT {
@@ -92,7 +95,15 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;
         }
         let Some(table) = &port.routes.http else {
-            let forward = Forward { cluster: port.cluster.clone(), rule: None, destination: None, cors: None, snapshot: &snapshot, source };
+            let forward = Forward {
+                cluster: port.cluster.clone(),
+                rule: None,
+                destination: None,
+                cors: None,
+                snapshot: &snapshot,
+                source,
+                dialled: &service.name,
+            };
             return self.forward(head, forward, None).await;
         };
         let Some(found) = table.find(&head, Context { source, port: port.port }) else {
@@ -122,7 +133,15 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             }
             Action::Forward(all) => {
                 let Some((cluster, destination)) = pick_destination(resolved, all) else { return self.missing(rule).await };
-                let forward = Forward { cluster, rule: Some(rule), destination: Some(destination), cors, snapshot: &snapshot, source };
+                let forward = Forward {
+                    cluster,
+                    rule: Some(rule),
+                    destination: Some(destination),
+                    cors,
+                    snapshot: &snapshot,
+                    source,
+                    dialled: &service.name,
+                };
                 let mirrors = Self::mirrors(resolved);
                 let original = rewrite::request(&mut head, rule, path, Some(destination));
                 self.forward_rewritten(head, forward, original, mirrors).await
@@ -507,7 +526,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     /// The endpoint for an attempt, and what counts it there.
     fn pick(&self) -> Option<(std::net::SocketAddr, Arc<EndpointState>, Option<crate::route::LoadGuard>)> {
         let Forward { cluster, snapshot, source, .. } = self.forward;
-        if cluster.policy.balancer == Balancer::Passthrough {
+        if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *self.forward.dialled {
             let address = self.down.original;
             let load = cluster.endpoints.iter().find(|e| e.address == address).map(|e| e.load.begin());
             return Some((address, self.state.endpoint(address), load));

@@ -109,7 +109,8 @@ impl<'a> Reader<'a> {
 
     /// Whether a whole head has been read.
     pub fn has_head(&self) -> bool {
-        wire::head_end(&self.unread.buffer).is_some()
+        let empty = wire::leading_empty_lines(&self.unread.buffer);
+        wire::head_end(&self.unread.buffer[empty..]).is_some()
     }
 
     /// Waits for the first byte of a head.
@@ -293,6 +294,11 @@ impl<'s, 'a> H1Responder<'s, 'a> {
     /// Whether the connection can be used for another request.
     pub fn keeps_alive(&self) -> bool {
         self.started && self.keep_alive && self.sink.has_ended() && self.sink.is_flushed()
+    }
+
+    /// Whether the client would take the end of the connection for the end of the response, and it is not.
+    pub fn would_look_complete(&self) -> bool {
+        self.started && !self.sink.ended && self.sink.encoder.framing() == Framing::UntilClose
     }
 
     pub fn has_started(&self) -> bool {

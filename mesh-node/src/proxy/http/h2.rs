@@ -71,10 +71,10 @@ impl H2Source {
 
 impl FrameSource for H2Source {
     async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
+        self.release();
         if self.ended {
             return Ok(None);
         }
-        self.release();
         match poll_fn(|cx| self.stream.poll_data(cx)).await {
             Some(Ok(data)) => Ok(Some(self.taken(data))),
             Some(Err(error)) => Err(BodyError::Cut(into_io(error))),
@@ -110,6 +110,7 @@ impl RequestBody for H2Source {
     }
 
     async fn closed(&mut self) -> Closed {
+        self.release();
         // A reset is seen by the responder.
         std::future::pending().await
     }
@@ -138,7 +139,7 @@ impl H2Sink {
     }
 
     /// Completes when the other end has reset the stream.
-    pub async fn broken(&mut self) -> io::Error {
+    async fn reset_by_peer(&mut self) -> io::Error {
         poll_fn(|cx| self.stream.poll_reset(cx)).await.map_or_else(into_io, |reason| into_io(reason.into()))
     }
 
@@ -195,6 +196,10 @@ impl FrameSink for H2Sink {
             self.finished = true;
         }
         Ok(())
+    }
+
+    async fn broken(&mut self) -> io::Error {
+        if self.finished { std::future::pending().await } else { self.reset_by_peer().await }
     }
 }
 
@@ -258,6 +263,13 @@ impl FrameSink for H2Responder {
             None => Ok(()),
         }
     }
+
+    async fn broken(&mut self) -> io::Error {
+        match &mut self.sink {
+            Some(sink) => sink.broken().await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 impl Responder for H2Responder {
@@ -286,7 +298,7 @@ impl Responder for H2Responder {
 
     async fn gone(&mut self) -> io::Error {
         match &mut self.sink {
-            Some(sink) => sink.broken().await,
+            Some(sink) => sink.reset_by_peer().await,
             None => poll_fn(|cx| self.respond.poll_reset(cx)).await.map_or_else(into_io, |reason| into_io(reason.into())),
         }
     }

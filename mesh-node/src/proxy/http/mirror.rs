@@ -12,7 +12,7 @@ use super::{
     clusters::{EndpointState, Limited},
     framing::Frame,
     h2::{H2Sink, wire_request},
-    upload::{MIRROR_BEHIND, Upload},
+    upload::{Copied, MIRROR_BEHIND, Upload},
     upstream::{UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::Framing,
 };
@@ -46,13 +46,17 @@ pub fn start<B: RequestBody>(down: &Downstream<'_>, head: &RequestHead, cluster:
         http2: down.http2,
         cluster,
         head,
-        body: Copied { frames: receiver, framing, length: 0, ended: framing == Framing::Empty },
+        body: CopiedBody { frames: receiver, framing, ended: framing == Framing::Empty },
     };
     tokio::spawn(async move {
         let metrics = mirror.proxy.metrics.clone();
-        match timeout(PATIENCE, mirror.run()).await {
-            Ok(Some(_)) => {}
-            Ok(None) | Err(_) => drop(metrics.mirror_failures.inc()),
+        let pod = mirror.pod.clone();
+        let mirrored = tokio::select! {
+            mirrored = timeout(PATIENCE, mirror.run()) => mirrored.ok().flatten(),
+            _ = pod.ended() => None,
+        };
+        if mirrored.is_none() {
+            metrics.mirror_failures.inc();
         }
     });
 }
@@ -65,35 +69,30 @@ struct Mirror {
     http2: bool,
     cluster: Arc<Cluster>,
     head: RequestHead,
-    body: Copied,
+    body: CopiedBody,
 }
 
 /// The frames of a body, as they are copied.
-struct Copied {
-    frames: mpsc::Receiver<Frame>,
+struct CopiedBody {
+    frames: mpsc::Receiver<Copied>,
     framing: Framing,
-    length: u64,
     ended: bool,
 }
 
-impl FrameSource for Copied {
+impl FrameSource for CopiedBody {
     async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
         if self.ended {
             return Ok(None);
         }
-        let frame = self.frames.recv().await;
-        match &frame {
-            Some(Frame::Data(data)) => self.length += data.len() as u64,
-            Some(Frame::Trailers(_)) => {}
-            None => {
+        match self.frames.recv().await {
+            Some(Copied::Frame(frame)) => Ok(Some(frame)),
+            Some(Copied::End) => {
                 self.ended = true;
-                // Given up for being behind: what was sent must not look complete.
-                if matches!(self.framing, Framing::Length(n) if n != self.length) {
-                    return Err(BodyError::Truncated);
-                }
+                Ok(None)
             }
+            // Given up for being behind, or the client broke off: what was sent must not look complete.
+            None => Err(BodyError::Truncated),
         }
-        Ok(frame)
     }
 
     fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
@@ -149,9 +148,12 @@ impl Mirror {
         match upstream {
             Upstream::H1(mut connection) => {
                 let answered = {
-                    let (mut sink, mut source, _cut) = connection.halves();
+                    let (mut sink, mut source, cut) = connection.halves();
                     sink.begin(&self.head, self.body.framing, None);
-                    converse(&mut self.body, &mut sink, &mut source, &self.head).await
+                    tokio::select! {
+                        answered = converse(&mut self.body, &mut sink, &mut source, &self.head) => answered,
+                        _ = cut => None,
+                    }
                 };
                 let (status, clean) = answered?;
                 if clean {
@@ -171,12 +173,20 @@ impl Mirror {
 }
 
 /// One exchange whose response is forgotten; its status, and whether the connection is clean after it.
-async fn converse(body: &mut Copied, sink: &mut UpSink<'_>, source: &mut UpSource<'_>, head: &RequestHead) -> Option<(StatusCode, bool)> {
+async fn converse(
+    body: &mut CopiedBody,
+    sink: &mut UpSink<'_>,
+    source: &mut UpSource<'_>,
+    head: &RequestHead,
+) -> Option<(StatusCode, bool)> {
     pump(body, sink).await.ok()?;
     loop {
         let answered = source.head(&head.method).await.ok()?;
         if is_interim(answered.status) {
             continue;
+        }
+        if answered.status == StatusCode::SWITCHING_PROTOCOLS {
+            return None;
         }
         let mut nowhere = Nowhere { ended: false };
         pump(source, &mut nowhere).await.ok()?;

@@ -20,6 +20,27 @@ const REPLAY_ALL: usize = 64 * 1024 * 1024;
 /// Frames a mirror may be behind before it is given up.
 pub const MIRROR_BEHIND: usize = 64;
 
+/// Most of a body that is read before there is a connection to send it on, bytes.
+const READ_AHEAD: usize = 64 * 1024;
+/// Data below this is copied to be kept: a slice would hold all that was read with it.
+const COPY_BELOW: usize = 4 * 1024;
+
+/// What keeping a frame costs, bytes.
+fn cost(frame: &Frame) -> usize {
+    let payload = match frame {
+        Frame::Data(data) => data.len(),
+        Frame::Trailers(trailers) => trailers.iter().map(|(n, v)| n.as_str().len() + v.len() + 64).sum(),
+    };
+    payload + size_of::<Frame>()
+}
+
+fn compact(frame: &Frame) -> Frame {
+    match frame {
+        Frame::Data(data) if data.len() < COPY_BELOW => Frame::Data(bytes::Bytes::copy_from_slice(data)),
+        other => other.clone(),
+    }
+}
+
 /// What all requests of the node keep for other attempts, bytes.
 #[derive(Debug, Clone, Default)]
 pub struct Replays(Arc<AtomicUsize>);
@@ -42,7 +63,14 @@ pub struct Upload<'a, B> {
     /// Frames have been sent and not kept: there can be no other attempt.
     lost: bool,
     replays: Replays,
-    mirrors: Vec<mpsc::Sender<Frame>>,
+    mirrors: Vec<mpsc::Sender<Copied>>,
+}
+
+/// What a mirror is sent of a body.
+pub enum Copied {
+    Frame(Frame),
+    /// It is complete. Without this it was cut.
+    End,
 }
 
 impl<'a, B: RequestBody> Upload<'a, B> {
@@ -56,7 +84,7 @@ impl<'a, B: RequestBody> Upload<'a, B> {
     }
 
     /// Copies every frame to a mirror, as long as it keeps up.
-    pub fn copy_to(&mut self, mirror: mpsc::Sender<Frame>) {
+    pub fn copy_to(&mut self, mirror: mpsc::Sender<Copied>) {
         self.mirrors.push(mirror);
     }
 
@@ -98,21 +126,62 @@ impl<'a, B: RequestBody> Upload<'a, B> {
         self.live.become_raw();
     }
 
+    /// Reads on while the request cannot be sent yet, as far as may be kept.
+    pub async fn read_ahead(&mut self) -> Result<(), BodyError> {
+        if self.kept_bytes >= READ_AHEAD || self.live.is_end() {
+            return std::future::pending().await;
+        }
+        match self.live.frame().await? {
+            None => self.finish_mirrors(),
+            Some(frame) => {
+                self.copy(&frame);
+                // Beyond the limit of all bodies it is still the first attempt's to send.
+                self.kept_bytes += self.charge(&frame, true);
+                self.kept.push(compact(&frame));
+            }
+        }
+        Ok(())
+    }
+
+    /// A mirror that is too far behind, or gone, is given up; the request goes on.
+    fn copy(&mut self, frame: &Frame) {
+        self.mirrors.retain(|mirror| mirror.try_send(Copied::Frame(frame.clone())).is_ok());
+    }
+
+    fn finish_mirrors(&mut self) {
+        for mirror in self.mirrors.drain(..) {
+            // One that has no room for its end was too far behind.
+            let _ = mirror.try_send(Copied::End);
+        }
+    }
+
+    /// Counts what keeping a frame costs. Nought when there is no room for it, unless it is forced in.
+    fn charge(&self, frame: &Frame, forced: bool) -> usize {
+        let n = cost(frame);
+        if self.replays.take(n) {
+            return n;
+        }
+        if forced {
+            self.replays.0.fetch_add(n, Ordering::Relaxed);
+            return n;
+        }
+        0
+    }
+
     fn pass(&mut self, frame: Frame) -> Frame {
-        // A mirror that is too far behind, or gone, is given up; the request goes on.
-        self.mirrors.retain(|mirror| mirror.try_send(frame.clone()).is_ok());
-        let n = if let Frame::Data(data) = &frame { data.len() } else { 0 };
-        if self.keeping && (self.kept_bytes + n > REPLAY_EACH || !self.replays.take(n)) {
-            self.keeping = false;
-            self.forget();
-        }
-        if self.keeping {
-            self.kept_bytes += n;
-            self.kept.push(frame.clone());
-            self.at = self.kept.len();
-        } else {
+        self.copy(&frame);
+        let charged = if self.keeping && self.kept_bytes < REPLAY_EACH { self.charge(&frame, false) } else { 0 };
+        if charged == 0 {
+            if self.keeping {
+                self.keeping = false;
+                self.forget();
+            }
             self.lost = true;
+            return frame;
         }
+        self.kept_bytes += charged;
+        self.kept.push(compact(&frame));
+        self.at = self.kept.len();
         frame
     }
 
@@ -132,11 +201,11 @@ impl<B: RequestBody> FrameSource for Upload<'_, B> {
         if let Some(frame) = self.again() {
             return Ok(Some(frame));
         }
-        let frame = self.live.frame().await?;
-        if frame.is_none() {
-            self.mirrors.clear();
+        let frame = self.live.frame().await?.map(|f| self.pass(f));
+        if self.live.is_end() {
+            self.finish_mirrors();
         }
-        Ok(frame.map(|f| self.pass(f)))
+        Ok(frame)
     }
 
     fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
@@ -145,7 +214,7 @@ impl<B: RequestBody> FrameSource for Upload<'_, B> {
         }
         let frame = self.live.buffered()?.map(|f| self.pass(f));
         if self.live.is_end() {
-            self.mirrors.clear();
+            self.finish_mirrors();
         }
         Ok(frame)
     }

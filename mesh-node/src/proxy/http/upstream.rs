@@ -5,7 +5,7 @@ use std::{
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -16,7 +16,10 @@ use std::{
 use bytes::Bytes;
 use h2::{Reason, client::ResponseFuture, client::SendRequest};
 use http::{HeaderValue, Method, StatusCode};
-use tokio::{sync::Notify, time::timeout};
+use tokio::{
+    sync::{Notify, futures::Notified},
+    time::timeout,
+};
 
 use super::{
     body::{BodyError, FrameSink, FrameSource},
@@ -43,6 +46,40 @@ use crate::{
 pub enum NoUpstream {
     Overflow,
     Failed(Failure),
+}
+
+/// Whom a connection leads to: another pod may get the address, and the same may join the mesh or leave it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Peer {
+    uid: WorkloadUid,
+    enrolled: bool,
+}
+
+pin_project_lite::pin_project! {
+    /// Room for a connection, or a connection, may have become free.
+    struct Freed<'a> {
+        #[pin]
+        endpoint: Notified<'a>,
+        #[pin]
+        cluster: Notified<'a>,
+    }
+}
+
+impl Freed<'_> {
+    fn enable(self: Pin<&mut Self>) {
+        let this = self.project();
+        this.endpoint.enable();
+        this.cluster.enable();
+    }
+}
+
+impl Future for Freed<'_> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<()> {
+        let this = self.project();
+        if this.endpoint.poll(cx).is_ready() { std::task::Poll::Ready(()) } else { this.cluster.poll(cx) }
+    }
 }
 
 /// What a request needs from a connection.
@@ -80,8 +117,7 @@ pub struct H1Upstream {
     transport: Transport,
     unread: Unread,
     hold: Option<LocalHold>,
-    /// The pod it leads to: an address may get another.
-    workload: Option<WorkloadUid>,
+    workload: Option<Peer>,
     requests: u32,
     made: Instant,
     idle_since: Instant,
@@ -111,7 +147,8 @@ impl H1Upstream {
 #[derive(Debug)]
 pub struct H2Upstream {
     send: SendRequest<Bytes>,
-    workload: Option<WorkloadUid>,
+    endpoint: Arc<EndpointState>,
+    workload: Option<Peer>,
     streams: AtomicU32,
     requests: AtomicU32,
     closed: AtomicBool,
@@ -167,6 +204,7 @@ impl Drop for StreamGuard {
     fn drop(&mut self) {
         self.0.streams.fetch_sub(1, Ordering::AcqRel);
         self.0.changed.notify_one();
+        self.0.endpoint.freed.notify_one();
     }
 }
 
@@ -186,7 +224,9 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
     let limit = cluster.policy.tcp.max_connections;
     let mut pending = None;
     loop {
-        let freed = endpoint.freed.notified();
+        let mut freed = pin!(wanted.freed());
+        // Registered before anything is looked at, so that nothing that happens after that is missed.
+        freed.as_mut().enable();
         let workload = wanted.workload();
         while let Some(mut idle) = endpoint.idle.pop() {
             if idle.workload == workload && idle.is_usable() {
@@ -203,7 +243,7 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
     }
 }
 
-async fn connect_h1(wanted: &Wanted<'_>, workload: Option<WorkloadUid>, slot: ConnectionSlot) -> Result<Box<H1Upstream>, Failure> {
+async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Box<H1Upstream>, Failure> {
     let (transport, hold) = dial(wanted).await?;
     let (unread, idle_since) = (Unread::default(), Instant::now());
     Ok(Box::new(H1Upstream { transport, unread, hold, workload, requests: 0, made: idle_since, idle_since, _slot: slot }))
@@ -233,56 +273,76 @@ async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Fai
 }
 
 impl Wanted<'_> {
-    /// The pod that has the endpoint's address now.
-    fn workload(&self) -> Option<WorkloadUid> {
-        self.proxy.config.load().workload_by_ip(self.address.ip()).map(|w| w.uid.clone())
+    /// The pod that has the endpoint's address now, and whether it is in the mesh.
+    fn workload(&self) -> Option<Peer> {
+        self.proxy.config.load().workload_by_ip(self.address.ip()).map(|w| Peer { uid: w.uid.clone(), enrolled: w.enrolled })
+    }
+
+    /// Completes when a connection of the endpoint becomes idle, or any of the cluster ends.
+    fn freed(&self) -> Freed<'_> {
+        Freed { endpoint: self.endpoint.freed.notified(), cluster: self.state.freed.notified() }
     }
 }
 
 async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
     let endpoint = wanted.endpoint;
+    let mut pending = None;
     loop {
+        let mut freed = pin!(wanted.freed());
+        freed.as_mut().enable();
         let workload = wanted.workload();
         let find = || endpoint.h2.load().iter().find(|c| c.workload == workload && c.has_room(wanted.cluster)).cloned();
         let connection = if let Some(connection) = find() {
             connection
         } else {
-            let _one_at_a_time = endpoint.dialling.lock().await;
-            match find() {
-                Some(connection) => connection,
-                None => connect_h2(wanted, workload).await?,
+            let one_at_a_time = endpoint.dialling.lock().await;
+            match (find(), ConnectionSlot::begin(wanted.state, endpoint, wanted.cluster.policy.tcp.max_connections)) {
+                (Some(connection), _) => connection,
+                (None, Some(slot)) => connect_h2(wanted, workload, slot).await?,
+                (None, None) => {
+                    drop(one_at_a_time);
+                    if pending.is_none() {
+                        let slot = wanted.state.begin(Limited::Pending, wanted.cluster.policy.http.max_pending);
+                        pending = Some(slot.ok_or(NoUpstream::Overflow)?);
+                    }
+                    freed.await;
+                    continue;
+                }
             }
         };
         let guard = StreamGuard::new(&connection);
         let most = wanted.cluster.policy.http.max_requests_per_connection;
-        if most.is_some_and(|most| connection.requests.fetch_add(1, Ordering::AcqRel) + 1 >= most) {
+        let number = connection.requests.fetch_add(1, Ordering::AcqRel) + 1;
+        if most.is_some_and(|most| number >= most) {
             connection.close();
         }
         // One that ended meanwhile is left for another; a new one that does so is reported by whoever sends on it.
         match connection.send.clone().ready().await {
             Ok(send) => return Ok(Upstream::H2(Box::new(send), guard)),
-            Err(error) if connection.requests.load(Ordering::Acquire) <= 1 => {
-                return Err(NoUpstream::Failed(Failure::Broken(super::h2::into_io(error))));
+            Err(error) => {
+                connection.close();
+                if number == 1 {
+                    return Err(NoUpstream::Failed(Failure::Broken(super::h2::into_io(error))));
+                }
             }
-            Err(_) => connection.close(),
         }
     }
 }
 
-async fn connect_h2(wanted: &Wanted<'_>, workload: Option<WorkloadUid>) -> Result<Arc<H2Upstream>, NoUpstream> {
-    let limit = wanted.cluster.policy.tcp.max_connections;
-    let slot = ConnectionSlot::begin(wanted.state, wanted.endpoint, limit).ok_or(NoUpstream::Overflow)?;
+async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Arc<H2Upstream>, NoUpstream> {
     let (transport, hold) = dial(wanted).await.map_err(NoUpstream::Failed)?;
     let opened = super::h2::connect(transport).await.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
     let connection = Arc::new(H2Upstream {
         send: opened.send,
+        endpoint: wanted.endpoint.clone(),
         workload,
         streams: AtomicU32::new(0),
         requests: AtomicU32::new(0),
         closed: AtomicBool::new(false),
         changed: Notify::new(),
     });
-    tokio::spawn(drive(opened.connection, connection.clone(), hold, slot, wanted.cluster.policy.http.idle_timeout));
+    let source = wanted.pod.clone();
+    tokio::spawn(drive(opened.connection, connection.clone(), (hold, source), slot, wanted.cluster.policy.http.idle_timeout));
     let added = connection.clone();
     wanted.endpoint.h2.rcu(|all| {
         let mut all = all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>();
@@ -296,7 +356,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<WorkloadUid>) -> Resul
 async fn drive(
     mut connection: Box<dyn Future<Output = Result<(), h2::Error>> + Send + Unpin>,
     shared: Arc<H2Upstream>,
-    mut hold: Option<LocalHold>,
+    (mut hold, source): (Option<LocalHold>, Arc<ServedPod>),
     slot: ConnectionSlot,
     idle: Duration,
 ) {
@@ -305,6 +365,7 @@ async fn drive(
             tracing::debug!(target: "proxy", %error, "upstream HTTP/2 connection ended");
         },
         _ = LocalHold::cut(&mut hold) => {}
+        _ = source.ended() => {}
         () = shared.until_unused(idle) => {}
     }
     shared.closed.store(true, Ordering::Release);

@@ -106,8 +106,11 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Malformed> {
     let upgrade = if connection.upgrade { upgrade_of(&headers) } else { None };
     let expects_continue = minor == 1 && headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
     headers.remove(header::EXPECT);
-    let (authority, target) = target_of(&method, target, &mut headers, minor)?;
     let keep_alive = !connection.close && (minor == 1 || connection.keep_alive);
+    let (authority, target) = target_of(&method, target, &mut headers, minor).map_err(|refused| {
+        // What is refused is not read to its end: nothing of it may be taken for another request.
+        Malformed { close: refused.close || framing != Framing::Empty || !keep_alive, ..refused }
+    })?;
     strip_hop_by_hop(&mut headers);
     let head = RequestHead { method, scheme: Scheme::Http, authority, target, headers };
     Ok(WireRequest { head, minor, framing, keep_alive, upgrade, expects_continue })
@@ -353,7 +356,7 @@ pub fn path_and_query(target: &Bytes) -> Result<PathAndQuery, Malformed> {
     let parsed = match normalise_path(path) {
         Ok(None) => PathAndQuery::from_maybe_shared(target.clone()),
         Ok(Some(normal)) => PathAndQuery::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
-        Err(BadPath::Fragment | BadPath::NotAbsolute) => return Err(bad),
+        Err(BadPath::Fragment | BadPath::NotAbsolute | BadPath::Ambiguous) => return Err(bad),
     };
     parsed.map_err(|_| bad)
 }

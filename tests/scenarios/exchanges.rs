@@ -1,0 +1,234 @@
+//! Exchanges that go wrong half-way, or that somebody would like to go wrong: what is left of them, and what the next one on
+//! the same connection sees. In one process, over real sockets.
+
+use std::{net::SocketAddr, time::Duration};
+
+use http::Request;
+use mesh_tests::{
+    engine::{Engine, destination_rule, service, virtual_service},
+    scripted::{self, Seen},
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{sleep, timeout},
+};
+
+const VIP: &str = "10.96.9.1:80";
+
+struct Scene {
+    engine: Engine,
+    vip: SocketAddr,
+    seen: Seen,
+}
+
+async fn scene(rule: Value, policy: Value) -> Scene {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let mut rule = rule;
+    rule["route"] = json!([{"destination": {"host": "web"}}]);
+    let mut documents = service("web", "10.96.9.1", "http", &[up]);
+    documents.extend([virtual_service("web", &json!([rule])), destination_rule("web", &policy)]);
+    Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen }
+}
+
+impl Scene {
+    async fn connect(&self) -> TcpStream {
+        self.engine.connect(self.vip).await.expect("connected")
+    }
+
+    /// Sends, and reads to the end, or until nothing comes for a second. Whether it ended, and how.
+    async fn say(&self, text: &str) -> (String, &'static str) {
+        let mut stream = self.connect().await;
+        stream.write_all(text.as_bytes()).await.expect("written");
+        read(&mut stream).await
+    }
+
+    async fn until_idle(&self) {
+        for _ in 0..300 {
+            if self.engine.proxy.metrics.http_active.get() == 0 {
+                return;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{} requests are still under way", self.engine.proxy.metrics.http_active.get());
+    }
+}
+
+async fn read(stream: &mut TcpStream) -> (String, &'static str) {
+    let mut all = Vec::new();
+    let mut chunk = [0; 4096];
+    let end = loop {
+        match timeout(Duration::from_secs(1), stream.read(&mut chunk)).await {
+            Err(_) => break "open",
+            Ok(Err(_)) => break "RST",
+            Ok(Ok(0)) => break "FIN",
+            Ok(Ok(n)) => all.extend_from_slice(&chunk[..n]),
+        }
+    };
+    (String::from_utf8_lossy(&all).into_owned(), end)
+}
+
+fn post(plan: &str, id: &str, length: usize) -> String {
+    format!("POST /x HTTP/1.1\r\nhost: web\r\nx-plan: {plan}\r\nx-id: {id}\r\ncontent-length: {length}\r\n\r\n")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_with_a_body_is_timed_while_it_waits_for_a_connection() {
+    let limits = json!({"connectionPool": {"tcp": {"maxConnections": 1}}});
+    let scene = scene(json!({"timeout": "0.3s", "retries": {"attempts": 0}}), limits).await;
+    let mut first = scene.connect().await;
+    // Its body never comes: it holds the one connection, and is not timed.
+    first.write_all(post("200", "a", 10).as_bytes()).await.expect("written");
+    sleep(Duration::from_millis(100)).await;
+    let (answer, _) = scene.say(&format!("{}hello", post("200", "b", 5))).await;
+    assert!(answer.starts_with("HTTP/1.1 504") && answer.contains("upstream request timeout"), "{answer}");
+    assert!(scene.seen.of("b").is_empty(), "it never reached the upstream");
+    // A client that goes away while it waits is noticed.
+    let mut third = scene.connect().await;
+    third.write_all(format!("{}hello", post("200", "c", 5)).as_bytes()).await.expect("written");
+    socket2::SockRef::from(&third).set_linger(Some(Duration::ZERO)).expect("set");
+    drop((third, first));
+    scene.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_switched_connection_outlives_the_route_timeout_and_nobody_is_switched_unasked() {
+    let scene = scene(json!({"timeout": "0.3s", "retries": {"attempts": 0}}), json!({})).await;
+    let mut stream = scene.connect().await;
+    let text = "GET /ws HTTP/1.1\r\nhost: web\r\nx-plan: upgrade\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
+    stream.write_all(text.as_bytes()).await.expect("written");
+    let mut head = [0; 34];
+    stream.read_exact(&mut head).await.expect("a head");
+    sleep(Duration::from_millis(500)).await;
+    stream.write_all(b"late").await.expect("written");
+    let (rest, _) = read(&mut stream).await;
+    assert!(rest.ends_with("echo:late"), "{rest}");
+    drop(stream);
+    let (answer, _) = scene
+        .say("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: switch\r\nx-id: s\r\n\r\nGET /second HTTP/1.1\r\nhost: web\r\nx-id: t\r\n\r\n")
+        .await;
+    assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("protocol error"), "{answer}");
+    scene.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_request_is_never_read_on_as_another() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    let hidden = "GET /hidden HTTP/1.1\r\nhost: web\r\nx-id: hidden\r\n\r\n";
+    for text in [
+        format!("OPTIONS * HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{hidden}", hidden.len()),
+        format!("OPTIONS * HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n{hidden}"),
+        format!("POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n{hidden}"),
+        format!("POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{hidden}"),
+        format!("GET /a#b HTTP/1.1\r\nhost: a\r\n\r\n{hidden}"),
+        format!("POST /x HTTP/1.1\r\nhost: a\r\nx-plan: early:200\r\ncontent-length: {}\r\n\r\n{hidden}", hidden.len() + 1),
+    ] {
+        let (answer, end) = scene.say(&text).await;
+        assert!(answer.matches("HTTP/1.1 ").count() == 1 && end != "open", "{text:?}: {answer:?} {end}");
+        assert!(scene.seen.of("hidden").is_empty(), "{text:?}");
+    }
+    // What may be read on is.
+    let (answer, _) = scene.say(&format!("OPTIONS * HTTP/1.1\r\nhost: a\r\n\r\n{hidden}")).await;
+    assert!(answer.matches("HTTP/1.1 ").count() == 2 && scene.seen.of("hidden").len() == 1, "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_truncated_response_never_looks_complete() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    for (version, plan, complete) in [("1.0", "hdrfin", false), ("1.1", "hdrfin", false), ("1.0", "200", true)] {
+        let (answer, end) = scene.say(&format!("GET /x HTTP/{version}\r\nhost: web\r\nx-plan: {plan}\r\nconnection: close\r\n\r\n")).await;
+        let length: usize = answer.lines().find_map(|l| l.strip_prefix("content-length: ")).and_then(|l| l.parse().ok()).unwrap_or(0);
+        let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default().len();
+        assert_eq!(end == "FIN" && body == length, complete, "{version} {plan}: {answer:?} {end}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_of_http_2_that_gives_up_in_the_middle_of_a_response_is_noticed() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    let (send, connection) = h2::client::handshake(scene.connect().await).await.expect("HTTP/2");
+    let driven = tokio::spawn(connection);
+    let request = || Request::get("http://web/x").header("x-plan", "hdrstall").body(()).expect("valid");
+    for abandon in [false, true] {
+        let (response, mut out) = send.clone().ready().await.expect("ready").send_request(request(), true).expect("sent");
+        let mut body = response.await.expect("a response").into_body();
+        assert_eq!(&body.data().await.expect("some").expect("data")[..], b"0123456789");
+        assert!(scene.engine.proxy.metrics.http_active.get() > 0);
+        if abandon {
+            driven.abort();
+        } else {
+            out.send_reset(h2::Reason::CANCEL);
+        }
+        scene.until_idle().await;
+        if abandon {
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_wait_for_a_connection_all_get_one() {
+    let limits = json!({"connectionPool": {"tcp": {"maxConnections": 2}}});
+    let scene = scene(json!({"retries": {"attempts": 0}}), limits).await;
+    let all = (0..40).map(|i| {
+        let text = format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: 200/10\r\nx-id: w{i}\r\nconnection: close\r\n\r\n");
+        async {
+            let text = text;
+            scene.say(&text).await.0
+        }
+    });
+    let mut all = all.map(Box::pin).collect::<Vec<_>>();
+    let answers = timeout(
+        Duration::from_secs(8),
+        std::future::poll_fn(|cx| {
+            use std::{future::Future, task::Poll};
+            let mut failed = None;
+            all.retain_mut(|f| match f.as_mut().poll(cx) {
+                Poll::Ready(answer) => {
+                    if !answer.starts_with("HTTP/1.1 200") {
+                        failed = Some(answer);
+                    }
+                    false
+                }
+                Poll::Pending => true,
+            });
+            match failed {
+                Some(answer) => Poll::Ready(Err(answer)),
+                None if all.is_empty() => Poll::Ready(Ok(())),
+                None => Poll::Pending,
+            }
+        }),
+    );
+    assert_eq!(answers.await, Ok(Ok(())));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upstream_that_says_goaway_is_left_for_a_new_connection() {
+    let seen = Seen::default();
+    let up = scripted::http2("h2up", &seen).await.expect("upstream");
+    let documents = [
+        service("web", "10.96.9.1", "http2", &[up]),
+        vec![virtual_service("web", &json!([{"retries": {"attempts": 0}, "route": [{"destination": {"host": "web"}}]}]))],
+    ]
+    .concat();
+    let engine = Engine::start(&documents).await.expect("engine");
+    let scene = Scene { engine, vip: VIP.parse().expect("valid"), seen };
+    // A stream that stays open keeps the old connection alive.
+    let mut long = scene.connect().await;
+    long.write_all(b"GET /x HTTP/1.1\r\nhost: web\r\nx-plan: 200/3000\r\nx-id: long\r\n\r\n").await.expect("written");
+    sleep(Duration::from_millis(100)).await;
+    let (first, _) = scene.say("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: drain\r\nx-id: d\r\nconnection: close\r\n\r\n").await;
+    assert!(first.starts_with("HTTP/1.1 200"), "{first}");
+    sleep(Duration::from_millis(100)).await;
+    for i in 0..5 {
+        let (answer, _) = scene.say(&format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: n{i}\r\nconnection: close\r\n\r\n")).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{i}: {answer}");
+    }
+    let (rest, _) = {
+        sleep(Duration::from_millis(2500)).await;
+        read(&mut long).await
+    };
+    assert!(rest.starts_with("HTTP/1.1 200"), "the open stream goes on to its end: {rest}");
+}
