@@ -1,11 +1,12 @@
 //! HTTP for captured connections: routing, resilience and traffic shaping where the client is.
 //!
 //! [`wire`] and [`framing`] are the HTTP/1 codec, pure; [`h1`] and [`h2`] the two ends of connections; [`exchange`] is one
-//! request in the order things happen, [`attempt`] one try at it. [`clusters`] holds what a pod has under way, [`upstream`]
+//! request in the order things happen, [`attempts`] its tries and [`attempt`] one of them. [`clusters`] holds what a pod has under way, [`upstream`]
 //! its connections. HTTP/1 is read and written by this module's own code, because what is refused, how a broken response
 //! ends and what may be passed on uncopied are decided there; HTTP/2 frames are the `h2` library's.
 
 mod attempt;
+mod attempts;
 mod body;
 pub mod clusters;
 mod exchange;

@@ -229,3 +229,112 @@ impl<B> Drop for Upload<'_, B> {
         self.replays.0.fetch_sub(self.kept_bytes, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    /// A body of so many frames of a size.
+    struct Frames {
+        left: usize,
+        size: usize,
+    }
+
+    impl FrameSource for Frames {
+        async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
+            self.buffered()
+        }
+
+        fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
+            if self.left == 0 {
+                return Ok(None);
+            }
+            self.left -= 1;
+            Ok(Some(Frame::Data(Bytes::from(vec![b'x'; self.size]))))
+        }
+
+        fn is_end(&self) -> bool {
+            self.left == 0
+        }
+    }
+
+    impl RequestBody for Frames {
+        fn framing(&self) -> Framing {
+            Framing::Chunked
+        }
+
+        async fn closed(&mut self) -> Closed {
+            std::future::pending().await
+        }
+
+        fn become_raw(&mut self) {}
+    }
+
+    async fn all(upload: &mut Upload<'_, Frames>) -> usize {
+        let mut total = 0;
+        while let Some(frame) = upload.frame().await.expect("a frame") {
+            if let Frame::Data(data) = frame {
+                total += data.len();
+            }
+        }
+        total
+    }
+
+    fn used(replays: &Replays) -> usize {
+        replays.0.load(Ordering::Relaxed)
+    }
+
+    #[tokio::test]
+    async fn a_body_is_sent_again_as_long_as_it_could_be_kept() {
+        for (left, size, repeatable) in [(0, 1, true), (10, 1000, true), (63, 16 * 1024, true), (65, 16 * 1024, false), (100_000, 1, false)]
+        {
+            let replays = Replays::default();
+            let mut body = Frames { left, size };
+            let mut upload = Upload::new(&mut body, true, &replays);
+            assert_eq!(all(&mut upload).await, left * size);
+            assert_eq!(upload.can_repeat(), repeatable, "{left} frames of {size}");
+            assert!(used(&replays) <= REPLAY_EACH + 17 * 1024, "what keeping costs is counted: {}", used(&replays));
+            if repeatable {
+                upload.rewind();
+                assert_eq!(all(&mut upload).await, left * size, "the second time");
+                upload.settle();
+            }
+            drop(upload);
+            assert_eq!(used(&replays), 0, "given back");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_read_ahead_is_sent_once_and_given_back() {
+        let replays = Replays::default();
+        for keep in [false, true] {
+            let mut body = Frames { left: 20, size: 16 * 1024 };
+            let mut upload = Upload::new(&mut body, keep, &replays);
+            for _ in 0..3 {
+                upload.read_ahead().await.expect("read");
+            }
+            assert_eq!(all(&mut upload).await, 20 * 16 * 1024);
+            assert_eq!(upload.can_repeat(), keep);
+            drop(upload);
+            assert_eq!(used(&replays), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_mirror_is_told_the_end_only_if_it_was_sent_everything() {
+        for (left, complete) in [(3, true), (MIRROR_BEHIND + 1, false)] {
+            let mut body = Frames { left, size: 10 };
+            let mut upload = Upload::new(&mut body, false, &Replays::default());
+            let (sender, mut receiver) = mpsc::channel(MIRROR_BEHIND);
+            upload.copy_to(sender);
+            assert_eq!(all(&mut upload).await, left * 10, "the request goes on");
+            let mut ended = false;
+            while let Ok(piece) = receiver.try_recv() {
+                ended = matches!(piece, Copied::End);
+            }
+            assert_eq!(ended, complete);
+        }
+    }
+}

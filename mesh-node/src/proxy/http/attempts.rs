@@ -1,0 +1,306 @@
+//! The attempts of one exchange: where each goes, whether another follows and when, and how it all ended.
+
+use std::{borrow::Cow, net::SocketAddr, sync::Arc, time::Duration};
+
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use tokio::time::{Instant, sleep};
+
+use super::{
+    Downstream,
+    attempt::{Answered, Attempt, Deadlines, Plan, TimeUp, Verdict, attempt},
+    body::{RequestBody, Responder},
+    clusters::{ClusterState, EndpointState, Slot},
+    exchange::{End, Forward, cors_headers, decorate, flag_of},
+    headers,
+    record::{Flag, Record},
+    reply::{http_status_of_grpc, reason},
+    upload::Upload,
+    upstream::{Failed, Wanted},
+    wire::Malformed,
+};
+use crate::{
+    balance::{self, Asker, outlier::Event},
+    detect::Protocol,
+    route::{
+        Cluster, LoadGuard,
+        request::{RequestHead, cookie, query_parameter},
+        retry::{Reset, RetryPolicy},
+        traffic::{Balancer, HashKey, Upgrade},
+    },
+};
+
+/// What a request is hashed by.
+#[derive(Debug, Default)]
+pub(super) struct Hashed {
+    hash: Option<u64>,
+    /// A cookie given to a client that had none.
+    cookie: Option<HeaderValue>,
+}
+
+impl Hashed {
+    pub(super) fn of(cluster: &Cluster, head: &RequestHead, down: &Downstream<'_>) -> Self {
+        let Balancer::Hash { key, .. } = &cluster.policy.balancer else { return Self::default() };
+        let plain = |value: Option<&[u8]>| Self { hash: value.map(balance::hash), cookie: None };
+        match key {
+            HashKey::Header(name) => plain(head.headers.get(name).map(HeaderValue::as_bytes)),
+            HashKey::Query(name) => plain(head.query().and_then(|q| query_parameter(q, name)).map(str::as_bytes)),
+            HashKey::SourceIp => plain(Some(down.client.ip().to_string().as_bytes())),
+            HashKey::Cookie { name, path, ttl } => match (cookie(&head.headers, name), ttl) {
+                (Some(value), _) => plain(Some(value.as_bytes())),
+                (None, None) => Self::default(),
+                (None, Some(ttl)) => Self::fresh_cookie(name, path.as_deref(), *ttl),
+            },
+        }
+    }
+
+    fn fresh_cookie(name: &str, path: Option<&str>, ttl: Duration) -> Self {
+        let value = format!("{:016x}", fastrand::u64(..));
+        let age = if ttl.is_zero() { String::new() } else { format!("; Max-Age={}", ttl.as_secs()) };
+        let path = path.map(|p| format!("; Path={p}")).unwrap_or_default();
+        let cookie = HeaderValue::from_str(&format!("{name}=\"{value}\"{age}{path}; HttpOnly")).ok();
+        Self { hash: Some(balance::hash(value.as_bytes())), cookie }
+    }
+}
+
+/// Why no response came, when the answer is up to the proxy.
+#[derive(Debug)]
+pub(super) enum Unanswered {
+    Reset(Failed, bool),
+    NoEndpoint,
+    Denied,
+    TimeUp(TimeUp),
+    Malformed(Malformed),
+}
+
+pub(super) enum Outcome {
+    Ended(End),
+    Failed(Unanswered),
+}
+
+/// The attempts of one exchange.
+pub(super) struct Attempts<'x, 'd, 'b, B, R> {
+    pub(super) down: &'x Downstream<'d>,
+    pub(super) responder: &'x mut R,
+    pub(super) record: &'x mut Record,
+    pub(super) upload: Upload<'b, B>,
+    pub(super) deadlines: Deadlines,
+    pub(super) policy: &'x RetryPolicy,
+    pub(super) timeout: Option<Duration>,
+    pub(super) upgrade: Option<&'x HeaderValue>,
+    pub(super) close: bool,
+    pub(super) state: Arc<ClusterState>,
+    pub(super) forward: &'x Forward<'x>,
+    pub(super) hashed: Hashed,
+    pub(super) tried: Vec<SocketAddr>,
+    pub(super) began: Instant,
+    /// Of the attempt under way, counted from one.
+    pub(super) number: u32,
+    /// Counts the retry under way.
+    pub(super) retry: Option<Slot>,
+}
+
+impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
+    pub(super) async fn run(mut self, mut head: RequestHead) -> Outcome {
+        loop {
+            self.number += 1;
+            let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
+            self.record.attempts = self.number;
+            self.record.endpoint = Some(address);
+            self.upload.rewind();
+            self.deadlines.attempt = None;
+            headers::expect_within(&mut head.headers, self.time_left());
+            let ended = self.attempt(&head, address, &endpoint).await;
+            let again = match ended {
+                Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),
+                Attempt::Abandoned => {
+                    self.record.raise(Flag::DownstreamDisconnect);
+                    self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+                    return Outcome::Ended(End::Broken);
+                }
+                Attempt::Malformed(malformed) => return Outcome::Failed(Unanswered::Malformed(malformed)),
+                Attempt::Denied => return Outcome::Failed(Unanswered::Denied),
+                Attempt::Again => Ok(()),
+                Attempt::TimeUp(TimeUp::Attempt) => Err(Failed::new(Reset::PerTryTimeout)),
+                Attempt::TimeUp(up) => {
+                    self.observe(address, &endpoint, Event::LocalOrigin);
+                    return Outcome::Failed(Unanswered::TimeUp(up));
+                }
+                Attempt::Failed(failed) => Err(failed),
+            };
+            if let Err(failed) = again {
+                if failed.reset != Reset::Overflow {
+                    self.observe(address, &endpoint, Event::LocalOrigin);
+                }
+                if !self.wants_again(self.policy.wants_after_reset(failed.reset)) {
+                    return Outcome::Failed(Unanswered::Reset(failed, self.number > 1));
+                }
+            }
+            if !self.tried.contains(&address) {
+                self.tried.push(address);
+            }
+            if let Some(up) = self.back_off().await {
+                return up;
+            }
+        }
+    }
+
+    /// The endpoint for an attempt, and what counts it there.
+    fn pick(&self) -> Option<(SocketAddr, Arc<EndpointState>, Option<LoadGuard>)> {
+        let Forward { cluster, snapshot, source, .. } = self.forward;
+        if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *self.forward.dialled {
+            let address = self.down.original;
+            let load = cluster.endpoints.iter().find(|e| e.address == address).map(|e| e.load.begin());
+            return Some((address, self.state.endpoint(address), load));
+        }
+        let ejected = self.state.outliers.ejected();
+        let tried: &[_] = if self.policy.ignore_previous_hosts { &self.tried } else { &[] };
+        let asker = Asker {
+            client: self.down.client.ip(),
+            node: &snapshot.mesh.node,
+            locality: &source.locality,
+            labels: &source.labels,
+            dice: fastrand::u64(..),
+            turn: self.state.turn(),
+            hash: self.hashed.hash,
+            tried,
+            elsewhere: self.policy.remote_localities,
+            ejected: &ejected,
+            now: std::time::Instant::now(),
+        };
+        let endpoint = balance::pick(cluster, &asker)?;
+        Some((endpoint.address, self.state.endpoint(endpoint.address), Some(endpoint.load.begin())))
+    }
+
+    fn time_left(&self) -> Option<Duration> {
+        let whole = self.timeout.map(|t| self.deadlines.route.map_or(t, |at| at.saturating_duration_since(Instant::now())));
+        let each = self.policy.per_try_timeout;
+        match (whole, each) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    async fn attempt(&mut self, head: &RequestHead, address: SocketAddr, endpoint: &Arc<EndpointState>) -> Attempt {
+        let (cluster, state) = (&self.forward.cluster, self.state.clone());
+        let http2 = match cluster.policy.http.upgrade {
+            Upgrade::Always => true,
+            Upgrade::Client => self.down.http2,
+            Upgrade::Default if cluster.protocol == Protocol::Detect => self.down.http2,
+            Upgrade::Default => cluster.protocol.is_http2(),
+        };
+        let wanted = Wanted {
+            proxy: self.down.proxy,
+            pod: self.down.pod,
+            client: self.down.client,
+            cluster,
+            state: &state,
+            endpoint,
+            address,
+            http2: http2 && self.upgrade.is_none(),
+        };
+        let plan = Plan { head, upgrade: self.upgrade, policy: self.policy, timeout: self.timeout, close: self.close };
+        let Self { responder, record, upload, deadlines, policy, forward, hashed, began, number, retry, .. } = self;
+        let repeatable = upload.can_repeat();
+        let mut judge = |status: StatusCode, mut headers: HeaderMap| {
+            let grpc = headers.get("grpc-status").map(|s| http_status_of_grpc(s.as_bytes()));
+            state.observe(cluster, address, endpoint, Event::of_status(grpc.unwrap_or(status)));
+            let again = policy.wants_after_response(status, &headers);
+            let again = again && allowed(again, *number, policy, repeatable, &state, cluster, retry, record);
+            if again {
+                return Verdict { again, headers };
+            }
+            record.status = Some(status);
+            record.details = Cow::Borrowed("via_upstream");
+            if status != StatusCode::SWITCHING_PROTOCOLS {
+                let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                headers.insert(headers::SERVICE_TIME.clone(), took.into());
+            }
+            match forward.rule {
+                Some(rule) => decorate(&mut headers, rule, forward.destination, forward.cors.as_ref()),
+                None => cors_headers(&mut headers, forward.cors.as_ref()),
+            }
+            if let Some(cookie) = hashed.cookie.take() {
+                headers.append(header::SET_COOKIE, cookie);
+            }
+            Verdict { again, headers }
+        };
+        attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await
+    }
+
+    /// Whether another attempt is made when one is wanted; says in the record why not.
+    fn wants_again(&mut self, wanted: bool) -> bool {
+        let Self { policy, upload, state, forward, retry, record, number, .. } = self;
+        allowed(wanted, *number, policy, upload.can_repeat(), state, &forward.cluster, retry, record)
+    }
+
+    fn observe(&self, address: SocketAddr, endpoint: &EndpointState, event: Event) {
+        self.state.observe(&self.forward.cluster, address, endpoint, event);
+    }
+
+    /// Waits before the next attempt, unless time is up or the client gone first.
+    async fn back_off(&mut self) -> Option<Outcome> {
+        let wait = sleep(self.policy.backoff(self.number, fastrand::u32(..)));
+        self.deadlines.attempt = None;
+        tokio::select! {
+            biased;
+            up = self.deadlines.passed() => Some(Outcome::Failed(Unanswered::TimeUp(up))),
+            _ = self.responder.gone() => {
+                self.record.raise(Flag::DownstreamDisconnect);
+                self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+                Some(Outcome::Ended(End::Broken))
+            }
+            () = wait => None,
+        }
+    }
+
+    fn answered(&mut self, answered: &Answered) -> End {
+        match answered {
+            Answered::Whole => return if self.upload.is_received() { End::Complete } else { End::Broken },
+            Answered::Truncated(reset) => {
+                self.record.raise(flag_of(*reset));
+                let words = reason(*reset).replace(' ', "_");
+                self.record.details = format!("upstream_reset_after_response_started{{{words}}}").into();
+            }
+            Answered::TimeUp(TimeUp::Client) => self.record.details = Cow::Borrowed("max_duration_timeout"),
+            Answered::TimeUp(_) => {
+                self.record.raise(Flag::UpstreamTimeout);
+                self.record.details = Cow::Borrowed("response_timeout");
+            }
+            Answered::Abandoned => {
+                self.record.raise(Flag::DownstreamDisconnect);
+                self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+            }
+        }
+        End::Broken
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "called from inside and outside a closure that holds the parts apart")]
+fn allowed(
+    wanted: bool,
+    number: u32,
+    policy: &RetryPolicy,
+    repeatable: bool,
+    state: &Arc<ClusterState>,
+    cluster: &Cluster,
+    retry: &mut Option<Slot>,
+    record: &mut Record,
+) -> bool {
+    if !wanted || policy.attempts == 0 {
+        return false;
+    }
+    if number > policy.attempts {
+        record.raise(Flag::RetriesExhausted);
+        return false;
+    }
+    if !repeatable {
+        return false;
+    }
+    if retry.is_none() {
+        *retry = state.begin_retry(cluster.policy.http.max_retries, cluster.policy.retry_budget.as_ref());
+    }
+    if retry.is_none() {
+        record.raise(Flag::UpstreamOverflow);
+    }
+    retry.is_some()
+}
