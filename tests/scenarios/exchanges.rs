@@ -232,3 +232,105 @@ async fn an_upstream_that_says_goaway_is_left_for_a_new_connection() {
     };
     assert!(rest.starts_with("HTTP/1.1 200"), "the open stream goes on to its end: {rest}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_the_upstream_has_closed_is_not_used_again() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    for i in 0..20 {
+        let text = |plan: &str| format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: {plan}\r\nx-id: {plan}{i}\r\nconnection: close\r\n\r\n");
+        for plan in ["parting", "200"] {
+            let (answer, _) = scene.say(&text(plan)).await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{i}: {answer}");
+        }
+        // What comes of an exchange that was not finished is nobody's.
+        let (early, _) = scene.say(&format!("{}some", post("early:200", &format!("e{i}"), 5000))).await;
+        assert!(early.starts_with("HTTP/1.1 200"), "{early}");
+    }
+}
+
+/// Statuses and flags of requests one after the other.
+async fn sequence(engine: &Engine, vip: SocketAddr, path: &str, plan: &str, n: usize) -> Vec<String> {
+    for i in 0..n {
+        let mut stream = engine.connect(vip).await.expect("connected");
+        let text = format!("GET {path} HTTP/1.1\r\nhost: web\r\nx-plan: {plan}\r\nx-id: {path}{i}\r\nconnection: close\r\n\r\n");
+        stream.write_all(text.as_bytes()).await.expect("written");
+        read(&mut stream).await;
+    }
+    let lines = engine.logged(vip, n).await;
+    lines.iter().map(|l| format!("{} {}", l["response_code"], l["response_flags"])).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endpoints_are_ejected_in_the_recorded_sequences() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port nobody listens on");
+    let ejects = json!({"consecutive5xxErrors": 3, "maxEjectionPercent": 100});
+    let gateway = json!({"consecutive5xxErrors": 100, "consecutiveGatewayErrors": 2, "maxEjectionPercent": 100});
+    let local = json!({"consecutive5xxErrors": 3, "maxEjectionPercent": 100, "splitExternalLocalOriginErrors": true, "consecutiveLocalOriginFailures": 2});
+    let panic = json!({"consecutive5xxErrors": 3, "maxEjectionPercent": 100, "minHealthPercent": 50});
+    let istio = json!({"consecutive5xxErrors": 3});
+    let none = json!({"attempts": 0});
+    let once = json!({"attempts": 1, "retryOn": "5xx"});
+    let cases = [
+        ("od_500", &ejects, &none, up, "500", vec!["500 -", "500 -", "500 -", "503 UH", "503 UH"]),
+        ("od_404", &ejects, &none, up, "404", vec!["404 -"; 6]),
+        ("od_gw2", &gateway, &none, up, "rst", vec!["503 UC", "503 UC", "503 UH", "503 UH"]),
+        ("od_gw", &gateway, &none, up, "502", vec!["502 -", "502 -", "503 UH", "503 UH"]),
+        ("od_gw of 500", &gateway, &none, up, "500", vec!["500 -"; 5]),
+        ("od_retry", &ejects, &once, up, "503", vec!["503 URX", "503 UH", "503 UH"]),
+        ("od_istio", &istio, &none, up, "503", vec!["503 -"; 5]),
+        ("od_cf", &ejects, &none, closed, "200", vec!["503 UF", "503 UF", "503 UF", "503 UH", "503 UH"]),
+        ("od_local", &local, &none, closed, "200", vec!["503 UF", "503 UF", "503 UH", "503 UH"]),
+        ("panic", &panic, &none, up, "503", vec!["503 -"; 6]),
+    ];
+    let vip = |i: usize| SocketAddr::from(([10, 96, 9, u8::try_from(i + 10).expect("few")], 80));
+    let documents = cases.iter().enumerate().flat_map(|(i, (_, outlier, retries, address, ..))| {
+        let name = format!("od-{i}");
+        let mut documents = service(&name, &vip(i).ip().to_string(), "http", &[*address]);
+        documents.push(virtual_service(&name, &json!([{"retries": retries, "route": [{"destination": {"host": name}}]}])));
+        documents.push(destination_rule(&name, &json!({"outlierDetection": outlier})));
+        documents
+    });
+    let engine = Engine::start(&documents.collect::<Vec<_>>()).await.expect("engine");
+    for (i, (case, _, _, _, plan, expected)) in cases.iter().enumerate() {
+        let got = sequence(&engine, vip(i), &format!("/{i}/"), plan, expected.len()).await;
+        assert_eq!(got, *expected, "{case}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mirrors_get_the_recorded_copies() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("upstream"), scripted::http1("up2", &seen).expect("upstream"));
+    let rule = json!({"retries": {"attempts": 0}, "timeout": "0.2s", "route": [{"destination": {"host": "web"}}],
+        "mirrors": [{"destination": {"host": "copy"}}, {"destination": {"host": "copy"}}, {"destination": {"host": "copy"}, "percentage": {"value": 0}}]});
+    let documents = [
+        service("web", "10.96.9.1", "http", &[one]),
+        service("copy", "10.96.9.2", "http", &[two]),
+        vec![virtual_service("web", &json!([rule]))],
+    ]
+    .concat();
+    let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen };
+    for (id, plan, status) in [("m", "200", "200"), ("late", "200/600", "504")] {
+        let (answer, _) =
+            scene.say(&format!("{}hello", post(plan, id, 5)).replace("x-id", "connection: close\r\nx-request-id: r\r\nx-id")).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+        for _ in 0..200 {
+            if scene.seen.of(id).len() == 3 && scene.seen.of(id).iter().all(|a| a.body == 5) {
+                break;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        let attempts = scene.seen.of(id);
+        assert_eq!((attempts.len(), attempts.iter().filter(|a| a.port == two.port()).count()), (3, 2), "{id}: {attempts:?}");
+        for copy in attempts.iter().filter(|a| a.port == two.port()) {
+            let header = |name: &str| copy.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
+            assert_eq!(
+                (header("x-envoy-internal"), header("x-request-id"), header("host"), copy.body),
+                (Some("true"), Some("r"), Some("web"), 5),
+                "{copy:?}"
+            );
+        }
+    }
+}

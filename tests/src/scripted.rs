@@ -2,7 +2,8 @@
 //!
 //! The plan is a request's `x-plan` header, one entry for each attempt (the last repeats): `200`, `503/400` (after 400 ms),
 //! `200+name=value` (with a header), `rst`, `fin`, `garbage`, `hdrrst`, `hdrfin`, `hdrstall` (a head and 10 of 100 bytes,
-//! then that), `early:503` (before the body is read), `upgrade`, `switch` (101 to whoever asks for nothing); over HTTP/2 also `refused`, `rsti`, `goaway` (the connection ends), `drain` (it takes no more). Attempts are
+//! then that), `early:503` (before the body is read), `upgrade`, `switch` (101 to whoever asks for nothing), `parting` (200, and the connection is
+//! closed without a word of it); over HTTP/2 also `refused`, `rsti`, `goaway` (the connection ends), `drain` (it takes no more). Attempts are
 //! told apart by `x-id`. Made of sockets and the h2 library; nothing of mesh-node.
 
 use std::{
@@ -97,6 +98,7 @@ fn serve(name: &str, stream: &TcpStream, connection: u32, port: u16, seen: &Seen
     let partial = "HTTP/1.1 200 OK\r\ncontent-length: 100\r\nx-up: partial\r\n\r\n0123456789";
     match now {
         "rst" | "fin" => {}
+        "parting" => respond(&mut writer, name, "200", number, "")?,
         "garbage" => writer.write_all(b"this is not HTTP\r\n\r\n")?,
         "hdrrst" | "hdrfin" => {
             writer.write_all(partial.as_bytes())?;
