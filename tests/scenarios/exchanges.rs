@@ -241,6 +241,8 @@ async fn a_connection_the_upstream_has_closed_is_not_used_again() {
         for plan in ["parting", "200"] {
             let (answer, _) = scene.say(&text(plan)).await;
             assert!(answer.starts_with("HTTP/1.1 200"), "{i}: {answer}");
+            // A request that crosses the end of its connection on the way is lost, here as with Envoy.
+            sleep(Duration::from_millis(50)).await;
         }
         // What comes of an exchange that was not finished is nobody's.
         let (early, _) = scene.say(&format!("{}some", post("early:200", &format!("e{i}"), 5000))).await;
