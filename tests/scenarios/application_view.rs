@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use mesh_tests::{Bed, NodeOptions, Pod, PodSpec};
+use mesh_tests::{Bed, NodeOptions, Pod, PodSpec, bed::wait_for};
 use serde_json::Value;
 
 /// A client in the mesh, servers on its own and the other node, one of them also outside the mesh, and a client outside.
@@ -213,7 +213,10 @@ fn multipath_tcp_is_captured_as_tcp() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.starts_with("pong"), "{text} {}", String::from_utf8_lossy(&output.stderr));
     assert!(bed.node(0).metric("mesh_capture_events", &["\"captured\""]).expect("metric") > 0.5, "{text}");
-    assert!(bed.node(0).access_log().iter().any(|l| l.contains("dst.hbone_addr") && l.contains("sa/server")));
+    wait_for("the connection in the log", std::time::Duration::from_secs(5), || {
+        Ok(bed.nodes()[0].access_log().iter().any(|l| l.contains("dst.hbone_addr") && l.contains("sa/server")))
+    })
+    .expect("logged");
     println!("{text}");
 }
 

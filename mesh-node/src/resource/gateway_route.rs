@@ -1,7 +1,14 @@
 //! Gateway API's `HTTPRoute` and `GRPCRoute` with Services as parents (mesh routing), and `ReferenceGrant`.
 
+mod document;
+
 use std::{collections::BTreeMap, sync::Arc};
 
+pub(super) use document::Spec;
+use document::{
+    CorsDocument, Filter, GrpcMethod, Match, Method, MirrorDocument, Modifier, Pair, PathModifier, RedirectDocument, Reference, Retry,
+    RewriteDocument, RuleDocument, Typed,
+};
 use http::StatusCode;
 use serde::Deserialize;
 
@@ -35,171 +42,6 @@ pub struct Parent {
     pub name: Arc<str>,
     /// All ports when absent.
     pub port: Option<u16>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-pub(super) struct Spec {
-    parent_refs: Vec<Reference>,
-    hostnames: Vec<String>,
-    use_default_gateways: Option<serde_json::Value>,
-    rules: Option<Vec<RuleDocument>>,
-}
-
-/// A reference to a parent or a backend.
-#[derive(Deserialize, Default, Clone)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Reference {
-    group: Option<String>,
-    kind: Option<String>,
-    name: String,
-    namespace: Option<String>,
-    port: Option<u32>,
-    section_name: Option<String>,
-    weight: Option<u32>,
-    filters: Vec<Filter>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct RuleDocument {
-    name: Option<String>,
-    matches: Vec<Match>,
-    filters: Vec<Filter>,
-    backend_refs: Vec<Reference>,
-    timeouts: Option<Timeouts>,
-    retry: Option<Retry>,
-    session_persistence: Option<serde_json::Value>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Match {
-    path: Option<Typed>,
-    headers: Vec<Typed>,
-    query_params: Vec<Typed>,
-    /// A method's name for HTTP, a service and method for gRPC.
-    method: Option<Method>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Method {
-    Name(String),
-    Grpc(GrpcMethod),
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-struct GrpcMethod {
-    r#type: Option<String>,
-    service: Option<String>,
-    method: Option<String>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-struct Typed {
-    r#type: Option<String>,
-    name: String,
-    value: Option<String>,
-}
-
-#[derive(Deserialize, Default, Clone)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Filter {
-    r#type: String,
-    request_header_modifier: Option<Modifier>,
-    response_header_modifier: Option<Modifier>,
-    request_mirror: Option<MirrorDocument>,
-    request_redirect: Option<RedirectDocument>,
-    url_rewrite: Option<RewriteDocument>,
-    cors: Option<CorsDocument>,
-    extension_ref: Option<serde_json::Value>,
-}
-
-#[derive(Deserialize, Default, Clone)]
-#[serde(deny_unknown_fields, default)]
-struct Modifier {
-    set: Vec<Pair>,
-    add: Vec<Pair>,
-    remove: Vec<String>,
-}
-
-#[derive(Deserialize, Clone)]
-#[serde(deny_unknown_fields)]
-struct Pair {
-    name: String,
-    value: String,
-}
-
-#[derive(Deserialize, Clone)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct MirrorDocument {
-    backend_ref: Reference,
-    #[serde(default)]
-    percent: Option<u32>,
-    #[serde(default)]
-    fraction: Option<Fraction>,
-}
-
-#[derive(Deserialize, Clone, Copy)]
-#[serde(deny_unknown_fields)]
-struct Fraction {
-    numerator: u32,
-    #[serde(default)]
-    denominator: Option<u32>,
-}
-
-#[derive(Deserialize, Default, Clone)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct RedirectDocument {
-    scheme: Option<String>,
-    hostname: Option<String>,
-    path: Option<PathModifier>,
-    port: Option<u32>,
-    status_code: Option<u16>,
-}
-
-#[derive(Deserialize, Default, Clone)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct RewriteDocument {
-    hostname: Option<String>,
-    path: Option<PathModifier>,
-}
-
-#[derive(Deserialize, Default, Clone)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct PathModifier {
-    r#type: String,
-    replace_full_path: Option<String>,
-    replace_prefix_match: Option<String>,
-}
-
-#[derive(Deserialize, Default, Clone)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct CorsDocument {
-    allow_origins: Vec<String>,
-    allow_credentials: Option<bool>,
-    allow_methods: Vec<String>,
-    allow_headers: Vec<String>,
-    expose_headers: Vec<String>,
-    max_age: Option<u64>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Timeouts {
-    request: Option<Time>,
-    backend_request: Option<Time>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-struct Retry {
-    codes: Vec<u16>,
-    attempts: Option<u32>,
-    backoff: Option<Time>,
 }
 
 impl GatewayRoute {
