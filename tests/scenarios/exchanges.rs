@@ -250,6 +250,46 @@ async fn a_connection_the_upstream_has_closed_is_not_used_again() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_are_kept_and_replaced_as_the_policy_says() {
+    for (policy, connections) in [
+        (json!({}), 1),
+        (json!({"connectionPool": {"http": {"maxRequestsPerConnection": 1}}}), 4),
+        (json!({"connectionPool": {"http": {"maxRequestsPerConnection": 2}}}), 2),
+        (json!({"connectionPool": {"tcp": {"maxConnectionDuration": "1ms"}}}), 4),
+    ] {
+        let scene = scene(json!({"retries": {"attempts": 0}}), policy.clone()).await;
+        for _ in 0..4 {
+            scene.say("GET /x HTTP/1.1\r\nhost: web\r\nx-id: k\r\nx-plan: 200/5\r\nconnection: close\r\n\r\n").await;
+        }
+        let mut used = scene.seen.of("k").iter().map(|a| a.connection).collect::<Vec<_>>();
+        used.dedup();
+        assert_eq!(used.len(), connections, "{policy}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_decides_which_version_is_spoken_upstream() {
+    let seen = Seen::default();
+    let (h1, h2) = (scripted::http1("up1", &seen).expect("upstream"), scripted::http2("h2up", &seen).await.expect("upstream"));
+    let pool = |more: Value| json!({"connectionPool": {"http": more}});
+    let cases = [
+        ("http", json!({}), h1, "up1"),
+        ("http2", json!({}), h2, "h2up"),
+        ("grpc", json!({}), h2, "h2up"),
+        ("any", json!({}), h1, "up1"),
+        ("http", pool(json!({"h2UpgradePolicy": "UPGRADE"})), h2, "h2up"),
+        ("http2", pool(json!({"useClientProtocol": true})), h1, "up1"),
+    ];
+    for (i, (port, policy, address, expected)) in cases.into_iter().enumerate() {
+        let documents = [service("web", "10.96.9.1", port, &[address]), vec![destination_rule("web", &policy)]].concat();
+        let scene =
+            Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen: seen.clone() };
+        let (answer, _) = scene.say(&format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: v{i}\r\nconnection: close\r\n\r\n")).await;
+        assert!(answer.contains(&format!("{expected} 200 #1")), "{port} {policy}: {answer}");
+    }
+}
+
 /// Statuses and flags of requests one after the other.
 async fn sequence(engine: &Engine, vip: SocketAddr, path: &str, plan: &str, n: usize) -> Vec<String> {
     for i in 0..n {

@@ -288,6 +288,29 @@ fn routes_change_under_load_without_a_failed_request() {
     assert!(count(&report, "versions", "v1") > 100 && count(&report, "versions", "v2") > 100, "both were used: {report}");
 }
 
+#[test]
+fn a_policy_of_the_destination_is_a_403_to_its_clients_and_live() {
+    for node in [0, 1] {
+        let scene = scene([web("v1", node, &[])]);
+        assert_eq!(count(&scene.get("/x", 10, &[]), "statuses", "200"), 10);
+        // Also over connections that are open and kept.
+        let arguments = ["get", "web:80/x", "1", "2", "--seconds", "3", "--pause-millis", "20"];
+        let mut command = scene.bed.command(&scene.client, &program("web"), &arguments);
+        let load = command.stdout(std::process::Stdio::piped()).spawn().expect("load");
+        std::thread::sleep(Duration::from_secs(1));
+        scene.apply("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec: {action: DENY, rules: [{from: [{source: {principals: ['*/sa/client']}}]}]}\n");
+        std::thread::sleep(Duration::from_millis(500));
+        let report = scene.get("/x", 10, &[]);
+        assert_eq!(count(&report, "statuses", "403"), 10, "node {node}: {report}");
+        let output = load.wait_with_output().expect("ended");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+        assert!(count(&report, "statuses", "200") > 20 && count(&report, "statuses", "403") > 20, "node {node}: {report}");
+        scene.bed.withdraw("rules").expect("withdrawn");
+        scene.bed.settle().expect("settled");
+        assert_eq!(count(&scene.get("/x", 10, &[]), "statuses", "200"), 10);
+    }
+}
+
 /// Bookinfo with the rest of its services, and a client.
 fn bookinfo() -> Scene {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

@@ -94,11 +94,6 @@ impl Live {
 }
 
 impl Registration {
-    /// Whether the connection is to end.
-    pub fn is_cut(&self) -> bool {
-        self.cut.borrow().is_some()
-    }
-
     /// Completes when the connection is to end.
     pub async fn cut(&mut self) -> Cut {
         let cut = self.cut.wait_for(Option::is_some).await.map(|cut| *cut);

@@ -49,10 +49,6 @@ impl ServedPod {
         cut.ok().flatten().unwrap_or(Cut::PodGone)
     }
 
-    pub fn has_ended(&self) -> bool {
-        self.ended.borrow().is_some()
-    }
-
     /// Asks the pod's clients to go elsewhere: their connections end when they can without harm.
     pub fn drain(&self) {
         self.draining.send_replace(true);

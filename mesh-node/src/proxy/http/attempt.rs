@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     hbone::TunnelError,
-    proxy::{Failure, live::Cut},
+    proxy::Failure,
     route::{
         request::RequestHead,
         retry::{Reset, RetryPolicy},
@@ -221,7 +221,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
     async fn run(
         &mut self,
         judge: &mut (impl FnMut(StatusCode, HeaderMap) -> Verdict + Send),
-        cut: impl Future<Output = Cut> + Send,
+        cut: impl Future<Output = ()> + Send,
     ) -> Attempt {
         let mut cut = pin!(cut);
         self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade);
@@ -232,7 +232,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             let event = tokio::select! {
                 biased;
                 head = self.source.head(&self.plan.head.method) => Event::Head(head),
-                _ = &mut cut => Event::Cut,
+                () = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
                 event = up(self.upload, &mut self.sink, uploaded, self.half_closed), if watch || !uploaded && !no_more_up => event,
                 error = self.responder.gone(), if R::RESETS_APART => Event::Gone(error),
@@ -299,7 +299,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         framing: Framing,
         mut uploaded: bool,
         mut no_more_up: bool,
-        mut cut: std::pin::Pin<&mut (impl Future<Output = Cut> + Send)>,
+        mut cut: std::pin::Pin<&mut (impl Future<Output = ()> + Send)>,
     ) -> Answered {
         let switched = status == StatusCode::SWITCHING_PROTOCOLS;
         // A client that was refused another protocol may have begun to speak it.
@@ -326,7 +326,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             let event = tokio::select! {
                 biased;
                 done = pump(&mut self.source, self.responder), if !downloaded => Event::Downloaded(done),
-                _ = &mut cut => Event::Cut,
+                () = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
                 event = up(self.upload, &mut self.sink, uploaded, self.half_closed), if watch || !uploaded && !no_more_up => event,
             };

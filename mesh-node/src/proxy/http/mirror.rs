@@ -152,7 +152,7 @@ impl Mirror {
                     sink.begin(&self.head, self.body.framing, None);
                     tokio::select! {
                         answered = converse(&mut self.body, &mut sink, &mut source, &self.head) => answered,
-                        _ = cut => None,
+                        () = cut => None,
                     }
                 };
                 let (status, clean) = answered?;

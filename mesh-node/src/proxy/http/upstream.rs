@@ -18,6 +18,7 @@ use h2::{Reason, client::ResponseFuture, client::SendRequest};
 use http::{HeaderValue, Method, StatusCode};
 use tokio::{
     sync::{Notify, futures::Notified},
+    task::JoinHandle,
     time::timeout,
 };
 
@@ -34,7 +35,7 @@ use crate::{
     id::WorkloadUid,
     proxy::{
         Failure, Proxy, ServedPod, inbound,
-        live::{Cut, Registration},
+        live::Registration,
         outbound::{self, Dial},
         outcome::Outcome,
     },
@@ -95,19 +96,49 @@ pub struct Wanted<'a> {
 }
 
 /// Something a connection within the node keeps: that it is counted and can be cut on the other pod's side.
+///
+/// A task of its own waits for that, so that exchanges do not have to ask what all connections of the pod share.
 #[derive(Debug)]
 pub struct LocalHold {
-    registration: Registration,
-    pod: Arc<ServedPod>,
+    ended: Arc<Ended>,
+    watcher: JoinHandle<()>,
     _outcome: Outcome,
 }
 
+#[derive(Debug, Default)]
+struct Ended {
+    is: AtomicBool,
+    wake: Notify,
+}
+
 impl LocalHold {
-    async fn cut(hold: &mut Option<Self>) -> Cut {
-        match hold {
-            Some(hold) => inbound::cut(&mut hold.registration, &hold.pod).await,
-            None => std::future::pending().await,
+    fn new(mut registration: Registration, pod: Arc<ServedPod>, outcome: Outcome) -> Self {
+        let ended = Arc::<Ended>::default();
+        let seen = ended.clone();
+        let watcher = tokio::spawn(async move {
+            inbound::cut(&mut registration, &pod).await;
+            seen.is.store(true, Ordering::Release);
+            seen.wake.notify_one();
+        });
+        Self { ended, watcher, _outcome: outcome }
+    }
+
+    fn is_cut(&self) -> bool {
+        self.ended.is.load(Ordering::Acquire)
+    }
+
+    /// Completes when the connection is to end. One at a time waits.
+    async fn cut(hold: Option<&Self>) {
+        let Some(hold) = hold else { return std::future::pending().await };
+        while !hold.is_cut() {
+            hold.ended.wake.notified().await;
         }
+    }
+}
+
+impl Drop for LocalHold {
+    fn drop(&mut self) {
+        self.watcher.abort();
     }
 }
 
@@ -131,15 +162,15 @@ impl H1Upstream {
 
     /// Whether it can be used again.
     pub fn is_usable(&mut self) -> bool {
-        let cut = self.hold.as_ref().is_some_and(|h| h.registration.is_cut() || h.pod.has_ended());
+        let cut = self.hold.as_ref().is_some_and(LocalHold::is_cut);
         !cut && self.unread.buffer.is_empty() && self.transport.is_quiet()
     }
 
     /// Both halves for one exchange, and what ends it from outside.
-    pub fn halves(&mut self) -> (UpSink<'_>, UpSource<'_>, impl Future<Output = Cut> + Send + '_) {
+    pub fn halves(&mut self) -> (UpSink<'_>, UpSource<'_>, impl Future<Output = ()> + Send + '_) {
         let (source, sink) = self.transport.halves();
         let reader = Reader::new(source, &mut self.unread);
-        (UpSink::H1(H1Sink::new(sink)), UpSource::H1(reader), LocalHold::cut(&mut self.hold))
+        (UpSink::H1(H1Sink::new(sink)), UpSource::H1(reader), LocalHold::cut(self.hold.as_ref()))
     }
 }
 
@@ -267,7 +298,7 @@ async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Fai
         outbound::Stream::Local(local) => {
             let (application, registration, pod, mut outcome) = local.into_parts();
             outcome.opened();
-            (Transport::Tcp(application), Some(LocalHold { registration, pod, _outcome: outcome }))
+            (Transport::Tcp(application), Some(LocalHold::new(registration, pod, outcome)))
         }
     })
 }
@@ -356,7 +387,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
 async fn drive(
     mut connection: Box<dyn Future<Output = Result<(), h2::Error>> + Send + Unpin>,
     shared: Arc<H2Upstream>,
-    (mut hold, source): (Option<LocalHold>, Arc<ServedPod>),
+    (hold, source): (Option<LocalHold>, Arc<ServedPod>),
     slot: ConnectionSlot,
     idle: Duration,
 ) {
@@ -364,7 +395,7 @@ async fn drive(
         result = &mut connection => if let Err(error) = result {
             tracing::debug!(target: "proxy", %error, "upstream HTTP/2 connection ended");
         },
-        _ = LocalHold::cut(&mut hold) => {}
+        () = LocalHold::cut(hold.as_ref()) => {}
         _ = source.ended() => {}
         () = shared.until_unused(idle) => {}
     }
