@@ -20,6 +20,8 @@ use serde_json::Value;
 
 /// The manifests, as they are in the repository.
 const BOOKINFO: &str = include_str!("../../corpora/seed/01-bookinfo.yaml");
+const CANARY: &str = include_str!("../../corpora/seed/03-canary-90-10.yaml");
+const BY_HEADER: &str = include_str!("../../corpora/seed/04-route-by-header.yaml");
 const STRICT: &str = include_str!("../../corpora/seed/12-mtls-strict-mesh.yaml");
 /// What the original Bookinfo has beyond the seed manifest.
 const REST: &str = include_str!("../../corpora/bookinfo-details-ratings.yaml");
@@ -154,6 +156,22 @@ fn scenes(bed: &mut Bed) -> Result<()> {
     let policies = bed.nodes()[reviews.node].access_log();
     let denied = policies.iter().rev().find(|l| l.contains("not authorized") || l.contains("not allowed any more"));
     println!("   in node{}'s log: {}", reviews.node + 1, denied.and_then(|l| l.split("error=").nth(1)).unwrap_or("(nothing)"));
+
+    title("7. Routing, applied live: a canary (03-canary-90-10.yaml), then by header (04-route-by-header.yaml)")?;
+    bed.apply("canary", CANARY)?;
+    bed.settle()?;
+    let seen = ask_pages(bed, &client, 3 * REQUESTS)?;
+    println!("   {} pages with 90 % for v1 and 10 % for v2: {}", 3 * REQUESTS, list(&seen));
+    let of = |version: &str| seen.get(version).copied().unwrap_or(0);
+    ensure!(of("reviews v3") == 0 && of("reviews v1") > 2 * of("reviews v2"), "the canary's weights were not kept");
+    // The rule's subsets stay; the routes are replaced.
+    let rule = CANARY.split("---").nth(1).context("the canary's rule")?;
+    bed.apply("canary", &format!("{BY_HEADER}\n---\n{rule}"))?;
+    bed.settle()?;
+    let (jason, other) = (page_for(bed, &client, "productpage", "jason")?, page_of(bed, &client, "productpage")?);
+    let version = |page: &Value| reviews_of(page).unwrap_or_default();
+    println!("   jason sees reviews {}, others see reviews {}", version(&jason), version(&other));
+    ensure!(version(&jason) == "v2" && version(&other) == "v1", "the header did not decide");
     Ok(())
 }
 
@@ -163,9 +181,15 @@ fn verdict(allowed: bool) -> &'static str {
 
 /// One GET over a connection of its own.
 fn page_of(bed: &Bed, from: &Pod, host: &str) -> Result<Value> {
-    let script = "import json,sys,urllib.request as u; print(u.urlopen('http://%s:9080%s' % (sys.argv[1], sys.argv[2]), timeout=10).read().decode())";
+    page_for(bed, from, host, "")
+}
+
+/// The page a user sees; `user` is the value of a header of that name, or empty.
+fn page_for(bed: &Bed, from: &Pod, host: &str, user: &str) -> Result<Value> {
+    let script = "import json,sys,urllib.request as u; h = {'user': sys.argv[3]} if sys.argv[3] else {}; \
+                  print(u.urlopen(u.Request('http://%s:9080%s' % (sys.argv[1], sys.argv[2]), headers=h), timeout=10).read().decode())";
     let path = if host == "productpage" || host.parse::<std::net::IpAddr>().is_err() { "/productpage" } else { "/health" };
-    let output = bed.run(from, &PathBuf::from("/usr/bin/python3"), &["-c", script, host, path])?;
+    let output = bed.run(from, &PathBuf::from("/usr/bin/python3"), &["-c", script, host, path, user])?;
     ensure!(output.status.success(), "no page: {}", String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default());
     Ok(serde_json::from_slice(&output.stdout)?)
 }
@@ -389,7 +413,7 @@ fn explore(bed: Bed) -> Result<()> {
     println!("   ls {}                          manifests, logs, the CA", directory);
     println!("   ip netns list | grep mb{id}                       nodes (n0, n1), pods (p...), the network between (fabric)");
     println!(
-        "   ip netns exec mb{id}-n0 {} status     what node1 thinks (also: pods, workloads, services, certificates, pool, metrics)",
+        "   ip netns exec mb{id}-n0 {} status     what node1 thinks (also: pods, workloads, services, certificates, pool, clusters, metrics)",
         program("meshctl").display()
     );
     println!("   $EDITOR {}/applied/x.yaml            policies written here take effect at once", bed.config().display());
