@@ -326,9 +326,14 @@ async fn tcp_and_tls_connections_are_routed_too() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tcp_connections_are_limited_too() {
+    for end in ["maxConnectionDuration", "idleTimeout"] {
+        limited(&json!({"connectionPool": {"tcp": {"maxConnections": 1, end: "600ms"}}})).await;
+    }
+}
+
+async fn limited(policy: &Value) {
     let a = named("a").await;
-    let policy = json!({"connectionPool": {"tcp": {"maxConnections": 1, "maxConnectionDuration": "600ms"}}});
-    let documents = [service("db", "10.97.0.9", "tcp", &[a]), vec![destination_rule("db", &policy)]].concat();
+    let documents = [service("db", "10.97.0.9", "tcp", &[a]), vec![destination_rule("db", policy)]].concat();
     let engine = Engine::start(&documents).await.expect("engine");
     let mut first = engine.connect(vip(9)).await.expect("connected");
     first.write_all(b"hello").await.expect("written");
