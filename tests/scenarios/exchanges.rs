@@ -269,6 +269,34 @@ async fn connections_are_kept_and_replaced_as_the_policy_says() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_that_could_not_be_kept_is_not_sent_again_without_it() {
+    let scene = scene(json!({"retries": {"attempts": 2, "retryOn": "5xx"}}), json!({})).await;
+    for (id, length, attempts, status) in [("small", 200_000, 2, "200"), ("large", 2_000_000, 1, "503")] {
+        let mut stream = scene.connect().await;
+        stream.write_all(post("503,200", id, length).replace("x-id", "connection: close\r\nx-id").as_bytes()).await.expect("written");
+        stream.write_all(&vec![b'x'; length]).await.expect("written");
+        let (answer, _) = read(&mut stream).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{id}: {answer}");
+        let bodies = scene.seen.of(id).iter().map(|a| a.body).collect::<Vec<_>>();
+        assert_eq!(bodies, vec![length; attempts], "{id}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_closes_its_side_after_a_large_body_has_all_of_it_delivered() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    for i in 0..5 {
+        let mut stream = scene.connect().await;
+        stream.write_all(post("200/50", &format!("h{i}"), 3_000_000).as_bytes()).await.expect("written");
+        stream.write_all(&vec![b'x'; 3_000_000]).await.expect("written");
+        stream.shutdown().await.expect("shut down");
+        let (answer, _) = read(&mut stream).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert_eq!(scene.seen.of(&format!("h{i}"))[0].body, 3_000_000);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_policy_decides_which_version_is_spoken_upstream() {
     let seen = Seen::default();
     let (h1, h2) = (scripted::http1("up1", &seen).expect("upstream"), scripted::http2("h2up", &seen).await.expect("upstream"));

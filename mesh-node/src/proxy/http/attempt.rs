@@ -86,7 +86,7 @@ pub enum Answered {
     Abandoned,
 }
 
-/// What an attempt asks before it passes a response on.
+/// What is answered to a response, asked with whether the request could be sent again.
 pub struct Verdict {
     /// Another attempt is wanted instead.
     pub again: bool,
@@ -111,7 +111,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     upload: &mut Upload<'_, B>,
     responder: &mut R,
     deadlines: &mut Deadlines,
-    judge: &mut (impl FnMut(StatusCode, HeaderMap) -> Verdict + Send),
+    judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
 ) -> Attempt {
     let mut half_closed = false;
     let upstream = {
@@ -220,7 +220,7 @@ enum Event {
 impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
     async fn run(
         &mut self,
-        judge: &mut (impl FnMut(StatusCode, HeaderMap) -> Verdict + Send),
+        judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
         cut: impl Future<Output = ()> + Send,
     ) -> Attempt {
         let mut cut = pin!(cut);
@@ -256,7 +256,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::Uploaded(Ok(())) => {
                     uploaded = true;
                     if self.half_closed {
-                        self.half_close().await;
+                        self.half_close(uploaded).await;
                     }
                 }
                 Event::Uploaded(Err(Broken::Source(error))) => return broken_request(&error),
@@ -265,14 +265,14 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                     tracing::debug!(target: "proxy", %error, "the upstream takes no more of the request");
                     no_more_up = true;
                 }
-                Event::Closed(Closed::Half) => self.half_close().await,
+                Event::Closed(Closed::Half) => self.half_close(uploaded).await,
                 Event::Closed(Closed::Gone(error)) | Event::Gone(error) => return gone(&error),
                 Event::Downloaded(_) | Event::Received => {}
             }
         };
         self.deadlines.attempt = None;
         let WireResponse { status, headers, framing, keep_alive } = response;
-        let verdict = judge(status, headers);
+        let verdict = judge(status, headers, self.upload.can_repeat());
         if verdict.again {
             return Attempt::Again;
         }
@@ -286,9 +286,12 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         if self.upload.is_end() { Framing::Empty } else { self.upload.framing() }
     }
 
-    async fn half_close(&mut self) {
+    /// The client will send no more; passed on as soon as all it sent is.
+    async fn half_close(&mut self, uploaded: bool) {
         self.half_closed = true;
-        self.sink.half_close().await;
+        if uploaded {
+            self.sink.half_close().await;
+        }
     }
 
     /// Passes the response on, and what is left of the request.
@@ -328,7 +331,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 done = pump(&mut self.source, self.responder), if !downloaded => Event::Downloaded(done),
                 () = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
-                event = up(self.upload, &mut self.sink, uploaded, self.half_closed), if watch || !uploaded && !no_more_up => event,
+                event = up(self.upload, &mut self.sink, uploaded, self.half_closed || switched), if watch || !uploaded && !no_more_up => event,
             };
             match event {
                 Event::Downloaded(Ok(())) => {
@@ -345,9 +348,15 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 | Event::Uploaded(Err(Broken::Source(_))) => return Answered::Abandoned,
                 Event::Cut => return Answered::Truncated(Reset::ConnectionTermination),
                 Event::TimeUp(up) => return Answered::TimeUp(up),
-                Event::Uploaded(Ok(())) => uploaded = true,
+                Event::Uploaded(Ok(())) => {
+                    uploaded = true;
+                    // What was switched ends by itself.
+                    if self.half_closed && !switched {
+                        self.half_close(uploaded).await;
+                    }
+                }
                 Event::Uploaded(Err(Broken::Sink(_))) => no_more_up = true,
-                Event::Closed(Closed::Half) => self.half_close().await,
+                Event::Closed(Closed::Half) => self.half_close(uploaded).await,
                 Event::Head(_) | Event::Received => {}
             }
         }

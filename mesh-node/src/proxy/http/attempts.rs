@@ -200,8 +200,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         };
         let plan = Plan { head, upgrade: self.upgrade, policy: self.policy, timeout: self.timeout, close: self.close };
         let Self { responder, record, upload, deadlines, policy, forward, hashed, began, number, retry, .. } = self;
-        let repeatable = upload.can_repeat();
-        let mut judge = |status: StatusCode, mut headers: HeaderMap| {
+        let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
             let grpc = headers.get("grpc-status").map(|s| http_status_of_grpc(s.as_bytes()));
             state.observe(cluster, address, endpoint, Event::of_status(grpc.unwrap_or(status)));
             let again = policy.wants_after_response(status, &headers);

@@ -217,6 +217,8 @@ pub struct EndpointState {
     pub h2: ArcSwap<Vec<Arc<H2Upstream>>>,
     /// Held while an HTTP/2 connection is made, so that a burst makes one.
     pub dialling: tokio::sync::Mutex<()>,
+    /// Such connections that could not be made.
+    pub failed_dials: AtomicU32,
 }
 
 impl EndpointState {

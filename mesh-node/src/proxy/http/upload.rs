@@ -140,6 +140,9 @@ impl<'a, B: RequestBody> Upload<'a, B> {
                 self.kept.push(compact(&frame));
             }
         }
+        if self.live.is_end() {
+            self.finish_mirrors();
+        }
         Ok(())
     }
 

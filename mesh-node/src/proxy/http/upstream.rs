@@ -326,19 +326,28 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
         let connection = if let Some(connection) = find() {
             connection
         } else {
+            let failures = endpoint.failed_dials.load(Ordering::Acquire);
             let one_at_a_time = endpoint.dialling.lock().await;
-            match (find(), ConnectionSlot::begin(wanted.state, endpoint, wanted.cluster.policy.tcp.max_connections)) {
-                (Some(connection), _) => connection,
-                (None, Some(slot)) => connect_h2(wanted, workload, slot).await?,
-                (None, None) => {
-                    drop(one_at_a_time);
-                    if pending.is_none() {
-                        let slot = wanted.state.begin(Limited::Pending, wanted.cluster.policy.http.max_pending);
-                        pending = Some(slot.ok_or(NoUpstream::Overflow)?);
-                    }
-                    freed.await;
-                    continue;
+            if let Some(connection) = find() {
+                connection
+            } else if let Some(slot) = ConnectionSlot::begin(wanted.state, endpoint, wanted.cluster.policy.tcp.max_connections) {
+                // The dial that was waited for has failed: those who waited do not fail one after the other.
+                let alone = endpoint.failed_dials.load(Ordering::Acquire) == failures;
+                let one_at_a_time = alone.then_some(one_at_a_time);
+                let connected = connect_h2(wanted, workload, slot).await;
+                if connected.is_err() {
+                    endpoint.failed_dials.fetch_add(1, Ordering::AcqRel);
                 }
+                drop(one_at_a_time);
+                connected?
+            } else {
+                drop(one_at_a_time);
+                if pending.is_none() {
+                    let slot = wanted.state.begin(Limited::Pending, wanted.cluster.policy.http.max_pending);
+                    pending = Some(slot.ok_or(NoUpstream::Overflow)?);
+                }
+                freed.await;
+                continue;
             }
         };
         let guard = StreamGuard::new(&connection);
