@@ -24,6 +24,6 @@ fuzz_target!(|data: &[u8]| {
     let mesh = Arc::new(MeshSettings::new("n", domain));
     let mut store = Store::default();
     store.apply(Change { origin: Origin(Arc::new(PathBuf::from("f.yaml"))), content });
-    let (snapshot, _) = build(&store, &mesh, &Snapshot::empty(mesh.clone()));
+    let (snapshot, _) = build(&store, &mesh, &Snapshot::empty(mesh.clone()), std::time::Instant::now());
     assert_eq!(snapshot.generation, 1);
 });
