@@ -269,6 +269,43 @@ async fn connections_are_kept_and_replaced_as_the_policy_says() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_of_one_connection_are_as_many_as_the_policy_allows() {
+    let seen = Seen::default();
+    let h2 = scripted::http2("h2up", &seen).await.expect("upstream");
+    for (id, policy, connections) in [("many", json!({}), 1), ("one", json!({"connectionPool": {"http": {"maxConcurrentStreams": 1}}}), 3)]
+    {
+        let documents = [service("web", "10.96.9.1", "http2", &[h2]), vec![destination_rule("web", &policy)]].concat();
+        let scene =
+            Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen: seen.clone() };
+        let text = format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: {id}\r\nx-plan: 200/500\r\nconnection: close\r\n\r\n");
+        let one = async |after: u64| {
+            sleep(Duration::from_millis(after)).await;
+            scene.say(&text).await.0
+        };
+        let (a, b, c) = tokio::join!(one(0), one(50), one(100));
+        assert!([&a, &b, &c].iter().all(|answer| answer.starts_with("HTTP/1.1 200")), "{a} {b} {c}");
+        let mut used = seen.of(id).iter().map(|a| a.connection).collect::<Vec<_>>();
+        used.sort_unstable();
+        used.dedup();
+        assert_eq!(used.len(), connections, "{id}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unused_connection_is_kept_as_long_as_the_policy_says() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({"connectionPool": {"http": {"idleTimeout": "30s"}}})).await;
+    scene.say("GET /x HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await;
+    let clusters = &scene.engine.pod.clusters;
+    let idle = || clusters.all().iter().map(|(_, state)| state.idle()).sum::<usize>();
+    let now = std::time::Instant::now();
+    for (after, kept) in [(0, 1), (20, 1), (31, 0)] {
+        let snapshot = scene.engine.config.load().clone();
+        clusters.tidy(now + Duration::from_secs(after), |id| snapshot.cluster_for("default", id).cloned());
+        assert_eq!(idle(), kept, "after {after} s");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_body_that_could_not_be_kept_is_not_sent_again_without_it() {
     let scene = scene(json!({"retries": {"attempts": 2, "retryOn": "5xx"}}), json!({})).await;
     for (id, length, attempts, status) in [("small", 200_000, 2, "200"), ("large", 2_000_000, 1, "503")] {

@@ -195,14 +195,15 @@ pub async fn http2(name: &'static str, seen: &Seen) -> io::Result<SocketAddr> {
     let address = listener.local_addr()?;
     let seen = seen.clone();
     tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
+        for number_of_connection in 0.. {
+            let Ok((stream, _)) = listener.accept().await else { return };
             let seen = seen.clone();
             tokio::spawn(async move {
                 let Ok(mut connection) = h2::server::handshake(stream).await else { return };
                 while let Some(Ok((request, respond))) = connection.accept().await {
                     let plan = request.headers().get("x-plan").and_then(|p| p.to_str().ok()).unwrap_or("200").to_owned();
                     let id = request.headers().get("x-id").and_then(|p| p.to_str().ok()).unwrap_or("none").to_owned();
-                    let number = seen.add(&id, seen_of(&request, address.port()));
+                    let number = seen.add(&id, seen_of(&request, address.port(), number_of_connection));
                     if entry(&plan, number) == "goaway" {
                         connection.abrupt_shutdown(h2::Reason::NO_ERROR);
                         continue;
@@ -219,13 +220,13 @@ pub async fn http2(name: &'static str, seen: &Seen) -> io::Result<SocketAddr> {
     Ok(address)
 }
 
-fn seen_of(request: &http::Request<h2::RecvStream>, port: u16) -> Attempt {
+fn seen_of(request: &http::Request<h2::RecvStream>, port: u16, connection: u32) -> Attempt {
     let mut headers = vec![(":authority".to_owned(), request.uri().authority().map(ToString::to_string).unwrap_or_default())];
     headers.push((":path".to_owned(), request.uri().path_and_query().map(ToString::to_string).unwrap_or_default()));
     headers.push((":method".to_owned(), request.method().to_string()));
     headers.push((":scheme".to_owned(), request.uri().scheme_str().unwrap_or_default().to_owned()));
     headers.extend(request.headers().iter().map(|(n, v)| (n.to_string(), v.to_str().unwrap_or_default().to_owned())));
-    Attempt { line: String::new(), headers, body: 0, connection: 0, port }
+    Attempt { line: String::new(), headers, body: 0, connection, port }
 }
 
 async fn answer(
