@@ -123,12 +123,31 @@ fn workloads(node: &Node) -> Value {
 }
 
 fn workload(w: &Workload) -> Value {
-    let names = |policies: &[Arc<crate::policy::CompiledPolicy>]| policies.iter().map(|p| p.name.to_string()).collect::<Vec<_>>();
+    let mode = |strict: bool| if strict { "STRICT" } else { "PERMISSIVE" };
+    let ports = w.policy.mtls.ports.iter().map(|(port, strict)| (port.to_string(), json!(mode(*strict))));
     json!({
         "namespace": &*w.name.namespace, "name": &*w.name.name, "uid": w.uid.to_string(), "node": &*w.node,
         "identity": w.identity.to_string(), "addresses": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
-        "mtls": if w.policy.mtls.strict { "STRICT" } else { "PERMISSIVE" },
-        "allow": names(&w.policy.allow), "deny": names(&w.policy.deny), "observe": names(&w.policy.observe),
+        "mtls": mode(w.policy.mtls.strict), "mtlsByPort": ports.collect::<serde_json::Map<_, _>>(),
+        "policies": governing(&w.policy.everywhere),
+        "policiesByPort": w.policy.ports.iter().map(|(port, g)| (port.to_string(), governing(g))).collect::<serde_json::Map<_, _>>(),
+    })
+}
+
+/// What governs a workload, or a port of it.
+fn governing(governing: &crate::policy::Governing) -> Value {
+    let all = &governing.authorization;
+    let names = |rules: &crate::policy::RuleSet| {
+        let mut names = rules.rules().iter().map(|r| r.policy.to_string()).collect::<Vec<_>>();
+        names.dedup();
+        names
+    };
+    json!({
+        "all": all.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "allow": all.allow.as_ref().map(names), "deny": names(&all.deny), "audit": names(&all.audit),
+        "dryRunAllow": all.shadow_allow.as_ref().map(names), "dryRunDeny": names(&all.shadow_deny),
+        "custom": all.custom.iter().map(|(provider, rules)| (provider.to_string(), json!(names(rules)))).collect::<serde_json::Map<_, _>>(),
+        "issuers": governing.authentication.iter().map(|r| r.issuer.to_string()).collect::<Vec<_>>(),
     })
 }
 

@@ -8,6 +8,7 @@ pub mod telemetry;
 // 2 pure decisions
 pub mod balance;
 pub mod detect;
+pub mod jwt;
 pub mod policy;
 pub mod resource;
 pub mod route;
@@ -18,6 +19,7 @@ pub mod tls;
 pub mod capture;
 pub mod hbone;
 pub mod identity;
+pub mod jwks;
 // 5 data path, sources
 pub mod proxy;
 pub mod sources;

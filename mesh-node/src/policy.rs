@@ -1,41 +1,144 @@
-//! Who may reach a workload: mutual TLS mode and L4 authorization, as a pure function of a connection's facts.
+//! Who may reach a workload: mutual TLS mode, tokens of end users and authorization, as pure functions of what is known of a
+//! connection and of a request on it.
 //!
 //! Semantics are Istio's: `PeerAuthentication` in ambient mode (STRICT refuses peers without an identity, DISABLE acts as
-//! PERMISSIVE, narrower scope wins, oldest of a scope wins) and `AuthorizationPolicy` (any matching DENY denies; without
-//! an ALLOW policy everything else is allowed; otherwise some ALLOW must match). Only this module makes a [`Permit`].
+//! PERMISSIVE, narrower scope wins, oldest of a scope wins), `RequestAuthentication`, and `AuthorizationPolicy` (any matching
+//! DENY denies; without an ALLOW policy everything else is allowed; otherwise some ALLOW must match).
+//!
+//! A connection is judged when it comes ([`Governing::connection`]). Where that is not enough, because a policy asks about
+//! requests, every request is ([`Governing::request`]); a connection that carries none is judged without them
+//! ([`Governing::opaque`]): what cannot be known never lets anything through. Only this module makes a [`Permit`].
 
+mod authentication;
 mod compile;
+mod index;
 mod matching;
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
-pub use compile::{CompiledPolicy, TrustDomains, effective_mtls};
+pub use authentication::{Authenticated, Found, Refused, Verified, claim_text, locate, strip};
+pub use compile::{Authorization, CompiledPolicy, TrustDomains, effective_mtls};
+pub use index::RuleSet;
+use matching::{Seen, Truth, View};
 
-use crate::id::SpiffeId;
+use crate::{
+    id::SpiffeId,
+    resource::{paths::PathPattern, request_authentication::JwtRule},
+    route::request::{RequestHead, ambiguous_reading},
+};
 
 /// What is known of a connection that wants in. All of it is verified: the identity by TLS or by the kernel.
 #[derive(Debug, Clone)]
 pub struct Facts {
     pub peer: Option<SpiffeId>,
     /// The client's own address.
-    pub source: std::net::IpAddr,
+    pub source: IpAddr,
     /// The application's address and port.
     pub destination: SocketAddr,
+    /// The kernel vouches that it comes from the pod's own node, outside of any pod: the kubelet and its probes.
+    pub node: bool,
+    /// It is a proxy whose word about its clients' addresses counts.
+    pub proxy: bool,
+    pub sni: Sni,
+}
+
+/// The server name in the application's own TLS.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Sni {
+    /// Not looked at yet.
+    #[default]
+    Unread,
+    Read(Option<Arc<str>>),
+}
+
+impl Facts {
+    /// A connection from another pod, or from outside.
+    pub fn new(peer: Option<SpiffeId>, source: IpAddr, destination: SocketAddr) -> Self {
+        Self { peer, source, destination, node: false, proxy: false, sni: Sni::default() }
+    }
+}
+
+/// What is known of a request on a connection.
+#[derive(Debug)]
+pub struct Request<'a> {
+    pub head: &'a RequestHead,
+    /// From a token that was verified.
+    pub claims: Option<&'a Verified>,
+    /// The end user's address.
+    pub remote: IpAddr,
+    /// How an application may read the path, if not as it is written.
+    reading: Option<String>,
+}
+
+impl<'a> Request<'a> {
+    pub fn new(head: &'a RequestHead, claims: Option<&'a Verified>, remote: IpAddr) -> Self {
+        Self { head, claims, remote, reading: ambiguous_reading(head.path()) }
+    }
+
+    /// The path as a pattern sees it.
+    fn path(&self, pattern: &PathPattern, reading: Reading) -> &str {
+        match (reading, &self.reading) {
+            (Reading::Lenient, Some(other)) if !pattern.is_literal() => other,
+            _ => self.head.path(),
+        }
+    }
+}
+
+/// Which reading of a path. Istio compares the path as written; an application that merges slashes, decodes `%2f` or drops
+/// `;parameters` sees another one, and a policy that only knew the first could be walked around.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    Written,
+    Lenient,
 }
 
 /// Proof that a connection was authorized; dialling the application takes one.
 #[derive(Debug)]
 pub struct Permit(());
 
-/// Why a connection is not let in.
+/// What a connection may do.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Whatever is sent on it.
+    Allowed(Permit),
+    /// Only what is allowed of what is sent on it: it has to be looked into.
+    PerRequest(Permit),
+}
+
+/// Why a connection or request is not let in.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Denial {
     #[error("the peer presented no identity and mutual TLS is STRICT")]
     PlaintextUnderStrict,
     #[error("denied by AuthorizationPolicy {policy}")]
-    DeniedBy { policy: Arc<str> },
+    DeniedBy { policy: Arc<str>, rule: Arc<str> },
     #[error("no AuthorizationPolicy allows it")]
     NotAllowed,
+}
+
+impl Denial {
+    /// `response_code_details`, with the rule named as Istio does.
+    pub fn details(&self) -> String {
+        let rule = match self {
+            Self::PlaintextUnderStrict => "istio_converted_static_strict",
+            Self::DeniedBy { rule, .. } => rule,
+            Self::NotAllowed => "none",
+        };
+        format!("rbac_access_denied_matched_policy[{rule}]")
+    }
+
+    /// The policy that decided, for metrics.
+    pub fn policy(&self) -> &str {
+        match self {
+            Self::PlaintextUnderStrict => "PeerAuthentication",
+            Self::DeniedBy { policy, .. } => policy,
+            Self::NotAllowed => "none",
+        }
+    }
 }
 
 /// Whether plaintext is refused, by application port.
@@ -56,31 +159,147 @@ impl Mtls {
 #[derive(Debug, Clone, Default)]
 pub struct WorkloadPolicy {
     pub mtls: Mtls,
-    pub deny: Vec<Arc<CompiledPolicy>>,
-    pub allow: Vec<Arc<CompiledPolicy>>,
-    /// AUDIT and dry-run policies: evaluated for the log, never enforced.
-    pub observe: Vec<Arc<CompiledPolicy>>,
+    /// What governs ports no policy singles out.
+    pub everywhere: Arc<Governing>,
+    /// Ports that policies are attached to by the service that leads to them.
+    pub ports: BTreeMap<u16, Arc<Governing>>,
+}
+
+/// The policies of one port.
+#[derive(Debug, Clone, Default)]
+pub struct Governing {
+    pub authorization: Arc<Authorization>,
+    pub authentication: Vec<Arc<JwtRule>>,
 }
 
 impl WorkloadPolicy {
-    /// Decides whether a connection with these facts may reach the application.
-    pub fn authorize(&self, facts: &Facts) -> Result<Permit, Denial> {
-        if facts.peer.is_none() && self.mtls.is_strict(facts.destination.port()) {
-            return Err(Denial::PlaintextUnderStrict);
-        }
-        if let Some(policy) = self.deny.iter().find(|p| p.matches(facts)) {
-            return Err(Denial::DeniedBy { policy: policy.name.clone() });
-        }
-        if self.allow.is_empty() || self.allow.iter().any(|p| p.matches(facts)) {
-            return Ok(Permit(()));
-        }
-        Err(Denial::NotAllowed)
+    pub fn at(&self, port: u16) -> &Governing {
+        self.ports.get(&port).unwrap_or(&self.everywhere)
     }
 
-    /// Names of the AUDIT and dry-run policies that match.
-    pub fn observed<'a>(&'a self, facts: &'a Facts) -> impl Iterator<Item = &'a str> {
-        self.observe.iter().filter(|p| p.matches(facts)).map(|p| &*p.name)
+    /// Judges a connection by what is known before anything is read from it.
+    pub fn connection(&self, facts: &Facts) -> Result<Verdict, Denial> {
+        self.plaintext(facts)?;
+        self.at(facts.destination.port()).connection(facts)
     }
+
+    /// Judges a connection that carries no requests.
+    pub fn opaque(&self, facts: &Facts) -> Result<Permit, Denial> {
+        self.plaintext(facts)?;
+        self.at(facts.destination.port()).opaque(facts)
+    }
+
+    /// Judges one request.
+    pub fn request(&self, facts: &Facts, request: &Request<'_>) -> Result<(), Denial> {
+        self.plaintext(facts)?;
+        self.at(facts.destination.port()).request(facts, request)
+    }
+
+    fn plaintext(&self, facts: &Facts) -> Result<(), Denial> {
+        let refused = facts.peer.is_none() && !facts.node && self.mtls.is_strict(facts.destination.port());
+        if refused { Err(Denial::PlaintextUnderStrict) } else { Ok(()) }
+    }
+}
+
+impl Governing {
+    fn connection(&self, facts: &Facts) -> Result<Verdict, Denial> {
+        if facts.node {
+            return Ok(Verdict::Allowed(Permit(())));
+        }
+        let view = View { facts, seen: Seen::Later };
+        let all = &self.authorization;
+        let denied = all.deny.find(&view);
+        if let (Truth::Yes, Some(rule)) = denied {
+            return Err(Denial::DeniedBy { policy: rule.policy.clone(), rule: rule.name.clone() });
+        }
+        let allowed = all.allow.as_ref().map_or(Truth::Yes, |allow| allow.find(&view).0);
+        if allowed == Truth::No {
+            return Err(Denial::NotAllowed);
+        }
+        let asks = denied.0 == Truth::Maybe
+            || allowed == Truth::Maybe
+            || !self.authentication.is_empty()
+            || all.custom.values().any(|rules| rules.find(&view).0 != Truth::No)
+            || [&all.audit, &all.shadow_deny].iter().any(|rules| rules.find(&view).0 == Truth::Maybe)
+            || all.shadow_allow.as_ref().is_some_and(|rules| rules.find(&view).0 == Truth::Maybe);
+        Ok(if asks { Verdict::PerRequest(Permit(())) } else { Verdict::Allowed(Permit(())) })
+    }
+
+    fn opaque(&self, facts: &Facts) -> Result<Permit, Denial> {
+        if facts.node {
+            return Ok(Permit(()));
+        }
+        let view = View { facts, seen: Seen::Never };
+        // Whoever would have to be asked about a request cannot be asked about this.
+        let refusing = self.authorization.custom.values().chain([&self.authorization.deny]);
+        for rules in refusing {
+            if let (Truth::Yes, Some(rule)) = rules.find(&view) {
+                return Err(Denial::DeniedBy { policy: rule.policy.clone(), rule: rule.name.clone() });
+            }
+        }
+        let allowed = self.authorization.allow.as_ref().is_none_or(|allow| allow.find(&view).0 == Truth::Yes);
+        if allowed { Ok(Permit(())) } else { Err(Denial::NotAllowed) }
+    }
+
+    fn request(&self, facts: &Facts, request: &Request<'_>) -> Result<(), Denial> {
+        if facts.node {
+            return Ok(());
+        }
+        let view = View { facts, seen: Seen::Now(request) };
+        if let (Truth::Yes, Some(rule)) = self.authorization.deny.find(&view) {
+            return Err(Denial::DeniedBy { policy: rule.policy.clone(), rule: rule.name.clone() });
+        }
+        let allowed = self.authorization.allow.as_ref().is_none_or(|allow| allow.find(&view).0 == Truth::Yes);
+        if allowed { Ok(()) } else { Err(Denial::NotAllowed) }
+    }
+
+    /// The external authorizers that have to be asked about a request.
+    pub fn authorizers<'a>(&'a self, facts: &'a Facts, request: &'a Request<'a>) -> impl Iterator<Item = (&'a Arc<str>, &'a Arc<str>)> {
+        let view = View { facts, seen: Seen::Now(request) };
+        let asked = self.authorization.custom.iter().filter(|_| !facts.node);
+        asked.filter_map(move |(provider, rules)| match rules.find(&view) {
+            (Truth::Yes, Some(rule)) => Some((provider, &rule.policy)),
+            _ => None,
+        })
+    }
+
+    /// What AUDIT and dry-run policies say, none of which is enforced.
+    pub fn observed(&self, facts: &Facts, request: Option<&Request<'_>>) -> Observed {
+        let all = &self.authorization;
+        if all.audit.is_empty() && all.shadow_deny.is_empty() && all.shadow_allow.is_none() {
+            return Observed::default();
+        }
+        let view = View { facts, seen: request.map_or(Seen::Never, Seen::Now) };
+        let matched = |rules: &RuleSet| match rules.find(&view) {
+            (Truth::Yes, Some(rule)) => Some(rule.policy.clone()),
+            _ => None,
+        };
+        let shadow = match (matched(&all.shadow_deny), &all.shadow_allow) {
+            (Some(policy), _) => Some(Shadow { policy, allowed: false }),
+            (None, Some(allow)) => Some(match matched(allow) {
+                Some(policy) => Shadow { policy, allowed: true },
+                None => Shadow { policy: "none".into(), allowed: false },
+            }),
+            (None, None) => None,
+        };
+        Observed { audited: matched(&all.audit), shadow }
+    }
+}
+
+/// What policies that are not enforced say.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// The AUDIT policy that matches.
+    pub audited: Option<Arc<str>>,
+    /// What would become of it if dry-run policies were in force.
+    pub shadow: Option<Shadow>,
+}
+
+/// A decision that is not enforced, and the policy that made it; `none` when nothing allows it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Shadow {
+    pub policy: Arc<str>,
+    pub allowed: bool,
 }
 
 #[cfg(test)]

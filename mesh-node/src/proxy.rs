@@ -20,7 +20,7 @@ pub use limits::Limits;
 pub use live::Live;
 pub use pods::{Pods, ServedPod};
 
-use crate::{config::Configuration, hbone::Pool, identity::Manager, telemetry::Metrics};
+use crate::{config::Configuration, hbone::Pool, identity::Manager, jwks::Jwks, telemetry::Metrics};
 
 /// How long establishing one connection may take: the TCP connection, and the handshakes on top of it.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -35,11 +35,14 @@ pub struct Proxy {
     pub metrics: Arc<Metrics>,
     pub limits: Limits,
     pub replays: http::Replays,
+    pub jwks: Jwks,
 }
 
 impl Proxy {
     pub fn new(config: Configuration, identity: Manager, metrics: Arc<Metrics>, limits: Limits) -> Arc<Self> {
+        let jwks = Jwks::new(config.clone(), metrics.clone());
         Arc::new(Self {
+            jwks,
             config,
             identity,
             pool: Pool::default(),

@@ -9,9 +9,13 @@ pub mod envelope;
 pub mod fields;
 pub mod gateway_route;
 pub mod kube;
+pub mod mesh_config;
+pub mod paths;
 pub mod peer_authentication;
+pub mod request_authentication;
 pub mod selector;
 pub mod strings;
+pub mod target;
 pub mod virtual_service;
 
 use std::{fmt, sync::Arc, time::SystemTime};
@@ -20,7 +24,9 @@ pub use authorization::AuthorizationPolicy;
 pub use destination_rule::DestinationRule;
 pub use gateway_route::{GatewayRoute, ReferenceGrant};
 pub use kube::{EndpointSlice, Namespace, Node, Pod, Service};
+pub use mesh_config::MeshConfig;
 pub use peer_authentication::PeerAuthentication;
+pub use request_authentication::RequestAuthentication;
 pub use virtual_service::VirtualService;
 
 use crate::id::ObjectName;
@@ -35,6 +41,9 @@ pub enum Kind {
     EndpointSlice,
     PeerAuthentication,
     AuthorizationPolicy,
+    RequestAuthentication,
+    /// The `istio` `ConfigMap`: mesh-wide settings.
+    ConfigMap,
     VirtualService,
     DestinationRule,
     HTTPRoute,
@@ -75,6 +84,8 @@ pub enum Object {
     EndpointSlice(EndpointSlice),
     PeerAuthentication(PeerAuthentication),
     AuthorizationPolicy(AuthorizationPolicy),
+    RequestAuthentication(RequestAuthentication),
+    MeshConfig(MeshConfig),
     VirtualService(Box<VirtualService>),
     DestinationRule(Box<DestinationRule>),
     GatewayRoute(GatewayRoute),

@@ -17,6 +17,7 @@ pub use cluster::{Cluster, ClusterId, Endpoint, Load, LoadGuard};
 pub use table::PortRoutes;
 
 use crate::{
+    detect::Protocol,
     id::{ObjectName, SpiffeId, WorkloadUid},
     policy::WorkloadPolicy,
     resource::selector::Labels,
@@ -37,9 +38,16 @@ pub struct Workload {
     /// Whether its traffic is captured and it takes HBONE.
     pub enrolled: bool,
     pub policy: WorkloadPolicy,
+    /// What its ports carry, as far as services declare it.
+    pub protocols: BTreeMap<u16, Protocol>,
 }
 
 impl Workload {
+    /// What a port of its carries.
+    pub fn protocol(&self, port: u16) -> Protocol {
+        self.protocols.get(&port).copied().unwrap_or_default()
+    }
+
     /// Istio's canonical service name, as far as labels give one.
     pub fn canonical_service(&self) -> Option<&str> {
         let label = |key: &str| self.labels.get(key);

@@ -54,9 +54,25 @@ pub struct HandshakeLabels {
 /// Requests by what became of them. Flags are a closed set.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
+    /// `source`: as the client's node sees it; `destination`: as the server's does, where it looks.
+    pub reporter: &'static str,
     /// 0 when there was no response.
     pub response_code: u16,
     pub response_flags: Flags,
+}
+
+/// What a policy decided, other than to let pass. `none`: no policy allowed it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PolicyLabels {
+    /// `namespace/name`.
+    pub policy: String,
+    /// `denied`, `audited`, `dry_run_allowed` or `dry_run_denied`.
+    pub result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ResultLabels {
+    pub result: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -78,6 +94,9 @@ pub struct Metrics {
     /// The one of `http_requests` that almost all are: found without a lock.
     http_ok: Counter,
     pub http_active: Gauge,
+    pub policy_decisions: Family<PolicyLabels, Counter>,
+    pub jwks_fetches: Family<ResultLabels, Counter>,
+    pub authorizer_calls: Family<ResultLabels, Counter>,
     pub mirror_failures: Counter,
     pub open_connections: Gauge,
     pub hbone_connections: Gauge,
@@ -100,6 +119,9 @@ impl Default for Metrics {
             http_requests: Family::default(),
             http_ok: Counter::default(),
             http_active: Gauge::default(),
+            policy_decisions: Family::default(),
+            jwks_fetches: Family::default(),
+            authorizer_calls: Family::default(),
             mirror_failures: Counter::default(),
             open_connections: Gauge::default(),
             hbone_connections: Gauge::default(),
@@ -108,8 +130,10 @@ impl Default for Metrics {
             config_remarks: Gauge::default(),
             capture_events: Family::default(),
         };
-        metrics.http_ok =
-            metrics.http_requests.get_or_create(&RequestLabels { response_code: 200, response_flags: Flags::default() }).clone();
+        metrics.http_ok = metrics
+            .http_requests
+            .get_or_create(&RequestLabels { reporter: "source", response_code: 200, response_flags: Flags::default() })
+            .clone();
         metrics.register();
         metrics
     }
@@ -127,6 +151,13 @@ impl Metrics {
         r.register("mesh_tls_handshake_failures", "TLS handshakes with mesh peers that failed, by reason", self.handshake_failures.clone());
         r.register("mesh_http_requests", "HTTP requests served for pods of this node, by response", self.http_requests.clone());
         r.register("mesh_http_active_requests", "HTTP requests under way", self.http_active.clone());
+        r.register(
+            "mesh_policy_decisions",
+            "Connections and requests a policy denied, audited or would have decided",
+            self.policy_decisions.clone(),
+        );
+        r.register("mesh_jwks_fetches", "Fetches of token issuers' keys, by result", self.jwks_fetches.clone());
+        r.register("mesh_authorizer_calls", "Questions to external authorizers, by result", self.authorizer_calls.clone());
         r.register("mesh_http_mirror_failures", "Mirrored requests that were given up or failed", self.mirror_failures.clone());
         r.register("mesh_open_connections", "Connections being relayed", self.open_connections.clone());
         r.register("mesh_hbone_inbound_connections", "HBONE connections accepted and open", self.hbone_connections.clone());
@@ -148,12 +179,24 @@ impl Metrics {
     }
 
     /// Counts a request that is over.
-    pub fn request(&self, response_code: u16, response_flags: Flags) {
-        if response_code == 200 && response_flags == Flags::default() {
+    pub fn request(&self, reporter: &'static str, response_code: u16, response_flags: Flags) {
+        if reporter == "source" && response_code == 200 && response_flags == Flags::default() {
             self.http_ok.inc();
         } else {
-            self.http_requests.get_or_create(&RequestLabels { response_code, response_flags }).inc();
+            self.http_requests.get_or_create(&RequestLabels { reporter, response_code, response_flags }).inc();
         }
+    }
+
+    pub fn policy_decision(&self, policy: &str, result: &'static str) {
+        self.policy_decisions.get_or_create(&PolicyLabels { policy: policy.to_owned(), result }).inc();
+    }
+
+    pub fn jwks_fetch(&self, result: &'static str) {
+        self.jwks_fetches.get_or_create(&ResultLabels { result }).inc();
+    }
+
+    pub fn authorizer_call(&self, result: &'static str) {
+        self.authorizer_calls.get_or_create(&ResultLabels { result }).inc();
     }
 
     pub fn handshake_failure(&self, side: &'static str, reason: &'static str) {

@@ -143,6 +143,25 @@ where
     Ok((stream, peer))
 }
 
+/// Shakes hands with a server of the outside world, known by its name and to the system's certificate authorities (or those
+/// in the file `SSL_CERT_FILE` names).
+pub async fn connect_public<T>(host: &str, io: T) -> io::Result<ClientStream<T>>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    // Read anew each time: it is rare, and the authorities may change.
+    let mut roots = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(found.certs);
+    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    TlsConnector::from(Arc::new(config)).connect(name, io).await
+}
+
 /// A peer that offers no protocol at all passes the library's negotiation, but not this.
 fn check_alpn(negotiated: Option<&[u8]>) -> io::Result<()> {
     if negotiated == Some(ALPN) { Ok(()) } else { Err(io::Error::other(rustls::Error::NoApplicationProtocol)) }

@@ -12,9 +12,9 @@ use crate::steps::root;
 /// Modules by layer; see ARCHITECTURE.md.
 const LAYERS: &[(u8, &[&str])] = &[
     (1, &["id", "io", "telemetry"]),
-    (2, &["resource", "detect", "policy", "route", "balance"]),
+    (2, &["jwt", "resource", "detect", "policy", "route", "balance"]),
     (3, &["config", "tls"]),
-    (4, &["identity", "hbone", "capture"]),
+    (4, &["identity", "hbone", "capture", "jwks"]),
     (5, &["proxy", "sources"]),
     (6, &["app", "admin", "cli"]),
 ];
@@ -27,10 +27,11 @@ const OWNED: &[(&str, &[&str])] = &[
     ("aya", &["capture"]),
     ("h2", &["hbone", "proxy"]),
     ("rustls", &["tls", "identity"]),
+    ("aws_lc_rs", &["tls", "jwt"]),
     ("tokio_rustls", &["tls"]),
     ("rcgen", &["identity"]),
-    ("hyper", &["admin"]),
-    ("hyper_util", &["admin"]),
+    ("hyper", &["admin", "jwks"]),
+    ("hyper_util", &["admin", "jwks"]),
     ("netlink_packet_route", &["capture"]),
     ("serde_saphyr", &["sources"]),
 ];

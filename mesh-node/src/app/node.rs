@@ -134,6 +134,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     });
     tokio::spawn(proxy.clone().recheck_policies());
     tokio::spawn(proxy.clone().tidy_pool());
+    tokio::spawn(proxy.jwks.clone().run());
     tokio::spawn(admin::serve(admin, node.clone()));
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
     let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };

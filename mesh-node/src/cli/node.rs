@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     app::{self, NodeSettings},
     capture::{self, CaptureSettings, Discovery, FailMode},
-    config::{EnrolmentLabel, MeshSettings, OutboundPolicy},
+    config::{EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy},
     id::TrustDomain,
     io::netns::Netns,
     policy::TrustDomains,
@@ -93,6 +93,10 @@ struct RunArgs {
     /// Label of namespaces and pods that enrols them [default: istio.io/dataplane-mode=ambient]. A pod's value `none` opts out.
     #[arg(long, env = "MESH_ENROLMENT_LABEL", value_name = "KEY=VALUE")]
     enrolment_label: Option<EnrolmentLabel>,
+    /// Proxy whose `x-forwarded-for` is believed by policies on `remote.ip`: its address, CIDR or principal; may be given several
+    /// times. Nobody's is by default.
+    #[arg(long = "trusted-proxy", env = "MESH_TRUSTED_PROXIES", value_name = "PROXY", value_delimiter = ',')]
+    trusted_proxies: Vec<TrustedProxy>,
     /// Where the admin endpoint (readiness, metrics, meshctl) listens.
     #[arg(long, env = "MESH_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
     admin: SocketAddr,
@@ -142,6 +146,7 @@ impl RunArgs {
                 root_namespace: self.root_namespace.into(),
                 outbound: self.outbound_policy,
                 enrolment: self.enrolment_label.unwrap_or_default(),
+                trusted_proxies: self.trusted_proxies,
             },
             capture: CaptureSettings { cgroup, pins: self.kernel.bpf_dir, fail_mode: self.fail_mode },
             config_dir: self.config_dir,

@@ -1,5 +1,6 @@
 //! From objects to a snapshot: joins pods with namespaces, services with endpoints, and workloads with their policies.
 
+mod policies;
 mod routes;
 mod services;
 
@@ -10,6 +11,8 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use policies::{Attachments, Policies};
+
 use super::{
     settings::MeshSettings,
     snapshot::Snapshot,
@@ -17,13 +20,11 @@ use super::{
 };
 use crate::{
     id::{ObjectName, SpiffeId},
-    policy::{CompiledPolicy, WorkloadPolicy, effective_mtls},
     resource::{
         AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Named, Object, PeerAuthentication, Pod, ReferenceGrant,
-        VirtualService,
-        authorization::Action,
-        kube,
-        selector::{Labels, WorkloadSelector},
+        RequestAuthentication, VirtualService, kube,
+        mesh_config::{Authorizer, Normalization},
+        selector::Labels,
     },
     route::Workload,
 };
@@ -34,10 +35,14 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     for named in store.objects().into_values() {
         builder.take(named);
     }
-    let policies = builder.policies();
     let mut snapshot = Snapshot::empty(mesh.clone());
     snapshot.generation = previous.generation + 1;
-    builder.workloads(&policies, &mut snapshot);
+    let attachments = policies::attachments(&builder);
+    let mut policies = Policies::new(&mut builder);
+    builder.workloads(&mut policies, &attachments, &mut snapshot);
+    snapshot.remote_keys = policies.finish(&mut builder);
+    snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers);
+    snapshot.normalization = builder.parts.normalization;
     services::build(&mut builder, previous, &mut snapshot, now);
     builder.statuses.sort();
     (snapshot, builder.statuses)
@@ -53,6 +58,9 @@ struct Parts<'a> {
     slices: HashMap<(&'a str, &'a str), Vec<&'a EndpointSlice>>,
     peer_authentications: Vec<(&'a Named, &'a PeerAuthentication)>,
     authorizations: Vec<(&'a Named, &'a AuthorizationPolicy)>,
+    request_authentications: Vec<(&'a Named, &'a RequestAuthentication)>,
+    authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
+    normalization: Normalization,
     virtual_services: Vec<(&'a Named, &'a VirtualService)>,
     destination_rules: Vec<(&'a Named, &'a DestinationRule)>,
     gateway_routes: Vec<(&'a Named, &'a GatewayRoute)>,
@@ -65,20 +73,6 @@ struct Builder<'a> {
     statuses: Vec<Status>,
     parts: Parts<'a>,
 }
-
-/// Policies by the scope they apply to.
-#[derive(Default)]
-struct Policies<'a> {
-    mesh_mtls: Option<&'a PeerAuthentication>,
-    namespace_mtls: HashMap<&'a str, &'a PeerAuthentication>,
-    /// Oldest first.
-    workload_mtls: HashMap<&'a str, Vec<&'a PeerAuthentication>>,
-    /// By namespace; those of the root namespace apply everywhere.
-    authorizations: HashMap<&'a str, Vec<Selected<'a>>>,
-}
-
-/// A policy and which workloads it is for; all, without a selector.
-type Selected<'a> = (Option<&'a WorkloadSelector>, Arc<CompiledPolicy>);
 
 impl<'a> Builder<'a> {
     fn take(&mut self, named: &'a Named) {
@@ -94,6 +88,15 @@ impl<'a> Builder<'a> {
             }
             Object::PeerAuthentication(p) => parts.peer_authentications.push((named, p)),
             Object::AuthorizationPolicy(p) => parts.authorizations.push((named, p)),
+            Object::RequestAuthentication(p) => parts.request_authentications.push((named, p)),
+            Object::MeshConfig(m) if named.key.name.namespace == self.mesh.root_namespace => {
+                parts.authorizers = m.authorizers.iter().map(|a| (a.name.clone(), a.clone())).collect();
+                parts.normalization = m.normalization.unwrap_or_default();
+            }
+            Object::MeshConfig(_) => {
+                let message = "metadata.namespace: is not the mesh's root namespace, so it counts for nothing; move it there";
+                self.remark(Severity::Warning, named, message);
+            }
             Object::Node(n) => drop(parts.nodes.insert(&named.key.name.name, n)),
             Object::VirtualService(v) => parts.virtual_services.push((named, v)),
             Object::DestinationRule(d) => parts.destination_rules.push((named, d)),
@@ -112,66 +115,13 @@ impl<'a> Builder<'a> {
         Status { origin, severity, message: format!("{}: {message}", named.key) }
     }
 
-    fn policies(&mut self) -> Policies<'a> {
-        let mut policies = Policies::default();
-        let mut peers = std::mem::take(&mut self.parts.peer_authentications);
-        peers.sort_by_key(|(named, _)| age(named));
-        for (named, policy) in peers {
-            self.peer_authentication(named, policy, &mut policies);
-        }
-        for (named, policy) in std::mem::take(&mut self.parts.authorizations) {
-            self.authorization(named, policy, &mut policies);
-        }
-        policies
-    }
-
-    /// Called oldest first: a scope that is taken already stays as it is.
-    fn peer_authentication(&mut self, named: &'a Named, policy: &'a PeerAuthentication, policies: &mut Policies<'a>) {
-        let namespace: &str = &named.key.name.namespace;
-        let root = namespace == &*self.mesh.root_namespace;
-        if policy.selector.is_some() {
-            if root {
-                let message = "spec.selector: is ignored in the root namespace; move the object to the workload's namespace";
-                return self.remark(Severity::Error, named, message);
-            }
-            return policies.workload_mtls.entry(namespace).or_default().push(policy);
-        }
-        let taken = if root {
-            policies.mesh_mtls.is_some() || policies.mesh_mtls.replace(policy).is_some()
-        } else {
-            match policies.namespace_mtls.entry(namespace) {
-                std::collections::hash_map::Entry::Occupied(_) => true,
-                std::collections::hash_map::Entry::Vacant(v) => {
-                    v.insert(policy);
-                    false
-                }
-            }
-        };
-        if taken {
-            self.remark(Severity::Error, named, "spec: an older PeerAuthentication covers this scope and is used; remove one of them");
-        }
-    }
-
-    fn authorization(&mut self, named: &'a Named, policy: &'a AuthorizationPolicy, policies: &mut Policies<'a>) {
-        let compiled = CompiledPolicy::compile(&named.key.name, policy, &self.mesh.trust_domains);
-        for field in &compiled.http_only {
-            let effect = match compiled.action {
-                Action::Allow => "the rule allows nothing",
-                Action::Deny | Action::Audit => "the rule applies whatever the request is",
-            };
-            let message = format!("{field}: needs HTTP, which this version of mesh-node does not parse; {effect}");
-            self.remark(Severity::Warning, named, &message);
-        }
-        policies.authorizations.entry(&named.key.name.namespace).or_default().push((policy.selector.as_ref(), Arc::new(compiled)));
-    }
-
-    fn workloads(&mut self, policies: &Policies<'_>, snapshot: &mut Snapshot) {
+    fn workloads(&mut self, policies: &mut Policies<'_>, attachments: &Attachments, snapshot: &mut Snapshot) {
         let mut owners: BTreeMap<IpAddr, (&Named, Option<SystemTime>)> = BTreeMap::new();
         for (named, pod) in std::mem::take(&mut self.parts.pods) {
             if pod.finished {
                 continue;
             }
-            let workload = match self.workload(named, pod, policies) {
+            let workload = match self.workload(named, pod, policies, attachments) {
                 Ok(workload) => Arc::new(workload),
                 Err(problem) => {
                     self.remark(Severity::Error, named, &problem);
@@ -214,12 +164,15 @@ impl<'a> Builder<'a> {
         locality
     }
 
-    fn workload(&self, named: &Named, pod: &Pod, policies: &Policies<'_>) -> Result<Workload, String> {
+    fn workload(&self, named: &Named, pod: &Pod, policies: &mut Policies<'_>, attachments: &Attachments) -> Result<Workload, String> {
         let name = &named.key.name;
         let namespace = self.parts.namespaces.get(&*name.namespace).copied();
         let identity = SpiffeId::new(&self.mesh.trust_domains.local, &name.namespace, &pod.service_account)
             .map_err(|e| format!("spec.serviceAccountName: {e}"))?;
+        let ips = if pod.host_network { &[][..] } else { &pod.ips };
+        let attached = ips.iter().filter_map(|ip| attachments.get(ip)).flatten().cloned().collect::<Vec<_>>();
         Ok(Workload {
+            protocols: policies::protocols(&attached),
             uid: pod.uid.clone(),
             name: name.clone(),
             workload_name: pod.workload_name.clone(),
@@ -229,7 +182,7 @@ impl<'a> Builder<'a> {
             locality: self.locality(&pod.node, None),
             ips: pod.ips.clone(),
             enrolled: !pod.host_network && self.mesh.enrolment.enrols(namespace, &pod.labels),
-            policy: policies.of(name, &pod.labels, &self.mesh.root_namespace),
+            policy: policies.of(name, &pod.labels, &self.mesh.root_namespace, &attached),
         })
     }
 }
@@ -237,32 +190,6 @@ impl<'a> Builder<'a> {
 /// Sorts the oldest first; one without a time stamp is as old as can be, names decide among equals.
 fn age(named: &Named) -> (Option<SystemTime>, ObjectName) {
     (named.created, named.key.name.clone())
-}
-
-impl Policies<'_> {
-    fn of(&self, name: &ObjectName, labels: &Labels, root: &str) -> WorkloadPolicy {
-        let namespace: &str = &name.namespace;
-        let selected = |p: &&&PeerAuthentication| p.selector.as_ref().is_some_and(|s| s.matches(labels));
-        let workload = self.workload_mtls.get(namespace).and_then(|all| all.iter().find(selected)).copied();
-        let mut policy = WorkloadPolicy {
-            mtls: effective_mtls(self.mesh_mtls, self.namespace_mtls.get(namespace).copied(), workload),
-            ..WorkloadPolicy::default()
-        };
-        let own = self.authorizations.get(namespace);
-        let mesh = self.authorizations.get(root).filter(|_| namespace != root);
-        for (selector, compiled) in own.into_iter().chain(mesh).flatten() {
-            if selector.is_none_or(|s| s.matches(labels)) {
-                let list = match compiled.action {
-                    _ if compiled.dry_run => &mut policy.observe,
-                    Action::Allow => &mut policy.allow,
-                    Action::Deny => &mut policy.deny,
-                    Action::Audit => &mut policy.observe,
-                };
-                list.push(compiled.clone());
-            }
-        }
-        policy
-    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,14 @@
 //! Mesh-wide settings, the same on every node.
 
-use std::{str::FromStr, sync::Arc};
+use std::{net::IpAddr, str::FromStr, sync::Arc};
 
-use crate::{id::TrustDomain, policy::TrustDomains, resource::selector::Labels};
+use ipnet::IpNet;
+
+use crate::{
+    id::{SpiffeId, TrustDomain},
+    policy::TrustDomains,
+    resource::{selector::Labels, strings::StringMatch},
+};
 
 /// Istio's `outboundTrafficPolicy`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -64,9 +70,49 @@ pub struct MeshSettings {
     pub root_namespace: Arc<str>,
     pub outbound: OutboundPolicy,
     pub enrolment: EnrolmentLabel,
+    /// Proxies whose word about their clients' addresses (`x-forwarded-for`) counts.
+    pub trusted_proxies: Vec<TrustedProxy>,
+}
+
+/// A proxy that is trusted with its clients' addresses: by its own address, or by its identity (`td/ns/x/sa/y`, with Istio's
+/// wildcards).
+#[derive(Debug, Clone, PartialEq)]
+pub enum TrustedProxy {
+    Address(IpNet),
+    Principal(StringMatch),
+}
+
+impl FromStr for TrustedProxy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let single = || text.parse::<IpAddr>().ok().map(IpNet::from);
+        if let Some(net) = text.parse::<IpNet>().ok().or_else(single) {
+            return Ok(Self::Address(net));
+        }
+        if text.contains('/') && !text.contains(':') && text != "*" {
+            return Ok(Self::Principal(StringMatch::parse(text)));
+        }
+        Err(format!(
+            "{text:?} is neither an address, a CIDR such as 10.0.0.0/8, nor a principal such as cluster.local/ns/istio-system/sa/gateway"
+        ))
+    }
 }
 
 impl MeshSettings {
+    /// Whether a peer is a trusted proxy.
+    pub fn is_trusted_proxy(&self, peer: Option<&SpiffeId>, address: IpAddr) -> bool {
+        self.trusted_proxies.iter().any(|proxy| match proxy {
+            TrustedProxy::Address(net) => net.contains(&address.to_canonical()),
+            TrustedProxy::Principal(pattern) => peer.is_some_and(|p| pattern.matches(&p.principal())),
+        })
+    }
+
+    /// Whether an address is one of trusted proxies: what comes before it in a chain is the next hop.
+    pub fn is_trusted_address(&self, address: IpAddr) -> bool {
+        self.is_trusted_proxy(None, address)
+    }
+
     /// Istio's defaults for a node of this name.
     pub fn new(node: &str, trust_domain: TrustDomain) -> Self {
         Self {
@@ -75,6 +121,7 @@ impl MeshSettings {
             root_namespace: "istio-system".into(),
             outbound: OutboundPolicy::default(),
             enrolment: EnrolmentLabel::default(),
+            trusted_proxies: Vec::new(),
         }
     }
 }

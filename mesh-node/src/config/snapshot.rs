@@ -1,7 +1,7 @@
 //! The immutable state of the mesh that one decision is made from.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -9,6 +9,10 @@ use std::{
 use super::settings::MeshSettings;
 use crate::{
     id::{ObjectName, WorkloadUid},
+    resource::{
+        mesh_config::{Authorizer, Normalization},
+        request_authentication::RemoteKeys,
+    },
     route::{Cluster, ClusterId, Service, Target, Workload},
 };
 
@@ -17,6 +21,11 @@ use crate::{
 pub struct Snapshot {
     pub generation: u64,
     pub mesh: Arc<MeshSettings>,
+    /// Key sets the policies need.
+    pub remote_keys: BTreeSet<RemoteKeys>,
+    /// External authorizers by name.
+    pub authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
+    pub normalization: Normalization,
     pub(super) workloads: HashMap<WorkloadUid, Arc<Workload>>,
     pub(super) by_ip: HashMap<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
@@ -33,6 +42,9 @@ impl Snapshot {
         Self {
             generation: 0,
             mesh,
+            remote_keys: BTreeSet::new(),
+            authorizers: HashMap::new(),
+            normalization: Normalization::default(),
             workloads: HashMap::new(),
             by_ip: HashMap::new(),
             services: Vec::new(),

@@ -37,6 +37,13 @@ impl Tunnel {
         Self { send, receive, joined: BytesMut::new(), _held: held }
     }
 
+    /// Puts back what has been read and not been accounted for.
+    pub fn unread(&mut self, read: &[u8]) {
+        let after = self.joined.split();
+        self.joined.extend_from_slice(read);
+        self.joined.extend_from_slice(&after);
+    }
+
     /// Whether nothing has come and the other end has not closed.
     pub fn is_quiet(&mut self) -> bool {
         let mut cx = Context::from_waker(Waker::noop());

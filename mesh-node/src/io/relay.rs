@@ -224,6 +224,16 @@ impl Prefixed {
     pub fn new(stream: TcpStream, prefix: Bytes) -> Self {
         Self { prefix, stream }
     }
+
+    /// The connection itself, which has nothing to say before what has been read of it.
+    pub fn get_ref(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Puts back what has been read.
+    pub fn unread(&mut self, read: Bytes) {
+        self.prefix = if self.prefix.is_empty() { read } else { [read, std::mem::take(&mut self.prefix)].concat().into() };
+    }
 }
 
 impl AsyncRead for Prefixed {

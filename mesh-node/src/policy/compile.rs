@@ -1,12 +1,11 @@
-//! From policies as written to what is evaluated, for connections without HTTP semantics.
-//!
-//! A field that only an HTTP request has cannot be evaluated on an opaque connection. Istio's rule for TCP ports is
-//! followed: an ALLOW rule with such a field is dropped (narrower), a DENY or AUDIT rule is kept without it (wider), so
-//! that what cannot be decided is never let through.
+//! From policies as written to what is evaluated.
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{Facts, Mtls, matching::Test};
+use super::{
+    Mtls, RuleSet,
+    matching::{CompiledRule, Test},
+};
 use crate::{
     id::{ObjectName, TrustDomain},
     resource::{
@@ -53,48 +52,77 @@ pub struct CompiledPolicy {
     pub name: Arc<str>,
     pub action: Action,
     pub dry_run: bool,
+    /// Of CUSTOM policies.
+    pub provider: Option<Arc<str>>,
     rules: Vec<CompiledRule>,
-    /// Fields that could not be evaluated on opaque connections, for the policy's status.
-    pub http_only: Vec<String>,
 }
-
-/// Every clause must hold; a clause holds when one of its alternatives does, an alternative when all its tests do.
-#[derive(Debug, Clone, PartialEq)]
-struct CompiledRule(Vec<Vec<Vec<Test>>>);
 
 impl CompiledPolicy {
     pub fn compile(name: &ObjectName, policy: &AuthorizationPolicy, domains: &TrustDomains) -> Self {
-        let mut http_only = Vec::new();
-        let mut rules = Vec::new();
-        for (i, rule) in policy.rules.iter().enumerate() {
-            let fields = http_fields(rule, i);
-            let drop = policy.action == Action::Allow && !fields.is_empty();
-            http_only.extend(fields);
-            if !drop {
-                rules.push(compile_rule(rule, &name.namespace, domains));
-            }
+        let full: Arc<str> = name.to_string().into();
+        let rule = |(i, rule): (usize, &Rule)| {
+            let clauses = clauses(rule, &name.namespace, domains);
+            let needs_request = clauses.iter().flatten().flatten().any(Test::needs_request);
+            let rule_name = format!("ns[{}]-policy[{}]-rule[{i}]", name.namespace, name.name).into();
+            CompiledRule { policy: full.clone(), name: rule_name, action: policy.action, clauses, needs_request }
+        };
+        let rules = policy.rules.iter().enumerate().map(rule).collect();
+        Self { name: full.clone(), action: policy.action, dry_run: policy.dry_run, provider: policy.provider.clone(), rules }
+    }
+
+    /// Whether it asks about requests, and so means something else on connections that carry none.
+    pub fn needs_request(&self) -> bool {
+        self.rules.iter().any(|r| r.needs_request)
+    }
+}
+
+/// All that is asked of whoever wants in: policies of one set of workloads and one port, by action.
+#[derive(Debug, Clone, Default)]
+pub struct Authorization {
+    /// By the name of the authorizer.
+    pub custom: BTreeMap<Arc<str>, RuleSet>,
+    pub audit: RuleSet,
+    pub deny: RuleSet,
+    /// Without an ALLOW policy, everything that is not denied is allowed.
+    pub allow: Option<RuleSet>,
+    pub shadow_deny: RuleSet,
+    pub shadow_allow: Option<RuleSet>,
+    /// Names of all of them.
+    pub policies: Vec<Arc<str>>,
+}
+
+impl Authorization {
+    pub fn new<'a>(policies: impl IntoIterator<Item = &'a CompiledPolicy>) -> Self {
+        let mut custom: BTreeMap<Arc<str>, Vec<CompiledRule>> = BTreeMap::new();
+        let (mut audit, mut deny, mut shadow_deny) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut allow, mut shadow_allow): (Option<Vec<_>>, Option<Vec<_>>) = (None, None);
+        let mut names = Vec::new();
+        for policy in policies {
+            names.push(policy.name.clone());
+            let list = match (policy.action, policy.dry_run) {
+                (Action::Custom, _) => custom.entry(policy.provider.clone().unwrap_or_default()).or_default(),
+                (Action::Audit, _) => &mut audit,
+                (Action::Deny, false) => &mut deny,
+                (Action::Deny, true) => &mut shadow_deny,
+                (Action::Allow, false) => allow.get_or_insert_default(),
+                (Action::Allow, true) => shadow_allow.get_or_insert_default(),
+            };
+            list.extend(policy.rules.iter().cloned());
         }
-        Self { name: name.to_string().into(), action: policy.action, dry_run: policy.dry_run, rules, http_only }
-    }
-
-    pub fn matches(&self, facts: &Facts) -> bool {
-        self.rules.iter().any(|r| r.0.iter().all(|clause| clause.iter().any(|tests| tests.iter().all(|t| t.holds(facts)))))
+        names.sort();
+        Self {
+            custom: custom.into_iter().map(|(provider, rules)| (provider, RuleSet::new(rules))).collect(),
+            audit: RuleSet::new(audit),
+            deny: RuleSet::new(deny),
+            allow: allow.map(RuleSet::new),
+            shadow_deny: RuleSet::new(shadow_deny),
+            shadow_allow: shadow_allow.map(RuleSet::new),
+            policies: names,
+        }
     }
 }
 
-fn http_fields(rule: &Rule, index: usize) -> Vec<String> {
-    let from = rule.from.iter().enumerate();
-    let from = from.flat_map(|(i, s)| s.http_only.iter().map(move |f| format!("spec.rules[{index}].from[{i}].source.{f}")));
-    let to = rule.to.iter().enumerate();
-    let to = to.flat_map(|(i, o)| o.http_only.iter().map(move |f| format!("spec.rules[{index}].to[{i}].operation.{f}")));
-    let when = rule.when.iter().enumerate().filter_map(|(i, c)| match c {
-        Condition::HttpOnly(key) => Some(format!("spec.rules[{index}].when[{i}] ({key})")),
-        _ => None,
-    });
-    from.chain(to).chain(when).collect()
-}
-
-fn compile_rule(rule: &Rule, namespace: &str, domains: &TrustDomains) -> CompiledRule {
+fn clauses(rule: &Rule, namespace: &str, domains: &TrustDomains) -> Vec<Vec<Vec<Test>>> {
     let mut clauses = Vec::new();
     if !rule.from.is_empty() {
         clauses.push(rule.from.iter().map(|s| source_tests(s, namespace, domains)).collect());
@@ -102,44 +130,53 @@ fn compile_rule(rule: &Rule, namespace: &str, domains: &TrustDomains) -> Compile
     if !rule.to.is_empty() {
         clauses.push(rule.to.iter().map(operation_tests).collect());
     }
-    clauses.extend(rule.when.iter().filter_map(|c| Some(vec![vec![condition_test(c, namespace, domains)?]])));
-    CompiledRule(clauses)
+    clauses.extend(rule.when.iter().map(|c| vec![vec![condition_test(c, namespace, domains)]]));
+    clauses
+}
+
+/// A test, unless nothing is asked.
+fn test<T: Clone, U>(values: &Values<T>, make: impl FnOnce(Values<T>) -> U) -> Option<U> {
+    (!values.is_empty()).then(|| make(values.clone()))
 }
 
 fn source_tests(source: &SourceMatch, namespace: &str, domains: &TrustDomains) -> Vec<Test> {
-    let mut tests = Vec::new();
-    if !source.principals.is_empty() {
-        tests.push(Test::Principal(principals(&source.principals, domains)));
-    }
-    if !source.namespaces.is_empty() {
-        tests.push(Test::Namespace(source.namespaces.clone()));
-    }
-    if !source.service_accounts.is_empty() {
-        tests.push(Test::ServiceAccount(accounts(&source.service_accounts, namespace)));
-    }
-    // Without HTTP there is no forwarded address: the remote address is the source address.
-    for blocks in [&source.ip_blocks, &source.remote_ip_blocks] {
-        if !blocks.is_empty() {
-            tests.push(Test::SourceIp(blocks.clone()));
-        }
-    }
-    tests
+    let SourceMatch { principals: of, request_principals, namespaces, service_accounts, trust_domains, ip_blocks, remote_ip_blocks } =
+        source;
+    let all = [
+        test(of, |v| Test::Principal(principals(&v, domains))),
+        test(namespaces, Test::Namespace),
+        test(service_accounts, |v| Test::ServiceAccount(accounts(&v, namespace))),
+        test(trust_domains, Test::TrustDomain),
+        test(ip_blocks, Test::SourceIp),
+        test(remote_ip_blocks, Test::RemoteIp),
+        test(request_principals, Test::RequestPrincipal),
+    ];
+    all.into_iter().flatten().collect()
 }
 
 fn operation_tests(operation: &OperationMatch) -> Vec<Test> {
-    if operation.ports.is_empty() { Vec::new() } else { vec![Test::DestinationPort(operation.ports.clone())] }
+    let OperationMatch { hosts, ports, methods, paths } = operation;
+    let all = [test(ports, Test::DestinationPort), test(methods, Test::Method), test(hosts, Test::Host), test(paths, Test::Path)];
+    all.into_iter().flatten().collect()
 }
 
-fn condition_test(condition: &Condition, namespace: &str, domains: &TrustDomains) -> Option<Test> {
-    Some(match condition {
-        Condition::SourceIp(v) | Condition::RemoteIp(v) => Test::SourceIp(v.clone()),
+fn condition_test(condition: &Condition, namespace: &str, domains: &TrustDomains) -> Test {
+    match condition {
+        Condition::SourceIp(v) => Test::SourceIp(v.clone()),
+        Condition::RemoteIp(v) => Test::RemoteIp(v.clone()),
         Condition::SourceNamespace(v) => Test::Namespace(v.clone()),
         Condition::SourcePrincipal(v) => Test::Principal(principals(v, domains)),
         Condition::SourceServiceAccount(v) => Test::ServiceAccount(accounts(v, namespace)),
+        Condition::SourceTrustDomain(v) => Test::TrustDomain(v.clone()),
         Condition::DestinationIp(v) => Test::DestinationIp(v.clone()),
         Condition::DestinationPort(v) => Test::DestinationPort(v.clone()),
-        Condition::HttpOnly(_) => return None,
-    })
+        Condition::Sni(v) => Test::Sni(v.clone()),
+        Condition::Header(name, v) => Test::Header(name.clone(), v.clone()),
+        Condition::RequestPrincipal(v) => Test::RequestPrincipal(v.clone()),
+        Condition::Audience(v) => Test::Audience(v.clone()),
+        Condition::Presenter(v) => Test::Presenter(v.clone()),
+        Condition::Claim(path, v) => Test::Claim(path.clone(), v.clone()),
+    }
 }
 
 fn principals(values: &Values<StringMatch>, domains: &TrustDomains) -> Values<StringMatch> {

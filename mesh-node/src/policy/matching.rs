@@ -1,31 +1,114 @@
-//! Matching one compiled rule against a connection.
+//! Matching one compiled rule against what is known.
+//!
+//! What is not known yet is neither true nor false: three values, as of Kleene's logic.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
+use http::HeaderName;
 use ipnet::IpNet;
+use serde_json::Value;
 
-use super::Facts;
+use super::{Facts, Reading, Request, Sni, Verified};
 use crate::{
     id::SpiffeId,
-    resource::{authorization::Values, strings::StringMatch},
+    resource::{
+        authorization::{Action, RequestPrincipal, Values},
+        paths::PathPattern,
+        strings::StringMatch,
+    },
 };
 
-/// One condition on a connection. A field AND its `not` twin.
+/// How a test turns out. `min` is AND, `max` is OR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Truth {
+    No,
+    /// It depends on the request.
+    Maybe,
+    Yes,
+}
+
+impl From<bool> for Truth {
+    fn from(holds: bool) -> Self {
+        if holds { Self::Yes } else { Self::No }
+    }
+}
+
+/// The request, if there is one.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Seen<'a> {
+    /// Requests may come.
+    Later,
+    /// There will be none: the connection is opaque.
+    Never,
+    Now(&'a Request<'a>),
+}
+
+/// What a rule is matched against.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct View<'a> {
+    pub facts: &'a Facts,
+    pub seen: Seen<'a>,
+}
+
+/// One condition. A field AND its `not` twin.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Test {
     Principal(Values<StringMatch>),
     Namespace(Values<StringMatch>),
     /// Namespace and name of service accounts.
     ServiceAccount(Values<(String, String)>),
+    TrustDomain(Values<StringMatch>),
     SourceIp(Values<IpNet>),
+    RemoteIp(Values<IpNet>),
     DestinationIp(Values<IpNet>),
     DestinationPort(Values<u16>),
+    Sni(Values<StringMatch>),
+    Host(Values<StringMatch>),
+    Method(Values<StringMatch>),
+    Path(Values<PathPattern>),
+    Header(HeaderName, Values<StringMatch>),
+    RequestPrincipal(Values<RequestPrincipal>),
+    Audience(Values<StringMatch>),
+    Presenter(Values<StringMatch>),
+    Claim(Vec<Arc<str>>, Values<StringMatch>),
 }
 
 impl Test {
-    pub(super) fn holds(&self, facts: &Facts) -> bool {
-        let peer = facts.peer.as_ref();
+    /// Whether only a request can tell.
+    pub(super) fn needs_request(&self) -> bool {
         match self {
+            Self::Principal(_)
+            | Self::Namespace(_)
+            | Self::ServiceAccount(_)
+            | Self::TrustDomain(_)
+            | Self::SourceIp(_)
+            | Self::RemoteIp(_)
+            | Self::DestinationIp(_)
+            | Self::DestinationPort(_)
+            | Self::Sni(_) => false,
+            Self::Host(_)
+            | Self::Method(_)
+            | Self::Path(_)
+            | Self::Header(..)
+            | Self::RequestPrincipal(_)
+            | Self::Audience(_)
+            | Self::Presenter(_)
+            | Self::Claim(..) => true,
+        }
+    }
+
+    fn truth(&self, view: &View<'_>, reading: Reading) -> Truth {
+        if self.needs_request() {
+            return match view.seen {
+                Seen::Later => Truth::Maybe,
+                // Only rules that refuse are asked on an opaque connection: without the field, they refuse more.
+                Seen::Never => Truth::Yes,
+                Seen::Now(request) => self.holds(request, reading).into(),
+            };
+        }
+        let facts = view.facts;
+        let peer = facts.peer.as_ref();
+        let holds = match self {
             Self::Principal(values) => {
                 let principal = peer.map(SpiffeId::principal).unwrap_or_default();
                 holds(values, |m| m.matches(&principal))
@@ -34,10 +117,70 @@ impl Test {
             Self::ServiceAccount(values) => {
                 holds(values, |(ns, name)| peer.is_some_and(|p| p.namespace() == ns && p.service_account() == name))
             }
+            Self::TrustDomain(values) => holds(values, |m| peer.is_some_and(|p| m.matches(p.trust_domain().as_str()))),
             Self::SourceIp(values) => holds(values, |net| contains(net, facts.source)),
+            Self::RemoteIp(values) => match view.seen {
+                Seen::Later if facts.proxy => return Truth::Maybe,
+                Seen::Now(request) => holds(values, |net| contains(net, request.remote)),
+                Seen::Later | Seen::Never => holds(values, |net| contains(net, facts.source)),
+            },
             Self::DestinationIp(values) => holds(values, |net| contains(net, facts.destination.ip())),
             Self::DestinationPort(values) => holds(values, |port| *port == facts.destination.port()),
+            Self::Sni(values) => {
+                let name = match &facts.sni {
+                    Sni::Unread if matches!(view.seen, Seen::Later) => return Truth::Maybe,
+                    Sni::Unread => None,
+                    Sni::Read(name) => name.as_deref(),
+                };
+                holds(values, |m| name.is_some_and(|n| m.matches(n)))
+            }
+            _ => false,
+        };
+        holds.into()
+    }
+
+    fn holds(&self, request: &Request<'_>, reading: Reading) -> bool {
+        let head = request.head;
+        let claims = request.claims;
+        match self {
+            Self::Host(values) => {
+                let host = head.host().to_ascii_lowercase();
+                holds(values, |m| m.matches(&host))
+            }
+            Self::Method(values) => holds(values, |m| m.matches(head.method.as_str())),
+            Self::Path(values) => holds(values, |p| p.matches(request.path(p, reading))),
+            Self::Header(name, values) => holds(values, |m| {
+                // A value that is no text is nobody's; repeated headers are looked at one by one.
+                head.headers.get_all(name).iter().any(|v| std::str::from_utf8(v.as_bytes()).is_ok_and(|v| m.matches(v)))
+            }),
+            Self::RequestPrincipal(values) => holds(values, |m| claims.is_some_and(|c| principal_matches(m, c))),
+            Self::Audience(values) => holds(values, |m| claims.is_some_and(|c| c.token.audiences().iter().any(|a| m.matches(a)))),
+            Self::Presenter(values) => holds(values, |m| claim_matches(claims, &["azp".into()], m)),
+            Self::Claim(path, values) => holds(values, |m| claim_matches(claims, path, m)),
+            _ => false,
         }
+    }
+}
+
+fn principal_matches(pattern: &RequestPrincipal, claims: &Verified) -> bool {
+    let (issuer, subject) = (claims.token.issuer(), claims.token.subject());
+    if issuer.is_empty() || subject.is_empty() {
+        return false;
+    }
+    match pattern {
+        RequestPrincipal::Any => true,
+        RequestPrincipal::Pair(i, s) => i.matches(issuer) && s.matches(subject),
+        RequestPrincipal::Whole(whole) => whole.matches(&format!("{issuer}/{subject}")),
+    }
+}
+
+fn claim_matches(claims: Option<&Verified>, path: &[Arc<str>], pattern: &StringMatch) -> bool {
+    let Some(claims) = claims else { return false };
+    match claims.claim(path) {
+        Some(Value::String(words)) if claims.is_word_list(path) => words.split(' ').any(|w| pattern.matches(w)),
+        Some(Value::String(text)) => pattern.matches(text),
+        Some(Value::Array(all)) => all.iter().filter_map(Value::as_str).any(|v| pattern.matches(v)),
+        _ => false,
     }
 }
 
@@ -49,4 +192,58 @@ fn holds<T>(values: &Values<T>, matches: impl Fn(&T) -> bool) -> bool {
 /// CIDR containment; IPv4-mapped addresses count as IPv4.
 fn contains(net: &IpNet, ip: IpAddr) -> bool {
     net.contains(&ip.to_canonical())
+}
+
+/// A rule of a policy. Every clause must hold; a clause holds when one of its alternatives does, an alternative when all its
+/// tests do.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CompiledRule {
+    /// `namespace/name` of the policy.
+    pub policy: Arc<str>,
+    /// As Istio names it: `ns[default]-policy[web]-rule[0]`.
+    pub name: Arc<str>,
+    pub(super) action: Action,
+    pub(super) clauses: Vec<Vec<Vec<Test>>>,
+    /// Some test of it can only be answered by a request.
+    pub(super) needs_request: bool,
+}
+
+impl CompiledRule {
+    pub(super) fn truth(&self, view: &View<'_>) -> Truth {
+        let allow = self.action == Action::Allow;
+        match view.seen {
+            // Istio's rule for TCP: a rule that allows needs everything it asks for.
+            Seen::Never if allow && self.needs_request => Truth::No,
+            Seen::Now(Request { reading: Some(_), .. }) => {
+                let (written, lenient) = (self.read(view, Reading::Written), self.read(view, Reading::Lenient));
+                if allow { written.min(lenient) } else { written.max(lenient) }
+            }
+            _ => self.read(view, Reading::Written),
+        }
+    }
+
+    fn read(&self, view: &View<'_>, reading: Reading) -> Truth {
+        let mut whole = Truth::Yes;
+        for clause in &self.clauses {
+            let mut any = Truth::No;
+            for tests in clause {
+                let mut all = Truth::Yes;
+                for test in tests {
+                    all = all.min(test.truth(view, reading));
+                    if all == Truth::No {
+                        break;
+                    }
+                }
+                any = any.max(all);
+                if any == Truth::Yes {
+                    break;
+                }
+            }
+            whole = whole.min(any);
+            if whole == Truth::No {
+                break;
+            }
+        }
+        whole
+    }
 }

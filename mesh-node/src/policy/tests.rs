@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     id::{ObjectName, TrustDomain},
-    resource::{self, Object, Parsed, authorization::Action},
+    resource::{self, AuthorizationPolicy, Object, Parsed, authorization::Action},
 };
 
 fn parse(kind: &str, namespace: &str, spec: &Value) -> Object {
@@ -29,26 +29,52 @@ fn domains() -> TrustDomains {
     }
 }
 
+fn authorization(spec: &Value) -> AuthorizationPolicy {
+    let Object::AuthorizationPolicy(p) = parse("AuthorizationPolicy", "default", spec) else { panic!("not a policy") };
+    p
+}
+
 fn policy(specs: &[Value]) -> WorkloadPolicy {
-    let mut all = WorkloadPolicy::default();
-    for spec in specs {
-        let Object::AuthorizationPolicy(p) = parse("AuthorizationPolicy", "default", spec) else { panic!("not a policy") };
-        let compiled = Arc::new(CompiledPolicy::compile(&ObjectName::new("default", "p"), &p, &domains()));
-        match p.action {
-            Action::Allow => all.allow.push(compiled),
-            Action::Deny => all.deny.push(compiled),
-            Action::Audit => all.observe.push(compiled),
-        }
-    }
-    all
+    let compiled = |(i, spec): (usize, &Value)| {
+        let name = if i == 0 { "p".to_owned() } else { format!("p{i}") };
+        CompiledPolicy::compile(&ObjectName::new("default", &name), &authorization(spec), &domains())
+    };
+    let all = specs.iter().enumerate().map(compiled).collect::<Vec<_>>();
+    let governing = Governing { authorization: Arc::new(Authorization::new(&all)), ..Governing::default() };
+    WorkloadPolicy { everywhere: Arc::new(governing), ..WorkloadPolicy::default() }
 }
 
 fn facts(peer: &str, source: &str, destination: &str) -> Facts {
-    Facts {
-        peer: (!peer.is_empty()).then(|| SpiffeId::parse(&format!("spiffe://{peer}")).expect("valid")),
-        source: source.parse().expect("valid"),
-        destination: destination.parse().expect("valid"),
+    let peer = (!peer.is_empty()).then(|| SpiffeId::parse(&format!("spiffe://{peer}")).expect("valid"));
+    Facts::new(peer, source.parse().expect("valid"), destination.parse().expect("valid"))
+}
+
+fn head(method: &str, host: &str, target: &str, headers: &[(&str, &str)]) -> RequestHead {
+    let mut map = http::HeaderMap::new();
+    for (name, value) in headers {
+        map.append(http::HeaderName::try_from(*name).expect("name"), value.parse().expect("value"));
     }
+    RequestHead {
+        method: method.parse().expect("method"),
+        scheme: crate::route::request::Scheme::Http,
+        authority: host.parse().expect("host"),
+        target: target.parse().expect("target"),
+        headers: map,
+    }
+}
+
+fn claims(payload: &Value) -> Verified {
+    use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+    let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
+    let text = format!("{}.{}.AAAA", part(&json!({"alg": "RS256"})), part(payload));
+    let token = crate::jwt::Token::parse(&text).expect("a token");
+    let rule = json!({"jwtRules": [{"issuer": "i", "jwksUri": "http://i/", "spaceDelimitedClaims": ["words"]}]});
+    let Object::RequestAuthentication(r) = parse("RequestAuthentication", "default", &rule) else { panic!("not one") };
+    Verified { token, rule: r.rules[0].clone() }
+}
+
+fn allowed(policy: &WorkloadPolicy, facts: &Facts, head: &RequestHead, claims: Option<&Verified>) -> bool {
+    policy.request(facts, &Request::new(head, claims, facts.source)).is_ok()
 }
 
 /// From an app in namespace `web` as account `front`, IPv4, to port 8080.
@@ -112,7 +138,7 @@ fn authorization_follows_the_fields() {
         (from("requestPrincipals", json!(["*"])), web(), false),
     ];
     for (spec, facts, allowed) in cases {
-        assert_eq!(policy(std::slice::from_ref(&spec)).authorize(&facts).is_ok(), allowed, "{spec} {facts:?}");
+        assert_eq!(policy(std::slice::from_ref(&spec)).opaque(&facts).is_ok(), allowed, "{spec} {facts:?}");
     }
 }
 
@@ -123,11 +149,11 @@ fn clauses_are_and_alternatives_are_or() {
         "to": [{"operation": {"ports": ["8080"]}}],
         "when": [{"key": "source.serviceAccount", "values": ["web/front"]}],
     }]});
-    assert!(policy(std::slice::from_ref(&spec)).authorize(&web()).is_ok());
+    assert!(policy(std::slice::from_ref(&spec)).opaque(&web()).is_ok());
     let other_port = facts("mesh.example/ns/web/sa/front", "10.0.0.5", "10.0.0.9:81");
-    assert!(policy(std::slice::from_ref(&spec)).authorize(&other_port).is_err());
+    assert!(policy(std::slice::from_ref(&spec)).opaque(&other_port).is_err());
     let other_net = facts("mesh.example/ns/web/sa/front", "10.0.9.5", "10.0.0.9:8080");
-    assert!(policy(&[spec]).authorize(&other_net).is_err());
+    assert!(policy(&[spec]).opaque(&other_net).is_err());
 }
 
 #[test]
@@ -136,15 +162,19 @@ fn deny_wins_over_allow_and_is_wider_without_http() {
     let deny =
         json!({"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["web"]}}], "to": [{"operation": {"methods": ["POST"]}}]}]});
     let both = policy(&[allow, deny]);
-    assert_eq!(both.authorize(&web()).expect_err("denied"), Denial::DeniedBy { policy: "default/p".into() });
-    assert!(both.authorize(&facts("mesh.example/ns/other/sa/x", "10.0.0.5", "10.0.0.9:8080")).is_ok());
+    assert_eq!(
+        both.opaque(&web()).expect_err("denied"),
+        Denial::DeniedBy { policy: "default/p1".into(), rule: "ns[default]-policy[p1]-rule[0]".into() }
+    );
+    assert!(both.opaque(&facts("mesh.example/ns/other/sa/x", "10.0.0.5", "10.0.0.9:8080")).is_ok());
 }
 
 #[test]
 fn audit_never_denies_and_is_observed() {
     let all = policy(&[json!({"action": "AUDIT", "rules": [{}]})]);
-    assert!(all.authorize(&web()).is_ok());
-    assert_eq!(all.observed(&web()).collect::<Vec<_>>(), ["default/p"]);
+    assert!(all.opaque(&web()).is_ok());
+    let observed = all.everywhere.observed(&web(), None);
+    assert_eq!((observed.audited.as_deref(), observed.shadow), (Some("default/p"), None));
 }
 
 #[test]
@@ -174,9 +204,9 @@ fn port_level_modes_override_the_workload() {
     let Object::PeerAuthentication(p) = parse("PeerAuthentication", "default", &spec) else { panic!() };
     let mtls = effective_mtls(None, None, Some(&p));
     let all = WorkloadPolicy { mtls, ..WorkloadPolicy::default() };
-    assert!(all.authorize(&facts("", "10.0.0.5", "10.0.0.9:8080")).is_ok());
-    assert_eq!(all.authorize(&facts("", "10.0.0.5", "10.0.0.9:9090")).expect_err("strict"), Denial::PlaintextUnderStrict);
-    assert!(all.authorize(&facts("mesh.example/ns/a/sa/b", "10.0.0.5", "10.0.0.9:9090")).is_ok());
+    assert!(all.opaque(&facts("", "10.0.0.5", "10.0.0.9:8080")).is_ok());
+    assert_eq!(all.opaque(&facts("", "10.0.0.5", "10.0.0.9:9090")).expect_err("strict"), Denial::PlaintextUnderStrict);
+    assert!(all.opaque(&facts("mesh.example/ns/a/sa/b", "10.0.0.5", "10.0.0.9:9090")).is_ok());
 }
 
 #[test]
@@ -200,12 +230,26 @@ fn bad_policies_are_refused_with_field_and_remedy() {
             json!({"rules": [{"from": [{"source": {"principals": [""]}}]}]}),
             "spec.rules[0].from[0].source.principals[0]",
         ),
-        ("AuthorizationPolicy", json!({"action": "CUSTOM", "rules": [{}]}), "spec.action"),
+        ("AuthorizationPolicy", json!({"action": "CUSTOM", "rules": [{}]}), "spec.provider.name"),
         ("AuthorizationPolicy", json!({"action": "deny"}), "spec.action"),
         ("AuthorizationPolicy", json!({"action": "DENY"}), "spec.rules"),
         ("AuthorizationPolicy", json!({"rules": [{"when": [{"key": "source.colour", "values": ["x"]}]}]}), "spec.rules[0].when[0].key"),
         ("AuthorizationPolicy", json!({"rules": [{"when": [{"key": "source.ip"}]}]}), "spec.rules[0].when[0]"),
-        ("AuthorizationPolicy", json!({"targetRefs": [{"kind": "Service", "name": "x"}]}), "spec.targetRefs"),
+        (
+            "AuthorizationPolicy",
+            json!({"targetRefs": [{"kind": "Gateway", "group": "gateway.networking.k8s.io", "name": "x"}]}),
+            "spec.targetRefs[0]",
+        ),
+        (
+            "AuthorizationPolicy",
+            json!({"targetRefs": [{"kind": "Service", "name": "x"}], "selector": {"matchLabels": {"a": "b"}}}),
+            "spec.targetRefs",
+        ),
+        (
+            "AuthorizationPolicy",
+            json!({"rules": [{"to": [{"operation": {"paths": ["/a/{*}b"]}}]}]}),
+            "spec.rules[0].to[0].operation.paths[0]",
+        ),
         ("PeerAuthentication", json!({"mtls": {"mode": "strict"}}), "spec.mtls.mode"),
         ("PeerAuthentication", json!({"portLevelMtls": {"80": {"mode": "STRICT"}}}), "spec.portLevelMtls"),
         (
@@ -217,5 +261,280 @@ fn bad_policies_are_refused_with_field_and_remedy() {
     for (kind, spec, part) in cases {
         let message = rejected(kind, &spec);
         assert!(message.contains(part) && message.contains(kind), "{spec}: {message}");
+    }
+}
+
+#[test]
+fn requests_are_judged_by_the_fields() {
+    let to = |field: &str, values: Value| json!({"rules": [{"to": [{"operation": {field: values}}]}]});
+    let when = |key: &str, values: Value| json!({"rules": [{"when": [{"key": key, "values": values}]}]});
+    let unless = |key: &str, values: Value| json!({"rules": [{"when": [{"key": key, "notValues": values}]}]});
+    let from = |field: &str, values: Value| json!({"rules": [{"from": [{"source": {field: values}}]}]});
+    let request = head("GET", "Web.example:80", "/a/b?x=1", &[("x-role", "admin"), ("x-role", "user"), ("x-odd", "é")]);
+    let user = claims(&json!({"iss": "https://issuer/x", "sub": "alice", "aud": ["a", "b"], "azp": "client", "role": ["admin", "dev"],
+        "deep": {"er": "yes"}, "scope": "read write", "words": "one two", "plain": "three four", "on": true}));
+    let cases = [
+        (to("methods", json!(["GET"])), true),
+        (to("methods", json!(["get"])), false),
+        (to("methods", json!(["P*", "*"])), true),
+        (to("notMethods", json!(["GET"])), false),
+        (to("hosts", json!(["web.EXAMPLE:80"])), true),
+        (to("hosts", json!(["web.example"])), false),
+        (to("hosts", json!(["web.example:*"])), true),
+        (to("notHosts", json!(["*:80"])), false),
+        (to("paths", json!(["/a/b"])), true),
+        (to("paths", json!(["/a/b?x=1"])), false),
+        (to("paths", json!(["/A/b"])), false),
+        (to("paths", json!(["/a*"])), true),
+        (to("paths", json!(["*/b"])), true),
+        (to("paths", json!(["/a/{*}"])), true),
+        (to("paths", json!(["/{**}"])), true),
+        (to("notPaths", json!(["/a/{*}"])), false),
+        (when("request.headers[x-role]", json!(["user"])), true),
+        (when("request.headers[X-Role]", json!(["adm*"])), true),
+        (when("request.headers[x-none]", json!(["*"])), false),
+        (unless("request.headers[x-none]", json!(["*"])), true),
+        (unless("request.headers[x-role]", json!(["user"])), false),
+        (from("requestPrincipals", json!(["*"])), true),
+        (from("requestPrincipals", json!(["https://issuer/x/alice"])), true),
+        (from("requestPrincipals", json!(["https://issuer/x/*"])), true),
+        (from("requestPrincipals", json!(["*/alice"])), true),
+        (from("requestPrincipals", json!(["*/bob"])), false),
+        (from("notRequestPrincipals", json!(["*/bob"])), true),
+        (from("notRequestPrincipals", json!(["*"])), false),
+        (when("request.auth.principal", json!(["https://issuer/x/alice"])), true),
+        (when("request.auth.audiences", json!(["b"])), true),
+        (when("request.auth.audiences", json!(["c"])), false),
+        (when("request.auth.presenter", json!(["client"])), true),
+        (when("request.auth.claims[role]", json!(["dev"])), true),
+        (when("request.auth.claims[role]", json!(["ops"])), false),
+        (when("request.auth.claims[deep][er]", json!(["yes"])), true),
+        (when("request.auth.claims[deep]", json!(["*"])), false),
+        (when("request.auth.claims[scope]", json!(["write"])), true),
+        (when("request.auth.claims[words]", json!(["two"])), true),
+        (when("request.auth.claims[plain]", json!(["four"])), false),
+        (when("request.auth.claims[on]", json!(["true"])), false),
+        (from("trustDomains", json!(["mesh.example"])), true),
+        (when("source.trustDomain", json!(["other"])), false),
+        (when("connection.sni", json!(["*"])), false),
+    ];
+    for (spec, expected) in cases {
+        let all = policy(std::slice::from_ref(&spec));
+        assert_eq!(allowed(&all, &web(), &request, Some(&user)), expected, "{spec}");
+        let asks = matches!(all.connection(&web()), Ok(Verdict::PerRequest(_)));
+        let http_only = !spec.to_string().contains("rustDomain");
+        assert_eq!(asks, http_only, "{spec}");
+    }
+    let nobody = policy(&[from("requestPrincipals", json!(["*"]))]);
+    assert!(!allowed(&nobody, &web(), &request, None));
+    let no_subject = claims(&json!({"iss": "i"}));
+    assert!(!allowed(&nobody, &web(), &request, Some(&no_subject)));
+}
+
+#[test]
+fn paths_that_can_be_read_in_two_ways_never_get_more() {
+    let allow = policy(&[json!({"rules": [{"to": [{"operation": {"paths": ["/public/*"]}}]}]})]);
+    let deny = policy(&[json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/admin*"]}}]}]})]);
+    let but = policy(&[json!({"action": "DENY", "rules": [{"to": [{"operation": {"notPaths": ["/public/*"]}}]}]})]);
+    for path in [
+        "/public/..%2fadmin",
+        "/public/..;/admin",
+        "/public/%2e%2e%2fadmin",
+        "/public//..;x/..;x/admin",
+        "//admin",
+        "/%61dmin",
+        "/x/..%5cadmin",
+    ] {
+        let request = head("GET", "h", path, &[]);
+        assert!(!allowed(&allow, &web(), &request, None), "{path} is allowed");
+        assert!(!allowed(&deny, &web(), &request, None), "{path} is not denied");
+        assert!(!allowed(&but, &web(), &request, None), "{path} is not denied by notPaths");
+    }
+    let fine = head("GET", "h", "/public/a%20b;v=1", &[]);
+    assert!(allowed(&allow, &web(), &fine, None) && allowed(&deny, &web(), &fine, None) && allowed(&but, &web(), &fine, None));
+    let literal = policy(&[json!({"rules": [{"to": [{"operation": {"paths": ["/@scope%2fname"]}}]}]})]);
+    assert!(allowed(&literal, &web(), &head("GET", "h", "/@scope%2fname", &[]), None));
+}
+
+#[test]
+fn dry_run_policies_are_told_and_not_enforced() {
+    let dry = |action: &str, path: &str| {
+        let document = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+            "metadata": {"name": "p", "namespace": "default", "annotations": {"istio.io/dry-run": "true"}},
+            "spec": {"action": action, "rules": [{"to": [{"operation": {"paths": [path]}}]}]}});
+        let Parsed::Object(named) = resource::parse(&document, "default").expect("valid") else { panic!("ignored") };
+        let Object::AuthorizationPolicy(p) = named.object else { panic!("not a policy") };
+        CompiledPolicy::compile(&ObjectName::new("default", "dry"), &p, &domains())
+    };
+    let governing =
+        |policies: &[CompiledPolicy]| Governing { authorization: Arc::new(Authorization::new(policies)), ..Governing::default() };
+    let (deny, allow) = (governing(&[dry("DENY", "/x")]), governing(&[dry("ALLOW", "/x")]));
+    let facts = web();
+    for (governing, path, expected) in [
+        (&deny, "/x", Some(("default/dry", false))),
+        (&deny, "/y", None),
+        (&allow, "/x", Some(("default/dry", true))),
+        (&allow, "/y", Some(("none", false))),
+    ] {
+        let head = head("GET", "h", path, &[]);
+        let request = Request::new(&head, None, facts.source);
+        assert!(governing.request(&facts, &request).is_ok());
+        let shadow = governing.observed(&facts, Some(&request)).shadow;
+        assert_eq!(shadow.as_ref().map(|s| (&*s.policy, s.allowed)), expected, "{path}");
+    }
+}
+
+#[test]
+fn the_node_itself_is_always_let_in() {
+    let mut all = policy(&[json!({})]);
+    all.mtls.strict = true;
+    let mut kubelet = facts("", "10.0.0.1", "10.0.0.9:8080");
+    assert!(all.connection(&kubelet).is_err());
+    kubelet.node = true;
+    assert!(matches!(all.connection(&kubelet), Ok(Verdict::Allowed(_))));
+}
+
+mod against_a_naive_evaluator {
+    //! The same policies read the slow and obvious way: every rule, every field, from the resource itself.
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::resource::authorization::{Condition, Rule, Values};
+
+    fn value<T>(values: &Values<T>, matches: impl Fn(&T) -> bool) -> bool {
+        let yes = values.any_of.is_empty() || values.any_of.iter().any(&matches);
+        yes && !values.none_of.iter().any(&matches)
+    }
+
+    fn rule_matches(rule: &Rule, facts: &Facts, head: &RequestHead) -> bool {
+        let peer = facts.peer.as_ref();
+        let principal = |m: &crate::resource::strings::StringMatch| m.matches(&peer.map(SpiffeId::principal).unwrap_or_default());
+        let namespace = |m: &crate::resource::strings::StringMatch| peer.is_some_and(|p| m.matches(p.namespace()));
+        let account = |a: &crate::resource::authorization::ServiceAccount| {
+            peer.is_some_and(|p| p.namespace() == a.namespace.as_deref().unwrap_or("default") && p.service_account() == a.name)
+        };
+        let from = rule.from.is_empty()
+            || rule.from.iter().any(|s| {
+                value(&s.principals, principal)
+                    && value(&s.namespaces, namespace)
+                    && value(&s.service_accounts, account)
+                    && value(&s.ip_blocks, |n| n.contains(&facts.source))
+            });
+        let to = rule.to.is_empty()
+            || rule.to.iter().any(|o| {
+                value(&o.ports, |p| *p == facts.destination.port())
+                    && value(&o.methods, |m| m.matches(head.method.as_str()))
+                    && value(&o.hosts, |m| m.matches(&head.host().to_lowercase()))
+                    && value(&o.paths, |p| p.matches(head.path()))
+            });
+        let when = rule.when.iter().all(|c| match c {
+            Condition::Header(name, v) => value(v, |m| head.headers.get_all(name).iter().any(|h| m.matches(h.to_str().expect("text")))),
+            Condition::SourceNamespace(v) => value(v, namespace),
+            other => panic!("{other:?} is not generated"),
+        });
+        from && to && when
+    }
+
+    fn naive(specs: &[Value], facts: &Facts, head: &RequestHead) -> bool {
+        let all = specs.iter().map(authorization).collect::<Vec<_>>();
+        let matches = |action: Action| all.iter().any(|p| p.action == action && p.rules.iter().any(|r| rule_matches(r, facts, head)));
+        let any_allow = all.iter().any(|p| p.action == Action::Allow);
+        !matches(Action::Deny) && (!any_allow || matches(Action::Allow))
+    }
+
+    fn some(words: &'static [&'static str]) -> impl Strategy<Value = Vec<&'static str>> {
+        proptest::collection::vec(proptest::sample::select(words), 1..3)
+    }
+
+    const PRINCIPALS: &[&str] = &["mesh.example/ns/web/sa/front", "mesh.example/ns/db/sa/back", "*/sa/front", "mesh.example/ns/web/*", "*"];
+    const NAMESPACES: &[&str] = &["web", "db", "w*", "*b"];
+    const ACCOUNTS: &[&str] = &["web/front", "front", "db/back"];
+    const BLOCKS: &[&str] = &["10.0.0.0/24", "10.0.1.5"];
+    const HOSTS: &[&str] = &["web.example", "*.example", "api.*"];
+    const METHODS: &[&str] = &["GET", "POST", "P*"];
+    const PATHS: &[&str] = &["/a", "/a/*", "*/c", "/a/{*}", "/{*}/b/{**}", "/", "*"];
+    const PORTS: &[&str] = &["80", "8080"];
+
+    fn fields(all: &'static [(&'static str, &'static str, &'static [&'static str])]) -> impl Strategy<Value = Value> {
+        let one = proptest::sample::select(all).prop_flat_map(|(yes, no, words)| {
+            (any::<bool>(), some(words)).prop_map(move |(positive, words)| (if positive { yes } else { no }, words))
+        });
+        proptest::collection::vec(one, 1..3)
+            .prop_map(|pairs| pairs.into_iter().map(|(k, v)| (k.to_owned(), json!(v))).collect::<serde_json::Map<_, _>>().into())
+    }
+
+    fn a_source() -> impl Strategy<Value = Value> {
+        let named = fields(&[
+            ("principals", "notPrincipals", PRINCIPALS),
+            ("namespaces", "notNamespaces", NAMESPACES),
+            ("ipBlocks", "notIpBlocks", BLOCKS),
+        ]);
+        let accounts = fields(&[("serviceAccounts", "notServiceAccounts", ACCOUNTS)]);
+        prop_oneof![named, accounts].prop_map(|source| json!({"source": source}))
+    }
+
+    fn an_operation() -> impl Strategy<Value = Value> {
+        fields(&[
+            ("hosts", "notHosts", HOSTS),
+            ("methods", "notMethods", METHODS),
+            ("paths", "notPaths", PATHS),
+            ("ports", "notPorts", PORTS),
+        ])
+        .prop_map(|operation| json!({"operation": operation}))
+    }
+
+    fn a_condition() -> impl Strategy<Value = Value> {
+        (any::<bool>(), any::<bool>(), some(&["v1", "v*", "web"])).prop_map(|(header, positive, words)| {
+            let key = if header { "request.headers[x-v]" } else { "source.namespace" };
+            json!({"key": key, if positive { "values" } else { "notValues" }: words})
+        })
+    }
+
+    fn a_policy() -> impl Strategy<Value = Value> {
+        use proptest::collection::vec as list;
+        let rule = (list(a_source(), 0..3), list(an_operation(), 0..3), list(a_condition(), 0..2)).prop_map(|(from, to, when)| {
+            let mut rule = serde_json::Map::new();
+            for (name, values) in [("from", from), ("to", to), ("when", when)] {
+                if !values.is_empty() {
+                    rule.insert(name.to_owned(), json!(values));
+                }
+            }
+            Value::from(rule)
+        });
+        (any::<bool>(), list(rule, 1..4)).prop_map(|(allow, rules)| json!({"action": if allow { "ALLOW" } else { "DENY" }, "rules": rules}))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn decisions_are_the_same(
+            specs in proptest::collection::vec(a_policy(), 0..5),
+            peer in proptest::sample::select(vec!["", "mesh.example/ns/web/sa/front", "mesh.example/ns/db/sa/back", "mesh.example/ns/default/sa/front"]),
+            source in proptest::sample::select(vec!["10.0.0.5", "10.0.1.5"]),
+            port in proptest::sample::select(vec!["80", "8080"]),
+            method in proptest::sample::select(vec!["GET", "POST", "PUT"]),
+            host in proptest::sample::select(vec!["web.example", "API.x", "other"]),
+            path in proptest::sample::select(vec!["/", "/a", "/a/b", "/a/b/c", "/x/b/c", "/a?q=/c"]),
+            header in proptest::sample::select(vec![None, Some("v1"), Some("x")]),
+        ) {
+            let all = policy(&specs);
+            let facts = facts(peer, source, &format!("10.0.0.9:{port}"));
+            let headers = header.map(|v| vec![("x-v", v)]).unwrap_or_default();
+            let head = head(method, host, path, &headers);
+            let expected = naive(&specs, &facts, &head);
+            prop_assert_eq!(allowed(&all, &facts, &head, None), expected);
+            // A connection is refused only if every request on it would be, and free only if none would be.
+            match all.connection(&facts) {
+                Err(_) => prop_assert!(!expected),
+                Ok(Verdict::Allowed(_)) => prop_assert!(expected),
+                Ok(Verdict::PerRequest(_)) => {}
+            }
+            // What cannot be looked into never gets more than what can.
+            if all.opaque(&facts).is_ok() {
+                prop_assert!(expected);
+            }
+        }
     }
 }

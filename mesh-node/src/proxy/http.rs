@@ -7,17 +7,21 @@
 
 mod attempt;
 mod attempts;
+mod authorizer;
 mod body;
+mod call;
 pub mod clusters;
 mod exchange;
 pub mod framing;
+pub mod gate;
+pub mod guard;
 mod h1;
 mod h2;
 mod headers;
 mod mirror;
 mod record;
 mod reply;
-mod transport;
+pub mod transport;
 mod upload;
 mod upstream;
 pub mod wire;

@@ -1,17 +1,22 @@
-//! Into a pod: every way in ends in [`admit`], which is where policy is enforced.
+//! Into a pod: every way in ends in [`admit`], which is where policy is enforced on connections, and from there, where
+//! policy asks about requests, in [`inspect`].
 //!
 //! HBONE from other nodes, plaintext steered here by the pod's `sk_lookup` program, and connections of pods of this node,
 //! handed over in process with the identity the kernel vouches for.
 
+mod inspect;
+
 use std::{io, net::SocketAddr, sync::Arc};
 
 use http::StatusCode;
+pub use inspect::{Inspection, refuse};
 use tokio::{net::TcpStream, sync::watch, time::timeout};
 
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
+    http::{gate, transport::Transport},
     limits::Slot,
-    live::{Cut, Registration},
+    live::{Carries, Cut, Registration},
     outcome::{Direction, Outcome, Party},
 };
 use crate::{
@@ -26,7 +31,7 @@ use crate::{
         relay::relay,
         socket::{self, Source, reset_on_close, tune},
     },
-    policy::{Facts, Permit},
+    policy::{Facts, Permit, Verdict},
     route::Workload,
     tls::{self, HandshakeFailure, ServerStream},
 };
@@ -36,27 +41,45 @@ use crate::{
 pub struct Admitted {
     pub application: TcpStream,
     pub registration: Registration,
+    pub facts: Facts,
+    /// Not all of what is sent on it may pass: it has to be looked into.
+    pub per_request: bool,
 }
 
 /// Authorizes a connection into `pod` and connects to the application with the client's address.
-pub async fn admit(proxy: &Proxy, pod: &ServedPod, facts: Facts, outcome: &mut Outcome) -> Result<Admitted, Failure> {
+pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, outcome: &mut Outcome) -> Result<Admitted, Failure> {
     let to = facts.destination;
     if mesh_common::is_reserved_port(to.port()) {
         return Err(Failure::ReservedPort(to.port()));
     }
     let client = facts.source;
+    facts.proxy = proxy.config.load().mesh.is_trusted_proxy(facts.peer.as_ref(), client);
     let registration = proxy.live.register(pod.uid.clone(), facts.clone());
-    let permit = {
+    let verdict = {
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
         describe(outcome, &snapshot, workload, &facts);
-        for policy in workload.policy.observed(&facts) {
-            tracing::info!(target: "audit", policy, source = %client, identity = ?facts.peer, destination = %to, "connection matches");
+        let verdict = workload.policy.connection(&facts)?;
+        if matches!(verdict, Verdict::Allowed(_)) {
+            gate::observe(proxy, &facts, &workload.policy.at(to.port()).observed(&facts, None), None);
         }
-        workload.policy.authorize(&facts)?
+        verdict
     };
+    let (permit, per_request) = match verdict {
+        Verdict::Allowed(permit) => (permit, false),
+        Verdict::PerRequest(permit) => (permit, true),
+    };
+    if !per_request {
+        registration.carries(Carries::Unknown, None);
+        // A change of policy after the verdict and before this may have gone unseen.
+        let snapshot = proxy.config.load();
+        let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
+        if !matches!(workload.policy.connection(&facts)?, Verdict::Allowed(_)) {
+            return Err(Failure::Cut(Cut::PolicyChanged));
+        }
+    }
     let application = connect_application(pod, to, client, &permit).await?;
-    Ok(Admitted { application, registration })
+    Ok(Admitted { application, registration, facts, per_request })
 }
 
 fn describe(outcome: &mut Outcome, snapshot: &Snapshot, workload: &Arc<Workload>, facts: &Facts) {
@@ -85,8 +108,8 @@ pub async fn serve_plaintext(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream:
 }
 
 async fn plaintext(
-    proxy: &Proxy,
-    pod: &ServedPod,
+    proxy: &Arc<Proxy>,
+    pod: &Arc<ServedPod>,
     downstream: TcpStream,
     client: SocketAddr,
     outcome: &mut Outcome,
@@ -95,18 +118,28 @@ async fn plaintext(
     let destination = downstream.local_addr().map_err(Failure::Broken)?;
     let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
     outcome.destination.address = Some(destination);
-    let facts = Facts { peer: None, source: client.ip(), destination };
-    let admitted = match admit(proxy, pod, facts, outcome).await {
+    let mut facts = Facts::new(None, client.ip(), destination);
+    facts.node = pod.is_from_node(client, destination);
+    let admitted = match admit(proxy, pod, facts.clone(), outcome).await {
         Ok(admitted) => admitted,
         Err(failure) => {
-            reset_on_close(&downstream);
+            if matches!(failure, Failure::Denied(_)) {
+                // A client that speaks HTTP is told in HTTP.
+                refuse(proxy, pod, facts, downstream, client).await;
+            } else {
+                reset_on_close(&downstream);
+            }
             return Err(failure);
         }
     };
     tune(&downstream).map_err(Failure::Broken)?;
     outcome.opened();
+    let traffic = outcome.traffic.clone();
+    if admitted.per_request {
+        return Inspection { proxy, pod, admitted, client, traffic }.run(Transport::Tcp(downstream)).await;
+    }
     let mut registration = admitted.registration;
-    Ok(relay(downstream, admitted.application, &outcome.traffic.clone(), cut(&mut registration, pod)).await?)
+    Ok(relay(downstream, admitted.application, &traffic, cut(&mut registration, pod)).await?)
 }
 
 /// Completes when policy or the end of the pod wants the connection ended.
@@ -205,8 +238,16 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
         }
     };
     outcome.opened();
-    let mut registration = admitted.registration;
     let traffic = outcome.traffic.clone();
+    if admitted.per_request {
+        let HboneConnection { proxy, pod, client, .. } = &connection;
+        let inspection = Inspection { proxy, pod, admitted, client: *client, traffic };
+        if let Err(failure) = inspection.run(Transport::Tunnel(Box::new(tunnel))).await {
+            outcome.fail(failure);
+        }
+        return;
+    }
+    let mut registration = admitted.registration;
     if let Err(broken) = relay(tunnel, admitted.application, &traffic, cut(&mut registration, &connection.pod)).await {
         outcome.fail(broken.into());
     }
@@ -216,7 +257,7 @@ async fn answer(connection: &HboneConnection, offer: &Offer, outcome: &mut Outco
     let request = offer.request.as_ref().map_err(|e| Failure::BadRequest(e.clone()))?;
     let destination = destination(connection, request)?;
     outcome.destination.address = Some(destination);
-    let facts = Facts { peer: Some(connection.peer.clone()), source: connection.client.ip(), destination };
+    let facts = Facts::new(Some(connection.peer.clone()), connection.client.ip(), destination);
     admit(&connection.proxy, &connection.pod, facts, outcome).await
 }
 

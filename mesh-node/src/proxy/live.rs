@@ -13,7 +13,11 @@ use std::{
 
 use tokio::sync::watch;
 
-use crate::{config::Snapshot, id::WorkloadUid, policy::Facts};
+use crate::{
+    config::Snapshot,
+    id::WorkloadUid,
+    policy::{Facts, Sni, Verdict, WorkloadPolicy},
+};
 
 /// Why a connection is ended from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +58,31 @@ struct Inner {
 struct Entry {
     workload: WorkloadUid,
     facts: Facts,
+    carries: Carries,
     cut: watch::Sender<Option<Cut>>,
+}
+
+/// What is known of what a connection carries: it decides which policies it is held to when they change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carries {
+    /// Nobody looks: policies that ask about requests cannot be met, so the connection has to be made again.
+    Unknown,
+    /// It is being looked at; what it turns out to be is judged then.
+    Undecided,
+    /// No requests.
+    Opaque,
+    /// Requests, each of which is judged by the policies of its own time.
+    Requests,
+}
+
+impl Entry {
+    fn is_denied(&self, policy: &WorkloadPolicy) -> bool {
+        match self.carries {
+            Carries::Unknown => !matches!(policy.connection(&self.facts), Ok(Verdict::Allowed(_))),
+            Carries::Undecided | Carries::Requests => policy.connection(&self.facts).is_err(),
+            Carries::Opaque => policy.opaque(&self.facts).is_err(),
+        }
+    }
 }
 
 /// A registered connection; dropping it removes it.
@@ -69,7 +97,7 @@ impl Live {
     pub fn register(&self, workload: WorkloadUid, facts: Facts) -> Registration {
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = watch::channel(None);
-        self.lock().insert(id, Entry { workload, facts, cut: sender });
+        self.lock().insert(id, Entry { workload, facts, carries: Carries::Undecided, cut: sender });
         Registration { id, live: self.clone(), cut: receiver }
     }
 
@@ -78,7 +106,7 @@ impl Live {
         let entries = self.lock();
         let denied = entries.values().filter(|e| {
             // A workload that is gone from the configuration is the pod watcher's business: its end is not a policy change.
-            snapshot.workload(&e.workload).is_some_and(|w| w.policy.authorize(&e.facts).is_err())
+            snapshot.workload(&e.workload).is_some_and(|w| e.is_denied(&w.policy))
         });
         denied.filter(|e| e.cut.send_replace(Some(Cut::PolicyChanged)).is_none()).count()
     }
@@ -94,6 +122,17 @@ impl Live {
 }
 
 impl Registration {
+    /// Takes in what the connection carries. To be called before that is judged: a change of policy is then seen by one or
+    /// the other.
+    pub fn carries(&self, carries: Carries, sni: Option<&Sni>) {
+        if let Some(entry) = self.live.lock().get_mut(&self.id) {
+            entry.carries = carries;
+            if let Some(sni) = sni {
+                entry.facts.sni = sni.clone();
+            }
+        }
+    }
+
     /// Completes when the connection is to end.
     pub async fn cut(&mut self) -> Cut {
         let cut = self.cut.wait_for(Option::is_some).await.map(|cut| *cut);

@@ -19,9 +19,10 @@ use super::{
     http::{
         self,
         clusters::{ClusterState, ConnectionSlot, EndpointState},
+        transport::Transport,
     },
-    inbound::{self, Admitted},
-    live::{Cut, Registration},
+    inbound::{self, Admitted, Inspection},
+    live::Cut,
     outcome::{Direction, Outcome, Party},
     sniff::{self, Begun},
 };
@@ -124,7 +125,7 @@ impl Opaque {
         let relayed = match stream {
             Stream::Tcp(stream) => relay(downstream, stream, &traffic, cut).await,
             Stream::Tunnel(tunnel) => relay(downstream, *tunnel, &traffic, cut).await,
-            Stream::Local(local) => relay_local(downstream, *local, pod, &traffic, cut).await,
+            Stream::Local(local) => relay_local(&self.proxy, downstream, *local, pod, &traffic, cut).await,
         };
         if let Err(broken) = relayed {
             outcome.fail(broken.into());
@@ -216,23 +217,50 @@ pub(super) struct Local {
     admitted: Admitted,
     pod: Arc<ServedPod>,
     outcome: Outcome,
+    client: SocketAddr,
+}
+
+/// What a connection within the node is made of.
+pub(super) struct LocalParts {
+    pub admitted: Admitted,
+    pub pod: Arc<ServedPod>,
+    pub outcome: Outcome,
+    /// The client as the application sees it.
+    pub client: SocketAddr,
 }
 
 impl Local {
-    pub(super) fn into_parts(self) -> (TcpStream, Registration, Arc<ServedPod>, Outcome) {
-        (self.admitted.application, self.admitted.registration, self.pod, self.outcome)
+    pub(super) fn into_parts(self) -> LocalParts {
+        let Self { admitted, pod, outcome, client } = self;
+        LocalParts { admitted, pod, outcome, client }
     }
 }
 
 async fn relay_local(
+    proxy: &Arc<Proxy>,
     downstream: Prefixed,
     local: Local,
     pod: &ServedPod,
-    traffic: &Traffic,
+    traffic: &Arc<Traffic>,
     cut: impl Future<Output = Cut>,
 ) -> Result<(), Broken<Cut>> {
-    let Local { admitted: Admitted { application, mut registration }, pod: destination, mut outcome } = local;
+    let Local { admitted, pod: destination, mut outcome, client } = local;
     outcome.opened();
+    if admitted.per_request {
+        let inspection = Inspection { proxy, pod: &destination, admitted, client, traffic: traffic.clone() };
+        let inspected = tokio::select! {
+            biased;
+            reason = pod.ended() => Err(Broken::Cut(reason)),
+            reason = cut => Err(Broken::Cut(reason)),
+            inspected = inspection.run(Transport::Prefixed(downstream)) => {
+                inspected.unwrap_or_else(|failure| outcome.fail(failure));
+                Ok(())
+            }
+        };
+        outcome.traffic.copy(traffic);
+        return inspected;
+    }
+    let Admitted { application, mut registration, .. } = admitted;
     let cut = async {
         tokio::select! {
             biased;
@@ -495,9 +523,9 @@ async fn hand_over(
     let mut outcome = Outcome::new(&proxy.metrics, Direction::Inbound);
     let client_ip = client_address(pod, client, to);
     outcome.source.address = Some(SocketAddr::new(client_ip, client.port()));
-    let facts = Facts { peer: Some(source.identity.clone()), source: client_ip, destination: to };
+    let facts = Facts::new(Some(source.identity.clone()), client_ip, to);
     match inbound::admit(proxy, &destination, facts, &mut outcome).await {
-        Ok(admitted) => Ok(Local { admitted, pod: destination, outcome }),
+        Ok(admitted) => Ok(Local { admitted, pod: destination, outcome, client: SocketAddr::new(client_ip, client.port()) }),
         Err(failure) => {
             let told = mirrored(&failure);
             outcome.fail(failure);

@@ -2,8 +2,8 @@
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use arc_swap::ArcSwap;
@@ -27,6 +27,13 @@ pub struct ServedPod {
     /// What it has under way to other services.
     pub clusters: Clusters,
     handshakes: Arc<Semaphore>,
+    /// What the kernel says of who is at the other end.
+    origins: OnceLock<Box<dyn Origins>>,
+}
+
+/// Knows which connections come from the pod's own node, outside of any pod.
+pub trait Origins: Send + Sync + std::fmt::Debug {
+    fn is_node(&self, client: SocketAddr, destination: SocketAddr) -> bool;
 }
 
 impl ServedPod {
@@ -39,6 +46,7 @@ impl ServedPod {
             draining: watch::Sender::new(false),
             clusters: Clusters::default(),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
+            origins: OnceLock::new(),
         })
     }
 
@@ -67,6 +75,17 @@ impl ServedPod {
     /// Ends all of the pod's connections.
     pub fn end(&self, cut: Cut) {
         self.ended.send_if_modified(|e| e.is_none() && e.replace(cut).is_none());
+    }
+
+    /// Says who knows where connections come from. To be called once.
+    pub fn set_origins(&self, origins: Box<dyn Origins>) {
+        // A second one would know the same.
+        let _ = self.origins.set(origins);
+    }
+
+    /// Whether the kernel vouches that a connection comes from the node itself, such as the kubelet's probes.
+    pub fn is_from_node(&self, client: SocketAddr, destination: SocketAddr) -> bool {
+        self.origins.get().is_some_and(|o| o.is_node(client, destination))
     }
 
     /// Room for one more TLS handshake into this pod.

@@ -1,9 +1,19 @@
 //! `AuthorizationPolicy` as written, checked field by field. What it means for a workload is compiled in `policy`.
 
+use std::sync::Arc;
+
+use http::HeaderName;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::{envelope::FieldError, selector::WorkloadSelector, strings::StringMatch};
+use super::{
+    envelope::FieldError,
+    fields::header_name,
+    paths::PathPattern,
+    selector::WorkloadSelector,
+    strings::StringMatch,
+    target::{TargetRef, TargetSpec, targets},
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
@@ -11,12 +21,28 @@ pub enum Action {
     Deny,
     /// Evaluated and logged, never enforced.
     Audit,
+    /// Asks an external authorizer.
+    Custom,
+}
+
+impl Action {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Allow => "ALLOW",
+            Self::Deny => "DENY",
+            Self::Audit => "AUDIT",
+            Self::Custom => "CUSTOM",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct AuthorizationPolicy {
     pub selector: Option<WorkloadSelector>,
+    pub targets: Vec<TargetRef>,
     pub action: Action,
+    /// The name of the external authorizer among the mesh's extension providers, when the action is CUSTOM.
+    pub provider: Option<Arc<str>>,
     pub rules: Vec<Rule>,
     /// Annotated `istio.io/dry-run: "true"`.
     pub dry_run: bool,
@@ -50,21 +76,52 @@ pub struct ServiceAccount {
     pub name: String,
 }
 
+/// `issuer/subject` of a token, split at the last `/`; each side is a pattern.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RequestPrincipal {
+    /// `*`: whoever has one.
+    Any,
+    Pair(StringMatch, StringMatch),
+    /// Without a slash: matched against the whole.
+    Whole(StringMatch),
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct SourceMatch {
     pub principals: Values<StringMatch>,
+    pub request_principals: Values<RequestPrincipal>,
     pub namespaces: Values<StringMatch>,
     pub service_accounts: Values<ServiceAccount>,
+    pub trust_domains: Values<StringMatch>,
     pub ip_blocks: Values<IpNet>,
     pub remote_ip_blocks: Values<IpNet>,
-    /// Names of the fields present that only an HTTP request has.
-    pub http_only: Vec<&'static str>,
+}
+
+impl SourceMatch {
+    fn is_empty(&self) -> bool {
+        self.principals.is_empty()
+            && self.request_principals.is_empty()
+            && self.namespaces.is_empty()
+            && self.service_accounts.is_empty()
+            && self.trust_domains.is_empty()
+            && self.ip_blocks.is_empty()
+            && self.remote_ip_blocks.is_empty()
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct OperationMatch {
+    /// In lower case.
+    pub hosts: Values<StringMatch>,
     pub ports: Values<u16>,
-    pub http_only: Vec<&'static str>,
+    pub methods: Values<StringMatch>,
+    pub paths: Values<PathPattern>,
+}
+
+impl OperationMatch {
+    fn is_empty(&self) -> bool {
+        self.hosts.is_empty() && self.ports.is_empty() && self.methods.is_empty() && self.paths.is_empty()
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -74,10 +131,18 @@ pub enum Condition {
     SourceNamespace(Values<StringMatch>),
     SourcePrincipal(Values<StringMatch>),
     SourceServiceAccount(Values<ServiceAccount>),
+    SourceTrustDomain(Values<StringMatch>),
     DestinationIp(Values<IpNet>),
     DestinationPort(Values<u16>),
-    /// A key only an HTTP request has.
-    HttpOnly(String),
+    /// The server name of the application's own TLS.
+    Sni(Values<StringMatch>),
+    Header(HeaderName, Values<StringMatch>),
+    RequestPrincipal(Values<RequestPrincipal>),
+    Audience(Values<StringMatch>),
+    /// The token's `azp`.
+    Presenter(Values<StringMatch>),
+    /// A claim, by its path.
+    Claim(Vec<Arc<str>>, Values<StringMatch>),
 }
 
 #[derive(Deserialize)]
@@ -85,15 +150,19 @@ pub enum Condition {
 pub(super) struct Spec {
     selector: Option<WorkloadSelector>,
     #[serde(default)]
-    target_refs: Option<Vec<serde_json::Value>>,
-    #[serde(default)]
-    target_ref: Option<serde_json::Value>,
+    target_refs: Option<Vec<TargetSpec>>,
+    target_ref: Option<TargetSpec>,
     #[serde(default)]
     action: Option<String>,
-    #[serde(default)]
-    provider: Option<serde_json::Value>,
+    provider: Option<ProviderSpec>,
     #[serde(default)]
     rules: Option<Vec<RuleSpec>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProviderSpec {
+    name: String,
 }
 
 #[derive(Deserialize, Default)]
@@ -133,6 +202,8 @@ struct SourceSpec {
     not_ip_blocks: Texts,
     remote_ip_blocks: Texts,
     not_remote_ip_blocks: Texts,
+    trust_domains: Texts,
+    not_trust_domains: Texts,
 }
 
 #[derive(Deserialize, Default)]
@@ -160,31 +231,33 @@ struct WhenSpec {
 
 impl AuthorizationPolicy {
     pub(super) fn read(spec: Spec, dry_run: bool) -> Result<Self, FieldError> {
-        if spec.target_refs.is_some_and(|t| !t.is_empty()) || spec.target_ref.is_some() {
-            return Err(FieldError::new(
-                "spec.targetRefs",
-                "is not honoured by this version of mesh-node; select workloads with spec.selector",
-            ));
-        }
+        let targets = targets(spec.target_ref, spec.target_refs, spec.selector.is_some())?;
         let action = match spec.action.as_deref() {
             None | Some("ALLOW") => Action::Allow,
             Some("DENY") => Action::Deny,
             Some("AUDIT") => Action::Audit,
-            Some("CUSTOM") => {
-                return Err(FieldError::new("spec.action", "CUSTOM is not honoured by this version of mesh-node; use ALLOW or DENY"));
-            }
-            Some(other) => return Err(FieldError::new("spec.action", format!("{other:?} is none of ALLOW, DENY, AUDIT"))),
+            Some("CUSTOM") => Action::Custom,
+            Some(other) => return Err(FieldError::new("spec.action", format!("{other:?} is none of ALLOW, DENY, AUDIT, CUSTOM"))),
         };
-        if spec.provider.is_some() {
+        let provider = spec.provider.map(|p| p.name).filter(|name| !name.is_empty());
+        if action == Action::Custom && provider.is_none() {
+            return Err(FieldError::new("spec.provider.name", "is missing; CUSTOM needs one of the mesh's extensionProviders"));
+        }
+        if action != Action::Custom && provider.is_some() {
             return Err(FieldError::new("spec.provider", "goes with action CUSTOM only; remove it"));
         }
+        if action == Action::Custom && dry_run {
+            return Err(FieldError::new("metadata.annotations[istio.io/dry-run]", "does not go with action CUSTOM; remove it"));
+        }
         let rules = spec.rules.unwrap_or_default();
-        if rules.is_empty() && action == Action::Deny {
-            // Istio's validation: a DENY without rules would never match and is a mistake.
-            return Err(FieldError::new("spec.rules", "a DENY policy without rules matches nothing; use rules: [{}] to deny everything"));
+        if rules.is_empty() && matches!(action, Action::Deny | Action::Custom) {
+            // Istio's validation: it would never match and is a mistake.
+            let problem = format!("a {} policy without rules matches nothing; use rules: [{{}}] to match everything", action.name());
+            return Err(FieldError::new("spec.rules", problem));
         }
         let rules = rules.into_iter().enumerate().map(|(i, r)| rule(r, &format!("spec.rules[{i}]"))).collect::<Result<_, _>>()?;
-        Ok(Self { selector: spec.selector.filter(|s| !s.match_labels.is_empty()), action, rules, dry_run })
+        let selector = spec.selector.filter(|s| !s.match_labels.is_empty());
+        Ok(Self { selector, targets, action, provider: provider.map(Arc::from), rules, dry_run })
     }
 }
 
@@ -210,19 +283,14 @@ fn source(spec: SourceSpec, at: &str) -> Result<SourceMatch, FieldError> {
     let field = |name: &str| format!("{at}.{name}");
     let found = SourceMatch {
         principals: values(spec.principals, spec.not_principals, &field("principals"), pattern)?,
+        request_principals: values(spec.request_principals, spec.not_request_principals, &field("requestPrincipals"), request_principal)?,
         namespaces: values(spec.namespaces, spec.not_namespaces, &field("namespaces"), pattern)?,
         service_accounts: values(spec.service_accounts, spec.not_service_accounts, &field("serviceAccounts"), service_account)?,
+        trust_domains: values(spec.trust_domains, spec.not_trust_domains, &field("trustDomains"), pattern)?,
         ip_blocks: values(spec.ip_blocks, spec.not_ip_blocks, &field("ipBlocks"), ip_block)?,
         remote_ip_blocks: values(spec.remote_ip_blocks, spec.not_remote_ip_blocks, &field("remoteIpBlocks"), ip_block)?,
-        http_only: present(&[("requestPrincipals", &spec.request_principals), ("notRequestPrincipals", &spec.not_request_principals)]),
     };
-    let empty = found.principals.is_empty()
-        && found.namespaces.is_empty()
-        && found.service_accounts.is_empty()
-        && found.ip_blocks.is_empty()
-        && found.remote_ip_blocks.is_empty()
-        && found.http_only.is_empty();
-    if empty {
+    if found.is_empty() {
         // Istio's validation refuses it: it reads like "nobody" and would mean "everybody".
         return Err(FieldError::new(at, "is empty; name at least one source, or leave out from"));
     }
@@ -230,16 +298,14 @@ fn source(spec: SourceSpec, at: &str) -> Result<SourceMatch, FieldError> {
 }
 
 fn operation(spec: OperationSpec, at: &str) -> Result<OperationMatch, FieldError> {
-    let http_only = present(&[
-        ("hosts", &spec.hosts),
-        ("notHosts", &spec.not_hosts),
-        ("methods", &spec.methods),
-        ("notMethods", &spec.not_methods),
-        ("paths", &spec.paths),
-        ("notPaths", &spec.not_paths),
-    ]);
-    let found = OperationMatch { ports: values(spec.ports, spec.not_ports, &format!("{at}.ports"), port)?, http_only };
-    if found.ports.is_empty() && found.http_only.is_empty() {
+    let host = |text: &str| pattern(&text.to_ascii_lowercase());
+    let found = OperationMatch {
+        hosts: values(spec.hosts, spec.not_hosts, &format!("{at}.hosts"), host)?,
+        ports: values(spec.ports, spec.not_ports, &format!("{at}.ports"), port)?,
+        methods: values(spec.methods, spec.not_methods, &format!("{at}.methods"), pattern)?,
+        paths: values(spec.paths, spec.not_paths, &format!("{at}.paths"), PathPattern::parse)?,
+    };
+    if found.is_empty() {
         return Err(FieldError::new(at, "is empty; name at least one operation, or leave out to"));
     }
     Ok(found)
@@ -257,25 +323,43 @@ fn condition(spec: WhenSpec, at: &str) -> Result<Condition, FieldError> {
         "source.namespace" => Condition::SourceNamespace(values(yes, no, &field, pattern)?),
         "source.principal" => Condition::SourcePrincipal(values(yes, no, &field, pattern)?),
         "source.serviceAccount" => Condition::SourceServiceAccount(values(yes, no, &field, service_account)?),
+        "source.trustDomain" => Condition::SourceTrustDomain(values(yes, no, &field, pattern)?),
         "destination.ip" => Condition::DestinationIp(values(yes, no, &field, ip_block)?),
         "destination.port" => Condition::DestinationPort(values(yes, no, &field, port)?),
-        key if is_http_key(key) => Condition::HttpOnly(key.to_owned()),
-        key => {
-            let problem =
-                format!("{key:?} is not a condition this version knows; see AuthorizationPolicy conditions in Istio's documentation");
-            return Err(FieldError::new(format!("{at}.key"), problem));
-        }
+        "connection.sni" => Condition::Sni(values(yes, no, &field, pattern)?),
+        "request.auth.principal" => Condition::RequestPrincipal(values(yes, no, &field, request_principal)?),
+        "request.auth.audiences" => Condition::Audience(values(yes, no, &field, pattern)?),
+        "request.auth.presenter" => Condition::Presenter(values(yes, no, &field, pattern)?),
+        key => match bracketed(key) {
+            Some(("request.headers", path)) if path.len() == 1 => {
+                Condition::Header(header_name(&path[0], &format!("{at}.key"))?, values(yes, no, &field, pattern)?)
+            }
+            Some(("request.auth.claims", path)) => Condition::Claim(path, values(yes, no, &field, pattern)?),
+            _ => {
+                let problem =
+                    format!("{key:?} is not a condition this version knows; see AuthorizationPolicy conditions in Istio's documentation");
+                return Err(FieldError::new(format!("{at}.key"), problem));
+            }
+        },
     })
 }
 
-fn is_http_key(key: &str) -> bool {
-    key.starts_with("request.headers[")
-        || key.starts_with("request.auth.claims[")
-        || matches!(key, "request.auth.principal" | "request.auth.audiences" | "request.auth.presenter" | "connection.sni")
+/// `name[a][b]` in its parts.
+pub(crate) fn bracketed(text: &str) -> Option<(&str, Vec<Arc<str>>)> {
+    let (name, rest) = text.split_once('[')?;
+    let inner = rest.strip_suffix(']')?;
+    let path = inner.split("][").map(Arc::from).collect::<Vec<Arc<str>>>();
+    path.iter().all(|p| !p.is_empty() && !p.contains(['[', ']'])).then_some((name, path))
 }
 
-fn present(fields: &[(&'static str, &Texts)]) -> Vec<&'static str> {
-    fields.iter().filter(|(_, v)| v.as_ref().is_some_and(|v| !v.is_empty())).map(|(n, _)| *n).collect()
+fn request_principal(text: &str) -> Result<RequestPrincipal, String> {
+    if text == "*" {
+        return Ok(RequestPrincipal::Any);
+    }
+    match text.rsplit_once('/') {
+        Some((issuer, subject)) => Ok(RequestPrincipal::Pair(pattern(issuer)?, pattern(subject)?)),
+        None => Ok(RequestPrincipal::Whole(pattern(text)?)),
+    }
 }
 
 /// An empty pattern would match whoever has no identity; Istio's validation refuses it.

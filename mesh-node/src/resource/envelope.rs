@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{
     AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Key, Kind, Named, Namespace, Node, Object, Parsed,
-    PeerAuthentication, Pod, ReferenceGrant, Rejection, Service, VirtualService,
+    PeerAuthentication, Pod, ReferenceGrant, Rejection, RequestAuthentication, Service, VirtualService,
 };
 use crate::id::ObjectName;
 
@@ -20,7 +20,6 @@ const NOT_HONOURED: &[(&str, &str)] = &[
     ("networking.istio.io", "WorkloadEntry"),
     ("networking.istio.io", "WorkloadGroup"),
     ("networking.istio.io", "ProxyConfig"),
-    ("security.istio.io", "RequestAuthentication"),
     ("telemetry.istio.io", "Telemetry"),
     ("extensions.istio.io", "WasmPlugin"),
     ("gateway.networking.k8s.io", "Gateway"),
@@ -72,7 +71,9 @@ pub fn parse(document: &Value, default_namespace: &str) -> Result<Parsed, Reject
     };
     let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
     let (name, namespace) = (text("/metadata/name").unwrap_or_default(), text("/metadata/namespace").unwrap_or(default_namespace));
-    let Some(known) = known(group, kind) else { return unknown(group, kind, format!("{kind} {namespace}/{name}")) };
+    let Some(known) = known(group, kind).or_else(|| mesh_config(group, kind, document)) else {
+        return unknown(group, kind, format!("{kind} {namespace}/{name}"));
+    };
     if name.is_empty() {
         return Err(reject(format!("{kind} {namespace}/"), "metadata.name", "is missing; every object needs a name", None));
     }
@@ -93,6 +94,7 @@ fn known(group: &str, kind: &str) -> Option<Kind> {
         ("discovery.k8s.io", "EndpointSlice") => Kind::EndpointSlice,
         ("security.istio.io", "PeerAuthentication") => Kind::PeerAuthentication,
         ("security.istio.io", "AuthorizationPolicy") => Kind::AuthorizationPolicy,
+        ("security.istio.io", "RequestAuthentication") => Kind::RequestAuthentication,
         ("networking.istio.io", "VirtualService") => Kind::VirtualService,
         ("networking.istio.io", "DestinationRule") => Kind::DestinationRule,
         ("gateway.networking.k8s.io", "HTTPRoute") => Kind::HTTPRoute,
@@ -100,6 +102,13 @@ fn known(group: &str, kind: &str) -> Option<Kind> {
         ("gateway.networking.k8s.io", "ReferenceGrant") => Kind::ReferenceGrant,
         _ => return None,
     })
+}
+
+/// A `ConfigMap` is one of a cluster's many, unless it is Istio's.
+fn mesh_config(group: &str, kind: &str, document: &Value) -> Option<Kind> {
+    let of_the_mesh =
+        document.pointer("/metadata/name").and_then(Value::as_str) == Some("istio") && document.pointer("/data/mesh").is_some();
+    (group.is_empty() && kind == "ConfigMap" && of_the_mesh).then_some(Kind::ConfigMap)
 }
 
 fn unknown(group: &str, kind: &str, label: String) -> Result<Parsed, Rejection> {
@@ -139,6 +148,8 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
             let dry_run = metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")).is_some_and(|v| v == "true");
             Object::AuthorizationPolicy(AuthorizationPolicy::read(spec_of(spec, key)?, dry_run).map_err(fail)?)
         }
+        Kind::RequestAuthentication => Object::RequestAuthentication(RequestAuthentication::read(spec_of(spec, key)?).map_err(fail)?),
+        Kind::ConfigMap => Object::MeshConfig(super::mesh_config::read(document, key)?),
         Kind::VirtualService => Object::VirtualService(Box::new(VirtualService::read(spec_of(spec, key)?).map_err(fail)?)),
         Kind::DestinationRule => Object::DestinationRule(Box::new(DestinationRule::read(spec_of(spec, key)?).map_err(fail)?)),
         Kind::HTTPRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, false).map_err(fail)?),
@@ -161,7 +172,7 @@ fn spec_of<T: DeserializeOwned>(spec: Option<&Value>, key: &Key) -> Result<T, Re
     })
 }
 
-fn typed<T: DeserializeOwned>(value: &Value, key: &Key) -> Result<T, Rejection> {
+pub(super) fn typed<T: DeserializeOwned>(value: &Value, key: &Key) -> Result<T, Rejection> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let problem = format!("{}; correct or remove the field", error.inner());
         reject(key.to_string(), &error.path().to_string(), &problem, Some(key.clone()))
@@ -184,7 +195,7 @@ impl FieldError {
         Self { field: field.into(), problem: problem.into() }
     }
 
-    fn of(self, key: &Key) -> Rejection {
+    pub(super) fn of(self, key: &Key) -> Rejection {
         reject(key.to_string(), &self.field, &self.problem, Some(key.clone()))
     }
 }

@@ -2,6 +2,8 @@
 
 use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 
+use crate::resource::mesh_config::Normalization;
+
 /// Method, target and headers of a request. `Host` and `:authority` are one field, not a header.
 #[derive(Debug, Clone)]
 pub struct RequestHead {
@@ -63,6 +65,97 @@ pub fn query_parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         (key == name).then_some(value)
     })
+}
+
+/// A target without a query parameter, wherever it stands; `None` if it has none.
+pub fn without_parameter(target: &PathAndQuery, name: &str) -> Option<PathAndQuery> {
+    let query = target.query()?;
+    let is_it = |pair: &&str| pair.split_once('=').map_or(*pair, |(key, _)| key) == name;
+    if !query.split('&').any(|pair| is_it(&pair)) {
+        return None;
+    }
+    let rest = query.split('&').filter(|pair| !is_it(pair)).collect::<Vec<_>>().join("&");
+    let text = if rest.is_empty() { target.path().to_owned() } else { format!("{}?{rest}", target.path()) };
+    PathAndQuery::try_from(text).ok()
+}
+
+/// The path as a lenient application may read it, when that is not as it is written: `%2f` and `%5c` decoded, parameters
+/// after `;` left out, runs of slashes one, dot segments gone.
+pub fn ambiguous_reading(path: &str) -> Option<String> {
+    if !path.contains(['%', ';']) && !path.contains("//") {
+        return None;
+    }
+    let decoded = decode_all(path);
+    let mut out: Vec<&str> = Vec::new();
+    let mut ends_open = false;
+    for segment in decoded.split(['/', '\\']) {
+        let segment = segment.split(';').next().unwrap_or_default();
+        ends_open = matches!(segment, "" | "." | "..");
+        match segment {
+            "" | "." => {}
+            ".." => drop(out.pop()),
+            other => out.push(other),
+        }
+    }
+    let mut read = format!("/{}", out.join("/"));
+    if ends_open && read.len() > 1 {
+        read.push('/');
+    }
+    (read != path).then_some(read)
+}
+
+/// Every escape decoded, as often as that changes something: an application may do it twice.
+fn decode_all(path: &str) -> String {
+    let mut text = path.to_owned();
+    for _ in 0..4 {
+        let mut bytes = Vec::with_capacity(text.len());
+        let mut rest = text.as_bytes();
+        while let Some((first, after)) = rest.split_first() {
+            let hex = (*first == b'%').then(|| after.get(..2)).flatten();
+            let decoded = hex.and_then(|h| std::str::from_utf8(h).ok()).and_then(|h| u8::from_str_radix(h, 16).ok());
+            match decoded {
+                Some(byte) => {
+                    bytes.push(byte);
+                    rest = &after[2..];
+                }
+                None => {
+                    bytes.push(*first);
+                    rest = after;
+                }
+            }
+        }
+        let next = String::from_utf8_lossy(&bytes).into_owned();
+        if next == text {
+            break;
+        }
+        text = next;
+    }
+    text
+}
+
+/// A request whose path the mesh's normalization changes further; `None` if it does not.
+pub fn further_normalised(head: &RequestHead, normalization: Normalization) -> Option<RequestHead> {
+    let path = head.path();
+    let decode = normalization == Normalization::DecodeAndMergeSlashes;
+    if normalization == Normalization::Base || !path.contains("//") && !(decode && path.contains('%')) {
+        return None;
+    }
+    let mut text = path.to_owned();
+    if decode {
+        for escaped in ["%2f", "%2F", "%5c", "%5C"] {
+            text = text.replace(escaped, "/");
+        }
+        // Segments that were hidden may be dot segments.
+        text = normalise_path(&text).ok()?.unwrap_or(text);
+    }
+    while text.contains("//") {
+        text = text.replace("//", "/");
+    }
+    if text == path {
+        return None;
+    }
+    let target = head.query().map_or(text.clone(), |q| format!("{text}?{q}"));
+    Some(RequestHead { target: PathAndQuery::try_from(target).ok()?, ..head.clone() })
 }
 
 /// The value of a cookie.
@@ -184,6 +277,25 @@ mod tests {
         ];
         for (path, expected) in cases {
             assert_eq!(normalise_path(path), expected.map(|o| o.map(str::to_owned)), "{path}");
+        }
+    }
+
+    #[test]
+    fn lenient_readings_are_found() {
+        for (path, expected) in [
+            ("/a/b", None),
+            ("//admin", Some("/admin")),
+            ("/public/..%2fadmin", Some("/admin")),
+            ("/public/..;/admin", Some("/admin")),
+            ("/public/..;x=1/admin/", Some("/admin/")),
+            ("/public/%252e%252e/admin", Some("/admin")),
+            ("/a;jsessionid=1", Some("/a")),
+            ("/%61dmin%5cx", Some("/admin/x")),
+            ("/a%20b", Some("/a b")),
+            ("/a/../../..//%2f", Some("/")),
+            ("/a%", None),
+        ] {
+            assert_eq!(ambiguous_reading(path).as_deref(), expected, "{path}");
         }
     }
 

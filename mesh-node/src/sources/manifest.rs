@@ -23,7 +23,7 @@ pub fn read(text: &str, default_namespace: &str) -> Content {
         Err(problem) => return Content::Unreadable(format!("is not YAML: {problem}; correct the file")),
     };
     let (mut objects, mut rejections) = (Vec::new(), Vec::new());
-    for document in documents.into_iter().flat_map(|d| flatten(d, MAX_LISTS)) {
+    for document in documents.into_iter().flat_map(|d| flatten(d, MAX_LISTS)).map(with_mesh_config) {
         match resource::parse(&document, default_namespace) {
             Ok(Parsed::Object(named)) => objects.push(*named),
             Ok(Parsed::Ignored(kind)) => tracing::debug!(target: "config", %kind, "ignored: not a kind of the mesh"),
@@ -38,6 +38,18 @@ fn documents(text: &str) -> Result<Vec<Value>, String> {
     let options = serde_saphyr::options! { budget: budget, with_snippet: false };
     let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options).map_err(|e| one_line(&e.to_string()))?;
     Ok(documents.into_iter().filter(|d| !d.is_null()).collect())
+}
+
+/// Istio keeps its mesh-wide settings as a text within a `ConfigMap`. A text that cannot be read stays one, and is refused.
+fn with_mesh_config(mut document: Value) -> Value {
+    let is_config_map = document.get("kind").and_then(Value::as_str) == Some("ConfigMap");
+    if is_config_map && let Some(text) = document.pointer_mut("/data/mesh") {
+        let parsed = text.as_str().and_then(|t| documents(t).ok()).and_then(|d| d.into_iter().next());
+        if let Some(parsed) = parsed {
+            *text = parsed;
+        }
+    }
+    document
 }
 
 fn one_line(text: &str) -> String {

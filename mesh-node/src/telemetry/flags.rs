@@ -21,6 +21,7 @@ pub enum Flag {
     DownstreamProtocolError,
     DelayInjected,
     FaultInjected,
+    UnauthorizedExternally,
 }
 
 impl Flag {
@@ -40,6 +41,7 @@ impl Flag {
             Self::DownstreamProtocolError => "DPE",
             Self::DelayInjected => "DI",
             Self::FaultInjected => "FI",
+            Self::UnauthorizedExternally => "UAEX",
         }
     }
 }

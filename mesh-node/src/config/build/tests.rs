@@ -180,11 +180,14 @@ fn policies_reach_the_workloads_of_their_scope() {
     );
     let verdict = |ip: &str, port: u16| {
         let workload = snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a workload");
-        let facts = Facts { peer: None, source: "10.9.9.9".parse().expect("valid"), destination: SocketAddr::new(workload.ips[0], port) };
-        workload.policy.authorize(&facts).err()
+        let facts = Facts::new(None, "10.9.9.9".parse().expect("valid"), SocketAddr::new(workload.ips[0], port));
+        workload.policy.opaque(&facts).err()
     };
     assert_eq!(verdict("10.0.0.1", 80), None);
-    assert_eq!(verdict("10.0.0.1", 1), Some(Denial::DeniedBy { policy: "istio-system/mesh-deny".into() }));
+    assert_eq!(
+        verdict("10.0.0.1", 1),
+        Some(Denial::DeniedBy { policy: "istio-system/mesh-deny".into(), rule: "ns[istio-system]-policy[mesh-deny]-rule[0]".into() })
+    );
     assert_eq!(verdict("10.0.0.2", 80), Some(Denial::PlaintextUnderStrict));
     assert_eq!(verdict("10.0.0.3", 80), Some(Denial::PlaintextUnderStrict));
     let text = statuses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");

@@ -1,13 +1,22 @@
 //! One attempt at a request: to an endpoint and, unless it is to be tried again, the response back to the client.
 
-use std::{borrow::Cow, future::Future, io, pin::pin};
+use std::{
+    borrow::Cow,
+    future::Future,
+    io,
+    pin::pin,
+    sync::{Arc, LazyLock},
+};
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
     body::{Broken, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead, drain, fill, pump},
+    gate::{Gate, Pass, Refusal, refused},
     h2::{H2Sink, wire_request},
+    record::Record,
+    reply::Reply,
     upload::Upload,
     upstream::{Failed, NoUpstream, UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::{Framing, Malformed, WireResponse},
@@ -17,7 +26,7 @@ use crate::{
     proxy::Failure,
     route::{
         request::RequestHead,
-        retry::{Reset, RetryPolicy},
+        retry::{Reset, RetryPolicy, default_policy},
     },
 };
 
@@ -104,6 +113,44 @@ pub struct Plan<'a> {
     pub close: bool,
 }
 
+static NO_RETRY: LazyLock<RetryPolicy> = LazyLock::new(|| RetryPolicy { attempts: 0, ..default_policy() });
+
+impl<'a> Plan<'a> {
+    /// For a request that is passed on as it is, once, however long it takes.
+    pub fn once(head: &'a RequestHead, upgrade: Option<&'a HeaderValue>) -> Self {
+        Self { head, upgrade, policy: &NO_RETRY, timeout: None, close: false }
+    }
+}
+
+/// An exchange on a connection that is there; whether the connection can serve another.
+#[expect(clippy::too_many_arguments, reason = "the two ends of an exchange, each with its own parts")]
+pub async fn exchange<B: RequestBody, R: Responder>(
+    plan: &Plan<'_>,
+    sink: UpSink<'_>,
+    source: UpSource<'_>,
+    upload: &mut Upload<'_, B>,
+    responder: &mut R,
+    add: &HeaderMap,
+    cut: impl Future<Output = ()> + Send,
+    record: &mut Record,
+) -> (Attempt, bool) {
+    let mut deadlines = Deadlines::default();
+    let mut judge = |status: StatusCode, mut headers: HeaderMap, _: bool| {
+        record.status = Some(status);
+        record.details = Cow::Borrowed("via_upstream");
+        headers.extend(add.clone());
+        Verdict { again: false, headers }
+    };
+    let mut exchange = Exchange { plan, sink, source, half_closed: false, upload, responder, deadlines: &mut deadlines, clean: false };
+    let ended = exchange.run(&mut judge, cut).await;
+    if !exchange.clean
+        && let UpSink::H2(sink) = &mut exchange.sink
+    {
+        sink.reset(h2::Reason::CANCEL);
+    }
+    (ended, exchange.clean)
+}
+
 /// Makes one attempt.
 pub async fn attempt<B: RequestBody, R: Responder>(
     plan: &Plan<'_>,
@@ -136,10 +183,40 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             }
         }
     };
+    let pass = match upstream.gate() {
+        Some(gate) => match admit(&gate, plan.head, responder, deadlines).await {
+            Ok(Ok(pass)) => Some((gate, pass)),
+            Err(ended) => return ended,
+            Ok(Err(refusal)) => {
+                if let Upstream::H1(connection) = upstream {
+                    // Nothing was sent on it.
+                    release(connection, wanted.cluster, wanted.endpoint);
+                }
+                let mut record = refused(&gate, &refusal, plan.head, if wanted.http2 { "HTTP/2" } else { "HTTP/1.1" });
+                return answer_here(plan, refusal.reply, upload, responder, judge, &mut record).await;
+            }
+        },
+        None => None,
+    };
+    let changed = pass.as_ref().and_then(|(_, pass)| pass.head.as_ref());
+    let plan = &Plan { head: changed.unwrap_or(plan.head), ..*plan };
+    let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
+    let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
+        headers.extend(to_client.cloned().unwrap_or_default());
+        judge(status, headers, repeatable)
+    };
+    let judge = &mut judge;
+    let denied = denied_later(pass.as_ref(), plan.head);
     match upstream {
         Upstream::H1(mut connection) => {
             let (ended, clean) = {
                 let (sink, source, cut) = connection.halves();
+                let cut = async {
+                    tokio::select! {
+                        () = cut => {}
+                        () = denied => {}
+                    }
+                };
                 let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
                 let ended = exchange.run(judge, cut).await;
                 (ended, exchange.clean)
@@ -149,7 +226,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             }
             ended
         }
-        Upstream::H2(mut send, guard) => {
+        Upstream::H2(mut send, guard, _) => {
             let Some(request) = wire_request(plan.head) else {
                 let bad = Malformed { details: "invalid_host", ..Malformed::BAD_BODY };
                 return Attempt::Malformed(bad);
@@ -160,7 +237,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             };
             let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
-            let ended = exchange.run(judge, std::future::pending()).await;
+            let ended = exchange.run(judge, denied).await;
             if !exchange.clean
                 && let UpSink::H2(sink) = &mut exchange.sink
             {
@@ -169,6 +246,65 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             drop(guard);
             ended
         }
+    }
+}
+
+/// Asks the gate of a destination on this node, as long as the client waits and time lasts.
+async fn admit<R: Responder>(
+    gate: &Gate,
+    head: &RequestHead,
+    responder: &mut R,
+    deadlines: &Deadlines,
+) -> Result<Result<Pass, Box<Refusal>>, Attempt> {
+    tokio::select! {
+        biased;
+        // Almost always at once.
+        pass = gate.admit(head) => Ok(pass),
+        up = deadlines.passed() => Err(Attempt::TimeUp(up)),
+        error = responder.gone() => Err(gone(&error)),
+    }
+}
+
+/// Completes when a request that was let in is denied by a later configuration.
+async fn denied_later(pass: Option<&(Arc<Gate>, Pass)>, head: &RequestHead) {
+    match pass {
+        Some((gate, pass)) => gate.denied_later(head, pass.claims.as_ref()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Answers for the destination, which is on this node and does not let the request in: the answer counts as any of the
+/// upstream's.
+async fn answer_here<B: RequestBody, R: Responder>(
+    plan: &Plan<'_>,
+    reply: Reply,
+    upload: &mut Upload<'_, B>,
+    responder: &mut R,
+    judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
+    record: &mut Record,
+) -> Attempt {
+    let (status, mut headers, body) = reply.into_parts(plan.head.is_grpc());
+    record.status = Some(status);
+    if !body.is_empty() {
+        headers.insert(http::header::CONTENT_LENGTH, body.len().into());
+    }
+    let framing = if body.is_empty() { Framing::Empty } else { Framing::Length(body.len() as u64) };
+    let verdict = judge(status, headers, upload.can_repeat());
+    if verdict.again {
+        return Attempt::Again;
+    }
+    upload.settle();
+    let close = plan.close || plan.upgrade.is_some() || !upload.is_received();
+    if responder.start(ResponseHead { status, headers: verdict.headers, framing }, close).is_err() {
+        return Attempt::Answered(Answered::Abandoned);
+    }
+    if !responder.has_ended() {
+        responder.push(super::framing::Frame::Data(body));
+        responder.end();
+    }
+    match drain(responder).await {
+        Ok(()) => Attempt::Answered(Answered::Whole),
+        Err(_) => Attempt::Answered(Answered::Abandoned),
     }
 }
 

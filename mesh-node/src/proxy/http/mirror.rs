@@ -8,16 +8,13 @@ use tokio::{sync::mpsc, time::timeout};
 
 use super::{
     Downstream,
-    body::{BodyError, FrameSink, FrameSource, RequestBody, pump},
-    clusters::{EndpointState, Limited},
+    body::{BodyError, FrameSink, FrameSource, RequestBody},
+    call::Call,
     framing::Frame,
-    h2::{H2Sink, wire_request},
     upload::{Copied, MIRROR_BEHIND, Upload},
-    upstream::{UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::Framing,
 };
 use crate::{
-    balance::{self, Asker},
     proxy::{Proxy, ServedPod},
     route::{Cluster, request::RequestHead},
 };
@@ -106,91 +103,12 @@ impl FrameSource for CopiedBody {
 
 impl Mirror {
     /// Sends the copy and reads the response. `None` when that did not work.
-    async fn run(mut self) -> Option<StatusCode> {
-        let state = self.pod.clusters.of(&self.cluster);
-        let _one = state.begin(Limited::Requests, Some(AT_ONCE.min(self.cluster.policy.http.max_requests.unwrap_or(AT_ONCE))))?;
-        let (address, endpoint, _load) = {
-            let snapshot = self.proxy.config.load();
-            let source = snapshot.workload(&self.pod.uid)?;
-            let ejected = state.outliers.ejected();
-            let asker = Asker {
-                client: self.client.ip(),
-                node: &snapshot.mesh.node,
-                locality: &source.locality,
-                labels: &source.labels,
-                dice: fastrand::u64(..),
-                turn: state.turn(),
-                hash: None,
-                tried: &[],
-                elsewhere: false,
-                ejected: &ejected,
-                now: std::time::Instant::now(),
-            };
-            let picked = balance::pick(&self.cluster, &asker)?;
-            (picked.address, state.endpoint(picked.address), picked.load.begin())
-        };
-        let http2 = self.cluster.protocol.is_http2() || self.cluster.protocol == crate::detect::Protocol::Detect && self.http2;
-        let wanted = Wanted {
-            proxy: &self.proxy,
-            pod: &self.pod,
-            client: self.client,
-            cluster: &self.cluster,
-            state: &state,
-            endpoint: &endpoint,
-            address,
-            http2,
-        };
-        let upstream = acquire(&wanted).await.ok()?;
-        self.exchange(upstream, &endpoint).await
-    }
-
-    async fn exchange(&mut self, upstream: Upstream, endpoint: &EndpointState) -> Option<StatusCode> {
-        match upstream {
-            Upstream::H1(mut connection) => {
-                let answered = {
-                    let (mut sink, mut source, cut) = connection.halves();
-                    sink.begin(&self.head, self.body.framing, None);
-                    tokio::select! {
-                        answered = converse(&mut self.body, &mut sink, &mut source, &self.head) => answered,
-                        () = cut => None,
-                    }
-                };
-                let (status, clean) = answered?;
-                if clean {
-                    release(connection, &self.cluster, endpoint);
-                }
-                Some(status)
-            }
-            Upstream::H2(mut send, _guard) => {
-                let empty = self.body.is_end();
-                let (response, stream) = send.send_request(wire_request(&self.head)?, empty).ok()?;
-                let mut sink = UpSink::H2(H2Sink::new(stream, empty));
-                let mut source = UpSource::H2 { response: Box::pin(response), body: None };
-                converse(&mut self.body, &mut sink, &mut source, &self.head).await.map(|(status, _)| status)
-            }
-        }
-    }
-}
-
-/// One exchange whose response is forgotten; its status, and whether the connection is clean after it.
-async fn converse(
-    body: &mut CopiedBody,
-    sink: &mut UpSink<'_>,
-    source: &mut UpSource<'_>,
-    head: &RequestHead,
-) -> Option<(StatusCode, bool)> {
-    pump(body, sink).await.ok()?;
-    loop {
-        let answered = source.head(&head.method).await.ok()?;
-        if is_interim(answered.status) {
-            continue;
-        }
-        if answered.status == StatusCode::SWITCHING_PROTOCOLS {
-            return None;
-        }
-        let mut nowhere = Nowhere { ended: false };
-        pump(source, &mut nowhere).await.ok()?;
-        return Some((answered.status, answered.keep_alive));
+    async fn run(self) -> Option<StatusCode> {
+        let Self { proxy, pod, client, http2, cluster, head, mut body } = self;
+        let http2 = cluster.protocol.is_http2() || cluster.protocol == crate::detect::Protocol::Detect && http2;
+        let call = Call { proxy: &proxy, pod: &pod, client, cluster: &cluster, http2, at_once: AT_ONCE };
+        let framing = body.framing;
+        call.run(&head, &mut body, framing, &mut Nowhere { ended: false }).await.map(|a| a.status)
     }
 }
 

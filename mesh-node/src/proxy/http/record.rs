@@ -12,6 +12,7 @@ use crate::{
 
 /// One request from its first to its last moment. Dropped, it is counted and logged.
 pub struct Record {
+    reporter: &'static str,
     metrics: Arc<Metrics>,
     started: Instant,
     request: Option<Described>,
@@ -39,8 +40,24 @@ struct Described {
 
 impl Record {
     pub fn new(metrics: &Arc<Metrics>, client: SocketAddr, destination: SocketAddr, protocol: &'static str) -> Self {
+        Self::reported("source", metrics, client, destination, protocol)
+    }
+
+    /// A request into a pod of this node.
+    pub fn inbound(metrics: &Arc<Metrics>, client: SocketAddr, destination: SocketAddr, protocol: &'static str) -> Self {
+        Self::reported("destination", metrics, client, destination, protocol)
+    }
+
+    fn reported(
+        reporter: &'static str,
+        metrics: &Arc<Metrics>,
+        client: SocketAddr,
+        destination: SocketAddr,
+        protocol: &'static str,
+    ) -> Self {
         metrics.http_active.inc();
         Self {
+            reporter,
             metrics: metrics.clone(),
             started: Instant::now(),
             request: None,
@@ -78,7 +95,7 @@ impl Record {
         tracing::info!(
             name: "request complete",
             target: "access",
-            { protocol = self.protocol,
+            { reporter = self.reporter, protocol = self.protocol,
               method = request.map(|r| r.method.to_string()), path = request.map(|r| r.path.clone()),
               authority = request.map(|r| text(&r.authority)), request_id = request.and_then(|r| r.id.as_ref()).map(text),
               response_code = self.status.map(|s| s.as_u16()), response_flags = %self.flags, response_code_details = %self.details,
@@ -99,7 +116,7 @@ fn is_logged() -> bool {
 impl Drop for Record {
     fn drop(&mut self) {
         self.metrics.http_active.dec();
-        self.metrics.request(self.status.map_or(0, |s| s.as_u16()), self.flags);
+        self.metrics.request(self.reporter, self.status.map_or(0, |s| s.as_u16()), self.flags);
         if is_logged() {
             self.log();
         }

@@ -49,7 +49,7 @@ impl Reply {
     }
 
     /// As HTTP, or as gRPC tells errors: status 200 and the real one in headers.
-    fn into_parts(self, grpc: bool) -> (StatusCode, HeaderMap, Bytes) {
+    pub fn into_parts(self, grpc: bool) -> (StatusCode, HeaderMap, Bytes) {
         let Self { status, body, mut headers, grpc_status, verbatim } = self;
         if let Some(body) = verbatim {
             if !body.is_empty() {

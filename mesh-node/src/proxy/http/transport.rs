@@ -19,7 +19,7 @@ use crate::{
         tunnel::{TunnelSink, TunnelSource},
     },
     io::{
-        relay::{Duplex, Sink as _, Source as _, TcpSink, TcpSource},
+        relay::{Duplex, Prefixed, PrefixedSource, Sink as _, Source as _, TcpSink, TcpSource},
         socket::{has_input, reset_on_close},
     },
 };
@@ -27,6 +27,8 @@ use crate::{
 #[derive(Debug)]
 pub enum Transport {
     Tcp(TcpStream),
+    /// With first bytes that were read already.
+    Prefixed(Prefixed),
     Tunnel(Box<Tunnel>),
 }
 
@@ -36,6 +38,10 @@ impl Transport {
             Self::Tcp(stream) => {
                 let (source, sink) = stream.halves();
                 (TransportSource::Tcp(source), TransportSink::Tcp(sink))
+            }
+            Self::Prefixed(stream) => {
+                let (source, sink) = stream.halves();
+                (TransportSource::Prefixed(source), TransportSink::Tcp(sink))
             }
             Self::Tunnel(tunnel) => {
                 let (source, sink) = tunnel.halves();
@@ -48,7 +54,24 @@ impl Transport {
     pub fn is_quiet(&mut self) -> bool {
         match self {
             Self::Tcp(stream) => !has_input(stream),
+            Self::Prefixed(stream) => !has_input(stream.get_ref()),
             Self::Tunnel(tunnel) => tunnel.is_quiet(),
+        }
+    }
+
+    /// Puts back what has been read and not been accounted for.
+    pub fn unread(self, read: Bytes) -> Self {
+        match self {
+            _ if read.is_empty() => self,
+            Self::Tcp(stream) => Self::Prefixed(Prefixed::new(stream, read)),
+            Self::Prefixed(mut stream) => {
+                stream.unread(read);
+                Self::Prefixed(stream)
+            }
+            Self::Tunnel(mut tunnel) => {
+                tunnel.unread(&read);
+                Self::Tunnel(tunnel)
+            }
         }
     }
 
@@ -56,6 +79,7 @@ impl Transport {
     pub fn reset(self) {
         match self {
             Self::Tcp(stream) => reset_on_close(&stream),
+            Self::Prefixed(stream) => reset_on_close(stream.get_ref()),
             Self::Tunnel(tunnel) => tunnel.reset(),
         }
     }
@@ -63,6 +87,7 @@ impl Transport {
 
 pub enum TransportSource<'a> {
     Tcp(TcpSource<'a>),
+    Prefixed(PrefixedSource<'a>),
     Tunnel(TunnelSource<'a>),
 }
 
@@ -70,6 +95,7 @@ impl TransportSource<'_> {
     pub async fn next(&mut self) -> io::Result<Option<Bytes>> {
         match self {
             Self::Tcp(source) => source.next().await,
+            Self::Prefixed(source) => source.next().await,
             Self::Tunnel(source) => source.next().await,
         }
     }
@@ -77,6 +103,7 @@ impl TransportSource<'_> {
     pub fn passed_on(&mut self, n: usize) {
         match self {
             Self::Tcp(source) => source.passed_on(n),
+            Self::Prefixed(source) => source.passed_on(n),
             Self::Tunnel(source) => source.passed_on(n),
         }
     }
@@ -132,6 +159,7 @@ impl AsyncRead for Transport {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Prefixed(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Tunnel(tunnel) => tunnel.poll_read(cx, buf),
         }
     }
@@ -141,6 +169,7 @@ impl AsyncWrite for Transport {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Prefixed(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Tunnel(tunnel) => tunnel.poll_write(cx, buf),
         }
     }
@@ -148,6 +177,7 @@ impl AsyncWrite for Transport {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Prefixed(stream) => Pin::new(stream).poll_flush(cx),
             Self::Tunnel(_) => Poll::Ready(Ok(())),
         }
     }
@@ -155,6 +185,7 @@ impl AsyncWrite for Transport {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Prefixed(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Tunnel(tunnel) => Poll::Ready(tunnel.shutdown()),
         }
     }

@@ -26,6 +26,7 @@ use super::{
     body::{BodyError, FrameSink, FrameSource},
     clusters::{ClusterState, ConnectionSlot, EndpointState, Limited},
     framing::Frame,
+    gate::Gate,
     h1::{H1Sink, NoHead, Reader, Unread},
     h2::{H2Sink, H2Source},
     transport::Transport,
@@ -35,7 +36,7 @@ use crate::{
     id::WorkloadUid,
     proxy::{
         Failure, Proxy, ServedPod, inbound,
-        live::Registration,
+        live::{Carries, Registration},
         outbound::{self, Dial},
         outcome::Outcome,
     },
@@ -102,6 +103,7 @@ pub struct Wanted<'a> {
 pub struct LocalHold {
     ended: Arc<Ended>,
     watcher: JoinHandle<()>,
+    gate: Arc<Gate>,
     _outcome: Outcome,
 }
 
@@ -112,7 +114,8 @@ struct Ended {
 }
 
 impl LocalHold {
-    fn new(mut registration: Registration, pod: Arc<ServedPod>, outcome: Outcome) -> Self {
+    fn new(mut registration: Registration, pod: Arc<ServedPod>, outcome: Outcome, gate: Gate) -> Self {
+        registration.carries(Carries::Requests, None);
         let ended = Arc::<Ended>::default();
         let seen = ended.clone();
         let watcher = tokio::spawn(async move {
@@ -120,7 +123,7 @@ impl LocalHold {
             seen.is.store(true, Ordering::Release);
             seen.wake.notify_one();
         });
-        Self { ended, watcher, _outcome: outcome }
+        Self { ended, watcher, gate: Arc::new(gate), _outcome: outcome }
     }
 
     fn is_cut(&self) -> bool {
@@ -177,6 +180,7 @@ impl H1Upstream {
 /// An HTTP/2 connection, shared by all exchanges that find it.
 #[derive(Debug)]
 pub struct H2Upstream {
+    gate: Option<Arc<Gate>>,
     send: SendRequest<Bytes>,
     endpoint: Arc<EndpointState>,
     workload: Option<Peer>,
@@ -242,7 +246,17 @@ impl Drop for StreamGuard {
 /// A connection, or a place on one, that a request can be sent on.
 pub enum Upstream {
     H1(Box<H1Upstream>),
-    H2(Box<SendRequest<Bytes>>, StreamGuard),
+    H2(Box<SendRequest<Bytes>>, StreamGuard, Option<Arc<Gate>>),
+}
+
+impl Upstream {
+    /// What stands before the application, when it is on this node.
+    pub fn gate(&self) -> Option<Arc<Gate>> {
+        match self {
+            Self::H1(connection) => connection.hold.as_ref().map(|h| h.gate.clone()),
+            Self::H2(_, _, gate) => gate.clone(),
+        }
+    }
 }
 
 /// Gets a connection to an endpoint: an idle one, a new one, or, at the limit, the next that becomes free.
@@ -296,9 +310,10 @@ async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Fai
         }
         outbound::Stream::Tunnel(tunnel) => (Transport::Tunnel(tunnel), None),
         outbound::Stream::Local(local) => {
-            let (application, registration, pod, mut outcome) = local.into_parts();
+            let outbound::LocalParts { admitted, pod, mut outcome, client } = local.into_parts();
             outcome.opened();
-            (Transport::Tcp(application), Some(LocalHold::new(registration, pod, outcome)))
+            let gate = Gate::new((*proxy).clone(), pod.clone(), admitted.facts, client);
+            (Transport::Tcp(admitted.application), Some(LocalHold::new(admitted.registration, pod, outcome, gate)))
         }
     })
 }
@@ -358,7 +373,7 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
         }
         // One that ended meanwhile is left for another; a new one that does so is reported by whoever sends on it.
         match connection.send.clone().ready().await {
-            Ok(send) => return Ok(Upstream::H2(Box::new(send), guard)),
+            Ok(send) => return Ok(Upstream::H2(Box::new(send), guard, connection.gate.clone())),
             Err(error) => {
                 connection.close();
                 if number == 1 {
@@ -373,6 +388,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     let (transport, hold) = dial(wanted).await.map_err(NoUpstream::Failed)?;
     let opened = super::h2::connect(transport).await.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
     let connection = Arc::new(H2Upstream {
+        gate: hold.as_ref().map(|h| h.gate.clone()),
         send: opened.send,
         endpoint: wanted.endpoint.clone(),
         workload,

@@ -1,0 +1,283 @@
+//! Policies: which of them govern which workload.
+
+use std::{
+    collections::{BTreeMap, HashMap, hash_map::Entry},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{Builder, age};
+use crate::{
+    config::store::Severity,
+    detect::Protocol,
+    id::ObjectName,
+    policy::{Authorization, CompiledPolicy, Governing, WorkloadPolicy, effective_mtls},
+    resource::{
+        AuthorizationPolicy, Named, PeerAuthentication, RequestAuthentication,
+        authorization::Action,
+        request_authentication::{JwtRule, KeySource, RemoteKeys},
+        selector::{Labels, WorkloadSelector},
+        target::TargetRef,
+    },
+};
+
+/// A port of a pod that a service leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Attached {
+    service: ObjectName,
+    port: u16,
+    protocol: Protocol,
+}
+
+/// By the pod's address.
+pub(super) type Attachments = HashMap<IpAddr, Vec<Attached>>;
+
+/// Which workloads a policy is for, of those its namespace reaches.
+enum Scope<'a> {
+    Workloads(Option<&'a WorkloadSelector>),
+    Services(Vec<&'a str>),
+}
+
+enum What {
+    Authorization(Arc<CompiledPolicy>),
+    Authentication(Vec<Arc<JwtRule>>),
+}
+
+struct Policy<'a> {
+    named: &'a Named,
+    scope: Scope<'a>,
+    what: What,
+    /// Ports that carry no requests, on which it means something else.
+    opaque: BTreeMap<u16, ObjectName>,
+}
+
+/// Policies by the scope they apply to.
+#[derive(Default)]
+pub(super) struct Policies<'a> {
+    mesh_mtls: Option<&'a PeerAuthentication>,
+    namespace_mtls: HashMap<&'a str, &'a PeerAuthentication>,
+    /// Oldest first.
+    workload_mtls: HashMap<&'a str, Vec<&'a PeerAuthentication>>,
+    all: Vec<Policy<'a>>,
+    /// Indices into `all`. Those of the root namespace apply everywhere.
+    by_namespace: HashMap<&'a str, Vec<usize>>,
+    /// Compiled once for all workloads that the same policies govern.
+    compiled: HashMap<Vec<usize>, Arc<Governing>>,
+}
+
+impl<'a> Policies<'a> {
+    pub(super) fn new(builder: &mut Builder<'a>) -> Self {
+        let mut policies = Self::default();
+        let mut peers = std::mem::take(&mut builder.parts.peer_authentications);
+        peers.sort_by_key(|(named, _)| age(named));
+        for (named, policy) in peers {
+            policies.peer_authentication(builder, named, policy);
+        }
+        for (named, policy) in std::mem::take(&mut builder.parts.authorizations) {
+            policies.authorization(builder, named, policy);
+        }
+        for (named, policy) in std::mem::take(&mut builder.parts.request_authentications) {
+            policies.request_authentication(builder, named, policy);
+        }
+        policies
+    }
+
+    /// Called oldest first: a scope that is taken already stays as it is.
+    fn peer_authentication(&mut self, builder: &mut Builder<'a>, named: &'a Named, policy: &'a PeerAuthentication) {
+        let namespace: &str = &named.key.name.namespace;
+        let root = namespace == &*builder.mesh.root_namespace;
+        if policy.selector.is_some() {
+            if root {
+                let message = "spec.selector: is ignored in the root namespace; move the object to the workload's namespace";
+                return builder.remark(Severity::Error, named, message);
+            }
+            return self.workload_mtls.entry(namespace).or_default().push(policy);
+        }
+        let taken = if root {
+            self.mesh_mtls.is_some() || self.mesh_mtls.replace(policy).is_some()
+        } else {
+            match self.namespace_mtls.entry(namespace) {
+                Entry::Occupied(_) => true,
+                Entry::Vacant(v) => {
+                    v.insert(policy);
+                    false
+                }
+            }
+        };
+        if taken {
+            builder.remark(Severity::Error, named, "spec: an older PeerAuthentication covers this scope and is used; remove one of them");
+        }
+    }
+
+    fn authorization(&mut self, builder: &mut Builder<'a>, named: &'a Named, policy: &'a AuthorizationPolicy) {
+        let compiled = CompiledPolicy::compile(&named.key.name, policy, &builder.mesh.trust_domains);
+        if let Some(provider) = &policy.provider
+            && !builder.parts.authorizers.contains_key(provider)
+        {
+            let message = format!(
+                "spec.provider.name: the mesh has no ext_authz provider {provider:?}, so what the policy matches is refused; add it to extensionProviders in the ConfigMap istio"
+            );
+            builder.remark(Severity::Warning, named, &message);
+        }
+        if let Some(scope) = scope(builder, named, policy.selector.as_ref(), &policy.targets) {
+            self.add(Policy { named, scope, what: What::Authorization(Arc::new(compiled)), opaque: BTreeMap::new() });
+        }
+    }
+
+    fn request_authentication(&mut self, builder: &mut Builder<'a>, named: &'a Named, policy: &'a RequestAuthentication) {
+        if let Some(scope) = scope(builder, named, policy.selector.as_ref(), &policy.targets) {
+            self.add(Policy { named, scope, what: What::Authentication(policy.rules.clone()), opaque: BTreeMap::new() });
+        }
+    }
+
+    fn add(&mut self, policy: Policy<'a>) {
+        let namespace: &'a str = &policy.named.key.name.namespace;
+        self.by_namespace.entry(namespace).or_default().push(self.all.len());
+        self.all.push(policy);
+    }
+
+    /// What governs a workload.
+    pub(super) fn of(&mut self, name: &ObjectName, labels: &Labels, root: &str, attached: &[Attached]) -> WorkloadPolicy {
+        let namespace: &str = &name.namespace;
+        let selected = |p: &&&PeerAuthentication| p.selector.as_ref().is_some_and(|s| s.matches(labels));
+        let workload = self.workload_mtls.get(namespace).and_then(|all| all.iter().find(selected)).copied();
+        let mtls = effective_mtls(self.mesh_mtls, self.namespace_mtls.get(namespace).copied(), workload);
+        let own = self.by_namespace.get(namespace);
+        let mesh = self.by_namespace.get(root).filter(|_| namespace != root);
+        let reaching = own.into_iter().chain(mesh).flatten().copied().collect::<Vec<_>>();
+        let (mut base, mut ports): (Vec<usize>, BTreeMap<u16, Vec<usize>>) = (Vec::new(), BTreeMap::new());
+        for i in reaching {
+            match &self.all[i].scope {
+                Scope::Workloads(selector) if selector.is_none_or(|s| s.matches(labels)) => base.push(i),
+                Scope::Workloads(_) => {}
+                // A reference is to an object of the policy's own namespace.
+                Scope::Services(names) => {
+                    let home = &self.all[i].named.key.name.namespace;
+                    let meant = attached.iter().filter(|a| a.service.namespace == *home && names.contains(&&*a.service.name));
+                    meant.for_each(|a| ports.entry(a.port).or_default().push(i));
+                }
+            }
+        }
+        let mut all_ports = BTreeMap::new();
+        for (port, mut extra) in ports {
+            extra.extend(&base);
+            extra.sort_unstable();
+            extra.dedup();
+            all_ports.insert(port, self.governing(extra));
+        }
+        for a in attached.iter().filter(|a| matches!(a.protocol, Protocol::Tcp | Protocol::Tls)) {
+            for i in &base {
+                self.all[*i].opaque.entry(a.port).or_insert_with(|| name.clone());
+            }
+        }
+        WorkloadPolicy { mtls, everywhere: self.governing(base), ports: all_ports }
+    }
+
+    fn governing(&mut self, policies: Vec<usize>) -> Arc<Governing> {
+        if let Some(found) = self.compiled.get(&policies) {
+            return found.clone();
+        }
+        let all = policies.iter().map(|i| &self.all[*i].what).collect::<Vec<_>>();
+        let authorization = Authorization::new(all.iter().filter_map(|what| match what {
+            What::Authorization(policy) => Some(&**policy),
+            What::Authentication(_) => None,
+        }));
+        let rules = all.iter().filter_map(|what| match what {
+            What::Authentication(rules) => Some(rules),
+            What::Authorization(_) => None,
+        });
+        let authentication = rules.flatten().cloned().collect();
+        let made = Arc::new(Governing { authorization: Arc::new(authorization), authentication });
+        self.compiled.insert(policies, made.clone());
+        made
+    }
+
+    /// The key sets that have to be fetched, and remarks on policies that ask about requests where there are none.
+    pub(super) fn finish(self, builder: &mut Builder<'_>) -> std::collections::BTreeSet<RemoteKeys> {
+        let mut remote = std::collections::BTreeSet::new();
+        for policy in &self.all {
+            match &policy.what {
+                What::Authentication(rules) => remote.extend(rules.iter().filter_map(|r| match &r.keys {
+                    KeySource::Remote(keys) => Some(keys.clone()),
+                    KeySource::Inline(_) => None,
+                })),
+                What::Authorization(compiled) if compiled.needs_request() => {
+                    let effect = match compiled.action {
+                        Action::Allow => "its rules that ask about requests allow nothing there",
+                        Action::Deny | Action::Audit | Action::Custom => "its rules apply there whatever is sent",
+                    };
+                    for (port, pod) in policy.opaque.iter().take(1) {
+                        let message =
+                            format!("spec.rules: port {port} of {pod} (and others, perhaps) is declared not to carry HTTP: {effect}");
+                        builder.remark(Severity::Warning, policy.named, &message);
+                    }
+                }
+                What::Authorization(_) => {}
+            }
+        }
+        remote
+    }
+}
+
+fn scope<'a>(
+    builder: &mut Builder<'a>,
+    named: &'a Named,
+    selector: Option<&'a WorkloadSelector>,
+    targets: &'a [TargetRef],
+) -> Option<Scope<'a>> {
+    if targets.is_empty() {
+        return Some(Scope::Workloads(selector));
+    }
+    if targets.contains(&TargetRef::Everything) {
+        if named.key.name.namespace != builder.mesh.root_namespace {
+            let message = "spec.targetRefs: GatewayClass istio-waypoint counts in the root namespace only; move the object there";
+            builder.remark(Severity::Error, named, message);
+            return None;
+        }
+        return Some(Scope::Workloads(None));
+    }
+    let services = targets.iter().filter_map(|t| match t {
+        TargetRef::Service(name) => Some(&**name),
+        TargetRef::Everything => None,
+    });
+    let services = services.collect::<Vec<_>>();
+    for missing in services.iter().filter(|s| {
+        !builder.parts.services.iter().any(|(n, _)| n.key.name.namespace == named.key.name.namespace && *n.key.name.name == ***s)
+    }) {
+        let message = format!("spec.targetRefs: there is no Service {missing} in the policy's namespace (yet)");
+        builder.statuses.push(builder.status(Severity::Warning, named, &message));
+    }
+    Some(Scope::Services(services))
+}
+
+/// Which services lead to which ports of which addresses.
+pub(super) fn attachments(builder: &Builder<'_>) -> Attachments {
+    let mut all = Attachments::new();
+    for (named, service) in &builder.parts.services {
+        let name = &named.key.name;
+        let slices = builder.parts.slices.get(&(&*name.namespace, &*name.name)).map(Vec::as_slice).unwrap_or_default();
+        for port in &service.ports {
+            let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref());
+            for slice in slices {
+                let Some(target) = slice.ports.get(&port.name) else { continue };
+                for ip in slice.endpoints.iter().flat_map(|e| &e.addresses) {
+                    let attached = Attached { service: name.clone(), port: *target, protocol };
+                    let list = all.entry(*ip).or_default();
+                    if !list.contains(&attached) {
+                        list.push(attached);
+                    }
+                }
+            }
+        }
+    }
+    all
+}
+
+/// What the ports of a pod carry, as the services that lead to them declare. Where they disagree, it is found out.
+pub(super) fn protocols(attached: &[Attached]) -> BTreeMap<u16, Protocol> {
+    let mut found = BTreeMap::new();
+    for a in attached {
+        found.entry(a.port).and_modify(|p| *p = if *p == a.protocol { a.protocol } else { Protocol::Detect }).or_insert(a.protocol);
+    }
+    found
+}

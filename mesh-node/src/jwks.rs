@@ -1,0 +1,260 @@
+//! Key sets of token issuers, fetched and kept.
+//!
+//! Keys are fetched when a policy begins to need them, again every few minutes, and early when a token names a key that is
+//! not there. A set that cannot be fetched again stays as it was last seen, for as long as it takes.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use http::{Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout},
+};
+
+use crate::{
+    config::{Configuration, Snapshot},
+    jwt::{Keys, KeysError},
+    resource::request_authentication::RemoteKeys,
+    telemetry::{Metrics, chain},
+    tls,
+};
+
+/// How often a set is fetched again.
+const REFRESH: Duration = Duration::from_mins(5);
+/// How soon after a failure, or for a key that was not there.
+const AGAIN: Duration = Duration::from_secs(10);
+/// How soon after a failure when there is no set at all and a request waits for one.
+const URGENT: Duration = Duration::from_secs(1);
+/// How often the age of sets is looked at.
+const LOOK: Duration = Duration::from_secs(5);
+/// Largest document read, bytes.
+const MAX_DOCUMENT: usize = 1024 * 1024;
+const MAX_REDIRECTS: usize = 3;
+
+/// Why keys cannot be had.
+#[derive(Debug, thiserror::Error)]
+enum FetchError {
+    #[error("it took longer than {0:?}")]
+    Timeout(Duration),
+    #[error("{0} cannot be resolved")]
+    Resolve(String, #[source] std::io::Error),
+    #[error("connecting to {0} failed")]
+    Connect(String, #[source] std::io::Error),
+    #[error("the exchange failed")]
+    Http(#[from] hyper::Error),
+    #[error("the answer was {0}")]
+    Status(StatusCode),
+    #[error("the answer cannot be read: {0}")]
+    Body(String),
+    #[error("{0} is not a URL that can be fetched")]
+    Url(String),
+    #[error("the answer {0}")]
+    Keys(#[from] KeysError),
+}
+
+/// All sets of the node; cheap to clone.
+#[derive(Clone)]
+pub struct Jwks {
+    config: Configuration,
+    metrics: Arc<Metrics>,
+    sets: Arc<Mutex<HashMap<RemoteKeys, Arc<Set>>>>,
+}
+
+#[derive(Default)]
+struct Set {
+    keys: ArcSwapOption<Keys>,
+    /// Held by whoever fetches; what became of the last time.
+    last: tokio::sync::Mutex<Option<Last>>,
+}
+
+struct Last {
+    at: Instant,
+    good: bool,
+}
+
+impl fmt::Debug for Jwks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Jwks").finish_non_exhaustive()
+    }
+}
+
+impl Jwks {
+    pub fn new(config: Configuration, metrics: Arc<Metrics>) -> Self {
+        Self { config, metrics, sets: Arc::default() }
+    }
+
+    /// The keys of an issuer; waits for them when there are none yet. `None`: they cannot be had.
+    pub async fn keys(&self, remote: &RemoteKeys) -> Option<Arc<Keys>> {
+        let set = self.set(remote);
+        if let Some(keys) = set.keys.load_full() {
+            return Some(keys);
+        }
+        self.fetch(remote, &set, URGENT).await;
+        set.keys.load_full()
+    }
+
+    /// The keys of an issuer, fetched again unless that was just done.
+    pub async fn renewed(&self, remote: &RemoteKeys) -> Option<Arc<Keys>> {
+        let set = self.set(remote);
+        self.fetch(remote, &set, AGAIN).await;
+        set.keys.load_full()
+    }
+
+    /// Keeps the sets the configuration needs fresh and forgets the others.
+    pub async fn run(self) {
+        let mut config = self.config.clone();
+        loop {
+            let wanted = config.load().remote_keys.clone();
+            {
+                let mut sets = self.lock();
+                sets.retain(|remote, _| wanted.contains(remote));
+                for remote in &wanted {
+                    sets.entry(remote.clone()).or_default();
+                }
+            }
+            for remote in wanted {
+                let (this, set) = (self.clone(), self.set(&remote));
+                tokio::spawn(async move {
+                    let again = if set.keys.load().is_some() { REFRESH } else { AGAIN };
+                    this.fetch(&remote, &set, again).await;
+                });
+            }
+            tokio::select! {
+                changed = config.changed() => if !changed { return },
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+
+    fn set(&self, remote: &RemoteKeys) -> Arc<Set> {
+        self.lock().entry(remote.clone()).or_default().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<RemoteKeys, Arc<Set>>> {
+        self.sets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fetches, unless that was done so recently; one at a time for each set.
+    async fn fetch(&self, remote: &RemoteKeys, set: &Set, pause: Duration) {
+        let mut last = set.last.lock().await;
+        let pause = if last.as_ref().is_some_and(|l| !l.good) { pause.min(AGAIN) } else { pause };
+        if last.as_ref().is_some_and(|l| l.at.elapsed() < pause) {
+            return;
+        }
+        let fetched = timeout(remote.timeout, fetch(&self.config, remote)).await;
+        let fetched = fetched.unwrap_or(Err(FetchError::Timeout(remote.timeout)));
+        *last = Some(Last { at: Instant::now(), good: fetched.is_ok() });
+        match fetched {
+            Ok(keys) => {
+                self.metrics.jwks_fetch("ok");
+                set.keys.store(Some(Arc::new(keys)));
+            }
+            Err(error) => {
+                self.metrics.jwks_fetch("failed");
+                let kept = set.keys.load().is_some();
+                tracing::warn!(target: "jwks", uri = &*remote.uri, error = chain(&error), kept, "keys cannot be fetched");
+            }
+        }
+    }
+}
+
+async fn fetch(config: &Configuration, remote: &RemoteKeys) -> Result<Keys, FetchError> {
+    #[derive(serde::Deserialize)]
+    struct Provider {
+        jwks_uri: String,
+    }
+    let mut document = get(config, &remote.uri).await?;
+    if remote.discovery {
+        let provider: Provider = serde_json::from_str(&document).map_err(|e| FetchError::Body(e.to_string()))?;
+        document = get(config, &provider.jwks_uri).await?;
+    }
+    Ok(Keys::parse(&document)?)
+}
+
+/// A document, redirects followed.
+async fn get(config: &Configuration, url: &str) -> Result<String, FetchError> {
+    let mut url = url.to_owned();
+    for _ in 0..=MAX_REDIRECTS {
+        let uri: Uri = url.parse().map_err(|_| FetchError::Url(url.clone()))?;
+        let response = request(config, &uri).await?;
+        if response.status().is_redirection() {
+            let location = response.headers().get(header::LOCATION).and_then(|l| l.to_str().ok());
+            let location = location.ok_or(FetchError::Status(response.status()))?;
+            let origin = || format!("{}://{}", uri.scheme_str().unwrap_or("http"), uri.authority().map_or("", |a| a.as_str()));
+            let downgraded = uri.scheme_str() == Some("https") && location.starts_with("http:");
+            if downgraded {
+                return Err(FetchError::Url(location.to_owned()));
+            }
+            url = if location.starts_with('/') { origin() + location } else { location.to_owned() };
+            continue;
+        }
+        if response.status() != StatusCode::OK {
+            return Err(FetchError::Status(response.status()));
+        }
+        let body = Limited::new(response.into_body(), MAX_DOCUMENT).collect().await.map_err(|e| FetchError::Body(e.to_string()))?;
+        return String::from_utf8(body.to_bytes().to_vec()).map_err(|e| FetchError::Body(e.to_string()));
+    }
+    Err(FetchError::Url(url))
+}
+
+async fn request(config: &Configuration, uri: &Uri) -> Result<http::Response<hyper::body::Incoming>, FetchError> {
+    let bad = || FetchError::Url(uri.to_string());
+    let host = uri.host().ok_or_else(bad)?.trim_matches(['[', ']']);
+    let secure = match uri.scheme_str() {
+        Some("https") => true,
+        Some("http") => false,
+        _ => return Err(bad()),
+    };
+    let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
+    let stream = connect(config, host, port).await?;
+    let path = uri.path_and_query().map_or("/", |p| p.as_str());
+    let authority = uri.authority().map_or(host, |a| a.as_str().rsplit_once('@').map_or(a.as_str(), |(_, host)| host));
+    let request = Request::get(path).header(header::HOST, authority).header(header::ACCEPT, "application/json");
+    let request = request.body(Empty::<Bytes>::new()).map_err(|_| bad())?;
+    if secure {
+        let stream = tls::connect_public(host, stream).await.map_err(|e| FetchError::Connect(host.to_owned(), e))?;
+        send(TokioIo::new(stream), request).await
+    } else {
+        send(TokioIo::new(stream), request).await
+    }
+}
+
+async fn send<T>(io: T, request: Request<Empty<Bytes>>) -> Result<http::Response<hyper::body::Incoming>, FetchError>
+where
+    T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await?;
+    // Ends with the response.
+    tokio::spawn(async move { drop(connection.await) });
+    Ok(sender.send_request(request).await?)
+}
+
+/// A service of the mesh is reached at an endpoint of its own; other names are the system's to resolve.
+async fn connect(config: &Configuration, host: &str, port: u16) -> Result<TcpStream, FetchError> {
+    let endpoint = endpoint(&config.load(), host, port);
+    let addresses = match endpoint {
+        Some(address) => vec![address],
+        None => {
+            let found = tokio::net::lookup_host((host, port)).await.map_err(|e| FetchError::Resolve(host.to_owned(), e))?;
+            found.collect()
+        }
+    };
+    let failed = |e| FetchError::Connect(host.to_owned(), e);
+    TcpStream::connect(&*addresses).await.map_err(failed)
+}
+
+fn endpoint(snapshot: &Snapshot, host: &str, port: u16) -> Option<std::net::SocketAddr> {
+    let mut labels = host.split('.');
+    let (name, namespace, svc) = (labels.next()?, labels.next()?, labels.next()?);
+    let service = snapshot.services().iter().find(|s| svc == "svc" && &*s.name.name == name && &*s.name.namespace == namespace)?;
+    service.port(port)?.cluster.endpoints.iter().find(|e| e.ready).map(|e| e.address)
+}

@@ -1,0 +1,107 @@
+//! JSON Web Tokens: read, checked and verified with a set of keys. Pure; time and keys are arguments.
+//!
+//! RFC 7515 (signatures), 7517 (keys), 7518 (algorithms), 7519 (claims). What is accepted, in which order it is checked and
+//! the words of every refusal are Envoy's `jwt_authn`, as recorded. Only asymmetric algorithms exist here, so neither `none`
+//! nor a public key used as an HMAC secret can verify anything.
+
+mod keys;
+mod token;
+
+use std::time::{Duration, SystemTime};
+
+pub use keys::{Keys, KeysError};
+pub use token::{MAX_TOKEN, Token};
+
+/// How much the clocks of issuer and node may differ.
+pub const CLOCK_SKEW: Duration = Duration::from_mins(1);
+
+/// Why a token is not accepted. The text is what the client is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    #[error("Jwt is missing")]
+    Missing,
+    #[error("Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections")]
+    Form,
+    #[error("Jwt header is an invalid Base64url encoded")]
+    HeaderBase64,
+    #[error("Jwt header is an invalid JSON")]
+    HeaderJson,
+    #[error("Jwt header [alg] field is required and must be a string")]
+    Algorithm,
+    #[error("Jwt header [alg] is not supported")]
+    UnknownAlgorithm,
+    #[error("Jwt header [kid] field must be a string")]
+    KeyId,
+    #[error("Jwt header [crit] names an extension that is not supported")]
+    Critical,
+    #[error("Jwt payload is an invalid Base64url encoded")]
+    PayloadBase64,
+    #[error("Jwt payload is an invalid JSON")]
+    PayloadJson,
+    #[error("Jwt payload [iss] field must be a string")]
+    Issuer,
+    #[error("Jwt payload [sub] field must be a string")]
+    Subject,
+    #[error("Jwt payload [iat] field must be an integer")]
+    IssuedAt,
+    #[error("Jwt payload [nbf] field must be an integer")]
+    NotBefore,
+    #[error("Jwt payload [exp] field must be an integer")]
+    Expiry,
+    #[error("Jwt payload [jti] field must be a string")]
+    Id,
+    #[error("Jwt payload [aud] field must be a string or string list")]
+    AudienceType,
+    #[error("Jwt signature is an invalid Base64url encoded")]
+    SignatureBase64,
+    #[error("Jwt issuer is not configured")]
+    UnknownIssuer,
+    #[error("Jwt not yet valid")]
+    NotYetValid,
+    #[error("Jwt is expired")]
+    Expired,
+    #[error("Audiences in Jwt are not allowed")]
+    Audience,
+    #[error("Jwks doesn't have key to match kid or alg from Jwt")]
+    NoKey,
+    #[error("Jwt verification fails")]
+    Signature,
+    #[error("Jwks remote fetch is failed")]
+    NoKeys,
+}
+
+/// What a token must be beside well signed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expected {
+    pub issuer: String,
+    /// Any of these, as [`audience`] writes them; none asks for nothing.
+    pub audiences: Vec<String>,
+}
+
+impl Expected {
+    /// Checks everything but the signature, in Envoy's order.
+    pub fn check(&self, token: &Token, now: SystemTime) -> Result<(), Fault> {
+        if token.issuer() != self.issuer {
+            return Err(Fault::UnknownIssuer);
+        }
+        let since = |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let (now, skew) = (since(now), CLOCK_SKEW.as_secs());
+        if token.not_before.is_some_and(|t| t > now.saturating_add(skew)) {
+            return Err(Fault::NotYetValid);
+        }
+        if token.expiry.is_some_and(|t| t.saturating_add(skew) < now) {
+            return Err(Fault::Expired);
+        }
+        let allowed = self.audiences.is_empty() || token.audiences().iter().any(|a| self.audiences.contains(&audience(a)));
+        if allowed { Ok(()) } else { Err(Fault::Audience) }
+    }
+}
+
+/// An audience as it is compared: without its scheme and a slash at its end.
+pub fn audience(text: &str) -> String {
+    let bare = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")).unwrap_or(text);
+    bare.strip_suffix('/').unwrap_or(bare).to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,211 @@
+//! JSON Web Key Sets, and verification with their keys.
+
+use aws_lc_rs::signature::{
+    self, ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ECDSA_P521_SHA512_FIXED, ED25519, RSA_PKCS1_2048_8192_SHA256,
+    RSA_PKCS1_2048_8192_SHA384, RSA_PKCS1_2048_8192_SHA512, RSA_PSS_2048_8192_SHA256, RSA_PSS_2048_8192_SHA384, RSA_PSS_2048_8192_SHA512,
+    RsaParameters, RsaPublicKeyComponents, UnparsedPublicKey, VerificationAlgorithm,
+};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use serde::Deserialize;
+
+use super::Fault;
+
+/// Most keys of a set that are looked at.
+const MAX_KEYS: usize = 100;
+
+/// A signature algorithm of RFC 7518 and 8037. Symmetric ones are left out on purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Algorithm {
+    Rs256,
+    Rs384,
+    Rs512,
+    Ps256,
+    Ps384,
+    Ps512,
+    Es256,
+    Es384,
+    Es512,
+    EdDsa,
+}
+
+impl Algorithm {
+    pub(super) fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "RS256" => Self::Rs256,
+            "RS384" => Self::Rs384,
+            "RS512" => Self::Rs512,
+            "PS256" => Self::Ps256,
+            "PS384" => Self::Ps384,
+            "PS512" => Self::Ps512,
+            "ES256" => Self::Es256,
+            "ES384" => Self::Es384,
+            "ES512" => Self::Es512,
+            "EdDSA" => Self::EdDsa,
+            _ => return None,
+        })
+    }
+
+    fn rsa(self) -> Option<&'static RsaParameters> {
+        Some(match self {
+            Self::Rs256 => &RSA_PKCS1_2048_8192_SHA256,
+            Self::Rs384 => &RSA_PKCS1_2048_8192_SHA384,
+            Self::Rs512 => &RSA_PKCS1_2048_8192_SHA512,
+            Self::Ps256 => &RSA_PSS_2048_8192_SHA256,
+            Self::Ps384 => &RSA_PSS_2048_8192_SHA384,
+            Self::Ps512 => &RSA_PSS_2048_8192_SHA512,
+            Self::Es256 | Self::Es384 | Self::Es512 | Self::EdDsa => return None,
+        })
+    }
+}
+
+/// A curve, which decides the algorithm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Curve {
+    P256,
+    P384,
+    P521,
+    Ed25519,
+}
+
+impl Curve {
+    fn algorithm(self) -> (Algorithm, &'static dyn VerificationAlgorithm) {
+        match self {
+            Self::P256 => (Algorithm::Es256, &ECDSA_P256_SHA256_FIXED),
+            Self::P384 => (Algorithm::Es384, &ECDSA_P384_SHA384_FIXED),
+            Self::P521 => (Algorithm::Es512, &ECDSA_P521_SHA512_FIXED),
+            Self::Ed25519 => (Algorithm::EdDsa, &ED25519),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Material {
+    Rsa {
+        n: Vec<u8>,
+        e: Vec<u8>,
+    },
+    /// A point, uncompressed, or an Ed25519 key.
+    Curve(Curve, Vec<u8>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Key {
+    id: Option<String>,
+    /// The only algorithm it is for, when it says so.
+    algorithm: Option<String>,
+    material: Material,
+}
+
+/// A set of public keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keys(Vec<Key>);
+
+/// Why a text is no usable key set.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KeysError {
+    #[error("is not a JSON Web Key Set: {0}")]
+    Json(String),
+    #[error("has no RSA, EC (P-256, P-384, P-521) or Ed25519 public key for signatures")]
+    Empty,
+}
+
+#[derive(Deserialize)]
+struct Document {
+    keys: Vec<serde_json::Value>,
+}
+
+#[derive(Deserialize)]
+struct Jwk {
+    kty: String,
+    kid: Option<String>,
+    alg: Option<String>,
+    r#use: Option<String>,
+    crv: Option<String>,
+    n: Option<String>,
+    e: Option<String>,
+    x: Option<String>,
+    y: Option<String>,
+}
+
+impl Keys {
+    /// Reads a set. Keys of other kinds, for encryption, or that are broken, are passed over: one of them must not make the
+    /// others useless. Only a set without a single usable key is an error.
+    pub fn parse(text: &str) -> Result<Self, KeysError> {
+        let document: Document = serde_json::from_str(text).map_err(|e| KeysError::Json(e.to_string()))?;
+        let keys =
+            document.keys.into_iter().take(MAX_KEYS).filter_map(|k| serde_json::from_value(k).ok()).filter_map(key).collect::<Vec<_>>();
+        if keys.is_empty() { Err(KeysError::Empty) } else { Ok(Self(keys)) }
+    }
+
+    /// Whether there is a key of this id, so that it is worth trying.
+    pub fn has_key(&self, id: Option<&str>) -> bool {
+        id.is_none_or(|id| self.0.iter().any(|k| k.id.as_deref().is_none_or(|own| own == id)))
+    }
+
+    /// A key of another id, or for another algorithm, is not tried. Without an id all are.
+    pub(super) fn verify(&self, algorithm: Algorithm, id: Option<&str>, signed: &[u8], signature: &[u8]) -> Result<(), Fault> {
+        let mut matched = false;
+        for key in &self.0 {
+            let other_id = matches!((id, &key.id), (Some(wanted), Some(own)) if wanted != own);
+            let other_algorithm = key.algorithm.as_deref().is_some_and(|own| Algorithm::named(own) != Some(algorithm));
+            if other_id || other_algorithm {
+                continue;
+            }
+            matched = true;
+            if key.material.verifies(algorithm, signed, signature) {
+                return Ok(());
+            }
+        }
+        Err(if matched { Fault::Signature } else { Fault::NoKey })
+    }
+}
+
+impl Material {
+    /// The algorithm is the key's own: what the token says only has to agree.
+    fn verifies(&self, algorithm: Algorithm, signed: &[u8], signature: &[u8]) -> bool {
+        match self {
+            Self::Rsa { n, e } => {
+                let Some(parameters) = algorithm.rsa() else { return false };
+                RsaPublicKeyComponents { n, e }.verify(parameters, signed, signature).is_ok()
+            }
+            Self::Curve(curve, point) => {
+                let (own, verification) = curve.algorithm();
+                own == algorithm && UnparsedPublicKey::new(verification, point).verify(signed, signature).is_ok()
+            }
+        }
+    }
+}
+
+fn key(jwk: Jwk) -> Option<Key> {
+    if jwk.r#use.as_deref().is_some_and(|u| u != "sig") {
+        return None;
+    }
+    let decode = |text: &Option<String>| URL_SAFE_NO_PAD.decode(text.as_ref()?.trim_end_matches('=')).ok();
+    let material = match (jwk.kty.as_str(), jwk.crv.as_deref()) {
+        ("RSA", _) => {
+            // Leading zeros are no part of a number (RFC 7518 section 6.3.1.1), and some write them.
+            let number = |text: &Option<String>| decode(text).map(|b| b.iter().copied().skip_while(|b| *b == 0).collect::<Vec<_>>());
+            Material::Rsa { n: number(&jwk.n)?, e: number(&jwk.e)? }
+        }
+        ("EC", Some(curve)) => {
+            let (curve, size) = match curve {
+                "P-256" => (Curve::P256, 32),
+                "P-384" => (Curve::P384, 48),
+                "P-521" => (Curve::P521, 66),
+                _ => return None,
+            };
+            let mut point = vec![4];
+            for half in [decode(&jwk.x)?, decode(&jwk.y)?] {
+                let missing = usize::checked_sub(size, half.len())?;
+                point.extend(std::iter::repeat_n(0, missing));
+                point.extend(half);
+            }
+            Material::Curve(curve, point)
+        }
+        ("OKP", Some("Ed25519")) => {
+            Material::Curve(Curve::Ed25519, decode(&jwk.x).filter(|x| x.len() == signature::ED25519_PUBLIC_KEY_LEN)?)
+        }
+        _ => return None,
+    };
+    Some(Key { id: jwk.kid.filter(|k| !k.is_empty()), algorithm: jwk.alg.filter(|a| !a.is_empty()), material })
+}

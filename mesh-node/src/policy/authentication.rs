@@ -1,0 +1,184 @@
+//! Tokens of end users, as `RequestAuthentication` accepts them.
+//!
+//! Semantics are what Istio makes of the resource in Envoy: every rule is satisfied by its valid token or by there being
+//! none; of several rules one valid token is enough, and without one none may be invalid. Which failure is told is Envoy's
+//! choice: the last that is more than a missing token or an unknown issuer.
+
+use std::{sync::Arc, time::SystemTime};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use serde_json::Value;
+
+use crate::{
+    jwt::{Expected, Fault, Keys, Token},
+    resource::request_authentication::{JwtRule, Location},
+    route::request::{RequestHead, cookie, query_parameter, without_parameter},
+};
+
+/// Claims that hold words separated by spaces, whatever the rule says (RFC 8693 section 4.2).
+const WORD_LISTS: [&str; 2] = ["scope", "permission"];
+
+/// A token that was verified, and the rule that asked for it.
+#[derive(Debug, Clone)]
+pub struct Verified {
+    pub token: Token,
+    pub rule: Arc<JwtRule>,
+}
+
+impl Verified {
+    pub(super) fn claim(&self, path: &[Arc<str>]) -> Option<&Value> {
+        claim(&self.token, path)
+    }
+
+    pub(super) fn is_word_list(&self, path: &[Arc<str>]) -> bool {
+        let [name] = path else { return false };
+        WORD_LISTS.contains(&&**name) || self.rule.word_lists.contains(name)
+    }
+
+    /// A claim as text, for routing.
+    pub fn text(&self, path: &[Arc<str>]) -> Vec<String> {
+        match self.claim(path) {
+            Some(Value::String(words)) if self.is_word_list(path) => words.split(' ').map(str::to_owned).collect(),
+            Some(Value::Array(all)) => all.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+            Some(value) => claim_text(value).into_iter().collect(),
+            None => Vec::new(),
+        }
+    }
+}
+
+fn claim<'t>(token: &'t Token, path: &[Arc<str>]) -> Option<&'t Value> {
+    let (first, rest) = path.split_first()?;
+    rest.iter().try_fold(token.claims.get(&**first)?, |value, name| value.get(&**name))
+}
+
+/// A claim as text: lists and objects have none.
+pub fn claim_text(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Bool(b) => Some(b.to_string()),
+        Value::Number(n) => Some(n.to_string()),
+        Value::Null | Value::Array(_) | Value::Object(_) => None,
+    }
+}
+
+/// A token in a request, and where.
+#[derive(Debug)]
+pub struct Found<'a> {
+    pub location: &'a Location,
+    pub text: String,
+}
+
+/// All tokens at the places a rule names.
+pub fn locate<'a>(rule: &'a JwtRule, head: &RequestHead) -> Vec<Found<'a>> {
+    let at = |location: &'a Location| {
+        let text = match location {
+            Location::Header(name, prefix) => token_in_header(&head.headers, name, prefix),
+            Location::Parameter(name) => head.query().and_then(|q| query_parameter(q, name)).map(str::to_owned),
+            Location::Cookie(name) => cookie(&head.headers, name).map(str::to_owned),
+        };
+        text.filter(|t| !t.is_empty()).map(|text| Found { location, text })
+    };
+    rule.locations.iter().filter_map(at).collect()
+}
+
+/// Repeated headers count as one, joined by commas, as Envoy reads them: no token can be hidden behind another.
+fn token_in_header(headers: &HeaderMap, name: &HeaderName, prefix: &str) -> Option<String> {
+    let mut all = headers.get_all(name).iter();
+    let first = all.next()?;
+    let value = all.fold(first.as_bytes().to_vec(), |mut joined, next| {
+        joined.push(b',');
+        joined.extend_from_slice(next.as_bytes());
+        joined
+    });
+    let value = String::from_utf8(value).ok()?;
+    // Envoy looks for the prefix anywhere in the value; what follows it is the token.
+    let at = value.find(prefix)?;
+    Some(value[at + prefix.len()..].trim().to_owned())
+}
+
+/// What became of the tokens of a request.
+#[derive(Debug, Default)]
+pub struct Authenticated {
+    pub claims: Option<Verified>,
+}
+
+/// The request's token is not accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    pub fault: Fault,
+}
+
+impl Authenticated {
+    /// Judges a request's tokens with the keys there are of each rule; `None` when they could not be had.
+    pub fn judge(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead, now: SystemTime) -> Result<Self, Refused> {
+        let mut told = Fault::Missing;
+        let mut any_invalid = false;
+        for (rule, keys) in rules {
+            match verify(rule, keys.as_deref(), head, now) {
+                Ok(Some(token)) => return Ok(Self { claims: Some(Verified { token, rule: (*rule).clone() }) }),
+                Ok(None) => {}
+                Err(fault) => {
+                    any_invalid = true;
+                    if told == Fault::Missing || told == Fault::UnknownIssuer {
+                        told = fault;
+                    }
+                }
+            }
+        }
+        if any_invalid { Err(Refused { fault: told }) } else { Ok(Self::default()) }
+    }
+}
+
+/// All tokens at a rule's places must be its valid ones; the first of them is returned.
+fn verify(rule: &JwtRule, keys: Option<&Keys>, head: &RequestHead, now: SystemTime) -> Result<Option<Token>, Fault> {
+    let expected = Expected { issuer: rule.issuer.to_string(), audiences: rule.audiences.clone() };
+    let mut first = None;
+    for found in locate(rule, head) {
+        let token = Token::parse(&found.text)?;
+        expected.check(&token, now)?;
+        token.verify(keys.ok_or(Fault::NoKeys)?)?;
+        first.get_or_insert(token);
+    }
+    Ok(first)
+}
+
+/// Makes of a request what the application gets: headers only the proxy may write are taken off, the token is, unless it is
+/// to be forwarded, and claims are put on.
+pub fn strip(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &mut RequestHead) {
+    for rule in rules {
+        for name in rule.payload_header.iter().chain(rule.claim_headers.iter().map(|c| &c.header)) {
+            head.headers.remove(name);
+        }
+    }
+    let Some(Verified { token, rule }) = verified else { return };
+    if !rule.forward {
+        let locations = locate(rule, head).into_iter().map(|f| f.location).collect::<Vec<_>>();
+        locations.into_iter().for_each(|location| remove(location, head));
+    }
+    if let (Some(name), Ok(value)) = (&rule.payload_header, HeaderValue::from_str(&token.payload)) {
+        head.headers.insert(name.clone(), value);
+    }
+    for out in &rule.claim_headers {
+        let text = claim(token, &out.claim).and_then(|value| match value {
+            Value::Array(_) | Value::Object(_) => Some(STANDARD.encode(value.to_string())),
+            other => claim_text(other),
+        });
+        if let Some(value) = text.and_then(|t| HeaderValue::from_bytes(t.as_bytes()).ok()) {
+            head.headers.insert(out.header.clone(), value);
+        }
+    }
+}
+
+fn remove(location: &Location, head: &mut RequestHead) {
+    match location {
+        Location::Header(name, _) => drop(head.headers.remove(name)),
+        Location::Parameter(name) => {
+            if let Some(target) = without_parameter(&head.target, name) {
+                head.target = target;
+            }
+        }
+        // Envoy leaves cookies as they are.
+        Location::Cookie(_) => {}
+    }
+}

@@ -1,0 +1,137 @@
+//! A request the proxy itself sends to a service on behalf of a pod: a mirror's copy, or a question to an authorizer.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use http::{HeaderMap, StatusCode};
+
+use super::{
+    body::{FrameSink, FrameSource, pump},
+    clusters::{EndpointState, Limited},
+    h2::{H2Sink, wire_request},
+    upstream::{UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
+    wire::Framing,
+};
+use crate::{
+    balance::{self, Asker},
+    proxy::{Proxy, ServedPod},
+    route::{Cluster, request::RequestHead},
+};
+
+/// Whom to call, and as whom.
+pub struct Call<'a> {
+    pub proxy: &'a Arc<Proxy>,
+    pub pod: &'a Arc<ServedPod>,
+    pub client: SocketAddr,
+    pub cluster: &'a Arc<Cluster>,
+    pub http2: bool,
+    /// Such requests under way for one pod and service.
+    pub at_once: u32,
+}
+
+/// The head of an answer; its body went to the sink.
+#[derive(Debug)]
+pub struct Answered {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+}
+
+impl Call<'_> {
+    /// Sends a request and takes the response. `None` when that does not work.
+    pub async fn run(
+        &self,
+        head: &RequestHead,
+        body: &mut impl FrameSource,
+        framing: Framing,
+        sink: &mut impl FrameSink,
+    ) -> Option<Answered> {
+        let Self { proxy, pod, client, cluster, http2, at_once } = self;
+        let state = pod.clusters.of(cluster);
+        let _one = state.begin(Limited::Requests, Some((*at_once).min(cluster.policy.http.max_requests.unwrap_or(u32::MAX))))?;
+        let (address, endpoint, _load) = {
+            let snapshot = proxy.config.load();
+            let source = snapshot.workload(&pod.uid)?;
+            let ejected = state.outliers.ejected();
+            let asker = Asker {
+                client: client.ip(),
+                node: &snapshot.mesh.node,
+                locality: &source.locality,
+                labels: &source.labels,
+                dice: fastrand::u64(..),
+                turn: state.turn(),
+                hash: None,
+                tried: &[],
+                elsewhere: false,
+                ejected: &ejected,
+                now: std::time::Instant::now(),
+            };
+            let picked = balance::pick(cluster, &asker)?;
+            (picked.address, state.endpoint(picked.address), picked.load.begin())
+        };
+        let wanted = Wanted { proxy, pod, client: *client, cluster, state: &state, endpoint: &endpoint, address, http2: *http2 };
+        let upstream = acquire(&wanted).await.ok()?;
+        self.exchange(upstream, &endpoint, head, body, framing, sink).await
+    }
+
+    async fn exchange(
+        &self,
+        upstream: Upstream,
+        endpoint: &EndpointState,
+        head: &RequestHead,
+        body: &mut impl FrameSource,
+        framing: Framing,
+        sink: &mut impl FrameSink,
+    ) -> Option<Answered> {
+        // A destination on this node is as well protected from these requests as from others.
+        let pass = match upstream.gate() {
+            Some(gate) => Some(Box::pin(gate.admit(head)).await.ok()?),
+            None => None,
+        };
+        let head = pass.as_ref().and_then(|p| p.head.as_ref()).unwrap_or(head);
+        match upstream {
+            Upstream::H1(mut connection) => {
+                let answered = {
+                    let (mut up, mut source, cut) = connection.halves();
+                    up.begin(head, framing, None);
+                    tokio::select! {
+                        answered = converse(body, &mut up, &mut source, head, sink) => answered,
+                        () = cut => None,
+                    }
+                };
+                let (answered, clean) = answered?;
+                if clean {
+                    release(connection, self.cluster, endpoint);
+                }
+                Some(answered)
+            }
+            Upstream::H2(mut send, _guard, _) => {
+                let empty = body.is_end();
+                let (response, stream) = send.send_request(wire_request(head)?, empty).ok()?;
+                let mut up = UpSink::H2(H2Sink::new(stream, empty));
+                let mut source = UpSource::H2 { response: Box::pin(response), body: None };
+                converse(body, &mut up, &mut source, head, sink).await.map(|(answered, _)| answered)
+            }
+        }
+    }
+}
+
+/// One exchange, and whether the connection is clean after it.
+async fn converse(
+    body: &mut impl FrameSource,
+    up: &mut UpSink<'_>,
+    source: &mut UpSource<'_>,
+    head: &RequestHead,
+    sink: &mut impl FrameSink,
+) -> Option<(Answered, bool)> {
+    pump(body, up).await.ok()?;
+    loop {
+        let answered = source.head(&head.method).await.ok()?;
+        if is_interim(answered.status) {
+            continue;
+        }
+        if answered.status == StatusCode::SWITCHING_PROTOCOLS {
+            return None;
+        }
+        pump(source, sink).await.ok()?;
+        return Some((Answered { status: answered.status, headers: answered.headers }, answered.keep_alive));
+    }
+}

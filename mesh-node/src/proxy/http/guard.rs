@@ -1,0 +1,315 @@
+//! HTTP on its way into a pod whose policies ask about requests: each is judged by the [`Gate`], and passed on over the
+//! connection that was made to the application for this one.
+//!
+//! Nothing else is done to requests and responses; when the application's connection ends, so does the client's.
+
+use std::{borrow::Cow, io, sync::Arc};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, StatusCode};
+use tokio::net::TcpStream;
+
+use super::{
+    Next,
+    attempt::{self, Answered, Attempt, Plan},
+    body::{FrameSink, FrameSource, Responder},
+    exchange::flag_of,
+    gate::{Gate, Pass},
+    h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
+    h2::{self, Accepted, H2Responder, H2Sink, H2Source, wire_request},
+    read_request,
+    record::{Flag, Record},
+    reply::{Reply, reason},
+    transport::Transport,
+    upload::Upload,
+    upstream::{UpSink, UpSource},
+    wire::{self, Malformed, WireRequest},
+};
+use crate::route::{request::RequestHead, retry::Reset};
+
+/// Serves HTTP/1. `application`: none for a client that is not allowed in and is only told so. True when the client must
+/// see a reset.
+pub async fn serve_h1(gate: &Gate, mut client: Transport, application: Option<TcpStream>) -> bool {
+    let mut unread = Unread::default();
+    let mut application = application.map(|stream| (Transport::Tcp(stream), Unread::default()));
+    let end = h1_loop(gate, &mut client, &mut unread, application.as_mut()).await;
+    let abort = end == Next::Abort;
+    if abort {
+        client.reset();
+        if let Some((transport, _)) = application {
+            transport.reset();
+        }
+    }
+    abort
+}
+
+async fn h1_loop(gate: &Gate, client: &mut Transport, unread: &mut Unread, mut application: Option<&mut (Transport, Unread)>) -> Next {
+    let (source, sink) = client.halves();
+    let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
+    loop {
+        let request = tokio::select! {
+            biased;
+            request = read_request(&mut reader) => request,
+            // It has closed, or says something nobody asked for.
+            () = over(application.as_deref_mut()) => return Next::Close,
+        };
+        let next = match request {
+            Ok(request) => h1_exchange(gate, request, &mut reader, &mut sink, application.as_deref_mut()).await,
+            Err(NoHead::Malformed(malformed)) => {
+                refuse_h1(gate, malformed, &mut reader, &mut sink).await;
+                if malformed.close { Next::Close } else { Next::Another }
+            }
+            Err(NoHead::Ended { .. }) => return Next::Close,
+            Err(NoHead::Broken(_)) => return Next::Abort,
+        };
+        match next {
+            Next::Another if application.is_some() => {}
+            Next::Abort => return Next::Abort,
+            Next::Another | Next::Close => {
+                if sink.shutdown().await.is_ok() {
+                    reader.linger().await;
+                }
+                return Next::Close;
+            }
+        }
+    }
+}
+
+/// Completes when the application's idle connection is one no more.
+async fn over(application: Option<&mut (Transport, Unread)>) {
+    let Some((transport, unread)) = application else { return std::future::pending().await };
+    let (source, _) = transport.halves();
+    // Whatever it is, it is not the answer to a request.
+    let _ = Reader::new(source, unread).begun().await;
+}
+
+async fn h1_exchange(
+    gate: &Gate,
+    request: WireRequest,
+    reader: &mut Reader<'_>,
+    sink: &mut H1Sink<'_>,
+    application: Option<&mut (Transport, Unread)>,
+) -> Next {
+    let WireRequest { head, minor, keep_alive, upgrade, expects_continue, .. } = request;
+    let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
+    let mut record = Record::inbound(&gate.proxy.metrics, gate.client, gate.facts.destination, protocol);
+    record.describe(&head);
+    let grpc = head.is_grpc();
+    let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
+    let pass = match gate.admit(&head).await {
+        Ok(pass) => pass,
+        Err(refusal) => {
+            refusal.note(&mut record);
+            let close = application.is_none() || !reader.is_end();
+            return refuse(refusal.reply, grpc, close, &mut responder, reader, &mut record).await;
+        }
+    };
+    let Some((transport, unread)) = application else { return Next::Abort };
+    if head.method == Method::CONNECT {
+        // What would follow is not HTTP; nobody asks an application's port for another connection.
+        record.details = Cow::Borrowed("connect_not_allowed");
+        return refuse(Reply::new(StatusCode::NOT_FOUND, ""), grpc, true, &mut responder, reader, &mut record).await;
+    }
+    if expects_continue && responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
+        return Next::Close;
+    }
+    let (source, up) = transport.halves();
+    let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
+    let (sent, claims, to_client) = parts(&head, &pass);
+    let plan = Plan::once(sent, upgrade.as_ref());
+    let cut = gate.denied_later(sent, claims);
+    let (ended, clean) = {
+        let mut upload = Upload::new(&mut *reader, false, &gate.proxy.replays);
+        attempt::exchange(&plan, up_sink, up_source, &mut upload, &mut responder, to_client, cut, &mut record).await
+    };
+    match conclude(ended, &mut record) {
+        Ended::Whole if clean && responder.keeps_alive() && reader.is_end() => Next::Another,
+        Ended::Whole => Next::Close,
+        Ended::Broken if !responder.has_started() || responder.would_look_complete() => Next::Abort,
+        Ended::Broken => Next::Close,
+        Ended::Malformed(malformed) => {
+            record.details = Cow::Borrowed(malformed.details);
+            refuse(Reply::new(malformed.status, malformed.body), grpc, true, &mut responder, reader, &mut record).await
+        }
+    }
+}
+
+fn parts<'a>(head: &'a RequestHead, pass: &'a Pass) -> (&'a RequestHead, Option<&'a crate::policy::Verified>, &'a HeaderMap) {
+    (pass.head.as_ref().unwrap_or(head), pass.claims.as_ref(), &pass.to_client)
+}
+
+async fn refuse(
+    reply: Reply,
+    grpc: bool,
+    close: bool,
+    responder: &mut H1Responder<'_, '_>,
+    reader: &Reader<'_>,
+    record: &mut Record,
+) -> Next {
+    record.status = reply.start(grpc, close, responder, |_| {}).ok();
+    while !responder.is_flushed() {
+        if responder.flush().await.is_err() {
+            return Next::Abort;
+        }
+    }
+    if !close && responder.keeps_alive() && reader.is_end() { Next::Another } else { Next::Close }
+}
+
+async fn refuse_h1(gate: &Gate, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
+    let mut record = Record::inbound(&gate.proxy.metrics, gate.client, gate.facts.destination, "HTTP/1.1");
+    if malformed.protocol_error {
+        record.raise(Flag::DownstreamProtocolError);
+    }
+    record.details = Cow::Borrowed(malformed.details);
+    let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
+    record.status = Reply::new(malformed.status, malformed.body).start(false, malformed.close, &mut responder, |_| {}).ok();
+    // A client that does not take the answer gets none.
+    let _ = responder.flush().await;
+    reader.begin_body(wire::Framing::Empty);
+}
+
+enum Ended {
+    Whole,
+    Broken,
+    Malformed(Malformed),
+}
+
+/// Takes down how a request that was let in ended.
+fn conclude(ended: Attempt, record: &mut Record) -> Ended {
+    match ended {
+        Attempt::Answered(Answered::Whole) => return Ended::Whole,
+        Attempt::Malformed(malformed) => return Ended::Malformed(malformed),
+        Attempt::Answered(Answered::Truncated(reset)) => failed(reset, "upstream_reset_after_response_started", record),
+        Attempt::Failed(failure) => failed(failure.reset, "upstream_reset_before_response_started", record),
+        Attempt::Answered(Answered::Abandoned) | Attempt::Abandoned => {
+            record.raise(Flag::DownstreamDisconnect);
+            record.details = Cow::Borrowed("downstream_remote_disconnect");
+        }
+        Attempt::Answered(Answered::TimeUp(_)) | Attempt::Again | Attempt::Denied | Attempt::TimeUp(_) => {}
+    }
+    Ended::Broken
+}
+
+fn failed(reset: Reset, when: &str, record: &mut Record) {
+    record.raise(flag_of(reset));
+    record.details = format!("{when}{{{}}}", reason(reset).replace(' ', "_")).into();
+}
+
+/// Serves HTTP/2. `application`: none for a client that is not allowed in and is only told so.
+pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<TcpStream>) -> io::Result<()> {
+    let opened = match application {
+        Some(stream) => Some(h2::connect(Transport::Tcp(stream)).await.map_err(h2::into_io)?),
+        None => None,
+    };
+    let (send, connection) = opened.map_or((None, None), |o| (Some(o.send), Some(o.connection)));
+    let (over, ended) = tokio::sync::watch::channel(false);
+    let drive = async {
+        if let Some(connection) = connection {
+            let result = connection.await;
+            over.send_replace(true);
+            result.map_err(h2::into_io)
+        } else {
+            std::future::pending().await
+        }
+    };
+    let mut ended = ended;
+    let draining = async move {
+        // The sender lives as long as this is waited for.
+        if ended.wait_for(|e| *e).await.is_err() {
+            std::future::pending().await
+        }
+    };
+    let serving = h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), send.clone(), accepted))), draining);
+    let (mut drive, mut serving) = (std::pin::pin!(drive), std::pin::pin!(serving));
+    tokio::select! {
+        served = &mut serving => served.map_err(h2::into_io),
+        // Its own streams have ended; the client is told to open no more, and goes on with what is left.
+        driven = &mut drive => {
+            driven?;
+            serving.await.map_err(h2::into_io)
+        }
+    }
+}
+
+async fn h2_exchange(gate: Arc<Gate>, send: Option<::h2::client::SendRequest<Bytes>>, accepted: Accepted) {
+    let (request, respond) = accepted;
+    let (parts_of, stream) = request.into_parts();
+    let mut body = H2Source::new(stream, &parts_of.headers);
+    let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
+    let mut record = Record::inbound(&gate.proxy.metrics, gate.client, gate.facts.destination, "HTTP/2");
+    let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
+        Ok(head) => {
+            record.describe(&head);
+            tokio::select! {
+                end = h2_request(&gate, send, &head, &mut body, &mut responder, &mut record) => end,
+                _ = gate.pod.ended() => Err(::h2::Reason::CANCEL),
+            }
+        }
+        Err(malformed) => {
+            record.details = Cow::Borrowed(malformed.details);
+            answer(Reply::new(malformed.status, malformed.body), false, &mut responder, &mut record).await;
+            Ok(())
+        }
+    };
+    match end {
+        Err(reason) if !responder.is_complete() => responder.reset(reason),
+        _ if !responder.is_complete() => responder.reset(::h2::Reason::INTERNAL_ERROR),
+        // The answer is complete; what the client still sends is not wanted (RFC 9113 section 8.1).
+        _ if !body.is_end() => responder.reset(::h2::Reason::NO_ERROR),
+        _ => {}
+    }
+}
+
+async fn answer(reply: Reply, grpc: bool, responder: &mut H2Responder, record: &mut Record) {
+    record.status = reply.start(grpc, false, responder, |_| {}).ok();
+    while !responder.is_flushed() {
+        if responder.flush().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn h2_request(
+    gate: &Gate,
+    send: Option<::h2::client::SendRequest<Bytes>>,
+    head: &RequestHead,
+    body: &mut H2Source,
+    responder: &mut H2Responder,
+    record: &mut Record,
+) -> Result<(), ::h2::Reason> {
+    let grpc = head.is_grpc();
+    let pass = match gate.admit(head).await {
+        Ok(pass) => pass,
+        Err(refusal) => {
+            refusal.note(record);
+            answer(refusal.reply, grpc, responder, record).await;
+            return Ok(());
+        }
+    };
+    // A new connection is judged anew.
+    let send = send.ok_or(::h2::Reason::REFUSED_STREAM)?;
+    if head.method == Method::CONNECT {
+        record.details = Cow::Borrowed("connect_not_allowed");
+        answer(Reply::new(StatusCode::NOT_FOUND, ""), grpc, responder, record).await;
+        return Ok(());
+    }
+    let (sent, claims, to_client) = parts(head, &pass);
+    let request = wire_request(sent).ok_or(::h2::Reason::PROTOCOL_ERROR)?;
+    let mut send = send.ready().await.map_err(|_| ::h2::Reason::REFUSED_STREAM)?;
+    let empty = body.is_end();
+    let (response, stream) = send.send_request(request, empty).map_err(|_| ::h2::Reason::REFUSED_STREAM)?;
+    let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
+    let plan = Plan::once(sent, None);
+    let mut upload = Upload::new(body, false, &gate.proxy.replays);
+    let cut = gate.denied_later(sent, claims);
+    let (ended, _) = attempt::exchange(&plan, sink, source, &mut upload, responder, to_client, cut, record).await;
+    let reason = match &ended {
+        Attempt::Failed(failed) if failed.reset == Reset::RefusedStream => ::h2::Reason::REFUSED_STREAM,
+        Attempt::Malformed(_) => ::h2::Reason::PROTOCOL_ERROR,
+        _ => ::h2::Reason::INTERNAL_ERROR,
+    };
+    match conclude(ended, record) {
+        Ended::Whole => Ok(()),
+        Ended::Broken | Ended::Malformed(_) => Err(reason),
+    }
+}

@@ -1,0 +1,258 @@
+//! The part of Istio's `MeshConfig` the node acts on, from the `ConfigMap` named `istio`: external authorizers and path
+//! normalization. The rest of it is for other programs.
+
+use std::{sync::Arc, time::Duration};
+
+use http::{HeaderName, HeaderValue, StatusCode};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    Key, Rejection,
+    envelope::{FieldError, typed},
+    fields::{Time, header_name, header_value, port},
+    strings::StringMatch,
+};
+
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct MeshConfig {
+    /// External authorizers; other providers are for other purposes.
+    pub authorizers: Vec<Arc<Authorizer>>,
+    pub normalization: Option<Normalization>,
+}
+
+/// What is done to paths before anything looks at them. Istio's `MeshConfig.ProxyPathNormalization`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Normalization {
+    /// Dot segments, escapes of unreserved characters, backslashes.
+    #[default]
+    Base,
+    /// And runs of slashes become one.
+    MergeSlashes,
+    /// And `%2f` and `%5c` are decoded before that.
+    DecodeAndMergeSlashes,
+}
+
+/// Somebody who is asked whether a request may pass.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Authorizer {
+    pub name: Arc<str>,
+    /// Host name of the service.
+    pub service: Arc<str>,
+    pub port: u16,
+    pub timeout: Duration,
+    /// What cannot be asked passes.
+    pub fail_open: bool,
+    pub status_on_error: StatusCode,
+    pub check: Check,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Check {
+    /// Envoy's `envoy.service.auth.v3.Authorization`.
+    Grpc,
+    /// The request without its body; any answer of 200 allows.
+    Http(HttpCheck),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct HttpCheck {
+    pub path_prefix: Arc<str>,
+    /// Request headers it gets, beside authority, method and path.
+    pub request_headers: Vec<StringMatch>,
+    pub additional_headers: Vec<(HeaderName, HeaderValue)>,
+    /// Headers of its answer that go to the application, to a client that is let in, and to one that is not.
+    pub to_upstream: Vec<StringMatch>,
+    pub to_downstream_on_allow: Vec<StringMatch>,
+    pub to_downstream_on_deny: Vec<StringMatch>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Document {
+    #[serde(default)]
+    extension_providers: Option<Vec<ProviderSpec>>,
+    path_normalization: Option<NormalizationSpec>,
+}
+
+#[derive(Deserialize)]
+struct NormalizationSpec {
+    normalization: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ProviderSpec {
+    #[serde(default)]
+    name: String,
+    envoy_ext_authz_http: Option<HttpSpec>,
+    envoy_ext_authz_grpc: Option<GrpcSpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct GrpcSpec {
+    #[serde(default)]
+    service: String,
+    #[serde(default)]
+    port: u32,
+    timeout: Option<Time>,
+    #[serde(default)]
+    fail_open: bool,
+    #[serde(default, rename = "clearRouteCache")]
+    _clear_route_cache: bool,
+    status_on_error: Option<String>,
+    include_request_body_in_check: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct HttpSpec {
+    #[serde(default)]
+    service: String,
+    #[serde(default)]
+    port: u32,
+    timeout: Option<Time>,
+    #[serde(default)]
+    fail_open: bool,
+    #[serde(default, rename = "clearRouteCache")]
+    _clear_route_cache: bool,
+    status_on_error: Option<String>,
+    include_request_body_in_check: Option<Value>,
+    path_prefix: Option<String>,
+    #[serde(default, alias = "includeHeadersInCheck")]
+    include_request_headers_in_check: Option<Vec<String>>,
+    #[serde(default)]
+    include_additional_headers_in_check: Option<std::collections::BTreeMap<String, String>>,
+    #[serde(default)]
+    headers_to_upstream_on_allow: Option<Vec<String>>,
+    #[serde(default)]
+    headers_to_downstream_on_allow: Option<Vec<String>>,
+    #[serde(default)]
+    headers_to_downstream_on_deny: Option<Vec<String>>,
+}
+
+/// What both kinds have.
+struct Common {
+    service: String,
+    port: u32,
+    timeout: Option<Time>,
+    fail_open: bool,
+    status_on_error: Option<String>,
+    include_request_body_in_check: Option<Value>,
+}
+
+/// How long an authorizer may take, unless the provider says otherwise: Istio's default.
+const TIMEOUT: Duration = Duration::from_mins(10);
+
+/// Reads the object; the text in `data.mesh` has been parsed already.
+pub(super) fn read(document: &Value, key: &Key) -> Result<MeshConfig, Rejection> {
+    let mesh = document.pointer("/data/mesh").unwrap_or(&Value::Null);
+    if !mesh.is_object() {
+        return Err(FieldError::new("data.mesh", "is not a YAML mapping; correct it").of(key));
+    }
+    let document: Document = typed(mesh, key).map_err(|mut r: Rejection| {
+        r.field = format!("data.mesh.{}", r.field);
+        r
+    })?;
+    config(document).map_err(|e| e.of(key))
+}
+
+fn config(document: Document) -> Result<MeshConfig, FieldError> {
+    let mut authorizers = Vec::new();
+    for (i, spec) in document.extension_providers.unwrap_or_default().into_iter().enumerate() {
+        if let Some(found) = authorizer(spec, &format!("data.mesh.extensionProviders[{i}]"))? {
+            authorizers.push(Arc::new(found));
+        }
+    }
+    let normalization = document.path_normalization.and_then(|n| n.normalization);
+    let normalization = match normalization.as_deref() {
+        None | Some("DEFAULT" | "BASE") => normalization.map(|_| Normalization::Base),
+        Some("MERGE_SLASHES") => Some(Normalization::MergeSlashes),
+        Some("DECODE_AND_MERGE_SLASHES") => Some(Normalization::DecodeAndMergeSlashes),
+        Some("NONE") => {
+            let problem = "NONE is not honoured: a path that is not normalised can be read in two ways; use BASE";
+            return Err(FieldError::new("data.mesh.pathNormalization.normalization", problem));
+        }
+        Some(other) => {
+            let problem = format!("{other:?} is none of BASE, MERGE_SLASHES, DECODE_AND_MERGE_SLASHES");
+            return Err(FieldError::new("data.mesh.pathNormalization.normalization", problem));
+        }
+    };
+    Ok(MeshConfig { authorizers, normalization })
+}
+
+fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldError> {
+    let ProviderSpec { name, envoy_ext_authz_http, envoy_ext_authz_grpc } = spec;
+    let (common, check, field) = match (envoy_ext_authz_http, envoy_ext_authz_grpc) {
+        (None, None) => return Ok(None),
+        (Some(_), Some(_)) => return Err(FieldError::new(at, "has two kinds of provider; keep one")),
+        (None, Some(grpc)) => {
+            let GrpcSpec { service, port, timeout, fail_open, status_on_error, include_request_body_in_check, _clear_route_cache: _ } =
+                grpc;
+            let common = Common { service, port, timeout, fail_open, status_on_error, include_request_body_in_check };
+            (common, Check::Grpc, "envoyExtAuthzGrpc")
+        }
+        (Some(http), None) => {
+            let at = format!("{at}.envoyExtAuthzHttp");
+            let patterns = |texts: Option<Vec<String>>| {
+                // Header names are compared without regard to case.
+                texts.unwrap_or_default().iter().map(|t| StringMatch::parse(&t.to_ascii_lowercase())).collect::<Vec<_>>()
+            };
+            let mut additional = Vec::new();
+            for (name, value) in http.include_additional_headers_in_check.unwrap_or_default() {
+                let at = format!("{at}.includeAdditionalHeadersInCheck.{name}");
+                additional.push((header_name(&name, &at)?, header_value(&value, &at)?));
+            }
+            let prefix = http.path_prefix.unwrap_or_default();
+            if !prefix.is_empty() && (!prefix.starts_with('/') || prefix.contains(['?', '#', ' '])) {
+                return Err(FieldError::new(format!("{at}.pathPrefix"), format!("{prefix:?} is not a path; begin it with /")));
+            }
+            let check = HttpCheck {
+                path_prefix: prefix.into(),
+                request_headers: patterns(http.include_request_headers_in_check),
+                additional_headers: additional,
+                to_upstream: patterns(http.headers_to_upstream_on_allow),
+                to_downstream_on_allow: patterns(http.headers_to_downstream_on_allow),
+                to_downstream_on_deny: patterns(http.headers_to_downstream_on_deny),
+            };
+            let common = Common {
+                service: http.service,
+                port: http.port,
+                timeout: http.timeout,
+                fail_open: http.fail_open,
+                status_on_error: http.status_on_error,
+                include_request_body_in_check: http.include_request_body_in_check,
+            };
+            (common, Check::Http(check), "envoyExtAuthzHttp")
+        }
+    };
+    let at = format!("{at}.{field}");
+    if name.is_empty() {
+        return Err(FieldError::new(format!("{at}.name"), "is missing; policies refer to providers by name"));
+    }
+    if common.include_request_body_in_check.is_some() {
+        return Err(FieldError::new(format!("{at}.includeRequestBodyInCheck"), "is not honoured by this version of mesh-node; remove it"));
+    }
+    if common.service.is_empty() {
+        return Err(FieldError::new(
+            format!("{at}.service"),
+            "is missing; name the authorizer's service, as name.namespace.svc.cluster.local",
+        ));
+    }
+    // Istio also takes `namespace/host`.
+    let service = common.service.rsplit_once('/').map_or(common.service.as_str(), |(_, host)| host);
+    let status = common.status_on_error.unwrap_or_else(|| "403".to_owned());
+    let status_on_error = status.parse::<u16>().ok().and_then(|s| StatusCode::from_u16(s).ok()).filter(|s| s.as_u16() >= 200);
+    let status_on_error = status_on_error
+        .ok_or_else(|| FieldError::new(format!("{at}.statusOnError"), format!("{status:?} is not an HTTP status such as 503")))?;
+    Ok(Some(Authorizer {
+        name: name.into(),
+        service: service.into(),
+        port: port(common.port, &format!("{at}.port"))?,
+        timeout: common.timeout.map_or(TIMEOUT, |t| t.0),
+        fail_open: common.fail_open,
+        status_on_error,
+        check,
+    }))
+}
