@@ -61,6 +61,15 @@ pub enum Detected {
 
 /// What an HTTP/2 connection begins with (RFC 9113 section 3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Whether what a server says first is the beginning of HTTP/2: it need not wait for the client (RFC 9113 section 3.4).
+pub fn is_http2_server(bytes: &[u8]) -> bool {
+    match bytes {
+        // A SETTINGS frame on stream 0, of whole settings, that acknowledges nothing.
+        [0, high, low, 4, 0, 0, 0, 0, 0, ..] => u16::from_be_bytes([*high, *low]).is_multiple_of(6),
+        _ => false,
+    }
+}
+
 /// Longest request line that is waited for, bytes.
 const REQUEST_LINE: usize = 16 * 1024;
 

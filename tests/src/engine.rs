@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::Path,
     sync::{Arc, Mutex},
     time::Duration,
@@ -15,7 +15,7 @@ use mesh_node::{
     id::{TrustDomain, WorkloadUid},
     identity::{EmbeddedCa, Manager},
     io::netns::Netns,
-    proxy::{Limits, Proxy, ServedPod, outbound},
+    proxy::{Limits, Proxy, ServedPod, inbound, outbound},
     resource::{self, Parsed},
     telemetry::Metrics,
 };
@@ -34,6 +34,9 @@ pub type Line = HashMap<String, String>;
 pub struct Engine {
     pub proxy: Arc<Proxy>,
     pub pod: Arc<ServedPod>,
+    /// A pod with the address [`SERVER`], whose application may be on any port.
+    pub server: Arc<ServedPod>,
+    client: IpAddr,
     pub config: Configuration,
     changes: mpsc::Sender<Vec<Change>>,
     log: Arc<Mutex<Vec<Line>>>,
@@ -42,10 +45,19 @@ pub struct Engine {
 
 /// The address of the client pod.
 pub const CLIENT: &str = "10.77.0.2";
+/// The address of a client pod that can be seen by an application on loopback.
+pub const NEAR_CLIENT: &str = "127.0.0.9";
+/// The address of the server pod.
+pub const SERVER: &str = "127.0.0.1";
 
 impl Engine {
     /// Starts with these documents besides the client pod's own. Only one may log at a time in a process.
     pub async fn start(documents: &[Value]) -> Result<Self> {
+        Self::start_as(CLIENT, documents).await
+    }
+
+    /// The same, with a client pod of this address.
+    pub async fn start_as(client: &str, documents: &[Value]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let log = collected();
         let (sender, receiver) = mpsc::channel(4);
@@ -57,8 +69,12 @@ impl Engine {
         let limits = Limits::for_descriptors(100_000);
         let proxy = Proxy::new(config.clone(), Manager::new(Arc::new(ca)), Arc::new(Metrics::default()), limits);
         let netns = Arc::new(Netns::open(Path::new("/proc/self/ns/net"))?);
-        let pod = ServedPod::new(WorkloadUid("uid-client".into()), netns, vec![CLIENT.parse()?]);
-        let engine = Self { proxy, pod, config: config.clone(), changes: sender, log, _directory: directory };
+        let pod = ServedPod::new(WorkloadUid("uid-client".into()), netns.clone(), vec![client.parse()?]);
+        let server = ServedPod::new(WorkloadUid("uid-server".into()), netns, vec![SERVER.parse()?]);
+        proxy.pods.insert(server.clone());
+        tokio::spawn(proxy.clone().recheck_policies());
+        let client = client.parse()?;
+        let engine = Self { proxy, pod, server, client, config: config.clone(), changes: sender, log, _directory: directory };
         engine.apply(documents).await?;
         config.ready().await;
         Ok(engine)
@@ -69,7 +85,7 @@ impl Engine {
         let mut config = self.config.clone();
         let before = config.load().generation;
         let client = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "client", "uid": "uid-client", "labels": {"app": "client"}},
-            "spec": {"nodeName": "n1"}, "status": {"phase": "Running", "podIP": CLIENT}});
+            "spec": {"nodeName": "n1", "serviceAccountName": "client"}, "status": {"phase": "Running", "podIP": self.client}});
         let mut objects = Vec::new();
         for document in documents.iter().chain([&client]) {
             match resource::parse(document, "default") {
@@ -90,8 +106,18 @@ impl Engine {
     pub async fn connect(&self, original: SocketAddr) -> Result<TcpStream> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let (client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr()?), listener.accept());
-        let from = SocketAddr::new(CLIENT.parse()?, 40000);
+        let from = SocketAddr::new(self.client, 40000);
         tokio::spawn(outbound::serve(self.proxy.clone(), self.pod.clone(), accepted?.0, from, Some(original)));
+        Ok(client?)
+    }
+
+    /// A plaintext connection from outside the mesh to the server pod.
+    pub async fn connect_inbound(&self, port: u16) -> Result<TcpStream> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let (client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr()?), listener.accept());
+        let (stream, from) = accepted?;
+        let to = SocketAddr::new(SERVER.parse()?, port);
+        tokio::spawn(inbound::serve_steered(self.proxy.clone(), self.server.clone(), stream, from, to));
         Ok(client?)
     }
 
@@ -101,6 +127,21 @@ impl Engine {
         for _ in 0..500 {
             let of = |l: &&Line| l.get("downstream_local_address").is_some_and(|a| *a == original.to_string());
             found = self.log.lock().expect("lock").iter().filter(of).cloned().collect();
+            if found.len() >= lines {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        found
+    }
+}
+
+impl Engine {
+    /// What was logged of a request, told by its `x-request-id`, once there are so many lines.
+    pub async fn logged_for(&self, id: &str, lines: usize) -> Vec<Line> {
+        let mut found = Vec::new();
+        for _ in 0..200 {
+            found = self.log.lock().expect("lock").iter().filter(|l| l.get("request_id").is_some_and(|i| i == id)).cloned().collect();
             if found.len() >= lines {
                 break;
             }
@@ -120,6 +161,18 @@ pub fn service(name: &str, vip: &str, port_name: &str, endpoints: &[SocketAddr])
             "endpoints": [{"addresses": [endpoint.ip()]}], "ports": [{"name": port_name, "port": endpoint.port()}]}));
     }
     documents
+}
+
+/// The server pod, in the mesh.
+pub fn server_pod() -> Value {
+    json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "server", "uid": "uid-server",
+            "labels": {"app": "server", "istio.io/dataplane-mode": "ambient"}},
+        "spec": {"nodeName": "n1", "serviceAccountName": "server"}, "status": {"phase": "Running", "podIP": SERVER}})
+}
+
+/// A policy of the group `security.istio.io`.
+pub fn security(kind: &str, name: &str, spec: &Value) -> Value {
+    json!({"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": {"name": name}, "spec": spec})
 }
 
 /// A `VirtualService` for a service.

@@ -11,3 +11,5 @@ pub mod peer;
 pub mod scripted;
 
 pub use bed::{Bed, NodeOptions, Pod, PodSpec};
+pub mod token;
+pub mod wire;

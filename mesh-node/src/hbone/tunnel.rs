@@ -50,6 +50,11 @@ impl Tunnel {
         self.joined.is_empty() && self.receive.poll_data(&mut cx).is_pending()
     }
 
+    /// What has come and not been read.
+    pub fn arrived(&self) -> &[u8] {
+        &self.joined
+    }
+
     /// Completes when something has come, or the other end has closed. Nothing is lost.
     pub async fn spoken(&mut self) {
         while self.joined.is_empty() {

@@ -9,7 +9,7 @@ mod inspect;
 use std::{io, net::SocketAddr, sync::Arc};
 
 use http::StatusCode;
-pub use inspect::{Inspection, refuse};
+pub use inspect::{Inspection, refuse, server_first};
 use tokio::{net::TcpStream, sync::watch, time::timeout};
 
 use super::{
@@ -99,9 +99,26 @@ async fn connect_application(pod: &ServedPod, to: SocketAddr, client: std::net::
 
 /// A plaintext connection from outside the mesh, as accepted on the inbound listener.
 pub async fn serve_plaintext(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr) {
+    // The steered socket's own address is the original destination.
+    match downstream.local_addr() {
+        Ok(destination) => serve_steered(proxy, pod, downstream, client, destination).await,
+        Err(error) => tracing::debug!(target: "proxy", %client, %error, "the client is gone"),
+    }
+}
+
+/// A plaintext connection that was meant for `destination`.
+pub async fn serve_steered(
+    proxy: Arc<Proxy>,
+    pod: Arc<ServedPod>,
+    downstream: TcpStream,
+    client: SocketAddr,
+    destination: SocketAddr,
+) {
     let mut outcome = Outcome::new(&proxy.metrics, Direction::Inbound);
     outcome.source.address = Some(client);
-    let result = plaintext(&proxy, &pod, downstream, client, &mut outcome).await;
+    let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
+    outcome.destination.address = Some(destination);
+    let result = plaintext(&proxy, &pod, downstream, client, destination, &mut outcome).await;
     if let Err(failure) = result {
         outcome.fail(failure);
     }
@@ -112,12 +129,9 @@ async fn plaintext(
     pod: &Arc<ServedPod>,
     downstream: TcpStream,
     client: SocketAddr,
+    destination: SocketAddr,
     outcome: &mut Outcome,
 ) -> Result<(), Failure> {
-    // The steered socket's own address is the original destination.
-    let destination = downstream.local_addr().map_err(Failure::Broken)?;
-    let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
-    outcome.destination.address = Some(destination);
     let mut facts = Facts::new(None, client.ip(), destination);
     facts.node = pod.is_from_node(client, destination);
     let admitted = match admit(proxy, pod, facts.clone(), outcome).await {

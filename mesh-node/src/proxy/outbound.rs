@@ -29,6 +29,7 @@ use super::{
 use crate::{
     balance::{self, Asker, outlier::Event},
     config::{OutboundPolicy, Snapshot},
+    detect,
     hbone::{
         Connection, PoolKey, Tunnel, TunnelError,
         headers::{Authority, Forwarded, TraceParent, baggage, build},
@@ -96,15 +97,19 @@ pub(super) struct Established {
 }
 
 impl Established {
-    /// Completes when the server has said something, or has closed.
+    /// Completes when the server has said something, or has closed. The beginning of HTTP/2 does not count: the client's
+    /// belongs to it.
     pub(super) async fn server_spoke(&mut self) {
-        let readable = match &mut self.upstream.stream {
-            Stream::Tunnel(tunnel) => return tunnel.spoken().await,
-            Stream::Tcp(stream) => stream.readable().await,
-            Stream::Local(local) => local.admitted.application.readable().await,
-        };
-        // Whoever reads next finds the same.
-        drop(readable);
+        match &mut self.upstream.stream {
+            Stream::Tunnel(tunnel) => {
+                tunnel.spoken().await;
+                if detect::is_http2_server(tunnel.arrived()) {
+                    std::future::pending().await
+                }
+            }
+            Stream::Tcp(stream) => inbound::server_first(stream).await,
+            Stream::Local(local) => inbound::server_first(&local.admitted.application).await,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::{
 
 use super::{Admitted, cut};
 use crate::{
-    detect::{Detected, Protocol, detect},
+    detect::{Detected, Protocol, detect, is_http2_server},
     io::{
         relay::{Traffic, relay},
         socket::reset_on_close,
@@ -171,7 +171,7 @@ async fn look(
         }
         let speaks_first = async {
             match application {
-                Some(application) if read.is_empty() && !declared.is_http() => drop(application.readable().await),
+                Some(application) if read.is_empty() && !declared.is_http() => server_first(application).await,
                 _ => std::future::pending().await,
             }
         };
@@ -196,6 +196,18 @@ async fn look(
             () = speaks_first => return (Spoken::Opaque(None), Bytes::new()),
             // A beginning that may yet become a request is held to be one: who waits with the rest does not get past.
             () = late => return (if read.is_empty() { Spoken::Opaque(None) } else { Spoken::Http1 }, read.freeze()),
+        }
+    }
+}
+
+/// Completes when the application has said something that no HTTP server says first, or has closed.
+pub async fn server_first(application: &TcpStream) {
+    let mut first = [0; 9];
+    loop {
+        match application.peek(&mut first).await {
+            Ok(n) if n == first.len() && is_http2_server(&first) => return std::future::pending().await,
+            Ok(n) if n > 0 && n < first.len() && first.starts_with(&[0]) => tokio::time::sleep(Duration::from_millis(1)).await,
+            _ => return,
         }
     }
 }
