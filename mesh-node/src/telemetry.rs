@@ -66,7 +66,7 @@ pub struct RequestLabels {
 pub struct PolicyLabels {
     /// `namespace/name`.
     pub policy: String,
-    /// `denied`, `audited`, `dry_run_allowed` or `dry_run_denied`.
+    /// `denied`, `connection_denied` (before anything was sent on it), `audited`, `dry_run_allowed` or `dry_run_denied`.
     pub result: &'static str,
 }
 

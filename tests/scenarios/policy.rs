@@ -151,11 +151,15 @@ fn a_policy_change_cuts_what_it_denies_within_a_second_and_nothing_else() {
 
 #[test]
 fn seed_policies_hold_on_opaque_connections() {
-    let scene = scene();
+    let mut scene = scene();
+    scene.bed.service("default", "server", 8080, 8080).expect("a service");
     let path = format!("{}/corpora/seed/15-authz-deny-all-and-allow.yaml", env!("CARGO_MANIFEST_DIR"));
     scene.bed.apply("seed", &std::fs::read_to_string(path).expect("seed")).expect("applied");
     scene.bed.settle().expect("settled");
     assert_eq!(scene.through(), [false, false, false]);
+    // The service declares the port to be TCP, and the policy asks about requests there.
+    let policy = "{selector: {matchLabels: {app: server}}, rules: [{to: [{operation: {methods: [GET]}}]}]}";
+    scene.apply("asks", "AuthorizationPolicy", "default", policy);
     let remarks = scene.bed.nodes()[0].admin("/status").expect("status");
-    assert!(remarks.contains("allow-productpage") && remarks.contains("operation.methods"), "{remarks}");
+    assert!(remarks.contains("AuthorizationPolicy default/asks: spec.rules") && remarks.contains("allow nothing there"), "{remarks}");
 }

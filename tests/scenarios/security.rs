@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use mesh_tests::{
-    engine::{Engine, NEAR_CLIENT, SERVER, Line, security, server_pod, service},
+    engine::{Engine, Line, NEAR_CLIENT, SERVER, security, server_pod, service},
     scripted::{self, Seen},
     token::{Issuer, now},
     wire::{Got, exchange},
@@ -38,7 +38,8 @@ struct Expect {
 
 impl Row {
     fn new(case: &'static str) -> Self {
-        let expect = Expect { status: 200, details: "via_upstream".into(), body: "up1 200 #1\n".into(), headers: vec![], saw: vec![], line: None };
+        let expect =
+            Expect { status: 200, details: "via_upstream".into(), body: "up1 200 #1\n".into(), headers: vec![], saw: vec![], line: None };
         let path = format!("/{case}/x");
         Self { case, authentication: Value::Null, authorization: vec![], method: "GET", path, headers: vec![], expect }
     }
@@ -123,7 +124,8 @@ fn rows(issuer: &Issuer) -> Vec<Row> {
     let full_token = issuer.token(&full);
     let forwarding = json!([rule(json!({"forwardOriginalToken": true, "outputPayloadToHeader": "x-jwt-payload",
         "outputClaimToHeaders": [{"header": "x-jwt-sub", "claim": "sub"}, {"header": "x-jwt-groups", "claim": "groups"}]}))]);
-    let elsewhere = json!([rule(json!({"fromParams": ["tkn"], "fromCookies": ["tok"], "fromHeaders": [{"name": "x-tok", "prefix": "T "}]}))]);
+    let elsewhere =
+        json!([rule(json!({"fromParams": ["tkn"], "fromCookies": ["tok"], "fromHeaders": [{"name": "x-tok", "prefix": "T "}]}))]);
     let form = "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections";
     let part = |v: Value| {
         use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
@@ -163,7 +165,9 @@ fn rows(issuer: &Issuer) -> Vec<Row> {
         Row::jwt("j_noaud", &jw).bearer(&with(&json!({"aud": null}))).refused(403, "Audiences in Jwt are not allowed"),
         Row::jwt("j_audlist", &jw).bearer(&with(&json!({"aud": ["x", "svc-a"]}))),
         Row::jwt("j_aud_slash", &jw).bearer(&with(&json!({"aud": "https://svc-a/"}))),
-        Row::jwt("replayed for another audience", &jw).bearer(&with(&json!({"aud": "svc-b"}))).refused(403, "Audiences in Jwt are not allowed"),
+        Row::jwt("replayed for another audience", &jw)
+            .bearer(&with(&json!({"aud": "svc-b"})))
+            .refused(403, "Audiences in Jwt are not allowed"),
         Row::jwt("j_algnone", &jw).bearer(&no_algorithm).refused(401, form),
         Row::jwt("hmac with a public key", &jw).bearer(&hmac).refused(401, "Jwt header [alg] is not supported"),
         Row::jwt("j_miss_allow_missing", &jw),
@@ -179,7 +183,9 @@ fn rows(issuer: &Issuer) -> Vec<Row> {
         Row::jwt("j_two_one (Istio asks for any)", &two).bearer(&good),
         Row::jwt("j_or_bad_iss", &two).bearer(&with(&json!({"iss": "https://evil.example"}))).refused(401, "Jwt issuer is not configured"),
         Row::jwt("j_or_expired", &two).bearer(&with(&json!({"exp": now() - 600}))).refused(401, "Jwt is expired"),
-        Row::jwt("j_istio_bad_iss", &two).bearer(&with(&json!({"iss": "https://evil.example"}))).refused(401, "Jwt issuer is not configured"),
+        Row::jwt("j_istio_bad_iss", &two)
+            .bearer(&with(&json!({"iss": "https://evil.example"})))
+            .refused(401, "Jwt issuer is not configured"),
         Row::jwt("j_fwd", &forwarding)
             .path("/jw_fwd/echo")
             .bearer(&full_token)
@@ -227,11 +233,14 @@ fn rows(issuer: &Issuer) -> Vec<Row> {
             .header("x-forwarded-for", "203.0.113.7")
             .header("forwarded", "for=203.0.113.7")
             .denied("none"),
-        Row::authz("spoofed identity", &[json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/default/sa/admin"]}}]}]})])
-            .path("/x")
-            .header("x-forwarded-client-cert", "By=x;URI=spiffe://cluster.local/ns/default/sa/admin")
-            .header("baggage", "k8s.namespace.name=default,service.name=admin")
-            .denied("none"),
+        Row::authz(
+            "spoofed identity",
+            &[json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/default/sa/admin"]}}]}]})],
+        )
+        .path("/x")
+        .header("x-forwarded-client-cert", "By=x;URI=spiffe://cluster.local/ns/default/sa/admin")
+        .header("baggage", "k8s.namespace.name=default,service.name=admin")
+        .denied("none"),
     ]
 }
 
@@ -250,11 +259,8 @@ impl Row {
         self = self.refused(401, text);
         self.expect.status = 200;
         self.expect.body = String::new();
-        self.expect.headers = vec![
-            ("content-type", "application/grpc".into()),
-            ("grpc-status", status.to_string()),
-            ("grpc-message", text.to_owned()),
-        ];
+        self.expect.headers =
+            vec![("content-type", "application/grpc".into()), ("grpc-status", status.to_string()), ("grpc-message", text.to_owned())];
         self
     }
 
@@ -385,9 +391,13 @@ async fn requests_over_http2_meet_the_same_policies() {
         response.await.map(|r| r.status().as_u16()).map_err(|e| e.to_string())
     };
     let alice = issuer.token(&claims(&json!({})));
-    for (path, token, status) in
-        [("/open/a", None, 200), ("/other", None, 403), ("/other", Some(alice.as_str()), 200), ("/open/a", Some("abc"), 401), ("/open/b", None, 200)]
-    {
+    for (path, token, status) in [
+        ("/open/a", None, 200),
+        ("/other", None, 403),
+        ("/other", Some(alice.as_str()), 200),
+        ("/open/a", Some("abc"), 401),
+        ("/open/b", None, 200),
+    ] {
         assert_eq!(ask(path, token).await, Ok(status), "{path}");
     }
 }

@@ -59,7 +59,10 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, outcome: &m
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
         describe(outcome, &snapshot, workload, &facts);
-        let verdict = workload.policy.connection(&facts)?;
+        let verdict = workload.policy.connection(&facts).inspect_err(|denial| {
+            // A client that speaks HTTP is told about each of its requests, and they are counted instead.
+            proxy.metrics.policy_decision(denial.policy(), "connection_denied");
+        })?;
         if matches!(verdict, Verdict::Allowed(_)) {
             gate::observe(proxy, &facts, &workload.policy.at(to.port()).observed(&facts, None), None);
         }
@@ -107,13 +110,7 @@ pub async fn serve_plaintext(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream:
 }
 
 /// A plaintext connection that was meant for `destination`.
-pub async fn serve_steered(
-    proxy: Arc<Proxy>,
-    pod: Arc<ServedPod>,
-    downstream: TcpStream,
-    client: SocketAddr,
-    destination: SocketAddr,
-) {
+pub async fn serve_steered(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, destination: SocketAddr) {
     let mut outcome = Outcome::new(&proxy.metrics, Direction::Inbound);
     outcome.source.address = Some(client);
     let destination = SocketAddr::new(canonical(destination.ip()), destination.port());

@@ -20,6 +20,10 @@ use super::{Bed, Process, cgroup, pins, process, program, wait_for};
 pub struct NodeOptions {
     /// More arguments of `mesh-node run`.
     pub arguments: Vec<String>,
+    /// Its environment, beside what it inherits.
+    pub environment: Vec<(String, String)>,
+    /// Names of the node's own loopback, beside `localhost`.
+    pub loopback_names: Vec<String>,
 }
 
 impl NodeOptions {
@@ -30,7 +34,7 @@ impl NodeOptions {
     }
 
     pub fn with(arguments: &[&str]) -> Self {
-        Self { arguments: arguments.iter().map(|a| (*a).to_owned()).collect() }
+        Self { arguments: arguments.iter().map(|a| (*a).to_owned()).collect(), ..Self::default() }
     }
 }
 
@@ -43,6 +47,8 @@ pub struct Node {
     pub pins: PathBuf,
     log: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
+    hosts: Option<PathBuf>,
     process: Option<Process>,
 }
 
@@ -69,7 +75,12 @@ impl Node {
         }
         arguments.extend(options.arguments.iter().cloned());
         let log = bed.directory.join(format!("logs/{name}.log"));
-        Ok(Self { netns: bed.node_netns(index), cgroup, pins, log, arguments, process: None, name })
+        let hosts = (!options.loopback_names.is_empty()).then(|| bed.directory.join(format!("{name}.hosts")));
+        if let Some(hosts) = &hosts {
+            fs::write(hosts, format!("127.0.0.1 localhost {}\n", options.loopback_names.join(" ")))?;
+        }
+        let environment = options.environment.clone();
+        Ok(Self { netns: bed.node_netns(index), cgroup, pins, log, arguments, environment, hosts, process: None, name })
     }
 
     /// More arguments for the next start.
@@ -81,8 +92,9 @@ impl Node {
     pub fn start(&mut self) -> Result<()> {
         let log = OpenOptions::new().create(true).append(true).open(&self.log)?;
         let mut command = Command::new(program("mesh-node"));
-        command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        process::place(&mut command, Some(self.netns.clone()), Some(self.cgroup.join("mesh-node")), None);
+        command.args(&self.arguments).envs(self.environment.iter().cloned());
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        process::place(&mut command, Some(self.netns.clone()), Some(self.cgroup.join("mesh-node")), self.hosts.clone());
         self.process = Some(Process::start(command)?);
         Ok(())
     }

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     config::Snapshot,
     jwt::Fault,
-    policy::{Authenticated, Facts, Governing, Observed, Request, Verdict, Verified, locate, strip},
+    policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, locate, strip},
     proxy::{Proxy, ServedPod},
     resource::request_authentication::{JwtRule, KeySource},
     route::request::{RequestHead, further_normalised},
@@ -92,7 +92,9 @@ impl Gate {
                 self.free.store(snapshot.generation, Ordering::Relaxed);
                 return Ok(Pass::default());
             }
-            _ => {}
+            Ok(_) => {}
+            // No request can change that.
+            Err(denial) => return Err(self.denied(&denial)),
         }
         let governing = policy.at(self.facts.destination.port());
         let mut pass = Pass { head: further, ..Pass::default() };
@@ -113,13 +115,14 @@ impl Gate {
         let judged = pass.head.as_ref().unwrap_or(head);
         let request = Request::new(judged, claims.as_ref(), self.remote(&snapshot, &judged.headers));
         self.observe(&governing.observed(&self.facts, Some(&request)), Some(judged));
-        if let Err(denial) = policy.request(&self.facts, &request) {
-            self.proxy.metrics.policy_decision(denial.policy(), "denied");
-            let details = denial.details();
-            return Err(Refusal::new(Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), details));
-        }
+        policy.request(&self.facts, &request).map_err(|denial| self.denied(&denial))?;
         pass.claims = claims;
         Ok(pass)
+    }
+
+    fn denied(&self, denial: &Denial) -> Box<Refusal> {
+        self.proxy.metrics.policy_decision(denial.policy(), "denied");
+        Refusal::new(Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), denial.details())
     }
 
     /// Completes when a later configuration denies a request that was let in.

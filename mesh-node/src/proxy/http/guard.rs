@@ -100,7 +100,8 @@ async fn h1_exchange(
         Ok(pass) => pass,
         Err(refusal) => {
             refusal.note(&mut record);
-            let close = application.is_none() || !reader.is_end();
+            // After CONNECT a client may say what is no HTTP.
+            let close = application.is_none() || !reader.is_end() || head.method == Method::CONNECT;
             return refuse(refusal.reply, grpc, close, &mut responder, reader, &mut record).await;
         }
     };

@@ -1,0 +1,494 @@
+//! Authentication and authorization of requests of real pods: every way in, every mode, and what attackers try.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_node::io::netns::Netns;
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{program, wait_for},
+    token::{Issuer, now},
+};
+use serde_json::{Value, json};
+
+const SEED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpora/seed");
+
+fn web(name: &str, node: usize) -> PodSpec {
+    let command = [program("web").display().to_string(), "serve".into(), "8080".into(), name.to_owned()];
+    PodSpec { command: command.into(), port: Some(8080), ..PodSpec::new(name, node) }
+}
+
+struct Scene {
+    bed: Bed,
+    server: Pod,
+    near: Pod,
+    far: Pod,
+    /// Outside the mesh, on the server's node and on the other.
+    strangers: [Pod; 2],
+    issuer: Issuer,
+}
+
+fn scene() -> Scene {
+    scene_with(&NodeOptions::default())
+}
+
+/// A web server on node 1 with a service for HTTP, clients on both nodes inside and outside the mesh.
+fn scene_with(options: &NodeOptions) -> Scene {
+    let mut bed = Bed::ambient(options).expect("bed");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: server}\nspec: {selector: {app: server}, ports: [{name: http, port: 80, targetPort: 8080}, {name: tcp-other, port: 81, targetPort: 8081}]}\n";
+    bed.kubectl_apply("server", service).expect("service");
+    let [server, near, far] = bed.meshed([web("server", 0), PodSpec::new("near", 0), PodSpec::new("far", 1)]).expect("pods");
+    let strangers = [0, 1].map(|node| bed.pod(&PodSpec::new(&format!("stranger{node}"), node).in_namespace("plain")).expect("stranger"));
+    bed.settle().expect("settled");
+    Scene { bed, server, near, far, strangers, issuer: Issuer::default() }
+}
+
+impl Scene {
+    fn apply(&self, documents: &[Value]) {
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": documents});
+        self.bed.apply("policies", &list.to_string()).expect("applied");
+        self.bed.settle().expect("settled");
+    }
+
+    fn seed(&self, name: &str) {
+        self.bed.apply("seed", &std::fs::read_to_string(format!("{SEED}/{name}")).expect("a seed manifest")).expect("applied");
+        self.bed.settle().expect("settled");
+    }
+
+    /// The status of one request, or `reset` when the connection broke.
+    fn ask(&self, client: &Pod, to: &str, path: &str, headers: &[String]) -> String {
+        let url = format!("{to}{path}");
+        let mut arguments = vec!["get", &url, "1"];
+        headers.iter().for_each(|h| arguments.extend(["--header", h]));
+        let output = self.bed.run(client, &program("web"), &arguments).expect("web");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+        match report["statuses"].as_object().and_then(|s| s.keys().next()) {
+            Some(status) => status.clone(),
+            None => "reset".to_owned(),
+        }
+    }
+
+    fn token(&self, more: &Value) -> String {
+        let mut claims = json!({"iss": "https://issuer.example", "sub": "alice", "exp": now() + 600});
+        claims.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        format!("authorization: Bearer {}", self.issuer.token(&claims))
+    }
+}
+
+fn object(kind: &str, name: &str, namespace: &str, spec: &Value) -> Value {
+    json!({"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": {"name": name, "namespace": namespace}, "spec": spec})
+}
+
+fn on_server(kind: &str, name: &str, mut spec: Value) -> Value {
+    spec["selector"] = json!({"matchLabels": {"app": "server"}});
+    object(kind, name, "default", &spec)
+}
+
+/// {HBONE, plaintext, same node} x {STRICT, PERMISSIVE, DISABLE} x {allowed, denied by L4, by L7, by JWT}.
+#[test]
+fn every_way_in_every_mode_and_every_reason() {
+    let scene = scene();
+    let address = scene.server.address(8080);
+    let address6 = scene.server.address6(8080);
+    // The client, what it dials, whether it is in the mesh, and what an L4 denial looks like to it.
+    let ways: [(&str, &Pod, &str, bool, &str); 7] = [
+        ("same node by service", &scene.near, "server:80", true, "403"),
+        ("same node by address", &scene.near, &address, true, "reset"),
+        ("other node by service", &scene.far, "server:80", true, "403"),
+        ("other node by address", &scene.far, &address, true, "reset"),
+        ("other node by IPv6 address", &scene.far, &address6, true, "reset"),
+        ("plaintext on the node", &scene.strangers[0], &address, false, "403"),
+        ("plaintext from elsewhere", &scene.strangers[1], &address6, false, "403"),
+    ];
+    let jwt = json!({"jwtRules": [{"issuer": "https://issuer.example", "jwks": scene.issuer.jwks()}]});
+    let mut wrong = BTreeMap::new();
+    for mode in ["STRICT", "PERMISSIVE", "DISABLE"] {
+        let base = [
+            on_server("PeerAuthentication", "mode", json!({"mtls": {"mode": mode}})),
+            on_server("RequestAuthentication", "jwt", jwt.clone()),
+        ];
+        let allow = on_server(
+            "AuthorizationPolicy",
+            "allow",
+            json!({"rules": [{"to": [{"operation": {"methods": ["GET"], "paths": ["/x*", "/headers"]}}]}]}),
+        );
+        let l4 = on_server(
+            "AuthorizationPolicy",
+            "l4",
+            json!({"action": "DENY", "rules": [{"from": [{"source": {"notServiceAccounts": ["default/nobody"]}}]}]}),
+        );
+        let with = |more: &[&Value]| base.iter().chain(more.iter().copied()).cloned().collect::<Vec<_>>();
+        let (good, bad) = (scene.token(&json!({})), scene.token(&json!({"exp": now() - 600})));
+        for (case, documents, path, header, expected) in [
+            ("allowed", with(&[&allow]), "/x", vec![], "200"),
+            ("allowed with a token", with(&[&allow]), "/x", vec![good], "200"),
+            ("denied by L7", with(&[&allow]), "/y", vec![], "403"),
+            ("denied by JWT", with(&[&allow]), "/x", vec![bad], "401"),
+            ("denied by L4", with(&[&allow, &l4]), "/x", vec![], "L4"),
+        ] {
+            scene.apply(&documents);
+            for (way, client, to, meshed, denied) in &ways {
+                let strict = !meshed && mode == "STRICT";
+                let expected = if strict {
+                    "403"
+                } else if expected == "L4" {
+                    denied
+                } else {
+                    expected
+                };
+                let found = scene.ask(client, to, path, &header);
+                if found != expected {
+                    wrong.insert(format!("{mode}, {case}, {way}"), format!("{found}, expected {expected}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let node = &scene.bed.nodes()[0];
+    let strict = node.metric("mesh_policy_decisions_total", &["PeerAuthentication", "denied"]).expect("metric");
+    let l4 = node.metric("mesh_policy_decisions_total", &["default/l4", "\"connection_denied\""]).expect("metric");
+    assert!(strict > 0.5 && l4 > 0.5, "strict {strict}, l4 {l4}");
+    let log = node.log_text();
+    for details in ["istio_converted_static_strict", "rbac_access_denied_matched_policy[none]", "jwt_authn_access_denied{Jwt_is_expired}"] {
+        assert!(log.contains(details), "{details}");
+    }
+}
+
+/// deny-all, then allow: requests asked all the time see no window in which one that is denied passes.
+#[test]
+fn policies_change_without_a_window() {
+    let scene = scene();
+    let deny_all = object("AuthorizationPolicy", "deny-all", "default", &json!({}));
+    scene.apply(std::slice::from_ref(&deny_all));
+    for client in [&scene.near, &scene.far] {
+        assert_eq!(scene.ask(client, "server:80", "/x", &[]), "403");
+    }
+    let running = [&scene.near, &scene.far].map(|client| {
+        let mut command = scene.bed.command(client, &program("web"), &["get", "server:80/secret", "0", "2", "--seconds", "4"]);
+        command.stdout(std::process::Stdio::piped()).spawn().expect("web")
+    });
+    // What is allowed is something else, again and again.
+    let allow = on_server("AuthorizationPolicy", "allow", json!({"rules": [{"to": [{"operation": {"paths": ["/open"]}}]}]}));
+    for _ in 0..6 {
+        scene.apply(&[deny_all.clone(), allow.clone()]);
+        for client in [&scene.near, &scene.far] {
+            assert_eq!(scene.ask(client, "server:80", "/open", &[]), "200");
+        }
+        scene.apply(std::slice::from_ref(&deny_all));
+        assert_eq!(scene.ask(&scene.far, "server:80", "/open", &[]), "403");
+    }
+    for child in running {
+        let report: Value = serde_json::from_slice(&child.wait_with_output().expect("ended").stdout).expect("a report");
+        let statuses = report["statuses"].as_object().expect("statuses");
+        assert!(statuses.get("403").and_then(Value::as_u64).is_some_and(|n| n > 100), "{report}");
+        // A connection that has to be made again may break under a request; none is let through.
+        assert!(statuses.keys().all(|s| s == "403" || s == "503"), "{report}");
+    }
+}
+
+/// Serves a key set over TLS as `example.com` on the loopback of a node; returns the file with its authority.
+fn example_com(bed_directory: &std::path::Path, jwks: &str) -> (std::path::PathBuf, Arc<rustls::ServerConfig>, Vec<u8>) {
+    let mut authority = rcgen::CertificateParams::default();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let issuer = rcgen::CertifiedIssuer::self_signed(authority, rcgen::KeyPair::generate().expect("key")).expect("authority");
+    let key = rcgen::KeyPair::generate().expect("key");
+    let leaf = rcgen::CertificateParams::new(vec!["example.com".to_owned()]).expect("parameters").signed_by(&key, &issuer).expect("leaf");
+    let path = bed_directory.join("authority.pem");
+    std::fs::write(&path, issuer.pem()).expect("written");
+    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into());
+    let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(vec![leaf.der().clone()], key)
+        .expect("configuration");
+    let body = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{jwks}", jwks.len());
+    (path, Arc::new(config), body.into_bytes())
+}
+
+fn serve_tls(listener: TcpListener, config: Arc<rustls::ServerConfig>, answer: Vec<u8>) {
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (config, answer) = (config.clone(), answer.clone());
+            std::thread::spawn(move || {
+                let mut stream = stream;
+                let mut session = rustls::ServerConnection::new(config).expect("a session");
+                let mut tls = rustls::Stream::new(&mut session, &mut stream);
+                let mut request = [0; 4096];
+                if tls.read(&mut request).is_ok() {
+                    // A client that is gone needs no answer.
+                    let _ = tls.write_all(&answer);
+                    tls.conn.send_close_notify();
+                    let _ = tls.flush();
+                }
+            });
+        }
+    });
+}
+
+/// Manifests 12 to 16 and 21, as they are, on Bookinfo over two nodes.
+#[test]
+fn seed_manifests_do_what_their_comments_say_on_bookinfo() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let issuer = Issuer::default();
+    let (authority, tls, answer) = example_com(directory.path(), &issuer.jwks());
+    let options = NodeOptions {
+        environment: vec![("SSL_CERT_FILE".into(), authority.display().to_string())],
+        loopback_names: vec!["example.com".into()],
+        ..NodeOptions::default()
+    };
+    let mut bed = Bed::ambient(&options).expect("bed");
+    for node in bed.nodes() {
+        let netns = Netns::open(&node.netns).expect("a namespace");
+        let listener = netns.enter(|| TcpListener::bind("127.0.0.1:443")).expect("entered").expect("bound");
+        serve_tls(listener, tls.clone(), answer.clone());
+    }
+    let text = std::fs::read_to_string(format!("{SEED}/01-bookinfo.yaml")).expect("bookinfo");
+    let mut pods = bed.kubectl_apply("bookinfo", &text).expect("bookinfo");
+    let more = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/corpora/bookinfo-details-ratings.yaml")).expect("more");
+    pods.extend(bed.kubectl_apply("more", &more).expect("details and ratings"));
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: admin}\nspec: {selector: {app: admin-service}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    bed.kubectl_apply("admin", service).expect("a service");
+    let [client, account, _admin] = bed
+        .meshed([
+            PodSpec::new("client", 1),
+            PodSpec::new("account", 0).account("productpage"),
+            web("admin", 1).label("app", "admin-service"),
+        ])
+        .expect("clients");
+    let stranger = bed.pod(&PodSpec::new("stranger", 0).in_namespace("plain")).expect("stranger");
+    pods.iter().for_each(|p| bed.wait_captured(p, true).expect("captured"));
+    let strangers = [stranger.clone(), stranger.clone()];
+    let scene = Scene { server: client.clone(), near: account, far: client, strangers, issuer, bed };
+    let [near, far, outside] = [&scene.near, &scene.far, &stranger];
+    let of = |app: &str| pods.iter().find(|p| p.name.starts_with(app)).expect("a pod");
+    let ask = |client: &Pod, to: &str, path: &str, headers: &[String]| scene.ask(client, to, path, headers);
+
+    let page = of("productpage").address(9080);
+    assert_eq!([ask(far, "productpage:9080", "/productpage", &[]), ask(outside, &page, "/productpage", &[])], ["200", "200"]);
+    scene.seed("12-mtls-strict-mesh.yaml");
+    assert_eq!([ask(far, "productpage:9080", "/productpage", &[]), ask(outside, &page, "/productpage", &[])], ["200", "403"]);
+    scene.seed("21-mtls-permissive.yaml");
+    assert_eq!(ask(outside, &page, "/productpage", &[]), "200");
+
+    scene.seed("13-mtls-strict-workload.yaml");
+    let reviews = of("reviews").address(9080);
+    assert_eq!([ask(outside, &page, "/productpage", &[]), ask(outside, &reviews, "/reviews/0", &[])], ["200", "403"]);
+    assert_eq!(ask(far, "reviews:9080", "/reviews/0", &[]), "200");
+
+    // The token is looked for at productpage only; its keys come from https://example.com.
+    scene.seed("14-jwt.yaml");
+    let token = |more: Value| {
+        let mut claims = json!({"iss": "https://example.com", "sub": "a", "aud": "productpage", "exp": now() + 600});
+        claims.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        vec![format!("authorization: Bearer {}", scene.issuer.token(&claims))]
+    };
+    for (headers, expected) in [
+        (vec![], "200"),
+        (token(json!({})), "200"),
+        (token(json!({"aud": "other"})), "403"),
+        (token(json!({"iss": "https://evil.example"})), "401"),
+        (token(json!({"exp": now() - 600})), "401"),
+        (vec!["authorization: Bearer abc".to_owned()], "401"),
+    ] {
+        for (client, to) in [(far, "productpage:9080"), (near, "productpage:9080"), (outside, page.as_str())] {
+            assert_eq!(ask(client, to, "/productpage", &headers), expected, "{} {headers:?}", client.name);
+        }
+    }
+    assert_eq!(ask(far, "reviews:9080", "/reviews/0", &["authorization: Bearer abc".to_owned()]), "200");
+
+    // Nobody but the account productpage, with GET /reviews/*, and that at reviews only.
+    scene.seed("15-authz-deny-all-and-allow.yaml");
+    assert_eq!(ask(near, "reviews:9080", "/reviews/0", &[]), "200");
+    for (client, to, path) in [
+        (near, "reviews:9080", "/health"),
+        (near, "reviews:9080", "/reviews/../health"),
+        (near, "productpage:9080", "/productpage"),
+        (far, "reviews:9080", "/reviews/0"),
+        (outside, reviews.as_str(), "/reviews/0"),
+    ] {
+        assert_eq!(ask(client, to, path, &[]), "403", "{} {to} {path}", client.name);
+    }
+
+    // Of admin-service, tokens with the claim only; it takes a RequestAuthentication to have claims at all.
+    scene.seed("16-authz-claims.yaml");
+    assert_eq!(ask(far, "admin:80", "/x", &[]), "403");
+    let jwt = json!({"selector": {"matchLabels": {"app": "admin-service"}}, "jwtRules": [{"issuer": "https://example.com", "jwksUri": "https://example.com/.well-known/jwks.json"}]});
+    scene.apply(&[object("RequestAuthentication", "admin", "default", &jwt)]);
+    for (claims, expected) in
+        [(json!({"role": "admin"}), "200"), (json!({"role": ["x", "admin"]}), "200"), (json!({"role": "user"}), "403"), (json!({}), "403")]
+    {
+        for client in [near, far] {
+            assert_eq!(ask(client, "admin:80", "/x", &token(claims.clone())), expected, "{claims}");
+        }
+    }
+    // A policy on the reviews is of no concern here.
+    assert_eq!(ask(near, "reviews:9080", "/reviews/0", &[]), "200");
+}
+
+/// What somebody who wants in without being allowed to may try.
+#[test]
+fn what_attackers_try_is_refused() {
+    let mut scene = scene();
+    let victim = scene.bed.meshed([web("victim", 0)]).map(|[v]| v).expect("a victim");
+    let [attacker] = scene.bed.meshed([PodSpec::new("attacker", 1)]).expect("an attacker");
+    scene.apply(&[
+        object("PeerAuthentication", "default", "istio-system", &json!({"mtls": {"mode": "STRICT"}})),
+        on_server(
+            "AuthorizationPolicy",
+            "near-only",
+            json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/default/sa/near"], "ipBlocks": [scene.near.v4().to_string(), scene.near.v6().to_string()]}}], "to": [{"operation": {"paths": ["/public/*"]}}]}]}),
+        ),
+    ]);
+    assert_eq!(scene.ask(&scene.near, "server:80", "/public/x", &[]), "200");
+    // Headers say what they like: address, identity, baggage.
+    for header in [
+        format!("x-forwarded-for: {}", scene.near.v4()),
+        format!("forwarded: for={}", scene.near.v4()),
+        "x-forwarded-client-cert: By=x;URI=spiffe://cluster.local/ns/default/sa/near".to_owned(),
+        "baggage: k8s.namespace.name=default,service.name=near".to_owned(),
+        "x-envoy-internal: true".to_owned(),
+    ] {
+        for client in [&scene.far, &scene.strangers[0], &attacker] {
+            let to = if client.namespace == "plain" { scene.server.address(8080) } else { "server:80".to_owned() };
+            assert_eq!(scene.ask(client, &to, "/public/x", std::slice::from_ref(&header)), "403", "{} {header}", client.name);
+        }
+    }
+    // Paths that only look public.
+    for path in [
+        "/public/../secret",
+        "/public/..%2fsecret",
+        "/public/..;/secret",
+        "/public/%2e%2e/secret",
+        "//secret",
+        "/public/.%2e/secret",
+        "/public//../../secret",
+    ] {
+        let found = scene.ask(&scene.near, "server:80", path, &[]);
+        assert!(found == "403" || found == "400", "{path}: {found}");
+    }
+    // The source address of a pod that is allowed, taken by another pod on its own interface.
+    let forged = forge_source(&scene, &attacker);
+    assert_ne!(forged, "200", "a forged source address");
+    // Plain TCP to the proxy's own ports, and CONNECT within HTTP to other pods.
+    for port in [15001, 15006, 15008] {
+        for client in [&attacker, &scene.near, &scene.strangers[0]] {
+            let found = scene.ask(client, &scene.server.address(port), "/public/x", &[]);
+            assert!(found != "200", "{} reached port {port}: {found}", client.name);
+        }
+    }
+    let connect = format!(
+        "CONNECT {} HTTP/1.1\r\nhost: {}\r\n\r\nGET /public/x HTTP/1.1\r\nhost: a\r\n\r\n",
+        victim.address(8080),
+        victim.address(8080)
+    );
+    let smuggled = "POST /public/x HTTP/1.1\r\nhost: a\r\ncontent-length: 6\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /secret HTTP/1.1\r\nhost: a\r\n\r\n";
+    let hidden = "GET /public/x HTTP/1.1\r\nhost: a\r\ncontent-length: 0, 5\r\n\r\nGET /secret HTTP/1.1\r\nhost: a\r\n\r\n";
+    let pipelined = "GET /public/x HTTP/1.1\r\nhost: a\r\n\r\nGET /secret HTTP/1.1\r\nhost: a\r\n\r\n";
+    let absolute = "GET http://near/secret HTTP/1.1\r\nhost: a\r\n\r\n";
+    for (name, bytes) in [
+        ("connect", connect.as_str()),
+        ("te and cl", smuggled),
+        ("two lengths", hidden),
+        ("pipelined", pipelined),
+        ("absolute form", absolute),
+    ] {
+        for to in ["server:80".to_owned(), scene.server.address(8080)] {
+            let text = raw(&scene, &scene.near, &to, bytes);
+            let answers = text.matches("HTTP/1.1 200").count();
+            let allowed = usize::from(name == "pipelined");
+            assert!(answers <= allowed && !text.contains("/secret"), "{name} to {to}: {text}");
+        }
+    }
+    // Switching a connection away from HTTP without being asked to.
+    let upgrade = "GET /public/x HTTP/1.1\r\nhost: a\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n\r\n";
+    let text = raw(&scene, &scene.near, &scene.server.address(8080), upgrade);
+    assert!(!text.contains("101"), "{text}");
+}
+
+/// Sends bytes from a pod and returns what comes back within a second.
+fn raw(scene: &Scene, client: &Pod, to: &str, bytes: &str) -> String {
+    let script = "import socket,sys\nh,p=sys.argv[1].rsplit(':',1)\ns=socket.create_connection((h,int(p)),5)\ns.settimeout(1)\ns.sendall(sys.argv[2].encode())\nout=b''\ntry:\n  while True:\n    d=s.recv(65536)\n    if not d: break\n    out+=d\nexcept OSError: pass\nsys.stdout.buffer.write(out)";
+    let output = scene.bed.run(client, std::path::Path::new("python3"), &["-c", script, to, bytes]).expect("python");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A pod that binds the address of another one, with the proxy's mark on its packets.
+fn forge_source(scene: &Scene, attacker: &Pod) -> String {
+    let script = format!(
+        "import socket,sys\ns=socket.socket()\ns.setsockopt(0,19,1)\ns.setsockopt(socket.SOL_SOCKET,36,{})\ns.settimeout(2)\ntry:\n  s.bind(('{}',0))\n  s.connect(('{}',8080))\n  s.sendall(b'GET /public/x HTTP/1.1\\r\\nhost: a\\r\\n\\r\\n')\n  print(s.recv(100).decode().split(' ')[1])\nexcept OSError as e: print('error',e)",
+        mesh_common::TRANSPARENT_MARK,
+        scene.near.v4(),
+        scene.server.v4()
+    );
+    let output = scene.bed.run(attacker, std::path::Path::new("python3"), &["-c", &script]).expect("python");
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// Policies attached to a service hold on the port it leads to, and dry-run and AUDIT policies only tell.
+#[test]
+fn target_refs_dry_run_and_audit() {
+    let scene = scene();
+    let target = json!([{"kind": "Service", "group": "", "name": "server"}]);
+    scene.apply(&[object(
+        "AuthorizationPolicy",
+        "attached",
+        "default",
+        &json!({"targetRefs": target, "rules": [{"to": [{"operation": {"paths": ["/open"]}}]}]}),
+    )]);
+    for client in [&scene.near, &scene.far] {
+        assert_eq!([scene.ask(client, "server:80", "/open", &[]), scene.ask(client, "server:80", "/x", &[])], ["200", "403"]);
+    }
+    let mut dry =
+        object("AuthorizationPolicy", "dry", "default", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/x"]}}]}]}));
+    dry["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
+    let audit = object(
+        "AuthorizationPolicy",
+        "audit",
+        "default",
+        &json!({"action": "AUDIT", "rules": [{"to": [{"operation": {"paths": ["/x"]}}]}]}),
+    );
+    scene.apply(&[dry, audit]);
+    for client in [&scene.near, &scene.far] {
+        assert_eq!(scene.ask(client, "server:80", "/x", &[]), "200");
+    }
+    let node = &scene.bed.nodes()[0];
+    for (policy, result) in [("default/dry", "dry_run_denied"), ("default/audit", "audited")] {
+        wait_for("both requests are counted", Duration::from_secs(5), || {
+            Ok(node.metric("mesh_policy_decisions_total", &[policy, result])? > 1.5)
+        })
+        .expect(policy);
+    }
+    let mesh_wide = json!({"targetRefs": [{"kind": "GatewayClass", "group": "gateway.networking.k8s.io", "name": "istio-waypoint"}], "action": "DENY", "rules": [{}]});
+    scene.apply(&[object("AuthorizationPolicy", "everything", "istio-system", &mesh_wide)]);
+    assert_eq!(scene.ask(&scene.far, "server:80", "/x", &[]), "403");
+    let state = node.admin_json("/workloads").expect("workloads");
+    let server = state.as_array().into_iter().flatten().find(|w| w["name"] == "server").expect("server");
+    assert_eq!(server["policies"]["deny"], json!(["istio-system/everything"]));
+}
+
+/// The connection is made by hand to be sure of its addresses.
+#[test]
+fn policies_see_the_pods_own_address_whatever_is_dialled() {
+    let scene = scene();
+    let policy = json!({"rules": [{"from": [{"source": {"ipBlocks": [scene.far.v4().to_string(), scene.far.v6().to_string()]}}], "to": [{"operation": {"methods": ["GET"]}}]}]});
+    scene.apply(&[on_server("AuthorizationPolicy", "far-only", policy)]);
+    for to in ["server:80".to_owned(), scene.server.address(8080), scene.server.address6(8080)] {
+        assert_eq!(scene.ask(&scene.far, &to, "/x", &[]), "200", "{to}");
+        let refused = if to == "server:80" { "403" } else { "reset" };
+        assert_eq!(scene.ask(&scene.near, &to, "/x", &[]), refused, "{to}");
+    }
+    let address: SocketAddr = scene.server.address(8080).parse().expect("an address");
+    let netns = Netns::open(&scene.strangers[1].netns).expect("a namespace");
+    let mut stream = netns.enter(|| TcpStream::connect_timeout(&address, Duration::from_secs(2))).expect("entered").expect("connected");
+    stream.set_read_timeout(Some(Duration::from_secs(3))).expect("set");
+    stream.write_all(b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n").expect("written");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("read");
+    assert!(answer.starts_with("HTTP/1.1 403") && answer.ends_with("RBAC: access denied"), "{answer}");
+}
