@@ -11,6 +11,8 @@ pub const MAX_PODS: usize = 4096;
 pub const MAX_PENDING: usize = 65_536;
 /// Upper bound on flows the proxy itself has open towards applications.
 pub const MAX_PROXY_FLOWS: usize = 65_536;
+/// Upper bound on connections to pods that the node itself has open.
+pub const MAX_NODE_FLOWS: usize = 16_384;
 /// Upper bound on node processes served by one set of programs (an old and a new one during an upgrade, with room).
 pub const MAX_PROXIES: usize = 16;
 /// Upper bound on steered pod addresses: two families per pod, and the process itself.
@@ -24,6 +26,9 @@ pub const ALIVE: [u8; 16] = [0; 16];
 pub struct NodeConfig {
     /// 1: connections of enrolled pods pass untouched while no proxy serves; 0: they are refused.
     pub fail_open: u32,
+    pub pad: u32,
+    /// The cookie of the node's own network namespace.
+    pub netns_cookie: u64,
 }
 
 /// An enrolled pod, keyed by the cookie of its network namespace. Presence in the map is what "enrolled" means.
@@ -45,9 +50,9 @@ impl Pod {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct SocketMark {
-    /// One of [`SocketMark::NONE`], [`SocketMark::CAPTURED`], [`SocketMark::PROXY`].
+    /// One of [`SocketMark::NONE`], [`SocketMark::CAPTURED`], [`SocketMark::PROXY`], [`SocketMark::NODE`].
     pub kind: u16,
-    /// The address the application dialled, when captured.
+    /// The address the application dialled, when captured; of a socket of the node, its cgroup in the first bytes.
     pub orig_dst: Address,
 }
 
@@ -55,6 +60,8 @@ impl SocketMark {
     pub const NONE: u16 = 0;
     pub const CAPTURED: u16 = 1;
     pub const PROXY: u16 = 2;
+    /// A socket in the node's own network namespace, towards a pod.
+    pub const NODE: u16 = 3;
 }
 
 /// Finds the original destination of a connection accepted on the outbound listener: whose netns, and the client's own
@@ -125,7 +132,7 @@ impl Counter {
     }
 }
 
-const _: () = assert!(size_of::<NodeConfig>() == 4);
+const _: () = assert!(size_of::<NodeConfig>() == 16);
 const _: () = assert!(size_of::<Pod>() == 32 && align_of::<Pod>() == 1);
 const _: () = assert!(size_of::<SocketMark>() == 20);
 const _: () = assert!(size_of::<PendingKey>() == 32);

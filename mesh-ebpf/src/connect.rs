@@ -15,7 +15,7 @@ use mesh_common::{
     maps::{ALIVE, Counter, SocketMark},
 };
 
-use crate::maps::{LISTENERS, PODS, PROXIES, SOCKETS, count, fail_open};
+use crate::maps::{LISTENERS, PODS, PROXIES, SOCKETS, count, fail_open, is_node};
 
 const IPPROTO_TCP: u32 = 6;
 /// Return values of a connect hook: go on with the (possibly rewritten) address, or fail with EPERM.
@@ -106,11 +106,18 @@ fn conclude(ctx: &SockAddrContext, dst: Address) -> Result<Option<Address>, i32>
     // SAFETY: the helper takes the program's own context.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
     // SAFETY: the entry is only read; a concurrent removal leaves the memory valid for this run.
-    let Some(pod) = (unsafe { PODS.get(cookie) }) else {
-        return Ok(None);
-    };
+    let pod = unsafe { PODS.get(cookie) };
     // SAFETY: helper without arguments.
     let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    let Some(pod) = pod else {
+        // The kubelet's probes among others: whose they are is for the proxy to say.
+        if is_node(cookie) && is_listened_for(&dst.ip) {
+            let mut who = Address::new([0; 16], 0);
+            who.ip[..8].copy_from_slice(&cgroup.to_ne_bytes());
+            return remember(ctx, SocketMark::NODE, who).map(|()| None);
+        }
+        return Ok(None);
+    };
     // SAFETY: as above.
     if unsafe { PROXIES.get(cgroup) }.is_some() {
         // Only what goes to this pod's application is let past its steering; elsewhere the proxy is a client like any.
@@ -175,7 +182,13 @@ pub fn storage(ctx: *mut bpf_sock_addr, flags: u64) -> *mut SocketMark {
 /// Whether a node process is alive.
 #[inline(always)]
 pub fn proxy_serves() -> bool {
-    let key = ALIVE;
+    is_listened_for(&ALIVE)
+}
+
+/// Whether there is an inbound listener for an address.
+#[inline(always)]
+fn is_listened_for(ip: &[u8; 16]) -> bool {
+    let key = *ip;
     // SAFETY: lookup in a sockhash yields a referenced socket or null; the reference is released at once.
     unsafe {
         let sk: *mut bpf_sock = bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const key).cast_mut().cast()).cast();

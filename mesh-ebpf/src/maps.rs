@@ -6,7 +6,7 @@ use aya_ebpf::{
 };
 use mesh_common::{
     Address,
-    maps::{Counter, FlowKey, MAX_LISTENERS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod, SocketMark},
+    maps::{Counter, FlowKey, MAX_LISTENERS, MAX_NODE_FLOWS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod, SocketMark},
 };
 
 /// Node-wide settings.
@@ -33,6 +33,11 @@ pub static PENDING: LruHashMap<PendingKey, Address, MAX_PENDING> = LruHashMap::n
 #[btf_map]
 pub static PROXY_FLOWS: LruHashMap<FlowKey, u32, MAX_PROXY_FLOWS> = LruHashMap::new();
 
+/// Connections the node itself has open towards pods, outside of any pod's network namespace, with the cgroup that opened
+/// them. No pod can put one here: it takes a socket in the node's namespace.
+#[btf_map]
+pub static NODE_FLOWS: LruHashMap<FlowKey, u64, MAX_NODE_FLOWS> = LruHashMap::new();
+
 /// Inbound listeners by pod address. A slot empties by itself when the listener is closed, also by a crash: an empty
 /// slot is how the programs know that no proxy serves.
 #[btf_map]
@@ -49,6 +54,12 @@ pub fn count(counter: Counter) {
         // SAFETY: a per-CPU slot of a program that cannot be preempted by itself; the map owns the memory.
         unsafe { *value += 1 };
     }
+}
+
+/// Whether a network namespace is the node's own.
+#[inline(always)]
+pub fn is_node(netns_cookie: u64) -> bool {
+    NODE.get(0).is_some_and(|node| node.netns_cookie == netns_cookie)
 }
 
 /// Whether the node lets connections through while no proxy serves.

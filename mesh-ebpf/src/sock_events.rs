@@ -4,7 +4,8 @@
 //!   program lets it through, and its later states are asked for.
 //! - Established: the original destination of a captured connection is put where the proxy finds it at `accept`. The
 //!   kernel runs this before it acknowledges the handshake, so the entry is there before the connection can be accepted.
-//! - Closed: the proxy's flow is forgotten. Not earlier: with SYN cookies the last packet of the handshake goes through
+//!   A flow of the node itself towards a pod is noted too, with whose it is.
+//! - Closed: the flow is forgotten. Not earlier: with SYN cookies the last packet of the handshake goes through
 //!   sk_lookup again.
 
 use aya_ebpf::{
@@ -23,7 +24,7 @@ use mesh_common::{
 
 use crate::{
     connect::bytes,
-    maps::{PENDING, PROXY_FLOWS, SOCKETS, count},
+    maps::{NODE_FLOWS, PENDING, PROXY_FLOWS, SOCKETS, count},
 };
 
 const AF_INET: u32 = 2;
@@ -42,11 +43,18 @@ pub fn mesh_sock_events(ctx: SockOpsContext) -> u32 {
 }
 
 fn connecting(ctx: &SockOpsContext) {
-    if mark(ctx.ops).is_some_and(|mark| mark.kind == SocketMark::PROXY) {
-        // On failure the connection is steered back to the proxy and refused there: closed, never open.
-        let _ = PROXY_FLOWS.insert(flow(ctx), 1, u64::from(BPF_ANY));
-        let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
-    }
+    let Some(mark) = mark(ctx.ops) else { return };
+    // On failure the connection is steered back to the proxy and refused there, or taken for anybody's: closed, never open.
+    let noted = match mark.kind {
+        SocketMark::PROXY => PROXY_FLOWS.insert(flow(ctx), 1, u64::from(BPF_ANY)),
+        SocketMark::NODE => {
+            let ip = mark.orig_dst.ip;
+            let cgroup = u64::from_ne_bytes([ip[0], ip[1], ip[2], ip[3], ip[4], ip[5], ip[6], ip[7]]);
+            NODE_FLOWS.insert(flow(ctx), cgroup, u64::from(BPF_ANY))
+        }
+        _ => return,
+    };
+    let _ = (noted, ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32));
 }
 
 fn established(ctx: &SockOpsContext) {
@@ -63,7 +71,8 @@ fn established(ctx: &SockOpsContext) {
 }
 
 fn closed(ctx: &SockOpsContext) {
-    let _ = PROXY_FLOWS.remove(flow(ctx));
+    let flow = flow(ctx);
+    let _ = (PROXY_FLOWS.remove(flow), NODE_FLOWS.remove(flow));
 }
 
 #[inline(always)]

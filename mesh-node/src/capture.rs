@@ -17,12 +17,13 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
 use mesh_common::{
     Address, addr,
-    maps::{ALIVE, Counter, MAX_PROXIES, NodeConfig, PendingKey, Pod},
+    maps::{ALIVE, Counter, FlowKey, MAX_PROXIES, NodeConfig, PendingKey, Pod},
 };
 
 pub use discovery::{Discovery, LocalPod, cgroup2_mount, pod_uid};
@@ -87,6 +88,8 @@ pub struct Capture {
     listeners: SockHash<MapData, [u8; 16]>,
     counters: PerCpuArray<MapData, u64>,
     pending: OwnedFd,
+    node_flows: OwnedFd,
+    cgroup: PathBuf,
 }
 
 impl Capture {
@@ -97,7 +100,8 @@ impl Capture {
         probe::check()?;
         let directory = pins::prepare(&settings.pins)?;
         let mut loaded = object::load(&directory)?;
-        let node = NodeConfig { fail_open: u32::from(settings.fail_mode == FailMode::Open) };
+        let netns_cookie = Netns::host().and_then(Netns::cookie).map_err(CaptureError::io("read a network namespace cookie"))?;
+        let node = NodeConfig { fail_open: u32::from(settings.fail_mode == FailMode::Open), pad: 0, netns_cookie };
         loaded.array::<NodeConfig>("NODE")?.set(0, node, 0).map_err(CaptureError::map("NODE"))?;
         register_self(&mut loaded.hash("PROXIES")?)?;
         discovery::check_own_cgroup(&settings.cgroup)?;
@@ -117,6 +121,8 @@ impl Capture {
             listeners: loaded.take("LISTENERS", SockHash::try_from)?,
             counters: loaded.take("COUNTERS", PerCpuArray::try_from)?,
             pending: loaded.map_fd("PENDING")?,
+            node_flows: loaded.map_fd("NODE_FLOWS")?,
+            cgroup: settings.cgroup.clone(),
             steer,
             directory,
         })
@@ -189,6 +195,14 @@ impl Capture {
         Ok(OriginalDestinations { netns_cookie, map })
     }
 
+    /// A view of the connections the node itself has open towards pods.
+    pub fn node_flows(&self) -> Result<NodeFlows, CaptureError> {
+        let fd = self.node_flows.try_clone().map_err(CaptureError::io("duplicate a map descriptor"))?;
+        let data = MapData::from_fd(fd).map_err(CaptureError::map("NODE_FLOWS"))?;
+        let map = HashMap::try_from(Map::LruHashMap(data)).map_err(CaptureError::map("NODE_FLOWS"))?;
+        Ok(NodeFlows { map, cgroup: self.cgroup.clone(), known: Mutex::default() })
+    }
+
     /// What the kernel side has counted, over all CPUs.
     pub fn counters(&self) -> Vec<(Counter, u64)> {
         let value = |c: Counter| self.counters.get(&(c as u32), 0).map_or(0, |v| v.iter().sum());
@@ -215,6 +229,45 @@ impl OriginalDestinations {
         let found = self.map.get(&key, 0).ok()?;
         let _ = self.map.remove(&key);
         Some(SocketAddr::new(IpAddr::from(found.ip).to_canonical(), found.port()))
+    }
+}
+
+/// Most cgroups of which it is remembered whether they are outside of pods.
+const MAX_KNOWN: usize = 4096;
+
+/// Connections the node itself has open towards pods, and whose they are.
+#[derive(Debug)]
+pub struct NodeFlows {
+    map: HashMap<MapData, FlowKey, u64>,
+    cgroup: PathBuf,
+    /// Whether a cgroup is outside of all pods. The kernel does not use their numbers again.
+    known: Mutex<std::collections::HashMap<u64, bool>>,
+}
+
+impl NodeFlows {
+    /// Whether a connection was opened by a process of the node that is in no pod: the kubelet, for one. A pod in the node's
+    /// network namespace (`hostNetwork`) is a pod.
+    pub fn is_node(&self, client: SocketAddr, destination: SocketAddr) -> bool {
+        let address = |a: SocketAddr| Address::new(octets(a.ip()), a.port());
+        let key = FlowKey { remote: address(client), local: address(destination) };
+        let Ok(cgroup) = self.map.get(&key, 0) else { return false };
+        if let Some(known) = self.lock().get(&cgroup) {
+            return *known;
+        }
+        let outside = discovery::is_outside_pods(&self.cgroup, cgroup).unwrap_or_else(|error| {
+            tracing::warn!(target: "capture", cgroup, %error, "cannot find out whose connection it is");
+            false
+        });
+        let mut known = self.lock();
+        if known.len() >= MAX_KNOWN {
+            known.clear();
+        }
+        known.insert(cgroup, outside);
+        outside
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, std::collections::HashMap<u64, bool>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

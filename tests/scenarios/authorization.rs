@@ -430,6 +430,36 @@ fn forge_source(scene: &Scene, attacker: &Pod) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
+/// The kubelet probes pods whatever the policies are; nobody else passes for it.
+#[test]
+fn probes_of_the_nodes_own_kubelet_get_through() {
+    let scene = scene();
+    scene.apply(&[
+        object("PeerAuthentication", "default", "istio-system", &json!({"mtls": {"mode": "STRICT"}})),
+        object("AuthorizationPolicy", "deny-all", "istio-system", &json!({})),
+        on_server("RequestAuthentication", "jwt", json!({"jwtRules": [{"issuer": "i", "jwks": scene.issuer.jwks()}]})),
+    ]);
+    let ask = |node: usize, cgroup: &str, to: &str| {
+        let url = format!("{to}/x");
+        let output = scene.bed.nodes()[node].run_in(cgroup, &program("web"), &["get", &url, "1"]).expect("web");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+        report["statuses"].as_object().and_then(|s| s.keys().next()).cloned().unwrap_or_else(|| "reset".to_owned())
+    };
+    let uid = "7d7a1c2e-6d0f-4f0e-9f3e-1a2b3c4d5e6f";
+    for to in [scene.server.address(8080), scene.server.address6(8080)] {
+        for _ in 0..3 {
+            assert_eq!(ask(0, "system.slice/kubelet.service", &to), "200", "{to}");
+        }
+        // A pod in the node's network is a pod, and another node is not this one.
+        assert_eq!(ask(0, &format!("kubepods/burstable/pod{uid}/c0"), &to), "403", "{to}");
+        assert_eq!(ask(1, "system.slice/kubelet.service", &to), "403", "{to}");
+        assert_eq!([scene.ask(&scene.near, &to, "/x", &[]), scene.ask(&scene.strangers[0], &to, "/x", &[])], ["reset", "403"], "{to}");
+    }
+    // What the kernel notes of such connections is forgotten with them.
+    let flows = scene.bed.nodes()[0].pins.join(format!("v{}/maps/NODE_FLOWS", mesh_common::ABI_VERSION));
+    wait_for("flows are forgotten", Duration::from_secs(5), || Ok(mesh_node::capture::count_entries(&flows)? == 0)).expect("none is left");
+}
+
 /// Policies attached to a service hold on the port it leads to, and dry-run and AUDIT policies only tell.
 #[test]
 fn target_refs_dry_run_and_audit() {

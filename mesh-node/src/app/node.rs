@@ -18,12 +18,12 @@ use tokio::sync::mpsc;
 use super::listeners::{Listeners, Serving};
 use crate::{
     admin,
-    capture::{Capture, CaptureSettings, Discovery, LocalPod},
+    capture::{Capture, CaptureSettings, Discovery, LocalPod, NodeFlows},
     config::{Configuration, MeshSettings, Publisher},
     id::WorkloadUid,
     identity::{EmbeddedCa, Manager},
     io::netns::Netns,
-    proxy::{Limits, Proxy, ServedPod, live::Cut},
+    proxy::{Limits, Proxy, ServedPod, live::Cut, pods::Origins},
     route::Workload,
     sources::{directory::Directory, last_good::LastGood},
     telemetry::{EventLabels, Metrics, chain},
@@ -186,6 +186,16 @@ struct Served {
     inbound: OwnedFd,
 }
 
+/// The kernel's word on which connections are the node's own.
+#[derive(Debug)]
+struct NodeOrigins(NodeFlows);
+
+impl Origins for NodeOrigins {
+    fn is_node(&self, client: SocketAddr, destination: SocketAddr) -> bool {
+        self.0.is_node(client, destination)
+    }
+}
+
 type Found = HashMap<WorkloadUid, LocalPod>;
 
 impl Reconciler {
@@ -300,6 +310,7 @@ impl Reconciler {
         let pod = ServedPod::new(workload.uid.clone(), local.netns.clone(), workload.ips.clone());
         let originals = {
             let mut capture = self.node.capture();
+            pod.set_origins(Box::new(NodeOrigins(capture.node_flows().map_err(|e| chain(&e))?)));
             let originals = capture.original_destinations(local.netns_cookie).map_err(|e| chain(&e))?;
             capture.enrol(&local.netns, &workload.ips, &inbound).map_err(|e| chain(&e))?;
             originals

@@ -236,6 +236,26 @@ pub fn check_own_cgroup(root: &Path) -> Result<(), CaptureError> {
     )))
 }
 
+/// Whether the cgroup of this number is below a directory and not in the kubelet's tree.
+pub fn is_outside_pods(root: &Path, id: u64) -> io::Result<bool> {
+    outside(root, id, MAX_CGROUP_DEPTH)
+}
+
+fn outside(directory: &Path, id: u64, depth: usize) -> io::Result<bool> {
+    if vanished(fs::metadata(directory))?.is_some_and(|m| m.ino() == id) {
+        return Ok(true);
+    }
+    if depth > 0 {
+        for (name, path) in directories(directory)? {
+            let in_pods = name.starts_with("kubepods") || pod_uid(&name).is_some();
+            if !in_pods && outside(&path, id, depth - 1)? {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
 /// Whether a cgroup, or one below it, has this number.
 fn holds(directory: &Path, id: u64, depth: usize) -> io::Result<bool> {
     if vanished(fs::metadata(directory))?.is_some_and(|m| m.ino() == id) {
@@ -286,6 +306,25 @@ mod tests {
         let hybrid = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
         assert_eq!(parse_cgroup2_mount(hybrid).as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
         assert_eq!(parse_cgroup2_mount("31 23 0:28 / /sys/fs/cgroup rw - cgroup cgroup rw,cpu\n"), None);
+    }
+
+    #[test]
+    fn cgroups_of_pods_are_told_from_those_of_the_node() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let uid = "2d7a1c2e-6d0f-4f0e-9f3e-1a2b3c4d5e6f";
+        for (path, expected) in [
+            ("system.slice/kubelet.service".to_owned(), true),
+            (format!("kubepods/burstable/pod{uid}/c1"), false),
+            (format!("kubelet.slice/kubepods.slice/kubepods-pod{}.slice/cri-1.scope", uid.replace('-', "_")), false),
+            ("kubepods.slice".to_owned(), false),
+            ("user.slice/a/b/c".to_owned(), true),
+        ] {
+            let path = dir.path().join(path);
+            fs::create_dir_all(&path).expect("created");
+            let id = fs::metadata(&path).expect("there").ino();
+            assert_eq!(is_outside_pods(dir.path(), id).expect("looked"), expected, "{}", path.display());
+        }
+        assert!(!is_outside_pods(dir.path(), u64::MAX).expect("looked"));
     }
 
     #[test]

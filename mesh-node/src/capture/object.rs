@@ -37,7 +37,7 @@ pub const CGROUP_HOOKS: [Hook; 5] = [
 pub const STEER: &str = "mesh_steer";
 
 /// Maps that are pinned. Socket storage and counters too: what a socket is must survive the process.
-const MAPS: [&str; 8] = ["NODE", "PODS", "PROXIES", "SOCKETS", "PENDING", "PROXY_FLOWS", "LISTENERS", "COUNTERS"];
+const MAPS: [&str; 9] = ["NODE", "PODS", "PROXIES", "SOCKETS", "PENDING", "PROXY_FLOWS", "NODE_FLOWS", "LISTENERS", "COUNTERS"];
 
 /// The object in the kernel.
 pub struct Loaded(Ebpf);

@@ -129,9 +129,17 @@ impl Node {
 
     /// Runs a program on this node, outside pods, to its end.
     pub fn run(&self, program: &Path, arguments: &[&str]) -> Result<std::process::Output> {
+        self.run_in("mesh-node", program, arguments)
+    }
+
+    /// The same in a cgroup below the node's own, which is made if need be: that of a kubelet, or of a pod in the node's
+    /// network.
+    pub fn run_in(&self, cgroup: &str, program: &Path, arguments: &[&str]) -> Result<std::process::Output> {
+        let cgroup = self.cgroup.join(cgroup);
+        fs::create_dir_all(&cgroup)?;
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null());
-        process::place(&mut command, Some(self.netns.clone()), Some(self.cgroup.join("mesh-node")), None);
+        process::place(&mut command, Some(self.netns.clone()), Some(cgroup), None);
         Ok(command.output()?)
     }
 
