@@ -25,8 +25,16 @@ pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::bind(address).await
 }
 
-/// Serves until the process ends.
-pub async fn serve(listener: TcpListener, node: Arc<Node>) {
+/// Serves a node's pages until the process ends.
+pub async fn serve_node(listener: TcpListener, node: Arc<Node>) {
+    serve(listener, Arc::new(move |method: &Method, path: &str| answer(&node, method, path))).await;
+}
+
+/// Serves pages until the process ends.
+pub async fn serve<A>(listener: TcpListener, answer: Arc<A>)
+where
+    A: Fn(&Method, &str) -> Response<Full<Bytes>> + Send + Sync + 'static,
+{
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
@@ -34,9 +42,11 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>) {
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             continue;
         };
-        let node = node.clone();
+        let answer = answer.clone();
         tokio::spawn(async move {
-            let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&node, &request))));
+            let service = service_fn(|request: Request<hyper::body::Incoming>| {
+                std::future::ready(Ok::<_, Infallible>(answer(request.method(), request.uri().path())))
+            });
             let mut http = http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
             if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
@@ -47,11 +57,11 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>) {
     }
 }
 
-fn answer<B>(node: &Node, request: &Request<B>) -> Response<Full<Bytes>> {
-    if request.method() != Method::GET {
+fn answer(node: &Node, method: &Method, path: &str) -> Response<Full<Bytes>> {
+    if method != Method::GET {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".to_owned());
     }
-    match request.uri().path() {
+    match path {
         "/healthz/ready" if node.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
         "/healthz/ready" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
         "/metrics" | "/stats/prometheus" => metrics(node),
@@ -69,7 +79,7 @@ fn answer<B>(node: &Node, request: &Request<B>) -> Response<Full<Bytes>> {
     }
 }
 
-fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+pub fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("text/plain; charset=utf-8"));
@@ -173,7 +183,7 @@ fn services(node: &Node) -> Value {
 
 fn certificates(node: &Node) -> Value {
     let seconds = |t: Option<SystemTime>| t.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|d| d.as_secs());
-    let one = |c: crate::identity::CertificateState| json!({"identity": c.identity.to_string(), "notBefore": seconds(c.not_before), "notAfter": seconds(c.not_after), "error": c.error});
+    let one = |c: crate::identity::CertificateState| json!({"identity": c.identity.to_string(), "notBefore": seconds(c.not_before), "notAfter": seconds(c.not_after), "serial": c.serial, "error": c.error});
     node.proxy.identity.states().into_iter().map(one).collect()
 }
 

@@ -1,6 +1,8 @@
 //! Composition: which pods to serve, their listeners, and the life of the process.
 
+mod ca;
 mod listeners;
 mod node;
 
-pub use node::{Node, NodeSettings, PodState, run};
+pub use ca::{CaSettings, ClusterSettings, run_ca};
+pub use node::{CertificateSettings, Node, NodeSettings, PodState, run};

@@ -14,6 +14,7 @@ pub mod resource;
 pub mod route;
 // 3 configuration
 pub mod config;
+pub mod grpc;
 pub mod tls;
 // 4 services
 pub mod capture;

@@ -3,6 +3,7 @@
 //! Wire behaviour is that of Istio's ztunnel: no SNI, no resumption, a client certificate is mandatory, the server
 //! refuses another trust domain, the client accepts only the identities it expects.
 
+mod trust;
 mod verify;
 
 use std::{
@@ -15,15 +16,15 @@ use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     client::Resumption,
     crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName},
-    server::WebPkiClientVerifier,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
     sign::CertifiedKey,
     version::TLS13,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use verify::{ClientVerifier, ServerVerifier, SingleCertificate};
+pub use trust::Trust;
+use verify::{PeerVerifier, SingleCertificate};
 pub use verify::{peer_identity, uri_identities};
 
 use crate::id::SpiffeId;
@@ -36,22 +37,39 @@ pub const ALPN: &[u8] = b"h2";
 pub enum TlsError {
     #[error("the TLS library refused the configuration")]
     Configuration(#[from] rustls::Error),
-    #[error("no client verifier can be built from the trusted roots")]
-    Verifier(#[from] rustls::server::VerifierBuilderError),
+    #[error("a trusted root is unusable: {0}")]
+    Root(String),
+    #[error("a revocation list is unusable: {0}")]
+    Revocations(String),
+    #[error("the certificate cannot be read: {0}")]
+    Certificate(String),
     #[error("the certificate is for {found:?}, not for {wanted}")]
     WrongIdentity { wanted: SpiffeId, found: Vec<String> },
     #[error("the certificate chain is empty")]
     EmptyChain,
 }
 
-/// A private key, its certificate chain and the roots its peers are verified with.
+/// How keys are agreed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum KeyExchange {
+    /// X25519MLKEM768 first; peers that do not know it get X25519 or a NIST curve.
+    #[default]
+    Hybrid,
+    /// X25519MLKEM768 and nothing else.
+    PqcOnly,
+    /// X25519 and NIST curves only.
+    ClassicOnly,
+}
+
+/// A private key, its certificate chain, and whom its peers are believed.
 #[derive(Debug)]
 pub struct Credentials {
     pub identity: SpiffeId,
     pub not_before: SystemTime,
     pub not_after: SystemTime,
+    pub serial: String,
     key: Arc<CertifiedKey>,
-    roots: Arc<RootCertStore>,
+    trust: Arc<Trust>,
     server: Arc<ServerConfig>,
 }
 
@@ -59,10 +77,9 @@ impl Credentials {
     /// Checks that the chain is for `identity` and prepares the server side.
     pub fn new(
         identity: SpiffeId,
-        (not_before, not_after): (SystemTime, SystemTime),
         chain: Vec<CertificateDer<'static>>,
         key: PrivateKeyDer<'static>,
-        roots: Arc<RootCertStore>,
+        trust: Arc<Trust>,
     ) -> Result<Self, TlsError> {
         let leaf = chain.first().ok_or(TlsError::EmptyChain)?;
         let found = uri_identities(leaf);
@@ -70,10 +87,11 @@ impl Credentials {
             let found = found.iter().map(ToString::to_string).collect();
             return Err(TlsError::WrongIdentity { wanted: identity, found });
         }
-        let provider = provider();
+        let Leaf { not_before, not_after, serial } = Leaf::read(leaf)?;
+        let provider = provider(trust.key_exchange());
         let key = Arc::new(CertifiedKey::from_der(chain, key, &provider)?);
-        let server = Arc::new(server_config(&provider, &identity, key.clone(), roots.clone())?);
-        Ok(Self { identity, not_before, not_after, key, roots, server })
+        let server = Arc::new(server_config(&provider, key.clone(), trust.clone())?);
+        Ok(Self { identity, not_before, not_after, serial, key, trust, server })
     }
 
     /// The configuration to accept HBONE connections with.
@@ -81,10 +99,14 @@ impl Credentials {
         self.server.clone()
     }
 
+    pub fn trust(&self) -> &Arc<Trust> {
+        &self.trust
+    }
+
     /// A configuration to dial a peer that must present one of these identities.
     pub fn client(&self, expected: Vec<SpiffeId>) -> Result<ClientConfig, TlsError> {
-        let provider = provider();
-        let verifier = ServerVerifier::new(self.roots.clone(), expected, &provider);
+        let provider = provider(self.trust.key_exchange());
+        let verifier = PeerVerifier::new(self.trust.clone(), expected, &provider);
         let mut config = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])?
             .dangerous()
@@ -113,12 +135,51 @@ impl Credentials {
     }
 }
 
+/// What a certificate says of itself.
+struct Leaf {
+    not_before: SystemTime,
+    not_after: SystemTime,
+    serial: String,
+}
+
+impl Leaf {
+    fn read(der: &CertificateDer<'_>) -> Result<Self, TlsError> {
+        let (_, parsed) = x509_parser::parse_x509_certificate(der).map_err(|e| TlsError::Certificate(e.to_string()))?;
+        let time =
+            |t: x509_parser::time::ASN1Time| SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(t.timestamp()).unwrap_or_default());
+        let validity = parsed.validity();
+        Ok(Self { not_before: time(validity.not_before), not_after: time(validity.not_after), serial: parsed.raw_serial_as_string() })
+    }
+}
+
+/// The certificates in a PEM text.
+pub fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(|e| TlsError::Certificate(e.to_string()))
+}
+
 /// An authenticated connection, dialled or accepted.
 pub type ClientStream<T> = tokio_rustls::client::TlsStream<T>;
 pub type ServerStream<T> = tokio_rustls::server::TlsStream<T>;
 
+/// The other end of a mesh connection.
+#[derive(Debug)]
+pub struct Peer {
+    pub identity: SpiffeId,
+    /// Its certificates, its own first.
+    pub chain: Vec<CertificateDer<'static>>,
+}
+
+impl Peer {
+    fn of(chain: Option<&[CertificateDer<'_>]>) -> io::Result<Self> {
+        // The verifier lets nobody through without one.
+        let missing = || io::Error::other(rustls::Error::NoCertificatesPresented);
+        let identity = peer_identity(chain).ok_or_else(missing)?;
+        Ok(Self { identity, chain: chain.unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect() })
+    }
+}
+
 /// Shakes hands as the client: presents `credentials` and accepts only a peer that is `expected`.
-pub async fn connect<T>(credentials: &Credentials, expected: SpiffeId, io: T) -> io::Result<ClientStream<T>>
+pub async fn connect<T>(credentials: &Credentials, expected: SpiffeId, io: T) -> io::Result<(ClientStream<T>, Peer)>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
@@ -126,21 +187,67 @@ where
     // The TLS library wants a name for a connection that sends and checks none.
     let nameless = ServerName::IpAddress(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED).into());
     let stream = TlsConnector::from(Arc::new(config)).connect(nameless, io).await?;
-    check_alpn(stream.get_ref().1.alpn_protocol())?;
-    Ok(stream)
+    let session = stream.get_ref().1;
+    check_alpn(session.alpn_protocol())?;
+    let peer = Peer::of(session.peer_certificates())?;
+    Ok((stream, peer))
 }
 
 /// Shakes hands as the server; also returns who the client is.
-pub async fn accept<T>(credentials: &Credentials, io: T) -> io::Result<(ServerStream<T>, SpiffeId)>
+pub async fn accept<T>(credentials: &Credentials, io: T) -> io::Result<(ServerStream<T>, Peer)>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     let stream = TlsAcceptor::from(credentials.server()).accept(io).await?;
     let session = stream.get_ref().1;
     check_alpn(session.alpn_protocol())?;
-    // The verifier lets nobody through without one.
-    let peer = peer_identity(session.peer_certificates()).ok_or_else(|| io::Error::other(rustls::Error::NoCertificatesPresented))?;
+    let peer = Peer::of(session.peer_certificates())?;
     Ok((stream, peer))
+}
+
+/// Application protocols a server of the outside is offered.
+pub const HTTP2: &[&[u8]] = &[b"h2"];
+pub const HTTP1: &[&[u8]] = &[b"http/1.1"];
+
+/// Shakes hands with a server that is known by a DNS name or address and to one of these authorities: a certificate
+/// authority's service, or the Kubernetes API.
+pub async fn connect_named<T>(name: &str, roots: &[CertificateDer<'static>], protocols: &[&[u8]], io: T) -> io::Result<ClientStream<T>>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let name = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
+    let mut store = RootCertStore::empty();
+    for root in roots {
+        store.add(root.clone()).map_err(io::Error::other)?;
+    }
+    let mut config = ClientConfig::builder_with_provider(provider(KeyExchange::Hybrid))
+        .with_protocol_versions(&[&TLS13])
+        .map_err(io::Error::other)?
+        .with_root_certificates(store)
+        .with_no_client_auth();
+    config.alpn_protocols = protocols.iter().map(|p| p.to_vec()).collect();
+    TlsConnector::from(Arc::new(config)).connect(name, io).await
+}
+
+/// Accepts connections of clients that prove themselves in another way, and speak HTTP/2.
+pub struct NamedServer(TlsAcceptor);
+
+impl NamedServer {
+    pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, TlsError> {
+        let mut config = ServerConfig::builder_with_provider(provider(KeyExchange::Hybrid))
+            .with_protocol_versions(&[&TLS13])?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)?;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        Ok(Self(TlsAcceptor::from(Arc::new(config))))
+    }
+
+    pub async fn accept<T>(&self, io: T) -> io::Result<ServerStream<T>>
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        self.0.accept(io).await
+    }
 }
 
 /// Shakes hands with a server of the outside world, known by its name and to the system's certificate authorities (or those
@@ -167,14 +274,8 @@ fn check_alpn(negotiated: Option<&[u8]>) -> io::Result<()> {
     if negotiated == Some(ALPN) { Ok(()) } else { Err(io::Error::other(rustls::Error::NoApplicationProtocol)) }
 }
 
-fn server_config(
-    provider: &Arc<CryptoProvider>,
-    identity: &SpiffeId,
-    key: Arc<CertifiedKey>,
-    roots: Arc<RootCertStore>,
-) -> Result<ServerConfig, TlsError> {
-    let chain = WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build()?;
-    let verifier = ClientVerifier::new(chain, identity.trust_domain().clone());
+fn server_config(provider: &Arc<CryptoProvider>, key: Arc<CertifiedKey>, trust: Arc<Trust>) -> Result<ServerConfig, TlsError> {
+    let verifier = PeerVerifier::new(trust, Vec::new(), provider);
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
@@ -185,16 +286,27 @@ fn server_config(
 }
 
 /// The cryptography of the mesh: AES-GCM only, the hybrid post-quantum exchange first.
-fn provider() -> Arc<CryptoProvider> {
+fn provider(key_exchange: KeyExchange) -> Arc<CryptoProvider> {
+    use std::sync::LazyLock;
+
     use aws_lc_rs::{cipher_suite, kx_group};
-    static PROVIDER: std::sync::LazyLock<Arc<CryptoProvider>> = std::sync::LazyLock::new(|| {
+    fn with(kx_groups: Vec<&'static dyn rustls::crypto::SupportedKxGroup>) -> Arc<CryptoProvider> {
         Arc::new(CryptoProvider {
             cipher_suites: vec![cipher_suite::TLS13_AES_256_GCM_SHA384, cipher_suite::TLS13_AES_128_GCM_SHA256],
-            kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1],
+            kx_groups,
             ..aws_lc_rs::default_provider()
         })
-    });
-    PROVIDER.clone()
+    }
+    static HYBRID: LazyLock<Arc<CryptoProvider>> =
+        LazyLock::new(|| with(vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1]));
+    static PQC: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| with(vec![kx_group::X25519MLKEM768]));
+    static CLASSIC: LazyLock<Arc<CryptoProvider>> =
+        LazyLock::new(|| with(vec![kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1]));
+    match key_exchange {
+        KeyExchange::Hybrid => HYBRID.clone(),
+        KeyExchange::PqcOnly => PQC.clone(),
+        KeyExchange::ClassicOnly => CLASSIC.clone(),
+    }
 }
 
 /// What went wrong in a handshake, as a metric label.
@@ -206,6 +318,8 @@ pub enum HandshakeFailure {
     NoCertificate,
     /// The peer's certificate is expired or not yet valid.
     Expired,
+    /// The peer's certificate has been revoked.
+    Revoked,
     /// The peer's certificate is of an unknown authority, or malformed.
     Untrusted,
     /// The peer's certificate is valid but for another identity or trust domain.
@@ -227,6 +341,7 @@ impl HandshakeFailure {
                 | CertificateError::ExpiredContext { .. }
                 | CertificateError::NotValidYet
                 | CertificateError::NotValidYetContext { .. } => Self::Expired,
+                CertificateError::Revoked => Self::Revoked,
                 CertificateError::ApplicationVerificationFailure | CertificateError::Other(_) => Self::WrongIdentity,
                 _ => Self::Untrusted,
             },
@@ -241,6 +356,7 @@ impl HandshakeFailure {
             Self::Protocol => "protocol",
             Self::NoCertificate => "no_certificate",
             Self::Expired => "expired",
+            Self::Revoked => "revoked",
             Self::Untrusted => "untrusted",
             Self::WrongIdentity => "wrong_identity",
             Self::RefusedByPeer => "refused_by_peer",
@@ -272,16 +388,26 @@ mod tests {
         issued(ca, identity, identity)
     }
 
+    fn trust(ca: &Issuing, key_exchange: KeyExchange) -> Arc<Trust> {
+        let parse = |d: &str| crate::id::TrustDomain::parse(d).expect("valid");
+        let domains = crate::policy::TrustDomains { local: parse("cluster.local"), aliases: vec![parse("old.local")] };
+        let trust = Trust::new(domains, key_exchange);
+        trust.set_roots([ca.as_ref().der()]).expect("roots");
+        trust
+    }
+
     fn issued(ca: &Issuing, written: &str, identity: &str) -> Result<Credentials, TlsError> {
+        trusting(ca, written, identity, trust(ca, KeyExchange::Hybrid))
+    }
+
+    fn trusting(ca: &Issuing, written: &str, identity: &str, trust: Arc<Trust>) -> Result<Credentials, TlsError> {
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(written.try_into().expect("ascii"))];
+        params.serial_number = Some(rcgen::SerialNumber::from(vec![7]));
         let key = KeyPair::generate().expect("key");
         let leaf = params.signed_by(&key, ca).expect("leaf");
-        let mut roots = RootCertStore::empty();
-        roots.add(ca.as_ref().der().clone()).expect("root");
-        let now = SystemTime::now();
         let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
-        Credentials::new(id(identity), (now, now), vec![leaf.der().clone()], key, Arc::new(roots))
+        Credentials::new(id(identity), vec![leaf.der().clone()], key, trust)
     }
 
     const CLIENT: &str = "spiffe://cluster.local/ns/a/sa/client";
@@ -292,7 +418,7 @@ mod tests {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let (near, far) = tokio::io::duplex(64 * 1024);
         let dial = async {
-            let mut stream = connect(client, id(expected), near).await?;
+            let (mut stream, _) = connect(client, id(expected), near).await?;
             stream.read_u8().await?;
             let group = stream.get_ref().1.negotiated_key_exchange_group().map(rustls::crypto::SupportedKxGroup::name);
             group.ok_or_else(|| io::Error::other("no group"))
@@ -301,7 +427,7 @@ mod tests {
             let (mut stream, peer) = accept(server, far).await?;
             stream.write_u8(1).await?;
             stream.flush().await?;
-            Ok(peer)
+            Ok(peer.identity)
         };
         tokio::join!(dial, take)
     }
@@ -339,6 +465,90 @@ mod tests {
         let (client, server) = (credentials(&theirs, CLIENT).expect("client"), credentials(&ours, SERVER).expect("server"));
         let (refused, _) = shake(&client, SERVER, &server).await;
         assert_eq!(HandshakeFailure::of(&refused.expect_err("refused")), HandshakeFailure::Untrusted);
+    }
+
+    #[tokio::test]
+    async fn an_alias_of_the_trust_domain_is_as_good_as_its_name() {
+        let ca = ca();
+        let old = "spiffe://old.local/ns/a/sa/server";
+        let (client, server) =
+            (credentials(&ca, "spiffe://old.local/ns/a/sa/client").expect("client"), credentials(&ca, old).expect("server"));
+        let (group, peer) = shake(&client, SERVER, &server).await;
+        assert!(group.is_ok() && peer.expect("accepted").trust_domain().as_str() == "old.local");
+    }
+
+    #[tokio::test]
+    async fn key_exchanges_are_as_set() {
+        let ca = ca();
+        let with = |k| trusting(&ca, SERVER, SERVER, trust(&ca, k)).expect("credentials");
+        for (client, server, expected) in [
+            (KeyExchange::Hybrid, KeyExchange::ClassicOnly, Some(NamedGroup::X25519)),
+            (KeyExchange::ClassicOnly, KeyExchange::Hybrid, Some(NamedGroup::X25519)),
+            (KeyExchange::PqcOnly, KeyExchange::Hybrid, Some(NamedGroup::X25519MLKEM768)),
+            (KeyExchange::PqcOnly, KeyExchange::ClassicOnly, None),
+            (KeyExchange::ClassicOnly, KeyExchange::PqcOnly, None),
+        ] {
+            let (group, _) = shake(&with(client), SERVER, &with(server)).await;
+            assert_eq!(group.ok(), expected, "{client:?} {server:?}");
+        }
+    }
+
+    fn revocations(ca: &Issuing, serials: &[u8]) -> String {
+        let day = |d: i64| time::OffsetDateTime::now_utc() + time::Duration::days(d);
+        let revoked = |serial: &u8| rcgen::RevokedCertParams {
+            serial_number: rcgen::SerialNumber::from(vec![*serial]),
+            revocation_time: day(-1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = rcgen::CertificateRevocationListParams {
+            this_update: day(-1),
+            next_update: day(1),
+            crl_number: rcgen::SerialNumber::from(vec![1]),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        params.signed_by(ca).expect("signed").pem().expect("PEM")
+    }
+
+    #[tokio::test]
+    async fn a_revoked_peer_is_refused_and_its_connections_end() {
+        let ca = ca();
+        let (client, server) = (credentials(&ca, CLIENT).expect("client"), credentials(&ca, SERVER).expect("server"));
+        let chain = client.key.cert.clone();
+        server.trust.set_revocations([revocations(&ca, &[1, 2]).as_bytes()]).expect("lists");
+        let (good, _) = shake(&client, SERVER, &server).await;
+        assert!(good.is_ok(), "{good:?}");
+        let ended = tokio::spawn(server.trust.clone().revoked(chain));
+        tokio::task::yield_now().await;
+        server.trust.set_revocations([revocations(&ca, &[7]).as_bytes()]).expect("lists");
+        tokio::time::timeout(Duration::from_secs(1), ended).await.expect("told").expect("joined");
+        let (_, verdict) = shake(&client, SERVER, &server).await;
+        assert_eq!(HandshakeFailure::of(&verdict.expect_err("refused")), HandshakeFailure::Revoked);
+        // A list somebody else signed says nothing.
+        server.trust.set_revocations([revocations(&self::ca(), &[7]).as_bytes()]).expect("lists");
+        let (forged, _) = shake(&client, SERVER, &server).await;
+        assert!(forged.is_ok(), "{forged:?}");
+        assert!(server.trust.set_revocations([&b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"[..]]).is_err());
+    }
+
+    #[tokio::test]
+    async fn roots_overlap_while_they_are_rotated() {
+        let (old, new) = (ca(), ca());
+        let both = |issuer: &Issuing, who: &str| {
+            let trust = trust(issuer, KeyExchange::Hybrid);
+            trust.set_roots([old.as_ref().der(), new.as_ref().der()]).expect("roots");
+            trusting(issuer, who, who, trust).expect("credentials")
+        };
+        for (client, server) in [(both(&old, CLIENT), both(&new, SERVER)), (both(&new, CLIENT), both(&old, SERVER))] {
+            let (good, _) = shake(&client, SERVER, &server).await;
+            assert!(good.is_ok(), "{good:?}");
+        }
+        let (client, server) = (both(&old, CLIENT), both(&new, SERVER));
+        assert!(server.trust.set_roots([new.as_ref().der()]).expect("changed"));
+        let (refused, _) = shake(&client, SERVER, &server).await;
+        assert!(refused.is_err() && server.trust.roots() == 1);
     }
 
     #[test]

@@ -15,9 +15,11 @@ use mesh_node::{
     id::{TrustDomain, WorkloadUid},
     identity::{EmbeddedCa, Manager},
     io::netns::Netns,
+    policy::TrustDomains,
     proxy::{Limits, Proxy, ServedPod, inbound, outbound},
     resource::{self, Parsed},
     telemetry::Metrics,
+    tls::{KeyExchange, Trust},
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -65,7 +67,8 @@ impl Engine {
         let (publisher, mut config) = Publisher::new(Arc::new(MeshSettings::new("n1", domain.clone())), receiver);
         tokio::spawn(publisher.run());
         Netns::host()?;
-        let ca = EmbeddedCa::open(Path::new(directory.path()), domain, Duration::from_secs(3600))?;
+        let trust = Trust::new(TrustDomains { local: domain.clone(), aliases: Vec::new() }, KeyExchange::default());
+        let ca = EmbeddedCa::open(Path::new(directory.path()), domain, trust, Duration::from_secs(3600))?;
         let limits = Limits::for_descriptors(100_000);
         let proxy = Proxy::new(config.clone(), Manager::new(Arc::new(ca)), Arc::new(Metrics::default()), limits);
         let netns = Arc::new(Netns::open(Path::new("/proc/self/ns/net"))?);

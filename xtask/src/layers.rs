@@ -13,7 +13,7 @@ use crate::steps::root;
 const LAYERS: &[(u8, &[&str])] = &[
     (1, &["id", "io", "telemetry"]),
     (2, &["jwt", "resource", "detect", "policy", "route", "balance"]),
-    (3, &["config", "tls"]),
+    (3, &["config", "tls", "grpc"]),
     (4, &["identity", "hbone", "capture", "jwks"]),
     (5, &["proxy", "sources"]),
     (6, &["app", "admin", "cli"]),
@@ -25,13 +25,14 @@ const SEPARATE: &[u8] = &[4, 5];
 /// Crates only these modules use.
 const OWNED: &[(&str, &[&str])] = &[
     ("aya", &["capture"]),
-    ("h2", &["hbone", "proxy"]),
+    ("h2", &["hbone", "proxy", "grpc"]),
     ("rustls", &["tls", "identity"]),
+    ("x509_parser", &["tls", "identity"]),
     ("aws_lc_rs", &["tls", "jwt"]),
     ("tokio_rustls", &["tls"]),
     ("rcgen", &["identity"]),
-    ("hyper", &["admin", "jwks"]),
-    ("hyper_util", &["admin", "jwks"]),
+    ("hyper", &["admin", "jwks", "identity"]),
+    ("hyper_util", &["admin", "jwks", "identity"]),
     ("netlink_packet_route", &["capture"]),
     ("serde_saphyr", &["sources"]),
 ];

@@ -21,12 +21,13 @@ use crate::{
     capture::{Capture, CaptureSettings, Discovery, LocalPod, NodeFlows},
     config::{Configuration, MeshSettings, Publisher},
     id::WorkloadUid,
-    identity::{EmbeddedCa, Manager},
+    identity::{self, CertificateSource, EmbeddedCa, Files, IstioCa, IstioCaSettings, Manager},
     io::netns::Netns,
     proxy::{Limits, Proxy, ServedPod, live::Cut, pods::Origins},
     route::Workload,
     sources::{directory::Directory, last_good::LastGood},
     telemetry::{EventLabels, Metrics, chain},
+    tls::{KeyExchange, Trust},
 };
 
 /// How often the node looks for pods that came or went.
@@ -42,10 +43,33 @@ pub struct NodeSettings {
     pub mesh: MeshSettings,
     pub capture: CaptureSettings,
     pub config_dir: PathBuf,
-    pub ca_dir: PathBuf,
+    pub certificates: CertificateSettings,
+    /// Files with revocation lists.
+    pub revocations: Vec<PathBuf>,
+    pub key_exchange: KeyExchange,
     pub state_dir: PathBuf,
-    pub certificate_ttl: Duration,
     pub admin: SocketAddr,
+}
+
+/// Where certificates come from.
+#[derive(Debug, Clone)]
+pub enum CertificateSettings {
+    /// The node signs for its pods itself, with a root in a directory that all nodes share.
+    Embedded { dir: PathBuf, ttl: Duration },
+    /// An Istio certificate authority.
+    Istio(IstioCaSettings),
+    /// Somebody else puts them into files.
+    Files(PathBuf),
+}
+
+impl CertificateSettings {
+    fn open(&self, mesh: &MeshSettings, trust: &Arc<Trust>) -> anyhow::Result<Arc<dyn CertificateSource>> {
+        Ok(match self {
+            Self::Embedded { dir, ttl } => Arc::new(EmbeddedCa::open(dir, mesh.trust_domains.local.clone(), trust.clone(), *ttl)?),
+            Self::Istio(settings) => Arc::new(IstioCa::new(settings.clone(), trust.clone())),
+            Self::Files(dir) => Arc::new(Files::open(dir, trust.clone())?),
+        })
+    }
 }
 
 /// What the node knows of one of its pods, for inspection.
@@ -105,7 +129,9 @@ impl Node {
 pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     Netns::host().context("cannot open the node's network namespace")?;
     let descriptors = raise_descriptor_limit().context("cannot raise the limit of open files")?;
-    let ca = EmbeddedCa::open(&settings.ca_dir, settings.mesh.trust_domains.local.clone(), settings.certificate_ttl)?;
+    let trust = Trust::new(settings.mesh.trust_domains.clone(), settings.key_exchange);
+    let certificates = settings.certificates.open(&settings.mesh, &trust)?;
+    let revocations = identity::follow_revocations(settings.revocations.clone(), trust.clone())?;
     let last_good = LastGood::open(&settings.state_dir.join("last-good"))
         .with_context(|| format!("state directory {}", settings.state_dir.display()))?;
     let source = Directory::open(&settings.config_dir, last_good, "default")
@@ -115,7 +141,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     let (sender, receiver) = mpsc::channel(16);
     let (publisher, config) = Publisher::new(Arc::new(settings.mesh.clone()), receiver);
     let metrics = Arc::new(Metrics::default());
-    let proxy = Proxy::new(config.clone(), Manager::new(Arc::new(ca)), metrics, Limits::for_descriptors(descriptors));
+    let proxy = Proxy::new(config.clone(), Manager::new(certificates), metrics, Limits::for_descriptors(descriptors));
     let node = Arc::new(Node {
         settings,
         proxy: proxy.clone(),
@@ -126,6 +152,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     });
     let admin = admin::bind(node.settings.admin).await.with_context(|| format!("admin address {}", node.settings.admin))?;
     tokio::spawn(publisher.run());
+    tokio::spawn(revocations);
     tokio::spawn(async move {
         // Without its source the node ends; this is why.
         if let Err(error) = source.run(sender).await {
@@ -135,7 +162,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(proxy.clone().recheck_policies());
     tokio::spawn(proxy.clone().tidy_pool());
     tokio::spawn(proxy.jwks.clone().run());
-    tokio::spawn(admin::serve(admin, node.clone()));
+    tokio::spawn(admin::serve_node(admin, node.clone()));
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
     let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };
     tokio::select! {
@@ -154,7 +181,7 @@ fn raise_descriptor_limit() -> nix::Result<u64> {
     Ok(hard)
 }
 
-async fn stop_signal() -> anyhow::Result<&'static str> {
+pub(super) async fn stop_signal() -> anyhow::Result<&'static str> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     Ok(tokio::select! {

@@ -3,16 +3,18 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    app::{self, NodeSettings},
+    app::{self, CaSettings, CertificateSettings, ClusterSettings, NodeSettings},
     capture::{self, CaptureSettings, Discovery, FailMode},
     config::{EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy},
     id::TrustDomain,
+    identity::{IstioCaSettings, service::ServiceSettings},
     io::netns::Netns,
     policy::TrustDomains,
     telemetry,
+    tls::KeyExchange,
 };
 
 /// Sidecarless service mesh for the pods of one node: eBPF capture, HBONE mutual TLS, policy.
@@ -29,6 +31,11 @@ enum Command {
     ///
     /// When the process ends, capture stays in the kernel and the fail mode applies; `uninstall` removes it.
     Run(Box<RunArgs>),
+    /// Run a certificate authority for the mesh: Istio's `IstioCertificateService` over gRPC and TLS.
+    ///
+    /// A node gets certificates of the service accounts of its own pods, and of nothing else. Tokens are reviewed by the
+    /// Kubernetes API of the cluster it runs in, or, with --tokens, by a file.
+    Ca(Box<CaArgs>),
     /// Remove everything an earlier `run` left in the kernel: programs, maps, and the routing inside pods.
     ///
     /// Stop `run` first: under a running process this is refused.
@@ -69,12 +76,8 @@ struct RunArgs {
     /// Directory for what must survive a restart: the last good version of every manifest.
     #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node")]
     state_dir: PathBuf,
-    /// Directory for the embedded CA's root key and certificate; the nodes of a mesh share its contents.
-    #[arg(long, env = "MESH_CA_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node/ca")]
-    ca_dir: PathBuf,
-    /// Life of a workload certificate, seconds; it is renewed at half of it.
-    #[arg(long, env = "MESH_CERTIFICATE_TTL", value_name = "SECONDS", default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
-    certificate_ttl: u64,
+    #[command(flatten)]
+    certificates: CertificateArgs,
     /// What happens to connections of enrolled pods while no mesh-node runs on the node.
     #[arg(long, env = "MESH_FAIL_MODE", value_enum, default_value_t)]
     fail_mode: FailMode,
@@ -111,11 +114,159 @@ struct RunArgs {
     log_json: bool,
 }
 
+/// Where certificates come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CertificateSourceKind {
+    /// The node signs for its pods itself, with a root in --ca-dir.
+    Embedded,
+    /// An Istio certificate authority: `mesh-node ca`, or istiod.
+    IstioGrpc,
+    /// Files in --certificate-dir, made by somebody else.
+    Files,
+}
+
+#[derive(Debug, Args)]
+struct CertificateArgs {
+    /// Where certificates of pods come from.
+    #[arg(long, env = "MESH_CERTIFICATE_SOURCE", value_enum, default_value_t = CertificateSourceKind::Embedded)]
+    certificate_source: CertificateSourceKind,
+    /// Life of a certificate, seconds; it is renewed at half of it. Not for files.
+    #[arg(long, env = "MESH_CERTIFICATE_TTL", value_name = "SECONDS", default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
+    certificate_ttl: u64,
+    /// Directory with the embedded CA's key and certificates (root-key.pem, root-cert.pem, trusted-roots.pem, or Istio's cacerts);
+    /// the nodes of a mesh share its contents, and changes take effect at once.
+    #[arg(long, env = "MESH_CA_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node/ca")]
+    ca_dir: PathBuf,
+    /// Address of the certificate authority, for istio-grpc.
+    #[arg(long, env = "MESH_CA_ADDRESS", value_name = "HOST:PORT", default_value = "istiod.istio-system.svc:15012")]
+    ca_address: String,
+    /// Name in the authority's own certificate [default: the host of --ca-address].
+    #[arg(long, env = "MESH_CA_SERVER_NAME", value_name = "NAME")]
+    ca_server_name: Option<String>,
+    /// PEM file with the roots the authority's own certificate is verified with.
+    #[arg(long, env = "MESH_CA_ROOT", value_name = "FILE", default_value = "/var/run/secrets/istio/root-cert.pem")]
+    ca_root: PathBuf,
+    /// File with the node's service-account token, which the authority reviews.
+    #[arg(long, env = "MESH_CA_TOKEN", value_name = "FILE", default_value = "/var/run/secrets/tokens/istio-token")]
+    ca_token: PathBuf,
+    /// Name of the cluster, told to the authority.
+    #[arg(long, env = "CLUSTER_ID", value_name = "NAME", default_value = "Kubernetes")]
+    cluster_id: String,
+    /// Directory for the source `files`: roots.pem, and NAMESPACE/ACCOUNT/tls.crt and tls.key.
+    #[arg(long, env = "MESH_CERTIFICATE_DIR", value_name = "DIR", default_value = "/var/run/mesh-node/certificates")]
+    certificate_dir: PathBuf,
+    /// PEM file with certificate revocation lists; may be given several times. Changes take effect within seconds: peers that are
+    /// revoked are refused and cut.
+    #[arg(long = "crl", env = "MESH_CRL", value_name = "FILE", value_delimiter = ',')]
+    crl: Vec<PathBuf>,
+    /// How keys between nodes are agreed on.
+    #[arg(long, env = "MESH_KEY_EXCHANGE", value_enum, default_value_t)]
+    key_exchange: KeyExchange,
+}
+
+impl CertificateArgs {
+    fn source(self) -> (CertificateSettings, Vec<PathBuf>, KeyExchange) {
+        let ttl = Duration::from_secs(self.certificate_ttl);
+        let settings = match self.certificate_source {
+            CertificateSourceKind::Embedded => CertificateSettings::Embedded { dir: self.ca_dir, ttl },
+            CertificateSourceKind::IstioGrpc => CertificateSettings::Istio(IstioCaSettings {
+                address: self.ca_address,
+                server_name: self.ca_server_name,
+                roots: self.ca_root,
+                token: self.ca_token,
+                cluster: self.cluster_id,
+                ttl,
+            }),
+            CertificateSourceKind::Files => CertificateSettings::Files(self.certificate_dir),
+        };
+        (settings, self.crl, self.key_exchange)
+    }
+}
+
+#[derive(Debug, Args)]
+struct CaArgs {
+    /// Where it listens.
+    #[arg(long, env = "MESH_CA_LISTEN", value_name = "ADDRESS", default_value = "0.0.0.0:15012")]
+    listen: SocketAddr,
+    /// Directory with the authority's key and certificates: a root made there if there is nothing, or an operator's intermediate
+    /// as in Istio's secret cacerts (ca-key.pem, ca-cert.pem, cert-chain.pem, root-cert.pem).
+    #[arg(long, env = "MESH_CA_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node/ca")]
+    ca_dir: PathBuf,
+    /// SPIFFE trust domain it signs for.
+    #[arg(long, env = "MESH_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local")]
+    trust_domain: TrustDomain,
+    /// DNS name or address in its own certificate; may be given several times.
+    #[arg(long = "name", env = "MESH_CA_NAMES", value_name = "NAME", value_delimiter = ',', default_value = "mesh-ca.istio-system.svc")]
+    names: Vec<String>,
+    /// Account nodes run as, which may ask for their pods; may be given several times.
+    #[arg(long = "node-account", env = "CA_TRUSTED_NODE_ACCOUNTS", value_name = "NAMESPACE/NAME", value_delimiter = ',', default_value = "istio-system/mesh-node", value_parser = account)]
+    node_accounts: Vec<(String, String)>,
+    /// Life of a certificate whose request says nothing of it, seconds.
+    #[arg(long, env = "MESH_CERTIFICATE_TTL", value_name = "SECONDS", default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
+    certificate_ttl: u64,
+    /// Longest life that is given, seconds; who asks for more is refused.
+    #[arg(long, env = "MESH_MAX_CERTIFICATE_TTL", value_name = "SECONDS", default_value_t = 7_776_000, value_parser = clap::value_parser!(u64).range(2..))]
+    max_certificate_ttl: u64,
+    /// JSON file of tokens (token, namespace, serviceAccount, node) in place of the Kubernetes API; needs --config-dir.
+    #[arg(long, env = "MESH_CA_TOKENS", value_name = "FILE", requires = "config_dir")]
+    tokens: Option<PathBuf>,
+    /// Directory of manifests of the pods, with --tokens.
+    #[arg(long, env = "MESH_CONFIG_DIR", value_name = "DIR", requires = "tokens")]
+    config_dir: Option<PathBuf>,
+    /// Directory for the last good version of every manifest, with --tokens.
+    #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node")]
+    state_dir: PathBuf,
+    /// Where readiness and metrics are served.
+    #[arg(long, env = "MESH_CA_METRICS", value_name = "ADDRESS", default_value = "127.0.0.1:15014")]
+    metrics: SocketAddr,
+    /// What is logged, in the syntax of `RUST_LOG`.
+    #[arg(long, env = "MESH_LOG", value_name = "FILTER", default_value = "info")]
+    log: String,
+    /// Log JSON instead of text.
+    #[arg(long, env = "MESH_LOG_JSON")]
+    log_json: bool,
+}
+
+fn account(text: &str) -> Result<(String, String), String> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok((namespace.to_owned(), name.to_owned()))
+        }
+        _ => Err(format!("{text:?} is not NAMESPACE/NAME of a service account")),
+    }
+}
+
+impl CaArgs {
+    fn run(self) -> anyhow::Result<()> {
+        telemetry::start_logging(&self.log, self.log_json).map_err(anyhow::Error::msg)?;
+        let cluster = match (self.tokens, self.config_dir) {
+            (Some(tokens), Some(config_dir)) => ClusterSettings::Files { tokens, config_dir, state_dir: self.state_dir },
+            _ => ClusterSettings::Kubernetes,
+        };
+        let settings = CaSettings {
+            service: ServiceSettings {
+                dir: self.ca_dir,
+                trust_domain: self.trust_domain,
+                names: self.names,
+                node_accounts: self.node_accounts,
+                default_ttl: Duration::from_secs(self.certificate_ttl),
+                max_ttl: Duration::from_secs(self.max_certificate_ttl),
+            },
+            listen: self.listen,
+            metrics: self.metrics,
+            cluster,
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        runtime.context("cannot start worker threads")?.block_on(app::run_ca(settings))
+    }
+}
+
 impl MeshNode {
     /// Does what the command line asks for.
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Run(args) => args.run(),
+            Command::Ca(args) => args.run(),
             Command::Uninstall(args) => uninstall(&args),
             Command::Verify => verify(),
         }
@@ -139,6 +290,7 @@ impl RunArgs {
 
     fn settings(self) -> anyhow::Result<NodeSettings> {
         let cgroup = self.kernel.cgroup()?;
+        let (certificates, revocations, key_exchange) = self.certificates.source();
         Ok(NodeSettings {
             mesh: MeshSettings {
                 node: self.node.into(),
@@ -150,9 +302,10 @@ impl RunArgs {
             },
             capture: CaptureSettings { cgroup, pins: self.kernel.bpf_dir, fail_mode: self.fail_mode },
             config_dir: self.config_dir,
-            ca_dir: self.ca_dir,
+            certificates,
+            revocations,
+            key_exchange,
             state_dir: self.state_dir,
-            certificate_ttl: Duration::from_secs(self.certificate_ttl),
             admin: self.admin,
         })
     }

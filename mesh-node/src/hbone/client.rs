@@ -1,8 +1,11 @@
 //! The client end of one HBONE connection.
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    future::Future,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -77,8 +80,9 @@ impl Drop for StreamGuard {
 }
 
 impl Connection {
-    /// Speaks HTTP/2 over an established, authenticated connection and drives it in a task of its own.
-    pub async fn handshake<T>(io: T) -> Result<Self, TunnelError>
+    /// Speaks HTTP/2 over an established, authenticated connection and drives it in a task of its own. When `revoked`
+    /// completes, the connection and its tunnels are cut.
+    pub async fn handshake<T>(io: T, revoked: impl Future<Output = ()> + Send + 'static) -> Result<Self, TunnelError>
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -102,7 +106,7 @@ impl Connection {
             closed: AtomicBool::new(false),
             changed: Notify::new(),
         });
-        tokio::spawn(drive(connection, shared.clone()));
+        tokio::spawn(drive(connection, shared.clone(), revoked));
         Ok(Self(shared))
     }
 
@@ -152,7 +156,7 @@ fn unprocessed(error: &h2::Error) -> bool {
 }
 
 /// Runs the connection until it breaks, is idle too long, or its peer stops answering.
-async fn drive<T>(mut connection: h2::client::Connection<T, Bytes>, shared: Arc<Shared>)
+async fn drive<T>(mut connection: h2::client::Connection<T, Bytes>, shared: Arc<Shared>, revoked: impl Future<Output = ()>)
 where
     T: AsyncRead + AsyncWrite + Send + Unpin,
 {
@@ -174,6 +178,7 @@ where
         },
         () = lost => tracing::debug!(target: "hbone", "the peer stopped answering pings"),
         () = unused => {}
+        () = revoked => tracing::info!(target: "hbone", "the peer's certificate has been revoked; its connection is cut"),
     }
     shared.closed.store(true, Ordering::SeqCst);
     shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -48,7 +48,7 @@ fn serve(io: DuplexStream) -> Server {
 async fn connected() -> (Connection, Server) {
     let (near, far) = tokio::io::duplex(64 * 1024);
     let server = serve(far);
-    (Connection::handshake(near).await.expect("handshake"), server)
+    (Connection::handshake(near, std::future::pending()).await.expect("handshake"), server)
 }
 
 fn request() -> Request<()> {
@@ -123,7 +123,7 @@ async fn an_idle_connection_closes_itself_and_a_used_one_does_not() {
 #[tokio::test(start_paused = true)]
 async fn a_peer_that_answers_no_pings_is_given_up() {
     let (near, far) = tokio::io::duplex(64 * 1024);
-    let connection = Connection::handshake(near).await.expect("the client's half of the handshake needs no answer");
+    let connection = Connection::handshake(near, std::future::pending()).await.expect("the client's half of the handshake needs no answer");
     sleep(PING_INTERVAL + PING_TIMEOUT + Duration::from_secs(1)).await;
     assert!(connection.is_closed());
     drop(far);
@@ -205,7 +205,7 @@ impl Network {
                 tunnels.push(offer.accept());
             }
         });
-        Connection::handshake(near).await
+        Connection::handshake(near, std::future::pending()).await
     }
 
     async fn open(&self, pool: &Pool, key: &PoolKey) -> Result<Tunnel, TunnelError> {

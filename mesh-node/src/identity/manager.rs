@@ -1,8 +1,8 @@
 //! Keeps one fresh certificate per identity in use.
 //!
-//! A certificate is fetched on first use, once however many ask, and renewed at about half its life. A renewal that
-//! fails is tried again with back-off while the old certificate is served until it expires. Connections already open
-//! keep the certificate they were opened with.
+//! A certificate is fetched on first use, once however many ask, and renewed at about half its life. Whoever waits for one
+//! goes before renewals. A renewal that fails is tried again with back-off while the old certificate is served until it
+//! expires. Connections already open keep the certificate they were opened with.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,9 +10,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
-use super::{CertificateSource, IssueError};
+use super::{
+    CertificateSource, IssueError,
+    turnstile::{Pass, Priority, Turnstile},
+};
 use crate::{id::SpiffeId, telemetry::chain, tls::Credentials};
 
 /// First and longest wait after a failed fetch.
@@ -28,6 +31,7 @@ pub struct CertificateState {
     pub identity: SpiffeId,
     pub not_before: Option<SystemTime>,
     pub not_after: Option<SystemTime>,
+    pub serial: Option<String>,
     /// Why the latest fetch failed, if it did.
     pub error: Option<String>,
 }
@@ -43,11 +47,31 @@ struct Current {
 pub struct Manager {
     source: Arc<dyn CertificateSource>,
     entries: Arc<Mutex<HashMap<SpiffeId, Entry>>>,
+    turnstile: Turnstile,
+    /// Told when what certificates are made with has changed.
+    anew: watch::Receiver<u64>,
+    _follower: Arc<Follower>,
 }
+
+/// The task that waits for changes of the source; ends with the last manager.
+struct Follower(tokio::task::AbortHandle);
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Fetches under way at once.
+const AT_ONCE: usize = 8;
+/// Over how long fetches that a change of the source asks for are spread, at most.
+const SPREAD: Duration = Duration::from_secs(2);
 
 struct Entry {
     current: watch::Receiver<Current>,
     keeper: tokio::task::AbortHandle,
+    /// Somebody waits for it.
+    wanted: Arc<Notify>,
 }
 
 impl Drop for Entry {
@@ -58,14 +82,26 @@ impl Drop for Entry {
 
 impl Manager {
     pub fn new(source: Arc<dyn CertificateSource>) -> Self {
-        Self { source, entries: Arc::default() }
+        let (sender, anew) = watch::channel(0);
+        let followed = source.clone();
+        let follower = tokio::spawn(async move {
+            loop {
+                followed.changed().await;
+                sender.send_modify(|g| *g += 1);
+            }
+        });
+        let _follower = Arc::new(Follower(follower.abort_handle()));
+        Self { source, entries: Arc::default(), turnstile: Turnstile::new(AT_ONCE), anew, _follower }
     }
 
     /// A certificate that is valid now. Waits for the first fetch; fails when that fails, or when the last certificate
     /// has expired and no other could be had.
     pub async fn credentials(&self, id: &SpiffeId) -> Result<Arc<Credentials>, Arc<str>> {
-        let mut current = self.watch(id);
+        let (mut current, wanted) = self.watch(id);
         loop {
+            if current.borrow().credentials.is_none() {
+                wanted.notify_one();
+            }
             {
                 let now = current.borrow_and_update();
                 match (&now.credentials, &now.error) {
@@ -87,7 +123,7 @@ impl Manager {
     pub fn retain(&self, in_use: &HashSet<SpiffeId>) {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner).retain(|id, _| in_use.contains(id));
         for id in in_use {
-            self.watch(id);
+            drop(self.watch(id));
         }
     }
 
@@ -99,15 +135,24 @@ impl Manager {
         all
     }
 
-    fn watch(&self, id: &SpiffeId) -> watch::Receiver<Current> {
+    fn watch(&self, id: &SpiffeId) -> (watch::Receiver<Current>, Arc<Notify>) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(entry) = entries.get(id) {
-            return entry.current.clone();
+            return (entry.current.clone(), entry.wanted.clone());
         }
         let (sender, receiver) = watch::channel(Current::default());
-        let keeper = tokio::spawn(keep(self.source.clone(), id.clone(), sender)).abort_handle();
-        entries.insert(id.clone(), Entry { current: receiver.clone(), keeper });
-        receiver
+        let wanted = Arc::new(Notify::new());
+        let keeper = Keeper {
+            source: self.source.clone(),
+            id: id.clone(),
+            current: sender,
+            wanted: wanted.clone(),
+            turnstile: self.turnstile.clone(),
+            anew: self.anew.clone(),
+        };
+        let keeper = tokio::spawn(keeper.run()).abort_handle();
+        entries.insert(id.clone(), Entry { current: receiver.clone(), keeper, wanted: wanted.clone() });
+        (receiver, wanted)
     }
 }
 
@@ -117,32 +162,63 @@ fn state(id: &SpiffeId, current: &Current) -> CertificateState {
         identity: id.clone(),
         not_before: credentials.map(|c| c.not_before),
         not_after: credentials.map(|c| c.not_after),
+        serial: credentials.map(|c| c.serial.clone()),
         error: current.error.clone(),
     }
 }
 
 /// Fetches and renews one certificate for as long as anybody may ask for it.
-async fn keep(source: Arc<dyn CertificateSource>, id: SpiffeId, current: watch::Sender<Current>) {
-    let mut backoff = BACKOFF_MIN;
-    loop {
-        let wait = match source.issue(&id).await {
-            Ok(credentials) => {
-                backoff = BACKOFF_MIN;
-                let wait = credentials.renew_in(SystemTime::now(), fastrand::f64() * 2.0 - 1.0);
-                tracing::debug!(target: "identity", identity = %id, "certificate issued");
-                current.send_replace(Current { credentials: Some(Arc::new(credentials)), error: None });
-                wait.max(BACKOFF_MIN)
+struct Keeper {
+    source: Arc<dyn CertificateSource>,
+    id: SpiffeId,
+    current: watch::Sender<Current>,
+    wanted: Arc<Notify>,
+    turnstile: Turnstile,
+    anew: watch::Receiver<u64>,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let mut backoff = BACKOFF_MIN;
+        loop {
+            let pass = self.pass().await;
+            // What changes from here on is a reason to fetch again.
+            self.anew.borrow_and_update();
+            let issued = self.source.issue(&self.id).await;
+            drop(pass);
+            let wait = match issued {
+                Ok(credentials) => {
+                    backoff = BACKOFF_MIN;
+                    let wait = credentials.renew_in(SystemTime::now(), fastrand::f64() * 2.0 - 1.0);
+                    tracing::debug!(target: "identity", identity = %self.id, serial = credentials.serial, "certificate issued");
+                    self.current.send_replace(Current { credentials: Some(Arc::new(credentials)), error: None });
+                    wait.max(BACKOFF_MIN)
+                }
+                Err(error) => {
+                    let text = chain(&error);
+                    tracing::warn!(target: "identity", identity = %self.id, error = text, retry_in = ?backoff, "no certificate");
+                    self.current.send_modify(|c| c.error = Some(text));
+                    let wait = backoff.mul_f64(0.5 + fastrand::f64() * 0.5);
+                    backoff = (backoff * 2).min(BACKOFF_MAX);
+                    wait
+                }
+            };
+            tokio::select! {
+                () = sleep_by_the_clock(wait, &self.current) => {}
+                // Without a sender there will be no change.
+                Ok(()) = self.anew.changed() => tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await,
             }
-            Err(error) => {
-                let text = chain(&error);
-                tracing::warn!(target: "identity", identity = %id, error = text, retry_in = ?backoff, "no certificate");
-                current.send_modify(|c| c.error = Some(text));
-                let wait = backoff.mul_f64(0.5 + fastrand::f64() * 0.5);
-                backoff = (backoff * 2).min(BACKOFF_MAX);
-                wait
-            }
-        };
-        sleep_by_the_clock(wait, &current).await;
+        }
+    }
+
+    /// A place to fetch: at the front as soon as somebody waits.
+    async fn pass(&self) -> Pass {
+        let priority = if self.current.borrow().credentials.is_some() { Priority::Background } else { Priority::Warmup };
+        tokio::select! {
+            biased;
+            pass = self.turnstile.pass(priority) => pass,
+            () = self.wanted.notified(), if priority == Priority::Warmup => self.turnstile.pass(Priority::RealTime).await,
+        }
     }
 }
 
@@ -162,14 +238,15 @@ async fn sleep_by_the_clock(wait: Duration, current: &watch::Sender<Current>) {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        future::Future,
-        pin::Pin,
-        sync::atomic::{AtomicUsize, Ordering},
-    };
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::{id::TrustDomain, identity::EmbeddedCa};
+    use crate::{
+        id::TrustDomain,
+        identity::{Boxed, EmbeddedCa},
+        policy::TrustDomains,
+        tls::{KeyExchange, Trust},
+    };
 
     struct Counting {
         ca: EmbeddedCa,
@@ -178,7 +255,7 @@ mod tests {
     }
 
     impl CertificateSource for Counting {
-        fn issue<'a>(&'a self, id: &'a SpiffeId) -> Pin<Box<dyn Future<Output = Result<Credentials, IssueError>> + Send + 'a>> {
+        fn issue<'a>(&'a self, id: &'a SpiffeId) -> Boxed<'a, Result<Credentials, IssueError>> {
             if self.issued.fetch_add(1, Ordering::SeqCst) >= self.fail_after {
                 return Box::pin(async { Err(IssueError::Stopped) });
             }
@@ -188,7 +265,9 @@ mod tests {
 
     fn manager(ttl: Duration, fail_after: usize) -> (Manager, Arc<Counting>, tempfile::TempDir) {
         let dir = tempfile::tempdir().expect("tempdir");
-        let ca = EmbeddedCa::open(dir.path(), TrustDomain::parse("cluster.local").expect("valid"), ttl).expect("open");
+        let domain = TrustDomain::parse("cluster.local").expect("valid");
+        let trust = Trust::new(TrustDomains { local: domain.clone(), aliases: Vec::new() }, KeyExchange::default());
+        let ca = EmbeddedCa::open(dir.path(), domain, trust, ttl).expect("open");
         let source = Arc::new(Counting { ca, issued: AtomicUsize::new(0), fail_after });
         (Manager::new(source.clone()), source, dir)
     }

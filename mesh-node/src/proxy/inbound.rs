@@ -176,7 +176,7 @@ pub async fn serve_hbone(
         Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
         Err(_) => return,
     };
-    let (stream, peer) = match accept_tls(&proxy, &pod, stream).await {
+    let (stream, peer, revoked) = match accept_tls(&proxy, &pod, stream).await {
         Ok(accepted) => accepted,
         Err(failure) => return refused_handshake(&proxy, client, failure),
     };
@@ -194,6 +194,10 @@ pub async fn serve_hbone(
             tracing::debug!(target: "proxy", %client, %error, "HBONE connection ended");
         },
         _ = pod.ended() => {}
+        () = revoked => {
+            tracing::info!(target: "proxy", %client, "the peer's certificate has been revoked; its connection is cut");
+            proxy.metrics.handshake_failure("server", "revoked_later");
+        }
     }
     proxy.metrics.hbone_connections.dec();
 }
@@ -207,14 +211,20 @@ fn refused_handshake(proxy: &Arc<Proxy>, client: SocketAddr, failure: Failure) {
     outcome.fail(failure);
 }
 
-async fn accept_tls(proxy: &Proxy, pod: &ServedPod, stream: TcpStream) -> Result<(ServerStream<TcpStream>, SpiffeId), Failure> {
+/// Shakes hands; also returns who it is, and what completes when that is revoked.
+async fn accept_tls(
+    proxy: &Proxy,
+    pod: &ServedPod,
+    stream: TcpStream,
+) -> Result<(ServerStream<TcpStream>, SpiffeId, impl Future<Output = ()>), Failure> {
     tune(&stream).map_err(Failure::Broken)?;
     let identity = proxy.config.load().workload(&pod.uid).map(|w| w.identity.clone()).ok_or(Failure::UnknownWorkload)?;
     let credentials = timeout(HANDSHAKE_TIMEOUT, proxy.identity.credentials(&identity)).await;
     let credentials = credentials.unwrap_or_else(|_| Err("it took too long".into())).map_err(Failure::Identity)?;
     let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(&credentials, stream)).await;
     let accepted = accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-    accepted.map_err(|source| Failure::Tls { kind: HandshakeFailure::of(&source), source })
+    let (stream, peer) = accepted.map_err(|source| Failure::Tls { kind: HandshakeFailure::of(&source), source })?;
+    Ok((stream, peer.identity, credentials.trust().clone().revoked(peer.chain)))
 }
 
 #[derive(Clone)]

@@ -585,10 +585,11 @@ async fn dial_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, key: PoolKey) -> Res
         other => other,
     })?;
     let handshake = timeout(CONNECT_TIMEOUT, tls::connect(&credentials, key.destination.clone(), stream)).await;
-    let stream = handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(|source| {
+    let (stream, peer) = handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(|source| {
         let kind = HandshakeFailure::of(&source);
         proxy.metrics.handshake_failure("client", kind.reason());
         Failure::Tls { kind, source }
     })?;
-    Ok(Connection::handshake(stream).await?)
+    let revoked = credentials.trust().clone().revoked(peer.chain);
+    Ok(Connection::handshake(stream, revoked).await?)
 }

@@ -3,22 +3,22 @@
 use std::{fmt, sync::Arc};
 
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore, SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
     client::{
         ResolvesClientCert,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
     },
     crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::{
-        ClientHello, ParsedCertificate, ResolvesServerCert,
+        ClientHello, ResolvesServerCert,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
     sign::CertifiedKey,
 };
 
-use crate::id::{SpiffeId, TrustDomain};
+use super::trust::{Role, Trust};
+use crate::id::SpiffeId;
 
 /// The SPIFFE IDs among a certificate's URI names; names of another form are skipped.
 pub fn uri_identities(certificate: &CertificateDer<'_>) -> Vec<SpiffeId> {
@@ -47,21 +47,41 @@ fn wrong_peer(message: String) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(WrongPeer(message)))))
 }
 
-/// Accepts a server whose chain ends in our roots and whose SPIFFE IDs include an expected one. DNS names mean nothing.
+/// Verifies the other end of a mesh connection, whichever it is. DNS names mean nothing.
 #[derive(Debug)]
-pub(super) struct ServerVerifier {
-    roots: Arc<RootCertStore>,
+pub(super) struct PeerVerifier {
+    trust: Arc<Trust>,
+    /// Whom a server must be; a client may be anybody of the mesh.
     expected: Vec<SpiffeId>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl ServerVerifier {
-    pub(super) fn new(roots: Arc<RootCertStore>, expected: Vec<SpiffeId>, provider: &CryptoProvider) -> Self {
-        Self { roots, expected, algorithms: provider.signature_verification_algorithms }
+impl PeerVerifier {
+    pub(super) fn new(trust: Arc<Trust>, expected: Vec<SpiffeId>, provider: &CryptoProvider) -> Self {
+        Self { trust, expected, algorithms: provider.signature_verification_algorithms }
+    }
+
+    fn chain(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime, role: Role) -> Result<(), Error> {
+        self.trust.verify(leaf, intermediates, now, role).map_err(certificate_error)
     }
 }
 
-impl ServerCertVerifier for ServerVerifier {
+/// A failure of verification as the TLS library names it, so that the peer is sent the right alert.
+fn certificate_error(error: webpki::Error) -> Error {
+    use webpki::Error as E;
+    Error::InvalidCertificate(match error {
+        E::CertExpired { .. } => CertificateError::Expired,
+        E::CertNotValidYet { .. } => CertificateError::NotValidYet,
+        E::CertRevoked => CertificateError::Revoked,
+        E::UnknownIssuer => CertificateError::UnknownIssuer,
+        E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding,
+        E::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,
+        E::InvalidSignatureForPublicKey => CertificateError::BadSignature,
+        other => CertificateError::Other(OtherError(Arc::new(WrongPeer(other.to_string())))),
+    })
+}
+
+impl ServerCertVerifier for PeerVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -70,10 +90,9 @@ impl ServerCertVerifier for ServerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let parsed = ParsedCertificate::try_from(end_entity)?;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, self.algorithms.all)?;
+        self.chain(end_entity, intermediates, now, Role::Server)?;
         let found = uri_identities(end_entity);
-        if found.iter().any(|id| self.expected.contains(id)) {
+        if found.iter().any(|id| self.expected.iter().any(|expected| self.trust.is_expected(id, expected))) {
             return Ok(ServerCertVerified::assertion());
         }
         Err(wrong_peer(format!("the peer is {found:?}, expected was one of {:?}", self.expected)))
@@ -102,22 +121,10 @@ impl ServerCertVerifier for ServerVerifier {
     }
 }
 
-/// Accepts a client whose chain ends in our roots and whose identity is of our trust domain.
-#[derive(Debug)]
-pub(super) struct ClientVerifier {
-    chain: Arc<dyn ClientCertVerifier>,
-    trust_domain: TrustDomain,
-}
-
-impl ClientVerifier {
-    pub(super) fn new(chain: Arc<dyn ClientCertVerifier>, trust_domain: TrustDomain) -> Self {
-        Self { chain, trust_domain }
-    }
-}
-
-impl ClientCertVerifier for ClientVerifier {
+impl ClientCertVerifier for PeerVerifier {
+    /// No hints: every client has one certificate, and the roots may change.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.chain.root_hint_subjects()
+        &[]
     }
 
     fn verify_client_cert(
@@ -126,10 +133,10 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        self.chain(end_entity, intermediates, now, Role::Client)?;
         match uri_identities(end_entity).first() {
-            Some(id) if *id.trust_domain() == self.trust_domain => Ok(verified),
-            Some(id) => Err(wrong_peer(format!("the peer {id} is not of trust domain {}", self.trust_domain))),
+            Some(id) if self.trust.is_ours(id) => Ok(ClientCertVerified::assertion()),
+            Some(id) => Err(wrong_peer(format!("the peer {id} is of another trust domain"))),
             None => Err(wrong_peer("the peer's certificate carries no SPIFFE ID".to_owned())),
         }
     }
@@ -140,7 +147,7 @@ impl ClientCertVerifier for ClientVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls12_signature(message, cert, dss)
+        verify_tls12_signature(message, cert, dss, &self.algorithms)
     }
 
     fn verify_tls13_signature(
@@ -149,11 +156,11 @@ impl ClientCertVerifier for ClientVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls13_signature(message, cert, dss)
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        self.algorithms.supported_schemes()
     }
 }
 

@@ -176,7 +176,7 @@ async fn ask_grpc(gate: &Gate, cluster: &Arc<Cluster>, authorizer: &Authorizer, 
         target: http::uri::PathAndQuery::from_static("/envoy.service.auth.v3.Authorization/Check"),
         headers,
     };
-    let message = proto::frame(&proto::question(&gate.facts, gate.client, head));
+    let message = crate::grpc::frame(&proto::question(&gate.facts, gate.client, head));
     let framing = Framing::Length(message.len() as u64);
     let mut body = Collected::default();
     let answered = Box::pin(call(gate, cluster, true).run(&question, &mut Whole::of(message), framing, &mut body)).await?;
@@ -184,7 +184,7 @@ async fn ask_grpc(gate: &Gate, cluster: &Arc<Cluster>, authorizer: &Authorizer, 
     if answered.status != StatusCode::OK || body.over || status.is_some_and(|s| s != "0") {
         return None;
     }
-    proto::apply(&proto::unframe(&body.data)?, head).map(|answer| match answer {
+    proto::apply(&crate::grpc::unframe(&body.data)?, head).map(|answer| match answer {
         proto::Outcome::Allowed { to_client } => Answer::Allowed { to_client },
         proto::Outcome::Denied(reply) => Answer::Denied(refusal(*reply, "ext_authz_denied".to_owned())),
     })

@@ -190,23 +190,6 @@ pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckR
     }
 }
 
-/// A gRPC message: not compressed, its length, itself.
-pub fn frame(message: &impl Message) -> Vec<u8> {
-    let mut out = vec![0; 5];
-    message.encode_raw(&mut out);
-    let length = u32::try_from(out.len() - 5).unwrap_or(u32::MAX);
-    out[1..5].copy_from_slice(&length.to_be_bytes());
-    out
-}
-
-/// The message of a gRPC answer.
-pub fn unframe<M: Message + Default>(data: &[u8]) -> Option<M> {
-    let (head, rest) = data.split_at_checked(5)?;
-    let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
-    let body = rest.get(..usize::try_from(length).ok()?)?;
-    if head[0] == 0 { M::decode(body).ok() } else { None }
-}
-
 /// What an answer comes to.
 pub enum Outcome {
     Allowed { to_client: HeaderMap },

@@ -1,0 +1,159 @@
+//! Whom peers are believed: roots, revocation lists and trust domains, the same for all certificates of the node and
+//! replaceable while it runs. What is verified is verified with what is trusted at that moment.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use arc_swap::ArcSwap;
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime, pem::PemObject};
+use tokio::sync::watch;
+use webpki::{
+    BorrowedCertRevocationList, CertRevocationList, EndEntityCert, ExpirationPolicy, KeyUsage, RevocationCheckDepth,
+    RevocationOptionsBuilder, UnknownStatusPolicy,
+};
+
+use super::{KeyExchange, TlsError};
+use crate::{id::SpiffeId, policy::TrustDomains};
+
+/// What peers are verified with.
+#[derive(Debug)]
+pub struct Trust {
+    domains: TrustDomains,
+    key_exchange: KeyExchange,
+    store: ArcSwap<Store>,
+    generation: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Store {
+    certificates: BTreeSet<Vec<u8>>,
+    anchors: Vec<TrustAnchor<'static>>,
+    revocations: Arc<Vec<CertRevocationList<'static>>>,
+}
+
+/// What a peer's certificate is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Client,
+    Server,
+}
+
+impl Trust {
+    /// Trusts nobody until there are roots.
+    pub fn new(domains: TrustDomains, key_exchange: KeyExchange) -> Arc<Self> {
+        Arc::new(Self { domains, key_exchange, store: ArcSwap::default(), generation: watch::Sender::new(0) })
+    }
+
+    pub fn key_exchange(&self) -> KeyExchange {
+        self.key_exchange
+    }
+
+    /// Replaces the roots. True when they are others than before.
+    pub fn set_roots<'a>(&self, roots: impl IntoIterator<Item = &'a CertificateDer<'a>>) -> Result<bool, TlsError> {
+        let certificates = roots.into_iter().map(|c| c.to_vec()).collect::<BTreeSet<_>>();
+        if self.store.load().certificates == certificates {
+            return Ok(false);
+        }
+        let anchor = |der: &Vec<u8>| {
+            let der = CertificateDer::from_slice(der);
+            webpki::anchor_from_trusted_cert(&der).map(|a| a.to_owned()).map_err(|e| TlsError::Root(e.to_string()))
+        };
+        let anchors = certificates.iter().map(anchor).collect::<Result<Vec<_>, _>>()?;
+        if anchors.is_empty() {
+            return Err(TlsError::Root("there is none".to_owned()));
+        }
+        let old = self.store.load_full();
+        let revocations = old.revocations.clone();
+        self.replace(Store { certificates, anchors, revocations });
+        Ok(true)
+    }
+
+    /// Replaces the revocation lists: PEM, several lists in each text.
+    pub fn set_revocations<'a>(&self, texts: impl IntoIterator<Item = &'a [u8]>) -> Result<(), TlsError> {
+        let mut revocations = Vec::new();
+        for text in texts {
+            for der in CertificateRevocationListDer::pem_slice_iter(text) {
+                let der = der.map_err(|e| TlsError::Revocations(e.to_string()))?;
+                let list = BorrowedCertRevocationList::from_der(&der).and_then(|list| list.to_owned());
+                revocations.push(list.map_err(|e| TlsError::Revocations(e.to_string()))?.into());
+            }
+        }
+        let old = self.store.load_full();
+        self.replace(Store { certificates: old.certificates.clone(), anchors: old.anchors.clone(), revocations: Arc::new(revocations) });
+        Ok(())
+    }
+
+    fn replace(&self, store: Store) {
+        self.store.store(Arc::new(store));
+        self.generation.send_modify(|g| *g += 1);
+    }
+
+    /// How many roots are trusted.
+    pub fn roots(&self) -> usize {
+        self.store.load().anchors.len()
+    }
+
+    /// Verifies a chain, the peer's own certificate first.
+    pub(super) fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        role: Role,
+    ) -> Result<(), webpki::Error> {
+        let store = self.store.load();
+        let usage = match role {
+            Role::Client => KeyUsage::client_auth(),
+            Role::Server => KeyUsage::server_auth(),
+        };
+        let algorithms = super::provider(self.key_exchange).signature_verification_algorithms.all;
+        let parsed = EndEntityCert::try_from(leaf)?;
+        let verify =
+            |revocation| parsed.verify_for_usage(algorithms, &store.anchors, intermediates, now, usage, revocation, None).map(drop);
+        verify(None)?;
+        // One list at a time: of one that does not fit (another authority of the same name signed it, as during a rotation),
+        // nothing follows. A certificate no list speaks of is as good as before there were lists.
+        for list in store.revocations.iter() {
+            let lists = [list];
+            let Ok(options) = RevocationOptionsBuilder::new(&lists) else { continue };
+            let options = options
+                .with_depth(RevocationCheckDepth::Chain)
+                .with_status_policy(UnknownStatusPolicy::Allow)
+                .with_expiration_policy(ExpirationPolicy::Ignore);
+            if let Err(revoked @ webpki::Error::CertRevoked) = verify(Some(options.build())) {
+                return Err(revoked);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an identity is of this mesh: of its trust domain or an alias of it.
+    pub fn is_ours(&self, id: &SpiffeId) -> bool {
+        *id.trust_domain() == self.domains.local || self.domains.aliases.contains(id.trust_domain())
+    }
+
+    /// Whether a peer's identity is the one expected: the same account, in any name of the trust domain.
+    pub(super) fn is_expected(&self, found: &SpiffeId, expected: &SpiffeId) -> bool {
+        found == expected
+            || self.is_ours(found)
+                && self.is_ours(expected)
+                && found.namespace() == expected.namespace()
+                && found.service_account() == expected.service_account()
+    }
+
+    /// Completes when a chain that was good is revoked.
+    pub async fn revoked(self: Arc<Self>, chain: Vec<CertificateDer<'static>>) {
+        let mut generation = self.generation.subscribe();
+        let Some((leaf, rest)) = chain.split_first() else { return std::future::pending().await };
+        loop {
+            generation.borrow_and_update();
+            // Either usage: mesh certificates have both, and time does not end a connection.
+            let revoked = [Role::Client, Role::Server].map(|role| self.verify(leaf, rest, UnixTime::now(), role));
+            if revoked.iter().any(|r| matches!(r, Err(webpki::Error::CertRevoked))) {
+                return;
+            }
+            if generation.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+}
