@@ -94,6 +94,11 @@ impl Bed {
         self.network.node(index)
     }
 
+    /// A node's own address.
+    pub fn node_address(&self, index: usize) -> std::net::Ipv4Addr {
+        net::node_address(index).0
+    }
+
     /// Network namespace between the nodes: whoever listens here sees what crosses.
     pub fn fabric_netns(&self) -> PathBuf {
         self.network.fabric()

@@ -119,7 +119,9 @@ impl Trust {
                 .with_depth(RevocationCheckDepth::Chain)
                 .with_status_policy(UnknownStatusPolicy::Allow)
                 .with_expiration_policy(ExpirationPolicy::Ignore);
-            if let Err(revoked @ webpki::Error::CertRevoked) = verify(Some(options.build())) {
+            let options = Some(options.build());
+            let verified = parsed.verify_for_usage(algorithms, &store.anchors, intermediates, now, usage, options, None);
+            if let Err(revoked @ webpki::Error::CertRevoked) = verified {
                 return Err(revoked);
             }
         }
