@@ -34,6 +34,8 @@ const REFRESH: Duration = Duration::from_mins(5);
 const AGAIN: Duration = Duration::from_secs(10);
 /// How soon after a failure when there is no set at all and a request waits for one.
 const URGENT: Duration = Duration::from_secs(1);
+/// How long a set is kept that no policy of this node's own pods names and a request once asked for.
+const FORGET: Duration = Duration::from_mins(15);
 /// How often the age of sets is looked at.
 const LOOK: Duration = Duration::from_secs(5);
 /// Largest document read, bytes.
@@ -57,6 +59,8 @@ enum FetchError {
     Body(String),
     #[error("{0} is not a URL that can be fetched")]
     Url(String),
+    #[error("{0} is an address of the node itself, which keys are not fetched from")]
+    Forbidden(std::net::IpAddr),
     #[error("the answer {0}")]
     Keys(#[from] KeysError),
 }
@@ -69,11 +73,18 @@ pub struct Jwks {
     sets: Arc<Mutex<HashMap<RemoteKeys, Arc<Set>>>>,
 }
 
-#[derive(Default)]
 struct Set {
     keys: ArcSwapOption<Keys>,
+    /// When a request last asked for it.
+    used: Mutex<Option<Instant>>,
     /// Held by whoever fetches; what became of the last time.
     last: tokio::sync::Mutex<Option<Last>>,
+}
+
+impl Default for Set {
+    fn default() -> Self {
+        Self { keys: ArcSwapOption::empty(), used: Mutex::default(), last: tokio::sync::Mutex::default() }
+    }
 }
 
 struct Last {
@@ -98,6 +109,7 @@ impl Jwks {
         if let Some(keys) = set.keys.load_full() {
             return Some(keys);
         }
+        *set.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         self.fetch(remote, &set, URGENT).await;
         set.keys.load_full()
     }
@@ -116,7 +128,8 @@ impl Jwks {
             let wanted = config.load().remote_keys.clone();
             {
                 let mut sets = self.lock();
-                sets.retain(|remote, _| wanted.contains(remote));
+                let recently = |set: &Set| set.used.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|u| u.elapsed() < FORGET);
+                sets.retain(|remote, set| wanted.contains(remote) || recently(set));
                 for remote in &wanted {
                     sets.entry(remote.clone()).or_default();
                 }
@@ -125,7 +138,10 @@ impl Jwks {
                 let (this, set) = (self.clone(), self.set(&remote));
                 tokio::spawn(async move {
                     let again = if set.keys.load().is_some() { REFRESH } else { AGAIN };
-                    this.fetch(&remote, &set, again).await;
+                    // Somebody is at it: nothing to wait for.
+                    if set.last.try_lock().is_ok() {
+                        this.fetch(&remote, &set, again).await;
+                    }
                 });
             }
             tokio::select! {
@@ -175,6 +191,7 @@ async fn fetch(config: &Configuration, remote: &RemoteKeys) -> Result<Keys, Fetc
     let mut document = get(config, &remote.uri).await?;
     if remote.discovery {
         let provider: Provider = serde_json::from_str(&document).map_err(|e| FetchError::Body(e.to_string()))?;
+        refuse_downgrade(&remote.uri, &provider.jwks_uri)?;
         document = get(config, &provider.jwks_uri).await?;
     }
     Ok(Keys::parse(&document)?)
@@ -190,11 +207,9 @@ async fn get(config: &Configuration, url: &str) -> Result<String, FetchError> {
             let location = response.headers().get(header::LOCATION).and_then(|l| l.to_str().ok());
             let location = location.ok_or(FetchError::Status(response.status()))?;
             let origin = || format!("{}://{}", uri.scheme_str().unwrap_or("http"), uri.authority().map_or("", |a| a.as_str()));
-            let downgraded = uri.scheme_str() == Some("https") && location.starts_with("http:");
-            if downgraded {
-                return Err(FetchError::Url(location.to_owned()));
-            }
-            url = if location.starts_with('/') { origin() + location } else { location.to_owned() };
+            let next = if location.starts_with('/') { origin() + location } else { location.to_owned() };
+            refuse_downgrade(&url, &next)?;
+            url = next;
             continue;
         }
         if response.status() != StatusCode::OK {
@@ -204,6 +219,21 @@ async fn get(config: &Configuration, url: &str) -> Result<String, FetchError> {
         return String::from_utf8(body.to_bytes().to_vec()).map_err(|e| FetchError::Body(e.to_string()));
     }
     Err(FetchError::Url(url))
+}
+
+/// What began protected does not go on unprotected.
+fn refuse_downgrade(from: &str, to: &str) -> Result<(), FetchError> {
+    let is_secure = |url: &str| url.parse::<Uri>().is_ok_and(|u| u.scheme_str() == Some("https"));
+    if is_secure(from) && !is_secure(to) { Err(FetchError::Url(to.to_owned())) } else { Ok(()) }
+}
+
+/// Whether an address is the node's own, or one that means something to the machine it is on: policies are written by tenants,
+/// and must not make the node ask itself or the cloud's metadata service.
+fn is_forbidden(ip: std::net::IpAddr) -> bool {
+    match ip.to_canonical() {
+        std::net::IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local() || v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast(),
+        std::net::IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast(),
+    }
 }
 
 async fn request(config: &Configuration, uri: &Uri) -> Result<http::Response<hyper::body::Incoming>, FetchError> {
@@ -245,9 +275,11 @@ async fn connect(config: &Configuration, host: &str, port: u16) -> Result<TcpStr
         Some(address) => vec![address],
         None => {
             let found = tokio::net::lookup_host((host, port)).await.map_err(|e| FetchError::Resolve(host.to_owned(), e))?;
-            found.collect()
+            found.collect::<Vec<_>>()
         }
     };
+    let addresses = addresses.iter().map(|a| if is_forbidden(a.ip()) { Err(FetchError::Forbidden(a.ip())) } else { Ok(*a) });
+    let addresses = addresses.collect::<Result<Vec<_>, _>>()?;
     let failed = |e| FetchError::Connect(host.to_owned(), e);
     TcpStream::connect(&*addresses).await.map_err(failed)
 }

@@ -28,7 +28,7 @@ use matching::{Seen, Truth, View};
 use crate::{
     id::SpiffeId,
     resource::{paths::PathPattern, request_authentication::JwtRule},
-    route::request::{RequestHead, ambiguous_reading},
+    route::request::{RequestHead, other_readings},
 };
 
 /// What is known of a connection that wants in. All of it is verified: the identity by TLS or by the kernel.
@@ -68,33 +68,30 @@ pub struct Request<'a> {
     pub head: &'a RequestHead,
     /// From a token that was verified.
     pub claims: Option<&'a Verified>,
-    /// The end user's address.
-    pub remote: IpAddr,
-    /// How an application may read the path, if not as it is written.
-    reading: Option<String>,
+    /// The end user's address, if whoever has to tell it does.
+    pub remote: Option<IpAddr>,
+    /// How an application may read the path, beside as it is written. Istio compares the path as written; an application
+    /// that merges slashes, decodes `%2f` or drops `;parameters` sees another one, and a policy that only knew the first could
+    /// be walked around.
+    readings: Vec<String>,
 }
 
 impl<'a> Request<'a> {
-    pub fn new(head: &'a RequestHead, claims: Option<&'a Verified>, remote: IpAddr) -> Self {
-        Self { head, claims, remote, reading: ambiguous_reading(head.path()) }
+    pub fn new(head: &'a RequestHead, claims: Option<&'a Verified>, remote: Option<IpAddr>) -> Self {
+        Self { head, claims, remote, readings: other_readings(head.path()) }
     }
 
-    /// The path as a pattern sees it.
+    /// The path as a pattern sees it. Patterns that are written for paths as they are sent see those.
     fn path(&self, pattern: &PathPattern, reading: Reading) -> &str {
-        match (reading, &self.reading) {
-            (Reading::Lenient, Some(other)) if !pattern.is_literal() => other,
+        match reading.and_then(|n| self.readings.get(n)) {
+            Some(other) if !pattern.is_literal() => other,
             _ => self.head.path(),
         }
     }
 }
 
-/// Which reading of a path. Istio compares the path as written; an application that merges slashes, decodes `%2f` or drops
-/// `;parameters` sees another one, and a policy that only knew the first could be walked around.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reading {
-    Written,
-    Lenient,
-}
+/// Which of the other readings of a path; none is as it is written.
+type Reading = Option<usize>;
 
 /// Proof that a connection was authorized; dialling the application takes one.
 #[derive(Debug)]
@@ -189,6 +186,11 @@ impl WorkloadPolicy {
         self.at(facts.destination.port()).opaque(facts)
     }
 
+    /// Whether a connection nobody looks into may go on. What is only observed ends none.
+    pub fn unseen(&self, facts: &Facts) -> bool {
+        self.plaintext(facts).is_ok() && self.at(facts.destination.port()).unseen(facts)
+    }
+
     /// Judges one request.
     pub fn request(&self, facts: &Facts, request: &Request<'_>) -> Result<(), Denial> {
         self.plaintext(facts)?;
@@ -216,13 +218,24 @@ impl Governing {
         if allowed == Truth::No {
             return Err(Denial::NotAllowed);
         }
-        let asks = denied.0 == Truth::Maybe
-            || allowed == Truth::Maybe
-            || !self.authentication.is_empty()
-            || all.custom.values().any(|rules| rules.find(&view).0 != Truth::No)
+        let asks = denied.0 == Truth::Maybe || allowed == Truth::Maybe || self.asks(&view)
             || [&all.audit, &all.shadow_deny].iter().any(|rules| rules.find(&view).0 == Truth::Maybe)
             || all.shadow_allow.as_ref().is_some_and(|rules| rules.find(&view).0 == Truth::Maybe);
         Ok(if asks { Verdict::PerRequest(Permit(())) } else { Verdict::Allowed(Permit(())) })
+    }
+
+    /// Whether somebody or something has to be asked about each request.
+    fn asks(&self, view: &View<'_>) -> bool {
+        let custom = || self.authorization.custom.values().any(|rules| rules.find(view).0 != Truth::No);
+        !self.authentication.is_empty() || custom()
+    }
+
+    /// Whether a connection nobody looks into may go on.
+    fn unseen(&self, facts: &Facts) -> bool {
+        let view = View { facts, seen: Seen::Later };
+        let all = &self.authorization;
+        let allowed = all.allow.as_ref().is_none_or(|allow| allow.find(&view).0 == Truth::Yes);
+        facts.node || all.deny.find(&view).0 == Truth::No && allowed && !self.asks(&view)
     }
 
     fn opaque(&self, facts: &Facts) -> Result<Permit, Denial> {

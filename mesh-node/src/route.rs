@@ -11,7 +11,11 @@ pub mod rule;
 pub mod table;
 pub mod traffic;
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 pub use cluster::{Cluster, ClusterId, Endpoint, Load, LoadGuard};
 pub use table::PortRoutes;
@@ -40,6 +44,8 @@ pub struct Workload {
     pub policy: WorkloadPolicy,
     /// What its ports carry, as far as services declare it.
     pub protocols: BTreeMap<u16, Protocol>,
+    /// Ports its probes and hooks name.
+    pub probes: BTreeSet<u16>,
 }
 
 impl Workload {

@@ -191,7 +191,7 @@ fn policies_change_without_a_window() {
     }
 }
 
-/// Serves a key set over TLS as `example.com` on the loopback of a node; returns the file with its authority.
+/// What it takes to serve a key set over TLS as `example.com`: the file with its authority, and the answer.
 fn example_com(bed_directory: &std::path::Path, jwks: &str) -> (std::path::PathBuf, Arc<rustls::ServerConfig>, Vec<u8>) {
     let mut authority = rcgen::CertificateParams::default();
     authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -239,13 +239,13 @@ fn seed_manifests_do_what_their_comments_say_on_bookinfo() {
     let (authority, tls, answer) = example_com(directory.path(), &issuer.jwks());
     let options = NodeOptions {
         environment: vec![("SSL_CERT_FILE".into(), authority.display().to_string())],
-        loopback_names: vec!["example.com".into()],
+        own_names: vec!["example.com".into()],
         ..NodeOptions::default()
     };
     let mut bed = Bed::ambient(&options).expect("bed");
-    for node in bed.nodes() {
-        let netns = Netns::open(&node.netns).expect("a namespace");
-        let listener = netns.enter(|| TcpListener::bind("127.0.0.1:443")).expect("entered").expect("bound");
+    for (index, node) in bed.nodes().iter().enumerate() {
+        let (netns, address) = (Netns::open(&node.netns).expect("a namespace"), bed.node_address(index));
+        let listener = netns.enter(|| TcpListener::bind((address, 443))).expect("entered").expect("bound");
         serve_tls(listener, tls.clone(), answer.clone());
     }
     let text = std::fs::read_to_string(format!("{SEED}/01-bookinfo.yaml")).expect("bookinfo");
@@ -450,6 +450,9 @@ fn probes_of_the_nodes_own_kubelet_get_through() {
         for _ in 0..3 {
             assert_eq!(ask(0, "system.slice/kubelet.service", &to), "200", "{to}");
         }
+        // Only where the pod says that it is probed.
+        let other = to.replace("8080", "8081");
+        assert_eq!(ask(0, "system.slice/kubelet.service", &other), "reset", "{other}");
         // A pod in the node's network is a pod, and another node is not this one.
         assert_eq!(ask(0, &format!("kubepods/burstable/pod{uid}/c0"), &to), "403", "{to}");
         assert_eq!(ask(1, "system.slice/kubelet.service", &to), "403", "{to}");

@@ -171,8 +171,13 @@ impl<'a> Builder<'a> {
             .map_err(|e| format!("spec.serviceAccountName: {e}"))?;
         let ips = if pod.host_network { &[][..] } else { &pod.ips };
         let attached = ips.iter().filter_map(|ip| attachments.get(ip)).flatten().cloned().collect::<Vec<_>>();
+        let policy = policies.of(name, &pod.labels, &self.mesh.root_namespace, &attached);
+        if pod.node == self.mesh.node {
+            policies.is_local(&policy);
+        }
         Ok(Workload {
-            protocols: policies::protocols(&attached),
+            protocols: policies::protocols(&attached, &name.namespace),
+            probes: pod.probes.clone(),
             uid: pod.uid.clone(),
             name: name.clone(),
             workload_name: pod.workload_name.clone(),
@@ -182,7 +187,7 @@ impl<'a> Builder<'a> {
             locality: self.locality(&pod.node, None),
             ips: pod.ips.clone(),
             enrolled: !pod.host_network && self.mesh.enrolment.enrols(namespace, &pod.labels),
-            policy: policies.of(name, &pod.labels, &self.mesh.root_namespace, &attached),
+            policy,
         })
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Semantics are what Istio makes of the resource in Envoy: every rule is satisfied by its valid token or by there being
 //! none; of several rules one valid token is enough, and without one none may be invalid. Which failure is told is Envoy's
-//! choice: the last that is more than a missing token or an unknown issuer.
+//! choice: the first that is more than a missing token or an unknown issuer.
 
 use std::{sync::Arc, time::SystemTime};
 

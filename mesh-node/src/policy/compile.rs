@@ -89,6 +89,8 @@ pub struct Authorization {
     pub shadow_allow: Option<RuleSet>,
     /// Names of all of them.
     pub policies: Vec<Arc<str>>,
+    /// Some rule asks for the server name of the application's own TLS.
+    pub asks_sni: bool,
 }
 
 impl Authorization {
@@ -96,8 +98,9 @@ impl Authorization {
         let mut custom: BTreeMap<Arc<str>, Vec<CompiledRule>> = BTreeMap::new();
         let (mut audit, mut deny, mut shadow_deny) = (Vec::new(), Vec::new(), Vec::new());
         let (mut allow, mut shadow_allow): (Option<Vec<_>>, Option<Vec<_>>) = (None, None);
-        let mut names = Vec::new();
+        let (mut names, mut asks_sni) = (Vec::new(), false);
         for policy in policies {
+            asks_sni |= policy.rules.iter().flat_map(|r| &r.clauses).flatten().flatten().any(|t| matches!(t, Test::Sni(_)));
             names.push(policy.name.clone());
             let list = match (policy.action, policy.dry_run) {
                 (Action::Custom, _) => custom.entry(policy.provider.clone().unwrap_or_default()).or_default(),
@@ -118,6 +121,7 @@ impl Authorization {
             shadow_deny: RuleSet::new(shadow_deny),
             shadow_allow: shadow_allow.map(RuleSet::new),
             policies: names,
+            asks_sni,
         }
     }
 }
@@ -172,6 +176,8 @@ fn condition_test(condition: &Condition, namespace: &str, domains: &TrustDomains
         Condition::DestinationPort(v) => Test::DestinationPort(v.clone()),
         Condition::Sni(v) => Test::Sni(v.clone()),
         Condition::Header(name, v) => Test::Header(name.clone(), v.clone()),
+        Condition::Host(v) => Test::Host(v.clone()),
+        Condition::Method(v) => Test::Method(v.clone()),
         Condition::RequestPrincipal(v) => Test::RequestPrincipal(v.clone()),
         Condition::Audience(v) => Test::Audience(v.clone()),
         Condition::Presenter(v) => Test::Presenter(v.clone()),

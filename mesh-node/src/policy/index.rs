@@ -162,7 +162,7 @@ impl Search<'_> {
         if set.by_request.is_empty() {
             return;
         }
-        for path in [Some(request.head.path()), request.reading.as_deref()].into_iter().flatten() {
+        for path in [request.head.path()].into_iter().chain(request.readings.iter().map(String::as_str)) {
             self.under::<str, _>(&set.paths, path);
             for length in set.prefix_lengths.iter().take_while(|l| **l <= path.len()) {
                 if let Some(prefix) = path.get(..*length) {

@@ -97,7 +97,8 @@ impl Test {
         }
     }
 
-    fn truth(&self, view: &View<'_>, reading: Reading) -> Truth {
+    /// `unknown`: what is made of something that should have been told and was not.
+    fn truth(&self, view: &View<'_>, reading: Reading, unknown: Truth) -> Truth {
         if self.needs_request() {
             return match view.seen {
                 Seen::Later => Truth::Maybe,
@@ -121,7 +122,8 @@ impl Test {
             Self::SourceIp(values) => holds(values, |net| contains(net, facts.source)),
             Self::RemoteIp(values) => match view.seen {
                 Seen::Later if facts.proxy => return Truth::Maybe,
-                Seen::Now(request) => holds(values, |net| contains(net, request.remote)),
+                Seen::Now(Request { remote: None, .. }) => return unknown,
+                Seen::Now(Request { remote: Some(ip), .. }) => holds(values, |net| contains(net, *ip)),
                 Seen::Later | Seen::Never => holds(values, |net| contains(net, facts.source)),
             },
             Self::DestinationIp(values) => holds(values, |net| contains(net, facts.destination.ip())),
@@ -211,25 +213,28 @@ pub struct CompiledRule {
 impl CompiledRule {
     pub(super) fn truth(&self, view: &View<'_>) -> Truth {
         let allow = self.action == Action::Allow;
+        let written = self.read(view, None);
         match view.seen {
             // Istio's rule for TCP: a rule that allows needs everything it asks for.
             Seen::Never if allow && self.needs_request => Truth::No,
-            Seen::Now(Request { reading: Some(_), .. }) => {
-                let (written, lenient) = (self.read(view, Reading::Written), self.read(view, Reading::Lenient));
-                if allow { written.min(lenient) } else { written.max(lenient) }
-            }
-            _ => self.read(view, Reading::Written),
+            // However the path is read, a rule that allows has to allow it, and one reading is enough for one that denies.
+            Seen::Now(request) => (0..request.readings.len()).fold(written, |so_far, n| {
+                let other = self.read(view, Some(n));
+                if allow { so_far.min(other) } else { so_far.max(other) }
+            }),
+            _ => written,
         }
     }
 
     fn read(&self, view: &View<'_>, reading: Reading) -> Truth {
+        let unknown = if self.action == Action::Allow { Truth::No } else { Truth::Yes };
         let mut whole = Truth::Yes;
         for clause in &self.clauses {
             let mut any = Truth::No;
             for tests in clause {
                 let mut all = Truth::Yes;
                 for test in tests {
-                    all = all.min(test.truth(view, reading));
+                    all = all.min(test.truth(view, reading, unknown));
                     if all == Truth::No {
                         break;
                     }

@@ -74,7 +74,7 @@ fn claims(payload: &Value) -> Verified {
 }
 
 fn allowed(policy: &WorkloadPolicy, facts: &Facts, head: &RequestHead, claims: Option<&Verified>) -> bool {
-    policy.request(facts, &Request::new(head, claims, facts.source)).is_ok()
+    policy.request(facts, &Request::new(head, claims, Some(facts.source))).is_ok()
 }
 
 /// From an app in namespace `web` as account `front`, IPv4, to port 8080.
@@ -352,6 +352,10 @@ fn paths_that_can_be_read_in_two_ways_never_get_more() {
     }
     let fine = head("GET", "h", "/public/a%20b;v=1", &[]);
     assert!(allowed(&allow, &web(), &fine, None) && allowed(&deny, &web(), &fine, None) && allowed(&but, &web(), &fine, None));
+    let slashes = policy(&[json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/admin/*"]}}]}]})]);
+    assert!(!allowed(&slashes, &web(), &head("GET", "h", "//admin/..;/x", &[]), None));
+    let public = head("GET", "h", "/public/..%2fadmin/..;/..;/public/x", &[]);
+    assert!(!allowed(&allow, &web(), &public, None));
     let literal = policy(&[json!({"rules": [{"to": [{"operation": {"paths": ["/@scope%2fname"]}}]}]})]);
     assert!(allowed(&literal, &web(), &head("GET", "h", "/@scope%2fname", &[]), None));
 }
@@ -377,7 +381,7 @@ fn dry_run_policies_are_told_and_not_enforced() {
         (&allow, "/y", Some(("none", false))),
     ] {
         let head = head("GET", "h", path, &[]);
-        let request = Request::new(&head, None, facts.source);
+        let request = Request::new(&head, None, Some(facts.source));
         assert!(governing.request(&facts, &request).is_ok());
         let shadow = governing.observed(&facts, Some(&request)).shadow;
         assert_eq!(shadow.as_ref().map(|s| (&*s.policy, s.allowed)), expected, "{path}");
@@ -537,4 +541,22 @@ mod against_a_naive_evaluator {
             }
         }
     }
+}
+
+#[test]
+fn an_address_that_should_have_been_told_lets_nothing_through() {
+    let remote = |action: &str| policy(&[json!({"action": action, "rules": [{"from": [{"source": {"remoteIpBlocks": ["10.0.0.0/8"]}}]}]})]);
+    let head = head("GET", "h", "/", &[]);
+    let unknown = Request::new(&head, None, None);
+    assert!(remote("ALLOW").request(&web(), &unknown).is_err() && remote("DENY").request(&web(), &unknown).is_err());
+}
+
+#[test]
+fn only_what_is_enforced_ends_a_connection_nobody_looks_into() {
+    let asks = json!([{"to": [{"operation": {"methods": ["POST"]}}]}]);
+    let observed = policy(&[json!({"action": "AUDIT", "rules": asks})]);
+    assert!(matches!(observed.connection(&web()), Ok(Verdict::PerRequest(_))) && observed.unseen(&web()));
+    assert!(!policy(&[json!({"action": "DENY", "rules": asks})]).unseen(&web()));
+    assert!(!policy(&[json!({"rules": asks})]).unseen(&web()));
+    assert!(policy(&[json!({"rules": [{}]})]).unseen(&web()));
 }

@@ -73,11 +73,11 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, outcome: &m
         Verdict::PerRequest(permit) => (permit, true),
     };
     if !per_request {
-        registration.carries(Carries::Unknown, None);
+        registration.note().carries(Carries::Unknown, None);
         // A change of policy after the verdict and before this may have gone unseen.
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
-        if !matches!(workload.policy.connection(&facts)?, Verdict::Allowed(_)) {
+        if !workload.policy.unseen(&facts) {
             return Err(Failure::Cut(Cut::PolicyChanged));
         }
     }
@@ -130,7 +130,7 @@ async fn plaintext(
     outcome: &mut Outcome,
 ) -> Result<(), Failure> {
     let mut facts = Facts::new(None, client.ip(), destination);
-    facts.node = pod.is_from_node(client, destination);
+    facts.node = is_probe(proxy, pod, client, destination);
     let admitted = match admit(proxy, pod, facts.clone(), outcome).await {
         Ok(admitted) => admitted,
         Err(failure) => {
@@ -147,10 +147,18 @@ async fn plaintext(
     outcome.opened();
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
-        return Inspection { proxy, pod, admitted, client, traffic }.run(Transport::Tcp(downstream)).await;
+        return Inspection { proxy, pod, admitted, client, traffic }.run(Transport::Tcp(downstream), std::future::pending()).await;
     }
     let mut registration = admitted.registration;
     Ok(relay(downstream, admitted.application, &traffic, cut(&mut registration, pod)).await?)
+}
+
+/// Whether a connection is a probe or hook of the pod: from the node itself, to a port the pod names for that. The kubelet can
+/// be made to dial anything by whoever writes a probe; only what a pod says of itself counts.
+fn is_probe(proxy: &Proxy, pod: &ServedPod, client: SocketAddr, destination: SocketAddr) -> bool {
+    let snapshot = proxy.config.load();
+    let named = snapshot.workload(&pod.uid).is_some_and(|w| w.probes.contains(&destination.port()));
+    named && pod.is_from_node(client, destination)
 }
 
 /// Completes when policy or the end of the pod wants the connection ended.
@@ -263,7 +271,7 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     if admitted.per_request {
         let HboneConnection { proxy, pod, client, .. } = &connection;
         let inspection = Inspection { proxy, pod, admitted, client: *client, traffic };
-        if let Err(failure) = inspection.run(Transport::Tunnel(Box::new(tunnel))).await {
+        if let Err(failure) = inspection.run(Transport::Tunnel(Box::new(tunnel)), std::future::pending()).await {
             outcome.fail(failure);
         }
         return;

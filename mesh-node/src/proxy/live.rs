@@ -15,8 +15,10 @@ use tokio::sync::watch;
 
 use crate::{
     config::Snapshot,
+    detect::Protocol,
     id::WorkloadUid,
-    policy::{Facts, Sni, Verdict, WorkloadPolicy},
+    policy::{Facts, Sni},
+    route::Workload,
 };
 
 /// Why a connection is ended from outside.
@@ -76,11 +78,13 @@ pub enum Carries {
 }
 
 impl Entry {
-    fn is_denied(&self, policy: &WorkloadPolicy) -> bool {
+    fn is_denied(&self, workload: &Workload) -> bool {
+        let policy = &workload.policy;
+        let opaque = matches!(workload.protocol(self.facts.destination.port()), Protocol::Tcp | Protocol::Tls);
         match self.carries {
-            Carries::Unknown => !matches!(policy.connection(&self.facts), Ok(Verdict::Allowed(_))),
+            Carries::Unknown if !opaque => !policy.unseen(&self.facts),
             Carries::Undecided | Carries::Requests => policy.connection(&self.facts).is_err(),
-            Carries::Opaque => policy.opaque(&self.facts).is_err(),
+            Carries::Unknown | Carries::Opaque => policy.opaque(&self.facts).is_err(),
         }
     }
 }
@@ -106,7 +110,7 @@ impl Live {
         let entries = self.lock();
         let denied = entries.values().filter(|e| {
             // A workload that is gone from the configuration is the pod watcher's business: its end is not a policy change.
-            snapshot.workload(&e.workload).is_some_and(|w| e.is_denied(&w.policy))
+            snapshot.workload(&e.workload).is_some_and(|w| e.is_denied(w))
         });
         denied.filter(|e| e.cut.send_replace(Some(Cut::PolicyChanged)).is_none()).count()
     }
@@ -121,7 +125,14 @@ impl Live {
     }
 }
 
-impl Registration {
+/// Says what a registered connection carries, while somebody waits for its end.
+#[derive(Debug)]
+pub struct Note {
+    id: u64,
+    live: Live,
+}
+
+impl Note {
     /// Takes in what the connection carries. To be called before that is judged: a change of policy is then seen by one or
     /// the other.
     pub fn carries(&self, carries: Carries, sni: Option<&Sni>) {
@@ -131,6 +142,13 @@ impl Registration {
                 entry.facts.sni = sni.clone();
             }
         }
+    }
+
+}
+
+impl Registration {
+    pub fn note(&self) -> Note {
+        Note { id: self.id, live: self.live.clone() }
     }
 
     /// Completes when the connection is to end.

@@ -253,12 +253,21 @@ async fn relay_local(
     outcome.opened();
     if admitted.per_request {
         let inspection = Inspection { proxy, pod: &destination, admitted, client, traffic: traffic.clone() };
-        let inspected = tokio::select! {
-            biased;
-            reason = pod.ended() => Err(Broken::Cut(reason)),
-            reason = cut => Err(Broken::Cut(reason)),
-            inspected = inspection.run(Transport::Prefixed(downstream)) => {
-                inspected.unwrap_or_else(|failure| outcome.fail(failure));
+        let ended = async {
+            tokio::select! {
+                biased;
+                reason = pod.ended() => reason,
+                reason = cut => reason,
+            }
+        };
+        let inspected = inspection.run(Transport::Prefixed(downstream), ended).await;
+        let inspected = match inspected {
+            Err(Failure::Cut(reason)) => {
+                outcome.fail(Failure::Cut(reason));
+                Err(Broken::Cut(reason))
+            }
+            other => {
+                other.unwrap_or_else(|failure| outcome.fail(failure));
                 Ok(())
             }
         };

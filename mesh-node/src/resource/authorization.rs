@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{
     envelope::FieldError,
-    fields::header_name,
+    fields::end_to_end_header,
     paths::PathPattern,
     selector::WorkloadSelector,
     strings::StringMatch,
@@ -137,6 +137,9 @@ pub enum Condition {
     /// The server name of the application's own TLS.
     Sni(Values<StringMatch>),
     Header(HeaderName, Values<StringMatch>),
+    /// In lower case.
+    Host(Values<StringMatch>),
+    Method(Values<StringMatch>),
     RequestPrincipal(Values<RequestPrincipal>),
     Audience(Values<StringMatch>),
     /// The token's `azp`.
@@ -331,8 +334,15 @@ fn condition(spec: WhenSpec, at: &str) -> Result<Condition, FieldError> {
         "request.auth.audiences" => Condition::Audience(values(yes, no, &field, pattern)?),
         "request.auth.presenter" => Condition::Presenter(values(yes, no, &field, pattern)?),
         key => match bracketed(key) {
+            // Envoy's names of what HTTP/2 has in its first fields; the host is one of them.
+            Some(("request.headers", path)) if [":authority", "host", "Host"].contains(&&*path[0]) && path.len() == 1 => {
+                Condition::Host(values(yes, no, &field, |text| pattern(&text.to_ascii_lowercase()))?)
+            }
+            Some(("request.headers", path)) if path.len() == 1 && &*path[0] == ":method" => {
+                Condition::Method(values(yes, no, &field, pattern)?)
+            }
             Some(("request.headers", path)) if path.len() == 1 => {
-                Condition::Header(header_name(&path[0], &format!("{at}.key"))?, values(yes, no, &field, pattern)?)
+                Condition::Header(end_to_end_header(&path[0], &format!("{at}.key"))?, values(yes, no, &field, pattern)?)
             }
             Some(("request.auth.claims", path)) => Condition::Claim(path, values(yes, no, &field, pattern)?),
             _ => {

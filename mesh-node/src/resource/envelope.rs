@@ -145,7 +145,7 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
         Kind::EndpointSlice => Object::EndpointSlice(EndpointSlice::read(typed(document, key)?, &metadata).map_err(fail)?),
         Kind::PeerAuthentication => Object::PeerAuthentication(PeerAuthentication::read(spec_of(spec, key)?).map_err(fail)?),
         Kind::AuthorizationPolicy => {
-            let dry_run = metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")).is_some_and(|v| v == "true");
+            let dry_run = dry_run(&metadata).map_err(fail)?;
             Object::AuthorizationPolicy(AuthorizationPolicy::read(spec_of(spec, key)?, dry_run).map_err(fail)?)
         }
         Kind::RequestAuthentication => Object::RequestAuthentication(RequestAuthentication::read(spec_of(spec, key)?).map_err(fail)?),
@@ -157,6 +157,17 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
         Kind::ReferenceGrant => Object::ReferenceGrant(ReferenceGrant::read(spec_of(spec, key)?)),
     };
     Ok(Named { key: key.clone(), created, object })
+}
+
+/// The annotation that makes a policy one that is only told; the spellings of a truth value are Go's, as Istio reads it.
+fn dry_run(metadata: &Metadata) -> Result<bool, FieldError> {
+    match metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")) {
+        None | Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(false),
+        Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
+        Some(other) => {
+            Err(FieldError::new("metadata.annotations[istio.io/dry-run]", format!("{other:?} is neither \"true\" nor \"false\"")))
+        }
+    }
 }
 
 /// A policy's `spec`; absent and null mean empty.

@@ -61,6 +61,27 @@ pub fn header_name(text: &str, at: &str) -> Result<HeaderName, FieldError> {
     HeaderName::from_bytes(text.as_bytes()).map_err(|_| FieldError::new(at, format!("{text:?} is not a header name")))
 }
 
+/// Headers that are between two neighbours, or say where a message ends: they are not what a policy or a route can rely on or
+/// change.
+const HOP_BY_HOP: [&str; 9] =
+    ["connection", "content-length", "expect", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
+
+/// The name of a header that goes from end to end.
+pub fn end_to_end_header(text: &str, at: &str) -> Result<HeaderName, FieldError> {
+    let name = header_name(text, at)?;
+    if HOP_BY_HOP.contains(&name.as_str()) {
+        return Err(FieldError::new(at, format!("{name} belongs to each connection on the way, not to the request; use another header")));
+    }
+    Ok(name)
+}
+
+/// A host, with a port or without, as it may stand in a request.
+pub fn authority(text: &str, at: &str) -> Result<HeaderValue, FieldError> {
+    let plain = text.parse::<http::uri::Authority>().is_ok_and(|a| !a.as_str().contains('@'));
+    let value = HeaderValue::from_str(text).ok().filter(|_| plain);
+    value.ok_or_else(|| FieldError::new(at, format!("{text:?} is not a host name or address, with a port or without")))
+}
+
 pub fn header_value(text: &str, at: &str) -> Result<HeaderValue, FieldError> {
     HeaderValue::from_str(text).map_err(|_| FieldError::new(at, format!("{text:?} is not a header value: use visible ASCII")))
 }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::{
     envelope::FieldError,
-    fields::{Time, header_name, header_value, port},
+    fields::{self, Time, end_to_end_header, header_name, header_value, port},
 };
 use crate::route::{
     matching::{HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, TextMatch},
@@ -306,13 +306,13 @@ fn modifier(document: &Modifier, at: &str) -> Result<(HeaderChanges, Option<http
             if pair.name.eq_ignore_ascii_case("host") {
                 authority.get_or_insert(value);
             } else {
-                out.push((header_name(&pair.name, &format!("{at}.name"))?, value));
+                out.push((end_to_end_header(&pair.name, &format!("{at}.name"))?, value));
             }
         }
         Ok::<_, FieldError>(out)
     };
     let (set, add) = (pairs(&document.set, "set")?, pairs(&document.add, "add")?);
-    let remove = document.remove.iter().enumerate().map(|(i, name)| header_name(name, &format!("{at}.remove[{i}]")));
+    let remove = document.remove.iter().enumerate().map(|(i, name)| end_to_end_header(name, &format!("{at}.remove[{i}]")));
     Ok((HeaderChanges { set, add, remove: remove.collect::<Result<_>>()? }, authority))
 }
 
@@ -348,7 +348,7 @@ fn redirect(document: &RedirectDocument, at: &str) -> Result<Redirect> {
 fn rewrite(document: &RewriteDocument, at: &str) -> Result<Rewrite> {
     Ok(Rewrite {
         path: document.path.as_ref().map(|p| path(p, &format!("{at}.path"))).transpose()?,
-        authority: document.hostname.as_deref().map(|h| header_value(h, &format!("{at}.hostname"))).transpose()?,
+        authority: document.hostname.as_deref().map(|h| fields::authority(h, &format!("{at}.hostname"))).transpose()?,
     })
 }
 

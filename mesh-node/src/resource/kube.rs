@@ -1,6 +1,10 @@
 //! Core Kubernetes objects: the few fields the data path is decided by.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use serde::Deserialize;
 
@@ -47,6 +51,8 @@ pub struct Pod {
     pub ips: Vec<IpAddr>,
     /// What made it, as Istio names workloads: the Deployment of a `ReplicaSet`, the owner, or the pod itself.
     pub workload_name: Arc<str>,
+    /// Ports of its own that its probes and hooks name.
+    pub probes: BTreeSet<u16>,
 }
 
 #[derive(Deserialize)]
@@ -64,6 +70,67 @@ struct PodSpec {
     service_account_name: Option<String>,
     service_account: Option<String>,
     host_network: Option<bool>,
+    containers: Option<Vec<Container>>,
+    init_containers: Option<Vec<Container>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct Container {
+    ports: Option<Vec<ContainerPort>>,
+    liveness_probe: Option<Probe>,
+    readiness_probe: Option<Probe>,
+    startup_probe: Option<Probe>,
+    lifecycle: Option<Lifecycle>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct ContainerPort {
+    name: Option<String>,
+    container_port: u16,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct Lifecycle {
+    post_start: Option<Probe>,
+    pre_stop: Option<Probe>,
+}
+
+/// A probe or a hook.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct Probe {
+    http_get: Option<ProbeTarget>,
+    tcp_socket: Option<ProbeTarget>,
+    grpc: Option<ProbeTarget>,
+}
+
+#[derive(Deserialize)]
+struct ProbeTarget {
+    /// Another host than the pod: none of its ports.
+    host: Option<String>,
+    port: serde_json::Value,
+}
+
+impl Container {
+    fn probes(&self) -> impl Iterator<Item = u16> {
+        let hooks = self.lifecycle.as_ref().map(|l| [&l.post_start, &l.pre_stop]).into_iter().flatten();
+        let all = [&self.liveness_probe, &self.readiness_probe, &self.startup_probe].into_iter().chain(hooks).flatten();
+        let targets = all.flat_map(|p| [&p.http_get, &p.tcp_socket, &p.grpc]).flatten();
+        targets.filter(|t| t.host.as_deref().is_none_or(str::is_empty)).filter_map(|t| self.port(&t.port))
+    }
+
+    /// A number, or the name of one of the container's ports.
+    fn port(&self, port: &serde_json::Value) -> Option<u16> {
+        let name = match port {
+            serde_json::Value::String(name) => name,
+            number => return number.as_u64().and_then(|n| u16::try_from(n).ok()),
+        };
+        let named = self.ports.iter().flatten().find(|p| p.name.as_ref() == Some(name)).map(|p| p.container_port);
+        named.or_else(|| name.parse().ok())
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -92,7 +159,10 @@ impl Pod {
         let texts = if listed.is_empty() { status.pod_ip.into_iter().collect() } else { listed };
         let ips = texts.iter().enumerate().map(|(i, t)| ip(t, || format!("status.podIPs[{i}].ip"))).collect::<Result<_, _>>()?;
         let account = spec.service_account_name.or(spec.service_account).filter(|a| !a.is_empty());
+        let containers = spec.containers.iter().chain(&spec.init_containers).flatten();
+        let probes = containers.flat_map(Container::probes).collect();
         Ok(Self {
+            probes,
             uid: WorkloadUid(uid.into()),
             labels: metadata.labels,
             node: spec.node_name.unwrap_or_default().into(),

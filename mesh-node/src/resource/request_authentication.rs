@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{
     envelope::FieldError,
-    fields::{Time, header_name},
+    fields::{Time, end_to_end_header, header_name},
     selector::WorkloadSelector,
     target::{TargetRef, TargetSpec, targets},
 };
@@ -119,6 +119,8 @@ struct ClaimSpec {
     claim: String,
 }
 
+/// Longest time a fetch of keys is given, whatever the rule says.
+const LONGEST_FETCH: Duration = Duration::from_secs(30);
 /// How long a fetch of keys may take, unless the rule says otherwise.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -141,7 +143,7 @@ fn rule(spec: RuleSpec, at: &str) -> Result<JwtRule, FieldError> {
     let timeout = match spec.timeout {
         None => FETCH_TIMEOUT,
         Some(time) if time.0.is_zero() => return Err(FieldError::new(format!("{at}.timeout"), "must be greater than zero")),
-        Some(time) => time.0,
+        Some(time) => time.0.min(LONGEST_FETCH),
     };
     let (inline, uri) = (spec.jwks.filter(|j| !j.is_empty()), spec.jwks_uri.filter(|u| !u.is_empty()));
     let keys = match (inline, uri) {
@@ -160,7 +162,7 @@ fn rule(spec: RuleSpec, at: &str) -> Result<JwtRule, FieldError> {
         }
     };
     let payload_header = spec.output_payload_to_header.filter(|h| !h.is_empty());
-    let payload_header = payload_header.map(|h| header_name(&h, &format!("{at}.outputPayloadToHeader"))).transpose()?;
+    let payload_header = payload_header.map(|h| end_to_end_header(&h, &format!("{at}.outputPayloadToHeader"))).transpose()?;
     let claim_headers = claim_headers(spec.output_claim_to_headers.unwrap_or_default(), at)?;
     Ok(JwtRule {
         issuer: issuer.into(),
@@ -187,7 +189,7 @@ fn claim_headers(specs: Vec<ClaimSpec>, at: &str) -> Result<Vec<ClaimHeader>, Fi
     let mut found: Vec<ClaimHeader> = Vec::new();
     for (i, spec) in specs.into_iter().enumerate() {
         let at = format!("{at}.outputClaimToHeaders[{i}]");
-        let header = header_name(&spec.header, &format!("{at}.header"))?;
+        let header = end_to_end_header(&spec.header, &format!("{at}.header"))?;
         if found.iter().any(|f| f.header == header) {
             return Err(FieldError::new(format!("{at}.header"), format!("{header} is given twice; every header can carry one claim")));
         }

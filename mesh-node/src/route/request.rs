@@ -79,29 +79,49 @@ pub fn without_parameter(target: &PathAndQuery, name: &str) -> Option<PathAndQue
     PathAndQuery::try_from(text).ok()
 }
 
-/// The path as a lenient application may read it, when that is not as it is written: `%2f` and `%5c` decoded, parameters
-/// after `;` left out, runs of slashes one, dot segments gone.
-pub fn ambiguous_reading(path: &str) -> Option<String> {
-    if !path.contains(['%', ';']) && !path.contains("//") {
-        return None;
+/// How applications may read a path, where that is not as it is written: with escapes decoded or not, parameters after `;`
+/// left out or not, runs of slashes one or not; dot segments gone in each.
+pub fn other_readings(path: &str) -> Vec<String> {
+    let odd = path.contains(['%', ';', '\\']) || path.contains("//") || path.contains("/.");
+    if !odd {
+        return Vec::new();
     }
+    let mut all: Vec<String> = Vec::new();
     let decoded = decode_all(path);
+    for text in [path, &decoded] {
+        for parameters in [true, false] {
+            for merged in [false, true] {
+                let reading = read(text, parameters, merged);
+                if reading != path && !all.contains(&reading) {
+                    all.push(reading);
+                }
+            }
+        }
+    }
+    all
+}
+
+fn read(text: &str, parameters: bool, merged: bool) -> String {
+    let relative = text.strip_prefix(['/', '\\']).unwrap_or(text);
     let mut out: Vec<&str> = Vec::new();
-    let mut ends_open = false;
-    for segment in decoded.split(['/', '\\']) {
-        let segment = segment.split(';').next().unwrap_or_default();
-        ends_open = matches!(segment, "" | "." | "..");
+    let mut segments = relative.split(['/', '\\']).peekable();
+    while let Some(segment) = segments.next() {
+        let last = segments.peek().is_none();
+        let segment = if parameters { segment } else { segment.split(';').next().unwrap_or_default() };
         match segment {
-            "" | "." => {}
-            ".." => drop(out.pop()),
+            "" if merged && !last => {}
+            "." if last => out.push(""),
+            "." => {}
+            ".." => {
+                out.pop();
+                if last {
+                    out.push("");
+                }
+            }
             other => out.push(other),
         }
     }
-    let mut read = format!("/{}", out.join("/"));
-    if ends_open && read.len() > 1 {
-        read.push('/');
-    }
-    (read != path).then_some(read)
+    format!("/{}", out.join("/"))
 }
 
 /// Every escape decoded, as often as that changes something: an application may do it twice.
@@ -133,29 +153,26 @@ fn decode_all(path: &str) -> String {
     text
 }
 
-/// A request whose path the mesh's normalization changes further; `None` if it does not.
-pub fn further_normalised(head: &RequestHead, normalization: Normalization) -> Option<RequestHead> {
+/// A request whose path has to be changed: as it is written is not how the mesh normalises paths. `None` if it need not be.
+pub fn renormalised(head: &RequestHead, normalization: Normalization) -> Result<Option<RequestHead>, BadPath> {
     let path = head.path();
-    let decode = normalization == Normalization::DecodeAndMergeSlashes;
-    if normalization == Normalization::Base || !path.contains("//") && !(decode && path.contains('%')) {
-        return None;
-    }
-    let mut text = path.to_owned();
-    if decode {
+    let mut text = normalise_path(path)?.unwrap_or_else(|| path.to_owned());
+    if normalization == Normalization::DecodeAndMergeSlashes && text.contains('%') {
         for escaped in ["%2f", "%2F", "%5c", "%5C"] {
             text = text.replace(escaped, "/");
         }
         // Segments that were hidden may be dot segments.
-        text = normalise_path(&text).ok()?.unwrap_or(text);
+        text = normalise_path(&text)?.unwrap_or(text);
     }
-    while text.contains("//") {
+    while normalization != Normalization::Base && text.contains("//") {
         text = text.replace("//", "/");
     }
     if text == path {
-        return None;
+        return Ok(None);
     }
     let target = head.query().map_or(text.clone(), |q| format!("{text}?{q}"));
-    Some(RequestHead { target: PathAndQuery::try_from(target).ok()?, ..head.clone() })
+    let target = PathAndQuery::try_from(target).map_err(|_| BadPath::NotAbsolute)?;
+    Ok(Some(RequestHead { target, ..head.clone() }))
 }
 
 /// The value of a cookie.
@@ -281,21 +298,29 @@ mod tests {
     }
 
     #[test]
-    fn lenient_readings_are_found() {
+    fn other_readings_are_found() {
         for (path, expected) in [
-            ("/a/b", None),
-            ("//admin", Some("/admin")),
-            ("/public/..%2fadmin", Some("/admin")),
-            ("/public/..;/admin", Some("/admin")),
-            ("/public/..;x=1/admin/", Some("/admin/")),
-            ("/public/%252e%252e/admin", Some("/admin")),
-            ("/a;jsessionid=1", Some("/a")),
-            ("/%61dmin%5cx", Some("/admin/x")),
-            ("/a%20b", Some("/a b")),
-            ("/a/../../..//%2f", Some("/")),
-            ("/a%", None),
+            ("/a/b", &[][..]),
+            ("//admin", &["/admin"]),
+            ("/public/..%2fadmin", &["/admin"]),
+            ("/public/..;/admin", &["/admin"]),
+            ("/public/%252e%252e/admin", &["/admin"]),
+            ("/a;jsessionid=1", &["/a"]),
+            ("/%61dmin%5cx", &["/admin/x"]),
+            ("/a%20b", &["/a b"]),
+            ("/a/../b", &["/b"]),
+            ("//admin/..;/x", &["/admin/..;/x", "/x", "//x"]),
+            ("/public/..%2fadmin/..;/..;/public/x", &["/admin/..;/..;/public/x", "/public/x"]),
+            ("/a%", &[]),
         ] {
-            assert_eq!(ambiguous_reading(path).as_deref(), expected, "{path}");
+            let mut found = other_readings(path);
+            found.sort();
+            let mut expected = expected.to_vec();
+            expected.sort_unstable();
+            for wanted in &expected {
+                assert!(found.iter().any(|f| f == wanted), "{path}: {found:?} lacks {wanted}");
+            }
+            assert!(found.is_empty() == expected.is_empty(), "{path}: {found:?}");
         }
     }
 

@@ -172,7 +172,7 @@ impl Bed {
             self.namespace(&spec.namespace, &[])?;
         }
         pod.processes.push(self.start_container(&pod, spec)?);
-        self.write_pod(&pod, &spec.service_account)?;
+        self.write_pod(&pod, &spec.service_account, spec.port)?;
         if let Some(port) = spec.port {
             let netns = Netns::open(&pod.netns)?;
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -203,12 +203,14 @@ impl Bed {
         Process::start(command)
     }
 
-    fn write_pod(&self, pod: &Pod, service_account: &str) -> Result<()> {
+    fn write_pod(&self, pod: &Pod, service_account: &str, port: Option<u16>) -> Result<()> {
         let ips: Vec<_> = pod.addresses.iter().map(|ip| json!({"ip": ip})).collect();
+        let probe = port.map(|p| json!({"tcpSocket": {"port": p}}));
         let object = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": pod.name, "namespace": pod.namespace, "uid": pod.uid, "labels": pod.labels},
-            "spec": {"nodeName": self.nodes[pod.node].name, "serviceAccountName": service_account},
+            "spec": {"nodeName": self.nodes[pod.node].name, "serviceAccountName": service_account,
+                "containers": [{"name": "c0", "readinessProbe": probe}]},
             "status": {"phase": "Running", "podIP": pod.v4(), "podIPs": ips},
         });
         write_atomically(&self.config().join(format!("pods/{}-{}.json", pod.namespace, pod.name)), &object.to_string())

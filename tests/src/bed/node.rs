@@ -22,8 +22,8 @@ pub struct NodeOptions {
     pub arguments: Vec<String>,
     /// Its environment, beside what it inherits.
     pub environment: Vec<(String, String)>,
-    /// Names of the node's own loopback, beside `localhost`.
-    pub loopback_names: Vec<String>,
+    /// Names of the node's own address.
+    pub own_names: Vec<String>,
 }
 
 impl NodeOptions {
@@ -75,9 +75,9 @@ impl Node {
         }
         arguments.extend(options.arguments.iter().cloned());
         let log = bed.directory.join(format!("logs/{name}.log"));
-        let hosts = (!options.loopback_names.is_empty()).then(|| bed.directory.join(format!("{name}.hosts")));
+        let hosts = (!options.own_names.is_empty()).then(|| bed.directory.join(format!("{name}.hosts")));
         if let Some(hosts) = &hosts {
-            fs::write(hosts, format!("127.0.0.1 localhost {}\n", options.loopback_names.join(" ")))?;
+            fs::write(hosts, format!("127.0.0.1 localhost\n{} {}\n", bed.node_address(index), options.own_names.join(" ")))?;
         }
         let environment = options.environment.clone();
         Ok(Self { netns: bed.node_netns(index), cgroup, pins, log, arguments, environment, hosts, process: None, name })

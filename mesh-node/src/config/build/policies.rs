@@ -63,6 +63,8 @@ pub(super) struct Policies<'a> {
     by_namespace: HashMap<&'a str, Vec<usize>>,
     /// Compiled once for all workloads that the same policies govern.
     compiled: HashMap<Vec<usize>, Arc<Governing>>,
+    /// Key sets that pods of this node need.
+    remote: std::collections::BTreeSet<RemoteKeys>,
 }
 
 impl<'a> Policies<'a> {
@@ -165,7 +167,8 @@ impl<'a> Policies<'a> {
             extra.dedup();
             all_ports.insert(port, self.governing(extra));
         }
-        for a in attached.iter().filter(|a| matches!(a.protocol, Protocol::Tcp | Protocol::Tls)) {
+        let opaque = |a: &&Attached| *a.service.namespace == *namespace && matches!(a.protocol, Protocol::Tcp | Protocol::Tls);
+        for a in attached.iter().filter(opaque) {
             for i in &base {
                 self.all[*i].opaque.entry(a.port).or_insert_with(|| name.clone());
             }
@@ -194,13 +197,9 @@ impl<'a> Policies<'a> {
 
     /// The key sets that have to be fetched, and remarks on policies that ask about requests where there are none.
     pub(super) fn finish(self, builder: &mut Builder<'_>) -> std::collections::BTreeSet<RemoteKeys> {
-        let mut remote = std::collections::BTreeSet::new();
         for policy in &self.all {
             match &policy.what {
-                What::Authentication(rules) => remote.extend(rules.iter().filter_map(|r| match &r.keys {
-                    KeySource::Remote(keys) => Some(keys.clone()),
-                    KeySource::Inline(_) => None,
-                })),
+                What::Authentication(_) => {}
                 What::Authorization(compiled) if compiled.needs_request() => {
                     let effect = match compiled.action {
                         Action::Allow => "its rules that ask about requests allow nothing there",
@@ -215,7 +214,16 @@ impl<'a> Policies<'a> {
                 What::Authorization(_) => {}
             }
         }
-        remote
+        self.remote
+    }
+
+    /// Takes in that a pod of this node is governed by these.
+    pub(super) fn is_local(&mut self, policy: &WorkloadPolicy) {
+        let rules = policy.ports.values().chain([&policy.everywhere]).flat_map(|g| &g.authentication);
+        self.remote.extend(rules.filter_map(|r| match &r.keys {
+            KeySource::Remote(keys) => Some(keys.clone()),
+            KeySource::Inline(_) => None,
+        }));
     }
 }
 
@@ -273,10 +281,11 @@ pub(super) fn attachments(builder: &Builder<'_>) -> Attachments {
     all
 }
 
-/// What the ports of a pod carry, as the services that lead to them declare. Where they disagree, it is found out.
-pub(super) fn protocols(attached: &[Attached]) -> BTreeMap<u16, Protocol> {
+/// What the ports of a pod carry, as the services of its own namespace that lead to them declare: anybody can make a service
+/// that leads to somebody else's pod. Where they disagree, it is found out.
+pub(super) fn protocols(attached: &[Attached], namespace: &str) -> BTreeMap<u16, Protocol> {
     let mut found = BTreeMap::new();
-    for a in attached {
+    for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
         found.entry(a.port).and_modify(|p| *p = if *p == a.protocol { a.protocol } else { Protocol::Detect }).or_insert(a.protocol);
     }
     found

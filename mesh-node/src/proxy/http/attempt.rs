@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     body::{Broken, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead, drain, fill, pump},
-    gate::{Gate, Pass, Refusal, refused},
+    gate::{Gate, Pass, Refusal, append, refused},
     h2::{H2Sink, wire_request},
     record::Record,
     reply::Reply,
@@ -111,6 +111,8 @@ pub struct Plan<'a> {
     pub timeout: Option<std::time::Duration>,
     /// The connection to the client ends after this response.
     pub close: bool,
+    /// Client and application share their connections' fate: what ends the one ends the other.
+    pub tied: bool,
 }
 
 static NO_RETRY: LazyLock<RetryPolicy> = LazyLock::new(|| RetryPolicy { attempts: 0, ..default_policy() });
@@ -118,7 +120,7 @@ static NO_RETRY: LazyLock<RetryPolicy> = LazyLock::new(|| RetryPolicy { attempts
 impl<'a> Plan<'a> {
     /// For a request that is passed on as it is, once, however long it takes.
     pub fn once(head: &'a RequestHead, upgrade: Option<&'a HeaderValue>) -> Self {
-        Self { head, upgrade, policy: &NO_RETRY, timeout: None, close: false }
+        Self { head, upgrade, policy: &NO_RETRY, timeout: None, close: false, tied: true }
     }
 }
 
@@ -138,7 +140,7 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     let mut judge = |status: StatusCode, mut headers: HeaderMap, _: bool| {
         record.status = Some(status);
         record.details = Cow::Borrowed("via_upstream");
-        headers.extend(add.clone());
+        append(&mut headers, add);
         Verdict { again: false, headers }
     };
     let mut exchange = Exchange { plan, sink, source, half_closed: false, upload, responder, deadlines: &mut deadlines, clean: false };
@@ -202,7 +204,9 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let plan = &Plan { head: changed.unwrap_or(plan.head), ..*plan };
     let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
     let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
-        headers.extend(to_client.cloned().unwrap_or_default());
+        if let Some(more) = to_client {
+            append(&mut headers, more);
+        }
         judge(status, headers, repeatable)
     };
     let judge = &mut judge;
@@ -413,7 +417,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             return Attempt::Again;
         }
         self.upload.settle();
-        let answered = self.answer(status, verdict.headers, framing, uploaded, no_more_up, cut).await;
+        let last = self.plan.tied && !keep_alive;
+        let answered = self.answer(status, verdict.headers, framing, last, (uploaded, no_more_up), cut).await;
         self.clean &= keep_alive && !self.half_closed && status != StatusCode::SWITCHING_PROTOCOLS;
         Attempt::Answered(answered)
     }
@@ -436,14 +441,14 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         status: StatusCode,
         headers: HeaderMap,
         framing: Framing,
-        mut uploaded: bool,
-        mut no_more_up: bool,
+        last: bool,
+        (mut uploaded, mut no_more_up): (bool, bool),
         mut cut: std::pin::Pin<&mut (impl Future<Output = ()> + Send)>,
     ) -> Answered {
         let switched = status == StatusCode::SWITCHING_PROTOCOLS;
         // A client that was refused another protocol may have begun to speak it.
         let refused = self.plan.upgrade.is_some() && !switched;
-        let close = self.plan.close || refused || !self.upload.is_received() && !switched;
+        let close = self.plan.close || last || refused || !self.upload.is_received() && !switched;
         if self.responder.start(ResponseHead { status, headers, framing }, close).is_err() {
             return Answered::Abandoned;
         }

@@ -1,11 +1,11 @@
 //! External authorizers: whether a request may pass is asked of a service, as Envoy's `ext_authz` filter asks.
 //!
-//! The question goes from the protected pod through the mesh like any request of its own. An authorizer is not asked about
-//! requests to itself: it would have to ask itself about the question.
+//! The question goes from the protected pod through the mesh like any request of its own. Nobody is asked about requests to an
+//! authorizer: it would be asked about the question.
 
 mod proto;
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -54,7 +54,7 @@ pub async fn ask(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Arc<str>, hea
         metrics.authorizer_call("unknown");
         return unanswered(authorizer);
     };
-    if cluster.endpoints.iter().any(|e| e.address.ip() == gate.facts.destination.ip()) {
+    if is_authorizer(snapshot, gate.facts.destination) {
         return Answer::Allowed { to_client: HeaderMap::new() };
     }
     let asked = async {
@@ -85,6 +85,12 @@ fn cluster(snapshot: &Snapshot, authorizer: &Authorizer) -> Option<Arc<Cluster>>
     let (name, namespace) = (labels.next()?, labels.next()?);
     let service = snapshot.services().iter().find(|s| &*s.name.name == name && &*s.name.namespace == namespace)?;
     Some(service.port(authorizer.port)?.cluster.clone())
+}
+
+/// Whether an address is an authorizer's own.
+fn is_authorizer(snapshot: &Snapshot, address: SocketAddr) -> bool {
+    let clusters = snapshot.authorizers.values().filter_map(|a| cluster(snapshot, a));
+    clusters.flat_map(|c| c.endpoints.iter().map(|e| e.address).collect::<Vec<_>>()).any(|a| a == address)
 }
 
 /// What becomes of a request nobody could be asked about.
@@ -138,14 +144,14 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
         return None;
     }
     if status == StatusCode::OK {
-        let names = headers.keys().filter(|n| any(&check.to_upstream, n)).cloned().collect::<Vec<_>>();
+        let names = headers.keys().filter(|n| any(&check.to_upstream, n) && is_end_to_end(n)).cloned().collect::<Vec<_>>();
         for name in names {
             head.headers.remove(&name);
             for value in headers.get_all(&name) {
                 head.headers.append(name.clone(), value.clone());
             }
         }
-        let to_client = headers.iter().filter(|(n, _)| any(&check.to_downstream_on_allow, n));
+        let to_client = headers.iter().filter(|(n, _)| any(&check.to_downstream_on_allow, n) && is_end_to_end(n));
         return Some(Answer::Allowed { to_client: to_client.map(|(n, v)| (n.clone(), v.clone())).collect() });
     }
     let always = [header::WWW_AUTHENTICATE, header::LOCATION];
@@ -153,10 +159,16 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
         headers.keys().filter(|n| !check.to_downstream_on_deny.is_empty() && !always.contains(n) && !any(&check.to_downstream_on_deny, n));
     let gone = gone.cloned().chain([header::CONTENT_LENGTH, header::TRANSFER_ENCODING]).collect::<Vec<_>>();
     gone.iter().for_each(|n| drop(headers.remove(n)));
-    let mut reply = Reply::new(status, "");
+    let mut reply = Reply::new(status, String::from_utf8_lossy(&body.data).into_owned());
     reply.headers = headers;
-    reply.verbatim = Some(body.data.into());
+    // A gRPC client is told in gRPC.
+    reply.verbatim = (!head.is_grpc()).then(|| body.data.into());
     Some(Answer::Denied(refusal(reply, "ext_authz_denied".to_owned())))
+}
+
+/// How a message is framed is not an authorizer's business.
+fn is_end_to_end(name: &HeaderName) -> bool {
+    ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::HOST, header::UPGRADE, header::TE].contains(name)
 }
 
 /// Whether a header is one of those listed; names are in lower case.
@@ -184,7 +196,7 @@ async fn ask_grpc(gate: &Gate, cluster: &Arc<Cluster>, authorizer: &Authorizer, 
     if answered.status != StatusCode::OK || body.over || status.is_some_and(|s| s != "0") {
         return None;
     }
-    proto::apply(&crate::grpc::unframe(&body.data)?, head).map(|answer| match answer {
+    Some(match proto::apply(&crate::grpc::unframe(&body.data)?, head) {
         proto::Outcome::Allowed { to_client } => Answer::Allowed { to_client },
         proto::Outcome::Denied(reply) => Answer::Denied(refusal(*reply, "ext_authz_denied".to_owned())),
     })

@@ -27,7 +27,7 @@ use crate::{
     route::{
         Cluster, Target, Workload,
         matching::Context,
-        request::RequestHead,
+        request::{RequestHead, renormalised},
         retry::{Reset, RetryPolicy, default_policy},
         rewrite,
         rule::{Abort, Action, Cors, Rule, Weighted, pick_weighted},
@@ -94,6 +94,14 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         if head.method == Method::CONNECT {
             self.close = true;
             return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;
+        }
+        match renormalised(&head, snapshot.normalization) {
+            Ok(None) => {}
+            Ok(Some(normal)) => head = normal,
+            Err(_) => {
+                self.record.details = Cow::Borrowed("path_normalization_failed");
+                return self.reply(Reply::new(StatusCode::BAD_REQUEST, ""), |_| {}).await;
+            }
         }
         let Some(table) = &port.routes.http else {
             let forward = Forward {

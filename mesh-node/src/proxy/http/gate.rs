@@ -26,7 +26,7 @@ use crate::{
     policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, locate, strip},
     proxy::{Proxy, ServedPod},
     resource::request_authentication::{JwtRule, KeySource},
-    route::request::{RequestHead, further_normalised},
+    route::request::{RequestHead, renormalised},
 };
 
 /// Longest part of a path told in a challenge, bytes: Envoy's.
@@ -86,9 +86,8 @@ impl Gate {
             return Err(Refusal::new(Reply::new(StatusCode::SERVICE_UNAVAILABLE, ""), "unknown_workload"));
         };
         let policy = &workload.policy;
-        let further = further_normalised(head, snapshot.normalization);
         match policy.connection(&self.facts) {
-            Ok(Verdict::Allowed(_)) if further.is_none() => {
+            Ok(Verdict::Allowed(_)) => {
                 self.free.store(snapshot.generation, Ordering::Relaxed);
                 return Ok(Pass::default());
             }
@@ -97,27 +96,31 @@ impl Gate {
             Err(denial) => return Err(self.denied(&denial)),
         }
         let governing = policy.at(self.facts.destination.port());
-        let mut pass = Pass { head: further, ..Pass::default() };
-        let told = self.authenticate(governing, pass.head.as_ref().unwrap_or(head)).await;
-        let (claims, fault) = match told {
-            Ok(authenticated) => (authenticated.claims, None),
-            Err(fault) => (None, Some(fault)),
-        };
-        self.ask_authorizers(&snapshot, governing, head, claims.as_ref(), &mut pass).await?;
-        if let Some(fault) = fault {
-            return Err(self.unauthenticated(fault, head));
+        // A route may have made another path of it.
+        let mut changed = renormalised(head, snapshot.normalization).map_err(|_| bad_path())?;
+        let mut told = self.authenticate(governing, changed.as_ref().unwrap_or(head)).await;
+        let mut to_client = HeaderMap::new();
+        if !governing.authorization.custom.is_empty() && !self.facts.node {
+            let claims = told.as_ref().ok().and_then(|a| a.claims.as_ref());
+            let seen = changed.as_ref().unwrap_or(head);
+            if let Some(rewritten) = self.ask_authorizers(&snapshot, governing, seen, claims, &mut to_client).await? {
+                // What an authorizer wrote counts like what a client did.
+                let rewritten = renormalised(&rewritten, snapshot.normalization).map_err(|_| bad_path())?.unwrap_or(rewritten);
+                told = self.authenticate(governing, &rewritten).await;
+                changed = Some(rewritten);
+            }
         }
+        let claims = told.map_err(|fault| self.unauthenticated(fault, head))?.claims;
         if !governing.authentication.is_empty() {
-            let mut changed = pass.head.take().unwrap_or_else(|| head.clone());
-            strip(&governing.authentication, claims.as_ref(), &mut changed);
-            pass.head = Some(changed);
+            let mut stripped = changed.take().unwrap_or_else(|| head.clone());
+            strip(&governing.authentication, claims.as_ref(), &mut stripped);
+            changed = Some(stripped);
         }
-        let judged = pass.head.as_ref().unwrap_or(head);
+        let judged = changed.as_ref().unwrap_or(head);
         let request = Request::new(judged, claims.as_ref(), self.remote(&snapshot, &judged.headers));
-        self.observe(&governing.observed(&self.facts, Some(&request)), Some(judged));
+        observe(&self.proxy, &self.facts, &governing.observed(&self.facts, Some(&request)), Some(judged));
         policy.request(&self.facts, &request).map_err(|denial| self.denied(&denial))?;
-        pass.claims = claims;
-        Ok(pass)
+        Ok(Pass { head: changed, claims, to_client })
     }
 
     fn denied(&self, denial: &Denial) -> Box<Refusal> {
@@ -150,26 +153,21 @@ impl Gate {
         }
     }
 
-    /// Takes down what policies that are not enforced say.
-    pub fn observe(&self, observed: &Observed, head: Option<&RequestHead>) {
-        observe(&self.proxy, &self.facts, observed, head);
-    }
-
-    /// The end user's address: what the last proxy that is trusted says, else the client's own.
-    fn remote(&self, snapshot: &Snapshot, headers: &HeaderMap) -> IpAddr {
+    /// The end user's address: what the last proxy that is trusted says, else the client's own. `None`: the proxy says
+    /// something that is no address.
+    fn remote(&self, snapshot: &Snapshot, headers: &HeaderMap) -> Option<IpAddr> {
         if !self.facts.proxy {
-            return self.facts.source;
+            return Some(self.facts.source);
         }
-        let told = headers.get_all("x-forwarded-for").iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','));
-        let told = told.map(|a| a.trim().parse::<IpAddr>().map(|ip| ip.to_canonical())).collect::<Vec<_>>();
+        let told = headers.get_all("x-forwarded-for").iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
+        let told = told.map(|a| std::str::from_utf8(a).ok().and_then(address)).collect::<Vec<_>>();
         for address in told.into_iter().rev() {
             match address {
-                Ok(ip) if snapshot.mesh.is_trusted_address(ip) => {}
-                Ok(ip) => return ip,
-                Err(_) => break,
+                Some(ip) if snapshot.mesh.is_trusted_address(ip) => {}
+                other => return other,
             }
         }
-        self.facts.source
+        Some(self.facts.source)
     }
 
     async fn authenticate(&self, governing: &Governing, head: &RequestHead) -> Result<Authenticated, Fault> {
@@ -225,29 +223,27 @@ impl Gate {
         Refusal::new(reply, details)
     }
 
+    /// Asks every authorizer that has to be; returns the request as they changed it, if they did.
     async fn ask_authorizers(
         &self,
         snapshot: &Arc<Snapshot>,
         governing: &Governing,
         head: &RequestHead,
         claims: Option<&Verified>,
-        pass: &mut Pass,
-    ) -> Result<(), Box<Refusal>> {
-        if governing.authorization.custom.is_empty() || self.facts.node {
-            return Ok(());
-        }
+        to_client: &mut HeaderMap,
+    ) -> Result<Option<RequestHead>, Box<Refusal>> {
         let asked = {
-            let seen = pass.head.as_ref().unwrap_or(head);
-            let request = Request::new(seen, claims, self.remote(snapshot, &seen.headers));
+            let request = Request::new(head, claims, self.remote(snapshot, &head.headers));
             let asked = governing.authorizers(&self.facts, &request).map(|(p, policy)| (p.clone(), policy.clone()));
             asked.collect::<Vec<_>>()
         };
+        let mut changed: Option<RequestHead> = None;
         for (provider, policy) in asked {
-            let mut seen = pass.head.take().unwrap_or_else(|| head.clone());
+            let mut seen = changed.take().unwrap_or_else(|| head.clone());
             match authorizer::ask(self, snapshot, &provider, &mut seen).await {
-                Answer::Allowed { to_client } => {
-                    pass.head = Some(seen);
-                    pass.to_client.extend(to_client);
+                Answer::Allowed { to_client: more } => {
+                    changed = Some(seen);
+                    append(to_client, &more);
                 }
                 Answer::Denied(refusal) => {
                     self.proxy.metrics.policy_decision(&policy, "denied");
@@ -255,7 +251,26 @@ impl Gate {
                 }
             }
         }
-        Ok(())
+        Ok(changed)
+    }
+}
+
+/// An address as proxies write it: with a port or without, IPv6 in brackets or not.
+fn address(text: &str) -> Option<IpAddr> {
+    let text = text.trim();
+    let plain = || text.trim_matches(['[', ']']).parse::<IpAddr>().ok();
+    let ip = text.parse::<SocketAddr>().map(|a| a.ip()).ok().or_else(plain)?;
+    Some(ip.to_canonical())
+}
+
+fn bad_path() -> Box<Refusal> {
+    Refusal::new(Reply::new(StatusCode::BAD_REQUEST, ""), "path_normalization_failed")
+}
+
+/// Adds headers to those there are.
+pub fn append(headers: &mut HeaderMap, more: &HeaderMap) {
+    for (name, value) in more {
+        headers.append(name.clone(), value.clone());
     }
 }
 

@@ -7,7 +7,7 @@ use std::{borrow::Cow, io, sync::Arc};
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
-use tokio::net::TcpStream;
+use tokio::sync::watch;
 
 use super::{
     Next,
@@ -27,23 +27,26 @@ use super::{
 };
 use crate::route::{request::RequestHead, retry::Reset};
 
-/// Serves HTTP/1. `application`: none for a client that is not allowed in and is only told so. True when the client must
-/// see a reset.
-pub async fn serve_h1(gate: &Gate, mut client: Transport, application: Option<TcpStream>) -> bool {
-    let mut unread = Unread::default();
-    let mut application = application.map(|stream| (Transport::Tcp(stream), Unread::default()));
-    let end = h1_loop(gate, &mut client, &mut unread, application.as_mut()).await;
-    let abort = end == Next::Abort;
-    if abort {
-        client.reset();
-        if let Some((transport, _)) = application {
-            transport.reset();
-        }
-    }
-    abort
+/// Serves HTTP/1 to its end. `application`: none for a client that is not allowed in and is only told so. Both ends are the
+/// caller's: to be reset when this is given up before it is done.
+pub async fn serve_h1(gate: &Gate, client: &mut Transport, application: Option<&mut Transport>) -> Ends {
+    let (mut unread, mut read) = (Unread::default(), Unread::default());
+    let application = application.map(|transport| (transport, &mut read));
+    if h1_loop(gate, client, &mut unread, application).await == Next::Abort { Ends::Reset } else { Ends::Closed }
 }
 
-async fn h1_loop(gate: &Gate, client: &mut Transport, unread: &mut Unread, mut application: Option<&mut (Transport, Unread)>) -> Next {
+/// How the connections of the two ends are to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ends {
+    /// All that was to be said is.
+    Closed,
+    /// The client must see a failure.
+    Reset,
+}
+
+type Application<'a> = (&'a mut Transport, &'a mut Unread);
+
+async fn h1_loop(gate: &Gate, client: &mut Transport, unread: &mut Unread, mut application: Option<Application<'_>>) -> Next {
     let (source, sink) = client.halves();
     let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
     loop {
@@ -51,16 +54,16 @@ async fn h1_loop(gate: &Gate, client: &mut Transport, unread: &mut Unread, mut a
             biased;
             request = read_request(&mut reader) => request,
             // It has closed, or says something nobody asked for.
-            () = over(application.as_deref_mut()) => return Next::Close,
+            () = over(application.as_mut()) => Err(NoHead::Ended { partial: false }),
         };
         let next = match request {
-            Ok(request) => h1_exchange(gate, request, &mut reader, &mut sink, application.as_deref_mut()).await,
+            Ok(request) => h1_exchange(gate, request, &mut reader, &mut sink, application.as_mut()).await,
             Err(NoHead::Malformed(malformed)) => {
                 refuse_h1(gate, malformed, &mut reader, &mut sink).await;
                 if malformed.close { Next::Close } else { Next::Another }
             }
-            Err(NoHead::Ended { .. }) => return Next::Close,
-            Err(NoHead::Broken(_)) => return Next::Abort,
+            Err(NoHead::Ended { .. }) => Next::Close,
+            Err(NoHead::Broken(_)) => Next::Abort,
         };
         match next {
             Next::Another if application.is_some() => {}
@@ -76,7 +79,7 @@ async fn h1_loop(gate: &Gate, client: &mut Transport, unread: &mut Unread, mut a
 }
 
 /// Completes when the application's idle connection is one no more.
-async fn over(application: Option<&mut (Transport, Unread)>) {
+async fn over(application: Option<&mut Application<'_>>) {
     let Some((transport, unread)) = application else { return std::future::pending().await };
     let (source, _) = transport.halves();
     // Whatever it is, it is not the answer to a request.
@@ -88,7 +91,7 @@ async fn h1_exchange(
     request: WireRequest,
     reader: &mut Reader<'_>,
     sink: &mut H1Sink<'_>,
-    application: Option<&mut (Transport, Unread)>,
+    application: Option<&mut Application<'_>>,
 ) -> Next {
     let WireRequest { head, minor, keep_alive, upgrade, expects_continue, .. } = request;
     let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
@@ -96,7 +99,12 @@ async fn h1_exchange(
     record.describe(&head);
     let grpc = head.is_grpc();
     let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
-    let pass = match gate.admit(&head).await {
+    let admitted = tokio::select! {
+        biased;
+        admitted = gate.admit(&head) => admitted,
+        _ = responder.gone() => return Next::Abort,
+    };
+    let pass = match admitted {
         Ok(pass) => pass,
         Err(refusal) => {
             refusal.note(&mut record);
@@ -196,14 +204,33 @@ fn failed(reset: Reset, when: &str, record: &mut Record) {
     record.details = format!("{when}{{{}}}", reason(reset).replace(' ', "_")).into();
 }
 
+/// The application's end of an HTTP/2 connection: streams can be opened on it until it says otherwise.
+#[derive(Clone)]
+struct Streams {
+    send: ::h2::client::SendRequest<Bytes>,
+    over: Arc<watch::Sender<bool>>,
+}
+
+impl Streams {
+    /// A place for a stream; the client is told to open no more when there are none.
+    async fn ready(self) -> Result<::h2::client::SendRequest<Bytes>, ::h2::Reason> {
+        let Self { send, over } = self;
+        send.ready().await.map_err(|_| {
+            over.send_replace(true);
+            ::h2::Reason::REFUSED_STREAM
+        })
+    }
+}
+
 /// Serves HTTP/2. `application`: none for a client that is not allowed in and is only told so.
-pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<TcpStream>) -> io::Result<()> {
+pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Transport>) -> io::Result<()> {
     let opened = match application {
-        Some(stream) => Some(h2::connect(Transport::Tcp(stream)).await.map_err(h2::into_io)?),
+        Some(transport) => Some(h2::connect(transport).await.map_err(h2::into_io)?),
         None => None,
     };
+    let over = Arc::new(watch::Sender::new(false));
     let (send, connection) = opened.map_or((None, None), |o| (Some(o.send), Some(o.connection)));
-    let (over, ended) = tokio::sync::watch::channel(false);
+    let streams = send.map(|send| Streams { send, over: over.clone() });
     let drive = async {
         if let Some(connection) = connection {
             let result = connection.await;
@@ -213,14 +240,14 @@ pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Tc
             std::future::pending().await
         }
     };
-    let mut ended = ended;
+    let mut ended = over.subscribe();
     let draining = async move {
         // The sender lives as long as this is waited for.
         if ended.wait_for(|e| *e).await.is_err() {
             std::future::pending().await
         }
     };
-    let serving = h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), send.clone(), accepted))), draining);
+    let serving = h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), accepted))), draining);
     let (mut drive, mut serving) = (std::pin::pin!(drive), std::pin::pin!(serving));
     tokio::select! {
         served = &mut serving => served.map_err(h2::into_io),
@@ -232,7 +259,7 @@ pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Tc
     }
 }
 
-async fn h2_exchange(gate: Arc<Gate>, send: Option<::h2::client::SendRequest<Bytes>>, accepted: Accepted) {
+async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accepted) {
     let (request, respond) = accepted;
     let (parts_of, stream) = request.into_parts();
     let mut body = H2Source::new(stream, &parts_of.headers);
@@ -242,7 +269,7 @@ async fn h2_exchange(gate: Arc<Gate>, send: Option<::h2::client::SendRequest<Byt
         Ok(head) => {
             record.describe(&head);
             tokio::select! {
-                end = h2_request(&gate, send, &head, &mut body, &mut responder, &mut record) => end,
+                end = h2_request(&gate, streams, &head, &mut body, &mut responder, &mut record) => end,
                 _ = gate.pod.ended() => Err(::h2::Reason::CANCEL),
             }
         }
@@ -272,14 +299,19 @@ async fn answer(reply: Reply, grpc: bool, responder: &mut H2Responder, record: &
 
 async fn h2_request(
     gate: &Gate,
-    send: Option<::h2::client::SendRequest<Bytes>>,
+    streams: Option<Streams>,
     head: &RequestHead,
     body: &mut H2Source,
     responder: &mut H2Responder,
     record: &mut Record,
 ) -> Result<(), ::h2::Reason> {
     let grpc = head.is_grpc();
-    let pass = match gate.admit(head).await {
+    let admitted = tokio::select! {
+        biased;
+        admitted = gate.admit(head) => admitted,
+        _ = responder.gone() => return Err(::h2::Reason::CANCEL),
+    };
+    let pass = match admitted {
         Ok(pass) => pass,
         Err(refusal) => {
             refusal.note(record);
@@ -288,7 +320,7 @@ async fn h2_request(
         }
     };
     // A new connection is judged anew.
-    let send = send.ok_or(::h2::Reason::REFUSED_STREAM)?;
+    let streams = streams.ok_or(::h2::Reason::REFUSED_STREAM)?;
     if head.method == Method::CONNECT {
         record.details = Cow::Borrowed("connect_not_allowed");
         answer(Reply::new(StatusCode::NOT_FOUND, ""), grpc, responder, record).await;
@@ -296,9 +328,18 @@ async fn h2_request(
     }
     let (sent, claims, to_client) = parts(head, &pass);
     let request = wire_request(sent).ok_or(::h2::Reason::PROTOCOL_ERROR)?;
-    let mut send = send.ready().await.map_err(|_| ::h2::Reason::REFUSED_STREAM)?;
+    let over = streams.over.clone();
+    let mut send = tokio::select! {
+        biased;
+        ready = streams.ready() => ready?,
+        () = gate.denied_later(sent, claims) => return Err(::h2::Reason::REFUSED_STREAM),
+        _ = responder.gone() => return Err(::h2::Reason::CANCEL),
+    };
     let empty = body.is_end();
-    let (response, stream) = send.send_request(request, empty).map_err(|_| ::h2::Reason::REFUSED_STREAM)?;
+    let (response, stream) = send.send_request(request, empty).map_err(|_| {
+        over.send_replace(true);
+        ::h2::Reason::REFUSED_STREAM
+    })?;
     let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
     let plan = Plan::once(sent, None);
     let mut upload = Upload::new(body, false, &gate.proxy.replays);

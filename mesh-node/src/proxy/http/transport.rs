@@ -75,6 +75,15 @@ impl Transport {
         }
     }
 
+    /// Arranges that the other end sees a failure when this is dropped before it has ended. A tunnel does so by itself.
+    pub fn reset_when_dropped(&self) {
+        match self {
+            Self::Tcp(stream) => reset_on_close(stream),
+            Self::Prefixed(stream) => reset_on_close(stream.get_ref()),
+            Self::Tunnel(_) => {}
+        }
+    }
+
     /// Ends it so that the other end sees a failure.
     pub fn reset(self) {
         match self {

@@ -115,7 +115,7 @@ struct Ended {
 
 impl LocalHold {
     fn new(mut registration: Registration, pod: Arc<ServedPod>, outcome: Outcome, gate: Gate) -> Self {
-        registration.carries(Carries::Requests, None);
+        registration.note().carries(Carries::Requests, None);
         let ended = Arc::<Ended>::default();
         let seen = ended.clone();
         let watcher = tokio::spawn(async move {

@@ -388,8 +388,14 @@ pub fn write_request(head: &RequestHead, framing: Framing, upgrade: Option<&Head
     out.extend_from_slice(b" HTTP/1.1\r\nhost: ");
     out.extend_from_slice(head.authority.as_bytes());
     out.extend_from_slice(b"\r\n");
-    write_headers(&head.headers, out);
-    write_framing(framing, head.headers.contains_key(header::CONTENT_LENGTH), out);
+    // Where the body ends is said once, and by whoever knows: nothing that was put among the headers can say otherwise.
+    for (name, value) in &head.headers {
+        if ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE].contains(name) {
+            write_header(name, value, out);
+        }
+    }
+    let told_empty = framing == Framing::Empty && head.headers.contains_key(header::CONTENT_LENGTH);
+    write_framing(if told_empty { Framing::Length(0) } else { framing }, false, out);
     if let Some(upgrade) = upgrade {
         out.extend_from_slice(b"connection: upgrade\r\nupgrade: ");
         out.extend_from_slice(upgrade.as_bytes());
@@ -415,11 +421,15 @@ pub fn write_response(status: StatusCode, headers: &HeaderMap, framing: Framing,
 
 pub fn write_headers(headers: &HeaderMap, out: &mut Vec<u8>) {
     for (name, value) in headers {
-        out.extend_from_slice(name.as_str().as_bytes());
-        out.extend_from_slice(b": ");
-        out.extend_from_slice(value.as_bytes());
-        out.extend_from_slice(b"\r\n");
+        write_header(name, value, out);
     }
+}
+
+fn write_header(name: &HeaderName, value: &HeaderValue, out: &mut Vec<u8>) {
+    out.extend_from_slice(name.as_str().as_bytes());
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value.as_bytes());
+    out.extend_from_slice(b"\r\n");
 }
 
 fn write_framing(framing: Framing, has_length: bool, out: &mut Vec<u8>) {

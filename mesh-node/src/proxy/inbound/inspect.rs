@@ -20,11 +20,12 @@ use crate::{
     proxy::{
         Failure, Proxy, ServedPod,
         http::{
+            self,
             gate::{self, Gate},
-            guard,
+            guard::{self, Ends},
             transport::Transport,
         },
-        live::Carries,
+        live::{Carries, Cut},
     },
 };
 
@@ -32,6 +33,10 @@ use crate::{
 const WHOLE: Duration = Duration::from_millis(500);
 /// How long a client that is not let in may take to say what it speaks.
 const REFUSED_WHOLE: Duration = Duration::from_secs(1);
+/// How long a client hello may take that has begun.
+const HELLO: Duration = Duration::from_secs(10);
+/// First byte of a TLS record that carries a handshake.
+const TLS_HANDSHAKE: u8 = 0x16;
 /// First bytes looked at, at most.
 const MOST: usize = 72 * 1024;
 
@@ -52,38 +57,64 @@ enum Spoken {
 }
 
 impl Inspection<'_> {
-    /// Serves the connection to its end.
-    pub async fn run(self, mut downstream: Transport) -> Result<(), Failure> {
+    /// Serves the connection to its end, or until policy, the end of the pod or `ended` wants it cut.
+    pub async fn run(self, mut downstream: Transport, ended: impl Future<Output = Cut>) -> Result<(), Failure> {
         let Self { proxy, pod, admitted, client, traffic } = self;
         let Admitted { application, mut registration, mut facts, .. } = admitted;
         let protocol = declared(proxy, pod, &facts);
+        let note = registration.note();
+        let ending = async {
+            tokio::select! {
+                biased;
+                reason = cut(&mut registration, pod) => reason,
+                reason = ended => reason,
+            }
+        };
+        let mut ending = std::pin::pin!(ending);
         let (spoken, read) = tokio::select! {
             biased;
-            reason = cut(&mut registration, pod) => Err(Failure::Cut(reason)),
+            reason = &mut ending => Err(Failure::Cut(reason)),
             found = look(&mut downstream, protocol, Some(&application), None) => Ok(found),
         }
-        .inspect_err(|_| reset_on_close(&application))?;
-        let downstream = downstream.unread(read);
+        .inspect_err(|_| {
+            downstream.reset_when_dropped();
+            reset_on_close(&application);
+        })?;
+        let mut downstream = downstream.unread(read);
         match spoken {
-            Spoken::Http1 | Spoken::Http2 => {
-                registration.carries(Carries::Requests, None);
+            Spoken::Http1 => {
+                note.carries(Carries::Requests, None);
                 let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
-                let serving = async {
-                    if matches!(spoken, Spoken::Http1) {
-                        guard::serve_h1(&gate, downstream, Some(application)).await;
-                    } else if let Err(error) = guard::serve_h2(Arc::new(gate), downstream, Some(application)).await {
-                        tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection into a pod ended");
-                    }
+                let mut application = Transport::Tcp(application);
+                let ended = tokio::select! {
+                    biased;
+                    reason = &mut ending => Err(Failure::Cut(reason)),
+                    ends = guard::serve_h1(&gate, &mut downstream, Some(&mut application)) => Ok(ends),
                 };
+                if !matches!(ended, Ok(Ends::Closed)) {
+                    downstream.reset();
+                    application.reset();
+                }
+                ended.map(drop)
+            }
+            Spoken::Http2 => {
+                note.carries(Carries::Requests, None);
+                let gate = Arc::new(Gate::new(proxy.clone(), pod.clone(), facts, client));
                 tokio::select! {
                     biased;
-                    reason = cut(&mut registration, pod) => Err(Failure::Cut(reason)),
-                    () = serving => Ok(()),
+                    // What has not ended on its streams is seen to be cut.
+                    reason = &mut ending => Err(Failure::Cut(reason)),
+                    served = guard::serve_h2(gate, downstream, Some(Transport::Tcp(application))) => {
+                        if let Err(error) = served {
+                            tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection into a pod ended");
+                        }
+                        Ok(())
+                    }
                 }
             }
             Spoken::Opaque(name) => {
                 facts.sni = Sni::Read(name);
-                registration.carries(Carries::Opaque, Some(&facts.sni));
+                note.carries(Carries::Opaque, Some(&facts.sni));
                 let judged = {
                     let snapshot = proxy.config.load();
                     let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload);
@@ -102,7 +133,7 @@ impl Inspection<'_> {
                     reset_on_close(&application);
                     return Err(failure);
                 }
-                let cut = cut(&mut registration, pod);
+                let cut = ending;
                 match downstream {
                     Transport::Tcp(stream) => relay(stream, application, &traffic, cut).await?,
                     Transport::Prefixed(stream) => relay(stream, application, &traffic, cut).await?,
@@ -124,11 +155,15 @@ pub async fn refuse(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: Facts, down
     };
     let Ok((spoken, read)) = spoken else { return downstream.reset() };
     let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
-    let downstream = downstream.unread(read);
+    let mut downstream = downstream.unread(read);
     let told = async {
         match spoken {
             Spoken::Opaque(_) => downstream.reset(),
-            Spoken::Http1 => drop(guard::serve_h1(&gate, downstream, None).await),
+            Spoken::Http1 => {
+                if guard::serve_h1(&gate, &mut downstream, None).await == Ends::Reset {
+                    downstream.reset();
+                }
+            }
             // Ends with the connection, or by the clock.
             Spoken::Http2 => drop(guard::serve_h2(Arc::new(gate), downstream, None).await),
         }
@@ -137,9 +172,14 @@ pub async fn refuse(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: Facts, down
     let _ = timeout(REFUSED_WHOLE * 2, told).await;
 }
 
+/// What the port is declared to carry; TCP that some policy asks the server name of is looked at for TLS.
 fn declared(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> Protocol {
-    let snapshot = proxy.config.load();
-    snapshot.workload(&pod.uid).map_or(Protocol::Detect, |w| w.protocol(facts.destination.port()))
+    let (snapshot, port) = (proxy.config.load(), facts.destination.port());
+    let Some(workload) = snapshot.workload(&pod.uid) else { return Protocol::Detect };
+    match workload.protocol(port) {
+        Protocol::Tcp if workload.policy.at(port).authorization.asks_sni => Protocol::Tls,
+        declared => declared,
+    }
 }
 
 /// Finds out what a connection carries; the bytes read for that are returned. An application that speaks first carries no
@@ -157,18 +197,28 @@ async fn look(
     let mut read = BytesMut::new();
     let mut deadline = patience.map(|p| Instant::now() + p);
     let (mut source, _) = downstream.halves();
+    let mut patient = false;
     loop {
-        let detected = detect(&read);
-        match detected {
+        // Servers skip empty lines before a request.
+        let begun = &read[http::wire::leading_empty_lines(&read)..];
+        match detect(begun) {
             Detected::Http2 => return (Spoken::Http2, read.freeze()),
             Detected::Http1 => return (Spoken::Http1, read.freeze()),
             Detected::Tls(name) if !declared.is_http() => return (Spoken::Opaque(name.map(Arc::from)), read.freeze()),
-            Detected::Opaque if !declared.is_http() && !claims_http(&read) => return (Spoken::Opaque(None), read.freeze()),
-            // What is declared to be HTTP, or says that it is, is refused as such if it is malformed.
-            Detected::Opaque | Detected::Tls(_) => return (Spoken::Http1, read.freeze()),
+            // What is declared to be HTTP, or may be it to a lenient application, is refused as such if it is malformed.
+            Detected::Tls(_) => return (Spoken::Http1, read.freeze()),
+            Detected::Opaque if declared.is_http() => return (Spoken::Http1, read.freeze()),
+            Detected::Opaque if declared == Protocol::Tls => return (Spoken::Opaque(None), read.freeze()),
+            Detected::Opaque => match resembles_http(begun) {
+                Some(false) => return (Spoken::Opaque(None), read.freeze()),
+                Some(true) => return (Spoken::Http1, read.freeze()),
+                None if read.len() >= MOST => return (Spoken::Http1, read.freeze()),
+                None => {}
+            },
             Detected::More if read.len() >= MOST => return (Spoken::Http1, read.freeze()),
             Detected::More => {}
         }
+        let hello = begun.first() == Some(&TLS_HANDSHAKE);
         let speaks_first = async {
             match application {
                 Some(application) if read.is_empty() && !declared.is_http() => server_first(application).await,
@@ -194,26 +244,102 @@ async fn look(
                 Ok(None) | Err(_) => return (Spoken::Opaque(None), read.freeze()),
             },
             () = speaks_first => return (Spoken::Opaque(None), Bytes::new()),
-            // A beginning that may yet become a request is held to be one: who waits with the rest does not get past.
-            () = late => return (if read.is_empty() { Spoken::Opaque(None) } else { Spoken::Http1 }, read.freeze()),
+            () = late => match (read.is_empty(), hello) {
+                (true, _) => return (Spoken::Opaque(None), Bytes::new()),
+                // A client hello of several segments may have lost one of them.
+                (_, true) if !patient => (deadline, patient) = (Some(Instant::now() + HELLO), true),
+                (_, true) => return (Spoken::Opaque(None), read.freeze()),
+                // A beginning that may yet become a request is held to be one: who waits with the rest does not get past.
+                _ => return (Spoken::Http1, read.freeze()),
+            },
         }
     }
 }
 
+/// How long a server's first bytes may take to be told from the beginning of HTTP/2.
+const GREETING: Duration = Duration::from_millis(50);
+
 /// Completes when the application has said something that no HTTP server says first, or has closed.
 pub async fn server_first(application: &TcpStream) {
     let mut first = [0; 9];
+    let mut deadline = None;
     loop {
         match application.peek(&mut first).await {
             Ok(n) if n == first.len() && is_http2_server(&first) => return std::future::pending().await,
-            Ok(n) if n > 0 && n < first.len() && first.starts_with(&[0]) => tokio::time::sleep(Duration::from_millis(1)).await,
+            Ok(n) if n > 0 && may_be_http2_server(&first[..n]) => {
+                // More of it may come; nobody says when.
+                let until = *deadline.get_or_insert_with(|| Instant::now() + GREETING);
+                if Instant::now() >= until {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
             _ => return,
         }
     }
 }
 
-/// Whether the first line says that it is HTTP, however malformed: an application may be more lenient than the detection.
-fn claims_http(read: &[u8]) -> bool {
-    let line = read.split(|b| *b == b'\n').next().unwrap_or_default();
-    line.windows(5).any(|w| w.eq_ignore_ascii_case(b"HTTP/"))
+/// Whether bytes, of which there are too few to tell, may begin a SETTINGS frame.
+fn may_be_http2_server(first: &[u8]) -> bool {
+    let fits = |at: usize, byte: u8| first.get(at).is_none_or(|b| *b == byte);
+    first.len() < 9 && fits(0, 0) && fits(3, 4) && (4..9).all(|at| fits(at, 0))
+}
+
+/// Whether bytes that are no HTTP to the detection may be some to a lenient application: the first line says HTTP, asks for a
+/// path, or is a proxy's preamble that hides what follows. `None`: the line is text so far, and not whole.
+fn resembles_http(read: &[u8]) -> Option<bool> {
+    if read.starts_with(b"PROXY ") || read.starts_with(PROXY_V2) {
+        return Some(true);
+    }
+    let end = memchr::memchr(b'\n', read);
+    let line = &read[..end.unwrap_or(read.len())];
+    let says_http = line.windows(5).any(|w| w.eq_ignore_ascii_case(b"HTTP/"));
+    let mut words = line.split(|b| *b == b' ');
+    let is_name = |w: &[u8]| !w.is_empty() && w.iter().all(u8::is_ascii_alphabetic);
+    let asks = words.next().is_some_and(is_name) && words.next().is_some_and(|w| w.starts_with(b"/"));
+    if says_http || asks {
+        return Some(true);
+    }
+    let text = line.iter().all(|b| matches!(b, b'\t' | b'\r' | b' '..=b'~'));
+    if text && end.is_none() { None } else { Some(false) }
+}
+
+/// What the PROXY protocol's second version begins with, after its empty lines.
+const PROXY_V2: &[u8] = b"\0\r\nQUIT\n";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_pass_for_http_is_told_from_what_does_not() {
+        for (read, expected) in [
+            (&b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\nGET / HTTP/1.1\r\n"[..], Some(true)),
+            (b"\0\r\nQUIT\n\x21", Some(true)),
+            (b"FOO / http/1.1\r\n", Some(true)),
+            (b"get /x\r\n", Some(true)),
+            (b"FOO", None),
+            (b"* 1 FETCH", None),
+            (b"*1\r\n$4\r\nPING\r\n", Some(false)),
+            (b"EHLO mail.example\r\n", Some(false)),
+            (b"\x10\x20MQTT", Some(false)),
+            (b"\0\0\0\x08\x04\xd2\x16\x2f", Some(false)),
+        ] {
+            assert_eq!(resembles_http(read), expected, "{}", String::from_utf8_lossy(read));
+        }
+    }
+
+    #[test]
+    fn settings_frames_are_told_from_other_greetings() {
+        for (first, expected) in [
+            (&[0][..], true),
+            (&[0, 0, 18, 4], true),
+            (&[0, 0, 18, 4, 0, 0, 0, 0], true),
+            (&[0, 0, 18, 5], false),
+            (&[1], false),
+            (&[0, 0, 18, 4, 1], false),
+        ] {
+            assert_eq!(may_be_http2_server(first), expected, "{first:?}");
+        }
+    }
 }

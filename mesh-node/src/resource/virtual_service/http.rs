@@ -9,7 +9,7 @@ use super::document::{self as doc, HttpRoute};
 use crate::{
     resource::{
         envelope::FieldError,
-        fields::{Percent, header_name, header_value, port, positive},
+        fields::{self, Percent, end_to_end_header, header_name, header_value, port, positive},
     },
     route::{
         matching::{HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, SourceMatch, TextMatch, compile},
@@ -191,7 +191,7 @@ fn header_operations(document: &doc::Headers, at: &str) -> Result<HeaderOperatio
         // Host is no header here; setting it wins over adding it.
         for (all, field) in [(&operations.set, "set"), (&operations.add, "add")] {
             let host = all.iter().find(|(name, _)| is_host(name));
-            let value = host.map(|(name, v)| header_value(v, &format!("{at}.request.{field}.{name}"))).transpose()?;
+            let value = host.map(|(name, v)| fields::authority(v, &format!("{at}.request.{field}.{name}"))).transpose()?;
             authority = authority.or(value);
         }
         request = header_changes(operations, &format!("{at}.request"))?;
@@ -209,12 +209,12 @@ fn header_changes(operations: &doc::HeaderOperations, at: &str) -> Result<Header
         let all = all.iter().filter(|(name, _)| !name.starts_with(':') && !is_host(name));
         let pair = |(name, value): (&String, &String)| {
             let at = format!("{at}.{field}.{name}");
-            Ok((header_name(name, &at)?, header_value(value, &at)?))
+            Ok((end_to_end_header(name, &at)?, header_value(value, &at)?))
         };
         all.map(pair).collect::<Result<Vec<_>>>()
     };
     let remove = operations.remove.iter().enumerate().filter(|(_, name)| !name.starts_with(':') && !is_host(name));
-    let remove = remove.map(|(i, name)| header_name(name, &format!("{at}.remove[{i}]"))).collect::<Result<_>>()?;
+    let remove = remove.map(|(i, name)| end_to_end_header(name, &format!("{at}.remove[{i}]"))).collect::<Result<_>>()?;
     Ok(HeaderChanges { set: pairs(&operations.set, "set")?, add: pairs(&operations.add, "add")?, remove })
 }
 
@@ -231,7 +231,7 @@ fn rewrite(document: &doc::Rewrite, at: &str) -> Result<Rewrite> {
         (None, None) => None,
     };
     let authority = document.authority.as_deref().filter(|a| !a.is_empty());
-    let authority = authority.map(|a| header_value(a, &format!("{at}.authority"))).transpose()?;
+    let authority = authority.map(|a| fields::authority(a, &format!("{at}.authority"))).transpose()?;
     Ok(Rewrite { path, authority })
 }
 

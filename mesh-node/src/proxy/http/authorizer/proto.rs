@@ -196,11 +196,11 @@ pub enum Outcome {
     Denied(Box<Reply>),
 }
 
-/// Changes the request as the answer says. `None`: the answer makes no sense.
-pub fn apply(response: &CheckResponse, head: &mut RequestHead) -> Option<Outcome> {
+/// Changes the request as the answer says.
+pub fn apply(response: &CheckResponse, head: &mut RequestHead) -> Outcome {
     let code = response.status.as_ref().map_or(0, |s| s.code);
     if code == 0 {
-        let Some(ok) = &response.ok else { return Some(Outcome::Allowed { to_client: HeaderMap::new() }) };
+        let Some(ok) = &response.ok else { return Outcome::Allowed { to_client: HeaderMap::new() } };
         for name in &ok.headers_to_remove {
             // Neither pseudo headers nor the host can be taken away.
             if name != "host" {
@@ -210,14 +210,14 @@ pub fn apply(response: &CheckResponse, head: &mut RequestHead) -> Option<Outcome
         change(&ok.headers, &mut head.headers);
         let mut to_client = HeaderMap::new();
         change(&ok.response_headers_to_add, &mut to_client);
-        return Some(Outcome::Allowed { to_client });
+        return Outcome::Allowed { to_client };
     }
     let denied = response.denied.clone().unwrap_or_default();
-    let status = denied.status.as_ref().map_or(403, |s| s.code);
-    let status = u16::try_from(status).ok().and_then(|s| StatusCode::from_u16(s).ok()).filter(|s| s.as_u16() >= 200)?;
+    let status = denied.status.as_ref().and_then(|s| u16::try_from(s.code).ok()).and_then(|s| StatusCode::from_u16(s).ok());
+    let status = status.filter(|s| s.as_u16() >= 200).unwrap_or(StatusCode::FORBIDDEN);
     let mut reply = Reply::new(status, denied.body);
     change(&denied.headers, &mut reply.headers);
-    Some(Outcome::Denied(Box::new(reply)))
+    Outcome::Denied(Box::new(reply))
 }
 
 fn change(options: &[HeaderOption], headers: &mut HeaderMap) {
@@ -227,13 +227,15 @@ fn change(options: &[HeaderOption], headers: &mut HeaderMap) {
         let name = HeaderName::from_bytes(header.key.as_bytes());
         let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(value)) else { continue };
         // How a message is framed is not an authorizer's business.
-        if ["host", "content-length", "transfer-encoding", "connection"].contains(&name.as_str()) {
+        if !super::is_end_to_end(&name) {
             continue;
         }
-        if option.append.as_ref().is_some_and(|a| a.value) {
-            headers.append(name, value);
-        } else {
-            headers.insert(name, value);
+        match (option.append.as_ref().map(|a| a.value), option.append_action) {
+            (Some(true), _) => drop(headers.append(name, value)),
+            // ADD_IF_ABSENT, OVERWRITE_IF_EXISTS.
+            (None, 1) if headers.contains_key(&name) => {}
+            (None, 3) if !headers.contains_key(&name) => {}
+            _ => drop(headers.insert(name, value)),
         }
     }
 }
