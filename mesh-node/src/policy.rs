@@ -218,7 +218,9 @@ impl Governing {
         if allowed == Truth::No {
             return Err(Denial::NotAllowed);
         }
-        let asks = denied.0 == Truth::Maybe || allowed == Truth::Maybe || self.asks(&view)
+        let asks = denied.0 == Truth::Maybe
+            || allowed == Truth::Maybe
+            || self.asks(&view)
             || [&all.audit, &all.shadow_deny].iter().any(|rules| rules.find(&view).0 == Truth::Maybe)
             || all.shadow_allow.as_ref().is_some_and(|rules| rules.find(&view).0 == Truth::Maybe);
         Ok(if asks { Verdict::PerRequest(Permit(())) } else { Verdict::Allowed(Permit(())) })

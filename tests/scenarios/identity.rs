@@ -101,7 +101,11 @@ fn renewals_under_load_fail_no_request() {
     let (seconds, life) = (number("MESH_SOAK_SECONDS", 30), number("MESH_SOAK_TTL", 5));
     let scene = scene(&ttl(life));
     assert_eq!(scene.ask(), "200");
-    let mut steady = scene.bed.command(&scene.far, &program("web"), &["get", "server:80/x", "0", "1", "--seconds", &seconds.to_string(), "--pause-millis", "50"]);
+    let mut steady = scene.bed.command(
+        &scene.far,
+        &program("web"),
+        &["get", "server:80/x", "0", "1", "--seconds", &seconds.to_string(), "--pause-millis", "50"],
+    );
     let steady = steady.stdout(Stdio::piped()).spawn().expect("web");
     let load = scene.load(seconds);
     let mut serials = std::collections::BTreeSet::new();
@@ -226,7 +230,19 @@ fn with_authority(scene: &mut Scene, life: u64) -> Authority {
     let command = move || {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", netns.display())).arg(program("mesh-node"));
-        command.args(["ca", "--listen", "0.0.0.0:15012", "--ca-dir", &ca, "--tokens", &tokens, "--config-dir", &config, "--state-dir", &state]);
+        command.args([
+            "ca",
+            "--listen",
+            "0.0.0.0:15012",
+            "--ca-dir",
+            &ca,
+            "--tokens",
+            &tokens,
+            "--config-dir",
+            &config,
+            "--state-dir",
+            &state,
+        ]);
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&log).expect("a log");
         command.stdout(log.try_clone().expect("a log")).stderr(log);
         command
@@ -273,7 +289,8 @@ fn an_authority_that_is_away_is_missed_only_when_certificates_expire() {
     let load = scene.load(5);
     assert!(load.finish() > 50);
     let told = || scene.certificate(1, "/sa/far")["error"].as_str().map(str::to_owned);
-    wait_for("the outage is told", Duration::from_secs(life), || Ok(told().is_some_and(|e| e.contains("cannot be reached")))).expect("told");
+    wait_for("the outage is told", Duration::from_secs(life), || Ok(told().is_some_and(|e| e.contains("cannot be reached"))))
+        .expect("told");
     std::thread::sleep(Duration::from_secs(life));
     // A connection in use outlives its certificate; a new one cannot be made, and the log says why.
     assert_eq!(scene.ask(), "200");
@@ -307,12 +324,20 @@ fn certificates_come_from_files() {
         std::fs::write(directory.join("tls.crt"), chain.iter().map(|c| pem(c)).collect::<String>()).expect("written");
     };
     ["server", "echo", "spare", "far"].iter().for_each(|account| write(account, 3600));
-    let options = NodeOptions::with(&["--certificate-source", "files", "--certificate-dir", &files.path().display().to_string(), "--key-exchange", "pqc-only"]);
+    let options = NodeOptions::with(&[
+        "--certificate-source",
+        "files",
+        "--certificate-dir",
+        &files.path().display().to_string(),
+        "--key-exchange",
+        "pqc-only",
+    ]);
     let scene = scene(&options);
     wait_for("traffic", Duration::from_secs(10), || Ok(scene.ask() == "200")).expect("traffic");
     let before = scene.certificate(1, "/sa/far")["serial"].clone();
     let load = scene.load(6);
     write("far", 3600);
-    wait_for("the new certificate is in use", Duration::from_secs(10), || Ok(scene.certificate(1, "/sa/far")["serial"] != before)).expect("in use");
+    wait_for("the new certificate is in use", Duration::from_secs(10), || Ok(scene.certificate(1, "/sa/far")["serial"] != before))
+        .expect("in use");
     assert!(load.finish() > 50);
 }

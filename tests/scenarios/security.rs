@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use mesh_tests::{
-    engine::{Engine, Line, NEAR_CLIENT, SERVER, security, server_pod, service},
+    engine::{Engine, Line, NEAR_CLIENT, SERVER, security, server_pod, service, virtual_service},
     scripted::{self, Seen},
     token::{Issuer, now},
     wire::{Got, exchange},
@@ -436,4 +436,450 @@ async fn a_request_under_way_ends_when_it_is_denied() {
         assert!(got.status != "200" && begun.elapsed() < Duration::from_secs(2), "{way}: {got:?}");
     }
     assert_eq!(SERVER, "127.0.0.1");
+}
+
+/// Documents of the server pod behind a service for HTTP, and more.
+fn served(upstream: SocketAddr, more: &[Value]) -> Vec<Value> {
+    let mut all = vec![server_pod()];
+    all.extend(service("server", VIP.split(':').next().expect("an address"), "http", &[upstream]));
+    all.extend(more.iter().cloned());
+    all
+}
+
+async fn ask(engine: &Engine, way: &str, upstream: SocketAddr, request: &str) -> Got {
+    let mut stream = match way {
+        "outside" => engine.connect_inbound(upstream.port()).await,
+        _ => engine.connect(VIP.parse().expect("an address")).await,
+    }
+    .expect("connected");
+    exchange(&mut stream, request.as_bytes().to_vec(), request.starts_with("HEAD")).await
+}
+
+fn get(path: &str, id: &str, more: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nhost: svc.example\r\nx-id: {id}\r\n{more}\r\n")
+}
+
+/// Routing by claims of a token the destination accepts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_are_routed_by_verified_claims() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("an upstream"), scripted::http1("up2", &seen).expect("an upstream"));
+    let issuer = Issuer::default();
+    let mut documents = served(
+        one,
+        &[security(
+            "RequestAuthentication",
+            "jwt",
+            &json!({"jwtRules": [{"issuer": ISSUER, "jwks": issuer.jwks(), "forwardOriginalToken": true}]}),
+        )],
+    );
+    documents.extend(service("other", "10.99.0.2", "http", &[two]));
+    let to = |host: &str| json!([{"destination": {"host": host}}]);
+    documents.push(virtual_service(
+        "server",
+        &json!([
+            {"match": [{"headers": {"@request.auth.claims.groups": {"exact": "beta"}}}], "route": to("other")},
+            {"match": [{"headers": {"@request.auth.claims[deep][er]": {"prefix": "y"}}, "withoutHeaders": {"@request.auth.claims.sub": {"exact": "bob"}}}], "route": to("other")},
+            {"route": to("server")},
+        ]),
+    ));
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    let bearer = |issuer: &Issuer, more: &Value| format!("authorization: Bearer {}\r\n", issuer.token(&claims(more)));
+    for (n, (header, expected)) in [
+        (String::new(), "up1 200 #1\n"),
+        (bearer(&issuer, &json!({"groups": ["alpha", "beta"]})), "up2 200 #1\n"),
+        (bearer(&issuer, &json!({"groups": ["alpha"]})), "up1 200 #1\n"),
+        (bearer(&issuer, &json!({"deep": {"er": "yes"}})), "up2 200 #1\n"),
+        (bearer(&issuer, &json!({"deep": {"er": "yes"}, "sub": "bob"})), "up1 200 #1\n"),
+        (bearer(&Issuer::default(), &json!({"groups": ["beta"]})), "Jwt verification fails"),
+        (bearer(&issuer, &json!({"groups": ["beta"], "exp": now() - 600})), "Jwt is expired"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let got = ask(&engine, "node", one, &get("/x", &format!("claims-{n}"), &header)).await;
+        assert_eq!(got.body, expected, "{header}");
+    }
+}
+
+/// An authorizer over HTTP: allows what has `x-pass`, and says so to both sides.
+fn authorizer() -> SocketAddr {
+    use std::io::{BufRead, BufReader, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.5:0").expect("bound");
+    let address = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut reader = BufReader::new(stream.try_clone().expect("cloned"));
+                loop {
+                    let mut head = String::new();
+                    while !head.ends_with("\r\n\r\n") {
+                        if reader.read_line(&mut head).unwrap_or(0) == 0 {
+                            return;
+                        }
+                    }
+                    let has = |text: &str| head.to_lowercase().contains(text);
+                    let line = head.lines().next().unwrap_or_default().to_owned();
+                    let answer = if has("x-fail:") {
+                        "HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n".to_owned()
+                    } else if has("x-stall:") {
+                        std::thread::sleep(Duration::from_secs(3));
+                        return;
+                    } else if has("x-pass:") {
+                        let token = if has("x-token:") {
+                            head.split("x-token: ").nth(1).and_then(|t| t.lines().next()).map(|t| format!("authorization: Bearer {t}\r\n"))
+                        } else {
+                            None
+                        };
+                        format!(
+                            "HTTP/1.1 200 OK\r\nx-user: alice\r\nx-line: {line}\r\nset-cookie: a=1\r\ncontent-length: 2\r\n{}\r\nok",
+                            token.unwrap_or_default()
+                        )
+                    } else {
+                        "HTTP/1.1 302 Found\r\nlocation: /login\r\nx-hidden: 1\r\nx-why: none\r\ncontent-length: 4\r\n\r\nno!\n".to_owned()
+                    };
+                    if stream.write_all(answer.as_bytes()).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+fn mesh_config(mesh: &Value) -> Value {
+    json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": mesh}})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_authorizer_over_http_decides() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let authz = authorizer();
+    let provider = |name: &str, more: Value| {
+        let mut http = json!({"service": "authz.default.svc.cluster.local", "port": 80, "timeout": "500ms",
+            "includeRequestHeadersInCheck": ["x-*"], "headersToUpstreamOnAllow": ["x-user", "x-line", "authorization"],
+            "headersToDownstreamOnAllow": ["set-cookie"], "headersToDownstreamOnDeny": ["x-why"], "pathPrefix": "/check"});
+        http.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        json!({"name": name, "envoyExtAuthzHttp": http})
+    };
+    let mesh = mesh_config(
+        &json!({"extensionProviders": [provider("closed", json!({"statusOnError": "503"})), provider("open", json!({"failOpen": true})), {"name": "log", "envoyFileAccessLog": {}}]}),
+    );
+    let custom = |provider: &str| {
+        security(
+            "AuthorizationPolicy",
+            "custom",
+            &json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": provider}, "rules": [{"to": [{"operation": {"notPaths": ["/free*"]}}]}]}),
+        )
+    };
+    let documents = |provider: &str, more: &[Value]| {
+        let mut all = served(upstream, &[mesh.clone(), custom(provider)]);
+        all.extend(service("authz", "10.99.0.3", "http", &[authz]));
+        all.extend(more.iter().cloned());
+        all
+    };
+    let engine = Engine::start_as(NEAR_CLIENT, &documents("closed", &[])).await.expect("started");
+    for way in ["outside", "node"] {
+        let got = ask(&engine, way, upstream, &get("/a?b=1", &format!("pass-{way}"), "x-pass: 1\r\nx-user: mallory\r\n")).await;
+        assert_eq!((got.status.as_str(), got.header("set-cookie")), ("200", Some("a=1")), "{way}: {got:?}");
+        let attempts = seen.of(&format!("pass-{way}"));
+        let header = |name: &str| attempts[0].headers.iter().filter(|(n, _)| n == name).map(|(_, v)| v.as_str()).collect::<Vec<_>>();
+        assert_eq!((header("x-user"), header("x-line")), (vec!["alice"], vec!["GET /check/a?b=1 HTTP/1.1"]), "{way}");
+        let got = ask(&engine, way, upstream, &get("/a", &format!("deny-{way}"), "x-request-id: deny\r\n")).await;
+        assert_eq!(
+            (got.status.as_str(), got.body.as_str(), got.header("location"), got.header("x-why"), got.header("x-hidden")),
+            ("302", "no!\n", Some("/login"), Some("none"), None),
+            "{way}"
+        );
+        assert!(seen.of(&format!("deny-{way}")).is_empty());
+        let lines = engine.logged_for("deny", 1).await;
+        assert!(lines.iter().any(|l| l["response_code_details"] == "ext_authz_denied" && l["response_flags"] == "UAEX"), "{lines:?}");
+        for (name, header) in [("fail", "x-fail: 1\r\n"), ("stall", "x-stall: 1\r\n")] {
+            let got = ask(&engine, way, upstream, &get("/a", &format!("{name}-{way}"), header)).await;
+            assert_eq!(got.status, "503", "{way} {name}: {got:?}");
+        }
+        let got = ask(&engine, way, upstream, &get("/free/x", &format!("free-{way}"), "")).await;
+        assert_eq!(got.status, "200", "{way}: not asked");
+    }
+    engine.apply(&documents("open", &[])).await.expect("applied");
+    let got = ask(&engine, "node", upstream, &get("/a", "open", "x-fail: 1\r\n")).await;
+    assert_eq!(got.status, "200", "fail mode open");
+    engine.apply(&documents("nobody", &[])).await.expect("applied");
+    let got = ask(&engine, "node", upstream, &get("/a", "nobody", "x-pass: 1\r\n")).await;
+    assert_eq!(got.status, "403", "a provider there is not");
+    // A token an authorizer puts in is verified like any.
+    let issuer = Issuer::default();
+    let more = [
+        security(
+            "RequestAuthentication",
+            "jwt",
+            &json!({"selector": {"matchLabels": {"app": "server"}}, "jwtRules": [{"issuer": ISSUER, "jwks": issuer.jwks()}]}),
+        ),
+        security(
+            "AuthorizationPolicy",
+            "users",
+            &json!({"selector": {"matchLabels": {"app": "server"}}, "rules": [{"from": [{"source": {"requestPrincipals": [format!("{ISSUER}/alice")]}}]}]}),
+        ),
+    ];
+    engine.apply(&documents("closed", &more)).await.expect("applied");
+    for (n, (token, expected)) in [(issuer.token(&claims(&json!({}))), "200"), ("abc".to_owned(), "401")].into_iter().enumerate() {
+        let got = ask(&engine, "node", upstream, &get("/a", &format!("token-{n}"), &format!("x-pass: 1\r\nx-token: {token}\r\n"))).await;
+        assert_eq!(got.status, expected, "{token}: {got:?}");
+    }
+}
+
+mod check {
+    //! What an authorizer over gRPC sees and says, field by field as in Envoy's protocol definitions.
+
+    use prost::Message;
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Request {
+        #[prost(message, optional, tag = "1")]
+        pub attributes: Option<Attributes>,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Attributes {
+        #[prost(message, optional, tag = "1")]
+        pub source: Option<Peer>,
+        #[prost(message, optional, tag = "4")]
+        pub request: Option<Outer>,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Peer {
+        #[prost(string, tag = "4")]
+        pub principal: String,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Outer {
+        #[prost(message, optional, tag = "2")]
+        pub http: Option<Http>,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Http {
+        #[prost(string, tag = "2")]
+        pub method: String,
+        #[prost(map = "string, string", tag = "3")]
+        pub headers: std::collections::HashMap<String, String>,
+        #[prost(string, tag = "4")]
+        pub path: String,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Response {
+        #[prost(message, optional, tag = "1")]
+        pub status: Option<Status>,
+        #[prost(message, optional, tag = "2")]
+        pub denied: Option<Denied>,
+        #[prost(message, optional, tag = "3")]
+        pub ok: Option<Allowed>,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Status {
+        #[prost(int32, tag = "1")]
+        pub code: i32,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Denied {
+        #[prost(message, optional, tag = "1")]
+        pub status: Option<Status>,
+        #[prost(string, tag = "3")]
+        pub body: String,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Allowed {
+        #[prost(message, repeated, tag = "2")]
+        pub headers: Vec<Option_>,
+        #[prost(string, repeated, tag = "5")]
+        pub remove: Vec<String>,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Option_ {
+        #[prost(message, optional, tag = "1")]
+        pub header: Option<Header>,
+    }
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Header {
+        #[prost(string, tag = "1")]
+        pub key: String,
+        #[prost(string, tag = "2")]
+        pub value: String,
+    }
+}
+
+/// An authorizer over gRPC: allows `GET`, tells the application who asks, takes a header away.
+async fn grpc_authorizer() -> SocketAddr {
+    use prost::Message as _;
+    let listener = tokio::net::TcpListener::bind("127.0.0.5:0").await.expect("bound");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    assert_eq!(request.uri().path(), "/envoy.service.auth.v3.Authorization/Check");
+                    tokio::spawn(async move {
+                        let mut body = request.into_body();
+                        let mut data = Vec::new();
+                        while let Some(Ok(chunk)) = body.data().await {
+                            data.extend_from_slice(&chunk);
+                        }
+                        let asked = check::Request::decode(&data[5..]).expect("a question").attributes.expect("attributes");
+                        let http = asked.request.and_then(|r| r.http).expect("http");
+                        let answer = match http.method.as_str() {
+                            "GET" => {
+                                let header =
+                                    |key: &str, value: String| check::Option_ { header: Some(check::Header { key: key.into(), value }) };
+                                let headers = vec![
+                                    header("x-who", asked.source.expect("a source").principal),
+                                    header("x-path", http.path),
+                                    header("content-length", "9".into()),
+                                ];
+                                check::Response {
+                                    ok: Some(check::Allowed { headers, remove: vec!["x-gone".into()] }),
+                                    ..check::Response::default()
+                                }
+                            }
+                            _ => {
+                                let denied = check::Denied {
+                                    status: Some(check::Status { code: i32::from(http.headers.contains_key("x-teapot")) * 418 }),
+                                    body: "no".into(),
+                                };
+                                check::Response {
+                                    status: Some(check::Status { code: 7 }),
+                                    denied: Some(denied),
+                                    ..check::Response::default()
+                                }
+                            }
+                        };
+                        let mut framed = vec![0; 5];
+                        answer.encode(&mut framed).expect("encoded");
+                        let length = u32::try_from(framed.len() - 5).expect("short").to_be_bytes();
+                        framed[1..5].copy_from_slice(&length);
+                        let response = http::Response::builder().header("content-type", "application/grpc").body(()).expect("a response");
+                        let mut stream = respond.send_response(response, false).expect("answered");
+                        stream.send_data(framed.into(), false).expect("sent");
+                        let mut trailers = http::HeaderMap::new();
+                        trailers.insert("grpc-status", "0".parse().expect("a value"));
+                        stream.send_trailers(trailers).expect("sent");
+                    });
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_authorizer_over_grpc_decides() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let authz = grpc_authorizer().await;
+    let mesh = mesh_config(
+        &json!({"extensionProviders": [{"name": "g", "envoyExtAuthzGrpc": {"service": "authz.default.svc.cluster.local", "port": 80, "timeout": "2s"}}]}),
+    );
+    let custom = security(
+        "AuthorizationPolicy",
+        "custom",
+        &json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": "g"}, "rules": [{}]}),
+    );
+    let mut documents = served(upstream, &[mesh, custom]);
+    documents.extend(service("authz", "10.99.0.3", "grpc", &[authz]));
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    for (way, who) in [("outside", ""), ("node", "spiffe://cluster.local/ns/default/sa/client")] {
+        let got = ask(&engine, way, upstream, &get("/a", &format!("ok-{way}"), "x-gone: 1\r\n")).await;
+        assert_eq!(got.status, "200", "{way}: {got:?}");
+        let attempts = seen.of(&format!("ok-{way}"));
+        let header = |name: &str| attempts[0].headers.iter().find(|(n, _)| n == name).map_or("(none)", |(_, v)| v.as_str());
+        assert_eq!(
+            (header("x-who"), header("x-path"), header("x-gone"), header("content-length")),
+            (who, "/a", "(none)", "(none)"),
+            "{way}"
+        );
+        let post = |more: &str| format!("POST /a HTTP/1.1\r\nhost: a\r\n{more}content-length: 0\r\n\r\n");
+        for (request, status) in [(post("x-teapot: 1\r\n"), "418"), (post(""), "403")] {
+            let got = ask(&engine, way, upstream, &request).await;
+            assert_eq!((got.status.as_str(), got.body.as_str()), (status, "no"), "{way}");
+        }
+    }
+}
+
+/// Ways past the gate that a review found.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_judged_is_what_is_sent() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let public = security(
+        "AuthorizationPolicy",
+        "public",
+        &json!({"selector": {"matchLabels": {"app": "server"}}, "rules": [{"to": [{"operation": {"paths": ["/public/*"]}}]}]}),
+    );
+    let route =
+        json!([{"match": [{"uri": {"prefix": "/api"}}], "rewrite": {"uri": "/public/"}, "route": [{"destination": {"host": "server"}}]}]);
+    let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &[public, virtual_service("server", &route)])).await.expect("started");
+    let got = ask(&engine, "node", upstream, &get("/apix", "plain", "")).await;
+    assert_eq!((got.status.as_str(), seen.of("plain")[0].line.as_str()), ("200", "GET /public/x HTTP/1.1"));
+    // What a route makes of a path is judged as the application will read it.
+    for path in ["/api../admin", "/api../../admin", "/api%2e%2e/admin", "/api..%2fadmin"] {
+        let got = ask(&engine, "node", upstream, &get(path, "tricky", "")).await;
+        assert!(["403", "400", "404"].contains(&got.status.as_str()) && seen.of("tricky").is_empty(), "{path}: {got:?}");
+    }
+    // Headers only the proxy may write cannot be brought along by looking like something else than HTTP.
+    let issuer = Issuer::default();
+    let jwt = security(
+        "RequestAuthentication",
+        "jwt",
+        &json!({"selector": {"matchLabels": {"app": "server"}}, "jwtRules": [{"issuer": ISSUER, "jwks": issuer.jwks(), "outputClaimToHeaders": [{"header": "x-user", "claim": "sub"}]}]}),
+    );
+    let mut documents = vec![server_pod(), jwt];
+    documents.extend(service("server", "10.99.0.1", "undeclared", &[upstream]));
+    engine.apply(&documents).await.expect("applied");
+    let forged = "x-user: admin\r\n";
+    for (n, (before, after)) in [
+        ("", get("/x", "forged-0", forged)),
+        ("", format!("\r\n{}", get("/x", "forged-1", forged))),
+        ("", format!("\n\n{}", get("/x", "forged-2", forged))),
+        ("FO", get("/x", "forged-3", forged).replacen("GET", "O", 1)),
+        ("PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n", get("/x", "forged-4", forged)),
+        ("", get("/x", "forged-5", forged).replacen("GET", "get", 1)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        use tokio::io::AsyncWriteExt;
+        let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+        if !before.is_empty() {
+            stream.write_all(before.as_bytes()).await.expect("written");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let got = exchange(&mut stream, after.into_bytes(), false).await;
+        let attempts = seen.of(&format!("forged-{n}"));
+        let arrived = attempts.iter().any(|a| a.headers.iter().any(|(name, _)| name == "x-user"));
+        assert!(!arrived, "{n}: {got:?}");
+    }
+    assert_eq!(seen.of("forged-0").len(), 1, "without the forged header it is an ordinary request");
+}
+
+/// What the application says about its connection reaches the client.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_applications_connection_is_the_clients() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let policy = security("AuthorizationPolicy", "p", &json!({"rules": [{"to": [{"operation": {"methods": ["GET"]}}]}]}));
+    let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &[policy])).await.expect("started");
+    let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+    let kept = exchange(&mut stream, get("/a", "kept", "").into_bytes(), false).await;
+    assert_eq!((kept.status.as_str(), kept.header("connection")), ("200", None));
+    let closing = exchange(&mut stream, get("/b", "closing", "x-plan: 200+connection=close\r\n").into_bytes(), false).await;
+    assert_eq!((closing.status.as_str(), closing.header("connection")), ("200", Some("close")), "{closing:?}");
+    // One that closes while nothing is under way is closed to the client too, and not reset.
+    let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+    let parting = exchange(&mut stream, get("/c", "parting", "x-plan: parting\r\n").into_bytes(), false).await;
+    assert_eq!(parting.status, "200");
+    use tokio::io::AsyncReadExt;
+    let mut rest = Vec::new();
+    let ended = tokio::time::timeout(Duration::from_secs(3), stream.read_to_end(&mut rest)).await.expect("in time");
+    assert!(ended.is_ok() && rest.is_empty(), "{ended:?}");
+    assert!(seen.of("kept")[0].connection == seen.of("closing")[0].connection);
 }

@@ -36,8 +36,8 @@ impl Verified {
         WORD_LISTS.contains(&&**name) || self.rule.word_lists.contains(name)
     }
 
-    /// A claim as text, for routing.
-    pub fn text(&self, path: &[Arc<str>]) -> Vec<String> {
+    /// The texts of a claim, for routing.
+    pub fn texts(&self, path: &[Arc<str>]) -> Vec<String> {
         match self.claim(path) {
             Some(Value::String(words)) if self.is_word_list(path) => words.split(' ').map(str::to_owned).collect(),
             Some(Value::Array(all)) => all.iter().filter_map(Value::as_str).map(str::to_owned).collect(),

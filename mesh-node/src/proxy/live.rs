@@ -143,7 +143,6 @@ impl Note {
             }
         }
     }
-
 }
 
 impl Registration {

@@ -8,7 +8,7 @@ use super::{
     Workload,
     request::{RequestHead, query_parameter},
 };
-use crate::resource::selector::Labels;
+use crate::{policy::Verified, resource::selector::Labels};
 
 /// Size bound of one compiled regular expression, bytes: an operator's pattern must not take the node's memory.
 const REGEX_SIZE: usize = 256 * 1024;
@@ -191,8 +191,23 @@ pub struct HttpMatch {
     /// The port of the service the request was sent to.
     pub port: Option<u16>,
     pub source: SourceMatch,
-    /// It asks for something that is never there: verified claims, which are not known here yet.
-    pub never: bool,
+    /// Claims of a token that was verified.
+    pub claims: Vec<ClaimMatch>,
+}
+
+/// A test of a claim; of a list, one element is enough. Without a verified token there are no claims.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClaimMatch {
+    pub path: Vec<Arc<str>>,
+    pub value: TextMatch,
+    pub inverted: bool,
+}
+
+impl ClaimMatch {
+    fn matches(&self, claims: Option<&Verified>) -> bool {
+        let values = claims.map(|c| c.texts(&self.path)).unwrap_or_default();
+        values.iter().any(|v| self.value.matches(v.as_bytes())) != self.inverted
+    }
 }
 
 /// What a request is matched with besides its head.
@@ -200,13 +215,13 @@ pub struct HttpMatch {
 pub struct Context<'a> {
     pub source: &'a Workload,
     pub port: u16,
+    pub claims: Option<&'a Verified>,
 }
 
 impl HttpMatch {
     pub fn matches(&self, request: &RequestHead, context: Context<'_>) -> bool {
         let text = |test: &Option<TextMatch>, value: &[u8]| test.as_ref().is_none_or(|t| t.matches(value));
-        !self.never
-            && self.path.as_ref().is_none_or(|p| p.matches(request.path()))
+        self.path.as_ref().is_none_or(|p| p.matches(request.path()))
             && text(&self.method, request.method.as_str().as_bytes())
             && self.headers.iter().all(|h| h.matches(request))
             && text(&self.authority, request.authority.as_bytes())
@@ -214,6 +229,7 @@ impl HttpMatch {
             && self.query.iter().all(|q| q.matches(request))
             && self.port.is_none_or(|p| p == context.port)
             && self.source.matches(context.source)
+            && self.claims.iter().all(|c| c.matches(context.claims))
     }
 
     /// Whether it takes every request, so that nothing after it is ever reached.

@@ -23,6 +23,8 @@ pub struct HttpTable {
     /// The object they come from, for the log.
     pub origin: Arc<str>,
     pub rules: Vec<ResolvedRule>,
+    /// Some rule asks about claims.
+    pub asks_claims: bool,
 }
 
 /// A rule and, beside each of its destinations, the cluster it names; `None` when that does not exist.
@@ -48,6 +50,11 @@ pub struct Found<'a> {
 }
 
 impl HttpTable {
+    pub fn new(origin: Arc<str>, rules: Vec<ResolvedRule>) -> Self {
+        let asks_claims = rules.iter().flat_map(|r| &r.rule.matches).any(|m| !m.claims.is_empty());
+        Self { origin, rules, asks_claims }
+    }
+
     /// The first rule, and the first of its matches, that takes the request.
     pub fn find(&self, request: &RequestHead, context: Context<'_>) -> Option<Found<'_>> {
         self.rules.iter().find_map(|resolved| {

@@ -70,10 +70,6 @@ impl<'a> Routes<'a> {
         if vs.hosts.is_empty() {
             self.delegates.insert(&named.key.name, vs);
         }
-        if vs.http.iter().flat_map(|r| &r.matches).any(|m| m.never) {
-            let message = "spec.http: matches on @request.auth.claims never hold: this version of mesh-node does not verify tokens";
-            builder.remark(Severity::Warning, named, message);
-        }
         if !vs.mesh {
             return;
         }
@@ -159,7 +155,7 @@ impl<'a> Routes<'a> {
             if !vs.http.is_empty() {
                 let rules = vs.http.iter().flat_map(|r| self.expand(builder, named, r, resolver.quiet));
                 let rules = rules.map(|(rule, namespace)| resolver.http(named, &namespace, rule)).collect();
-                found.http = Some(HttpTable { origin: named.key.to_string().into(), rules });
+                found.http = Some(HttpTable::new(named.key.to_string().into(), rules));
             }
         }
         if let Some(table) = self.gateway_table(service, port, client, &resolver) {
@@ -186,7 +182,7 @@ impl<'a> Routes<'a> {
         // Stable: among equals the older route, and the earlier rule, stays first.
         rules.sort_by_key(|(_, rule)| std::cmp::Reverse(rule.matches.first().map(precedence)));
         let rules = rules.into_iter().map(|(named, r)| resolver.http(named, &named.key.name.namespace, r.clone())).collect();
-        Some(HttpTable { origin: origin.into(), rules })
+        Some(HttpTable::new(origin.into(), rules))
     }
 
     /// A rule, or the rules of the virtual service it delegates to; each with the namespace its names are of.
@@ -340,6 +336,6 @@ fn merge_match(root: &HttpMatch, delegate: &HttpMatch) -> Option<HttpMatch> {
     merged.source.namespace = one(root.source.namespace.as_ref(), delegate.source.namespace.as_ref()).ok()?;
     merged.source.labels =
         root.source.labels.iter().chain(delegate.source.labels.iter()).map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
-    merged.never |= delegate.never;
+    merged.claims.extend(delegate.claims.iter().cloned());
     Some(merged)
 }

@@ -15,7 +15,7 @@ use super::{
     attempts::{Attempts, Hashed, Outcome, Unanswered},
     body::{RequestBody, Responder},
     clusters::Limited,
-    headers, mirror,
+    gate, headers, mirror,
     record::{Flag, Record},
     reply::{Reply, reason},
     upload::Upload,
@@ -24,6 +24,7 @@ use super::{
 use crate::{
     config::Snapshot,
     id::ObjectName,
+    policy::Verified,
     route::{
         Cluster, Target, Workload,
         matching::Context,
@@ -115,7 +116,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             };
             return self.forward(head, forward, None).await;
         };
-        let Some(found) = table.find(&head, Context { source, port: port.port }) else {
+        let verified = if table.asks_claims { self.claims(&snapshot, &port.cluster, &head).await } else { None };
+        let context = Context { source, port: port.port, claims: verified.as_ref() };
+        let Some(found) = table.find(&head, context) else {
             return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;
         };
         let (resolved, path) = (found.resolved, found.path);
@@ -157,6 +160,15 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             }
             Action::Delegate { .. } => self.missing(rule).await,
         }
+    }
+
+    /// Claims to route by: of a token that the destination's `RequestAuthentication` accepts. One it does not accept gives none,
+    /// and is refused there.
+    async fn claims(&self, snapshot: &Snapshot, cluster: &Cluster, head: &RequestHead) -> Option<Verified> {
+        let governed = cluster.endpoints.iter().find_map(|e| Some((snapshot.workload_by_ip(e.address.ip())?, e.address.port())));
+        let (workload, port) = governed?;
+        let rules = &workload.policy.at(port).authentication;
+        gate::authenticate(&self.down.proxy, rules, head).await.ok()?.claims
     }
 
     /// A destination that does not exist.

@@ -171,39 +171,10 @@ impl Gate {
     }
 
     async fn authenticate(&self, governing: &Governing, head: &RequestHead) -> Result<Authenticated, Fault> {
-        if governing.authentication.is_empty() || self.facts.node || is_preflight(head) {
+        if self.facts.node {
             return Ok(Authenticated::default());
         }
-        let mut rules = Vec::with_capacity(governing.authentication.len());
-        for rule in &governing.authentication {
-            // Keys are had only for tokens there are.
-            let keys = if locate(rule, head).is_empty() { None } else { self.keys(rule).await };
-            rules.push((rule, keys));
-        }
-        let now = SystemTime::now();
-        match Authenticated::judge(&rules, head, now) {
-            // The issuer may have begun to use another key.
-            Err(refused) if refused.fault == Fault::NoKey => {
-                let mut renewed = false;
-                for (rule, keys) in &mut rules {
-                    if let (KeySource::Remote(remote), Some(_)) = (&rule.keys, &keys)
-                        && let Some(newer) = self.proxy.jwks.renewed(remote).await
-                    {
-                        (*keys, renewed) = (Some(newer), true);
-                    }
-                }
-                let judged = if renewed { Authenticated::judge(&rules, head, now) } else { Err(refused) };
-                judged.map_err(|r| r.fault)
-            }
-            judged => judged.map_err(|r| r.fault),
-        }
-    }
-
-    async fn keys(&self, rule: &JwtRule) -> Option<Arc<crate::jwt::Keys>> {
-        match &rule.keys {
-            KeySource::Inline(keys) => Some(keys.clone()),
-            KeySource::Remote(remote) => self.proxy.jwks.keys(remote).await,
-        }
+        authenticate(&self.proxy, &governing.authentication, head).await
     }
 
     /// Envoy's answer to a token it does not take (RFC 6750 section 3).
@@ -298,6 +269,43 @@ pub fn observe(proxy: &Proxy, facts: &Facts, observed: &Observed, head: Option<&
         let result = if shadow.allowed { "dry_run_allowed" } else { "dry_run_denied" };
         proxy.metrics.policy_decision(&shadow.policy, result);
         tracing::info!(target: "audit", policy = %shadow.policy, result, source = %facts.source, identity = ?facts.peer, destination = %facts.destination, method, path, "dry run");
+    }
+}
+
+/// Verifies a request's tokens, with keys that may have to be fetched.
+pub async fn authenticate(proxy: &Proxy, asked: &[Arc<JwtRule>], head: &RequestHead) -> Result<Authenticated, Fault> {
+    if asked.is_empty() || is_preflight(head) {
+        return Ok(Authenticated::default());
+    }
+    let mut rules = Vec::with_capacity(asked.len());
+    for rule in asked {
+        // Keys are had only for tokens there are.
+        let keys = if locate(rule, head).is_empty() { None } else { keys(proxy, rule).await };
+        rules.push((rule, keys));
+    }
+    let now = SystemTime::now();
+    match Authenticated::judge(&rules, head, now) {
+        // The issuer may have begun to use another key.
+        Err(refused) if refused.fault == Fault::NoKey => {
+            let mut renewed = false;
+            for (rule, keys) in &mut rules {
+                if let (KeySource::Remote(remote), Some(_)) = (&rule.keys, &keys)
+                    && let Some(newer) = proxy.jwks.renewed(remote).await
+                {
+                    (*keys, renewed) = (Some(newer), true);
+                }
+            }
+            let judged = if renewed { Authenticated::judge(&rules, head, now) } else { Err(refused) };
+            judged.map_err(|r| r.fault)
+        }
+        judged => judged.map_err(|r| r.fault),
+    }
+}
+
+async fn keys(proxy: &Proxy, rule: &JwtRule) -> Option<Arc<crate::jwt::Keys>> {
+    match &rule.keys {
+        KeySource::Inline(keys) => Some(keys.clone()),
+        KeySource::Remote(remote) => proxy.jwks.keys(remote).await,
     }
 }
 

@@ -8,11 +8,12 @@ use http::StatusCode;
 use super::document::{self as doc, HttpRoute};
 use crate::{
     resource::{
+        authorization::bracketed,
         envelope::FieldError,
         fields::{self, Percent, end_to_end_header, header_name, header_value, port, positive},
     },
     route::{
-        matching::{HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, SourceMatch, TextMatch, compile},
+        matching::{ClaimMatch, HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, SourceMatch, TextMatch, compile},
         retry::{BASE_BACKOFF, RetryPolicy, parse_retry_on},
         rule::{
             Abort, Action, Cors, Destination, DirectResponse, Fault, HeaderChanges, HeaderOperations, Mirror, PathRewrite, Redirect,
@@ -126,13 +127,16 @@ pub(super) fn destination(document: &doc::Destination, at: &str) -> Result<Desti
 fn http_match(document: &doc::HttpMatch, at: &str) -> Result<HttpMatch> {
     let text = |m: &Option<doc::StringMatch>, field: &str| m.as_ref().map(|m| text_match(m, &format!("{at}.{field}"))).transpose();
     let path = text(&document.uri, "uri")?.map(|m| path_match(m, document.ignore_uri_case)).and_then(|p| p);
-    let (mut headers, mut never) = (Vec::new(), false);
+    let (mut headers, mut claims) = (Vec::new(), Vec::new());
     for (inverted, all, field) in [(false, &document.headers, "headers"), (true, &document.without_headers, "withoutHeaders")] {
         for (name, value) in all {
             let at = format!("{at}.{field}.{name}");
             if name.starts_with('@') {
-                // Claims are verified by a later stage than this one knows of; without them such a match never holds.
-                never |= !inverted;
+                let path = claim_path(name).ok_or_else(|| {
+                    FieldError::new(&at, "is not @request.auth.claims.NAME or @request.auth.claims[NAME]; nested claims have more of them")
+                })?;
+                let value = value.as_ref().map_or(Ok(TextMatch::Present), |v| text_match(v, &at))?;
+                claims.push(ClaimMatch { path, value, inverted });
                 continue;
             }
             if ["uri", "scheme", "method", "authority"].contains(&name.as_str()) {
@@ -159,8 +163,18 @@ fn http_match(document: &doc::HttpMatch, at: &str) -> Result<HttpMatch> {
             namespace: document.source_namespace.as_deref().filter(|n| !n.is_empty()).map(Arc::from),
             gateways: document.gateways.iter().map(|g| Arc::from(g.as_str())).collect(),
         },
-        never,
+        claims,
     })
+}
+
+/// The claim in a name such as `@request.auth.claims.sub` or `@request.auth.claims[realm][role]`.
+fn claim_path(name: &str) -> Option<Vec<Arc<str>>> {
+    let rest = name.strip_prefix("@request.auth.claims")?;
+    if let Some(dotted) = rest.strip_prefix('.') {
+        let path = dotted.split('.').map(Arc::from).collect::<Vec<Arc<str>>>();
+        return path.iter().all(|p| !p.is_empty()).then_some(path);
+    }
+    bracketed(rest).filter(|(before, _)| before.is_empty()).map(|(_, path)| path)
 }
 
 fn text_match(document: &doc::StringMatch, at: &str) -> Result<TextMatch> {
