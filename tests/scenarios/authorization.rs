@@ -525,3 +525,131 @@ fn policies_see_the_pods_own_address_whatever_is_dialled() {
     stream.read_to_string(&mut answer).expect("read");
     assert!(answer.starts_with("HTTP/1.1 403") && answer.ends_with("RBAC: access denied"), "{answer}");
 }
+
+/// What goes through the guard: bodies both ways, gRPC with trailers, another protocol, aborts; from a tunnel, from the node by
+/// address, and in plaintext from outside.
+#[test]
+fn http_through_the_guard_is_what_it_was() {
+    let mut scene = scene();
+    // Ports that declare nothing, so that gRPC is found by its first bytes.
+    let [plain] = scene.bed.meshed([web("plain", 0)]).expect("a pod");
+    scene.apply(&[
+        object("RequestAuthentication", "jwt", "default", &json!({"jwtRules": [{"issuer": "i", "jwks": scene.issuer.jwks()}]})),
+        object(
+            "AuthorizationPolicy",
+            "odd",
+            "default",
+            &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/denied", "/Nothing/*"]}}]}]}),
+        ),
+    ]);
+    let bytes = 64 * 1024 * 1024_u64;
+    let before = scene.bed.nodes()[0].resident().expect("memory");
+    for client in [&scene.far, &scene.near, &scene.strangers[0], &scene.strangers[1]] {
+        let run = |arguments: &[&str]| -> Value {
+            let output = scene.bed.run(client, &program("web"), arguments).expect("web");
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{} {arguments:?}: {e}", client.name))
+        };
+        for to in [plain.address(8080), plain.address6(8080)] {
+            assert_eq!(scene.ask(client, &to, "/denied", &[]), "403", "{} {to}", client.name);
+            let report = run(&["upload", &format!("{to}/sink"), &bytes.to_string()]);
+            assert_eq!(report["counted"], bytes.to_string(), "{}: {report}", client.name);
+            let report = run(&["download", &format!("{to}/bytes/{bytes}"), &bytes.to_string()]);
+            assert_eq!(report["came"], bytes, "{}: {report}", client.name);
+            let report = run(&["upgrade", &format!("{to}/upgrade")]);
+            assert!(report["said"] == json!(["first", "second", "third"]) && report["rest"] == 0, "{}: {report}", client.name);
+            let grpc = to.replace("8080", "8081");
+            let report = run(&["grpc", &grpc]);
+            assert!(report["Stream"]["sum"] == "100" && report["Fail"]["status"] == "9", "{} {grpc}: {report}", client.name);
+            let report = run(&["abort", &format!("{to}/sink"), "100"]);
+            assert_eq!(report["aborted"], 100, "{}: {report}", client.name);
+            let report = run(&["get", &format!("{to}/x"), "500", "4"]);
+            assert_eq!(report["statuses"]["200"], 500, "{}: {report}", client.name);
+        }
+    }
+    let after = scene.bed.nodes()[0].resident().expect("memory");
+    assert!(after < before + 24 * 1024 * 1024, "{before} -> {after}");
+    wait_for("nothing is under way", Duration::from_secs(10), || Ok(scene.bed.nodes()[0].metric("mesh_http_active_requests", &[])? < 0.5))
+        .expect("all gauges are back to nought");
+}
+
+/// Keys are fetched, kept while their server is away, and fetched again when the issuer uses another.
+#[test]
+fn keys_of_an_issuer_may_be_away_and_may_change() {
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    };
+    let mut scene = scene();
+    let next = Issuer::default();
+    let served = Arc::new(Mutex::new(scene.issuer.jwks()));
+    let (away, fetches) = (Arc::new(AtomicBool::new(false)), Arc::new(std::sync::atomic::AtomicUsize::new(0)));
+    let address = scene.bed.node_address(0);
+    let netns = Netns::open(&scene.bed.nodes()[0].netns).expect("a namespace");
+    let listener = netns.enter(|| TcpListener::bind((address, 8088))).expect("entered").expect("bound");
+    let (answers, gone, count) = (served.clone(), away.clone(), fetches.clone());
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut request = [0; 4096];
+            // Whatever is asked for.
+            let n = stream.read(&mut request).unwrap_or(0);
+            count.fetch_add(1, Ordering::SeqCst);
+            if gone.load(Ordering::SeqCst) {
+                continue;
+            }
+            let discovery = String::from_utf8_lossy(&request[..n]).contains("openid-configuration");
+            let body = if discovery {
+                json!({"issuer": "x", "jwks_uri": format!("http://{address}:8088/keys")}).to_string()
+            } else {
+                answers.lock().expect("lock").clone()
+            };
+            let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len());
+        }
+    });
+    let issuer = format!("http://{address}:8088");
+    // Found by discovery: the rule names neither keys nor a place of them.
+    scene.apply(&[
+        on_server("RequestAuthentication", "jwt", json!({"jwtRules": [{"issuer": issuer}]})),
+        on_server(
+            "AuthorizationPolicy",
+            "users",
+            json!({"rules": [{"from": [{"source": {"requestPrincipals": [format!("{issuer}/*")]}}]}]}),
+        ),
+    ]);
+    let bearer = |by: &Issuer| vec![format!("authorization: Bearer {}", by.token(&json!({"iss": issuer, "sub": "a", "exp": now() + 600})))];
+    assert_eq!(
+        [
+            scene.ask(&scene.far, "server:80", "/x", &bearer(&scene.issuer)),
+            scene.ask(&scene.near, "server:80", "/x", &bearer(&scene.issuer))
+        ],
+        ["200", "200"]
+    );
+    away.store(true, Ordering::SeqCst);
+    assert_eq!(scene.ask(&scene.far, "server:80", "/x", &bearer(&scene.issuer)), "200", "the keys are known");
+    // An id the keys do not have is a reason to look again, at most every ten seconds.
+    let unknown = scene.issuer.sign(&json!({"alg": "RS256", "kid": "new"}), &json!({"iss": issuer, "sub": "a"}));
+    let unknown = vec![format!("authorization: Bearer {unknown}")];
+    std::thread::sleep(Duration::from_secs(10));
+    let before = fetches.load(Ordering::SeqCst);
+    for _ in 0..20 {
+        assert_eq!(scene.ask(&scene.far, "server:80", "/x", &unknown), "401");
+    }
+    let more = fetches.load(Ordering::SeqCst) - before;
+    assert!((1..=3).contains(&more), "{more} fetches for 20 tokens of an unknown key");
+    away.store(false, Ordering::SeqCst);
+    *served.lock().expect("lock") = next.jwks().replace("rsa1", "rsa2");
+    let rotated = next.sign(&json!({"alg": "RS256", "kid": "rsa2"}), &json!({"iss": issuer, "sub": "a", "exp": now() + 600}));
+    let rotated = vec![format!("authorization: Bearer {rotated}")];
+    wait_for("the new key is in use", Duration::from_secs(20), || Ok(scene.ask(&scene.far, "server:80", "/x", &rotated) == "200"))
+        .expect("in use");
+    assert_eq!(scene.ask(&scene.far, "server:80", "/x", &bearer(&scene.issuer)), "401", "the old key is not");
+    // A node that starts while they are away lets nobody in by a token it cannot verify.
+    away.store(true, Ordering::SeqCst);
+    let node = scene.bed.node(0);
+    node.stop().expect("stopped");
+    node.start().expect("started");
+    node.wait_ready().expect("ready");
+    wait_for("the node answers", Duration::from_secs(10), || Ok(scene.ask(&scene.far, "server:80", "/x", &rotated) == "401"))
+        .expect("refused");
+    away.store(false, Ordering::SeqCst);
+    wait_for("keys again", Duration::from_secs(20), || Ok(scene.ask(&scene.far, "server:80", "/x", &rotated) == "200")).expect("let in");
+}
