@@ -271,12 +271,11 @@ where
 /// A service of the mesh is reached at an endpoint of its own; other names are the system's to resolve.
 async fn connect(config: &Configuration, host: &str, port: u16) -> Result<TcpStream, FetchError> {
     let endpoint = endpoint(&config.load(), host, port);
-    let addresses = match endpoint {
-        Some(address) => vec![address],
-        None => {
-            let found = tokio::net::lookup_host((host, port)).await.map_err(|e| FetchError::Resolve(host.to_owned(), e))?;
-            found.collect::<Vec<_>>()
-        }
+    let addresses = if let Some(address) = endpoint {
+        vec![address]
+    } else {
+        let found = tokio::net::lookup_host((host, port)).await.map_err(|e| FetchError::Resolve(host.to_owned(), e))?;
+        found.collect::<Vec<_>>()
     };
     let addresses = addresses.iter().map(|a| if is_forbidden(a.ip()) { Err(FetchError::Forbidden(a.ip())) } else { Ok(*a) });
     let addresses = addresses.collect::<Result<Vec<_>, _>>()?;

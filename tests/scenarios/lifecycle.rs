@@ -169,7 +169,7 @@ fn a_pod_gone_while_nobody_watched_is_released_at_the_next_start() {
     bed.delete(&server).expect("deleted");
     bed.node(0).start().expect("started");
     bed.node(0).wait_ready().expect("ready");
-    let links = bed.nodes()[0].pins.join("v1/links");
+    let links = bed.nodes()[0].pins.join(format!("v{}/links", mesh_common::ABI_VERSION));
     wait_for("one steered pod", Duration::from_secs(5), || {
         let names = std::fs::read_dir(&links)?.filter_map(|e| e.ok()?.file_name().into_string().ok());
         Ok(names.filter(|n| n.starts_with("steer-")).count() == 1)

@@ -76,7 +76,8 @@ impl Row {
         self.expect.status = status;
         self.expect.details = format!("jwt_authn_access_denied{{{}}}", text.replace(' ', "_"));
         self.expect.body = text.to_owned();
-        let realm = format!("Bearer realm=\"http://svc.example{}\"", self.path);
+        // Envoy says no more than 256 bytes of the path.
+        let realm = format!("Bearer realm=\"http://svc.example{:.256}\"", self.path);
         let error = if text == "Jwt is missing" { "" } else { ", error=\"invalid_token\"" };
         self.expect.headers = vec![("www-authenticate", realm + error), ("content-type", "text/plain".into())];
         self
@@ -202,6 +203,9 @@ fn rows(issuer: &Issuer) -> Vec<Row> {
             .saw("x-jwt-payload", ""),
         Row::jwt("j_nofwd", &jw).path("/jw/echo").bearer(&good).saw("authorization", ""),
         Row::jwt("j_query_echo", &elsewhere).path(&format!("/jw_cookie/x?a=1&tkn={good}")).line("GET /jw_cookie/x?a=1 HTTP/1.1"),
+        Row::jwt("j_q_bad", &elsewhere)
+            .path(&format!("/jw_cookie/x?tkn={}", with(&json!({"exp": now() - 600}))))
+            .refused(401, "Jwt is expired"),
         Row::jwt("j_cookie", &elsewhere).header("cookie", &format!("a=b; tok={good}")),
         Row::jwt("j_header_prefix", &elsewhere).header("x-tok", &format!("T {good}")).saw("x-tok", ""),
         Row::jwt("usual place is not looked at", &elsewhere).required().bearer(&good).denied("ns[default]-policy[p0]-rule[0]"),

@@ -83,15 +83,15 @@ impl Drop for Entry {
 impl Manager {
     pub fn new(source: Arc<dyn CertificateSource>) -> Self {
         let (sender, anew) = watch::channel(0);
-        let followed = source.clone();
+        let watched = source.clone();
         let follower = tokio::spawn(async move {
             loop {
-                followed.changed().await;
+                watched.changed().await;
                 sender.send_modify(|g| *g += 1);
             }
         });
-        let _follower = Arc::new(Follower(follower.abort_handle()));
-        Self { source, entries: Arc::default(), turnstile: Turnstile::new(AT_ONCE), anew, _follower }
+        let held = Arc::new(Follower(follower.abort_handle()));
+        Self { source, entries: Arc::default(), turnstile: Turnstile::new(AT_ONCE), anew, _follower: held }
     }
 
     /// A certificate that is valid now. Waits for the first fetch; fails when that fails, or when the last certificate

@@ -69,12 +69,11 @@ impl Turnstile {
         loop {
             let next = {
                 let mut inner = self.lock();
-                match inner.waiting.pop_first() {
-                    Some((_, sender)) => sender,
-                    None => {
-                        inner.free += 1;
-                        return;
-                    }
+                if let Some((_, sender)) = inner.waiting.pop_first() {
+                    sender
+                } else {
+                    inner.free += 1;
+                    return;
                 }
             };
             match next.send(Pass(Some(self.clone()))) {

@@ -176,14 +176,17 @@ impl Search<'_> {
     }
 }
 
+/// The keys of one sort that a test demands, if it does.
+type KeysOf = fn(&Test) -> Option<Vec<Key>>;
+
 /// The keys one of which whatever matches the rule has. `None`: there are none.
 fn keys(rule: &CompiledRule) -> Option<Vec<Key>> {
-    let makers: [fn(&Test) -> Option<Vec<Key>>; 5] = [principals, accounts, namespaces, paths, hosts];
+    let makers: [KeysOf; 5] = [principals, accounts, namespaces, paths, hosts];
     makers.iter().find_map(|make| rule.clauses.iter().find_map(|clause| clause_keys(clause, *make)))
 }
 
 /// A clause has keys of a sort when each of its alternatives demands one.
-fn clause_keys(clause: &[Vec<Test>], make: fn(&Test) -> Option<Vec<Key>>) -> Option<Vec<Key>> {
+fn clause_keys(clause: &[Vec<Test>], make: KeysOf) -> Option<Vec<Key>> {
     let mut all = Vec::new();
     for alternative in clause {
         all.extend(alternative.iter().find_map(make)?);

@@ -210,8 +210,16 @@ pub struct CompiledRule {
     pub(super) needs_request: bool,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// How many rules were looked at by this thread.
+    pub(super) static LOOKED_AT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 impl CompiledRule {
     pub(super) fn truth(&self, view: &View<'_>) -> Truth {
+        #[cfg(test)]
+        LOOKED_AT.set(LOOKED_AT.get() + 1);
         let allow = self.action == Action::Allow;
         let written = self.read(view, None);
         match view.seen {

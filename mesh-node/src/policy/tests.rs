@@ -560,3 +560,32 @@ fn only_what_is_enforced_ends_a_connection_nobody_looks_into() {
     assert!(!policy(&[json!({"rules": asks})]).unseen(&web()));
     assert!(policy(&[json!({"rules": [{}]})]).unseen(&web()));
 }
+
+#[test]
+fn rules_that_cannot_match_are_not_looked_at() {
+    let source = |field: &str, value: String| json!({"from": [{"source": {field: [value]}}]});
+    let operation = |field: &str, value: String| json!({"to": [{"operation": {field: [value], "methods": ["GET"]}}]});
+    let many = |count: usize| {
+        let of_each = (0..count / 6).flat_map(|i| {
+            [
+                source("principals", format!("mesh.example/ns/web/sa/other-{i}")),
+                source("serviceAccounts", format!("web/other-{i}")),
+                source("namespaces", format!("other-{i}")),
+                operation("paths", format!("/other/{i}")),
+                operation("paths", format!("/prefix-{}/{i}/*", i % 7)),
+                operation("hosts", format!("other-{i}.example")),
+            ]
+        });
+        let allow = of_each.clone().chain([operation("paths", "/wanted/*".into())]).collect::<Vec<_>>();
+        policy(&[json!({"rules": allow}), json!({"action": "DENY", "rules": of_each.collect::<Vec<_>>()})])
+    };
+    let head = head("GET", "web.example", "/wanted/page/with/a/long/path", &[]);
+    for count in [12, 20_000] {
+        let policy = many(count);
+        super::matching::LOOKED_AT.set(0);
+        assert!(allowed(&policy, &web(), &head, None));
+        assert_eq!(super::matching::LOOKED_AT.get(), 1, "of {count} rules of each action");
+        assert!(matches!(policy.connection(&web()), Ok(Verdict::PerRequest(_))));
+        assert_eq!(super::matching::LOOKED_AT.get(), 1, "none is looked at before there is a request");
+    }
+}

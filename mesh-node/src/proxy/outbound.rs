@@ -104,7 +104,7 @@ impl Established {
             Stream::Tunnel(tunnel) => {
                 tunnel.spoken().await;
                 if detect::is_http2_server(tunnel.arrived()) {
-                    std::future::pending().await
+                    std::future::pending::<()>().await;
                 }
             }
             Stream::Tcp(stream) => inbound::server_first(stream).await,

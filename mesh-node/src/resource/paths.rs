@@ -68,7 +68,11 @@ impl PathPattern {
             Self::Text(StringMatch::Prefix(text)) => Some((text.clone(), false)),
             Self::Text(StringMatch::Suffix(_) | StringMatch::Present) => None,
             Self::Template(template) => {
-                let plain = template.segments.iter().map_while(|s| s.as_deref()).map(|s| format!("/{s}")).collect::<String>();
+                let mut plain = String::new();
+                for segment in template.segments.iter().map_while(|s| s.as_deref()) {
+                    plain.push('/');
+                    plain.push_str(segment);
+                }
                 Some((plain.into(), false))
             }
         }

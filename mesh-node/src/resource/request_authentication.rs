@@ -49,7 +49,7 @@ pub enum KeySource {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RemoteKeys {
     pub uri: Arc<str>,
-    /// The document at `uri` is an OpenID provider's configuration.
+    /// The document at `uri` is an `OpenID` provider's configuration.
     pub discovery: bool,
     pub timeout: Duration,
 }

@@ -133,15 +133,12 @@ fn decode_all(path: &str) -> String {
         while let Some((first, after)) = rest.split_first() {
             let hex = (*first == b'%').then(|| after.get(..2)).flatten();
             let decoded = hex.and_then(|h| std::str::from_utf8(h).ok()).and_then(|h| u8::from_str_radix(h, 16).ok());
-            match decoded {
-                Some(byte) => {
-                    bytes.push(byte);
-                    rest = &after[2..];
-                }
-                None => {
-                    bytes.push(*first);
-                    rest = after;
-                }
+            if let Some(byte) = decoded {
+                bytes.push(byte);
+                rest = &after[2..];
+            } else {
+                bytes.push(*first);
+                rest = after;
             }
         }
         let next = String::from_utf8_lossy(&bytes).into_owned();

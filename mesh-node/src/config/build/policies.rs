@@ -199,7 +199,6 @@ impl<'a> Policies<'a> {
     pub(super) fn finish(self, builder: &mut Builder<'_>) -> std::collections::BTreeSet<RemoteKeys> {
         for policy in &self.all {
             match &policy.what {
-                What::Authentication(_) => {}
                 What::Authorization(compiled) if compiled.needs_request() => {
                     let effect = match compiled.action {
                         Action::Allow => "its rules that ask about requests allow nothing there",
@@ -211,7 +210,7 @@ impl<'a> Policies<'a> {
                         builder.remark(Severity::Warning, policy.named, &message);
                     }
                 }
-                What::Authorization(_) => {}
+                What::Authentication(_) | What::Authorization(_) => {}
             }
         }
         self.remote

@@ -162,28 +162,9 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     deadlines: &mut Deadlines,
     judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
 ) -> Attempt {
-    let mut half_closed = false;
-    let upstream = {
-        let mut acquiring = pin!(acquire(wanted));
-        loop {
-            let received = upload.is_received();
-            arm(plan, deadlines, received);
-            tokio::select! {
-                biased;
-                acquired = &mut acquiring => match acquired {
-                    Ok(upstream) => break upstream,
-                    Err(no_upstream) => return no_upstream.into(),
-                },
-                up = deadlines.passed() => return Attempt::TimeUp(up),
-                error = responder.gone(), if R::RESETS_APART => return gone(&error),
-                waiting = waiting(upload, received), if !half_closed => match waiting {
-                    Event::Closed(Closed::Half) => half_closed = true,
-                    Event::Closed(Closed::Gone(error)) => return gone(&error),
-                    Event::Uploaded(Err(Broken::Source(error))) => return broken_request(&error),
-                    _ => {}
-                },
-            }
-        }
+    let (upstream, half_closed) = match obtain(plan, wanted, upload, responder, deadlines).await {
+        Ok(obtained) => obtained,
+        Err(ended) => return ended,
     };
     let pass = match upstream.gate() {
         Some(gate) => match admit(&gate, plan.head, responder, deadlines).await {
@@ -215,12 +196,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         Upstream::H1(mut connection) => {
             let (ended, clean) = {
                 let (sink, source, cut) = connection.halves();
-                let cut = async {
-                    tokio::select! {
-                        () = cut => {}
-                        () = denied => {}
-                    }
-                };
+                let cut = first(cut, denied);
                 let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
                 let ended = exchange.run(judge, cut).await;
                 (ended, exchange.clean)
@@ -250,6 +226,42 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             drop(guard);
             ended
         }
+    }
+}
+
+/// Waits for a connection or a stream, as long as the client waits and time lasts; says also whether the client has closed
+/// its side meanwhile.
+async fn obtain<B: RequestBody, R: Responder>(
+    plan: &Plan<'_>,
+    wanted: &Wanted<'_>,
+    upload: &mut Upload<'_, B>,
+    responder: &mut R,
+    deadlines: &mut Deadlines,
+) -> Result<(Upstream, bool), Attempt> {
+    let mut half_closed = false;
+    let mut acquiring = pin!(acquire(wanted));
+    loop {
+        let received = upload.is_received();
+        arm(plan, deadlines, received);
+        tokio::select! {
+            biased;
+            acquired = &mut acquiring => return acquired.map(|upstream| (upstream, half_closed)).map_err(Into::into),
+            up = deadlines.passed() => return Err(Attempt::TimeUp(up)),
+            error = responder.gone(), if R::RESETS_APART => return Err(gone(&error)),
+            waiting = waiting(upload, received), if !half_closed => match waiting {
+                Event::Closed(Closed::Half) => half_closed = true,
+                Event::Closed(Closed::Gone(error)) => return Err(gone(&error)),
+                Event::Uploaded(Err(Broken::Source(error))) => return Err(broken_request(&error)),
+                _ => {}
+            },
+        }
+    }
+}
+
+async fn first(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
+    tokio::select! {
+        () = one => {}
+        () = other => {}
     }
 }
 

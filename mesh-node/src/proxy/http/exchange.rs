@@ -31,7 +31,7 @@ use crate::{
         request::{RequestHead, renormalised},
         retry::{Reset, RetryPolicy, default_policy},
         rewrite,
-        rule::{Abort, Action, Cors, Rule, Weighted, pick_weighted},
+        rule::{Abort, Action, Cors, DirectResponse, Rule, Weighted, pick_weighted},
         table::ResolvedRule,
     },
 };
@@ -71,6 +71,13 @@ pub(super) struct Forward<'s> {
     pub(super) dialled: &'s ObjectName,
 }
 
+impl<'s> Forward<'s> {
+    /// Where no route says anything.
+    fn as_dialled(cluster: Arc<Cluster>, snapshot: &'s Snapshot, source: &'s Arc<Workload>, dialled: &'s ObjectName) -> Self {
+        Self { cluster, rule: None, destination: None, cors: None, snapshot, source, dialled }
+    }
+}
+
 /// What CORS adds to a response.
 #[derive(Debug, Clone)]
 pub(super) struct CorsAnswer {
@@ -99,21 +106,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         match renormalised(&head, snapshot.normalization) {
             Ok(None) => {}
             Ok(Some(normal)) => head = normal,
-            Err(_) => {
-                self.record.details = Cow::Borrowed("path_normalization_failed");
-                return self.reply(Reply::new(StatusCode::BAD_REQUEST, ""), |_| {}).await;
-            }
+            Err(_) => return self.bad_path().await,
         }
         let Some(table) = &port.routes.http else {
-            let forward = Forward {
-                cluster: port.cluster.clone(),
-                rule: None,
-                destination: None,
-                cors: None,
-                snapshot: &snapshot,
-                source,
-                dialled: &service.name,
-            };
+            let forward = Forward::as_dialled(port.cluster.clone(), &snapshot, source, &service.name);
             return self.forward(head, forward, None).await;
         };
         let verified = if table.asks_claims { self.claims(&snapshot, &port.cluster, &head).await } else { None };
@@ -137,12 +133,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                 let location = rewrite::location(redirect, path, &head, self.down.original.port());
                 self.redirect(rule, redirect.status, &location, cors.as_ref()).await
             }
-            Action::Respond(response) => {
-                let mut reply = Reply::new(response.status, "");
-                reply.verbatim = Some(response.body.clone());
-                self.record.details = Cow::Borrowed("direct_response");
-                self.reply(reply, |headers| decorate(headers, rule, None, cors.as_ref())).await
-            }
+            Action::Respond(response) => self.respond(rule, response, cors.as_ref()).await,
             Action::Forward(all) => {
                 let Some((cluster, destination)) = pick_destination(resolved, all) else { return self.missing(rule).await };
                 let forward = Forward {
@@ -162,13 +153,27 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         }
     }
 
+    /// Answers with what the route says.
+    async fn respond(&mut self, rule: &Rule, response: &DirectResponse, cors: Option<&CorsAnswer>) -> End {
+        let mut reply = Reply::new(response.status, "");
+        reply.verbatim = Some(response.body.clone());
+        self.record.details = Cow::Borrowed("direct_response");
+        self.reply(reply, |headers| decorate(headers, rule, None, cors)).await
+    }
+
+    /// A path that cannot be normalised.
+    async fn bad_path(&mut self) -> End {
+        self.record.details = Cow::Borrowed("path_normalization_failed");
+        self.reply(Reply::new(StatusCode::BAD_REQUEST, ""), |_| {}).await
+    }
+
     /// Claims to route by: of a token that the destination's `RequestAuthentication` accepts. One it does not accept gives none,
     /// and is refused there.
     async fn claims(&self, snapshot: &Snapshot, cluster: &Cluster, head: &RequestHead) -> Option<Verified> {
         let governed = cluster.endpoints.iter().find_map(|e| Some((snapshot.workload_by_ip(e.address.ip())?, e.address.port())));
         let (workload, port) = governed?;
         let rules = &workload.policy.at(port).authentication;
-        gate::authenticate(&self.down.proxy, rules, head).await.ok()?.claims
+        gate::authenticate(self.down.proxy, rules, head).await.ok()?.claims
     }
 
     /// A destination that does not exist.

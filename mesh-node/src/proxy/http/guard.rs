@@ -133,9 +133,8 @@ async fn h1_exchange(
     };
     match conclude(ended, &mut record) {
         Ended::Whole if clean && responder.keeps_alive() && reader.is_end() => Next::Another,
-        Ended::Whole => Next::Close,
         Ended::Broken if !responder.has_started() || responder.would_look_complete() => Next::Abort,
-        Ended::Broken => Next::Close,
+        Ended::Whole | Ended::Broken => Next::Close,
         Ended::Malformed(malformed) => {
             record.details = Cow::Borrowed(malformed.details);
             refuse(Reply::new(malformed.status, malformed.body), grpc, true, &mut responder, reader, &mut record).await
@@ -244,7 +243,7 @@ pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Tr
     let draining = async move {
         // The sender lives as long as this is waited for.
         if ended.wait_for(|e| *e).await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     };
     let serving = h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), accepted))), draining);
@@ -329,14 +328,14 @@ async fn h2_request(
     let (sent, claims, to_client) = parts(head, &pass);
     let request = wire_request(sent).ok_or(::h2::Reason::PROTOCOL_ERROR)?;
     let over = streams.over.clone();
-    let mut send = tokio::select! {
+    let mut opener = tokio::select! {
         biased;
         ready = streams.ready() => ready?,
         () = gate.denied_later(sent, claims) => return Err(::h2::Reason::REFUSED_STREAM),
         _ = responder.gone() => return Err(::h2::Reason::CANCEL),
     };
     let empty = body.is_end();
-    let (response, stream) = send.send_request(request, empty).map_err(|_| {
+    let (response, stream) = opener.send_request(request, empty).map_err(|_| {
         over.send_replace(true);
         ::h2::Reason::REFUSED_STREAM
     })?;

@@ -80,69 +80,78 @@ impl Inspection<'_> {
             downstream.reset_when_dropped();
             reset_on_close(&application);
         })?;
-        let mut downstream = downstream.unread(read);
+        let downstream = downstream.unread(read);
+        // Opaque connections do not carry the room that requests need.
         match spoken {
             Spoken::Http1 => {
                 note.carries(Carries::Requests, None);
                 let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
-                let mut application = Transport::Tcp(application);
-                let ended = tokio::select! {
-                    biased;
-                    reason = &mut ending => Err(Failure::Cut(reason)),
-                    ends = guard::serve_h1(&gate, &mut downstream, Some(&mut application)) => Ok(ends),
-                };
-                if !matches!(ended, Ok(Ends::Closed)) {
-                    downstream.reset();
-                    application.reset();
-                }
-                ended.map(drop)
+                Box::pin(http1(&gate, downstream, application, ending)).await
             }
             Spoken::Http2 => {
                 note.carries(Carries::Requests, None);
-                let gate = Arc::new(Gate::new(proxy.clone(), pod.clone(), facts, client));
-                tokio::select! {
-                    biased;
-                    // What has not ended on its streams is seen to be cut.
-                    reason = &mut ending => Err(Failure::Cut(reason)),
-                    served = guard::serve_h2(gate, downstream, Some(Transport::Tcp(application))) => {
-                        if let Err(error) = served {
-                            tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection into a pod ended");
-                        }
-                        Ok(())
-                    }
-                }
+                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
+                Box::pin(http2(gate, downstream, application, ending)).await
             }
             Spoken::Opaque(name) => {
                 facts.sni = Sni::Read(name);
                 note.carries(Carries::Opaque, Some(&facts.sni));
-                let judged = {
-                    let snapshot = proxy.config.load();
-                    let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload);
-                    workload.and_then(|workload| {
-                        workload.policy.opaque(&facts).map_err(Failure::Denied)?;
-                        let observed = workload.policy.at(facts.destination.port()).observed(&facts, None);
-                        gate::observe(proxy, &facts, &observed, None);
-                        Ok(())
-                    })
-                };
-                if let Err(failure) = judged {
-                    if let Failure::Denied(denial) = &failure {
-                        proxy.metrics.policy_decision(denial.policy(), "denied");
-                    }
+                if let Err(failure) = judge_opaque(proxy, pod, &facts) {
                     downstream.reset();
                     reset_on_close(&application);
                     return Err(failure);
                 }
-                let cut = ending;
                 match downstream {
-                    Transport::Tcp(stream) => relay(stream, application, &traffic, cut).await?,
-                    Transport::Prefixed(stream) => relay(stream, application, &traffic, cut).await?,
-                    Transport::Tunnel(tunnel) => relay(*tunnel, application, &traffic, cut).await?,
+                    Transport::Tcp(stream) => relay(stream, application, &traffic, ending).await?,
+                    Transport::Prefixed(stream) => relay(stream, application, &traffic, ending).await?,
+                    Transport::Tunnel(tunnel) => relay(*tunnel, application, &traffic, ending).await?,
                 }
                 Ok(())
             }
         }
     }
+}
+
+async fn http1(gate: &Gate, mut downstream: Transport, application: TcpStream, ending: impl Future<Output = Cut>) -> Result<(), Failure> {
+    let mut application = Transport::Tcp(application);
+    let ended = tokio::select! {
+        biased;
+        reason = ending => Err(Failure::Cut(reason)),
+        ends = guard::serve_h1(gate, &mut downstream, Some(&mut application)) => Ok(ends),
+    };
+    if !matches!(ended, Ok(Ends::Closed)) {
+        downstream.reset();
+        application.reset();
+    }
+    ended.map(drop)
+}
+
+async fn http2(gate: Gate, downstream: Transport, application: TcpStream, ending: impl Future<Output = Cut>) -> Result<(), Failure> {
+    let client = gate.client;
+    tokio::select! {
+        biased;
+        // What has not ended on its streams is seen to be cut.
+        reason = ending => Err(Failure::Cut(reason)),
+        served = guard::serve_h2(Arc::new(gate), downstream, Some(Transport::Tcp(application))) => {
+            if let Err(error) = served {
+                tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection into a pod ended");
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Whether a connection that was let in may be what it turned out to be: one that carries no requests.
+fn judge_opaque(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> Result<(), Failure> {
+    let snapshot = proxy.config.load();
+    let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
+    workload.policy.opaque(facts).map_err(|denial| {
+        proxy.metrics.policy_decision(denial.policy(), "denied");
+        Failure::Denied(denial)
+    })?;
+    let observed = workload.policy.at(facts.destination.port()).observed(facts, None);
+    gate::observe(proxy, facts, &observed, None);
+    Ok(())
 }
 
 /// Tells a client that is not let in, in HTTP if it speaks that; else its connection is reset.
@@ -203,10 +212,9 @@ async fn look(
         let begun = &read[http::wire::leading_empty_lines(&read)..];
         match detect(begun) {
             Detected::Http2 => return (Spoken::Http2, read.freeze()),
-            Detected::Http1 => return (Spoken::Http1, read.freeze()),
             Detected::Tls(name) if !declared.is_http() => return (Spoken::Opaque(name.map(Arc::from)), read.freeze()),
             // What is declared to be HTTP, or may be it to a lenient application, is refused as such if it is malformed.
-            Detected::Tls(_) => return (Spoken::Http1, read.freeze()),
+            Detected::Http1 | Detected::Tls(_) => return (Spoken::Http1, read.freeze()),
             Detected::Opaque if declared.is_http() => return (Spoken::Http1, read.freeze()),
             Detected::Opaque if declared == Protocol::Tls => return (Spoken::Opaque(None), read.freeze()),
             Detected::Opaque => match resembles_http(begun) {
