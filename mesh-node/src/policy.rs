@@ -115,6 +115,9 @@ pub enum Denial {
     DeniedBy { policy: Arc<str>, rule: Arc<str> },
     #[error("no AuthorizationPolicy allows it")]
     NotAllowed,
+    /// An external authorizer said no, or could not be asked.
+    #[error("not allowed by the external authorizer of AuthorizationPolicy {policy}")]
+    External { policy: Arc<str>, details: &'static str },
 }
 
 impl Denial {
@@ -124,6 +127,7 @@ impl Denial {
             Self::PlaintextUnderStrict => "istio_converted_static_strict",
             Self::DeniedBy { rule, .. } => rule,
             Self::NotAllowed => "none",
+            Self::External { details, .. } => return (*details).to_owned(),
         };
         format!("rbac_access_denied_matched_policy[{rule}]")
     }
@@ -132,7 +136,7 @@ impl Denial {
     pub fn policy(&self) -> &str {
         match self {
             Self::PlaintextUnderStrict => "PeerAuthentication",
-            Self::DeniedBy { policy, .. } => policy,
+            Self::DeniedBy { policy, .. } | Self::External { policy, .. } => policy,
             Self::NotAllowed => "none",
         }
     }
@@ -180,10 +184,10 @@ impl WorkloadPolicy {
         self.at(facts.destination.port()).connection(facts)
     }
 
-    /// Judges a connection that carries no requests.
-    pub fn opaque(&self, facts: &Facts) -> Result<Permit, Denial> {
+    /// Judges a connection that carries no requests. `allowed_by`: the external authorizers that let it pass.
+    pub fn opaque(&self, facts: &Facts, allowed_by: &[Arc<str>]) -> Result<Permit, Denial> {
         self.plaintext(facts)?;
-        self.at(facts.destination.port()).opaque(facts)
+        self.at(facts.destination.port()).opaque(facts, allowed_by)
     }
 
     /// Whether a connection nobody looks into may go on. What is only observed ends none.
@@ -240,14 +244,13 @@ impl Governing {
         facts.node || all.deny.find(&view).0 == Truth::No && allowed && !self.asks(&view)
     }
 
-    fn opaque(&self, facts: &Facts) -> Result<Permit, Denial> {
+    fn opaque(&self, facts: &Facts, allowed_by: &[Arc<str>]) -> Result<Permit, Denial> {
         if facts.node {
             return Ok(Permit(()));
         }
         let view = View { facts, seen: Seen::Never };
-        // Whoever would have to be asked about a request cannot be asked about this.
-        let refusing = self.authorization.custom.values().chain([&self.authorization.deny]);
-        for rules in refusing {
+        let unasked = self.authorization.custom.iter().filter(|(provider, _)| !allowed_by.contains(provider));
+        for rules in unasked.map(|(_, rules)| rules).chain([&self.authorization.deny]) {
             if let (Truth::Yes, Some(rule)) = rules.find(&view) {
                 return Err(Denial::DeniedBy { policy: rule.policy.clone(), rule: rule.name.clone() });
             }
@@ -276,6 +279,17 @@ impl Governing {
             (Truth::Yes, Some(rule)) => Some((provider, &rule.policy)),
             _ => None,
         })
+    }
+
+    /// The external authorizers that have to be asked about a connection that carries no requests, and on whose behalf.
+    pub fn connection_authorizers(&self, facts: &Facts) -> Vec<(Arc<str>, Arc<str>)> {
+        let view = View { facts, seen: Seen::Never };
+        let asked = self.authorization.custom.iter().filter(|_| !facts.node);
+        let asked = asked.filter_map(|(provider, rules)| match rules.find(&view) {
+            (Truth::Yes, Some(rule)) => Some((provider.clone(), rule.policy.clone())),
+            _ => None,
+        });
+        asked.collect()
     }
 
     /// What AUDIT and dry-run policies say, none of which is enforced.

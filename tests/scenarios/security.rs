@@ -730,9 +730,14 @@ async fn grpc_authorizer() -> SocketAddr {
                             data.extend_from_slice(&chunk);
                         }
                         let asked = check::Request::decode(&data[5..]).expect("a question").attributes.expect("attributes");
-                        let http = asked.request.and_then(|r| r.http).expect("http");
-                        let answer = match http.method.as_str() {
-                            "GET" => {
+                        let http = asked.request.and_then(|r| r.http);
+                        let answer = match http {
+                            // A connection: those of known peers may pass.
+                            None => {
+                                let code = if asked.source.expect("a source").principal.is_empty() { 7 } else { 0 };
+                                check::Response { status: Some(check::Status { code }), ..check::Response::default() }
+                            }
+                            Some(http) if http.method == "GET" => {
                                 let header =
                                     |key: &str, value: String| check::Option_ { header: Some(check::Header { key: key.into(), value }) };
                                 let headers = vec![
@@ -745,7 +750,7 @@ async fn grpc_authorizer() -> SocketAddr {
                                     ..check::Response::default()
                                 }
                             }
-                            _ => {
+                            Some(http) => {
                                 let denied = check::Denied {
                                     status: Some(check::Status { code: i32::from(http.headers.contains_key("x-teapot")) * 418 }),
                                     body: "no".into(),
@@ -806,6 +811,54 @@ async fn an_authorizer_over_grpc_decides() {
             let got = ask(&engine, way, upstream, &request).await;
             assert_eq!((got.status.as_str(), got.body.as_str()), (status, "no"), "{way}");
         }
+    }
+}
+
+/// What CUSTOM makes of connections that carry no requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_authorizer_is_asked_about_opaque_connections() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let authz = grpc_authorizer().await;
+    let provider = |name: &str, kind: &str, open: bool| json!({"name": name, kind: {"service": "authz.default.svc.cluster.local", "port": 80, "timeout": "2s", "failOpen": open}});
+    let documents = |asks: &str, open: bool, authorizer: bool| {
+        let providers = ["g", "other"].map(|name| provider(name, "envoyExtAuthzGrpc", open));
+        let mesh = mesh_config(&json!({"extensionProviders": [providers[0], providers[1], provider("h", "envoyExtAuthzHttp", open)]}));
+        let custom = security(
+            "AuthorizationPolicy",
+            "custom",
+            &json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": asks}, "rules": [{"to": [{"operation": {"ports": [upstream.port().to_string()]}}]}]}),
+        );
+        let mut all = vec![server_pod(), mesh, custom];
+        all.extend(service("server", "10.99.0.1", "tcp", &[upstream]));
+        if authorizer {
+            all.extend(service("authz", "10.99.0.3", "grpc", &[authz]));
+        }
+        all
+    };
+    let engine = Engine::start_as(NEAR_CLIENT, &documents("g", false, true)).await.expect("started");
+    let passes = async |way: &str| ask(&engine, way, upstream, &get("/a", "x", "")).await.status == "200";
+    assert!(passes("node").await && !passes("outside").await, "it knows whom it lets in");
+    // What it let pass goes on as long as nobody else has to be asked.
+    let mut open = engine.connect(VIP.parse().expect("an address")).await.expect("connected");
+    assert_eq!(exchange(&mut open, get("/a", "kept", "").into_bytes(), false).await.status, "200");
+    engine.apply(&documents("g", true, true)).await.expect("applied");
+    assert_eq!(exchange(&mut open, get("/a", "kept", "").into_bytes(), false).await.status, "200");
+    engine.apply(&documents("other", false, true)).await.expect("applied");
+    let end = tokio::time::timeout(Duration::from_secs(2), tokio::io::AsyncReadExt::read(&mut open, &mut [0; 1])).await;
+    assert!(!matches!(end, Err(_) | Ok(Ok(1..))), "it is cut: {end:?}");
+    assert!(passes("node").await);
+    for (asks, open, authorizer, pass) in
+        [("g", false, false, false), ("g", true, false, true), ("h", true, true, false), ("none", true, true, false)]
+    {
+        engine.apply(&documents(asks, open, authorizer)).await.expect("applied");
+        for way in ["node", "outside"] {
+            assert_eq!(passes(way).await, pass, "{way}: {asks}, fails open: {open}, there: {authorizer}");
+        }
+    }
+    let counted = engine.proxy.metrics.render().expect("text");
+    for result in ["allowed", "denied", "unknown", "unsupported"] {
+        assert!(counted.contains(&format!("mesh_authorizer_calls_total{{result=\"{result}\"}}")), "{result}: {counted}");
     }
 }
 

@@ -138,7 +138,7 @@ fn authorization_follows_the_fields() {
         (from("requestPrincipals", json!(["*"])), web(), false),
     ];
     for (spec, facts, allowed) in cases {
-        assert_eq!(policy(std::slice::from_ref(&spec)).opaque(&facts).is_ok(), allowed, "{spec} {facts:?}");
+        assert_eq!(policy(std::slice::from_ref(&spec)).opaque(&facts, &[]).is_ok(), allowed, "{spec} {facts:?}");
     }
 }
 
@@ -149,11 +149,11 @@ fn clauses_are_and_alternatives_are_or() {
         "to": [{"operation": {"ports": ["8080"]}}],
         "when": [{"key": "source.serviceAccount", "values": ["web/front"]}],
     }]});
-    assert!(policy(std::slice::from_ref(&spec)).opaque(&web()).is_ok());
+    assert!(policy(std::slice::from_ref(&spec)).opaque(&web(), &[]).is_ok());
     let other_port = facts("mesh.example/ns/web/sa/front", "10.0.0.5", "10.0.0.9:81");
-    assert!(policy(std::slice::from_ref(&spec)).opaque(&other_port).is_err());
+    assert!(policy(std::slice::from_ref(&spec)).opaque(&other_port, &[]).is_err());
     let other_net = facts("mesh.example/ns/web/sa/front", "10.0.9.5", "10.0.0.9:8080");
-    assert!(policy(&[spec]).opaque(&other_net).is_err());
+    assert!(policy(&[spec]).opaque(&other_net, &[]).is_err());
 }
 
 #[test]
@@ -163,16 +163,16 @@ fn deny_wins_over_allow_and_is_wider_without_http() {
         json!({"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["web"]}}], "to": [{"operation": {"methods": ["POST"]}}]}]});
     let both = policy(&[allow, deny]);
     assert_eq!(
-        both.opaque(&web()).expect_err("denied"),
+        both.opaque(&web(), &[]).expect_err("denied"),
         Denial::DeniedBy { policy: "default/p1".into(), rule: "ns[default]-policy[p1]-rule[0]".into() }
     );
-    assert!(both.opaque(&facts("mesh.example/ns/other/sa/x", "10.0.0.5", "10.0.0.9:8080")).is_ok());
+    assert!(both.opaque(&facts("mesh.example/ns/other/sa/x", "10.0.0.5", "10.0.0.9:8080"), &[]).is_ok());
 }
 
 #[test]
 fn audit_never_denies_and_is_observed() {
     let all = policy(&[json!({"action": "AUDIT", "rules": [{}]})]);
-    assert!(all.opaque(&web()).is_ok());
+    assert!(all.opaque(&web(), &[]).is_ok());
     let observed = all.everywhere.observed(&web(), None);
     assert_eq!((observed.audited.as_deref(), observed.shadow), (Some("default/p"), None));
 }
@@ -204,9 +204,9 @@ fn port_level_modes_override_the_workload() {
     let Object::PeerAuthentication(p) = parse("PeerAuthentication", "default", &spec) else { panic!() };
     let mtls = effective_mtls(None, None, Some(&p));
     let all = WorkloadPolicy { mtls, ..WorkloadPolicy::default() };
-    assert!(all.opaque(&facts("", "10.0.0.5", "10.0.0.9:8080")).is_ok());
-    assert_eq!(all.opaque(&facts("", "10.0.0.5", "10.0.0.9:9090")).expect_err("strict"), Denial::PlaintextUnderStrict);
-    assert!(all.opaque(&facts("mesh.example/ns/a/sa/b", "10.0.0.5", "10.0.0.9:9090")).is_ok());
+    assert!(all.opaque(&facts("", "10.0.0.5", "10.0.0.9:8080"), &[]).is_ok());
+    assert_eq!(all.opaque(&facts("", "10.0.0.5", "10.0.0.9:9090"), &[]).expect_err("strict"), Denial::PlaintextUnderStrict);
+    assert!(all.opaque(&facts("mesh.example/ns/a/sa/b", "10.0.0.5", "10.0.0.9:9090"), &[]).is_ok());
 }
 
 #[test]
@@ -536,7 +536,7 @@ mod against_a_naive_evaluator {
                 Ok(Verdict::PerRequest(_)) => {}
             }
             // What cannot be looked into never gets more than what can.
-            if all.opaque(&facts).is_ok() {
+            if all.opaque(&facts, &[]).is_ok() {
                 prop_assert!(expected);
             }
         }

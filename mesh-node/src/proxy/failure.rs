@@ -79,7 +79,7 @@ impl Failure {
             Self::Tunnel(TunnelError::Refused(_)) => "refused_by_peer",
             Self::Tunnel(_) => "tunnel",
             Self::Denied(Denial::PlaintextUnderStrict) => "plaintext_under_strict",
-            Self::Denied(Denial::DeniedBy { .. }) => "denied",
+            Self::Denied(Denial::DeniedBy { .. } | Denial::External { .. }) => "denied",
             Self::Denied(Denial::NotAllowed) => "not_allowed",
             Self::BadRequest(_) => "bad_request",
             Self::ForeignAuthority(_) => "foreign_authority",

@@ -7,7 +7,7 @@
 
 mod attempt;
 mod attempts;
-mod authorizer;
+pub(super) mod authorizer;
 mod body;
 mod call;
 pub mod clusters;

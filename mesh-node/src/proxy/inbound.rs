@@ -73,7 +73,7 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, outcome: &m
         Verdict::PerRequest(permit) => (permit, true),
     };
     if !per_request {
-        registration.note().carries(Carries::Unknown, None);
+        registration.note().carries(Carries::Unknown);
         // A change of policy after the verdict and before this may have gone unseen.
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;

@@ -61,6 +61,8 @@ struct Entry {
     workload: WorkloadUid,
     facts: Facts,
     carries: Carries,
+    /// The external authorizers that let it pass; others have never been asked.
+    allowed_by: Vec<Arc<str>>,
     cut: watch::Sender<Option<Cut>>,
 }
 
@@ -84,7 +86,7 @@ impl Entry {
         match self.carries {
             Carries::Unknown if !opaque => !policy.unseen(&self.facts),
             Carries::Undecided | Carries::Requests => policy.connection(&self.facts).is_err(),
-            Carries::Unknown | Carries::Opaque => policy.opaque(&self.facts).is_err(),
+            Carries::Unknown | Carries::Opaque => policy.opaque(&self.facts, &self.allowed_by).is_err(),
         }
     }
 }
@@ -101,7 +103,7 @@ impl Live {
     pub fn register(&self, workload: WorkloadUid, facts: Facts) -> Registration {
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = watch::channel(None);
-        self.lock().insert(id, Entry { workload, facts, carries: Carries::Undecided, cut: sender });
+        self.lock().insert(id, Entry { workload, facts, carries: Carries::Undecided, allowed_by: Vec::new(), cut: sender });
         Registration { id, live: self.clone(), cut: receiver }
     }
 
@@ -135,12 +137,18 @@ pub struct Note {
 impl Note {
     /// Takes in what the connection carries. To be called before that is judged: a change of policy is then seen by one or
     /// the other.
-    pub fn carries(&self, carries: Carries, sni: Option<&Sni>) {
+    pub fn carries(&self, carries: Carries) {
         if let Some(entry) = self.live.lock().get_mut(&self.id) {
             entry.carries = carries;
-            if let Some(sni) = sni {
-                entry.facts.sni = sni.clone();
-            }
+        }
+    }
+
+    /// The same, of a connection without requests.
+    pub fn is_opaque(&self, sni: &Sni, allowed_by: &[Arc<str>]) {
+        if let Some(entry) = self.live.lock().get_mut(&self.id) {
+            entry.carries = Carries::Opaque;
+            entry.facts.sni = sni.clone();
+            entry.allowed_by = allowed_by.to_vec();
         }
     }
 }

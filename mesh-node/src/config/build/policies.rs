@@ -113,17 +113,36 @@ impl<'a> Policies<'a> {
 
     fn authorization(&mut self, builder: &mut Builder<'a>, named: &'a Named, policy: &'a AuthorizationPolicy) {
         let compiled = CompiledPolicy::compile(&named.key.name, policy, &builder.mesh.trust_domains);
-        if let Some(provider) = &policy.provider
-            && !builder.parts.authorizers.contains_key(provider)
-        {
-            let message = format!(
-                "spec.provider.name: the mesh has no ext_authz provider {provider:?}, so what the policy matches is refused; add it to extensionProviders in the ConfigMap istio"
-            );
-            builder.remark(Severity::Warning, named, &message);
+        if let Some(provider) = &policy.provider {
+            Self::look_for(builder, named, provider);
         }
         if let Some(scope) = scope(builder, named, policy.selector.as_ref(), &policy.targets) {
             self.add(Policy { named, scope, what: What::Authorization(Arc::new(compiled)), opaque: BTreeMap::new() });
         }
+    }
+
+    /// Remarks on a provider that cannot be asked.
+    fn look_for(builder: &mut Builder<'a>, named: &Named, provider: &str) {
+        let Some(authorizer) = builder.parts.authorizers.get(provider) else {
+            let message = format!(
+                "spec.provider.name: the mesh has no ext_authz provider {provider:?}, so what the policy matches is refused; add it to extensionProviders in the ConfigMap istio"
+            );
+            return builder.remark(Severity::Warning, named, &message);
+        };
+        let mut labels = authorizer.service.split('.');
+        let (name, namespace) = (labels.next().unwrap_or_default(), labels.next().unwrap_or_default());
+        let (of_name, port) = (ObjectName::new(namespace, name), authorizer.port);
+        let service = builder.parts.services.iter().find(|(n, _)| n.key.name == of_name);
+        let missing = match service {
+            None => "does not exist".to_owned(),
+            Some((_, service)) if !service.ports.iter().any(|p| p.port == port) => format!("has no port {port}"),
+            Some(_) => return,
+        };
+        let effect = if authorizer.fail_open { "passes unasked (failOpen)" } else { "is refused" };
+        let message = format!(
+            "spec.provider.name: the Service {namespace}/{name} of the ext_authz provider {provider:?} {missing}, so what the policy matches {effect}; create it, or correct extensionProviders in the ConfigMap istio"
+        );
+        builder.remark(Severity::Warning, named, &message);
     }
 
     fn request_authentication(&mut self, builder: &mut Builder<'a>, named: &'a Named, policy: &'a RequestAuthentication) {
@@ -202,7 +221,8 @@ impl<'a> Policies<'a> {
                 What::Authorization(compiled) if compiled.needs_request() => {
                     let effect = match compiled.action {
                         Action::Allow => "its rules that ask about requests allow nothing there",
-                        Action::Deny | Action::Audit | Action::Custom => "its rules apply there whatever is sent",
+                        Action::Deny | Action::Audit => "its rules apply there whatever is sent",
+                        Action::Custom => "its rules apply there whatever is sent, and only a gRPC provider can be asked about connections",
                     };
                     for (port, pod) in policy.opaque.iter().take(1) {
                         let message =

@@ -181,7 +181,7 @@ fn policies_reach_the_workloads_of_their_scope() {
     let verdict = |ip: &str, port: u16| {
         let workload = snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a workload");
         let facts = Facts::new(None, "10.9.9.9".parse().expect("valid"), SocketAddr::new(workload.ips[0], port));
-        workload.policy.opaque(&facts).err()
+        workload.policy.opaque(&facts, &[]).err()
     };
     assert_eq!(verdict("10.0.0.1", 80), None);
     assert_eq!(
@@ -192,6 +192,39 @@ fn policies_reach_the_workloads_of_their_scope() {
     assert_eq!(verdict("10.0.0.3", 80), Some(Denial::PlaintextUnderStrict));
     let text = statuses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
     assert!(statuses.len() == 2 && text.contains("istio-system/late") && text.contains("istio-system/selected"), "{text}");
+}
+
+#[test]
+fn authorizers_that_cannot_be_asked_are_said() {
+    let custom = |provider: &str| {
+        json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": provider, "namespace": "default"},
+            "spec": {"action": "CUSTOM", "provider": {"name": provider}, "rules": [{}]}})
+    };
+    let provider = |name: &str, kind: &str, service: &str, port: u16| json!({"name": name, kind: {"service": service, "port": port, "failOpen": name == "port"}});
+    let (web, away) = ("web.default.svc.cluster.local", "away.default.svc.cluster.local");
+    let providers = json!({"extensionProviders": [
+        provider("good", "envoyExtAuthzGrpc", web, 80),
+        provider("port", "envoyExtAuthzGrpc", web, 81),
+        provider("service", "envoyExtAuthzHttp", away, 80),
+    ]});
+    let config = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": providers}});
+    let (_, statuses) = built(&[service(), config, custom("good"), custom("port"), custom("service"), custom("unknown")]);
+    let said = statuses.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let expected = [
+        (
+            "AuthorizationPolicy default/port",
+            "the Service default/web of the ext_authz provider \"port\" has no port 81, so what the policy matches passes unasked",
+        ),
+        (
+            "AuthorizationPolicy default/service",
+            "the Service default/away of the ext_authz provider \"service\" does not exist, so what the policy matches is refused",
+        ),
+        ("AuthorizationPolicy default/unknown", "no ext_authz provider \"unknown\""),
+    ];
+    assert_eq!(said.len(), expected.len(), "{said:#?}");
+    for (object, text) in expected {
+        assert!(said.iter().any(|s| s.contains(object) && s.contains(text)), "{object}: {said:#?}");
+    }
 }
 
 #[test]

@@ -26,13 +26,19 @@ use crate::{
         mesh_config::{Authorizer, Check, HttpCheck},
         strings::StringMatch,
     },
-    route::{Cluster, request::RequestHead},
+    route::{
+        Cluster,
+        request::{RequestHead, Scheme},
+    },
 };
 
 /// Largest answer of an authorizer that is taken, bytes.
 const MAX_ANSWER: usize = 64 * 1024;
 /// Questions under way from one pod to one authorizer; more are errors.
 const AT_ONCE: u32 = 4096;
+/// Envoy's details of what becomes of a question.
+const ERROR: &str = "ext_authz_error";
+const DENIED: &str = "ext_authz_denied";
 
 /// What an authorizer says.
 pub enum Answer {
@@ -45,39 +51,87 @@ pub enum Answer {
 
 /// Asks one authorizer about a request, and changes the request as it says.
 pub async fn ask(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Arc<str>, head: &mut RequestHead) -> Answer {
-    let metrics = &gate.proxy.metrics;
-    let Some(authorizer) = snapshot.authorizers.get(provider) else {
-        metrics.authorizer_call("unknown");
-        return refused(StatusCode::FORBIDDEN, format!("ext_authz_error{{unknown_provider_{provider}}}"));
-    };
-    let Some(cluster) = cluster(snapshot, authorizer) else {
-        metrics.authorizer_call("unknown");
-        return unanswered(authorizer);
-    };
-    if is_authorizer(snapshot, gate.facts.destination) {
-        return Answer::Allowed { to_client: HeaderMap::new() };
-    }
-    let asked = async {
-        match &authorizer.check {
-            Check::Http(check) => ask_http(gate, &cluster, check, head).await,
-            Check::Grpc => ask_grpc(gate, &cluster, authorizer, head).await,
+    let asked = match whom(gate, snapshot, provider) {
+        Whom::Nobody => return Answer::Allowed { to_client: HeaderMap::new() },
+        Whom::Unknown => return refused(StatusCode::FORBIDDEN, format!("{ERROR}{{unknown_provider_{provider}}}")),
+        Whom::Away(authorizer) => return unanswered(authorizer),
+        Whom::Found(authorizer, cluster) => {
+            let answer = async {
+                match &authorizer.check {
+                    Check::Http(check) => ask_http(gate, &cluster, check, head).await,
+                    Check::Grpc => ask_grpc(gate, &cluster, authorizer, head).await,
+                }
+            };
+            in_time(gate, authorizer, answer, |answer| matches!(answer, Answer::Allowed { .. })).await.ok_or(authorizer)
         }
     };
-    let answer = timeout(authorizer.timeout, asked).await;
+    asked.unwrap_or_else(unanswered)
+}
+
+/// Asks one authorizer about a connection that carries no requests, as Envoy's network filter does; an error is a detail of
+/// the denial. Only authorizers over gRPC can be asked that.
+pub async fn ask_connection(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Arc<str>) -> Result<(), &'static str> {
+    let (authorizer, answer) = match whom(gate, snapshot, provider) {
+        Whom::Nobody => return Ok(()),
+        Whom::Unknown => return Err(ERROR),
+        Whom::Away(authorizer) => (authorizer, None),
+        Whom::Found(authorizer, _) if authorizer.check != Check::Grpc => {
+            gate.proxy.metrics.authorizer_call("unsupported");
+            return Err(ERROR);
+        }
+        Whom::Found(authorizer, cluster) => {
+            let question = proto::connection_question(&gate.facts, gate.client);
+            let answer = async { check(gate, &cluster, authorizer, Scheme::Http, &question).await.map(|r| r.is_ok()) };
+            (authorizer, in_time(gate, authorizer, answer, |ok| *ok).await)
+        }
+    };
     match answer {
-        Ok(Some(answer)) => {
-            metrics.authorizer_call(if matches!(answer, Answer::Allowed { .. }) { "allowed" } else { "denied" });
-            answer
-        }
-        Ok(None) => {
-            metrics.authorizer_call("failed");
-            unanswered(authorizer)
-        }
-        Err(_) => {
-            metrics.authorizer_call("timeout");
-            unanswered(authorizer)
-        }
+        Some(true) => Ok(()),
+        Some(false) => Err(DENIED),
+        None if authorizer.fail_open => Ok(()),
+        None => Err(ERROR),
     }
+}
+
+/// Who is to be asked.
+enum Whom<'s> {
+    /// What is protected is itself an authorizer.
+    Nobody,
+    /// The mesh configuration has no provider of this name.
+    Unknown,
+    /// Its service, or the port of it, does not exist.
+    Away(&'s Authorizer),
+    Found(&'s Authorizer, Arc<Cluster>),
+}
+
+fn whom<'s>(gate: &Gate, snapshot: &'s Snapshot, provider: &Arc<str>) -> Whom<'s> {
+    let found = snapshot.authorizers.get(provider).map(|authorizer| (authorizer, cluster(snapshot, authorizer)));
+    let whom = match found {
+        Some((_, Some(_))) if is_authorizer(snapshot, gate.facts.destination) => return Whom::Nobody,
+        Some((authorizer, Some(cluster))) => return Whom::Found(authorizer, cluster),
+        Some((authorizer, None)) => Whom::Away(authorizer),
+        None => Whom::Unknown,
+    };
+    gate.proxy.metrics.authorizer_call("unknown");
+    whom
+}
+
+/// Waits for an answer as long as the provider may take, and counts it.
+async fn in_time<T>(
+    gate: &Gate,
+    authorizer: &Authorizer,
+    answer: impl Future<Output = Option<T>>,
+    allows: impl Fn(&T) -> bool,
+) -> Option<T> {
+    let answer = timeout(authorizer.timeout, answer).await;
+    let result = match &answer {
+        Ok(Some(answer)) if allows(answer) => "allowed",
+        Ok(Some(_)) => "denied",
+        Ok(None) => "failed",
+        Err(_) => "timeout",
+    };
+    gate.proxy.metrics.authorizer_call(result);
+    answer.ok().flatten()
 }
 
 fn cluster(snapshot: &Snapshot, authorizer: &Authorizer) -> Option<Arc<Cluster>> {
@@ -98,7 +152,7 @@ fn unanswered(authorizer: &Authorizer) -> Answer {
     if authorizer.fail_open {
         return Answer::Allowed { to_client: HeaderMap::new() };
     }
-    refused(authorizer.status_on_error, "ext_authz_error".to_owned())
+    refused(authorizer.status_on_error, ERROR.to_owned())
 }
 
 fn refused(status: StatusCode, details: String) -> Answer {
@@ -163,7 +217,7 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
     reply.headers = headers;
     // A gRPC client is told in gRPC.
     reply.verbatim = (!head.is_grpc()).then(|| body.data.into());
-    Some(Answer::Denied(refusal(reply, "ext_authz_denied".to_owned())))
+    Some(Answer::Denied(refusal(reply, DENIED.to_owned())))
 }
 
 /// How a message is framed is not an authorizer's business.
@@ -177,29 +231,42 @@ fn any(patterns: &[StringMatch], name: &HeaderName) -> bool {
 }
 
 async fn ask_grpc(gate: &Gate, cluster: &Arc<Cluster>, authorizer: &Authorizer, head: &mut RequestHead) -> Option<Answer> {
+    let question = proto::question(&gate.facts, gate.client, head);
+    let response = check(gate, cluster, authorizer, head.scheme, &question).await?;
+    Some(match proto::apply(&response, head) {
+        proto::Outcome::Allowed { to_client } => Answer::Allowed { to_client },
+        proto::Outcome::Denied(reply) => Answer::Denied(refusal(*reply, DENIED.to_owned())),
+    })
+}
+
+/// One call of `envoy.service.auth.v3.Authorization/Check`.
+async fn check(
+    gate: &Gate,
+    cluster: &Arc<Cluster>,
+    authorizer: &Authorizer,
+    scheme: Scheme,
+    question: &proto::CheckRequest,
+) -> Option<proto::CheckResponse> {
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(header::TE, HeaderValue::from_static("trailers"));
     headers.insert("grpc-timeout", format!("{}m", authorizer.timeout.as_millis().min(99_999_999)).try_into().ok()?);
-    let question = RequestHead {
+    let request = RequestHead {
         method: http::Method::POST,
-        scheme: head.scheme,
+        scheme,
         authority: HeaderValue::from_str(&authorizer.service).ok()?,
         target: http::uri::PathAndQuery::from_static("/envoy.service.auth.v3.Authorization/Check"),
         headers,
     };
-    let message = crate::grpc::frame(&proto::question(&gate.facts, gate.client, head));
+    let message = crate::grpc::frame(question);
     let framing = Framing::Length(message.len() as u64);
     let mut body = Collected::default();
-    let answered = Box::pin(call(gate, cluster, true).run(&question, &mut Whole::of(message), framing, &mut body)).await?;
+    let answered = Box::pin(call(gate, cluster, true).run(&request, &mut Whole::of(message), framing, &mut body)).await?;
     let status = body.trailers.get("grpc-status").or_else(|| answered.headers.get("grpc-status"));
     if answered.status != StatusCode::OK || body.over || status.is_some_and(|s| s != "0") {
         return None;
     }
-    Some(match proto::apply(&crate::grpc::unframe(&body.data)?, head) {
-        proto::Outcome::Allowed { to_client } => Answer::Allowed { to_client },
-        proto::Outcome::Denied(reply) => Answer::Denied(refusal(*reply, "ext_authz_denied".to_owned())),
-    })
+    crate::grpc::unframe(&body.data)
 }
 
 /// A body that is there, whole.

@@ -115,7 +115,7 @@ struct Ended {
 
 impl LocalHold {
     fn new(mut registration: Registration, pod: Arc<ServedPod>, outcome: Outcome, gate: Gate) -> Self {
-        registration.note().carries(Carries::Requests, None);
+        registration.note().carries(Carries::Requests);
         let ended = Arc::<Ended>::default();
         let seen = ended.clone();
         let watcher = tokio::spawn(async move {

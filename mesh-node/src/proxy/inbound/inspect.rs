@@ -16,16 +16,16 @@ use crate::{
         relay::{Traffic, relay},
         socket::reset_on_close,
     },
-    policy::{Facts, Sni},
+    policy::{Denial, Facts, Sni},
     proxy::{
         Failure, Proxy, ServedPod,
         http::{
-            self,
+            self, authorizer,
             gate::{self, Gate},
             guard::{self, Ends},
             transport::Transport,
         },
-        live::{Carries, Cut},
+        live::{Carries, Cut, Note},
     },
 };
 
@@ -84,19 +84,23 @@ impl Inspection<'_> {
         // Opaque connections do not carry the room that requests need.
         match spoken {
             Spoken::Http1 => {
-                note.carries(Carries::Requests, None);
+                note.carries(Carries::Requests);
                 let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
                 Box::pin(http1(&gate, downstream, application, ending)).await
             }
             Spoken::Http2 => {
-                note.carries(Carries::Requests, None);
+                note.carries(Carries::Requests);
                 let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
                 Box::pin(http2(gate, downstream, application, ending)).await
             }
             Spoken::Opaque(name) => {
                 facts.sni = Sni::Read(name);
-                note.carries(Carries::Opaque, Some(&facts.sni));
-                if let Err(failure) = judge_opaque(proxy, pod, &facts) {
+                let judged = tokio::select! {
+                    biased;
+                    reason = &mut ending => Err(Failure::Cut(reason)),
+                    judged = judge_opaque(proxy, pod, &facts, client, &note) => judged,
+                };
+                if let Err(failure) = judged {
                     downstream.reset();
                     reset_on_close(&application);
                     return Err(failure);
@@ -142,13 +146,30 @@ async fn http2(gate: Gate, downstream: Transport, application: TcpStream, ending
 }
 
 /// Whether a connection that was let in may be what it turned out to be: one that carries no requests.
-fn judge_opaque(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> Result<(), Failure> {
-    let snapshot = proxy.config.load();
-    let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
-    workload.policy.opaque(facts).map_err(|denial| {
+async fn judge_opaque(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: &Facts, client: SocketAddr, note: &Note) -> Result<(), Failure> {
+    let denied = |denial: Denial| {
         proxy.metrics.policy_decision(denial.policy(), "denied");
         Failure::Denied(denial)
-    })?;
+    };
+    let asked = {
+        let snapshot = proxy.config.load();
+        let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
+        let asked = workload.policy.at(facts.destination.port()).connection_authorizers(facts);
+        (!asked.is_empty()).then(|| (snapshot.clone(), asked))
+    };
+    let mut allowed_by = Vec::new();
+    if let Some((snapshot, asked)) = asked {
+        let gate = Gate::new(proxy.clone(), pod.clone(), facts.clone(), client);
+        for (provider, policy) in asked {
+            let answer = Box::pin(authorizer::ask_connection(&gate, &snapshot, &provider)).await;
+            answer.map_err(|details| denied(Denial::External { policy, details }))?;
+            allowed_by.push(provider);
+        }
+    }
+    note.is_opaque(&facts.sni, &allowed_by);
+    let snapshot = proxy.config.load();
+    let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
+    workload.policy.opaque(facts, &allowed_by).map_err(denied)?;
     let observed = workload.policy.at(facts.destination.port()).observed(facts, None);
     gate::observe(proxy, facts, &observed, None);
     Ok(())

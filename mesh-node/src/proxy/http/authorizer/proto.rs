@@ -7,7 +7,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use prost::Message;
 
 use super::super::reply::Reply;
-use crate::{policy::Facts, route::request::RequestHead};
+use crate::{
+    policy::{Facts, Sni},
+    route::request::RequestHead,
+};
 
 #[derive(Clone, PartialEq, Message)]
 pub struct CheckRequest {
@@ -23,6 +26,14 @@ struct Attributes {
     destination: Option<Peer>,
     #[prost(message, optional, tag = "4")]
     request: Option<Request>,
+    #[prost(message, optional, tag = "12")]
+    tls_session: Option<TlsSession>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct TlsSession {
+    #[prost(string, tag = "1")]
+    sni: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -152,12 +163,37 @@ struct Header {
     raw_value: Vec<u8>,
 }
 
-/// What is asked about a request.
-pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckRequest {
+impl CheckResponse {
+    /// Whether the connection or request may pass: a response that says nothing allows.
+    pub fn is_ok(&self) -> bool {
+        self.status.as_ref().is_none_or(|s| s.code == 0)
+    }
+}
+
+/// What is asked about a connection.
+pub fn connection_question(facts: &Facts, client: SocketAddr) -> CheckRequest {
+    let sni = match &facts.sni {
+        Sni::Read(Some(name)) => Some(TlsSession { sni: name.to_string() }),
+        Sni::Read(None) | Sni::Unread => None,
+    };
+    CheckRequest { attributes: Some(Attributes { tls_session: sni, ..attributes(facts, client) }) }
+}
+
+fn attributes(facts: &Facts, client: SocketAddr) -> Attributes {
     let peer = |at: SocketAddr, principal: String| {
         let socket = SocketAddress { address: at.ip().to_string(), port: at.port().into() };
         Some(Peer { address: Some(Address { socket: Some(socket) }), principal })
     };
+    Attributes {
+        source: peer(client, facts.peer.as_ref().map(ToString::to_string).unwrap_or_default()),
+        destination: peer(facts.destination, String::new()),
+        request: None,
+        tls_session: None,
+    }
+}
+
+/// What is asked about a request.
+pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckRequest {
     let mut headers: HashMap<String, String> = HashMap::new();
     for name in head.headers.keys() {
         let values = head.headers.get_all(name).iter().map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
@@ -181,13 +217,8 @@ pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckR
         protocol: "HTTP/1.1".to_owned(),
     };
     let time = Timestamp { seconds: i64::try_from(now.as_secs()).unwrap_or(0), nanos: i32::try_from(now.subsec_nanos()).unwrap_or(0) };
-    CheckRequest {
-        attributes: Some(Attributes {
-            source: peer(client, facts.peer.as_ref().map(ToString::to_string).unwrap_or_default()),
-            destination: peer(facts.destination, String::new()),
-            request: Some(Request { time: Some(time), http: Some(http) }),
-        }),
-    }
+    let request = Some(Request { time: Some(time), http: Some(http) });
+    CheckRequest { attributes: Some(Attributes { request, ..attributes(facts, client) }) }
 }
 
 /// What an answer comes to.
@@ -198,8 +229,7 @@ pub enum Outcome {
 
 /// Changes the request as the answer says.
 pub fn apply(response: &CheckResponse, head: &mut RequestHead) -> Outcome {
-    let code = response.status.as_ref().map_or(0, |s| s.code);
-    if code == 0 {
+    if response.is_ok() {
         let Some(ok) = &response.ok else { return Outcome::Allowed { to_client: HeaderMap::new() } };
         for name in &ok.headers_to_remove {
             // Neither pseudo headers nor the host can be taken away.
