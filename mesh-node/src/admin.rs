@@ -1,10 +1,12 @@
 //! The admin endpoint: readiness, metrics and a look inside, over plain HTTP on an address of the node's choice
 //! (loopback by default: it shows names and addresses of every pod).
 
+mod authorization;
+
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http::{Method, Request, Response, StatusCode, Uri, header::CONTENT_TYPE};
 use http_body_util::Full;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -27,13 +29,13 @@ pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
 
 /// Serves a node's pages until the process ends.
 pub async fn serve_node(listener: TcpListener, node: Arc<Node>) {
-    serve(listener, Arc::new(move |method: &Method, path: &str| answer(&node, method, path))).await;
+    serve(listener, Arc::new(move |method: &Method, uri: &Uri| answer(&node, method, uri))).await;
 }
 
 /// Serves pages until the process ends.
 pub async fn serve<A>(listener: TcpListener, answer: Arc<A>)
 where
-    A: Fn(&Method, &str) -> Response<Full<Bytes>> + Send + Sync + 'static,
+    A: Fn(&Method, &Uri) -> Response<Full<Bytes>> + Send + Sync + 'static,
 {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
@@ -45,7 +47,7 @@ where
         let answer = answer.clone();
         tokio::spawn(async move {
             let service = service_fn(|request: Request<hyper::body::Incoming>| {
-                std::future::ready(Ok::<_, Infallible>(answer(request.method(), request.uri().path())))
+                std::future::ready(Ok::<_, Infallible>(answer(request.method(), request.uri())))
             });
             let mut http = http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
@@ -57,11 +59,11 @@ where
     }
 }
 
-fn answer(node: &Node, method: &Method, path: &str) -> Response<Full<Bytes>> {
+fn answer(node: &Node, method: &Method, uri: &Uri) -> Response<Full<Bytes>> {
     if method != Method::GET {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".to_owned());
     }
-    match path {
+    match uri.path() {
         "/healthz/ready" if node.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
         "/healthz/ready" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
         "/metrics" | "/stats/prometheus" => metrics(node),
@@ -72,8 +74,13 @@ fn answer(node: &Node, method: &Method, path: &str) -> Response<Full<Bytes>> {
         "/certificates" => document(&certificates(node)),
         "/pool" => document(&pool(node)),
         "/clusters" => document(&clusters(node)),
+        "/authorization" => {
+            let answer = authorization::answer(&node.proxy.config.load(), uri.query().unwrap_or_default());
+            answer.map_or_else(|error| text(StatusCode::BAD_REQUEST, error + "\n"), |found| document(&found))
+        }
         "/" => {
-            text(StatusCode::OK, "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool /clusters\n".to_owned())
+            let all = "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool /clusters /authorization";
+            text(StatusCode::OK, format!("{all}\n"))
         }
         path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
     }

@@ -201,6 +201,25 @@ impl WorkloadPolicy {
         self.at(facts.destination.port()).request(facts, request)
     }
 
+    /// What becomes of a request, or of a connection that carries none, and which rule decides it.
+    pub fn explain(&self, facts: &Facts, request: Option<&Request<'_>>) -> Explanation {
+        let governing = self.at(facts.destination.port());
+        let asked = match request {
+            Some(request) => governing.authorizers(facts, request).map(|(provider, policy)| (provider.clone(), policy.clone())).collect(),
+            None => governing.connection_authorizers(facts),
+        };
+        let denied = match request {
+            Some(request) => self.connection(facts).err().or_else(|| self.request(facts, request).err()),
+            None => self.opaque(facts, &asked.iter().map(|(provider, _)| provider.clone()).collect::<Vec<_>>()).err(),
+        };
+        let view = View { facts, seen: request.map_or(Seen::Never, Seen::Now) };
+        let rule = match governing.authorization.allow.as_ref().map(|allow| allow.find(&view)) {
+            Some((Truth::Yes, Some(rule))) if denied.is_none() => Some(rule.name.clone()),
+            _ => None,
+        };
+        Explanation { denied, rule, asked, observed: governing.observed(facts, request) }
+    }
+
     fn plaintext(&self, facts: &Facts) -> Result<(), Denial> {
         let refused = facts.peer.is_none() && !facts.node && self.mtls.is_strict(facts.destination.port());
         if refused { Err(Denial::PlaintextUnderStrict) } else { Ok(()) }
@@ -313,6 +332,17 @@ impl Governing {
         };
         Observed { audited: matched(&all.audit), shadow }
     }
+}
+
+/// A decision and its reasons, for who asks why.
+#[derive(Debug)]
+pub struct Explanation {
+    pub denied: Option<Denial>,
+    /// The rule that allows it, where one has to.
+    pub rule: Option<Arc<str>>,
+    /// The external authorizers that have to allow it too, each with its policy.
+    pub asked: Vec<(Arc<str>, Arc<str>)>,
+    pub observed: Observed,
 }
 
 /// What policies that are not enforced say.

@@ -635,6 +635,7 @@ fn keys_of_an_issuer_may_be_away_and_may_change() {
     }
     let more = fetches.load(Ordering::SeqCst) - before;
     assert!((1..=3).contains(&more), "{more} fetches for 20 tokens of an unknown key");
+    assert_eq!(scene.ask(&scene.far, "server:80", "/x", &bearer(&scene.issuer)), "200", "the last good keys stay");
     away.store(false, Ordering::SeqCst);
     *served.lock().expect("lock") = next.jwks().replace("rsa1", "rsa2");
     let rotated = next.sign(&json!({"alg": "RS256", "kid": "rsa2"}), &json!({"iss": issuer, "sub": "a", "exp": now() + 600}));

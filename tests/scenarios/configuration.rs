@@ -100,6 +100,24 @@ fn meshctl_shows_a_node_from_inside() {
         let (success, text) = run(&[what]);
         assert!(success && text.contains(part), "{what}: {text}");
     }
+    let (success, text) = run(&[
+        "authorize",
+        "--from",
+        "default/a-pod",
+        "--to",
+        "a-pod",
+        "--port",
+        "80",
+        "-X",
+        "POST",
+        "--path",
+        "/a b?c=%2f",
+        "-H",
+        "x-y: z&z",
+    ]);
+    assert!(success && text.contains("\"decision\": \"allowed\""), "{text}");
+    let (success, text) = run(&["authorize", "--from", "default/a-pod", "--to", "default/nobody", "--port", "80"]);
+    assert!(!success && text.contains("there is no workload \"default/nobody\""), "{text}");
     let (success, text) = run(&["--admin", "127.0.0.1:1", "status"]);
     assert!(!success && text.contains("127.0.0.1:1") && text.contains("is it running"), "{text}");
     assert!(!run(&["nonsense"]).0);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use clap::{Parser, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -16,16 +16,15 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 #[command(name = "meshctl", version, about)]
 pub struct Meshctl {
     /// Admin address of the node.
-    #[arg(long, env = "MESH_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
+    #[arg(long, global = true, env = "MESH_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
     admin: SocketAddr,
-    /// What to show.
-    #[arg(value_enum)]
+    #[command(subcommand)]
     what: What,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Subcommand)]
 enum What {
-    /// Node, fail mode, configuration generation, and every object that is not in force with the reason.
+    /// Node, fail mode, configuration generation, and every object or field that is not in force with the reason.
     Status,
     /// The node's pods: enrolled, captured, and why not.
     Pods,
@@ -41,12 +40,67 @@ enum What {
     Clusters,
     /// All metrics, in `OpenMetrics` text.
     Metrics,
+    /// Which policy would allow or deny a request, or without -X, --path, --host, -H and --claims a connection that carries
+    /// none; dry-run, AUDIT and external authorizers included. Nothing is sent.
+    Authorize(Authorize),
+}
+
+#[derive(Debug, Args)]
+struct Authorize {
+    /// Who asks: namespace/name of a workload, or any address.
+    #[arg(long, value_name = "WORKLOAD|ADDRESS")]
+    from: String,
+    /// Whom: namespace/name of a workload, or its address.
+    #[arg(long, value_name = "WORKLOAD|ADDRESS")]
+    to: String,
+    /// The port the application listens on.
+    #[arg(long)]
+    port: u16,
+    /// Outside a tunnel: the destination does not know the client's identity.
+    #[arg(long)]
+    plaintext: bool,
+    /// The request's method [default: GET].
+    #[arg(short = 'X', long, value_name = "METHOD")]
+    method: Option<String>,
+    /// The request's path, with its query [default: /].
+    #[arg(long)]
+    path: Option<String>,
+    /// The request's host [default: the address].
+    #[arg(long)]
+    host: Option<String>,
+    /// A header of the request; may be given several times.
+    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
+    headers: Vec<String>,
+    /// Claims of the token it is taken to have, as JSON with the issuer in `iss`.
+    #[arg(long, value_name = "JSON")]
+    claims: Option<String>,
+}
+
+impl Authorize {
+    fn path(&self) -> String {
+        let Self { from, to, port, plaintext, method, path, host, headers, claims } = self;
+        let port = port.to_string();
+        let mut all = vec![("from", from), ("to", to), ("port", &port)];
+        let told = [("method", method), ("path", path), ("host", host), ("claims", claims)];
+        all.extend(told.iter().filter_map(|(name, value)| Some((*name, value.as_ref()?))));
+        all.extend(headers.iter().map(|header| ("header", header)));
+        let pairs = all.into_iter().map(|(name, value)| format!("{name}={}", encoded(value)));
+        let pairs = pairs.chain(plaintext.then(|| "plaintext".to_owned()));
+        format!("/authorization?{}", pairs.collect::<Vec<_>>().join("&"))
+    }
+}
+
+/// Percent-encoded for a query.
+fn encoded(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~/:".contains(&b);
+    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect::<Vec<_>>().concat()
 }
 
 impl Meshctl {
     /// Fetches and prints.
     pub fn run(self) -> anyhow::Result<()> {
-        let path = match self.what {
+        let path = match &self.what {
+            What::Authorize(question) => &question.path(),
             What::Status => "/status",
             What::Pods => "/pods",
             What::Workloads => "/workloads",

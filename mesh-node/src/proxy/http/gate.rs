@@ -153,21 +153,8 @@ impl Gate {
         }
     }
 
-    /// The end user's address: what the last proxy that is trusted says, else the client's own. `None`: the proxy says
-    /// something that is no address.
     fn remote(&self, snapshot: &Snapshot, headers: &HeaderMap) -> Option<IpAddr> {
-        if !self.facts.proxy {
-            return Some(self.facts.source);
-        }
-        let told = headers.get_all("x-forwarded-for").iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
-        let told = told.map(|a| std::str::from_utf8(a).ok().and_then(address)).collect::<Vec<_>>();
-        for address in told.into_iter().rev() {
-            match address {
-                Some(ip) if snapshot.mesh.is_trusted_address(ip) => {}
-                other => return other,
-            }
-        }
-        Some(self.facts.source)
+        remote(snapshot, &self.facts, headers)
     }
 
     async fn authenticate(&self, governing: &Governing, head: &RequestHead) -> Result<Authenticated, Fault> {
@@ -224,6 +211,23 @@ impl Gate {
         }
         Ok(changed)
     }
+}
+
+/// The end user's address: what the last proxy that is trusted says, else the client's own. `None`: the proxy says
+/// something that is no address.
+pub fn remote(snapshot: &Snapshot, facts: &Facts, headers: &HeaderMap) -> Option<IpAddr> {
+    if !facts.proxy {
+        return Some(facts.source);
+    }
+    let told = headers.get_all("x-forwarded-for").iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
+    let told = told.map(|a| std::str::from_utf8(a).ok().and_then(address)).collect::<Vec<_>>();
+    for address in told.into_iter().rev() {
+        match address {
+            Some(ip) if snapshot.mesh.is_trusted_address(ip) => {}
+            other => return other,
+        }
+    }
+    Some(facts.source)
 }
 
 /// An address as proxies write it: with a port or without, IPv6 in brackets or not.

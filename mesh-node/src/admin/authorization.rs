@@ -1,0 +1,183 @@
+//! Which policy would decide on a request or a connection, asked of the configuration in force. Nothing is sent.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
+use serde_json::{Value, json};
+
+use crate::{
+    config::Snapshot,
+    policy::{Explanation, Facts, Request, Verified},
+    proxy::http::gate::remote,
+    route::{
+        Workload,
+        request::{RequestHead, Scheme, renormalised},
+    },
+};
+
+/// A question, from the query of a URL.
+#[derive(Debug, Default)]
+struct Question {
+    to: String,
+    port: u16,
+    from: String,
+    plaintext: bool,
+    method: Option<Method>,
+    path: Option<PathAndQuery>,
+    host: Option<HeaderValue>,
+    headers: HeaderMap,
+    claims: Option<String>,
+}
+
+/// Answers, or says which parameter is wrong.
+pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
+    let question = Question::read(query)?;
+    let (source, peer) = question.source(snapshot)?;
+    let destination = find(snapshot, &question.to).ok_or_else(|| unknown("to", &question.to))?;
+    let to = destination.ips.iter().find(|ip| ip.is_ipv4() == source.is_ipv4()).or(destination.ips.first());
+    let to = SocketAddr::new(*to.ok_or_else(|| format!("to: {} has no address", question.to))?, question.port);
+    let peer = peer.filter(|w| w.enrolled && destination.enrolled && !question.plaintext).map(|w| w.identity.clone());
+    let mut facts = Facts::new(peer, source, to);
+    facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), source);
+    let claims = question.claims(destination)?;
+    let head = question.head(to)?;
+    let head = match head {
+        Some(head) => {
+            let normal = renormalised(&head, snapshot.normalization).map_err(|_| "path: cannot be normalised: answered 400")?;
+            Some(normal.unwrap_or(head))
+        }
+        None => None,
+    };
+    let request = head.as_ref().map(|head| Request::new(head, claims.as_ref(), remote(snapshot, &facts, &head.headers)));
+    let explanation = destination.policy.explain(&facts, request.as_ref());
+    Ok(json!({
+        "from": {"address": source, "identity": facts.peer.as_ref().map(ToString::to_string)},
+        "to": {"workload": destination.name.to_string(), "address": to, "enrolled": destination.enrolled},
+        "request": head.map(|h| json!({"method": h.method.as_str(), "host": h.host(), "path": h.target.as_str()})),
+        "decision": if explanation.denied.is_none() { "allowed" } else { "denied" },
+        "reason": reason(&explanation),
+        "policy": explanation.denied.as_ref().map(|d| d.policy().to_owned()),
+        "details": explanation.denied.as_ref().map(crate::policy::Denial::details),
+        "allowedBy": explanation.rule.as_deref(),
+        "externalAuthorizers": explanation.asked.iter().map(|(provider, policy)| json!({"provider": &**provider, "policy": &**policy})).collect::<Vec<_>>(),
+        "audited": explanation.observed.audited.as_deref(),
+        "dryRun": explanation.observed.shadow.as_ref().map(|s| json!({"decision": if s.allowed { "allowed" } else { "denied" }, "policy": &*s.policy})),
+    }))
+}
+
+fn reason(explanation: &Explanation) -> String {
+    match (&explanation.denied, explanation.asked.is_empty()) {
+        (Some(denial), _) => denial.to_string(),
+        (None, true) => "no policy denies it".to_owned(),
+        (None, false) => "no policy denies it, if the external authorizers allow it".to_owned(),
+    }
+}
+
+impl Question {
+    fn read(query: &str) -> Result<Self, String> {
+        let mut question = Self::default();
+        for pair in query.split('&').filter(|p| !p.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let value = decoded(value).ok_or_else(|| format!("{name}: is not percent-encoded UTF-8"))?;
+            question.take(name, value)?;
+        }
+        for (name, missing) in [("to", question.to.is_empty()), ("port", question.port == 0), ("from", question.from.is_empty())] {
+            if missing {
+                return Err(format!("{name}: is missing; say to, port and from, and of a request method, path, host, header, claims"));
+            }
+        }
+        Ok(question)
+    }
+
+    fn take(&mut self, name: &str, value: String) -> Result<(), String> {
+        let bad = |wanted: &str| format!("{name}: {value:?} is not {wanted}");
+        match name {
+            "port" => self.port = value.parse().map_err(|_| bad("a port"))?,
+            "plaintext" => self.plaintext = value != "false",
+            "method" => self.method = Some(value.parse().map_err(|_| bad("a method"))?),
+            "path" => self.path = Some(value.parse().map_err(|_| bad("a path"))?),
+            "host" => self.host = Some(value.parse().map_err(|_| bad("a host"))?),
+            "header" => {
+                let (key, text) = value.split_once(':').ok_or_else(|| bad("`name: value`"))?;
+                let key = key.trim().parse::<HeaderName>().map_err(|_| bad("`name: value`"))?;
+                self.headers.append(key, text.trim().parse().map_err(|_| bad("`name: value`"))?);
+            }
+            "to" => self.to = value,
+            "from" => self.from = value,
+            "claims" => self.claims = Some(value),
+            _ => return Err(format!("{name}: is not known; to, port, from, plaintext, method, path, host, header and claims are")),
+        }
+        Ok(())
+    }
+
+    /// Where it comes from, and which workload that is.
+    fn source<'s>(&self, snapshot: &'s Snapshot) -> Result<(IpAddr, Option<&'s Arc<Workload>>), String> {
+        let workload = find(snapshot, &self.from);
+        let address = self.from.parse().ok().or_else(|| workload?.ips.first().copied());
+        address.map(|ip: IpAddr| (ip.to_canonical(), workload)).ok_or_else(|| unknown("from", &self.from))
+    }
+
+    /// The request, if one is described.
+    fn head(&self, to: SocketAddr) -> Result<Option<RequestHead>, String> {
+        if self.method.is_none() && self.path.is_none() && self.host.is_none() && self.headers.is_empty() && self.claims.is_none() {
+            return Ok(None);
+        }
+        let authority = match &self.host {
+            Some(host) => host.clone(),
+            None => HeaderValue::try_from(to.to_string()).map_err(|e| e.to_string())?,
+        };
+        Ok(Some(RequestHead {
+            method: self.method.clone().unwrap_or_default(),
+            scheme: Scheme::Http,
+            authority,
+            target: self.path.clone().unwrap_or_else(|| PathAndQuery::from_static("/")),
+            headers: self.headers.clone(),
+        }))
+    }
+
+    fn claims(&self, destination: &Workload) -> Result<Option<Verified>, String> {
+        let Some(claims) = &self.claims else { return Ok(None) };
+        let rules = &destination.policy.at(self.port).authentication;
+        let verified = Verified::assumed(rules, claims).map_err(|e| format!("claims: {e}"))?;
+        verified.map(Some).ok_or_else(|| {
+            let issuers = rules.iter().map(|r| &*r.issuer).collect::<Vec<_>>();
+            format!("claims: `iss` has to be an issuer that {} takes tokens of: {}", destination.name, issuers.join(", "))
+        })
+    }
+}
+
+/// A workload by an address of its, or by `namespace/name`.
+fn find<'s>(snapshot: &'s Snapshot, text: &str) -> Option<&'s Arc<Workload>> {
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return snapshot.workload_by_ip(ip.to_canonical());
+    }
+    let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+    let is_it = |w: &&Arc<Workload>| &*w.name.namespace == namespace && &*w.name.name == name;
+    snapshot.workloads().find(is_it)
+}
+
+fn unknown(field: &str, text: &str) -> String {
+    format!("{field}: there is no workload {text:?}; say an address, or namespace/name of a pod as meshctl workloads lists them")
+}
+
+/// Percent-decoded text.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        let byte = if byte == b'%' {
+            let mut digit = || char::from(rest.next()?).to_digit(16);
+            u8::try_from(digit()? * 16 + digit()?).ok()?
+        } else {
+            byte
+        };
+        bytes.push(byte);
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests;
