@@ -111,7 +111,7 @@ fn meshctl_shows_a_node_from_inside() {
         "-X",
         "POST",
         "--path",
-        "/a b?c=%2f",
+        "/a?b=%2f&c",
         "-H",
         "x-y: z&z",
     ]);
