@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::Read,
+    net::SocketAddr,
     path::PathBuf,
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
@@ -14,9 +15,10 @@ use clap::Parser;
 use mesh_tests::{
     Bed, NodeOptions, Pod, PodSpec,
     bed::{AMBIENT, Process, program, wait_for},
+    token::{Issuer, now},
 };
 use nix::sys::signal::{SigSet, Signal};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The manifests, as they are in the repository.
 const BOOKINFO: &str = include_str!("../../corpora/seed/01-bookinfo.yaml");
@@ -172,7 +174,67 @@ fn scenes(bed: &mut Bed) -> Result<()> {
     let version = |page: &Value| reviews_of(page).unwrap_or_default();
     println!("   jason sees reviews {}, others see reviews {}", version(&jason), version(&other));
     ensure!(version(&jason) == "v2" && version(&other) == "v1", "the header did not decide");
+
+    title("8. Requests judged one by one: end users' tokens, paths, and why")?;
+    tokens(bed, &client, page)
+}
+
+/// Asks for the page as several users, under a policy that wants a token.
+fn tokens(bed: &Bed, client: &Pod, page: &Pod) -> Result<()> {
+    let (issuer, forger) = (Issuer::default(), Issuer::default());
+    let object = |kind: &str, name: &str, spec: Value| {
+        json!({"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": {"name": name, "namespace": "default"}, "spec": spec})
+            .to_string()
+    };
+    let selector = json!({"matchLabels": {"app": "productpage"}});
+    let jwt = json!({"selector": selector, "jwtRules": [{"issuer": "https://demo.example", "audiences": ["productpage"], "jwks": issuer.jwks()}]});
+    let users = json!({"selector": selector, "rules": [
+        {"to": [{"operation": {"paths": ["/health"]}}]},
+        {"from": [{"source": {"requestPrincipals": ["https://demo.example/*"]}}], "to": [{"operation": {"methods": ["GET"], "paths": ["/productpage"]}}]},
+    ]});
+    bed.apply(
+        "jwt",
+        &format!("{}\n---\n{}", object("RequestAuthentication", "users", jwt), object("AuthorizationPolicy", "users", users)),
+    )?;
+    bed.settle()?;
+    let token = |by: &Issuer, audience: &str, exp: i64| {
+        by.token(&json!({"iss": "https://demo.example", "sub": "jason", "aud": audience, "exp": now() + exp}))
+    };
+    let good = token(&issuer, "productpage", 600);
+    for (who, method, path, token, expected) in [
+        ("no token, /health", "GET", "/health", "", "200"),
+        ("no token", "GET", "/productpage", "", "403"),
+        ("a token", "GET", "/productpage", good.as_str(), "200"),
+        ("a token, but POST", "POST", "/productpage", &good, "403"),
+        ("no token, /health/..%2fproductpage", "GET", "/health/..%2fproductpage", "", "403"),
+        ("a token for another audience", "GET", "/productpage", &token(&issuer, "bank", 600), "403"),
+        ("an expired token", "GET", "/productpage", &token(&issuer, "productpage", -600), "401"),
+        ("a forged token", "GET", "/productpage", &token(&forger, "productpage", 600), "401"),
+    ] {
+        let answer = ask_with(bed, client, method, path, token)?;
+        println!("   {who:<36} {answer}");
+        ensure!(answer.starts_with(expected), "{who}: {answer}, expected {expected}");
+    }
+    let asked =
+        ["authorize", "--from", "default/client", "--to", &page.v4().to_string(), "--port", "9080", "-X", "POST", "--path", "/productpage"];
+    let why = bed.nodes()[page.node].run(&program("meshctl"), &asked)?;
+    let why: Value = serde_json::from_slice(&why.stdout).context("meshctl authorize")?;
+    println!(
+        "   meshctl authorize says of the POST: {}, {}",
+        why["decision"].as_str().unwrap_or("?"),
+        why["reason"].as_str().unwrap_or("?")
+    );
+    ensure!(why["decision"] == "denied", "meshctl explains what happens: {why}");
     Ok(())
+}
+
+/// The status and, of an error, the body of what the product page answers.
+fn ask_with(bed: &Bed, from: &Pod, method: &str, path: &str, token: &str) -> Result<String> {
+    let script = "import http.client as h,sys\n_,m,p,t=sys.argv\nc=h.HTTPConnection('productpage',9080,timeout=10)\n\
+                  c.request(m,p,headers={'authorization':'Bearer '+t} if t else {})\nr=c.getresponse()\nb=r.read().decode()\nprint(r.status, b if r.status>399 else '')\n";
+    let output = bed.run(from, &PathBuf::from("/usr/bin/python3"), &["-c", script, method, path, token])?;
+    ensure!(output.status.success(), "no answer: {}", String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default());
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn verdict(allowed: bool) -> &'static str {
@@ -225,21 +287,29 @@ fn hold_connection(bed: &Bed, from: &Pod, to: &Pod) -> Result<Process> {
     Ok(process)
 }
 
-/// Prints the connections of both nodes' access logs, summed up.
+/// Prints the requests of both nodes' access logs, summed up, with the identities the nodes know.
 fn connections(bed: &Bed) -> Result<()> {
-    let mut rows: BTreeMap<(String, String, String, String), usize> = BTreeMap::new();
+    let workloads = bed.nodes()[0].admin_json("/workloads")?;
+    let find = |is_it: &dyn Fn(&Value) -> bool| workloads.as_array().into_iter().flatten().find(|w| is_it(w)).cloned().unwrap_or_default();
+    let shown = |w: &Value| {
+        let identity = w["identity"].as_str().unwrap_or("-").replace("spiffe://cluster.local/ns/", "").replace("/sa/", "/");
+        format!("{} [{identity}]", w["name"].as_str().unwrap_or("-"))
+    };
+    let mut rows: BTreeMap<(String, String, String, &str), usize> = BTreeMap::new();
     for node in bed.nodes() {
-        for line in node.access_log().iter().filter(|l| l.contains("direction=\"outbound\"")) {
+        for line in node.access_log().iter().filter(|l| l.contains("reporter=\"source\"")) {
             let field =
                 |name: &str| line.split(&format!("{name}=\"")).nth(1).and_then(|rest| rest.split('"').next()).unwrap_or("-").to_owned();
-            let way = if field("dst.hbone_addr") == "-" { "in process, same node" } else { "HBONE tunnel, mutual TLS" };
-            let short = |id: String| id.replace("spiffe://cluster.local/ns/", "").replace("/sa/", "/");
-            let source = format!("{} [{}]", field("src.workload"), short(field("src.identity")));
-            let destination = format!("{} [{}]", field("dst.workload"), short(field("dst.identity")));
-            *rows.entry((node.name.clone(), source, destination, way.to_owned())).or_default() += 1;
+            let upstream: Option<SocketAddr> = field("upstream_host").parse().ok();
+            let source = find(&|w| w["name"] == field("src.workload"));
+            let destination =
+                find(&|w| w["addresses"].as_array().into_iter().flatten().any(|a| upstream.is_some_and(|u| *a == u.ip().to_string())));
+            let way = if destination["node"] != node.name.as_str() { "HBONE tunnel, mutual TLS" } else { "in process, same node" };
+            *rows.entry((node.name.clone(), shown(&source), shown(&destination), way)).or_default() += 1;
         }
     }
-    println!("   {:<6} {:<42} {:<42} {:<26} connections", "node", "source [identity]", "destination [identity]", "way");
+    ensure!(!rows.is_empty(), "no request was logged");
+    println!("   {:<6} {:<42} {:<42} {:<26} requests", "node", "source [identity]", "destination [identity]", "way");
     for ((node, source, destination, way), count) in rows {
         println!("   {node:<6} {source:<42} {destination:<42} {way:<26} {count}");
     }
