@@ -128,11 +128,14 @@ impl Capture {
         })
     }
 
-    /// Says that this process serves: from here on the fail mode is not asked for.
+    /// Says that this process serves: from here on the fail mode is not asked for. To be called when every pod that is to
+    /// be captured is: what another version of this program left attached held them until now, as its process is gone, and
+    /// is taken off.
     ///
     /// The kernel forgets the listener when the process ends, however it ends.
     pub fn announce(&mut self) -> Result<(), CaptureError> {
-        self.listeners.insert(ALIVE, self.alive.as_raw_fd(), 0).map_err(CaptureError::map("LISTENERS"))
+        self.listeners.insert(ALIVE, self.alive.as_raw_fd(), 0).map_err(CaptureError::map("LISTENERS"))?;
+        pins::drop_others(&self.directory)
     }
 
     /// Says that this process serves no more: the fail mode decides from here on.

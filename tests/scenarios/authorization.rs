@@ -459,7 +459,7 @@ fn probes_of_the_nodes_own_kubelet_get_through() {
         assert_eq!([scene.ask(&scene.near, &to, "/x", &[]), scene.ask(&scene.strangers[0], &to, "/x", &[])], ["reset", "403"], "{to}");
     }
     // What the kernel notes of such connections is forgotten with them.
-    let flows = scene.bed.nodes()[0].pins.join(format!("v{}/maps/NODE_FLOWS", mesh_common::ABI_VERSION));
+    let flows = scene.bed.nodes()[0].pinned("maps/NODE_FLOWS");
     wait_for("flows are forgotten", Duration::from_secs(5), || Ok(mesh_node::capture::count_entries(&flows)? == 0)).expect("none is left");
 }
 

@@ -169,12 +169,34 @@ fn a_pod_gone_while_nobody_watched_is_released_at_the_next_start() {
     bed.delete(&server).expect("deleted");
     bed.node(0).start().expect("started");
     bed.node(0).wait_ready().expect("ready");
-    let links = bed.nodes()[0].pins.join(format!("v{}/links", mesh_common::ABI_VERSION));
+    let links = bed.nodes()[0].pinned("links");
     wait_for("one steered pod", Duration::from_secs(5), || {
         let names = std::fs::read_dir(&links)?.filter_map(|e| e.ok()?.file_name().into_string().ok());
         Ok(names.filter(|n| n.starts_with("steer-")).count() == 1)
     })
     .expect("released");
+}
+
+#[test]
+fn what_another_version_left_attached_is_taken_over() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    let node = bed.node(0);
+    node.kill();
+    // What is attached looks like another version's.
+    let (own, other) = (node.pinned(""), node.pins.join("v1"));
+    assert_ne!(own.file_name(), other.file_name());
+    std::fs::rename(&own, &other).expect("renamed");
+    assert!(!answers(&bed, &client, &server.address(8080)), "it fails closed");
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    assert!(!other.exists());
+    for pod in [&client, &server] {
+        bed.wait_captured(pod, true).expect("captured");
+    }
+    assert!(answers(&bed, &client, &server.address(8080)) && answers(&bed, &client, &server.address6(8080)));
+    let log = bed.nodes()[0].access_log();
+    assert!(log.iter().any(|l| l.contains("inbound") && l.contains("sa/client")), "{log:?}");
 }
 
 #[test]

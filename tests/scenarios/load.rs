@@ -14,7 +14,7 @@ use serde_json::Value;
 
 /// Entries of a pinned map.
 fn entries(node: &Node, map: &str) -> usize {
-    let path = node.pins.join("v1/maps").join(map);
+    let path = node.pinned("maps").join(map);
     let data = mesh_node_map(&path);
     data.unwrap_or(usize::MAX)
 }

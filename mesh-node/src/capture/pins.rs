@@ -126,6 +126,27 @@ fn remove(path: &Path) -> Result<(), CaptureError> {
     fs::remove_file(path).map_err(CaptureError::io(format!("remove {}", path.display())))
 }
 
+/// Pin directories among these.
+fn versions(entries: fs::ReadDir) -> impl Iterator<Item = PathBuf> {
+    let is_version = |path: &Path| {
+        let name = path.file_name().and_then(|n| n.to_str()?.strip_prefix('v'));
+        name.is_some_and(|v| v.parse::<u32>().is_ok()) && path.join("maps").is_dir()
+    };
+    entries.filter_map(Result::ok).map(|e| e.path()).filter(move |path| is_version(path))
+}
+
+/// Takes off what another ABI version left attached beside `directory`, and removes its pins.
+pub fn drop_others(directory: &Path) -> Result<(), CaptureError> {
+    let Some(entries) = directory.parent().and_then(|base| fs::read_dir(base).ok()) else { return Ok(()) };
+    for other in versions(entries).filter(|v| v != directory) {
+        let links = fs::read_dir(other.join("links")).into_iter().flatten().filter_map(Result::ok);
+        links.for_each(|link| detach(&link.path()));
+        fs::remove_dir_all(&other).map_err(CaptureError::io(format!("remove {}", other.display())))?;
+        tracing::info!(target: "capture", pins = %other.display(), "took over from another version");
+    }
+    Ok(())
+}
+
 /// Removes every pin of every ABI version below `base`, and nothing else: programs detach, maps go. True when there was
 /// something.
 pub fn uninstall(base: &Path) -> Result<bool, CaptureError> {
@@ -135,13 +156,9 @@ pub fn uninstall(base: &Path) -> Result<bool, CaptureError> {
         Err(error) => return Err(CaptureError::io(format!("read {}", base.display()))(error)),
     };
     let mut removed = false;
-    for entry in entries.filter_map(Result::ok) {
-        let name = entry.file_name();
-        let version = name.to_str().and_then(|n| n.strip_prefix('v')).is_some_and(|v| v.parse::<u32>().is_ok());
-        if version && entry.path().join("maps").is_dir() {
-            fs::remove_dir_all(entry.path()).map_err(CaptureError::io(format!("remove {}", entry.path().display())))?;
-            removed = true;
-        }
+    for version in versions(entries) {
+        fs::remove_dir_all(&version).map_err(CaptureError::io(format!("remove {}", version.display())))?;
+        removed = true;
     }
     // Stays when something else is in it.
     let _ = fs::remove_dir(base);

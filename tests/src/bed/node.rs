@@ -202,6 +202,11 @@ impl Node {
         lines.iter().skip(lines.len().saturating_sub(40)).for_each(|l| eprintln!("{l}"));
     }
 
+    /// What is pinned below this path.
+    pub fn pinned(&self, path: &str) -> PathBuf {
+        mesh_node::capture::pin_directory(&self.pins).join(path)
+    }
+
     /// Descriptors mesh-node has open.
     pub fn descriptors(&self) -> Result<usize> {
         let pid = self.pid().context("a running process")?;
