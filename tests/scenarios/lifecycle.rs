@@ -255,6 +255,8 @@ fn certificates_are_renewed_without_cutting_anything() {
     let mut bed = Bed::ambient(&NodeOptions::with(&["--certificate-ttl", "6"])).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
     let expiry = |bed: &mut Bed| bed.node(0).admin_json("/certificates").expect("certificates")[0]["notAfter"].as_u64().expect("a time");
+    let first = |bed: &Bed| Ok(bed.nodes()[0].admin_json("/certificates")?[0]["notAfter"].is_u64());
+    wait_for("a certificate", Duration::from_secs(5), || first(&bed)).expect("made");
     let before = expiry(&mut bed);
     let open = start(&bed, &client, &["steady", &server.address(8080), "9"]);
     let new = start(&bed, &client, &["attempts", &server.address(8080), "9"]);
