@@ -6,7 +6,10 @@ use aya_ebpf::{
 };
 use mesh_common::{
     Address,
-    maps::{Counter, FlowKey, MAX_LISTENERS, MAX_NODE_FLOWS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod, SocketMark},
+    maps::{
+        Counter, FlowKey, MAX_LISTENERS, MAX_NODE_FLOWS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod,
+        SocketMark,
+    },
 };
 
 /// Node-wide settings.

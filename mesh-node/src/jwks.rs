@@ -78,12 +78,12 @@ struct Set {
     /// When a request last asked for it.
     used: Mutex<Option<Instant>>,
     /// Held by whoever fetches; what became of the last time.
-    last: tokio::sync::Mutex<Option<Last>>,
+    last: Arc<tokio::sync::Mutex<Option<Last>>>,
 }
 
 impl Default for Set {
     fn default() -> Self {
-        Self { keys: ArcSwapOption::empty(), used: Mutex::default(), last: tokio::sync::Mutex::default() }
+        Self { keys: ArcSwapOption::empty(), used: Mutex::default(), last: Arc::default() }
     }
 }
 
@@ -159,25 +159,38 @@ impl Jwks {
         self.sets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Fetches, unless that was done so recently; one at a time for each set.
-    async fn fetch(&self, remote: &RemoteKeys, set: &Set, pause: Duration) {
-        let mut last = set.last.lock().await;
+    /// Fetches, unless that was done so recently; one at a time for each set. What has begun goes on when nobody waits for it
+    /// any more: who asks and leaves does not make the next one fetch.
+    async fn fetch(&self, remote: &RemoteKeys, set: &Arc<Set>, pause: Duration) {
+        let mut last = set.last.clone().lock_owned().await;
         let pause = if last.as_ref().is_some_and(|l| !l.good) { pause.min(AGAIN) } else { pause };
         if last.as_ref().is_some_and(|l| l.at.elapsed() < pause) {
             return;
         }
+        let (this, remote, set) = (self.clone(), remote.clone(), set.clone());
+        let fetching = tokio::spawn(async move {
+            let good = this.fetch_once(&remote, &set).await;
+            *last = Some(Last { at: Instant::now(), good });
+        });
+        if let Err(error) = fetching.await {
+            tracing::error!(target: "jwks", %error, "a fetch ended before its time");
+        }
+    }
+
+    /// Whether keys were had.
+    async fn fetch_once(&self, remote: &RemoteKeys, set: &Set) -> bool {
         let fetched = timeout(remote.timeout, fetch(&self.config, remote)).await;
-        let fetched = fetched.unwrap_or(Err(FetchError::Timeout(remote.timeout)));
-        *last = Some(Last { at: Instant::now(), good: fetched.is_ok() });
-        match fetched {
+        match fetched.unwrap_or(Err(FetchError::Timeout(remote.timeout))) {
             Ok(keys) => {
                 self.metrics.jwks_fetch("ok");
                 set.keys.store(Some(Arc::new(keys)));
+                true
             }
             Err(error) => {
                 self.metrics.jwks_fetch("failed");
                 let kept = set.keys.load().is_some();
                 tracing::warn!(target: "jwks", uri = &*remote.uri, error = chain(&error), kept, "keys cannot be fetched");
+                false
             }
         }
     }

@@ -201,16 +201,23 @@ impl WorkloadPolicy {
         self.at(facts.destination.port()).request(facts, request)
     }
 
-    /// What becomes of a request, or of a connection that carries none, and which rule decides it.
-    pub fn explain(&self, facts: &Facts, request: Option<&Request<'_>>) -> Explanation {
+    /// What becomes of a request, or of a connection that carries none, and which rule decides it. `can_be_asked`: whether an
+    /// external authorizer can.
+    pub fn explain(&self, facts: &Facts, request: Option<&Request<'_>>, can_be_asked: impl Fn(&str) -> bool) -> Explanation {
         let governing = self.at(facts.destination.port());
         let asked = match request {
-            Some(request) => governing.authorizers(facts, request).map(|(provider, policy)| (provider.clone(), policy.clone())).collect(),
+            Some(request) => {
+                let asked = governing.authorizers().filter_map(|p| Some((p.clone(), governing.asks_about(p, facts, request)?.clone())));
+                asked.collect()
+            }
             None => governing.connection_authorizers(facts),
         };
+        let unasked = asked.iter().find(|(provider, _)| !can_be_asked(provider));
+        let unasked = unasked.map(|(_, policy)| Denial::External { policy: policy.clone(), details: "ext_authz_error" });
+        let providers = asked.iter().map(|(provider, _)| provider.clone()).collect::<Vec<_>>();
         let denied = match request {
-            Some(request) => self.connection(facts).err().or_else(|| self.request(facts, request).err()),
-            None => self.opaque(facts, &asked.iter().map(|(provider, _)| provider.clone()).collect::<Vec<_>>()).err(),
+            Some(request) => self.connection(facts).err().or(unasked).or_else(|| self.request(facts, request).err()),
+            None => unasked.or_else(|| self.opaque(facts, &providers).err()),
         };
         let view = View { facts, seen: request.map_or(Seen::Never, Seen::Now) };
         let rule = match governing.authorization.allow.as_ref().map(|allow| allow.find(&view)) {
@@ -290,14 +297,19 @@ impl Governing {
         if allowed { Ok(()) } else { Err(Denial::NotAllowed) }
     }
 
-    /// The external authorizers that have to be asked about a request.
-    pub fn authorizers<'a>(&'a self, facts: &'a Facts, request: &'a Request<'a>) -> impl Iterator<Item = (&'a Arc<str>, &'a Arc<str>)> {
+    /// The external authorizers that policies name.
+    pub fn authorizers(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.authorization.custom.keys()
+    }
+
+    /// The policy on whose behalf an external authorizer has to be asked about a request.
+    pub fn asks_about(&self, provider: &str, facts: &Facts, request: &Request<'_>) -> Option<&Arc<str>> {
         let view = View { facts, seen: Seen::Now(request) };
-        let asked = self.authorization.custom.iter().filter(|_| !facts.node);
-        asked.filter_map(move |(provider, rules)| match rules.find(&view) {
-            (Truth::Yes, Some(rule)) => Some((provider, &rule.policy)),
+        let rules = self.authorization.custom.get(provider).filter(|_| !facts.node)?;
+        match rules.find(&view) {
+            (Truth::Yes, Some(rule)) => Some(&rule.policy),
             _ => None,
-        })
+        }
     }
 
     /// The external authorizers that have to be asked about a connection that carries no requests, and on whose behalf.

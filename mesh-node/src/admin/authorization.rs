@@ -10,8 +10,10 @@ use serde_json::{Value, json};
 
 use crate::{
     config::Snapshot,
-    policy::{Explanation, Facts, Request, Verified},
+    detect::Protocol,
+    policy::{Explanation, Facts, Request, Sni, Verified},
     proxy::http::gate::remote,
+    resource::mesh_config::Check,
     route::{
         Workload,
         request::{RequestHead, Scheme, renormalised},
@@ -30,6 +32,7 @@ struct Question {
     host: Option<HeaderValue>,
     headers: HeaderMap,
     claims: Option<String>,
+    sni: Option<String>,
 }
 
 /// Answers, or says which parameter is wrong.
@@ -43,7 +46,10 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
     let mut facts = Facts::new(peer, source, to);
     facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), source);
     let claims = question.claims(destination)?;
-    let head = question.head(to)?;
+    let protocol = destination.protocol(question.port);
+    let opaque = matches!(protocol, Protocol::Tcp | Protocol::Tls);
+    facts.sni = Sni::Read(question.sni.as_deref().map(Arc::from));
+    let head = question.head(to)?.filter(|_| !opaque);
     let head = match head {
         Some(head) => {
             let normal = renormalised(&head, snapshot.normalization).map_err(|_| "path: cannot be normalised: answered 400")?;
@@ -52,10 +58,16 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
         None => None,
     };
     let request = head.as_ref().map(|head| Request::new(head, claims.as_ref(), remote(snapshot, &facts, &head.headers)));
-    let explanation = destination.policy.explain(&facts, request.as_ref());
+    let connection = request.is_none();
+    let explanation = destination.policy.explain(&facts, request.as_ref(), |provider| {
+        let authorizer = snapshot.authorizers.get(provider);
+        authorizer.is_some_and(|a| !connection || a.check == Check::Grpc)
+    });
     Ok(json!({
         "from": {"address": source, "identity": facts.peer.as_ref().map(ToString::to_string)},
         "to": {"workload": destination.name.to_string(), "address": to, "enrolled": destination.enrolled},
+        "port": format!("{protocol:?}").to_lowercase(),
+        "judged": if connection { "connection" } else { "request" },
         "request": head.map(|h| json!({"method": h.method.as_str(), "host": h.host(), "path": h.target.as_str()})),
         "decision": if explanation.denied.is_none() { "allowed" } else { "denied" },
         "reason": reason(&explanation),
@@ -86,7 +98,9 @@ impl Question {
         }
         for (name, missing) in [("to", question.to.is_empty()), ("port", question.port == 0), ("from", question.from.is_empty())] {
             if missing {
-                return Err(format!("{name}: is missing; say to, port and from, and of a request method, path, host, header, claims"));
+                return Err(format!(
+                    "{name}: is missing; say to, port and from, and of a request method, path, host, header, claims; of TLS sni"
+                ));
             }
         }
         Ok(question)
@@ -108,7 +122,8 @@ impl Question {
             "to" => self.to = value,
             "from" => self.from = value,
             "claims" => self.claims = Some(value),
-            _ => return Err(format!("{name}: is not known; to, port, from, plaintext, method, path, host, header and claims are")),
+            "sni" => self.sni = Some(value),
+            _ => return Err(format!("{name}: is not known; to, port, from, plaintext, method, path, host, header, claims and sni are")),
         }
         Ok(())
     }

@@ -41,7 +41,8 @@ enum What {
     /// All metrics, in `OpenMetrics` text.
     Metrics,
     /// Which policy would allow or deny a request, or without -X, --path, --host, -H and --claims a connection that carries
-    /// none; dry-run, AUDIT and external authorizers included. Nothing is sent.
+    /// none; dry-run, AUDIT and external authorizers included. On a port declared to carry no HTTP policies see the connection,
+    /// whatever is asked. Nothing is sent.
     Authorize(Authorize),
 }
 
@@ -71,6 +72,9 @@ struct Authorize {
     /// A header of the request; may be given several times.
     #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
     headers: Vec<String>,
+    /// The server name a TLS client asks for.
+    #[arg(long, value_name = "NAME")]
+    sni: Option<String>,
     /// Claims of the token it is taken to have, as JSON with the issuer in `iss`.
     #[arg(long, value_name = "JSON")]
     claims: Option<String>,
@@ -78,10 +82,10 @@ struct Authorize {
 
 impl Authorize {
     fn path(&self) -> String {
-        let Self { from, to, port, plaintext, method, path, host, headers, claims } = self;
+        let Self { from, to, port, plaintext, method, path, host, headers, claims, sni } = self;
         let port = port.to_string();
         let mut all = vec![("from", from), ("to", to), ("port", &port)];
-        let told = [("method", method), ("path", path), ("host", host), ("claims", claims)];
+        let told = [("method", method), ("path", path), ("host", host), ("claims", claims), ("sni", sni)];
         all.extend(told.iter().filter_map(|(name, value)| Some((*name, value.as_ref()?))));
         all.extend(headers.iter().map(|header| ("header", header)));
         let pairs = all.into_iter().map(|(name, value)| format!("{name}={}", encoded(value)));

@@ -67,6 +67,12 @@ impl Snapshot {
         self.workloads.values()
     }
 
+    /// The names of those of these authorizers that are still set as they were.
+    pub fn unchanged(&self, authorizers: &[Arc<Authorizer>]) -> Vec<Arc<str>> {
+        let same = authorizers.iter().filter(|a| self.authorizers.get(&a.name).is_some_and(|now| now == *a));
+        same.map(|a| a.name.clone()).collect()
+    }
+
     pub fn services(&self) -> &[Arc<Service>] {
         &self.services
     }

@@ -130,8 +130,13 @@ impl Test {
             Self::DestinationPort(values) => holds(values, |port| *port == facts.destination.port()),
             Self::Sni(values) => {
                 let name = match &facts.sni {
-                    Sni::Unread if matches!(view.seen, Seen::Later) => return Truth::Maybe,
-                    Sni::Unread => None,
+                    Sni::Unread => match view.seen {
+                        Seen::Later => return Truth::Maybe,
+                        // There may be one.
+                        Seen::Never => return unknown,
+                        // HTTP that is read here came in no TLS of the client's.
+                        Seen::Now(_) => None,
+                    },
                     Sni::Read(name) => name.as_deref(),
                 };
                 holds(values, |m| name.is_some_and(|n| m.matches(n)))
@@ -151,9 +156,11 @@ impl Test {
             }
             Self::Method(values) => holds(values, |m| m.matches(head.method.as_str())),
             Self::Path(values) => holds(values, |p| p.matches(request.path(p, reading))),
-            Self::Header(name, values) => holds(values, |m| {
-                // A value that is no text is nobody's; repeated headers are looked at one by one.
-                head.headers.get_all(name).iter().any(|v| std::str::from_utf8(v.as_bytes()).is_ok_and(|v| m.matches(v)))
+            Self::Header(name, values) => holds(values, |m| match m {
+                // Empty, or no text, is there nevertheless.
+                StringMatch::Present => head.headers.contains_key(name),
+                // Repeated headers are looked at one by one.
+                m => head.headers.get_all(name).iter().any(|v| m.matches(&String::from_utf8_lossy(v.as_bytes()))),
             }),
             Self::RequestPrincipal(values) => holds(values, |m| claims.is_some_and(|c| principal_matches(m, c))),
             Self::Audience(values) => holds(values, |m| claims.is_some_and(|c| c.token.audiences().iter().any(|a| m.matches(a)))),

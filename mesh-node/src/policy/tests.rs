@@ -270,7 +270,9 @@ fn requests_are_judged_by_the_fields() {
     let when = |key: &str, values: Value| json!({"rules": [{"when": [{"key": key, "values": values}]}]});
     let unless = |key: &str, values: Value| json!({"rules": [{"when": [{"key": key, "notValues": values}]}]});
     let from = |field: &str, values: Value| json!({"rules": [{"from": [{"source": {field: values}}]}]});
-    let request = head("GET", "Web.example:80", "/a/b?x=1", &[("x-role", "admin"), ("x-role", "user"), ("x-odd", "é")]);
+    let mut request =
+        head("GET", "Web.example:80", "/a/b?x=1", &[("x-role", "admin"), ("x-role", "user"), ("x-odd", "é"), ("x-empty", "")]);
+    request.headers.append("x-bytes", http::HeaderValue::from_bytes(b"evil\xff").expect("a value"));
     let user = claims(&json!({"iss": "https://issuer/x", "sub": "alice", "aud": ["a", "b"], "azp": "client", "role": ["admin", "dev"],
         "deep": {"er": "yes"}, "scope": "read write", "words": "one two", "plain": "three four", "on": true}));
     let cases = [
@@ -294,6 +296,11 @@ fn requests_are_judged_by_the_fields() {
         (when("request.headers[X-Role]", json!(["adm*"])), true),
         (when("request.headers[x-none]", json!(["*"])), false),
         (unless("request.headers[x-none]", json!(["*"])), true),
+        (when("request.headers[x-empty]", json!(["*"])), true),
+        (unless("request.headers[x-empty]", json!(["*"])), false),
+        (when("request.headers[x-bytes]", json!(["*"])), true),
+        (when("request.headers[x-bytes]", json!(["evil*"])), true),
+        (unless("request.headers[x-bytes]", json!(["evil*"])), false),
         (unless("request.headers[x-role]", json!(["user"])), false),
         (from("requestPrincipals", json!(["*"])), true),
         (from("requestPrincipals", json!(["https://issuer/x/alice"])), true),
@@ -549,6 +556,25 @@ fn an_address_that_should_have_been_told_lets_nothing_through() {
     let head = head("GET", "h", "/", &[]);
     let unknown = Request::new(&head, None, None);
     assert!(remote("ALLOW").request(&web(), &unknown).is_err() && remote("DENY").request(&web(), &unknown).is_err());
+}
+
+#[test]
+fn a_server_name_nobody_read_may_be_any() {
+    let by_name = |action: &str, field: &str| {
+        policy(&[json!({"action": action, "rules": [{"when": [{"key": "connection.sni", field: ["admin.example"]}]}]})])
+    };
+    let with = |sni: Sni| Facts { sni, ..web() };
+    for (sni, allow, deny) in [
+        (Sni::Unread, false, false),
+        (Sni::Read(None), false, true),
+        (Sni::Read(Some("admin.example".into())), true, false),
+        (Sni::Read(Some("other.example".into())), false, true),
+    ] {
+        let facts = with(sni);
+        assert_eq!(by_name("ALLOW", "values").opaque(&facts, &[]).is_ok(), allow, "{facts:?}");
+        assert_eq!(by_name("DENY", "values").opaque(&facts, &[]).is_ok(), deny, "{facts:?}");
+    }
+    assert!(by_name("DENY", "notValues").opaque(&with(Sni::Unread), &[]).is_err());
 }
 
 #[test]

@@ -18,6 +18,7 @@ use crate::{
     detect::Protocol,
     id::WorkloadUid,
     policy::{Facts, Sni},
+    resource::mesh_config::Authorizer,
     route::Workload,
 };
 
@@ -61,8 +62,8 @@ struct Entry {
     workload: WorkloadUid,
     facts: Facts,
     carries: Carries,
-    /// The external authorizers that let it pass; others have never been asked.
-    allowed_by: Vec<Arc<str>>,
+    /// The external authorizers that let it pass; others, or the same as they are set now, have never been asked.
+    allowed_by: Vec<Arc<Authorizer>>,
     cut: watch::Sender<Option<Cut>>,
 }
 
@@ -80,13 +81,13 @@ pub enum Carries {
 }
 
 impl Entry {
-    fn is_denied(&self, workload: &Workload) -> bool {
+    fn is_denied(&self, workload: &Workload, snapshot: &Snapshot) -> bool {
         let policy = &workload.policy;
         let opaque = matches!(workload.protocol(self.facts.destination.port()), Protocol::Tcp | Protocol::Tls);
         match self.carries {
             Carries::Unknown if !opaque => !policy.unseen(&self.facts),
             Carries::Undecided | Carries::Requests => policy.connection(&self.facts).is_err(),
-            Carries::Unknown | Carries::Opaque => policy.opaque(&self.facts, &self.allowed_by).is_err(),
+            Carries::Unknown | Carries::Opaque => policy.opaque(&self.facts, &snapshot.unchanged(&self.allowed_by)).is_err(),
         }
     }
 }
@@ -112,7 +113,7 @@ impl Live {
         let entries = self.lock();
         let denied = entries.values().filter(|e| {
             // A workload that is gone from the configuration is the pod watcher's business: its end is not a policy change.
-            snapshot.workload(&e.workload).is_some_and(|w| e.is_denied(w))
+            snapshot.workload(&e.workload).is_some_and(|w| e.is_denied(w, snapshot))
         });
         denied.filter(|e| e.cut.send_replace(Some(Cut::PolicyChanged)).is_none()).count()
     }
@@ -144,7 +145,7 @@ impl Note {
     }
 
     /// The same, of a connection without requests.
-    pub fn is_opaque(&self, sni: &Sni, allowed_by: &[Arc<str>]) {
+    pub fn is_opaque(&self, sni: &Sni, allowed_by: &[Arc<Authorizer>]) {
         if let Some(entry) = self.live.lock().get_mut(&self.id) {
             entry.carries = Carries::Opaque;
             entry.facts.sni = sni.clone();

@@ -1,7 +1,10 @@
 //! Whom peers are believed: roots, revocation lists and trust domains, the same for all certificates of the node and
 //! replaceable while it runs. What is verified is verified with what is trusted at that moment.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use arc_swap::ArcSwap;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime, pem::PemObject};
@@ -20,6 +23,8 @@ pub struct Trust {
     domains: TrustDomains,
     key_exchange: KeyExchange,
     store: ArcSwap<Store>,
+    /// Held by who replaces the store: roots and revocation lists come from different tasks.
+    replacing: Mutex<()>,
     generation: watch::Sender<u64>,
 }
 
@@ -40,7 +45,7 @@ pub(super) enum Role {
 impl Trust {
     /// Trusts nobody until there are roots.
     pub fn new(domains: TrustDomains, key_exchange: KeyExchange) -> Arc<Self> {
-        Arc::new(Self { domains, key_exchange, store: ArcSwap::default(), generation: watch::Sender::new(0) })
+        Arc::new(Self { domains, key_exchange, store: ArcSwap::default(), replacing: Mutex::default(), generation: watch::Sender::new(0) })
     }
 
     pub fn key_exchange(&self) -> KeyExchange {
@@ -61,9 +66,7 @@ impl Trust {
         if anchors.is_empty() {
             return Err(TlsError::Root("there is none".to_owned()));
         }
-        let old = self.store.load_full();
-        let revocations = old.revocations.clone();
-        self.replace(Store { certificates, anchors, revocations });
+        self.replace(|old| Store { certificates, anchors, revocations: old.revocations.clone() });
         Ok(true)
     }
 
@@ -77,13 +80,15 @@ impl Trust {
                 revocations.push(list.map_err(|e| TlsError::Revocations(e.to_string()))?.into());
             }
         }
-        let old = self.store.load_full();
-        self.replace(Store { certificates: old.certificates.clone(), anchors: old.anchors.clone(), revocations: Arc::new(revocations) });
+        let revocations = Arc::new(revocations);
+        self.replace(|old| Store { certificates: old.certificates.clone(), anchors: old.anchors.clone(), revocations });
         Ok(())
     }
 
-    fn replace(&self, store: Store) {
-        self.store.store(Arc::new(store));
+    fn replace(&self, new: impl FnOnce(&Store) -> Store) {
+        let replacing = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.store.store(Arc::new(new(&self.store.load())));
+        drop(replacing);
         self.generation.send_modify(|g| *g += 1);
     }
 

@@ -51,6 +51,26 @@ fn decisions_are_explained() {
             ]}),
         ),
         policy("dry", true, &json!({"selector": web, "action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/a/dry"]}}]}]})),
+        policy(
+            "name",
+            false,
+            &json!({"selector": web, "action": "DENY", "rules": [{"when": [{"key": "connection.sni", "values": ["admin"]}]}]}),
+        ),
+        policy(
+            "front",
+            false,
+            &json!({"selector": {"matchLabels": {"app": "front"}}, "action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/admin"]}}]}]}),
+        ),
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "front"},
+            "spec": {"clusterIP": "10.96.0.1", "selector": {"app": "front"}, "ports": [{"name": "tcp", "port": 81}]}}),
+        json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "front-1", "labels": {"kubernetes.io/service-name": "front"}},
+            "endpoints": [{"addresses": ["10.0.0.2"]}], "ports": [{"name": "tcp", "port": 81}]}),
+        policy(
+            "asks",
+            false,
+            &json!({"selector": {"matchLabels": {"app": "front"}}, "action": "CUSTOM", "provider": {"name": "gone"}, "rules": [{"to": [{"operation": {"ports": ["82"]}}]}]}),
+        ),
         policy("port", false, &json!({"selector": web, "action": "DENY", "rules": [{"to": [{"operation": {"ports": ["9090"]}}]}]})),
     ]);
     let asked = |query: &str| answer(&snapshot, query);
@@ -75,7 +95,11 @@ fn decisions_are_explained() {
         ),
         ("from=default/front&to=default/web&port=9090&path=/a/b", "denied", "policy", json!("default/port")),
         ("from=default/front&to=default/web&port=80", "denied", "details", json!(denied)),
-        ("from=default/web&to=default/front&port=80", "allowed", "allowedBy", Value::Null),
+        ("from=default/web&to=default/front&port=80&path=/x", "allowed", "allowedBy", Value::Null),
+        ("from=default/web&to=default/front&port=80", "denied", "policy", json!("default/front")),
+        ("from=default/web&to=default/front&port=81&path=/x", "denied", "judged", json!("connection")),
+        ("from=default/web&to=default/front&port=82&path=/x", "denied", "details", json!("ext_authz_error")),
+        ("from=default/front&to=default/web&port=80&sni=admin", "denied", "policy", json!("default/name")),
     ] {
         let found = asked(query).expect("an answer");
         assert_eq!((found["decision"].as_str(), &found[field]), (Some(decision), &value), "{query}: {found:#}");

@@ -190,21 +190,23 @@ impl Gate {
         claims: Option<&Verified>,
         to_client: &mut HeaderMap,
     ) -> Result<Option<RequestHead>, Box<Refusal>> {
-        let asked = {
-            let request = Request::new(head, claims, self.remote(snapshot, &head.headers));
-            let asked = governing.authorizers(&self.facts, &request).map(|(p, policy)| (p.clone(), policy.clone()));
-            asked.collect::<Vec<_>>()
-        };
         let mut changed: Option<RequestHead> = None;
-        for (provider, policy) in asked {
+        for provider in governing.authorizers() {
+            // What one authorizer made of the request decides whether the next is asked.
+            let policy = {
+                let head = changed.as_ref().unwrap_or(head);
+                let request = Request::new(head, claims, self.remote(snapshot, &head.headers));
+                governing.asks_about(provider, &self.facts, &request)
+            };
+            let Some(policy) = policy else { continue };
             let mut seen = changed.take().unwrap_or_else(|| head.clone());
-            match authorizer::ask(self, snapshot, &provider, &mut seen).await {
+            match authorizer::ask(self, snapshot, provider, &mut seen).await {
                 Answer::Allowed { to_client: more } => {
                     changed = Some(seen);
                     append(to_client, &more);
                 }
                 Answer::Denied(refusal) => {
-                    self.proxy.metrics.policy_decision(&policy, "denied");
+                    self.proxy.metrics.policy_decision(policy, "denied");
                     return Err(refusal);
                 }
             }

@@ -53,7 +53,8 @@ pub struct Inspection<'a> {
 enum Spoken {
     Http1,
     Http2,
-    Opaque(Option<Arc<str>>),
+    /// With the server name, as far as it is known.
+    Opaque(Sni),
 }
 
 impl Inspection<'_> {
@@ -94,10 +95,13 @@ impl Inspection<'_> {
                 Box::pin(http2(gate, downstream, application, ending)).await
             }
             Spoken::Opaque(name) => {
-                facts.sni = Sni::Read(name);
+                facts.sni = name;
+                let mut downstream = downstream;
+                let gone = async { downstream.halves().1.broken().await };
                 let judged = tokio::select! {
                     biased;
                     reason = &mut ending => Err(Failure::Cut(reason)),
+                    error = gone => Err(Failure::Broken(error)),
                     judged = judge_opaque(proxy, pod, &facts, client, &note) => judged,
                 };
                 if let Err(failure) = judged {
@@ -163,13 +167,13 @@ async fn judge_opaque(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: &Facts, c
         for (provider, policy) in asked {
             let answer = Box::pin(authorizer::ask_connection(&gate, &snapshot, &provider)).await;
             answer.map_err(|details| denied(Denial::External { policy, details }))?;
-            allowed_by.push(provider);
+            allowed_by.extend(snapshot.authorizers.get(&provider).cloned());
         }
     }
     note.is_opaque(&facts.sni, &allowed_by);
     let snapshot = proxy.config.load();
     let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
-    workload.policy.opaque(facts, &allowed_by).map_err(denied)?;
+    workload.policy.opaque(facts, &snapshot.unchanged(&allowed_by)).map_err(denied)?;
     let observed = workload.policy.at(facts.destination.port()).observed(facts, None);
     gate::observe(proxy, facts, &observed, None);
     Ok(())
@@ -221,7 +225,7 @@ async fn look(
     patience: Option<Duration>,
 ) -> (Spoken, Bytes) {
     match declared {
-        Protocol::Tcp => return (Spoken::Opaque(None), Bytes::new()),
+        Protocol::Tcp => return (Spoken::Opaque(Sni::Unread), Bytes::new()),
         Protocol::Tls | Protocol::Detect | Protocol::Http | Protocol::Http2 | Protocol::Grpc => {}
     }
     let mut read = BytesMut::new();
@@ -233,13 +237,15 @@ async fn look(
         let begun = &read[http::wire::leading_empty_lines(&read)..];
         match detect(begun) {
             Detected::Http2 => return (Spoken::Http2, read.freeze()),
-            Detected::Tls(name) if !declared.is_http() => return (Spoken::Opaque(name.map(Arc::from)), read.freeze()),
+            Detected::Tls(name) if !declared.is_http() => return (Spoken::Opaque(Sni::Read(name.map(Arc::from))), read.freeze()),
             // What is declared to be HTTP, or may be it to a lenient application, is refused as such if it is malformed.
             Detected::Http1 | Detected::Tls(_) => return (Spoken::Http1, read.freeze()),
             Detected::Opaque if declared.is_http() => return (Spoken::Http1, read.freeze()),
-            Detected::Opaque if declared == Protocol::Tls => return (Spoken::Opaque(None), read.freeze()),
+            // A server may make more of a client hello than is read here.
+            Detected::Opaque if begun.first() == Some(&TLS_HANDSHAKE) => return (Spoken::Opaque(Sni::Unread), read.freeze()),
+            Detected::Opaque if declared == Protocol::Tls => return (Spoken::Opaque(Sni::Read(None)), read.freeze()),
             Detected::Opaque => match resembles_http(begun) {
-                Some(false) => return (Spoken::Opaque(None), read.freeze()),
+                Some(false) => return (Spoken::Opaque(Sni::Read(None)), read.freeze()),
                 Some(true) => return (Spoken::Http1, read.freeze()),
                 None if read.len() >= MOST => return (Spoken::Http1, read.freeze()),
                 None => {}
@@ -269,15 +275,19 @@ async fn look(
                     }
                     read.extend_from_slice(&data);
                 }
-                // Closed, or half of it, with less than a request.
-                Ok(None) | Err(_) => return (Spoken::Opaque(None), read.freeze()),
+                // Closed, or half of it, with less than a request: an application may take even that for one (HTTP/0.9).
+                Ok(None) | Err(_) => return match (declared, read.is_empty(), hello) {
+                    (_, true, _) => (Spoken::Opaque(Sni::Read(None)), Bytes::new()),
+                    (Protocol::Tls, ..) | (_, _, true) => (Spoken::Opaque(Sni::Unread), read.freeze()),
+                    _ => (Spoken::Http1, read.freeze()),
+                },
             },
-            () = speaks_first => return (Spoken::Opaque(None), Bytes::new()),
+            () = speaks_first => return (Spoken::Opaque(Sni::Read(None)), Bytes::new()),
             () = late => match (read.is_empty(), hello) {
-                (true, _) => return (Spoken::Opaque(None), Bytes::new()),
+                (true, _) => return (Spoken::Opaque(Sni::Unread), Bytes::new()),
                 // A client hello of several segments may have lost one of them.
                 (_, true) if !patient => (deadline, patient) = (Some(Instant::now() + HELLO), true),
-                (_, true) => return (Spoken::Opaque(None), read.freeze()),
+                (_, true) => return (Spoken::Opaque(Sni::Unread), read.freeze()),
                 // A beginning that may yet become a request is held to be one: who waits with the rest does not get past.
                 _ => return (Spoken::Http1, read.freeze()),
             },
@@ -323,15 +333,19 @@ fn resembles_http(read: &[u8]) -> Option<bool> {
     let end = memchr::memchr(b'\n', read);
     let line = &read[..end.unwrap_or(read.len())];
     let says_http = line.windows(5).any(|w| w.eq_ignore_ascii_case(b"HTTP/"));
-    let mut words = line.split(|b| *b == b' ');
-    let is_name = |w: &[u8]| !w.is_empty() && w.iter().all(u8::is_ascii_alphabetic);
-    let asks = words.next().is_some_and(is_name) && words.next().is_some_and(|w| w.starts_with(b"/"));
-    if says_http || asks {
+    let mut words = line.split(u8::is_ascii_whitespace).filter(|w| !w.is_empty());
+    let (first, second) = (words.next().unwrap_or_default(), words.next());
+    let is_name = first.iter().all(u8::is_ascii_alphabetic);
+    let asks = is_name && second.is_some_and(|w| w.starts_with(b"/") || memchr::memmem::find(w, b"://").is_some());
+    // What GET asks for need not be a path (HTTP/0.9).
+    if says_http || asks || METHODS.contains(&first) && second.is_some() {
         return Some(true);
     }
     let text = line.iter().all(|b| matches!(b, b'\t' | b'\r' | b' '..=b'~'));
     if text && end.is_none() { None } else { Some(false) }
 }
+
+const METHODS: [&[u8]; 9] = [b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"];
 
 /// What the PROXY protocol's second version begins with, after its empty lines.
 const PROXY_V2: &[u8] = b"\0\r\nQUIT\n";
@@ -347,6 +361,12 @@ mod tests {
             (b"\0\r\nQUIT\n\x21", Some(true)),
             (b"FOO / http/1.1\r\n", Some(true)),
             (b"get /x\r\n", Some(true)),
+            (b"GET\t/x\r\n", Some(true)),
+            (b" \tget \t /x\r\n", Some(true)),
+            (b"get http://a/x\n", Some(true)),
+            (b"GET x\n", Some(true)),
+            (b"GET\n", Some(false)),
+            (b"get x\r\n", Some(false)),
             (b"FOO", None),
             (b"* 1 FETCH", None),
             (b"*1\r\n$4\r\nPING\r\n", Some(false)),
