@@ -1,6 +1,7 @@
 //! Ratios of the mesh to no mesh, in one run: requests per second (wrk to nginx), new connections per second, and one bulk
 //! stream (iperf3), for pods of one node and of two, by pod address (layer 4) and by a service that declares HTTP (layer 7; the
-//! ratio is to the pod's address without a mesh, since nothing serves the service's there). Rounds are interleaved; the median counts. Numbers are of the machine
+//! ratio is to the pod's address without a mesh, since nothing serves the service's there). `guarded` is the same with policies that
+//! ask about every request, a thousand rules of which do not match. Rounds are interleaved; the median counts. Numbers are of the machine
 //! they ran on, only the ratios travel.
 
 use std::{collections::BTreeMap, path::Path};
@@ -93,17 +94,42 @@ type Measure = Box<dyn Fn(&Bed, &Pod, &Pod) -> Result<f64>>;
 fn measurements(bench: &Bench, meshed: bool) -> Vec<(String, Measure)> {
     let seconds = bench.seconds;
     let mut all: Vec<(String, Measure)> = Vec::new();
-    for (layer, by_name) in [("L4", false), ("L7", true)] {
+    for (layer, by_name, guarded) in [("L4", false, false), ("L7", true, false), ("L4 guarded", false, true), ("L7 guarded", true, true)] {
         let url = move |s: &Pod| if by_name && meshed { format!("http://{}/", s.name) } else { format!("http://{}/", s.address(8080)) };
         for n in [1_u32, 16, 64] {
-            let measure = move |bed: &Bed, c: &Pod, s: &Pod| wrk(bed, c, &url(s), n, seconds, false);
+            let measure = move |bed: &Bed, c: &Pod, s: &Pod| {
+                guard(bed, guarded)?;
+                wrk(bed, c, &url(s), n, seconds, false)
+            };
             all.push((format!("{layer} requests/s, {n} connections"), Box::new(measure)));
         }
-        let measure = move |bed: &Bed, c: &Pod, s: &Pod| wrk(bed, c, &url(s), 16, seconds, true);
+        let measure = move |bed: &Bed, c: &Pod, s: &Pod| {
+            guard(bed, guarded)?;
+            wrk(bed, c, &url(s), 16, seconds, true)
+        };
         all.push((format!("{layer} new connections/s, 16 at a time"), Box::new(measure)));
     }
-    all.push(("bulk MB/s, one stream".into(), Box::new(move |bed, c, s| iperf(bed, c, s, seconds))));
+    let bulk = move |bed: &Bed, c: &Pod, s: &Pod| {
+        guard(bed, false)?;
+        iperf(bed, c, s, seconds)
+    };
+    all.push(("bulk MB/s, one stream".into(), Box::new(bulk)));
     all
+}
+
+/// Puts the policies in force, or out of it.
+fn guard(bed: &Bed, guarded: bool) -> Result<()> {
+    let others = (0..1000).map(|i| format!("  - to: [{{operation: {{methods: [GET], paths: [/other/{i}]}}}}]\n"));
+    let mut policy = String::new();
+    if guarded {
+        policy =
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: guard, namespace: default}\nspec:\n  rules:\n"
+                .to_owned();
+        policy.extend(others);
+        policy.push_str("  - to: [{operation: {methods: [GET], paths: [/]}}]\n");
+    }
+    bed.apply("guard", &policy)?;
+    bed.settle()
 }
 
 fn wrk(bed: &Bed, client: &Pod, url: &str, connections: u32, seconds: u32, close: bool) -> Result<f64> {
