@@ -102,6 +102,7 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Malformed> {
     let (method, target, minor) = request_line(bytes, line)?;
     let mut headers = headers(bytes, rest)?;
     let framing = request_framing(&headers, minor)?;
+    without_leading_zeros(&mut headers);
     let connection = Connection::of(&headers);
     let upgrade = if connection.upgrade { upgrade_of(&headers) } else { None };
     let expects_continue = minor == 1 && headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
@@ -288,6 +289,17 @@ fn response_framing(headers: &HeaderMap, status: StatusCode, method: &Method) ->
         };
     }
     Ok(length.map_or(Framing::UntilClose, |l| if l == 0 { Framing::Empty } else { Framing::Length(l) }))
+}
+
+/// Writes a length as it is sent on, so that what policies see is what the application gets.
+fn without_leading_zeros(headers: &mut HeaderMap) {
+    let Some(length) = headers.get_mut(header::CONTENT_LENGTH) else { return };
+    let zeros = length.as_bytes().iter().take_while(|b| **b == b'0').count().min(length.len().saturating_sub(1));
+    if zeros > 0
+        && let Ok(plain) = HeaderValue::from_bytes(&length.as_bytes()[zeros..])
+    {
+        *length = plain;
+    }
 }
 
 fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
