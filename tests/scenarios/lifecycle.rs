@@ -24,6 +24,13 @@ fn answers(bed: &Bed, client: &Pod, to: &str) -> bool {
     bed.probe(client, &["ask", to, "ping"]).expect("a report")["answer"] == "pong"
 }
 
+/// Waits for a line of the first node's access log that says all this: a line is written once both ends are done.
+#[track_caller]
+fn logged(bed: &Bed, parts: &[&str]) {
+    let said = || Ok(bed.nodes()[0].access_log().iter().any(|l| parts.iter().all(|p| l.contains(p))));
+    wait_for("a line of the access log", Duration::from_secs(5), said).expect("a log line");
+}
+
 #[test]
 fn a_namespace_label_flipped_under_traffic_loses_nothing() {
     let mut bed = Bed::start(2, &NodeOptions::default()).expect("bed");
@@ -195,8 +202,7 @@ fn what_another_version_left_attached_is_taken_over() {
         bed.wait_captured(pod, true).expect("captured");
     }
     assert!(answers(&bed, &client, &server.address(8080)) && answers(&bed, &client, &server.address6(8080)));
-    let log = bed.nodes()[0].access_log();
-    assert!(log.iter().any(|l| l.contains("inbound") && l.contains("sa/client")), "{log:?}");
+    logged(&bed, &["inbound", "sa/client"]);
 }
 
 #[test]
@@ -213,9 +219,7 @@ fn a_reused_address_never_meets_an_old_connection_or_identity() {
     assert_eq!(new.addresses, old.addresses);
     let asked = bed.probe(&client, &["ask", &new.address(8080), "ping"]).expect("a report");
     assert_eq!(asked["answer"], "pong", "{asked}");
-    let log = bed.nodes()[0].access_log();
-    let last = log.iter().rev().find(|l| l.contains("outbound") && l.contains(&new.address(8080))).expect("a log line");
-    assert!(last.contains("spiffe://cluster.local/ns/default/sa/new"), "{last}");
+    logged(&bed, &["outbound", &new.address(8080), "spiffe://cluster.local/ns/default/sa/new"]);
     let report = end(steady);
     assert!(report["error"].is_string(), "the connection to the old pod has ended: {report}");
     // And as a client: the address now has the new identity.
@@ -223,8 +227,7 @@ fn a_reused_address_never_meets_an_old_connection_or_identity() {
     bed.wait_captured(&server, true).expect("captured");
     bed.settle().expect("settled");
     assert!(answers(&bed, &new, &server.address(8080)));
-    let log = bed.nodes()[0].access_log();
-    assert!(log.iter().any(|l| l.contains("inbound") && l.contains("sa/new") && l.contains("sa/server")), "{log:?}");
+    logged(&bed, &["inbound", "sa/new", "sa/server"]);
 }
 
 #[test]
