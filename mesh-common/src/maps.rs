@@ -102,10 +102,14 @@ pub enum Counter {
     LostOrigDst = 6,
     /// Outbound connections refused: the pod has no address of the destination's family.
     RefusedNoFamily = 7,
+    /// Accelerated directions turned to TCP because their reader had too much unread.
+    AccelerationTurned = 8,
+    /// Events of acceleration that the node process did not read in time.
+    AccelerationUntold = 9,
 }
 
 impl Counter {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Captured,
         Self::Steered,
         Self::RefusedReservedPort,
@@ -114,6 +118,8 @@ impl Counter {
         Self::PassedFailOpen,
         Self::LostOrigDst,
         Self::RefusedNoFamily,
+        Self::AccelerationTurned,
+        Self::AccelerationUntold,
     ];
 
     /// The metric label value.
@@ -128,6 +134,8 @@ impl Counter {
             Self::PassedFailOpen => "passed_fail_open",
             Self::LostOrigDst => "lost_orig_dst",
             Self::RefusedNoFamily => "refused_no_family",
+            Self::AccelerationTurned => "acceleration_turned",
+            Self::AccelerationUntold => "acceleration_untold",
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! | file | hook | does |
 //! |---|---|---|
+//! | `accelerate` | `sk_msg` | redirects messages between two sockets of a pair |
 //! | `connect` | `cgroup/connect4`, `connect6` | aims an enrolled pod's connections at the in-pod outbound listener |
 //! | `getpeername` | `cgroup/getpeername4`, `getpeername6` | shows the application the address it dialled |
 //! | `sock_events` | `sockops` | hands the original destination to the proxy; notes the proxy's own flows |
@@ -11,6 +12,7 @@
 #![no_std]
 #![no_main]
 
+mod accelerate;
 mod connect;
 mod getpeername;
 mod maps;

@@ -1,11 +1,12 @@
 //! All maps. Key and value types, and their bounds, are in `mesh_common::maps`.
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage, SockHash},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage, SockHash},
     macros::btf_map,
 };
 use mesh_common::{
     Address,
+    accelerate::{EVENT_BYTES, End, Event, MAX_SOCKETS},
     maps::{
         Counter, FlowKey, MAX_LISTENERS, MAX_NODE_FLOWS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod,
         SocketMark,
@@ -45,6 +46,19 @@ pub static NODE_FLOWS: LruHashMap<FlowKey, u64, MAX_NODE_FLOWS> = LruHashMap::ne
 /// slot is how the programs know that no proxy serves.
 #[btf_map]
 pub static LISTENERS: SockHash<[u8; 16], MAX_LISTENERS> = SockHash::new();
+
+/// Sockets between which messages may be redirected, by a number the node process gives them. A slot empties by itself when its
+/// socket closes.
+#[btf_map]
+pub static ACCELERATED: SockHash<u64, MAX_SOCKETS> = SockHash::new();
+
+/// What is known of an accelerated socket, living and dying with the socket.
+#[btf_map]
+pub static ENDS: SkStorage<End> = SkStorage::new();
+
+/// Pairs that have to be seen to by the node process.
+#[btf_map]
+pub static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
 
 /// Event counts, see [`Counter`].
 #[btf_map]

@@ -74,12 +74,14 @@ fn answer(node: &Node, method: &Method, uri: &Uri) -> Response<Full<Bytes>> {
         "/certificates" => document(&certificates(node)),
         "/pool" => document(&pool(node)),
         "/clusters" => document(&clusters(node)),
+        "/acceleration" => document(&acceleration(node)),
         "/authorization" => {
             let answer = authorization::answer(&node.proxy.config.load(), uri.query().unwrap_or_default());
             answer.map_or_else(|error| text(StatusCode::BAD_REQUEST, error + "\n"), |found| document(&found))
         }
         "/" => {
-            let all = "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool /clusters /authorization";
+            let all =
+                "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool /clusters /acceleration /authorization";
             text(StatusCode::OK, format!("{all}\n"))
         }
         path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
@@ -214,6 +216,13 @@ fn clusters(node: &Node) -> Value {
         all.into_iter().map(one).collect::<Vec<_>>()
     };
     node.proxy.pods.all().into_iter().flat_map(of_pod).collect()
+}
+
+/// Connections between the proxy and applications, with why each is accelerated or not.
+fn acceleration(node: &Node) -> Value {
+    let Some(offers) = node.proxy.accelerated() else { return json!({"unavailable": true, "pairs": []}) };
+    let one = |(pair, state): (crate::capture::Pair, crate::capture::State)| json!({"one": pair.one.local.to_string(), "other": pair.one.remote.to_string(), "state": state.name()});
+    json!({"unavailable": false, "pairs": offers.states().into_iter().map(one).collect::<Vec<_>>()})
 }
 
 fn pool(node: &Node) -> Value {

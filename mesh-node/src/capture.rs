@@ -4,6 +4,8 @@
 //! version, so a crashed or restarted node keeps its fail mode and the next process takes over where the last one
 //! stopped. [`Capture`] owns the maps and links; it knows nothing of policy or proxying.
 
+mod accelerate;
+mod btf;
 mod discovery;
 mod object;
 mod pins;
@@ -15,17 +17,18 @@ use std::{
     collections::HashSet,
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockHash};
 use mesh_common::{
     Address, addr,
     maps::{ALIVE, Counter, FlowKey, MAX_PROXIES, NodeConfig, PendingKey, Pod},
 };
 
+pub use accelerate::{Accelerator, Offered, Offers, Pair, State};
 pub use discovery::{Discovery, LocalPod, cgroup2_mount, pod_uid};
 pub use object::verify;
 pub use pins::uninstall;
@@ -42,6 +45,16 @@ pub enum FailMode {
     Open,
 }
 
+/// Whether messages may move past the TCP stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Acceleration {
+    /// Where it is seen to be safe and of use.
+    #[default]
+    On,
+    /// Nowhere.
+    Off,
+}
+
 /// Where capture lives.
 #[derive(Debug, Clone)]
 pub struct CaptureSettings {
@@ -50,6 +63,7 @@ pub struct CaptureSettings {
     /// A directory on a bpffs; pins go below it, by ABI version.
     pub pins: PathBuf,
     pub fail_mode: FailMode,
+    pub acceleration: Acceleration,
 }
 
 /// Why capture cannot work.
@@ -90,6 +104,19 @@ pub struct Capture {
     pending: OwnedFd,
     node_flows: OwnedFd,
     cgroup: PathBuf,
+    /// What acceleration needs, or why this kernel cannot.
+    acceleration: Option<Result<accelerate::Parts, String>>,
+}
+
+fn acceleration(loaded: &mut object::Loaded) -> Result<accelerate::Parts, CaptureError> {
+    let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(CaptureError::io("duplicate a program descriptor"));
+    let pair = duplicate(loaded.program(object::PAIR)?)?;
+    let program = duplicate(loaded.program(object::ACCELERATE)?)?;
+    let sockets = loaded.map_fd("ACCELERATED")?;
+    sys::attach_to_map(sockets.as_fd(), program.as_fd(), sys::SK_MSG_VERDICT)
+        .map_err(CaptureError::io("attach the program of acceleration"))?;
+    let wake = sys::iterator(loaded.program(object::WAKE)?).map_err(CaptureError::io("make an iterator over sockets"))?;
+    Ok(accelerate::Parts { pair, wake, sockets, events: loaded.take("EVENTS", RingBuf::try_from)? })
 }
 
 impl Capture {
@@ -99,7 +126,8 @@ impl Capture {
     pub fn open(settings: &CaptureSettings) -> Result<Self, CaptureError> {
         probe::check()?;
         let directory = pins::prepare(&settings.pins)?;
-        let mut loaded = object::load(&directory)?;
+        let layout = accelerate::kernel_layout();
+        let mut loaded = object::load(&directory, layout.clone().unwrap_or_default())?;
         let netns_cookie = Netns::host().and_then(Netns::cookie).map_err(CaptureError::io("read a network namespace cookie"))?;
         let node = NodeConfig { fail_open: u32::from(settings.fail_mode == FailMode::Open), pad: 0, netns_cookie };
         loaded.array::<NodeConfig>("NODE")?.set(0, node, 0).map_err(CaptureError::map("NODE"))?;
@@ -114,6 +142,11 @@ impl Capture {
         }
         let steer = loaded.program(object::STEER)?.try_clone_to_owned().map_err(CaptureError::io("duplicate a program descriptor"))?;
         pins::update_steering(&directory, steer.as_fd())?;
+        let acceleration = match layout {
+            Ok(_) if settings.acceleration == Acceleration::Off => Err("it is switched off (--acceleration)".to_owned()),
+            Ok(_) => Ok(acceleration(&mut loaded)?),
+            Err(why) => Err(why),
+        };
         let alive = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).map_err(CaptureError::io("listen on loopback"))?;
         Ok(Self {
             alive,
@@ -123,9 +156,17 @@ impl Capture {
             pending: loaded.map_fd("PENDING")?,
             node_flows: loaded.map_fd("NODE_FLOWS")?,
             cgroup: settings.cgroup.clone(),
+            acceleration: Some(acceleration),
             steer,
             directory,
         })
+    }
+
+    /// What sees to acceleration, and where pairs are offered to it; or why this kernel cannot. To be called once. `changed`
+    /// hears of every change of a pair's state.
+    pub fn accelerator(&mut self, changed: impl Fn(State) + Send + 'static) -> Result<(Accelerator, Offers), String> {
+        let parts = self.acceleration.take().unwrap_or_else(|| Err("it is in use already".into()))?;
+        Accelerator::new(parts, changed).map_err(|e| crate::telemetry::chain(&e))
     }
 
     /// Says that this process serves: from here on the fail mode is not asked for. To be called when every pod that is to

@@ -20,7 +20,15 @@ pub use limits::Limits;
 pub use live::Live;
 pub use pods::{Pods, ServedPod};
 
-use crate::{config::Configuration, hbone::Pool, identity::Manager, jwks::Jwks, telemetry::Metrics};
+use crate::{
+    capture::{Offered, Offers, Pair},
+    config::Configuration,
+    hbone::Pool,
+    id::canonical,
+    identity::Manager,
+    jwks::Jwks,
+    telemetry::Metrics,
+};
 
 /// How long establishing one connection may take: the TCP connection, and the handshakes on top of it.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -36,6 +44,7 @@ pub struct Proxy {
     pub limits: Limits,
     pub replays: http::Replays,
     pub jwks: Jwks,
+    accelerated: std::sync::OnceLock<Offers>,
 }
 
 impl Proxy {
@@ -51,7 +60,31 @@ impl Proxy {
             metrics,
             limits,
             replays: http::Replays::default(),
+            accelerated: std::sync::OnceLock::new(),
         })
+    }
+
+    /// Says where pairs of sockets can be accelerated. To be called once, if at all.
+    pub fn accelerate_with(&self, offers: Offers) {
+        // A second one would be the same.
+        let _ = self.accelerated.set(offers);
+    }
+
+    /// What accelerates, if anything does.
+    pub fn accelerated(&self) -> Option<&Offers> {
+        self.accelerated.get()
+    }
+
+    /// Offers the connection between the proxy and an application of a pod to acceleration, for as long as what is returned lives.
+    pub fn accelerate(&self, pod: &ServedPod, stream: &tokio::net::TcpStream) -> Option<Offered> {
+        let offers = self.accelerated.get()?;
+        if !self.config.load().workload(&pod.uid).is_some_and(|w| w.accelerate) {
+            self.metrics.acceleration("switched_off");
+            return None;
+        }
+        let plain = |a: std::net::SocketAddr| std::net::SocketAddr::new(canonical(a.ip()), a.port());
+        let (local, remote) = (stream.local_addr().ok()?, stream.peer_addr().ok()?);
+        Some(offers.offer(Pair::within(&pod.netns, plain(local), plain(remote))))
     }
 
     /// Re-checks every live connection whenever the configuration changes.

@@ -46,6 +46,8 @@ pub struct Workload {
     pub protocols: BTreeMap<u16, Protocol>,
     /// Ports its probes and hooks name.
     pub probes: BTreeSet<u16>,
+    /// Whether its connections may be accelerated.
+    pub accelerate: bool,
 }
 
 impl Workload {

@@ -80,6 +80,11 @@ pub struct EventLabels {
     pub event: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct StateLabels {
+    pub state: &'static str,
+}
+
 /// All metrics of the process.
 #[derive(Debug)]
 pub struct Metrics {
@@ -104,6 +109,7 @@ pub struct Metrics {
     pub config_generation: Gauge,
     pub config_remarks: Gauge,
     pub capture_events: Family<EventLabels, Gauge>,
+    pub acceleration: Family<StateLabels, Counter>,
 }
 
 impl Default for Metrics {
@@ -129,6 +135,7 @@ impl Default for Metrics {
             config_generation: Gauge::default(),
             config_remarks: Gauge::default(),
             capture_events: Family::default(),
+            acceleration: Family::default(),
         };
         metrics.http_ok = metrics
             .http_requests
@@ -164,7 +171,14 @@ impl Metrics {
         r.register("mesh_enrolled_pods", "Pods of this node whose traffic is captured", self.enrolled_pods.clone());
         r.register("mesh_config_generation", "Generation of the configuration in force", self.config_generation.clone());
         r.register("mesh_config_remarks", "Objects or fields of the configuration that are not in force", self.config_remarks.clone());
+        let help = "Times a connection between proxy and application became accelerated, or not, by state or reason";
+        r.register("mesh_acceleration", help, self.acceleration.clone());
         r.register("mesh_capture_events", "Events counted by the eBPF programs since they were first loaded", self.capture_events.clone());
+    }
+
+    /// A connection between the proxy and an application is accelerated now, or is not, for this reason.
+    pub fn acceleration(&self, state: &'static str) {
+        self.acceleration.get_or_create(&StateLabels { state }).inc();
     }
 
     /// The `OpenMetrics` text.

@@ -44,10 +44,11 @@ pub fn demo(keep: bool) -> Result<()> {
     step("the demo", &mut demo)
 }
 
-/// Ratios of the mesh to no mesh.
-pub fn bench(rounds: u32) -> Result<()> {
+/// Ratios of the mesh to no mesh; `accel`: of pods of one node, with acceleration off and on.
+pub fn bench(rounds: u32, accel: bool) -> Result<()> {
     setup::bench()?;
     step("building", &mut cargo(&["build", "--locked", "--release", "-p", "mesh-node", "-p", "mesh-tests", "--bins"]))?;
     let mut bench = std::process::Command::new(target().join("release/mesh-bench"));
-    step("measuring", bench.args(["--rounds", &rounds.to_string()]))
+    bench.args(["--rounds", &rounds.to_string()]).args(accel.then_some("--accel"));
+    step("measuring", &mut bench)
 }

@@ -136,12 +136,22 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
         .with_context(|| format!("state directory {}", settings.state_dir.display()))?;
     let source = Directory::open(&settings.config_dir, last_good, "default")
         .with_context(|| format!("configuration directory {}", settings.config_dir.display()))?;
-    let capture = Capture::open(&settings.capture)?;
+    let mut capture = Capture::open(&settings.capture)?;
     let discovery = Discovery::new(settings.capture.cgroup.clone())?;
     let (sender, receiver) = mpsc::channel(16);
     let (publisher, config) = Publisher::new(Arc::new(settings.mesh.clone()), receiver);
     let metrics = Arc::new(Metrics::default());
     let proxy = Proxy::new(config.clone(), Manager::new(certificates), metrics, Limits::for_descriptors(descriptors));
+    match capture.accelerator({
+        let metrics = proxy.metrics.clone();
+        move |state| metrics.acceleration(state.name())
+    }) {
+        Ok((accelerator, offers)) => {
+            proxy.accelerate_with(offers);
+            tokio::spawn(accelerator.run());
+        }
+        Err(why) => tracing::warn!(target: "app", why, "connections are not accelerated"),
+    }
     let node = Arc::new(Node {
         settings,
         proxy: proxy.clone(),

@@ -6,11 +6,11 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader, Pod,
+    Btf, Ebpf, EbpfLoader, Pod,
     maps::{Array, HashMap, Map, MapData, MapError},
     programs::Program,
 };
-use mesh_common::{ABI_VERSION, maps::ABI_SECTION};
+use mesh_common::{ABI_VERSION, accelerate::KernelLayout, maps::ABI_SECTION};
 use object::{Object, ObjectSection};
 
 use super::{CaptureError, pins, sys};
@@ -36,22 +36,49 @@ pub const CGROUP_HOOKS: [Hook; 5] = [
 /// The program attached to every pod's network namespace.
 pub const STEER: &str = "mesh_steer";
 
+/// The program on the map of accelerated sockets.
+pub const ACCELERATE: &str = "mesh_accelerate";
+/// The program that is run for one socket at a time.
+pub const PAIR: &str = "mesh_pair";
+
+/// The program that goes through a namespace's TCP sockets.
+pub const WAKE: &str = "mesh_wake";
+
+/// Every program.
+fn programs() -> impl Iterator<Item = &'static str> {
+    CGROUP_HOOKS.iter().map(|h| h.program).chain([STEER, ACCELERATE, PAIR, WAKE])
+}
+
 /// Maps that are pinned. Socket storage and counters too: what a socket is must survive the process.
-const MAPS: [&str; 9] = ["NODE", "PODS", "PROXIES", "SOCKETS", "PENDING", "PROXY_FLOWS", "NODE_FLOWS", "LISTENERS", "COUNTERS"];
+const MAPS: [&str; 12] = [
+    "NODE",
+    "PODS",
+    "PROXIES",
+    "SOCKETS",
+    "PENDING",
+    "PROXY_FLOWS",
+    "NODE_FLOWS",
+    "LISTENERS",
+    "ACCELERATED",
+    "ENDS",
+    "EVENTS",
+    "COUNTERS",
+];
 
 /// The object in the kernel.
 pub struct Loaded(Ebpf);
 
 /// Checks the ABI and loads maps (from their pins, or new and pinned) and programs.
-pub fn load(directory: &Path) -> Result<Loaded, CaptureError> {
+pub fn load(directory: &Path, layout: KernelLayout) -> Result<Loaded, CaptureError> {
     check_abi(OBJECT)?;
     let paths = MAPS.map(|name| (name, pins::map(directory, name)));
     let mut loader = EbpfLoader::new();
     for (name, path) in &paths {
         loader.map_pin_path(name, path.as_path());
     }
+    loader.override_global("KERNEL_LAYOUT", &layout, true);
     let mut ebpf = loader.load(OBJECT).map_err(|e| CaptureError::Object(chain(&e)))?;
-    for name in CGROUP_HOOKS.iter().map(|h| h.program).chain([STEER]) {
+    for name in programs() {
         let program = ebpf.program_mut(name).ok_or_else(|| CaptureError::Object(format!("program {name} is missing")))?;
         load_program(program).map_err(|e| CaptureError::Program { program: name, problem: chain(&e) })?;
     }
@@ -65,7 +92,7 @@ pub fn verify() -> Result<Vec<(&'static str, u32)>, CaptureError> {
     super::probe::check()?;
     let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| CaptureError::Object(chain(&e)))?;
     let mut verified = Vec::new();
-    for name in CGROUP_HOOKS.iter().map(|h| h.program).chain([STEER]) {
+    for name in programs() {
         let program = ebpf.program_mut(name).ok_or_else(|| CaptureError::Object(format!("program {name} is missing")))?;
         let problem = |e: &aya::programs::ProgramError| CaptureError::Program { program: name, problem: chain(e) };
         load_program(program).map_err(|e| problem(&e))?;
@@ -80,6 +107,9 @@ fn load_program(program: &mut Program) -> Result<(), aya::programs::ProgramError
         Program::CgroupSockAddr(p) => p.load(),
         Program::SockOps(p) => p.load(),
         Program::SkLookup(p) => p.load(),
+        Program::SkMsg(p) => p.load(),
+        Program::SchedClassifier(p) => p.load(),
+        Program::Iter(p) => p.load("tcp", &Btf::from_sys_fs()?),
         _ => Err(aya::programs::ProgramError::UnexpectedProgramType),
     }
 }
@@ -119,7 +149,7 @@ impl Loaded {
     }
 
     pub fn map_fd(&mut self, name: &'static str) -> Result<OwnedFd, CaptureError> {
-        let Some(Map::LruHashMap(data)) = self.0.take_map(name) else {
+        let Some(Map::LruHashMap(data) | Map::SockHash(data)) = self.0.take_map(name) else {
             return Err(CaptureError::Map { map: name, problem: "is missing or of another kind".into() });
         };
         data.fd().as_fd().try_clone_to_owned().map_err(CaptureError::io("duplicate a map descriptor"))

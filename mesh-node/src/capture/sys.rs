@@ -18,13 +18,19 @@ pub const CGROUP_INET6_CONNECT: u32 = 11;
 pub const CGROUP_INET4_GETPEERNAME: u32 = 29;
 pub const CGROUP_INET6_GETPEERNAME: u32 = 30;
 pub const SK_LOOKUP: u32 = 36;
+pub const SK_MSG_VERDICT: u32 = 7;
+const TRACE_ITER: u32 = 28;
 
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+const BPF_PROG_ATTACH: libc::c_long = 8;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_ITER_CREATE: libc::c_long = 33;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// The part of `union bpf_attr` these commands use; the kernel takes shorter ones and zeroes the rest.
@@ -82,6 +88,78 @@ struct CgroupLinkInfo {
     end: u32,
 }
 
+#[repr(C)]
+struct AttachAttr {
+    target: u32,
+    program: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+/// The beginning of `struct bpf_prog_test_run_attr`.
+#[repr(C)]
+#[derive(Default)]
+struct TestRunAttr {
+    program: u32,
+    result: u32,
+    size_in: u32,
+    size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+}
+
+/// Makes a map's sockets run a program. Another one it had is replaced, for sockets that come later.
+pub fn attach_to_map(map: BorrowedFd<'_>, program: BorrowedFd<'_>, attach_type: u32) -> io::Result<()> {
+    bpf(BPF_PROG_ATTACH, &AttachAttr { target: number(map), program: number(program), attach_type, flags: 0 }).map(drop)
+}
+
+/// Runs a program once over a packet with a request in it behind an Ethernet header, in the network namespace of this thread;
+/// what the packet has in the request's place afterwards.
+pub fn test_run<Q: aya::Pod, A: aya::Pod + Default>(program: BorrowedFd<'_>, request: &Q) -> io::Result<A> {
+    const HEADER: usize = 14;
+    let mut packet = vec![0_u8; HEADER + size_of::<Q>().max(size_of::<A>())];
+    // SAFETY: plain data, and a buffer at least as long behind the header.
+    unsafe { packet.as_mut_ptr().add(HEADER).cast::<Q>().write_unaligned(*request) };
+    let size = u32::try_from(packet.len()).map_err(io::Error::other)?;
+    let mut attr = TestRunAttr {
+        program: number(program),
+        size_in: size,
+        size_out: size,
+        data_in: packet.as_ptr() as u64,
+        data_out: packet.as_mut_ptr() as u64,
+        repeat: 1,
+        ..TestRunAttr::default()
+    };
+    // SAFETY: as in `bpf`; the kernel reads the packet before it writes it, both of the size given, and writes the results.
+    let ret = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRunAttr>()) };
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if attr.result != 0 {
+        return Err(io::Error::other("the program could not read its request"));
+    }
+    // SAFETY: plain data, and a buffer at least as long behind the header.
+    Ok(unsafe { packet.as_ptr().add(HEADER).cast::<A>().read_unaligned() })
+}
+
+/// Makes an iterator of a program: each opening of it goes through everything once.
+pub fn iterator(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    link_create_at(program, 0, TRACE_ITER)
+}
+
+/// Runs an iterator once, in the network namespace of this thread.
+pub fn iterate(link: BorrowedFd<'_>) -> io::Result<()> {
+    let iteration = bpf(BPF_ITER_CREATE, &LinkUpdateAttr { link: number(link), ..LinkUpdateAttr::default() }).map(owned)?;
+    io::copy(&mut std::fs::File::from(iteration), &mut io::sink()).map(drop)
+}
+
+/// Removes an element of a map.
+pub fn delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
+    bpf(BPF_MAP_DELETE_ELEM, &NextKeyAttr { map: number(map), pad: 0, key: key.as_ptr() as u64, next_key: 0 }).map(drop)
+}
+
 /// The id of the cgroup a link is on; 0 when that is gone.
 pub fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
     let mut info = CgroupLinkInfo::default();
@@ -107,7 +185,11 @@ fn owned(fd: RawFd) -> OwnedFd {
 
 /// Attaches a program to a cgroup or network namespace by a link.
 pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-    bpf(BPF_LINK_CREATE, &LinkCreateAttr { program: number(program), target: number(target), attach_type, flags: 0 }).map(owned)
+    link_create_at(program, number(target), attach_type)
+}
+
+fn link_create_at(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
+    bpf(BPF_LINK_CREATE, &LinkCreateAttr { program: number(program), target, attach_type, flags: 0 }).map(owned)
 }
 
 /// Puts another program behind a link, atomically.

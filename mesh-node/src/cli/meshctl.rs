@@ -38,6 +38,8 @@ enum What {
     Pool,
     /// What each pod has under way to other services: connections, requests, retries, ejected endpoints.
     Clusters,
+    /// Connections between the proxy and applications: accelerated, or why not.
+    Acceleration,
     /// All metrics, in `OpenMetrics` text.
     Metrics,
     /// Which policy would allow or deny a request, or without -X, --path, --host, -H and --claims a connection that carries
@@ -112,6 +114,7 @@ impl Meshctl {
             What::Certificates => "/certificates",
             What::Pool => "/pool",
             What::Clusters => "/clusters",
+            What::Acceleration => "/acceleration",
             What::Metrics => "/metrics",
         };
         let body = get(self.admin, path).with_context(|| format!("mesh-node at {}", self.admin))?;

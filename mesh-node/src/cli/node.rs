@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     app::{self, CaSettings, CertificateSettings, ClusterSettings, NodeSettings},
-    capture::{self, CaptureSettings, Discovery, FailMode},
+    capture::{self, Acceleration, CaptureSettings, Discovery, FailMode},
     config::{EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy},
     id::TrustDomain,
     identity::{IstioCaSettings, service::ServiceSettings},
@@ -81,6 +81,10 @@ struct RunArgs {
     /// What happens to connections of enrolled pods while no mesh-node runs on the node.
     #[arg(long, env = "MESH_FAIL_MODE", value_enum, default_value_t)]
     fail_mode: FailMode,
+    /// Whether messages between applications and the proxy move past the TCP stack (`sk_msg`). A pod opts out with the label or annotation
+    /// `mesh-node.io/acceleration: "off"`.
+    #[arg(long, env = "MESH_ACCELERATION", value_enum, default_value_t)]
+    acceleration: Acceleration,
     /// SPIFFE trust domain of the mesh.
     #[arg(long, env = "MESH_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local")]
     trust_domain: TrustDomain,
@@ -300,7 +304,7 @@ impl RunArgs {
                 enrolment: self.enrolment_label.unwrap_or_default(),
                 trusted_proxies: self.trusted_proxies,
             },
-            capture: CaptureSettings { cgroup, pins: self.kernel.bpf_dir, fail_mode: self.fail_mode },
+            capture: CaptureSettings { cgroup, pins: self.kernel.bpf_dir, fail_mode: self.fail_mode, acceleration: self.acceleration },
             config_dir: self.config_dir,
             certificates,
             revocations,

@@ -178,6 +178,7 @@ impl<'a> Builder<'a> {
         Ok(Workload {
             protocols: policies::protocols(&attached, &name.namespace),
             probes: pod.probes.clone(),
+            accelerate: pod.accelerate,
             uid: pod.uid.clone(),
             name: name.clone(),
             workload_name: pod.workload_name.clone(),

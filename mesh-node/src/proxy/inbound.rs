@@ -54,7 +54,7 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, outcome: &m
     }
     let client = facts.source;
     facts.proxy = proxy.config.load().mesh.is_trusted_proxy(facts.peer.as_ref(), client);
-    let registration = proxy.live.register(pod.uid.clone(), facts.clone());
+    let mut registration = proxy.live.register(pod.uid.clone(), facts.clone());
     let verdict = {
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
@@ -82,6 +82,7 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, outcome: &m
         }
     }
     let application = connect_application(pod, to, client, &permit).await?;
+    registration.hold(proxy.accelerate(pod, &application));
     Ok(Admitted { application, registration, facts, per_request })
 }
 

@@ -14,6 +14,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
+    capture::Offered,
     config::Snapshot,
     detect::Protocol,
     id::WorkloadUid,
@@ -98,6 +99,8 @@ pub struct Registration {
     id: u64,
     live: Live,
     cut: watch::Receiver<Option<Cut>>,
+    /// The connection to the application, on offer to be accelerated as long as this lives.
+    offered: Option<Offered>,
 }
 
 impl Live {
@@ -105,7 +108,7 @@ impl Live {
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = watch::channel(None);
         self.lock().insert(id, Entry { workload, facts, carries: Carries::Undecided, allowed_by: Vec::new(), cut: sender });
-        Registration { id, live: self.clone(), cut: receiver }
+        Registration { id, live: self.clone(), cut: receiver, offered: None }
     }
 
     /// Cuts the connections this snapshot's policies deny; how many.
@@ -155,6 +158,11 @@ impl Note {
 }
 
 impl Registration {
+    /// Keeps the connection to the application on offer to be accelerated.
+    pub fn hold(&mut self, offered: Option<Offered>) {
+        self.offered = offered;
+    }
+
     pub fn note(&self) -> Note {
         Note { id: self.id, live: self.live.clone() }
     }

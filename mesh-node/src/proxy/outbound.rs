@@ -66,6 +66,7 @@ pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream
         tracing::debug!(target: "proxy", %client, %error, "the client is gone");
         return;
     }
+    let _offered = proxy.accelerate(&pod, &downstream);
     let begun = sniff::begin(&proxy, &pod, downstream, client, original).await;
     match begun {
         Begun::Http { downstream, read, http2 } => {

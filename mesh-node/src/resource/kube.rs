@@ -53,7 +53,12 @@ pub struct Pod {
     pub workload_name: Arc<str>,
     /// Ports of its own that its probes and hooks name.
     pub probes: BTreeSet<u16>,
+    /// Whether its connections may be accelerated: not with `mesh-node.io/acceleration: "off"` among its annotations or labels.
+    pub accelerate: bool,
 }
+
+/// Label or annotation of a pod.
+const ACCELERATION: &str = "mesh-node.io/acceleration";
 
 #[derive(Deserialize)]
 pub(super) struct PodDocument {
@@ -161,8 +166,11 @@ impl Pod {
         let account = spec.service_account_name.or(spec.service_account).filter(|a| !a.is_empty());
         let containers = spec.containers.iter().chain(&spec.init_containers).flatten();
         let probes = containers.flat_map(Container::probes).collect();
+        let switches = metadata.annotations.as_ref().and_then(|a| a.get(ACCELERATION)).into_iter().chain(metadata.labels.get(ACCELERATION));
+        let accelerate = switches.map(|value: &str| switch(value)).collect::<Result<Vec<_>, _>>()?.iter().all(|on| *on);
         Ok(Self {
             probes,
+            accelerate,
             uid: WorkloadUid(uid.into()),
             labels: metadata.labels,
             node: spec.node_name.unwrap_or_default().into(),
@@ -172,6 +180,17 @@ impl Pod {
             finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             ips,
         })
+    }
+}
+
+fn switch(value: &str) -> Result<bool, FieldError> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(FieldError::new(
+            format!("metadata.annotations or labels[{ACCELERATION}]"),
+            format!("{other:?} is neither \"on\" nor \"off\""),
+        )),
     }
 }
 

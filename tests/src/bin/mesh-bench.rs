@@ -26,6 +26,9 @@ struct Bench {
     /// Only measurements whose name contains this.
     #[arg(long, default_value = "")]
     only: String,
+    /// Compare pods of one node without a mesh, with acceleration switched off, and with it.
+    #[arg(long)]
+    accel: bool,
 }
 
 const NGINX: &str = "daemon off; worker_processes 1; pid /dev/null; error_log /dev/null;
@@ -35,6 +38,9 @@ http { access_log off; keepalive_requests 1000000000; server { listen 8080 reuse
 
 fn main() -> Result<()> {
     let bench = Bench::parse();
+    if bench.accel {
+        return accel(&bench);
+    }
     let mut bed = Bed::start(2, &NodeOptions::default().quiet())?;
     let config = bed.directory.join("nginx.conf");
     std::fs::write(&config, NGINX)?;
@@ -130,6 +136,85 @@ fn guard(bed: &Bed, guarded: bool) -> Result<()> {
     }
     bed.apply("guard", &policy)?;
     bed.settle()
+}
+
+/// Pods of one node, three ways: the columns of the table.
+fn accel(bench: &Bench) -> Result<()> {
+    const WAYS: [&str; 3] = ["no mesh", "off", "on"];
+    let mut results: BTreeMap<(String, &str), Vec<(f64, f64)>> = BTreeMap::new();
+    for round in 0..bench.rounds {
+        for way in WAYS {
+            let mut options = NodeOptions::default().quiet();
+            options.arguments.extend(["--acceleration".to_owned(), if way == "on" { "on" } else { "off" }.to_owned()]);
+            let mut bed = Bed::start(1, &options)?;
+            let config = bed.directory.join("nginx.conf");
+            std::fs::write(&config, NGINX)?;
+            let command = format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {}", config.display());
+            let yaml = "apiVersion: v1\nkind: Service\nmetadata: {name: near}\nspec: {selector: {app: near}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+            bed.kubectl_apply("near", yaml)?;
+            let client = bed.pod(&PodSpec::new("client", 0))?;
+            let server =
+                bed.pod(&PodSpec { command: vec!["sh".into(), "-c".into(), command], port: Some(8080), ..PodSpec::new("near", 0) })?;
+            bed.namespace("default", if way == "no mesh" { &[] } else { AMBIENT })?;
+            [&client, &server].into_iter().try_for_each(|p| bed.wait_captured(p, way != "no mesh"))?;
+            bed.settle()?;
+            let direct = format!("http://{}/", server.address(8080));
+            let named = if way == "no mesh" { direct.clone() } else { "http://near/".to_owned() };
+            for (layer, url) in [("L4", &direct), ("L7", &named)] {
+                for n in [1, 16, 64] {
+                    let (_, what) = (wrk(&bed, &client, url, n, 1, false)?, format!("{layer}, {n} connections"));
+                    if what.contains(&bench.only) {
+                        results.entry((what, way)).or_default().push(wrk_p50(&bed, &client, url, n, bench.seconds)?);
+                    }
+                }
+            }
+            if "bulk".contains(&bench.only) {
+                let bulk = iperf(&bed, &client, &server, bench.seconds)?;
+                results.entry(("bulk MB/s, one stream".into(), way)).or_default().push((bulk, 0.0));
+            }
+        }
+        eprintln!("round {} of {} done", round + 1, bench.rounds);
+    }
+    println!(
+        "{:<26} {:>10} {:>10} {:>10} {:>9} {:>9} {:>9} {:>9}",
+        "requests/s; p50", "no mesh", "off", "on", "off/none", "on/none", "p50 off", "p50 on"
+    );
+    let names = results.keys().map(|(name, _)| name.clone()).collect::<std::collections::BTreeSet<_>>();
+    for name in names {
+        let of = |way| {
+            let all = results.get(&(name.clone(), way)).map_or(&[][..], |v| v);
+            (median(&all.iter().map(|v| v.0).collect::<Vec<_>>()), median(&all.iter().map(|v| v.1).collect::<Vec<_>>()))
+        };
+        let [none, off, on] = WAYS.map(of);
+        println!(
+            "{name:<26} {:>10.0} {:>10.0} {:>10.0} {:>9.2} {:>9.2} {:>9.2} {:>9.2}",
+            none.0,
+            off.0,
+            on.0,
+            off.0 / none.0,
+            on.0 / none.0,
+            off.1 / none.1,
+            on.1 / none.1
+        );
+    }
+    Ok(())
+}
+
+/// Requests per second, and half of the requests' time in microseconds.
+fn wrk_p50(bed: &Bed, client: &Pod, url: &str, connections: u32, seconds: u32) -> Result<(f64, f64)> {
+    let (connections, duration) = (connections.to_string(), format!("{seconds}s"));
+    let output = bed.run(client, Path::new("/usr/bin/wrk"), &["-t", "1", "-c", &connections, "-d", &duration, "--latency", url])?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(!text.contains("Non-2xx"), "{text}");
+    let rate = text.lines().find_map(|l| l.strip_prefix("Requests/sec:")).with_context(|| text.to_string())?.trim().parse()?;
+    let p50 = text.lines().find_map(|l| l.trim().strip_prefix("50%")).with_context(|| text.to_string())?.trim();
+    let number = p50.trim_end_matches(|c: char| c.is_alphabetic());
+    let scale = match &p50[number.len()..] {
+        "us" => 1.0,
+        "ms" => 1e3,
+        _ => 1e6,
+    };
+    Ok((rate, number.parse::<f64>()? * scale))
 }
 
 fn wrk(bed: &Bed, client: &Pod, url: &str, connections: u32, seconds: u32, close: bool) -> Result<f64> {

@@ -1,0 +1,315 @@
+//! Acceleration: which way a message goes between two sockets of one node, as a pure function: tested on the host, run in
+//! the kernel.
+//!
+//! The two sockets of a pair are each other's peers: an application and the proxy, or two applications. A message goes
+//! either to the peer's own queue of redirected messages or by TCP. A reader takes what was redirected first; so a message may
+//! be redirected only when nothing that was sent by TCP is in flight or unread.
+
+/// Largest message that is redirected. Larger ones are bulk, which TCP moves faster.
+pub const MAX_MESSAGE: u32 = 16 * 1024;
+/// Most bytes a receiver has unread before its sender is sent to TCP, and so to TCP's back-pressure.
+pub const MAX_QUEUED: u32 = 256 * 1024;
+/// Large messages, less the small ones between them, after which a stream counts as bulk and leaves.
+pub const BULK_MESSAGES: u32 = 32;
+/// Times a direction may turn to TCP because its reader is slow, before it stays there.
+pub const MAX_TURNS: u32 = 256;
+/// `O_NONBLOCK` in a file's flags, on every architecture that Linux runs eBPF on but for the oldest.
+pub const O_NONBLOCK: u32 = 0o4000;
+/// Upper bound on accelerated sockets, two of each connection.
+pub const MAX_SOCKETS: usize = 131_072;
+/// Upper bound on bytes of events the node process has yet to read.
+pub const EVENT_BYTES: usize = 256 * 1024;
+
+/// Which way the messages of one direction go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way;
+
+impl Way {
+    /// The peer is not there yet: by TCP.
+    pub const WAITING: u32 = 0;
+    pub const REDIRECT: u32 = 1;
+    /// By TCP until that is quiet.
+    pub const TCP: u32 = 2;
+    /// By TCP for good; the socket leaves when nothing is queued.
+    pub const LEFT: u32 = 3;
+}
+
+/// Why a direction was left to TCP for good.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    Nothing = 0,
+    /// The owner of one of the sockets made it blocking.
+    Blocking = 1,
+    Bulk = 2,
+    /// The reader fell behind too often.
+    SlowReader = 3,
+    /// The node process wants it so.
+    Asked = 4,
+}
+
+/// A socket of a pair, as its storage has it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct End {
+    /// The peer's key among the accelerated sockets.
+    pub peer: u64,
+    /// Kernel addresses of the two sockets, for checked reads only.
+    pub own_socket: u64,
+    pub peer_socket: u64,
+    /// One of [`Way`]'s.
+    pub way: u32,
+    /// One of [`Why`]'s.
+    pub why: u32,
+    pub turns: u32,
+    pub large: u32,
+    /// 1: its owner is to be woken when next the sockets of its namespace are gone through.
+    pub wake: u32,
+    pub pad: u32,
+    /// What was redirected.
+    pub messages: u64,
+    pub bytes: u64,
+}
+
+/// What the kernel knows when a message is sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts {
+    /// Both sockets are non-blocking.
+    pub nonblocking: bool,
+    /// Bytes the receiver has not read.
+    pub queued: u32,
+    /// Nothing of this direction is in flight or unread on TCP. Asked for only on TCP.
+    pub quiet: bool,
+}
+
+/// What becomes of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Redirect,
+    Tcp,
+    /// By TCP from here on, while redirected bytes are unread: an edge-triggered reader has to be woken once more when it has
+    /// read those.
+    Turned,
+    /// By TCP for good: the node process is to take the pair out.
+    Leave,
+}
+
+/// Decides for one message of `size` bytes.
+#[inline(always)]
+pub fn step(end: &mut End, size: u32, facts: &Facts) -> Step {
+    if !facts.nonblocking {
+        return leave(end, Why::Blocking);
+    }
+    if size > MAX_MESSAGE {
+        end.large += 1;
+        if end.large >= BULK_MESSAGES {
+            return leave(end, Why::Bulk);
+        }
+    } else if end.large > 0 {
+        end.large -= 1;
+    }
+    if end.way == Way::TCP {
+        if size > MAX_MESSAGE || !facts.quiet {
+            return Step::Tcp;
+        }
+        end.way = Way::REDIRECT;
+    }
+    if end.way != Way::REDIRECT {
+        return Step::Tcp;
+    }
+    let fits = size <= MAX_QUEUED && facts.queued <= MAX_QUEUED - size;
+    if fits && (size <= MAX_MESSAGE || facts.queued > 0) {
+        // A large one too, behind redirected bytes that are unread: it would have to be waited for otherwise.
+        return Step::Redirect;
+    }
+    end.way = Way::TCP;
+    if facts.queued == 0 {
+        return Step::Tcp;
+    }
+    end.turns += 1;
+    if end.turns > MAX_TURNS { leave(end, Why::SlowReader) } else { Step::Turned }
+}
+
+#[inline(always)]
+fn leave(end: &mut End, why: Why) -> Step {
+    end.way = Way::LEFT;
+    end.why = why as u32;
+    Step::Leave
+}
+
+/// Offsets in the running kernel's structures, from its BTF.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct KernelLayout {
+    /// Of `struct sock`.
+    pub rmem_alloc: u32,
+    pub socket: u32,
+    pub user_data: u32,
+    /// Of `struct socket`, `struct file`.
+    pub file: u32,
+    pub file_flags: u32,
+    /// Of `struct tcp_sock`.
+    pub write_seq: u32,
+    pub snd_una: u32,
+    pub rcv_nxt: u32,
+    pub copied_seq: u32,
+    /// Of `struct sk_psock`.
+    pub references: u32,
+    pub queue: u32,
+    pub pad: u32,
+}
+
+/// What the node process asks of `mesh_pair` about one socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct PairRequest {
+    /// One of [`PairRequest`]'s constants.
+    pub ask: u32,
+    /// 4 or 6.
+    pub family: u32,
+    pub key: u64,
+    pub peer: u64,
+    pub peer_socket: u64,
+    /// Network byte order; IPv4 in the first four bytes.
+    pub remote_ip: [u8; 16],
+    pub local_ip: [u8; 16],
+    pub remote_port: [u8; 2],
+    pub local_port: [u8; 2],
+    pub pad: u32,
+}
+
+impl PairRequest {
+    /// Says how the socket is used.
+    pub const LOOK: u32 = 0;
+    /// Enters it among the accelerated sockets, for now without a peer.
+    pub const ENTER: u32 = 1;
+    /// Gives it its peer: from here on messages are redirected.
+    pub const JOIN: u32 = 2;
+    /// From here on nothing is redirected.
+    pub const LEAVE: u32 = 3;
+    /// Has its owner woken by the next run of `mesh_wake`.
+    pub const WAKE: u32 = 4;
+}
+
+/// The answer, in place of the request.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct PairReply {
+    /// 0, or what did not work: [`PairReply`]'s constants.
+    pub problem: u32,
+    pub nonblocking: u32,
+    /// The socket's kernel address.
+    pub socket: u64,
+    pub bytes_received: u64,
+    pub bytes_acked: u64,
+    pub segments_in: u32,
+    pub segments_out: u32,
+    /// One of [`Way`]'s, one of [`Why`]'s.
+    pub way: u32,
+    pub why: u32,
+    /// Users of the socket's queue of redirected messages, itself included; 0 when it has none.
+    pub references: u32,
+    /// Whether redirected bytes are unread.
+    pub queued: u32,
+    pub messages: u64,
+    pub bytes: u64,
+}
+
+impl PairReply {
+    /// There is no such connection, or it is not established.
+    pub const GONE: u32 = 1;
+    /// The kernel had no memory, or no room among the accelerated sockets.
+    pub const FULL: u32 = 2;
+}
+
+/// What `mesh_accelerate` tells the node process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Event {
+    /// The key of the sending socket's peer.
+    pub peer: u64,
+    pub way: u32,
+    pub why: u32,
+}
+
+const _: () = assert!(size_of::<End>() == 64);
+const _: () = assert!(size_of::<KernelLayout>() == 48);
+const _: () = assert!(size_of::<PairRequest>() == 72);
+const _: () = assert!(size_of::<PairReply>() == 72);
+const _: () = assert!(size_of::<Event>() == 16);
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{Event, KernelLayout, PairReply, PairRequest};
+
+    // SAFETY: all are repr(C), Copy, of integers and byte arrays only, without implicit padding (sizes asserted above).
+    unsafe impl aya::Pod for KernelLayout {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PairRequest {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PairReply {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Event {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FREE: Facts = Facts { nonblocking: true, queued: 0, quiet: false };
+
+    fn joined() -> End {
+        End { way: Way::REDIRECT, ..End::default() }
+    }
+
+    #[test]
+    fn small_messages_are_redirected_up_to_the_bound_and_then_go_by_tcp_until_it_is_quiet() {
+        let mut end = joined();
+        assert_eq!(step(&mut end, 64, &FREE), Step::Redirect);
+        assert_eq!(step(&mut end, 64, &Facts { queued: MAX_QUEUED - 64, ..FREE }), Step::Redirect);
+        assert_eq!(step(&mut end, 64, &Facts { queued: MAX_QUEUED - 63, ..FREE }), Step::Turned);
+        // The reader has caught up with what was redirected, not with TCP.
+        assert_eq!(step(&mut end, 64, &FREE), Step::Tcp);
+        assert_eq!(step(&mut end, MAX_MESSAGE + 1, &Facts { quiet: true, ..FREE }), Step::Tcp);
+        assert_eq!(step(&mut end, 64, &Facts { quiet: true, ..FREE }), Step::Redirect);
+        assert_eq!((end.turns, end.way), (1, Way::REDIRECT));
+    }
+
+    #[test]
+    fn a_large_message_turns_to_tcp_without_overtaking_or_being_waited_for() {
+        let mut end = joined();
+        assert_eq!(step(&mut end, MAX_MESSAGE + 1, &FREE), Step::Tcp);
+        assert_eq!(end.way, Way::TCP);
+        let mut end = joined();
+        assert_eq!(step(&mut end, MAX_MESSAGE + 1, &Facts { queued: 1, ..FREE }), Step::Redirect);
+        assert_eq!(step(&mut end, u32::MAX, &Facts { queued: 1, ..FREE }), Step::Turned);
+    }
+
+    #[test]
+    fn bulk_blocking_owners_and_readers_that_never_keep_up_leave_for_good() {
+        let mut end = joined();
+        let last = (0..BULK_MESSAGES).map(|_| step(&mut end, MAX_MESSAGE + 1, &FREE)).last();
+        assert_eq!((last, end.why), (Some(Step::Leave), Why::Bulk as u32));
+        let mut mixed = joined();
+        for _ in 0..10 * BULK_MESSAGES {
+            assert_ne!(step(&mut mixed, MAX_MESSAGE + 1, &FREE), Step::Leave);
+            assert_eq!(step(&mut mixed, 100, &Facts { quiet: true, ..FREE }), Step::Redirect);
+        }
+        for way in [Way::WAITING, Way::REDIRECT, Way::TCP] {
+            let mut end = End { way, ..joined() };
+            assert_eq!(step(&mut end, 1, &Facts { nonblocking: false, ..FREE }), Step::Leave);
+            assert_eq!((end.way, end.why), (Way::LEFT, Why::Blocking as u32));
+        }
+        let mut slow = joined();
+        let full = Facts { queued: MAX_QUEUED, quiet: true, nonblocking: true };
+        assert!((0..MAX_TURNS).all(|_| step(&mut slow, 1, &full) == Step::Turned));
+        assert_eq!((step(&mut slow, 1, &full), slow.why), (Step::Leave, Why::SlowReader as u32));
+    }
+
+    #[test]
+    fn nothing_is_redirected_before_the_peer_is_there() {
+        let mut end = End::default();
+        assert_eq!(step(&mut end, 1, &Facts { quiet: true, ..FREE }), Step::Tcp);
+        assert_eq!(end.way, Way::WAITING);
+    }
+}

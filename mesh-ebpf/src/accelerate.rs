@@ -1,0 +1,285 @@
+//! `sk_msg`: what one socket of a pair sends is queued at the other, past the TCP stack.
+//!
+//! A pair is two sockets of this node that are each other's peers. The node process chooses pairs, and finds and enters
+//! them with [`mesh_pair`]; [`mesh_accelerate`] then decides about every message, with the sending socket locked. What it
+//! decides is in `mesh_common::accelerate`. Both read the kernel's own structures, at offsets the loader takes from its BTF, by
+//! reads the kernel checks: a socket that is gone meanwhile reads as anything, and the redirect to it fails.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_F_CURRENT_NETNS, BPF_F_INGRESS, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, sk_action, sk_msg_md},
+    helpers::{
+        bpf_probe_read_kernel,
+        generated::{
+            bpf_getsockopt, bpf_map_update_elem, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release, bpf_sk_storage_get, bpf_tcp_sock,
+        },
+    },
+    macros::{classifier, sk_msg},
+    programs::{SkMsgContext, TcContext},
+};
+use mesh_common::{
+    accelerate::{End, Event, Facts, KernelLayout, O_NONBLOCK, PairReply, PairRequest, Step, Way, Why, step},
+    maps::Counter,
+};
+
+use crate::maps::{ACCELERATED, ENDS, EVENTS, count};
+
+/// Overwritten by the loader.
+#[unsafe(no_mangle)]
+static KERNEL_LAYOUT: Global<KernelLayout> = Global::new(KernelLayout {
+    rmem_alloc: 0,
+    socket: 0,
+    user_data: 0,
+    file: 0,
+    file_flags: 0,
+    write_seq: 0,
+    snd_una: 0,
+    rcv_nxt: 0,
+    copied_seq: 0,
+    references: 0,
+    queue: 0,
+    pad: 0,
+});
+
+/// Bits of `sk_user_data` that are not the pointer's.
+const USER_DATA_FLAGS: u64 = 7;
+const TCP_ESTABLISHED: u32 = 1;
+const SOL_SOCKET: i32 = 1;
+const SO_RCVLOWAT: i32 = 18;
+/// The request in a packet: behind an Ethernet header.
+const AT: usize = 14;
+
+#[sk_msg]
+pub fn mesh_accelerate(ctx: SkMsgContext) -> u32 {
+    let end = sender(ctx.msg);
+    if end.is_null() {
+        return sk_action::SK_PASS;
+    }
+    // SAFETY: non-null storage of the sending socket, which is locked. The node process's writes and these are single words.
+    let end = unsafe { &mut *end };
+    if end.way == Way::LEFT || end.way == Way::WAITING {
+        return sk_action::SK_PASS;
+    }
+    let size = ctx.size();
+    match step(end, size, &facts(end)) {
+        Step::Redirect => {
+            let mut peer = end.peer;
+            // A peer that is gone cannot be redirected to; TCP knows what that means.
+            if ACCELERATED.redirect_msg(&ctx, &mut peer, u64::from(BPF_F_INGRESS)) == i64::from(sk_action::SK_PASS) {
+                end.messages += 1;
+                end.bytes += u64::from(size);
+            } else {
+                end.way = Way::LEFT;
+            }
+        }
+        Step::Tcp => {}
+        Step::Turned => {
+            count(Counter::AccelerationTurned);
+            tell(end);
+        }
+        Step::Leave => tell(end),
+    }
+    sk_action::SK_PASS
+}
+
+fn tell(end: &End) {
+    let event = Event { peer: end.peer, way: end.way, why: end.why };
+    if EVENTS.output(event, 0).is_err() {
+        count(Counter::AccelerationUntold);
+    }
+}
+
+#[inline(always)]
+fn facts(end: &End) -> Facts {
+    let layout = KERNEL_LAYOUT.load();
+    Facts {
+        nonblocking: nonblocking(&layout, end.own_socket) && nonblocking(&layout, end.peer_socket),
+        queued: word(end.peer_socket, layout.rmem_alloc),
+        quiet: end.way == Way::TCP
+            && word(end.own_socket, layout.snd_una) == word(end.own_socket, layout.write_seq)
+            && word(end.peer_socket, layout.copied_seq) == word(end.peer_socket, layout.rcv_nxt),
+    }
+}
+
+/// Whether the descriptor of a socket has `O_NONBLOCK`; false when it has none.
+#[inline(always)]
+fn nonblocking(layout: &KernelLayout, sk: u64) -> bool {
+    let socket = pointer(sk, layout.socket);
+    let file = if socket == 0 { 0 } else { pointer(socket, layout.file) };
+    file != 0 && word(file, layout.file_flags) & O_NONBLOCK != 0
+}
+
+/// Four bytes of kernel memory; all ones when they cannot be read.
+#[inline(always)]
+fn word(base: u64, offset: u32) -> u32 {
+    // SAFETY: the helper checks the address.
+    unsafe { bpf_probe_read_kernel((base + u64::from(offset)) as *const u32) }.unwrap_or(u32::MAX)
+}
+
+/// A pointer in kernel memory; zero when it cannot be read.
+#[inline(always)]
+fn pointer(base: u64, offset: u32) -> u64 {
+    // SAFETY: the helper checks the address.
+    unsafe { bpf_probe_read_kernel((base + u64::from(offset)) as *const u64) }.unwrap_or(0)
+}
+
+#[inline(always)]
+fn sender(msg: *mut sk_msg_md) -> *mut End {
+    // SAFETY: the socket is checked for null as the verifier demands.
+    unsafe {
+        let sk = (*msg).__bindgen_anon_3.sk;
+        if sk.is_null() {
+            return core::ptr::null_mut();
+        }
+        bpf_sk_storage_get((&raw const ENDS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0).cast()
+    }
+}
+
+/// The beginning of `struct bpf_iter__tcp`.
+#[repr(C)]
+pub struct TcpIteration {
+    meta: *mut c_void,
+    sk: *mut c_void,
+}
+
+/// Goes through the TCP sockets of a network namespace and wakes the owners of those that are marked. Bytes that came by TCP while
+/// redirected ones were unread raised one event together with those; an edge-triggered owner that takes a short read
+/// for the end would wait for another. Setting `SO_RCVLOWAT`, to what it is, has the kernel look again.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn mesh_wake(iteration: *mut TcpIteration) -> i32 {
+    // SAFETY: the kernel passes a valid context; each pointer is checked for null, and the socket is locked.
+    unsafe {
+        let sk = (*iteration).sk;
+        if sk.is_null() {
+            return 0;
+        }
+        let end: *mut End = bpf_sk_storage_get((&raw const ENDS).cast_mut().cast(), sk, core::ptr::null_mut(), 0).cast();
+        if end.is_null() || (*end).wake == 0 {
+            return 0;
+        }
+        (*end).wake = 0;
+        let mut mark = 0_i32;
+        let mark = (&raw mut mark).cast::<c_void>();
+        if bpf_getsockopt(sk, SOL_SOCKET, SO_RCVLOWAT, mark, 4) == 0 {
+            bpf_setsockopt(sk, SOL_SOCKET, SO_RCVLOWAT, mark, 4);
+        }
+    }
+    0
+}
+
+/// What is done about one socket for the node process, which runs this by `BPF_PROG_TEST_RUN` from inside the socket's network
+/// namespace. It is attached nowhere.
+#[classifier]
+pub fn mesh_pair(ctx: TcContext) -> i32 {
+    let Ok(request) = ctx.load::<PairRequest>(AT) else { return -1 };
+    let reply = answer(&ctx, &request);
+    if ctx.store(AT, &reply, 0).is_err() {
+        return -1;
+    }
+    0
+}
+
+#[inline(always)]
+fn answer(ctx: &TcContext, request: &PairRequest) -> PairReply {
+    let sk = find(ctx, request);
+    if sk.is_null() {
+        return PairReply { problem: PairReply::GONE, ..PairReply::default() };
+    }
+    let reply = of_socket(sk, request);
+    // SAFETY: the socket was looked up and is released once.
+    unsafe { bpf_sk_release(sk.cast()) };
+    reply
+}
+
+#[inline(always)]
+fn find(ctx: &TcContext, request: &PairRequest) -> *mut bpf_sock {
+    // `struct bpf_sock_tuple`: addresses and ports of a packet to the socket.
+    let mut tuple = [0_u8; 36];
+    let size = if request.family == 4 {
+        tuple[..4].copy_from_slice(&request.remote_ip[..4]);
+        tuple[4..8].copy_from_slice(&request.local_ip[..4]);
+        tuple[8..10].copy_from_slice(&request.remote_port);
+        tuple[10..12].copy_from_slice(&request.local_port);
+        12
+    } else {
+        tuple[..16].copy_from_slice(&request.remote_ip);
+        tuple[16..32].copy_from_slice(&request.local_ip);
+        tuple[32..34].copy_from_slice(&request.remote_port);
+        tuple[34..36].copy_from_slice(&request.local_port);
+        36
+    };
+    // SAFETY: a tuple of the size given.
+    unsafe { bpf_sk_lookup_tcp(ctx.skb.skb.cast(), tuple.as_mut_ptr().cast(), size, BPF_F_CURRENT_NETNS as u64, 0) }
+}
+
+#[inline(always)]
+fn of_socket(sk: *mut bpf_sock, request: &PairRequest) -> PairReply {
+    let mut reply = PairReply::default();
+    // SAFETY: fields and storage of a referenced socket, each pointer checked for null.
+    unsafe {
+        let tcp = bpf_tcp_sock(sk);
+        if (*sk).state != TCP_ESTABLISHED || tcp.is_null() {
+            reply.problem = PairReply::GONE;
+            return reply;
+        }
+        reply.bytes_received = (*tcp).bytes_received;
+        reply.bytes_acked = (*tcp).bytes_acked;
+        reply.segments_in = (*tcp).data_segs_in;
+        reply.segments_out = (*tcp).data_segs_out;
+        let create = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
+        let end: *mut End = bpf_sk_storage_get((&raw const ENDS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), create).cast();
+        if end.is_null() {
+            reply.problem = PairReply::FULL;
+            return reply;
+        }
+        // Through memory: a number is wanted, not the pointer, which may not be reckoned with.
+        (&raw mut (*end).own_socket).write_volatile(sk as u64);
+        match request.ask {
+            PairRequest::ENTER => {
+                (*end).peer = request.peer;
+                (*end).way = Way::WAITING;
+                let key = request.key;
+                let map = (&raw const ACCELERATED).cast_mut().cast();
+                if bpf_map_update_elem(map, (&raw const key).cast(), sk.cast(), u64::from(BPF_NOEXIST)) != 0 {
+                    reply.problem = PairReply::FULL;
+                }
+            }
+            PairRequest::JOIN => {
+                (*end).peer_socket = request.peer_socket;
+                // What either side has sent so far is TCP's: nothing overtakes it.
+                (*end).way = Way::TCP;
+            }
+            PairRequest::LEAVE => {
+                if (*end).way != Way::LEFT {
+                    (*end).why = Why::Asked as u32;
+                }
+                (*end).way = Way::LEFT;
+            }
+            PairRequest::WAKE => (*end).wake = 1,
+            _ => {}
+        }
+        tell_of(&mut reply, &*end);
+    }
+    reply
+}
+
+#[inline(always)]
+fn tell_of(reply: &mut PairReply, end: &End) {
+    let layout = KERNEL_LAYOUT.load();
+    // SAFETY: a field of a valid reference.
+    let own = unsafe { (&raw const end.own_socket).read_volatile() };
+    reply.socket = own;
+    reply.nonblocking = u32::from(nonblocking(&layout, own));
+    (reply.way, reply.why) = (end.way, end.why);
+    (reply.messages, reply.bytes) = (end.messages, end.bytes);
+    let psock = pointer(own, layout.user_data) & !USER_DATA_FLAGS;
+    if psock != 0 {
+        reply.references = word(psock, layout.references);
+        // An empty list points to itself.
+        let head = psock + u64::from(layout.queue);
+        reply.queued = u32::from(pointer(head, 0) != head);
+    }
+}

@@ -1,0 +1,472 @@
+//! Acceleration: which pairs of sockets move messages past the TCP stack, and when.
+//!
+//! A pair is entered on evidence, not on a guess: some time after it was offered, when both sockets are seen to be non-blocking
+//! and to have exchanged messages and not bulk. It is taken out again when the kernel side says that a socket turned blocking, that
+//! bulk flows or that a reader does not keep up; a socket leaves the map only when nothing redirected is unread and nobody is in the
+//! midst of sending.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use aya::maps::{MapData, RingBuf};
+use mesh_common::accelerate::{Event, KernelLayout, PairReply, PairRequest, Way, Why};
+use tokio::{
+    io::unix::AsyncFd,
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
+
+mod proof;
+
+use super::{CaptureError, btf::Btf, octets, sys};
+use crate::io::netns::Netns;
+
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+/// When a pair is first looked at after it was offered, and at most how long after the last time.
+const FIRST_LOOK: Duration = Duration::from_millis(5);
+const LAST_LOOK: Duration = Duration::from_secs(10);
+/// How often it is looked whether a reader has read what was redirected, at least.
+const LAST_WAKE: Duration = Duration::from_millis(10);
+/// Messages seen each way before a pair is entered.
+const MESSAGES: u32 = 2;
+/// Most bytes the messages of a pair have on average.
+const MEAN_MESSAGE: u64 = 8 * 1024;
+
+/// Where the fields are that the programs read.
+pub fn kernel_layout() -> Result<KernelLayout, String> {
+    let bytes = std::fs::read(BTF).map_err(|e| format!("the kernel's BTF cannot be read ({BTF}: {e})"))?;
+    let btf = Btf::parse(&bytes).map_err(|e| format!("the kernel's BTF cannot be used: {e}"))?;
+    let at = |structure: &str, path: &[&str]| btf.offset(structure, path).map_err(|e| format!("this kernel is not known: {e}"));
+    Ok(KernelLayout {
+        rmem_alloc: at("sock", &["sk_backlog", "rmem_alloc", "counter"])?,
+        socket: at("sock", &["sk_socket"])?,
+        user_data: at("sock", &["sk_user_data"])?,
+        file: at("socket", &["file"])?,
+        file_flags: at("file", &["f_flags"])?,
+        write_seq: at("tcp_sock", &["write_seq"])?,
+        snd_una: at("tcp_sock", &["snd_una"])?,
+        rcv_nxt: at("tcp_sock", &["rcv_nxt"])?,
+        copied_seq: at("tcp_sock", &["copied_seq"])?,
+        references: at("sk_psock", &["refcnt", "refs", "counter"])?,
+        queue: at("sk_psock", &["ingress_msg", "next"])?,
+        pad: 0,
+    })
+}
+
+/// One socket, found by its addresses.
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub netns: Arc<Netns>,
+    pub local: SocketAddr,
+    pub remote: SocketAddr,
+}
+
+/// Why a pair is, or is not, accelerated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It has not exchanged enough yet to tell.
+    Young,
+    Accelerated,
+    /// The owner of one of the sockets reads blocking.
+    Blocking,
+    /// It carries bulk.
+    Bulk,
+    /// The reader fell behind too often.
+    SlowReader,
+    /// No memory or no room in the kernel.
+    Full,
+    /// One of the sockets is not there, or not established.
+    Gone,
+    /// The kernel refused; the log says how.
+    Failed,
+}
+
+impl State {
+    pub const ALL: [Self; 8] =
+        [Self::Young, Self::Accelerated, Self::Blocking, Self::Bulk, Self::SlowReader, Self::Full, Self::Gone, Self::Failed];
+
+    /// The metric label value.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Young => "young",
+            Self::Accelerated => "accelerated",
+            Self::Blocking => "blocking",
+            Self::Bulk => "bulk",
+            Self::SlowReader => "slow_reader",
+            Self::Full => "full",
+            Self::Gone => "gone",
+            Self::Failed => "failed",
+        }
+    }
+
+    fn of(why: u32) -> Self {
+        match why {
+            w if w == Why::Blocking as u32 => Self::Blocking,
+            w if w == Why::SlowReader as u32 => Self::SlowReader,
+            _ => Self::Bulk,
+        }
+    }
+}
+
+/// The kernel side.
+#[derive(Debug)]
+struct Kernel {
+    pair: OwnedFd,
+    /// An iterator over TCP sockets.
+    wake: OwnedFd,
+    sockets: OwnedFd,
+}
+
+impl Kernel {
+    fn ask(&self, place: &Place, request: PairRequest) -> io::Result<PairReply> {
+        let family = if place.local.is_ipv4() { 4 } else { 6 };
+        let request = PairRequest {
+            family,
+            remote_ip: tuple_ip(place.remote.ip()),
+            local_ip: tuple_ip(place.local.ip()),
+            remote_port: place.remote.port().to_be_bytes(),
+            local_port: place.local.port().to_be_bytes(),
+            ..request
+        };
+        place.netns.enter(|| sys::test_run(self.pair.as_fd(), &request))?
+    }
+
+    fn look(&self, place: &Place) -> io::Result<PairReply> {
+        self.ask(place, PairRequest { ask: PairRequest::LOOK, ..PairRequest::default() })
+    }
+
+    /// Enters both sockets of a pair and gives each the other; whether there was room.
+    fn join(&self, id: u64, pair: &Pair) -> io::Result<bool> {
+        let (key, peer) = (id * 2, id * 2 + 1);
+        let enter = |key, peer| PairRequest { ask: PairRequest::ENTER, key, peer, ..PairRequest::default() };
+        let join = |peer_socket| PairRequest { ask: PairRequest::JOIN, peer_socket, ..PairRequest::default() };
+        let (one, other) = (self.ask(&pair.one, enter(key, peer))?, self.ask(&pair.other, enter(peer, key))?);
+        if one.problem != 0 || other.problem != 0 {
+            return Ok(false);
+        }
+        let (one, other) = (self.ask(&pair.one, join(other.socket))?, self.ask(&pair.other, join(one.socket))?);
+        Ok(one.problem == 0 && other.problem == 0)
+    }
+
+    /// Has the owner of a socket look again whether there is something to read.
+    fn wake(&self, place: &Place) -> io::Result<()> {
+        self.ask(place, PairRequest { ask: PairRequest::WAKE, ..PairRequest::default() })?;
+        place.netns.enter(|| sys::iterate(self.wake.as_fd()))?
+    }
+
+    fn remove(&self, key: u64) {
+        // Gone already when the socket is.
+        let _ = sys::delete(self.sockets.as_fd(), &key.to_ne_bytes());
+    }
+}
+
+fn tuple_ip(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(v4) => {
+            let [a, b, c, d] = v4.octets();
+            [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        }
+        IpAddr::V6(_) => octets(ip),
+    }
+}
+
+/// Two sockets of this node that are each other's peers, to be accelerated when they are seen to be fit.
+#[derive(Debug, Clone)]
+pub struct Pair {
+    pub one: Place,
+    pub other: Place,
+}
+
+impl Pair {
+    /// Two sockets of one network namespace, by the addresses of one of them.
+    pub fn within(netns: &Arc<Netns>, local: SocketAddr, remote: SocketAddr) -> Self {
+        let place = |local, remote| Place { netns: netns.clone(), local, remote };
+        Self { one: place(local, remote), other: place(remote, local) }
+    }
+}
+
+enum Message {
+    Offer(u64, Box<Pair>),
+    Withdraw(u64),
+}
+
+/// Where pairs are offered; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Offers {
+    sender: mpsc::UnboundedSender<Message>,
+    next: Arc<AtomicU64>,
+    known: Arc<Known>,
+}
+
+/// Pairs and their states, for inspection.
+#[derive(Debug, Default)]
+struct Known(Mutex<HashMap<u64, (Pair, State)>>);
+
+impl Known {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, (Pair, State)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A pair on offer as long as this lives: as long as the connection.
+#[derive(Debug)]
+pub struct Offered {
+    id: u64,
+    sender: mpsc::UnboundedSender<Message>,
+}
+
+impl Drop for Offered {
+    fn drop(&mut self) {
+        // Nobody listens any more when the process ends.
+        let _ = self.sender.send(Message::Withdraw(self.id));
+    }
+}
+
+impl Offers {
+    /// Offers a pair, whose connection has just been made. Bounded as connections are.
+    pub fn offer(&self, pair: Pair) -> Offered {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let _ = self.sender.send(Message::Offer(id, Box::new(pair)));
+        Offered { id, sender: self.sender.clone() }
+    }
+
+    /// Pairs that are on offer by state.
+    pub fn states(&self) -> Vec<(Pair, State)> {
+        self.known.lock().values().cloned().collect()
+    }
+}
+
+/// What acceleration needs of the loaded programs and maps.
+pub(super) struct Parts {
+    pub pair: OwnedFd,
+    pub wake: OwnedFd,
+    pub sockets: OwnedFd,
+    pub events: RingBuf<MapData>,
+}
+
+/// Sees to the pairs on offer; one task.
+pub struct Accelerator {
+    kernel: Kernel,
+    events: AsyncFd<RingBuf<MapData>>,
+    messages: mpsc::UnboundedReceiver<Message>,
+    known: Arc<Known>,
+    entries: HashMap<u64, Entry>,
+    due: BTreeSet<(Instant, u64)>,
+    changed: Box<dyn Fn(State) + Send>,
+}
+
+struct Entry {
+    pair: Pair,
+    phase: Phase,
+    wait: Duration,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Not entered, looked at now and then.
+    Outside,
+    Inside,
+    /// To be taken out when nothing is queued.
+    Leaving,
+    /// The owner of one of its sockets is to be woken when what was redirected is read.
+    Waking {
+        other: bool,
+    },
+}
+
+impl Accelerator {
+    /// With the programs and maps of an opened capture. `changed` hears of every change of a pair's state.
+    pub(super) fn new(parts: Parts, changed: impl Fn(State) + Send + 'static) -> Result<(Self, Offers), CaptureError> {
+        let Parts { pair, wake, sockets, events } = parts;
+        let (sender, messages) = mpsc::unbounded_channel();
+        let known = Arc::new(Known::default());
+        // Keys must not meet those of an earlier process, whose pairs may still be there.
+        let start =
+            nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_err(|e| CaptureError::io("read the clock")(e.into()))?;
+        let next = u64::try_from(start.tv_sec()).unwrap_or_default() << 30;
+        let offers = Offers { sender, next: Arc::new(AtomicU64::new(next + 1)), known: known.clone() };
+        // SAFETY: the ring owns its descriptor for as long as it lives, and always returns that one.
+        let events = unsafe { AsyncFd::register(events) };
+        let events = events.map_err(|e| CaptureError::io("watch the events of acceleration")(e.into_parts().1))?;
+        let kernel = Kernel { pair, wake, sockets };
+        proof::prove(&kernel, next).map_err(CaptureError::Unsupported)?;
+        let accelerator =
+            Self { kernel, events, messages, known, entries: HashMap::new(), due: BTreeSet::new(), changed: Box::new(changed) };
+        Ok((accelerator, offers))
+    }
+
+    /// Runs until nobody can offer anything any more.
+    pub async fn run(mut self) {
+        loop {
+            let next = self.due.first().map(|(when, _)| *when);
+            let due = async {
+                match next {
+                    Some(when) => sleep_until(when).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                message = self.messages.recv() => match message {
+                    Some(message) => self.take(message),
+                    None => return,
+                },
+                ready = self.events.readable_mut() => match ready {
+                    Ok(mut ready) => {
+                        let mut heard = Vec::new();
+                        while let Some(item) = ready.get_inner_mut().next() {
+                            heard.extend(event(&item));
+                        }
+                        ready.clear_ready();
+                        heard.into_iter().for_each(|e| self.hear(e));
+                    }
+                    Err(error) => {
+                        tracing::error!(target: "capture", %error, "events of acceleration cannot be read any more");
+                        return;
+                    }
+                },
+                () = due => self.work(),
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Offer(id, pair) => {
+                self.known.lock().insert(id, ((*pair).clone(), State::Young));
+                self.entries.insert(id, Entry { pair: *pair, phase: Phase::Outside, wait: FIRST_LOOK });
+                self.due.insert((Instant::now() + FIRST_LOOK, id));
+            }
+            Message::Withdraw(id) => {
+                self.known.lock().remove(&id);
+                self.entries.remove(&id);
+            }
+        }
+    }
+
+    fn hear(&mut self, event: Event) {
+        let id = event.peer / 2;
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        entry.wait = FIRST_LOOK;
+        // The peer of the sender is the one that reads.
+        entry.phase = if event.way == Way::LEFT { Phase::Leaving } else { Phase::Waking { other: event.peer % 2 == 1 } };
+        if event.way == Way::LEFT {
+            self.set(id, State::of(event.why));
+        }
+        self.due.insert((Instant::now(), id));
+    }
+
+    fn set(&self, id: u64, state: State) {
+        if let Some((_, known)) = self.known.lock().get_mut(&id)
+            && *known != state
+        {
+            *known = state;
+            (self.changed)(state);
+        }
+    }
+
+    fn work(&mut self) {
+        let now = Instant::now();
+        while let Some((when, id)) = self.due.pop_first() {
+            if when > now {
+                self.due.insert((when, id));
+                return;
+            }
+            let Some(mut entry) = self.entries.remove(&id) else { continue };
+            match self.see_to(id, &mut entry) {
+                Ok(true) => {
+                    entry.wait = (entry.wait * 2).min(LAST_LOOK);
+                    self.due.insert((now + entry.wait, id));
+                    self.entries.insert(id, entry);
+                }
+                Ok(false) => drop(self.entries.insert(id, entry)),
+                Err(error) => {
+                    tracing::debug!(target: "capture", one = %entry.pair.one.local, other = %entry.pair.one.remote, %error, "a pair cannot be accelerated");
+                    self.set(id, State::Failed);
+                }
+            }
+        }
+    }
+
+    /// Does what is due for a pair; whether it is to be seen to again.
+    fn see_to(&self, id: u64, entry: &mut Entry) -> io::Result<bool> {
+        let one = self.kernel.look(&entry.pair.one)?;
+        let other = self.kernel.look(&entry.pair.other)?;
+        if one.problem != 0 || other.problem != 0 {
+            let full = [one.problem, other.problem].contains(&PairReply::FULL);
+            self.set(id, if full { State::Full } else { State::Gone });
+            return Ok(full);
+        }
+        match entry.phase {
+            Phase::Outside => self.consider(id, entry, one, other),
+            Phase::Leaving => {
+                self.ask_both(entry, PairRequest::LEAVE)?;
+                let free = |r: PairReply| r.references <= 1 && r.queued == 0;
+                // Asked again: what was queued or under way before they were told to leave.
+                let (one, other) = (self.kernel.look(&entry.pair.one)?, self.kernel.look(&entry.pair.other)?);
+                if !(free(one) && free(other)) {
+                    return Ok(true);
+                }
+                // What came by TCP meanwhile raised its event together with what was redirected.
+                self.kernel.wake(&entry.pair.one)?;
+                self.kernel.wake(&entry.pair.other)?;
+                self.kernel.remove(id * 2);
+                self.kernel.remove(id * 2 + 1);
+                Ok(false)
+            }
+            Phase::Waking { other: is_other } => {
+                let (reader, place) = if is_other { (other, &entry.pair.other) } else { (one, &entry.pair.one) };
+                if reader.queued != 0 {
+                    entry.wait = entry.wait.min(LAST_WAKE);
+                    return Ok(true);
+                }
+                self.kernel.wake(place)?;
+                entry.phase = Phase::Inside;
+                Ok(false)
+            }
+            Phase::Inside => Ok(false),
+        }
+    }
+
+    fn consider(&self, id: u64, entry: &mut Entry, one: PairReply, other: PairReply) -> io::Result<bool> {
+        if one.nonblocking == 0 || other.nonblocking == 0 {
+            self.set(id, State::Blocking);
+            return Ok(true);
+        }
+        if one.segments_in < MESSAGES || one.segments_out < MESSAGES {
+            self.set(id, State::Young);
+            return Ok(true);
+        }
+        let mean = |bytes: u64, messages: u32| bytes / u64::from(messages.max(1));
+        if mean(one.bytes_received, one.segments_in) > MEAN_MESSAGE || mean(one.bytes_acked, one.segments_out) > MEAN_MESSAGE {
+            self.set(id, State::Bulk);
+            return Ok(true);
+        }
+        let done = self.kernel.join(id, &entry.pair)?;
+        entry.phase = if done { Phase::Inside } else { Phase::Leaving };
+        self.set(id, if done { State::Accelerated } else { State::Full });
+        Ok(!done)
+    }
+
+    fn ask_both(&self, entry: &Entry, ask: u32) -> io::Result<()> {
+        for place in [&entry.pair.one, &entry.pair.other] {
+            self.kernel.ask(place, PairRequest { ask, ..PairRequest::default() })?;
+        }
+        Ok(())
+    }
+}
+
+fn event(bytes: &[u8]) -> Option<Event> {
+    let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
+    let peer = bytes.get(..8)?.try_into().ok().map(u64::from_ne_bytes)?;
+    Some(Event { peer, way: word(8)?, why: word(12)? })
+}

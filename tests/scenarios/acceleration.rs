@@ -1,0 +1,93 @@
+//! Messages that move past the TCP stack: what is accelerated and what is not, and that nobody can tell but by the clock.
+
+use std::{
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{program, wait_for},
+};
+use serde_json::Value;
+
+fn start(bed: &Bed, pod: &Pod, name: &str, arguments: &[&str]) -> Child {
+    bed.command(pod, &program(name), arguments).stdout(Stdio::piped()).spawn().expect("started")
+}
+
+fn end(child: Child) -> Value {
+    let output = child.wait_with_output().expect("ended");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stdout)))
+}
+
+/// A pod that echoes on port 9000.
+fn echo(name: &str, node: usize) -> PodSpec {
+    let command = vec![program("soak").display().to_string(), "serve".into(), "9000".into()];
+    PodSpec { command, port: Some(9000), ..PodSpec::new(name, node) }
+}
+
+fn states(bed: &Bed, node: usize) -> Vec<String> {
+    let found = bed.nodes()[node].admin_json("/acceleration").expect("acceleration");
+    found["pairs"].as_array().expect("pairs").iter().map(|p| p["state"].as_str().expect("a state").to_owned()).collect()
+}
+
+/// Sockets in the kernel's map of those between which messages are redirected.
+fn entered(bed: &Bed, node: usize) -> usize {
+    mesh_node::capture::count_entries(&bed.nodes()[node].pinned("maps").join("ACCELERATED")).expect("the map")
+}
+
+#[test]
+fn random_messages_arrive_byte_for_byte_on_every_way() {
+    let gigabytes = std::env::var("MESH_SOAK_GIGABYTES").ok().and_then(|g| g.parse::<f64>().ok()).unwrap_or(0.1);
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, near, far] = bed.meshed([PodSpec::new("client", 0), echo("near", 0), echo("far", 1)]).expect("pods");
+    let connections = 25_u64;
+    let bytes = ((gigabytes * 1e9) as u64 / (4 * connections)).to_string();
+    let ways = [near.address(9000), near.address6(9000), far.address(9000), far.address6(9000)];
+    let running = ways.iter().map(|to| start(&bed, &client, "soak", &["run", to, &connections.to_string(), &bytes])).collect::<Vec<_>>();
+    wait_for("accelerated connections", Duration::from_secs(10), || Ok(states(&bed, 0).iter().any(|s| s == "accelerated"))).expect("some");
+    for (way, child) in ways.iter().zip(running) {
+        let report = end(child);
+        assert_eq!((&report["done"], report["errors"].as_array().map(Vec::len)), (&connections.into(), Some(0)), "{way}: {report}");
+    }
+    for node in 0..2 {
+        wait_for("empty maps", Duration::from_secs(5), || Ok(entered(&bed, node) == 0 && states(&bed, node).is_empty()))
+            .expect("nothing left");
+    }
+}
+
+#[test]
+fn a_connection_of_messages_is_accelerated_and_says_so_and_a_pod_can_opt_out() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let mut off = echo("off", 0);
+    off.labels.insert("mesh-node.io/acceleration".into(), "off".into());
+    let [client, near, opted_out] = bed.meshed([PodSpec::new("client", 0), echo("near", 0), off]).expect("pods");
+    let accelerated = |bed: &Bed| states(bed, 0).iter().filter(|s| *s == "accelerated").count();
+    let talk = start(&bed, &client, "soak", &["run", &near.address(9000), "4", "600000", "--turns"]);
+    wait_for("both hops of four connections", Duration::from_secs(10), || Ok(accelerated(&bed) == 8 && entered(&bed, 0) == 16))
+        .expect("accelerated");
+    assert!(bed.nodes()[0].metric("mesh_acceleration_total", &["state=\"accelerated\""]).expect("a metric") >= 8.0);
+    assert_eq!(end(talk)["done"], 4);
+    let talk = start(&bed, &client, "soak", &["run", &opted_out.address(9000), "4", "600000", "--turns"]);
+    // The client's own hop is, the other pod's is not.
+    wait_for("one hop of four connections", Duration::from_secs(10), || Ok(accelerated(&bed) == 4)).expect("accelerated");
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!((accelerated(&bed), entered(&bed, 0)), (4, 8));
+    assert_eq!(end(talk)["done"], 4);
+}
+
+#[test]
+fn programs_that_block_and_bulk_are_left_to_tcp() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    let steady = start(&bed, &client, "probe", &["steady", &server.address(8080), "2"]);
+    wait_for("a verdict", Duration::from_secs(5), || Ok(states(&bed, 0).iter().filter(|s| *s == "blocking").count() == 2))
+        .expect("blocking");
+    assert_eq!(entered(&bed, 0), 0);
+    assert!(end(steady)["error"].is_null());
+    for _ in 0..3 {
+        let report = bed.probe(&client, &["upload", &server.address(8080), "30000000"]).expect("a report");
+        assert_eq!(report["received"], 30_000_000, "{report}");
+    }
+    assert_eq!(bed.nodes()[0].metric("mesh_acceleration_total", &["state=\"accelerated\""]).unwrap_or(0.0), 0.0);
+}
