@@ -221,7 +221,7 @@ fn clusters(node: &Node) -> Value {
 /// Connections between the proxy and applications, with why each is accelerated or not.
 fn acceleration(node: &Node) -> Value {
     let Some(offers) = node.proxy.accelerated() else { return json!({"unavailable": true, "pairs": []}) };
-    let one = |(pair, state): (crate::capture::Pair, crate::capture::State)| json!({"one": pair.one.local.to_string(), "other": pair.one.remote.to_string(), "state": state.name()});
+    let one = |s: crate::capture::PairState| json!({"one": s.pair.one.local.to_string(), "other": s.pair.one.remote.to_string(), "state": s.state.name(), "redirectedBytes": s.redirected});
     json!({"unavailable": false, "pairs": offers.states().into_iter().map(one).collect::<Vec<_>>()})
 }
 

@@ -28,7 +28,7 @@ use mesh_common::{
     maps::{ALIVE, Counter, FlowKey, MAX_PROXIES, NodeConfig, PendingKey, Pod},
 };
 
-pub use accelerate::{Accelerator, Offered, Offers, Pair, State};
+pub use accelerate::{Accelerator, Offered, Offers, Pair, PairState, State};
 pub use discovery::{Discovery, LocalPod, cgroup2_mount, pod_uid};
 pub use object::verify;
 pub use pins::uninstall;
@@ -49,9 +49,10 @@ pub enum FailMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Acceleration {
     /// Where it is seen to be safe and of use.
-    #[default]
     On,
-    /// Nowhere.
+    /// Nowhere. The default for now: a program that makes a socket blocking again in the midst of a conversation can be told `EAGAIN`
+    /// once, and the kernel has no way to prevent it.
+    #[default]
     Off,
 }
 

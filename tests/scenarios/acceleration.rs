@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use mesh_common::accelerate::{MAX_MESSAGE, MAX_QUEUED};
 use mesh_tests::{
     Bed, NodeOptions, Pod, PodSpec,
     bed::{program, wait_for},
@@ -39,7 +40,7 @@ fn entered(bed: &Bed, node: usize) -> usize {
 #[test]
 fn random_messages_arrive_byte_for_byte_on_every_way() {
     let gigabytes = std::env::var("MESH_SOAK_GIGABYTES").ok().and_then(|g| g.parse::<f64>().ok()).unwrap_or(0.1);
-    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
     let [client, near, far] = bed.meshed([PodSpec::new("client", 0), echo("near", 0), echo("far", 1)]).expect("pods");
     let connections = 25_u64;
     let bytes = ((gigabytes * 1e9) as u64 / (4 * connections)).to_string();
@@ -58,7 +59,7 @@ fn random_messages_arrive_byte_for_byte_on_every_way() {
 
 #[test]
 fn a_connection_of_messages_is_accelerated_and_says_so_and_a_pod_can_opt_out() {
-    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
     let mut off = echo("off", 0);
     off.labels.insert("mesh-node.io/acceleration".into(), "off".into());
     let [client, near, opted_out] = bed.meshed([PodSpec::new("client", 0), echo("near", 0), off]).expect("pods");
@@ -78,7 +79,7 @@ fn a_connection_of_messages_is_accelerated_and_says_so_and_a_pod_can_opt_out() {
 
 #[test]
 fn programs_that_block_and_bulk_are_left_to_tcp() {
-    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
     let steady = start(&bed, &client, "probe", &["steady", &server.address(8080), "2"]);
     wait_for("a verdict", Duration::from_secs(5), || Ok(states(&bed, 0).iter().filter(|s| *s == "blocking").count() == 2))
@@ -90,4 +91,27 @@ fn programs_that_block_and_bulk_are_left_to_tcp() {
         assert_eq!(report["received"], 30_000_000, "{report}");
     }
     assert_eq!(bed.nodes()[0].metric("mesh_acceleration_total", &["state=\"accelerated\""]).unwrap_or(0.0), 0.0);
+}
+
+#[test]
+fn a_reader_that_does_not_read_holds_its_sender_up_and_loses_nothing() {
+    const BEFORE: u64 = 20_480;
+    for way in ["off", "on"] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", way])).expect("bed");
+        let mut stalls = echo("server", 0);
+        stalls.command.extend(["--stall-after".into(), BEFORE.to_string()]);
+        let [client, server] = bed.meshed([PodSpec::new("client", 0), stalls]).expect("pods");
+        let flood = start(&bed, &client, "soak", &["flood", &server.address(9000), &BEFORE.to_string()]);
+        // While nobody reads: the kernel holds no more redirected bytes than the bound, in either direction of either hop.
+        std::thread::sleep(Duration::from_secs(4));
+        let found = bed.nodes()[0].admin_json("/acceleration").expect("acceleration");
+        let pairs = found["pairs"].as_array().expect("pairs").iter();
+        let most = pairs.flat_map(|p| p["redirectedBytes"].as_array().expect("bytes").iter().filter_map(Value::as_u64)).max().unwrap_or(0);
+        let bound = BEFORE + 2 * u64::from(MAX_QUEUED + MAX_MESSAGE);
+        assert!((way == "off") == (most == 0) && most <= bound, "{way}: {found}");
+        let report = end(flood);
+        assert!(report["error"].is_null() && report["read"] == report["written"], "{way}: {report}");
+        let turned = bed.nodes()[0].metric("mesh_capture_events", &["\"acceleration_turned\""]).expect("a metric");
+        assert_eq!(turned > 0.0, way == "on", "back to TCP");
+    }
 }

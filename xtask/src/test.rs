@@ -10,6 +10,9 @@ use crate::{
 /// Seconds each fuzz target runs in CI.
 const FUZZ_SECONDS: u32 = 30;
 
+/// Suites of the test bed that run with acceleration too.
+const ACCELERATED: [&str; 6] = ["application_view", "routing", "services", "load", "tunnel", "policy"];
+
 /// Every check and test. Order: what fails fastest first.
 pub fn run(quick: bool) -> Result<()> {
     setup::run(!quick)?;
@@ -24,6 +27,9 @@ pub fn run(quick: bool) -> Result<()> {
         ebpf::verify()?;
     }
     step("scenarios in the test bed", &mut cargo(&["test", "--locked", "-p", "mesh-tests"]))?;
+    let mut accelerated = cargo(&["test", "--locked", "-p", "mesh-tests"]);
+    accelerated.args(ACCELERATED.iter().flat_map(|suite| ["--test", suite])).env("MESH_ACCELERATION", "on");
+    step("scenarios once more, with acceleration", &mut accelerated)?;
     step("the demo", &mut std::process::Command::new(target().join("debug/mesh-demo")))?;
     if !quick {
         fuzz::run(None, FUZZ_SECONDS)?;

@@ -206,6 +206,16 @@ pub struct Offers {
     sender: mpsc::UnboundedSender<Message>,
     next: Arc<AtomicU64>,
     known: Arc<Known>,
+    kernel: Arc<Kernel>,
+}
+
+/// A pair on offer, as it is now.
+#[derive(Debug, Clone)]
+pub struct PairState {
+    pub pair: Pair,
+    pub state: State,
+    /// Bytes that were redirected, from the first socket to the second and back.
+    pub redirected: [u64; 2],
 }
 
 /// Pairs and their states, for inspection.
@@ -240,9 +250,15 @@ impl Offers {
         Offered { id, sender: self.sender.clone() }
     }
 
-    /// Pairs that are on offer by state.
-    pub fn states(&self) -> Vec<(Pair, State)> {
-        self.known.lock().values().cloned().collect()
+    /// Pairs that are on offer.
+    pub fn states(&self) -> Vec<PairState> {
+        let all = self.known.lock().values().cloned().collect::<Vec<_>>();
+        let bytes = |place: &Place| self.kernel.look(place).map_or(0, |reply| reply.bytes);
+        let one = |(pair, state): (Pair, State)| {
+            let redirected = if state == State::Young { [0; 2] } else { [bytes(&pair.one), bytes(&pair.other)] };
+            PairState { redirected, pair, state }
+        };
+        all.into_iter().map(one).collect()
     }
 }
 
@@ -256,7 +272,7 @@ pub(super) struct Parts {
 
 /// Sees to the pairs on offer; one task.
 pub struct Accelerator {
-    kernel: Kernel,
+    kernel: Arc<Kernel>,
     events: AsyncFd<RingBuf<MapData>>,
     messages: mpsc::UnboundedReceiver<Message>,
     known: Arc<Known>,
@@ -294,12 +310,12 @@ impl Accelerator {
         let start =
             nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_err(|e| CaptureError::io("read the clock")(e.into()))?;
         let next = u64::try_from(start.tv_sec()).unwrap_or_default() << 30;
-        let offers = Offers { sender, next: Arc::new(AtomicU64::new(next + 1)), known: known.clone() };
         // SAFETY: the ring owns its descriptor for as long as it lives, and always returns that one.
         let events = unsafe { AsyncFd::register(events) };
         let events = events.map_err(|e| CaptureError::io("watch the events of acceleration")(e.into_parts().1))?;
-        let kernel = Kernel { pair, wake, sockets };
+        let kernel = Arc::new(Kernel { pair, wake, sockets });
         proof::prove(&kernel, next).map_err(CaptureError::Unsupported)?;
+        let offers = Offers { sender, next: Arc::new(AtomicU64::new(next + 1)), known: known.clone(), kernel: kernel.clone() };
         let accelerator =
             Self { kernel, events, messages, known, entries: HashMap::new(), due: BTreeSet::new(), changed: Box::new(changed) };
         Ok((accelerator, offers))

@@ -81,7 +81,8 @@ struct RunArgs {
     /// What happens to connections of enrolled pods while no mesh-node runs on the node.
     #[arg(long, env = "MESH_FAIL_MODE", value_enum, default_value_t)]
     fail_mode: FailMode,
-    /// Whether messages between applications and the proxy move past the TCP stack (`sk_msg`). A pod opts out with the label or annotation
+    /// Whether messages between applications and the proxy move past the TCP stack (`sk_msg`), where both read without blocking. Not
+    /// for programs that make a socket blocking again in the midst of a conversation. A pod opts out with the label or annotation
     /// `mesh-node.io/acceleration: "off"`.
     #[arg(long, env = "MESH_ACCELERATION", value_enum, default_value_t)]
     acceleration: Acceleration,

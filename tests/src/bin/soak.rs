@@ -25,7 +25,15 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Echo on PORT.
-    Serve { port: u16 },
+    Serve {
+        port: u16,
+        /// Read no more from a connection after so many bytes, for some seconds.
+        #[arg(long)]
+        stall_after: Option<u64>,
+    },
+    /// Exchange AFTER bytes in turns with a server that then reads no more, and send as long as that is taken; print how much was.
+    /// Then wait for the server to read on, and check that all of it comes back.
+    Flood { to: SocketAddr, after: u64 },
     /// Send BYTES on each of CONNECTIONS and check what comes back; with --turns no message before the last one came back.
     Run {
         to: SocketAddr,
@@ -38,12 +46,18 @@ enum Command {
 
 /// What an echoing connection keeps at most.
 const ROOM: usize = 256 * 1024;
+/// How long a server stalls.
+const STALLED: Duration = Duration::from_secs(6);
 /// A connection without any progress for so long has lost something.
 const STALL: Duration = Duration::from_secs(20);
 
 fn main() -> Result<()> {
     match Arguments::parse().command {
-        Command::Serve { port } => serve(port),
+        Command::Serve { port, stall_after } => serve(port, stall_after.unwrap_or(u64::MAX)),
+        Command::Flood { to, after } => {
+            println!("{}", flood(to, after).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
+            Ok(())
+        }
         Command::Run { to, connections, bytes, turns } => {
             println!("{}", run(to, connections, bytes, turns)?);
             Ok(())
@@ -65,6 +79,7 @@ struct Conn {
     written: u64,
     /// To be echoed.
     waiting: Vec<u8>,
+    stalled: Option<Instant>,
     last: Instant,
 }
 
@@ -86,6 +101,7 @@ impl Conn {
             read: 0,
             written: 0,
             waiting: Vec::new(),
+            stalled: None,
             last: Instant::now(),
         })
     }
@@ -144,8 +160,12 @@ impl Conn {
     }
 
     /// Echoes a little; whether there may be more to do at once.
-    fn echo(&mut self) -> io::Result<bool> {
-        if self.readable && self.waiting.len() < ROOM {
+    fn echo(&mut self, stall_after: u64) -> io::Result<bool> {
+        if self.read >= stall_after && self.stalled.is_none() {
+            self.stalled = Some(Instant::now());
+        }
+        let stalled = self.stalled.is_some_and(|since| since.elapsed() < STALLED);
+        if self.readable && !stalled && self.waiting.len() < ROOM {
             let got = self.take(32 * 1024)?;
             self.waiting.extend(got);
         }
@@ -162,7 +182,7 @@ impl Conn {
             self.stream.shutdown(Shutdown::Write)?;
             self.shut = true;
         }
-        Ok((self.readable && self.waiting.len() < ROOM) || (self.writable && !self.waiting.is_empty()))
+        Ok((self.readable && (stalled || self.waiting.len() < ROOM)) || (self.writable && !self.waiting.is_empty()))
     }
 
     /// Sends and checks a little.
@@ -198,7 +218,7 @@ fn size(turns: bool) -> usize {
     }
 }
 
-fn serve(port: u16) -> Result<()> {
+fn serve(port: u16, stall_after: u64) -> Result<()> {
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
     listener.set_nonblocking(true)?;
     let epoll = Epoll::new(EpollCreateFlags::empty())?;
@@ -223,7 +243,7 @@ fn serve(port: u16) -> Result<()> {
                 busy = true;
                 continue;
             }
-            match conn.echo() {
+            match conn.echo(stall_after) {
                 Ok(more) => busy |= more,
                 Err(_) => *slot = None,
             }
@@ -275,6 +295,55 @@ fn run(to: SocketAddr, connections: usize, bytes: u64, turns: bool) -> Result<se
         }
     }
     Ok(json!({"done": done, "echoed": echoed, "errors": errors}))
+}
+
+fn flood(to: SocketAddr, after: u64) -> Result<serde_json::Value> {
+    let mut stream = TcpStream::connect(to)?;
+    stream.set_nodelay(true)?;
+    stream.set_nonblocking(true)?;
+    let (mut written, mut read, mut piece, mut buffer) = (0_u64, 0_u64, [0; 512], [0; 4096]);
+    let mut turns = || -> Result<()> {
+        while read < after {
+            if written == read {
+                pattern::fill(&mut piece, written);
+                written += stream.write(&piece)? as u64;
+            }
+            match stream.read(&mut buffer) {
+                Ok(n) => read += n as u64,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(1)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    };
+    turns()?;
+    let (mut last, started) = (Instant::now(), written);
+    while last.elapsed() < Duration::from_secs(1) {
+        pattern::fill(&mut piece, written);
+        match stream.write(&piece) {
+            Ok(n) => (written, last) = (written + n as u64, Instant::now()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(1)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let taken = written - started;
+    stream.shutdown(Shutdown::Write)?;
+    loop {
+        let n = match stream.read(&mut buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(1));
+                continue;
+            }
+            other => other?,
+        };
+        if n == 0 {
+            return Ok(json!({"taken": taken, "written": written, "read": read}));
+        }
+        if let Some(wrong) = pattern::first_error(&buffer[..n], read) {
+            anyhow::bail!("byte {wrong} is wrong");
+        }
+        read += n as u64;
+    }
 }
 
 fn wait(epoll: &Epoll, busy: bool) -> Result<Vec<(u64, EpollFlags)>> {
