@@ -256,7 +256,7 @@ impl Offers {
         let bytes = |place: &Place| self.kernel.look(place).map_or(0, |reply| reply.bytes);
         let one = |(pair, state): (Pair, State)| {
             let redirected = if state == State::Young { [0; 2] } else { [bytes(&pair.one), bytes(&pair.other)] };
-            PairState { redirected, pair, state }
+            PairState { pair, state, redirected }
         };
         all.into_iter().map(one).collect()
     }
