@@ -110,6 +110,7 @@ pub struct Capture {
 }
 
 fn acceleration(loaded: &mut object::Loaded) -> Result<accelerate::Parts, CaptureError> {
+    loaded.load_acceleration()?;
     let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(CaptureError::io("duplicate a program descriptor"));
     let pair = duplicate(loaded.program(object::PAIR)?)?;
     let program = duplicate(loaded.program(object::ACCELERATE)?)?;
@@ -145,7 +146,7 @@ impl Capture {
         pins::update_steering(&directory, steer.as_fd())?;
         let acceleration = match layout {
             Ok(_) if settings.acceleration == Acceleration::Off => Err("it is switched off (--acceleration)".to_owned()),
-            Ok(_) => Ok(acceleration(&mut loaded)?),
+            Ok(_) => acceleration(&mut loaded).map_err(|e| crate::telemetry::chain(&e)),
             Err(why) => Err(why),
         };
         let alive = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).map_err(CaptureError::io("listen on loopback"))?;

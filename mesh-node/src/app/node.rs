@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use super::listeners::{Listeners, Serving};
 use crate::{
     admin,
-    capture::{Capture, CaptureSettings, Discovery, LocalPod, NodeFlows},
+    capture::{Acceleration, Capture, CaptureSettings, Discovery, LocalPod, NodeFlows},
     config::{Configuration, MeshSettings, Publisher},
     id::WorkloadUid,
     identity::{self, CertificateSource, EmbeddedCa, Files, IstioCa, IstioCaSettings, Manager},
@@ -150,7 +150,10 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
             proxy.accelerate_with(offers);
             tokio::spawn(accelerator.run());
         }
-        Err(why) => tracing::warn!(target: "app", why, "connections are not accelerated"),
+        Err(why) if settings.capture.acceleration == Acceleration::On => {
+            tracing::warn!(target: "app", why, "connections are not accelerated");
+        }
+        Err(_) => {}
     }
     let node = Arc::new(Node {
         settings,

@@ -92,9 +92,6 @@ pub enum State {
 }
 
 impl State {
-    pub const ALL: [Self; 8] =
-        [Self::Young, Self::Accelerated, Self::Blocking, Self::Bulk, Self::SlowReader, Self::Full, Self::Gone, Self::Failed];
-
     /// The metric label value.
     pub fn name(self) -> &'static str {
         match self {

@@ -44,10 +44,13 @@ pub const PAIR: &str = "mesh_pair";
 /// The program that goes through a namespace's TCP sockets.
 pub const WAKE: &str = "mesh_wake";
 
-/// Every program.
+/// The programs without which there is no capture.
 fn programs() -> impl Iterator<Item = &'static str> {
-    CGROUP_HOOKS.iter().map(|h| h.program).chain([STEER, ACCELERATE, PAIR, WAKE])
+    CGROUP_HOOKS.iter().map(|h| h.program).chain([STEER])
 }
+
+/// Those that only acceleration needs: a kernel that does not take them can still capture.
+const ACCELERATION: [&str; 3] = [ACCELERATE, PAIR, WAKE];
 
 /// Maps that are pinned. Socket storage and counters too: what a socket is must survive the process.
 const MAPS: [&str; 12] = [
@@ -77,12 +80,10 @@ pub fn load(directory: &Path, layout: KernelLayout) -> Result<Loaded, CaptureErr
         loader.map_pin_path(name, path.as_path());
     }
     loader.override_global("KERNEL_LAYOUT", &layout, true);
-    let mut ebpf = loader.load(OBJECT).map_err(|e| CaptureError::Object(chain(&e)))?;
-    for name in programs() {
-        let program = ebpf.program_mut(name).ok_or_else(|| CaptureError::Object(format!("program {name} is missing")))?;
-        load_program(program).map_err(|e| CaptureError::Program { program: name, problem: chain(&e) })?;
-    }
-    Ok(Loaded(ebpf))
+    let ebpf = loader.load(OBJECT).map_err(|e| CaptureError::Object(chain(&e)))?;
+    let mut all = Loaded(ebpf);
+    programs().try_for_each(|name| all.load(name))?;
+    Ok(all)
 }
 
 /// Loads every program into this kernel without attaching or pinning anything; returns names and verified instruction
@@ -92,7 +93,7 @@ pub fn verify() -> Result<Vec<(&'static str, u32)>, CaptureError> {
     super::probe::check()?;
     let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|e| CaptureError::Object(chain(&e)))?;
     let mut verified = Vec::new();
-    for name in programs() {
+    for name in programs().chain(ACCELERATION) {
         let program = ebpf.program_mut(name).ok_or_else(|| CaptureError::Object(format!("program {name} is missing")))?;
         let problem = |e: &aya::programs::ProgramError| CaptureError::Program { program: name, problem: chain(e) };
         load_program(program).map_err(|e| problem(&e))?;
@@ -129,6 +130,16 @@ fn check_abi(elf: &[u8]) -> Result<(), CaptureError> {
 }
 
 impl Loaded {
+    fn load(&mut self, name: &'static str) -> Result<(), CaptureError> {
+        let program = self.0.program_mut(name).ok_or_else(|| CaptureError::Object(format!("program {name} is missing")))?;
+        load_program(program).map_err(|e| CaptureError::Program { program: name, problem: chain(&e) })
+    }
+
+    /// Loads the programs of acceleration.
+    pub fn load_acceleration(&mut self) -> Result<(), CaptureError> {
+        ACCELERATION.into_iter().try_for_each(|name| self.load(name))
+    }
+
     pub fn program(&self, name: &'static str) -> Result<BorrowedFd<'_>, CaptureError> {
         let problem = |problem: String| CaptureError::Program { program: name, problem };
         let program = self.0.program(name).ok_or_else(|| problem("is missing".into()))?;
