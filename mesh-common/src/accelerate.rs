@@ -65,7 +65,10 @@ pub struct End {
     pub large: u32,
     /// 1: its owner is to be woken when next the sockets of its namespace are gone through.
     pub wake: u32,
-    pub pad: u32,
+    /// 1: it is the server's end of the flow.
+    pub server: u32,
+    /// The direct connection whose end it is, to count its bytes at; 0 when it is of none.
+    pub flow: u64,
     /// What was redirected.
     pub messages: u64,
     pub bytes: u64,
@@ -175,7 +178,9 @@ pub struct PairRequest {
     pub local_ip: [u8; 16],
     pub remote_port: [u8; 2],
     pub local_port: [u8; 2],
-    pub pad: u32,
+    /// As in [`End`].
+    pub server: u32,
+    pub flow: u64,
 }
 
 impl PairRequest {
@@ -232,9 +237,9 @@ pub struct Event {
     pub why: u32,
 }
 
-const _: () = assert!(size_of::<End>() == 64);
+const _: () = assert!(size_of::<End>() == 72);
 const _: () = assert!(size_of::<KernelLayout>() == 48);
-const _: () = assert!(size_of::<PairRequest>() == 72);
+const _: () = assert!(size_of::<PairRequest>() == 80);
 const _: () = assert!(size_of::<PairReply>() == 72);
 const _: () = assert!(size_of::<Event>() == 16);
 

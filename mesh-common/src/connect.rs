@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn connect_decision_follows_the_destination() {
-        let pod = Pod { v4: ip("10.1.0.7"), v6: ip("fd00::7") };
+        let pod = Pod { v4: ip("10.1.0.7"), v6: ip("fd00::7"), direct: 0 };
         let redirect_v4 = Verdict::Redirect(Address::new(pod.v4, OUTBOUND_PORT));
         let redirect_v6 = Verdict::Redirect(Address::new(pod.v6, OUTBOUND_PORT));
         let cases = [
@@ -86,7 +86,7 @@ mod tests {
         let v4_only = Pod { v6: Pod::NONE, ..pod };
         assert_eq!(decide(&Address::new(ip("fd00::99"), 443), &v4_only), Verdict::NoFamily);
         assert_eq!(decide(&Address::new(ip("10.96.0.1"), 443), &v4_only), redirect_v4);
-        let unknown = Pod { v4: ip("127.0.0.1"), v6: ip("::1") };
+        let unknown = Pod { v4: ip("127.0.0.1"), v6: ip("::1"), direct: 0 };
         assert_eq!(decide(&Address::new(ip("10.96.0.1"), 80), &unknown), Verdict::Redirect(Address::new(ip("127.0.0.1"), OUTBOUND_PORT)));
     }
 }

@@ -8,15 +8,16 @@
 pub mod accelerate;
 pub mod addr;
 pub mod connect;
+pub mod direct;
 pub mod maps;
 
 pub use addr::Address;
 
-/// Version of every map layout and of the meaning of its contents. Bump on any change to [`maps`] or to layouts in [`accelerate`].
+/// Version of every map layout and of the meaning of its contents. Bump on any change to [`maps`] or to layouts in [`accelerate`] and [`direct`].
 ///
 /// The object carries it in the ELF section [`maps::ABI_SECTION`]; the loader refuses another value, and pins
 /// live under a directory named after it, so two layouts never share a map.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// In-pod listener that captured outbound connections are aimed at.
 pub const OUTBOUND_PORT: u16 = 15001;

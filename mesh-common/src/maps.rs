@@ -9,7 +9,7 @@ pub const ABI_SECTION: &str = "mesh_abi";
 pub const MAX_PODS: usize = 4096;
 /// Upper bound on captured connections between the handshake and the proxy's `accept`.
 pub const MAX_PENDING: usize = 65_536;
-/// Upper bound on flows the proxy itself has open towards applications.
+/// Upper bound on flows the proxy itself has open towards applications, and on those that go there directly.
 pub const MAX_PROXY_FLOWS: usize = 65_536;
 /// Upper bound on connections to pods that the node itself has open.
 pub const MAX_NODE_FLOWS: usize = 16_384;
@@ -39,6 +39,8 @@ pub struct Pod {
     pub v4: [u8; 16],
     /// The pod's IPv6 address; likewise.
     pub v6: [u8; 16],
+    /// 1: its connections may go directly to pods of the node where there is a route for them.
+    pub direct: u8,
 }
 
 impl Pod {
@@ -50,9 +52,9 @@ impl Pod {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct SocketMark {
-    /// One of [`SocketMark::NONE`], [`SocketMark::CAPTURED`], [`SocketMark::PROXY`], [`SocketMark::NODE`].
+    /// One of [`SocketMark`]'s constants.
     pub kind: u16,
-    /// The address the application dialled, when captured; of a socket of the node, its cgroup in the first bytes.
+    /// The address the application dialled, when captured or direct; of a socket of the node, its cgroup in the first bytes.
     pub orig_dst: Address,
 }
 
@@ -62,6 +64,8 @@ impl SocketMark {
     pub const PROXY: u16 = 2;
     /// A socket in the node's own network namespace, towards a pod.
     pub const NODE: u16 = 3;
+    /// A connection to another pod of the node past the proxy, see [`crate::direct`].
+    pub const DIRECT: u16 = 4;
 }
 
 /// Finds the original destination of a connection accepted on the outbound listener: whose netns, and the client's own
@@ -74,7 +78,8 @@ pub struct PendingKey {
     pub pad: [u8; 6],
 }
 
-/// A connection the proxy itself opens towards an application, as the pod's sk_lookup program sees it.
+/// A connection that the proxy itself opens towards an application, or that goes there directly, as the pod's sk_lookup program
+/// sees it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct FlowKey {
@@ -106,10 +111,16 @@ pub enum Counter {
     AccelerationTurned = 8,
     /// Events of acceleration that the node process did not read in time.
     AccelerationUntold = 9,
+    /// Outbound connections that went directly to another pod of the node.
+    Direct = 10,
+    /// Those that would have and were aimed at the proxy: there was no room for one more.
+    DirectFull = 11,
+    /// Events of direct connections that the node process did not read in time; it finds out later.
+    DirectUntold = 12,
 }
 
 impl Counter {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 13] = [
         Self::Captured,
         Self::Steered,
         Self::RefusedReservedPort,
@@ -120,6 +131,9 @@ impl Counter {
         Self::RefusedNoFamily,
         Self::AccelerationTurned,
         Self::AccelerationUntold,
+        Self::Direct,
+        Self::DirectFull,
+        Self::DirectUntold,
     ];
 
     /// The metric label value.
@@ -136,12 +150,15 @@ impl Counter {
             Self::RefusedNoFamily => "refused_no_family",
             Self::AccelerationTurned => "acceleration_turned",
             Self::AccelerationUntold => "acceleration_untold",
+            Self::Direct => "direct",
+            Self::DirectFull => "direct_full",
+            Self::DirectUntold => "direct_untold",
         }
     }
 }
 
 const _: () = assert!(size_of::<NodeConfig>() == 16);
-const _: () = assert!(size_of::<Pod>() == 32 && align_of::<Pod>() == 1);
+const _: () = assert!(size_of::<Pod>() == 33 && align_of::<Pod>() == 1);
 const _: () = assert!(size_of::<SocketMark>() == 20);
 const _: () = assert!(size_of::<PendingKey>() == 32);
 const _: () = assert!(size_of::<FlowKey>() == 36 && align_of::<FlowKey>() == 1);

@@ -24,6 +24,7 @@ use mesh_common::{
     maps::Counter,
 };
 
+use crate::direct;
 use crate::maps::{ACCELERATED, ENDS, EVENTS, count};
 
 /// Overwritten by the loader.
@@ -70,6 +71,7 @@ pub fn mesh_accelerate(ctx: SkMsgContext) -> u32 {
             if ACCELERATED.redirect_msg(&ctx, &mut peer, u64::from(BPF_F_INGRESS)) == i64::from(sk_action::SK_PASS) {
                 end.messages += 1;
                 end.bytes += u64::from(size);
+                direct::redirected(end, size);
             } else {
                 end.way = Way::LEFT;
             }
@@ -240,6 +242,8 @@ fn of_socket(sk: *mut bpf_sock, request: &PairRequest) -> PairReply {
         match request.ask {
             PairRequest::ENTER => {
                 (*end).peer = request.peer;
+                (*end).flow = request.flow;
+                (*end).server = request.server;
                 (*end).way = Way::WAITING;
                 let key = request.key;
                 let map = (&raw const ACCELERATED).cast_mut().cast();

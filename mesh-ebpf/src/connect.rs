@@ -15,6 +15,7 @@ use mesh_common::{
     maps::{ALIVE, Counter, SocketMark},
 };
 
+use crate::direct;
 use crate::maps::{LISTENERS, PODS, PROXIES, SOCKETS, count, fail_open, is_node};
 
 const IPPROTO_TCP: u32 = 6;
@@ -138,6 +139,11 @@ fn conclude(ctx: &SockAddrContext, dst: Address) -> Result<Option<Address>, i32>
             Err(REFUSE)
         }
         Verdict::Redirect(target) => {
+            if let Some(endpoint) = direct::route(ctx.sock_addr, cookie, pod, &dst) {
+                remember(ctx, SocketMark::DIRECT, dst)?;
+                count(Counter::Direct);
+                return Ok(Some(endpoint));
+            }
             remember(ctx, SocketMark::CAPTURED, dst)?;
             count(Counter::Captured);
             Ok(Some(target))

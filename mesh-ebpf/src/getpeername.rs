@@ -38,5 +38,5 @@ fn orig_dst(ctx: &SockAddrContext) -> Option<Address> {
     }
     // SAFETY: non-null storage, valid while the socket is.
     let mark = unsafe { *mark };
-    (mark.kind == SocketMark::CAPTURED).then_some(mark.orig_dst)
+    (mark.kind == SocketMark::CAPTURED || mark.kind == SocketMark::DIRECT).then_some(mark.orig_dst)
 }

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `accelerate` | `sk_msg` | redirects messages between two sockets of a pair |
 //! | `connect` | `cgroup/connect4`, `connect6` | aims an enrolled pod's connections at the in-pod outbound listener |
+//! | `direct` | part of `connect` and `sock_events` | lets connections go to another pod of the node past the proxy |
 //! | `getpeername` | `cgroup/getpeername4`, `getpeername6` | shows the application the address it dialled |
 //! | `sock_events` | `sockops` | hands the original destination to the proxy; notes the proxy's own flows |
 //! | `steer` | `sk_lookup`, per pod netns | steers plaintext connections to the pod to the inbound listener |
@@ -14,6 +15,7 @@
 
 mod accelerate;
 mod connect;
+mod direct;
 mod getpeername;
 mod maps;
 mod sock_events;

@@ -1,12 +1,14 @@
 //! All maps. Key and value types, and their bounds, are in `mesh_common::maps`.
 
 use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage, SockHash},
     macros::btf_map,
 };
 use mesh_common::{
     Address,
     accelerate::{EVENT_BYTES, End, Event, MAX_SOCKETS},
+    direct::{self, Flow, FlowEvent, MAX_FLOWS, MAX_ROUTES, Route, RouteKey},
     maps::{
         Counter, FlowKey, MAX_LISTENERS, MAX_NODE_FLOWS, MAX_PENDING, MAX_PODS, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod,
         SocketMark,
@@ -33,7 +35,7 @@ pub static SOCKETS: SkStorage<SocketMark> = SkStorage::new();
 #[btf_map]
 pub static PENDING: LruHashMap<PendingKey, Address, MAX_PENDING> = LruHashMap::new();
 
-/// Flows the proxy itself has open towards applications.
+/// Flows the proxy itself has open towards applications, and those that go there directly.
 #[btf_map]
 pub static PROXY_FLOWS: LruHashMap<FlowKey, u32, MAX_PROXY_FLOWS> = LruHashMap::new();
 
@@ -59,6 +61,19 @@ pub static ENDS: SkStorage<End> = SkStorage::new();
 /// Pairs that have to be seen to by the node process.
 #[btf_map]
 pub static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
+
+/// Where connections may go past the proxy.
+#[btf_map]
+pub static ROUTES: HashMap<RouteKey, Route, MAX_ROUTES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// Connections that go past the proxy, by the cookie of the client's socket. The node process removes those that are over when it
+/// has counted them.
+#[btf_map]
+pub static FLOWS: HashMap<u64, Flow, MAX_FLOWS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// What happens to them.
+#[btf_map]
+pub static FLOW_EVENTS: RingBuf<FlowEvent, { direct::EVENT_BYTES }> = RingBuf::new();
 
 /// Event counts, see [`Counter`].
 #[btf_map]

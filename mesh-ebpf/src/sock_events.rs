@@ -1,7 +1,7 @@
 //! `sockops`: events of the sockets that the connect hook marked.
 //!
 //! - Connect (the source port is known, the SYN not yet sent): a flow of the proxy is noted, so that the pod's sk_lookup
-//!   program lets it through, and its later states are asked for.
+//!   program lets it through, and its later states are asked for. A connection past the proxy likewise.
 //! - Established: the original destination of a captured connection is put where the proxy finds it at `accept`. The
 //!   kernel runs this before it acknowledges the handshake, so the entry is there before the connection can be accepted.
 //!   A flow of the node itself towards a pod is noted too, with whose it is.
@@ -24,6 +24,7 @@ use mesh_common::{
 
 use crate::{
     connect::bytes,
+    direct,
     maps::{NODE_FLOWS, PENDING, PROXY_FLOWS, SOCKETS, count},
 };
 
@@ -36,7 +37,13 @@ pub fn mesh_sock_events(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(&ctx),
-        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => closed(&ctx),
+        BPF_SOCK_OPS_STATE_CB => {
+            let (from, to) = (ctx.arg(0), ctx.arg(1));
+            direct::turned(&ctx, from, to);
+            if to == BPF_TCP_CLOSE {
+                closed(&ctx);
+            }
+        }
         _ => {}
     }
     DONE
@@ -46,6 +53,7 @@ fn connecting(ctx: &SockOpsContext) {
     let Some(mark) = mark(ctx.ops) else { return };
     // On failure the connection is steered back to the proxy and refused there, or taken for anybody's: closed, never open.
     let noted = match mark.kind {
+        SocketMark::DIRECT => return direct::connecting(ctx, flow(ctx)),
         SocketMark::PROXY => PROXY_FLOWS.insert(flow(ctx), 1, u64::from(BPF_ANY)),
         SocketMark::NODE => {
             let ip = mark.orig_dst.ip;

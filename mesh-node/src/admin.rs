@@ -75,13 +75,13 @@ fn answer(node: &Node, method: &Method, uri: &Uri) -> Response<Full<Bytes>> {
         "/pool" => document(&pool(node)),
         "/clusters" => document(&clusters(node)),
         "/acceleration" => document(&acceleration(node)),
+        "/direct" => document(&direct(node)),
         "/authorization" => {
             let answer = authorization::answer(&node.proxy.config.load(), uri.query().unwrap_or_default());
             answer.map_or_else(|error| text(StatusCode::BAD_REQUEST, error + "\n"), |found| document(&found))
         }
         "/" => {
-            let all =
-                "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool /clusters /acceleration /authorization";
+            let all = "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool /clusters /acceleration /direct /authorization";
             text(StatusCode::OK, format!("{all}\n"))
         }
         path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
@@ -223,6 +223,19 @@ fn acceleration(node: &Node) -> Value {
     let Some(offers) = node.proxy.accelerated() else { return json!({"unavailable": true, "pairs": []}) };
     let one = |s: crate::capture::PairState| json!({"one": s.pair.one.local.to_string(), "other": s.pair.one.remote.to_string(), "state": s.state.name(), "redirectedBytes": s.redirected});
     json!({"unavailable": false, "pairs": offers.states().into_iter().map(one).collect::<Vec<_>>()})
+}
+
+/// Connections between pods of this node that go past the proxy.
+fn direct(node: &Node) -> Value {
+    let name = |n: Option<crate::id::ObjectName>| n.map(|n| n.to_string());
+    let one = |s: crate::proxy::direct::DirectState| {
+        json!({
+            "source": name(s.source), "destination": name(s.destination), "service": name(s.service),
+            "client": s.flow.client.to_string(), "dialled": s.flow.dialled.to_string(), "endpoint": s.flow.endpoint.to_string(),
+            "seconds": s.flow.begun.elapsed().as_secs(), "sentBytes": s.bytes.map(|b| b.0), "receivedBytes": s.bytes.map(|b| b.1),
+        })
+    };
+    json!({"routes": node.direct.routes(), "connections": node.direct.states().into_iter().map(one).collect::<Vec<_>>()})
 }
 
 fn pool(node: &Node) -> Value {

@@ -6,6 +6,8 @@
 
 mod accelerate;
 mod btf;
+mod diag;
+pub mod direct;
 mod discovery;
 mod object;
 mod pins;
@@ -29,6 +31,7 @@ use mesh_common::{
 };
 
 pub use accelerate::{Accelerator, Offered, Offers, Pair, PairState, State};
+pub use direct::{Dialled, Direct, DirectFlow, FlowEvents, Phase};
 pub use discovery::{Discovery, LocalPod, cgroup2_mount, pod_uid};
 pub use object::verify;
 pub use pins::uninstall;
@@ -56,6 +59,16 @@ pub enum Acceleration {
     Off,
 }
 
+/// How connections between pods of this node go that need nothing of the proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum SameNode {
+    /// From one to the other, when policy allows them whatever they carry; counted and cut like any other.
+    #[default]
+    Direct,
+    /// Through the proxy, as all others.
+    Proxy,
+}
+
 /// Where capture lives.
 #[derive(Debug, Clone)]
 pub struct CaptureSettings {
@@ -65,6 +78,7 @@ pub struct CaptureSettings {
     pub pins: PathBuf,
     pub fail_mode: FailMode,
     pub acceleration: Acceleration,
+    pub same_node: SameNode,
 }
 
 /// Why capture cannot work.
@@ -107,6 +121,8 @@ pub struct Capture {
     cgroup: PathBuf,
     /// What acceleration needs, or why this kernel cannot.
     acceleration: Option<Result<accelerate::Parts, String>>,
+    direct: Option<(Direct, FlowEvents)>,
+    same_node: SameNode,
 }
 
 fn acceleration(loaded: &mut object::Loaded) -> Result<accelerate::Parts, CaptureError> {
@@ -159,6 +175,8 @@ impl Capture {
             node_flows: loaded.map_fd("NODE_FLOWS")?,
             cgroup: settings.cgroup.clone(),
             acceleration: Some(acceleration),
+            direct: Some(direct::open(&mut loaded)?),
+            same_node: settings.same_node,
             steer,
             directory,
         })
@@ -169,6 +187,11 @@ impl Capture {
     pub fn accelerator(&mut self, changed: impl Fn(State) + Send + 'static) -> Result<(Accelerator, Offers), String> {
         let parts = self.acceleration.take().unwrap_or_else(|| Err("it is in use already".into()))?;
         Accelerator::new(parts, changed).map_err(|e| crate::telemetry::chain(&e))
+    }
+
+    /// Direct connections of pods, and what happens to them. None the second time.
+    pub fn direct(&mut self) -> Option<(Direct, FlowEvents)> {
+        self.direct.take()
     }
 
     /// Says that this process serves: from here on the fail mode is not asked for. To be called when every pod that is to
@@ -195,16 +218,21 @@ impl Capture {
     pub fn enrol(&mut self, netns: &Netns, addresses: &[IpAddr], inbound: &impl AsRawFd) -> Result<(), CaptureError> {
         let prepared = routing::prepare(netns);
         let listening = addresses.iter().try_for_each(|ip| self.listeners.insert(octets(*ip), inbound.as_raw_fd(), 0));
-        self.hold(netns, addresses)?;
+        let direct = self.same_node == SameNode::Direct && prepared.is_ok() && listening.is_ok() && direct::leaves_ports(netns);
+        self.capture(netns, addresses, direct)?;
         prepared?;
         listening.map_err(CaptureError::map("LISTENERS"))
     }
 
     /// Captures a pod without anybody to accept its connections: they are refused while a process serves.
     pub fn hold(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
+        self.capture(netns, addresses, false)
+    }
+
+    fn capture(&mut self, netns: &Netns, addresses: &[IpAddr], direct: bool) -> Result<(), CaptureError> {
         let cookie = netns.cookie().map_err(CaptureError::io("read a network namespace cookie"))?;
         let steered = pins::attach(&pins::steer_link(&self.directory, cookie), self.steer.as_fd(), netns.as_fd(), sys::SK_LOOKUP);
-        self.pods.insert(cookie, pod(addresses, netns), 0).map_err(CaptureError::map("PODS"))?;
+        self.pods.insert(cookie, Pod { direct: u8::from(direct), ..pod(addresses, netns) }, 0).map_err(CaptureError::map("PODS"))?;
         steered
     }
 
@@ -338,7 +366,8 @@ fn pod(addresses: &[IpAddr], netns: &Netns) -> Pod {
         None if addresses.is_empty() || routing::has_route(netns, loopback) => octets(loopback),
         None => Pod::NONE,
     };
-    Pod { v4: of_family(true, std::net::Ipv4Addr::LOCALHOST.into()), v6: of_family(false, std::net::Ipv6Addr::LOCALHOST.into()) }
+    let (v4, v6) = (of_family(true, std::net::Ipv4Addr::LOCALHOST.into()), of_family(false, std::net::Ipv6Addr::LOCALHOST.into()));
+    Pod { v4, v6, direct: 0 }
 }
 
 /// Makes the cgroup of this process one whose sockets are never captured.

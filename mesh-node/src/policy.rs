@@ -195,6 +195,15 @@ impl WorkloadPolicy {
         self.plaintext(facts).is_ok() && self.at(facts.destination.port()).unseen(facts)
     }
 
+    /// Whether a connection may do whatever it likes, and nothing of it, nor of its like, has to be told to anybody: it can be left
+    /// to itself.
+    pub fn settles(&self, facts: &Facts) -> bool {
+        let governing = self.at(facts.destination.port());
+        matches!(self.connection(facts), Ok(Verdict::Allowed(_)))
+            && self.unseen(facts)
+            && governing.observed(facts, None) == Observed::default()
+    }
+
     /// Judges one request.
     pub fn request(&self, facts: &Facts, request: &Request<'_>) -> Result<(), Denial> {
         self.plaintext(facts)?;
@@ -234,6 +243,17 @@ impl WorkloadPolicy {
 }
 
 impl Governing {
+    /// Whether there is nothing to ask: whoever has an identity may do whatever they like.
+    pub fn is_nothing(&self) -> bool {
+        let all = &self.authorization;
+        let rules = [&all.deny, &all.audit, &all.shadow_deny];
+        self.authentication.is_empty()
+            && rules.iter().all(|r| r.is_empty())
+            && all.allow.is_none()
+            && all.shadow_allow.is_none()
+            && all.custom.is_empty()
+    }
+
     fn connection(&self, facts: &Facts) -> Result<Verdict, Denial> {
         if facts.node {
             return Ok(Verdict::Allowed(Permit(())));

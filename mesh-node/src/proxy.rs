@@ -3,6 +3,7 @@
 //! [`outbound`] and [`inbound`] read top to bottom in the order things happen. Decisions come from one configuration
 //! snapshot each; every connection ends in exactly one [`outcome::Outcome`].
 
+pub mod direct;
 pub mod failure;
 pub mod http;
 pub mod inbound;
@@ -15,6 +16,7 @@ mod sniff;
 
 use std::{sync::Arc, time::Duration};
 
+pub use direct::Direct;
 pub use failure::Failure;
 pub use limits::Limits;
 pub use live::Live;
@@ -45,6 +47,8 @@ pub struct Proxy {
     pub replays: http::Replays,
     pub jwks: Jwks,
     accelerated: std::sync::OnceLock<Offers>,
+    /// The pods whose connections may go directly.
+    served: arc_swap::ArcSwap<direct::table::Served>,
 }
 
 impl Proxy {
@@ -61,6 +65,7 @@ impl Proxy {
             limits,
             replays: http::Replays::default(),
             accelerated: std::sync::OnceLock::new(),
+            served: arc_swap::ArcSwap::default(),
         })
     }
 

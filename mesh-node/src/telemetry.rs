@@ -85,6 +85,11 @@ pub struct StateLabels {
     pub state: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabels {
+    pub reason: &'static str,
+}
+
 /// All metrics of the process.
 #[derive(Debug)]
 pub struct Metrics {
@@ -110,6 +115,7 @@ pub struct Metrics {
     pub config_remarks: Gauge,
     pub capture_events: Family<EventLabels, Gauge>,
     pub acceleration: Family<StateLabels, Counter>,
+    pub indirect: Family<ReasonLabels, Counter>,
 }
 
 impl Default for Metrics {
@@ -136,6 +142,7 @@ impl Default for Metrics {
             config_remarks: Gauge::default(),
             capture_events: Family::default(),
             acceleration: Family::default(),
+            indirect: Family::default(),
         };
         metrics.http_ok = metrics
             .http_requests
@@ -173,6 +180,8 @@ impl Metrics {
         r.register("mesh_config_remarks", "Objects or fields of the configuration that are not in force", self.config_remarks.clone());
         let help = "Times a connection between proxy and application became accelerated, or not, by state or reason";
         r.register("mesh_acceleration", help, self.acceleration.clone());
+        let help = "Connections between pods of this node, that carry no HTTP, which went through the proxy, by why not directly";
+        r.register("mesh_indirect_connections", help, self.indirect.clone());
         r.register("mesh_capture_events", "Events counted by the eBPF programs since they were first loaded", self.capture_events.clone());
     }
 

@@ -18,12 +18,12 @@ use tokio::sync::mpsc;
 use super::listeners::{Listeners, Serving};
 use crate::{
     admin,
-    capture::{Acceleration, Capture, CaptureSettings, Discovery, LocalPod, NodeFlows},
+    capture::{Acceleration, Capture, CaptureSettings, Discovery, LocalPod, NodeFlows, SameNode},
     config::{Configuration, MeshSettings, Publisher},
     id::WorkloadUid,
     identity::{self, CertificateSource, EmbeddedCa, Files, IstioCa, IstioCaSettings, Manager},
     io::netns::Netns,
-    proxy::{Limits, Proxy, ServedPod, live::Cut, pods::Origins},
+    proxy::{Direct, Limits, Proxy, ServedPod, live::Cut, pods::Origins},
     route::Workload,
     sources::{directory::Directory, last_good::LastGood},
     telemetry::{EventLabels, Metrics, chain},
@@ -91,6 +91,7 @@ pub struct PodState {
 pub struct Node {
     pub settings: NodeSettings,
     pub proxy: Arc<Proxy>,
+    pub direct: Arc<Direct>,
     pub started: SystemTime,
     pods: Mutex<Vec<PodState>>,
     capture: Mutex<Capture>,
@@ -155,9 +156,12 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
         }
         Err(_) => {}
     }
+    let (kernel, flows) = capture.direct().context("direct connections are in use already")?;
+    let direct = Direct::new(proxy.clone(), kernel, settings.capture.same_node == SameNode::Direct);
     let node = Arc::new(Node {
         settings,
         proxy: proxy.clone(),
+        direct: direct.clone(),
         started: SystemTime::now(),
         pods: Mutex::default(),
         capture: Mutex::new(capture),
@@ -174,6 +178,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     });
     tokio::spawn(proxy.clone().recheck_policies());
     tokio::spawn(proxy.clone().tidy_pool());
+    tokio::spawn(direct.run(flows));
     tokio::spawn(proxy.jwks.clone().run());
     tokio::spawn(admin::serve_node(admin, node.clone()));
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
@@ -273,11 +278,13 @@ impl Reconciler {
                 self.keep_enrolled(workload, local);
             }
         }
+        let stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
+        // Before anything is announced: what an earlier process left in the table goes with this.
+        self.node.direct.serve(&stay);
         let mut states = mine.iter().map(|w| self.state(w, found)).collect::<Vec<_>>();
         states.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         *self.node.pods.lock().unwrap_or_else(PoisonError::into_inner) = states;
         self.node.proxy.identity.retain(&mine.iter().filter(|w| w.enrolled).map(|w| w.identity.clone()).collect());
-        let stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
         let first = self.stay.is_none();
         if self.stay.as_ref() != Some(&stay) {
             // Pods that were held, or left enrolled by an earlier process, and are gone or not in the mesh.
@@ -407,6 +414,7 @@ impl Reconciler {
     /// connections from here on is the fail mode's business.
     async fn stop(&mut self) {
         self.node.capture().withdraw();
+        self.node.direct.hand_over();
         let served = std::mem::take(&mut self.served);
         let pods = served.values().map(|s| s.pod.clone()).collect::<Vec<_>>();
         for served in served.into_values() {

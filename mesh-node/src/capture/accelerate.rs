@@ -27,7 +27,7 @@ use tokio::{
 
 mod proof;
 
-use super::{CaptureError, btf::Btf, octets, sys};
+use super::{CaptureError, DirectFlow, btf::Btf, octets, sys};
 use crate::io::netns::Netns;
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -145,7 +145,9 @@ impl Kernel {
     /// Enters both sockets of a pair and gives each the other; whether there was room.
     fn join(&self, id: u64, pair: &Pair) -> io::Result<bool> {
         let (key, peer) = (id * 2, id * 2 + 1);
-        let enter = |key, peer| PairRequest { ask: PairRequest::ENTER, key, peer, ..PairRequest::default() };
+        let flow = pair.flow;
+        let enter =
+            |key, peer| PairRequest { ask: PairRequest::ENTER, key, peer, flow, server: u32::from(key > peer), ..PairRequest::default() };
         let join = |peer_socket| PairRequest { ask: PairRequest::JOIN, peer_socket, ..PairRequest::default() };
         let (one, other) = (self.ask(&pair.one, enter(key, peer))?, self.ask(&pair.other, enter(peer, key))?);
         if one.problem != 0 || other.problem != 0 {
@@ -182,13 +184,22 @@ fn tuple_ip(ip: IpAddr) -> [u8; 16] {
 pub struct Pair {
     pub one: Place,
     pub other: Place,
+    /// The direct connection they are, by the cookie of the first socket; 0 when they are of none.
+    flow: u64,
 }
 
 impl Pair {
     /// Two sockets of one network namespace, by the addresses of one of them.
     pub fn within(netns: &Arc<Netns>, local: SocketAddr, remote: SocketAddr) -> Self {
         let place = |local, remote| Place { netns: netns.clone(), local, remote };
-        Self { one: place(local, remote), other: place(remote, local) }
+        Self { one: place(local, remote), other: place(remote, local), flow: 0 }
+    }
+
+    /// The sockets of a direct connection, each in the network namespace of its pod.
+    pub fn of_flow(client: &Arc<Netns>, server: &Arc<Netns>, flow: &DirectFlow) -> Self {
+        let place = |netns: &Arc<Netns>, local, remote| Place { netns: netns.clone(), local, remote };
+        let (one, other) = (place(client, flow.client, flow.endpoint), place(server, flow.endpoint, flow.client));
+        Self { one, other, flow: flow.cookie }
     }
 }
 
@@ -337,7 +348,7 @@ impl Accelerator {
                     Ok(mut ready) => {
                         let mut heard = Vec::new();
                         while let Some(item) = ready.get_inner_mut().next() {
-                            heard.extend(event(&item));
+                            heard.extend(sys::plain::<Event>(&item));
                         }
                         ready.clear_ready();
                         heard.into_iter().for_each(|e| self.hear(e));
@@ -476,10 +487,4 @@ impl Accelerator {
         }
         Ok(())
     }
-}
-
-fn event(bytes: &[u8]) -> Option<Event> {
-    let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
-    let peer = bytes.get(..8)?.try_into().ok().map(u64::from_ne_bytes)?;
-    Some(Event { peer, way: word(8)?, why: word(12)? })
 }

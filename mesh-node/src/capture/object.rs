@@ -53,7 +53,7 @@ fn programs() -> impl Iterator<Item = &'static str> {
 const ACCELERATION: [&str; 3] = [ACCELERATE, PAIR, WAKE];
 
 /// Maps that are pinned. Socket storage and counters too: what a socket is must survive the process.
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 15] = [
     "NODE",
     "PODS",
     "PROXIES",
@@ -65,6 +65,9 @@ const MAPS: [&str; 12] = [
     "ACCELERATED",
     "ENDS",
     "EVENTS",
+    "ROUTES",
+    "FLOWS",
+    "FLOW_EVENTS",
     "COUNTERS",
 ];
 

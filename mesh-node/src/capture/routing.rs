@@ -26,12 +26,20 @@ use crate::io::netns::Netns;
 /// Index of the loopback device: the first one of every network namespace.
 const LOOPBACK: u32 = 1;
 const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// Whether a connection may have the addresses of one that ended a second ago, where timestamps tell the two apart (RFC 6191): without it
+/// a pod that is called thousands of times a second runs out of ports to be called from.
+const TIME_WAIT_REUSE: &str = "/proc/sys/net/ipv4/tcp_tw_reuse";
+/// The kernel's default: on loopback only.
+const REUSE_DEFAULT: &str = "2";
 
 /// Sets a namespace up for impersonation. Doing it again changes nothing.
 pub fn prepare(netns: &Netns) -> Result<(), CaptureError> {
     in_netns(netns, "prepare the routing of a pod", |netlink| {
         // The file shows the namespace of the thread that opens it.
         fs::write(FWMARK_ACCEPT, "1")?;
+        if fs::read_to_string(TIME_WAIT_REUSE)?.trim() == REUSE_DEFAULT {
+            fs::write(TIME_WAIT_REUSE, "1")?;
+        }
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let added = netlink.request(RouteNetlinkMessage::NewRule(rule(family)), NLM_F_CREATE | NLM_F_EXCL);
             match added.and_then(|()| netlink.request(RouteNetlinkMessage::NewRoute(route(family)), NLM_F_CREATE | NLM_F_REPLACE)) {
@@ -51,7 +59,11 @@ pub fn remove(netns: &Netns) -> Result<(), CaptureError> {
             ours |= netlink.request(RouteNetlinkMessage::DelRule(rule(family)), 0).is_ok();
             let _ = netlink.request(RouteNetlinkMessage::DelRoute(route(family)), 0);
         }
-        if ours { fs::write(FWMARK_ACCEPT, "0") } else { Ok(()) }
+        if !ours {
+            return Ok(());
+        }
+        fs::write(TIME_WAIT_REUSE, REUSE_DEFAULT)?;
+        fs::write(FWMARK_ACCEPT, "0")
     })
 }
 

@@ -144,6 +144,12 @@ pub fn test_run<Q: aya::Pod, A: aya::Pod + Default>(program: BorrowedFd<'_>, req
     Ok(unsafe { packet.as_ptr().add(HEADER).cast::<A>().read_unaligned() })
 }
 
+/// A value from the bytes of a ring; none when they are too few.
+pub fn plain<T: aya::Pod>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: plain data, any bytes of which are a value, and as many as it has.
+    (bytes.len() >= size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
 /// Makes an iterator of a program: each opening of it goes through everything once.
 pub fn iterator(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     link_create_at(program, 0, TRACE_ITER)

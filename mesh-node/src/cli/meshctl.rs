@@ -38,8 +38,10 @@ enum What {
     Pool,
     /// What each pod has under way to other services: connections, requests, retries, ejected endpoints.
     Clusters,
-    /// Connections between the proxy and applications: accelerated, or why not.
+    /// Connections between the proxy and applications, or past it: accelerated, or why not.
     Acceleration,
+    /// Connections between pods of the node that go past the proxy, and how many destinations may be reached so.
+    Direct,
     /// All metrics, in `OpenMetrics` text.
     Metrics,
     /// Which policy would allow or deny a request, or without -X, --path, --host, -H and --claims a connection that carries
@@ -115,6 +117,7 @@ impl Meshctl {
             What::Pool => "/pool",
             What::Clusters => "/clusters",
             What::Acceleration => "/acceleration",
+            What::Direct => "/direct",
             What::Metrics => "/metrics",
         };
         let body = get(self.admin, path).with_context(|| format!("mesh-node at {}", self.admin))?;

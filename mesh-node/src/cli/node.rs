@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     app::{self, CaSettings, CertificateSettings, ClusterSettings, NodeSettings},
-    capture::{self, Acceleration, CaptureSettings, Discovery, FailMode},
+    capture::{self, Acceleration, CaptureSettings, Discovery, FailMode, SameNode},
     config::{EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy},
     id::TrustDomain,
     identity::{IstioCaSettings, service::ServiceSettings},
@@ -86,6 +86,9 @@ struct RunArgs {
     /// `mesh-node.io/acceleration: "off"`.
     #[arg(long, env = "MESH_ACCELERATION", value_enum, default_value_t)]
     acceleration: Acceleration,
+    /// How connections between pods of this node go that need nothing of the proxy: opaque ones that policy allows whatever they carry.
+    #[arg(long, env = "MESH_SAME_NODE", value_enum, default_value_t)]
+    same_node: SameNode,
     /// SPIFFE trust domain of the mesh.
     #[arg(long, env = "MESH_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local")]
     trust_domain: TrustDomain,
@@ -305,7 +308,13 @@ impl RunArgs {
                 enrolment: self.enrolment_label.unwrap_or_default(),
                 trusted_proxies: self.trusted_proxies,
             },
-            capture: CaptureSettings { cgroup, pins: self.kernel.bpf_dir, fail_mode: self.fail_mode, acceleration: self.acceleration },
+            capture: CaptureSettings {
+                cgroup,
+                pins: self.kernel.bpf_dir,
+                fail_mode: self.fail_mode,
+                acceleration: self.acceleration,
+                same_node: self.same_node,
+            },
             config_dir: self.config_dir,
             certificates,
             revocations,

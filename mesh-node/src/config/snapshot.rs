@@ -85,6 +85,16 @@ impl Snapshot {
         if id.subset.is_empty() { Some(&port.cluster) } else { port.subsets.get(&id.subset) }
     }
 
+    /// Addresses of services that are not virtual: those of hosts, or of pods.
+    pub fn external_addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.by_external.keys().copied()
+    }
+
+    /// Whether clients of some namespaces see a service differently.
+    pub fn is_viewed(&self, service: &ObjectName) -> bool {
+        self.views.values().any(|seen| seen.contains_key(service))
+    }
+
     /// What an address and port mean to a client of a namespace.
     pub fn resolve_for(&self, namespace: &str, dst: SocketAddr) -> Target<'_> {
         let target = self.resolve(dst);

@@ -4,6 +4,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::Range,
     os::fd::{AsRawFd, FromRawFd, IntoRawFd},
     time::Duration,
 };
@@ -59,10 +60,35 @@ pub enum Source {
     Own,
     /// This address, whoever it belongs to. Needs the pod's transparent routing.
     Client(IpAddr),
+    /// The same, of a pod of this node, which may be connected to the same application directly: from a port of [`NEIGHBOUR_PORTS`].
+    Neighbour(IpAddr),
 }
+
+/// Ports no pod's own connections come from, unless it changes `net.ipv4.ip_local_port_range`: above the range that new network
+/// namespaces begin with. At most so many connections there are through the proxy from one pod to one port of another of its node.
+pub const NEIGHBOUR_PORTS: Range<u16> = 61_000..65_535;
+/// How many of them are tried.
+const TRIES: usize = 32;
 
 /// Connects from inside a namespace. The timeout is the caller's.
 pub async fn connect(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
+    let mut tries = 0;
+    loop {
+        let connected = connect_once(netns, to, source).await;
+        tries += 1;
+        match connected {
+            Err(error) if is_taken(&error) && tries < TRIES && matches!(source, Source::Neighbour(_)) => {}
+            other => return other,
+        }
+    }
+}
+
+/// Whether another port may do.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
+}
+
+async fn connect_once(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
     let socket = netns.enter(|| connecting(to, source))??;
     // SAFETY: the descriptor is a socket we own and give away.
     let socket = unsafe { TcpSocket::from_raw_fd(socket.into_raw_fd()) };
@@ -74,16 +100,23 @@ pub async fn connect(netns: &Netns, to: SocketAddr, source: Source) -> io::Resul
 fn connecting(to: SocketAddr, source: Source) -> io::Result<Socket> {
     let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-    let Source::Client(client) = source else { return Ok(socket) };
-    if client == to.ip() {
-        // The pod talking to itself through a service: an ordinary address of its own, no impersonation.
-        return Ok(socket);
-    }
+    let client = match source {
+        Source::Client(client) | Source::Neighbour(client) if client != to.ip() => client,
+        // Its own address, or the pod talking to itself through a service: no impersonation.
+        _ => return Ok(socket),
+    };
     socket.set_mark(TRANSPARENT_MARK)?;
     let (level, option) = if to.is_ipv4() { (libc::SOL_IP, IP_TRANSPARENT) } else { (libc::SOL_IPV6, IPV6_TRANSPARENT) };
     set_option(&socket, level, option)?;
-    set_option(&socket, libc::SOL_IP, IP_BIND_ADDRESS_NO_PORT)?;
-    socket.bind(&SocketAddr::new(client, 0).into())?;
+    let port = if matches!(source, Source::Neighbour(_)) {
+        // Many connections share a port, to different places.
+        socket.set_reuse_address(true)?;
+        fastrand::u16(NEIGHBOUR_PORTS)
+    } else {
+        set_option(&socket, libc::SOL_IP, IP_BIND_ADDRESS_NO_PORT)?;
+        0
+    };
+    socket.bind(&SocketAddr::new(client, port).into())?;
     Ok(socket)
 }
 

@@ -87,6 +87,7 @@ impl Failure {
             Self::Broken(_) => "broken",
             Self::Cut(Cut::PolicyChanged) => "policy_changed",
             Self::Cut(Cut::PodGone) => "pod_gone",
+            Self::Cut(Cut::LeftTheMesh) => "left_the_mesh",
             Self::Cut(Cut::Shutdown) => "shutdown",
             Self::Cut(Cut::Idle) => "idle",
             Self::Cut(Cut::MaxDuration) => "max_duration",
@@ -119,7 +120,7 @@ impl Failure {
             | Self::BadRequest(_)
             | Self::ForeignAuthority(_)
             | Self::Broken(_)
-            | Self::Cut(Cut::PodGone | Cut::Shutdown | Cut::Idle | Cut::MaxDuration) => "-",
+            | Self::Cut(Cut::PodGone | Cut::LeftTheMesh | Cut::Shutdown | Cut::Idle | Cut::MaxDuration) => "-",
         }
     }
 

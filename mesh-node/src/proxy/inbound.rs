@@ -46,8 +46,8 @@ pub struct Admitted {
     pub per_request: bool,
 }
 
-/// Authorizes a connection into `pod` and connects to the application with the client's address.
-pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, outcome: &mut Outcome) -> Result<Admitted, Failure> {
+/// Authorizes a connection into `pod` and connects to the application as `source`, which has the client's address.
+pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Source, outcome: &mut Outcome) -> Result<Admitted, Failure> {
     let to = facts.destination;
     if mesh_common::is_reserved_port(to.port()) {
         return Err(Failure::ReservedPort(to.port()));
@@ -81,7 +81,7 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, outcome: &m
             return Err(Failure::Cut(Cut::PolicyChanged));
         }
     }
-    let application = connect_application(pod, to, client, &permit).await?;
+    let application = connect_application(pod, to, source, &permit).await?;
     registration.hold(proxy.accelerate(pod, &application));
     Ok(Admitted { application, registration, facts, per_request })
 }
@@ -93,8 +93,11 @@ fn describe(outcome: &mut Outcome, snapshot: &Snapshot, workload: &Arc<Workload>
     outcome.source.workload = snapshot.workload_by_ip(facts.source).cloned();
 }
 
-async fn connect_application(pod: &ServedPod, to: SocketAddr, client: std::net::IpAddr, _permit: &Permit) -> Result<TcpStream, Failure> {
-    let source = if client.is_ipv4() == to.is_ipv4() { Source::Client(client) } else { Source::Own };
+async fn connect_application(pod: &ServedPod, to: SocketAddr, source: Source, _permit: &Permit) -> Result<TcpStream, Failure> {
+    let source = match source {
+        Source::Client(client) | Source::Neighbour(client) if client.is_ipv4() != to.is_ipv4() => Source::Own,
+        source => source,
+    };
     match timeout(CONNECT_TIMEOUT, socket::connect(&pod.netns, to, source)).await {
         Ok(connected) => connected.map_err(|source| Failure::Application { to, source }),
         Err(_) => Err(Failure::Application { to, source: io::ErrorKind::TimedOut.into() }),
@@ -132,7 +135,7 @@ async fn plaintext(
 ) -> Result<(), Failure> {
     let mut facts = Facts::new(None, client.ip(), destination);
     facts.node = is_probe(proxy, pod, client, destination);
-    let admitted = match admit(proxy, pod, facts.clone(), outcome).await {
+    let admitted = match admit(proxy, pod, facts.clone(), Source::Client(client.ip()), outcome).await {
         Ok(admitted) => admitted,
         Err(failure) => {
             if matches!(failure, Failure::Denied(_)) {
@@ -288,7 +291,7 @@ async fn answer(connection: &HboneConnection, offer: &Offer, outcome: &mut Outco
     let destination = destination(connection, request)?;
     outcome.destination.address = Some(destination);
     let facts = Facts::new(Some(connection.peer.clone()), connection.client.ip(), destination);
-    admit(&connection.proxy, &connection.pod, facts, outcome).await
+    admit(&connection.proxy, &connection.pod, facts, Source::Client(connection.client.ip()), outcome).await
 }
 
 /// The application's address: it must be of the pod the connection came to.

@@ -28,6 +28,8 @@ use crate::{
 pub enum Cut {
     PolicyChanged,
     PodGone,
+    /// A direct connection of a pod that has left the mesh.
+    LeftTheMesh,
     Shutdown,
     /// It had no traffic for as long as its destination allows.
     Idle,
@@ -40,6 +42,7 @@ impl fmt::Display for Cut {
         f.write_str(match self {
             Self::PolicyChanged => "the connection is not allowed any more",
             Self::PodGone => "the pod is gone",
+            Self::LeftTheMesh => "one of the pods is not in the mesh any more",
             Self::Shutdown => "the proxy is shutting down",
             Self::Idle => "the connection was idle for longer than its DestinationRule allows",
             Self::MaxDuration => "the connection lasted longer than its DestinationRule allows",
@@ -83,13 +86,18 @@ pub enum Carries {
 
 impl Entry {
     fn is_denied(&self, workload: &Workload, snapshot: &Snapshot) -> bool {
-        let policy = &workload.policy;
-        let opaque = matches!(workload.protocol(self.facts.destination.port()), Protocol::Tcp | Protocol::Tls);
-        match self.carries {
-            Carries::Unknown if !opaque => !policy.unseen(&self.facts),
-            Carries::Undecided | Carries::Requests => policy.connection(&self.facts).is_err(),
-            Carries::Unknown | Carries::Opaque => policy.opaque(&self.facts, &snapshot.unchanged(&self.allowed_by)).is_err(),
-        }
+        is_denied(workload, &self.facts, self.carries, &snapshot.unchanged(&self.allowed_by))
+    }
+}
+
+/// Whether policy ends a connection that was let in. `allowed_by`: the external authorizers that let it pass.
+pub(super) fn is_denied(workload: &Workload, facts: &Facts, carries: Carries, allowed_by: &[Arc<str>]) -> bool {
+    let policy = &workload.policy;
+    let opaque = matches!(workload.protocol(facts.destination.port()), Protocol::Tcp | Protocol::Tls);
+    match carries {
+        Carries::Unknown if !opaque => !policy.unseen(facts),
+        Carries::Undecided | Carries::Requests => policy.connection(facts).is_err(),
+        Carries::Unknown | Carries::Opaque => policy.opaque(facts, allowed_by).is_err(),
     }
 }
 

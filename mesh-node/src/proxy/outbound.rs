@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
+    CONNECT_TIMEOUT, Failure, Proxy, ServedPod, direct,
     http::{
         self,
         clusters::{ClusterState, ConnectionSlot, EndpointState},
@@ -45,6 +45,7 @@ use crate::{
         l4::L4Context,
         traffic::{Balancer, HashKey},
     },
+    telemetry::ReasonLabels,
     tls::{self, HandshakeFailure},
 };
 
@@ -144,11 +145,25 @@ impl Opaque {
         outcome.source.address = Some(self.client);
         outcome.destination.address = Some(self.original);
         match establish(self, downstream, &mut outcome).await {
-            Ok(upstream) => Some(Established { upstream, outcome }),
+            Ok(upstream) => {
+                if matches!(upstream.stream, Stream::Local(_)) {
+                    self.count_indirect();
+                }
+                Some(Established { upstream, outcome })
+            }
             Err(failure) => {
                 outcome.fail(failure);
                 None
             }
+        }
+    }
+
+    /// Counts a connection within the node by why it did not go past the proxy.
+    fn count_indirect(&self) {
+        let snapshot = self.proxy.config.load();
+        if let Some(source) = snapshot.workload(&self.pod.uid) {
+            let why = direct::table::why_not(&snapshot, &self.proxy.served.load(), source, self.original);
+            self.proxy.metrics.indirect.get_or_create(&ReasonLabels { reason: why.name() }).inc();
         }
     }
 
@@ -539,7 +554,7 @@ async fn hand_over(
     let client_ip = client_address(pod, client, to);
     outcome.source.address = Some(SocketAddr::new(client_ip, client.port()));
     let facts = Facts::new(Some(source.identity.clone()), client_ip, to);
-    match inbound::admit(proxy, &destination, facts, &mut outcome).await {
+    match inbound::admit(proxy, &destination, facts, Source::Neighbour(client_ip), &mut outcome).await {
         Ok(admitted) => Ok(Local { admitted, pod: destination, outcome, client: SocketAddr::new(client_ip, client.port()) }),
         Err(failure) => {
             let told = mirrored(&failure);

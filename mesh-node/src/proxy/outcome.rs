@@ -59,6 +59,7 @@ pub struct Outcome {
     pub traffic: Arc<Traffic>,
     opened: Option<TcpLabels>,
     failure: Option<Failure>,
+    handed_over: bool,
 }
 
 impl Outcome {
@@ -74,7 +75,15 @@ impl Outcome {
             traffic: Arc::default(),
             opened: None,
             failure: None,
+            handed_over: false,
         }
+    }
+
+    /// One of a connection that has begun some time ago.
+    pub fn since(metrics: &Arc<Metrics>, direction: Direction, started: Instant) -> Self {
+        let mut outcome = Self::new(metrics, direction);
+        outcome.started = started;
+        outcome
     }
 
     /// The connection is established end to end.
@@ -83,6 +92,14 @@ impl Outcome {
         self.metrics.opened.get_or_create(&labels).inc();
         self.metrics.open_connections.inc();
         self.opened = Some(labels);
+    }
+
+    /// Nothing is said of the connection: it goes on, and another process sees to it.
+    pub fn hand_over(mut self) {
+        if self.opened.take().is_some() {
+            self.metrics.open_connections.dec();
+        }
+        self.handed_over = true;
     }
 
     /// The connection did not go through, or broke.
@@ -168,6 +185,9 @@ impl Outcome {
 
 impl Drop for Outcome {
     fn drop(&mut self) {
+        if self.handed_over {
+            return;
+        }
         let sent = self.traffic.sent.load(Ordering::Relaxed);
         let received = self.traffic.received.load(Ordering::Relaxed);
         self.count(sent, received);

@@ -29,6 +29,7 @@ pub struct ServedPod {
     handshakes: Arc<Semaphore>,
     /// What the kernel says of who is at the other end.
     origins: OnceLock<Box<dyn Origins>>,
+    cookie: OnceLock<u64>,
 }
 
 /// Knows which connections come from the pod's own node, outside of any pod.
@@ -47,7 +48,16 @@ impl ServedPod {
             clusters: Clusters::default(),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
             origins: OnceLock::new(),
+            cookie: OnceLock::new(),
         })
+    }
+
+    /// What the kernel knows its network namespace by; none when that cannot be found out.
+    pub fn cookie(&self) -> Option<u64> {
+        if self.cookie.get().is_none() {
+            let _ = self.cookie.set(self.netns.cookie().ok()?);
+        }
+        self.cookie.get().copied()
     }
 
     /// Completes when all of the pod's connections are to end.

@@ -92,7 +92,7 @@ fn sockets() -> io::Result<(TcpStream, TcpStream, Pair)> {
     reader.set_nonblocking(true)?;
     let place = |local, remote| Place { netns: netns.clone(), local, remote };
     let (one, other) = (place(local, writer.peer_addr()?), place(writer.peer_addr()?, local));
-    Ok((writer, reader, Pair { one, other }))
+    Ok((writer, reader, Pair { one, other, flow: 0 }))
 }
 
 /// `FIONREAD`.

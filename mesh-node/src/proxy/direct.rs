@@ -1,0 +1,410 @@
+//! The fast path within a node: connections between two of its pods that need nothing of the proxy go from one to the other. Policy
+//! is decided before they are dialled, in a table the connect hook reads ([`table`]); what became of them is counted and logged here,
+//! by both reporters, like that of any other; and those a change denies are cut.
+//!
+//! They need no process to go on: when this one stops they stay, and the next one finds them in the kernel.
+
+pub mod table;
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Notify;
+
+use self::table::{Basis, Served};
+use super::{
+    Failure, Proxy, ServedPod,
+    live::{Carries, Cut, is_denied},
+    outcome::{Direction, Outcome, Party},
+};
+use crate::{
+    capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase},
+    config::Snapshot,
+    id::ObjectName,
+    policy::Facts,
+    route::Target,
+};
+
+/// How often the kernel's flows are gone through for what no event told.
+const SWEEP: Duration = Duration::from_secs(5);
+/// How long a flow may be without a port before it is taken for one whose dialling failed at once.
+const DIALLING: Duration = Duration::from_secs(5);
+/// How long to wait before flows that were being dialled while they were to be cut are looked at again.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// Direct connections of this node's pods.
+pub struct Direct {
+    proxy: Arc<Proxy>,
+    enabled: bool,
+    state: Mutex<State>,
+    /// Something has to be gone through again soon.
+    again: Notify,
+}
+
+struct State {
+    kernel: capture::Direct,
+    basis: Option<Basis>,
+    pods: Pods,
+    flows: HashMap<u64, Known>,
+    /// When the table last changed, as long as flows that were being dialled then have not been judged.
+    unjudged: Option<Instant>,
+    /// Namespaces of pods that are, or may have to be, in the mesh; none before they have been looked for.
+    stay: Option<HashSet<u64>>,
+    /// Another process sees to them now.
+    handed_over: bool,
+}
+
+/// The pods this process serves, as the kernel knows them.
+#[derive(Default)]
+struct Pods {
+    by_cookie: HashMap<u64, Arc<ServedPod>>,
+    by_ip: HashMap<IpAddr, Arc<ServedPod>>,
+}
+
+impl Pods {
+    fn new(proxy: &Proxy) -> Self {
+        let all = proxy.pods.all();
+        let by_cookie = all.iter().filter_map(|p| Some((p.cookie()?, p.clone()))).collect();
+        let by_ip = all.iter().flat_map(|p| p.addresses().iter().map(|ip| (*ip, p.clone())).collect::<Vec<_>>()).collect();
+        Self { by_cookie, by_ip }
+    }
+
+    /// The pods a flow is between.
+    fn ends(&self, flow: &DirectFlow) -> Option<Ends> {
+        Some(Ends { source: self.by_cookie.get(&flow.source)?.clone(), destination: self.by_ip.get(&flow.endpoint.ip())?.clone() })
+    }
+}
+
+/// A flow that is open.
+struct Known {
+    flow: DirectFlow,
+    ends: Option<Ends>,
+    /// By the source and by the destination.
+    outcomes: [Outcome; 2],
+    cut: Option<Cut>,
+    _offered: Option<Offered>,
+}
+
+/// The pods it is between.
+#[derive(Clone)]
+struct Ends {
+    source: Arc<ServedPod>,
+    destination: Arc<ServedPod>,
+}
+
+/// A direct connection, for inspection.
+#[derive(Debug)]
+pub struct DirectState {
+    pub flow: DirectFlow,
+    pub source: Option<ObjectName>,
+    pub destination: Option<ObjectName>,
+    pub service: Option<ObjectName>,
+    /// Bytes sent and received until now.
+    pub bytes: Option<(u64, u64)>,
+}
+
+impl Direct {
+    /// With the kernel side of an opened capture. When it is not `enabled` there are no routes, and what an earlier process let go
+    /// directly is seen to.
+    pub fn new(proxy: Arc<Proxy>, kernel: capture::Direct, enabled: bool) -> Arc<Self> {
+        let state = Mutex::new(State {
+            kernel,
+            basis: None,
+            pods: Pods::default(),
+            flows: HashMap::new(),
+            unjudged: None,
+            stay: None,
+            handed_over: false,
+        });
+        Arc::new(Self { proxy, enabled, state, again: Notify::new() })
+    }
+
+    /// Follows configuration and events until the process ends.
+    pub async fn run(self: Arc<Self>, mut events: FlowEvents) {
+        let mut config = self.proxy.config.clone();
+        let mut sweep = tokio::time::interval(SWEEP);
+        loop {
+            tokio::select! {
+                heard = events.next() => match heard {
+                    Ok(heard) => {
+                        let (mut state, snapshot) = (self.lock(), self.proxy.config.load());
+                        heard.iter().for_each(|flow| state.hear(&self.proxy, &snapshot, flow));
+                    }
+                    Err(error) => {
+                        tracing::error!(target: "proxy", %error, "events of direct connections cannot be read any more");
+                        return;
+                    }
+                },
+                changed = config.changed() => {
+                    if !changed {
+                        return;
+                    }
+                    self.sync();
+                }
+                () = self.again.notified() => {
+                    tokio::time::sleep(AGAIN).await;
+                    self.go_through();
+                }
+                _ = sweep.tick() => self.go_through(),
+            }
+        }
+    }
+
+    /// Brings the table in line with the configuration and the pods that are served, and cuts what it denies. To be called when the
+    /// latter have changed; costs little when not. Nothing happens to a flow before the first time. `stay`: the network
+    /// namespaces of pods that are, or may have to be, in the mesh.
+    pub fn serve(&self, stay: &HashSet<u64>) {
+        let mut state = self.lock();
+        if state.stay.as_ref() != Some(stay) {
+            state.stay = Some(stay.clone());
+            state.basis = None;
+        }
+        drop(state);
+        self.sync();
+    }
+
+    fn sync(&self) {
+        let mut state = self.lock();
+        if state.stay.is_none() {
+            return;
+        }
+        let (snapshot, served) = (self.proxy.config.load(), served(&self.proxy));
+        let basis = Basis::new(&snapshot, &served);
+        if state.basis.as_ref() == Some(&basis) {
+            return;
+        }
+        let routes = if self.enabled { table::routes(&snapshot, &served) } else { HashMap::new() };
+        let (_, result) = state.kernel.set_routes(&routes);
+        if let Err(error) = result {
+            tracing::warn!(target: "proxy", %error, wanted = routes.len(), "not all connections that may go directly do");
+        }
+        state.basis = Some(basis);
+        self.proxy.served.store(Arc::new(served));
+        state.pods = Pods::new(&self.proxy);
+        state.unjudged = Some(Instant::now());
+        drop(state);
+        self.go_through();
+    }
+
+    /// Goes through all flows: sees what no event told, and cuts what must not go on.
+    fn go_through(&self) {
+        let (mut state, snapshot) = (self.lock(), self.proxy.config.load());
+        if state.handed_over || state.stay.is_none() {
+            return;
+        }
+        let mut unjudged = false;
+        let listed = state.kernel.flows();
+        let there = listed.iter().map(|f| f.cookie).collect::<HashSet<_>>();
+        for (_, known) in state.flows.extract_if(|cookie, _| !there.contains(cookie)) {
+            // Another process has counted it.
+            known.outcomes.into_iter().for_each(Outcome::hand_over);
+        }
+        for flow in listed {
+            state.hear(&self.proxy, &snapshot, &flow);
+            // It can be cut when it has a port.
+            unjudged |= flow.phase == Phase::New && state.unjudged.is_some_and(|since| flow.begun <= since);
+        }
+        let mut denied = 0;
+        let cookies = state.flows.keys().copied().collect::<Vec<_>>();
+        for cookie in cookies {
+            denied += usize::from(state.check(&self.proxy, &snapshot, cookie));
+        }
+        if denied > 0 {
+            tracing::info!(target: "proxy", connections = denied, generation = snapshot.generation, "cut direct connections");
+        }
+        if unjudged {
+            self.again.notify_one();
+        } else {
+            state.unjudged = None;
+        }
+    }
+
+    /// Lets go of all flows, which go on.
+    pub fn hand_over(&self) {
+        let mut state = self.lock();
+        state.handed_over = true;
+        for (_, known) in state.flows.drain() {
+            known.outcomes.into_iter().for_each(Outcome::hand_over);
+        }
+    }
+
+    /// Routes in force.
+    pub fn routes(&self) -> usize {
+        self.lock().kernel.routes()
+    }
+
+    /// Flows that are open.
+    pub fn states(&self) -> Vec<DirectState> {
+        let state = self.lock();
+        let one = |known: &Known| {
+            let [source, _] = &known.outcomes;
+            let name = |p: &Party| p.workload.as_ref().map(|w| w.name.clone());
+            let bytes = known.ends.as_ref().and_then(|e| capture::direct::traffic(&e.source.netns, &known.flow).ok());
+            DirectState {
+                flow: known.flow.clone(),
+                source: name(&source.source),
+                destination: name(&source.destination),
+                service: source.service.clone(),
+                bytes,
+            }
+        };
+        state.flows.values().map(one).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The pods this process serves.
+fn served(proxy: &Proxy) -> Served {
+    proxy.pods.all().iter().filter(|p| !p.is_draining()).filter_map(|p| Some((p.uid.clone(), p.cookie()?))).collect()
+}
+
+impl State {
+    /// Takes in what has happened to a flow.
+    fn hear(&mut self, proxy: &Arc<Proxy>, snapshot: &Snapshot, flow: &DirectFlow) {
+        if self.handed_over || self.stay.is_none() {
+            return;
+        }
+        match flow.phase {
+            Phase::New if flow.begun.elapsed() > DIALLING => self.kernel.forget(flow.cookie),
+            Phase::New => {}
+            Phase::Connecting => {
+                // Not open yet, but what must not go on need not begin.
+                if let Some(cut) = self.verdict(proxy, snapshot, flow, self.pods.ends(flow).as_ref()) {
+                    tracing::debug!(target: "proxy", client = %flow.client, to = %flow.endpoint, %cut, "a direct connection is not made");
+                    self.end(flow);
+                }
+            }
+            Phase::Clash => self.end(flow),
+            Phase::Open => {
+                if !self.flows.contains_key(&flow.cookie) {
+                    let ends = self.pods.ends(flow);
+                    self.flows.insert(flow.cookie, Known::new(proxy, snapshot, ends, flow));
+                    self.check(proxy, snapshot, flow.cookie);
+                }
+            }
+            Phase::Closed => {
+                self.kernel.forget(flow.cookie);
+                let known = self.flows.remove(&flow.cookie);
+                let known = known.unwrap_or_else(|| Known::new(proxy, snapshot, self.pods.ends(flow), flow));
+                known.close(flow);
+            }
+        }
+    }
+
+    /// Cuts a flow that must not go on; whether it did.
+    fn check(&mut self, proxy: &Arc<Proxy>, snapshot: &Snapshot, cookie: u64) -> bool {
+        let Some(known) = self.flows.get(&cookie) else { return false };
+        let Some(cut) = known.cut.or_else(|| self.verdict(proxy, snapshot, &known.flow, known.ends.as_ref())) else { return false };
+        let flow = known.flow.clone();
+        if let Some(known) = self.flows.get_mut(&cookie) {
+            known.cut = Some(cut);
+        }
+        self.end(&flow);
+        true
+    }
+
+    /// Ends a flow by the client's socket, or else by the server's. Its end is heard of like any other.
+    fn end(&self, flow: &DirectFlow) {
+        let ends = self.flows.get(&flow.cookie).map_or_else(|| self.pods.ends(flow), |k| k.ends.clone());
+        let by_client = |e: &Ends| capture::direct::destroy(&e.source.netns, flow.client, flow.endpoint, Some(flow.cookie));
+        let by_server = |e: &Ends| capture::direct::destroy(&e.destination.netns, flow.endpoint, flow.client, None);
+        let ended = match &ends {
+            Some(ends) => match (by_client(ends), by_server(ends)) {
+                (Err(error), Err(_)) => Err(error),
+                _ => Ok(()),
+            },
+            None => match self.pods.by_ip.get(&flow.endpoint.ip()) {
+                Some(pod) => capture::direct::destroy(&pod.netns, flow.endpoint, flow.client, None),
+                None => Err(io::ErrorKind::NotFound.into()),
+            },
+        };
+        match ended {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(target: "proxy", client = %flow.client, to = %flow.endpoint, %error, "a direct connection cannot be cut");
+            }
+            _ => {}
+        }
+    }
+}
+
+impl State {
+    /// Why a flow must not go on. Only on evidence: what cannot be found out changes nothing.
+    fn verdict(&self, proxy: &Proxy, snapshot: &Snapshot, flow: &DirectFlow, ends: Option<&Ends>) -> Option<Cut> {
+        if !self.stay.as_ref().is_some_and(|stay| stay.contains(&flow.source)) {
+            let source = self.pods.by_cookie.get(&flow.source).and_then(|p| snapshot.workload(&p.uid));
+            return Some(if source.is_some_and(|w| !w.enrolled) { Cut::LeftTheMesh } else { Cut::PodGone });
+        }
+        let gone = |pod: &Arc<ServedPod>| !proxy.pods.by_uid(&pod.uid).is_some_and(|p| Arc::ptr_eq(&p, pod));
+        if ends.is_some_and(|e| gone(&e.destination)) {
+            return Some(Cut::PodGone);
+        }
+        let workload = match ends {
+            Some(ends) => snapshot.workload(&ends.destination.uid)?,
+            None => snapshot.workload_by_ip(flow.endpoint.ip())?,
+        };
+        if !workload.enrolled {
+            return Some(Cut::LeftTheMesh);
+        }
+        // What is gone from the configuration only is the pod watcher's business: its end is not a policy change.
+        let source = snapshot.workload(&self.pods.by_cookie.get(&flow.source)?.uid)?;
+        let facts = Facts::new(Some(source.identity.clone()), flow.client.ip(), flow.endpoint);
+        is_denied(workload, &facts, Carries::Unknown, &[]).then_some(Cut::PolicyChanged)
+    }
+}
+
+impl Known {
+    fn new(proxy: &Arc<Proxy>, snapshot: &Snapshot, ends: Option<Ends>, flow: &DirectFlow) -> Self {
+        let party = |address: SocketAddr| {
+            let workload = snapshot.workload_by_ip(address.ip()).cloned();
+            Party { address: Some(address), identity: workload.as_ref().map(|w| w.identity.clone()), workload }
+        };
+        let (source, destination) = (party(flow.client), party(flow.endpoint));
+        let namespace = source.workload.as_ref().map(|w| w.name.namespace.clone()).unwrap_or_default();
+        let service = match snapshot.resolve_for(&namespace, flow.dialled) {
+            Target::Service { service, .. } => Some(service.name.clone()),
+            _ => None,
+        };
+        let outcomes = [Direction::Outbound, Direction::Inbound].map(|direction| {
+            let mut outcome = Outcome::since(&proxy.metrics, direction, flow.begun);
+            (outcome.source, outcome.destination) = (source.clone(), destination.clone());
+            outcome.service = if direction == Direction::Outbound { service.clone() } else { None };
+            if flow.opened {
+                outcome.opened();
+            }
+            outcome
+        });
+        let accelerate = [&source, &destination].iter().all(|p| p.workload.as_ref().is_some_and(|w| w.accelerate));
+        let offered = match (&ends, proxy.accelerated()) {
+            (Some(ends), Some(offers)) if flow.phase == Phase::Open && accelerate => {
+                Some(offers.offer(Pair::of_flow(&ends.source.netns, &ends.destination.netns, flow)))
+            }
+            _ => None,
+        };
+        Self { flow: flow.clone(), ends, outcomes, cut: None, _offered: offered }
+    }
+
+    /// Counts and logs it.
+    fn close(self, flow: &DirectFlow) {
+        let [mut outbound, mut inbound] = self.outcomes;
+        if let Some(cut) = self.cut {
+            outbound.fail(Failure::Cut(cut));
+            inbound.fail(Failure::Cut(cut));
+        } else if !flow.opened {
+            let problem = || io::Error::other("it did not accept the connection");
+            outbound.fail(Failure::Dial { to: flow.endpoint, source: problem() });
+            inbound.fail(Failure::Application { to: flow.endpoint, source: problem() });
+        }
+        for outcome in [&outbound, &inbound] {
+            outcome.traffic.sent.store(flow.sent, Ordering::Relaxed);
+            outcome.traffic.received.store(flow.received, Ordering::Relaxed);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Connections between pods of one node past the proxy: which go so, that policy, counting and cutting are those of any other, and
+//! that they outlive the process.
+
+use std::{
+    net::SocketAddr,
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{program, wait_for},
+};
+use serde_json::Value;
+
+fn start(bed: &Bed, pod: &Pod, arguments: &[&str]) -> Child {
+    bed.command(pod, &program("probe"), arguments).stdout(Stdio::piped()).spawn().expect("started")
+}
+
+fn end(child: Child) -> Value {
+    let output = child.wait_with_output().expect("ended");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stdout)))
+}
+
+fn connections(bed: &Bed) -> Vec<Value> {
+    bed.nodes()[0].admin_json("/direct").expect("direct")["connections"].as_array().cloned().expect("connections")
+}
+
+fn direct(bed: &Bed) -> f64 {
+    bed.nodes()[0].metric("mesh_capture_events", &["\"direct\""]).unwrap_or(0.0)
+}
+
+fn indirect(bed: &Bed, reason: &str) -> f64 {
+    bed.nodes()[0].metric("mesh_indirect_connections_total", &[&format!("reason=\"{reason}\"")]).unwrap_or(0.0)
+}
+
+/// What a reporter has counted of connections to the server.
+fn counted(bed: &Bed, metric: &str, reporter: &str) -> f64 {
+    let reporter = format!("reporter=\"{reporter}\"");
+    bed.nodes()[0].metric(metric, &[&reporter, "destination_app=\"server\""]).unwrap_or(0.0)
+}
+
+/// Flows and routes in the kernel.
+fn entries(bed: &Bed, map: &str) -> usize {
+    mesh_node::capture::count_entries(&bed.nodes()[0].pinned("maps").join(map)).expect("the map")
+}
+
+fn policy(bed: &Bed, name: &str, spec: &str) {
+    let yaml = format!(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: default}}\nspec: {spec}\n"
+    );
+    bed.apply(name, &yaml).expect("applied");
+    bed.settle().expect("settled");
+}
+
+/// A client and a server on one node, and a service before the server.
+fn scene(options: &NodeOptions) -> (Bed, Pod, Pod, [String; 2]) {
+    let mut bed = Bed::ambient(options).expect("bed");
+    let (v4, v6) = bed.service("default", "server", 7000, 8080).expect("service");
+    let server = PodSpec::server("server", 0).label("app", "server");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0).label("app", "client"), server]).expect("pods");
+    bed.settle().expect("settled");
+    let services = [v4, v6].map(|ip| SocketAddr::new(ip, 7000).to_string());
+    (bed, client, server, services)
+}
+
+#[test]
+fn opaque_connections_go_directly_and_are_counted_and_logged_by_both_reporters() {
+    let (bed, client, server, services) = scene(&NodeOptions::default());
+    let ways = [server.address(8080), server.address6(8080), services[0].clone(), services[1].clone()];
+    for (n, to) in ways.iter().enumerate() {
+        for mapped in [false, true] {
+            let mut arguments = vec!["names", to];
+            arguments.extend(mapped.then_some("--mapped"));
+            let report = bed.probe(&client, &arguments).expect("a report");
+            assert_eq!(report["peername"], report["dialled"], "{report}");
+            assert_eq!(report["sockname"], report["server"]["peer"], "the server sees the client's own address and port: {report}");
+            assert_eq!(direct(&bed), (2 * n + usize::from(mapped) + 1) as f64, "{to}");
+        }
+    }
+    let upload = bed.probe(&client, &["upload", &services[0], "1000000"]).expect("a report");
+    assert_eq!(upload["received"], 1_000_000);
+    wait_for("all counted", Duration::from_secs(5), || Ok(entries(&bed, "FLOWS") == 0)).expect("counted");
+    for reporter in ["source", "destination"] {
+        assert_eq!(counted(&bed, "istio_tcp_connections_opened_total", reporter), 9.0, "{reporter}");
+        assert_eq!(counted(&bed, "istio_tcp_connections_closed_total", reporter), 9.0, "{reporter}");
+        // Eight times "who\n", and the upload with its line.
+        assert_eq!(counted(&bed, "istio_tcp_received_bytes_total", reporter), 8.0 * 4.0 + 1_000_007.0, "{reporter}");
+    }
+    let log = bed.nodes()[0].access_log();
+    let uploads = log.iter().filter(|l| l.contains("bytes_sent=1000007") && l.contains("sa/client")).count();
+    assert_eq!(uploads, 2, "{log:#?}");
+    assert_eq!(indirect(&bed, "unused"), 0.0);
+}
+
+#[test]
+fn what_policy_does_not_allow_whatever_it_carries_takes_the_proxy_and_what_it_comes_to_deny_is_cut() {
+    let (bed, client, server, services) = scene(&NodeOptions::default());
+    let works = |to: &str| bed.probe(&client, &["ask", to, "ping"]).expect("a report")["answer"] == "pong";
+    assert!(works(&services[0]) && direct(&bed) == 1.0);
+    // Allowed by name: still decided before it is dialled.
+    policy(&bed, "by-name", r#"{action: ALLOW, rules: [{from: [{source: {principals: ["cluster.local/ns/default/sa/client"]}}]}]}"#);
+    assert!(works(&services[0]) && works(&server.address(8080)));
+    assert_eq!(direct(&bed), 3.0);
+    let steady = [start(&bed, &client, &["steady", &services[0], "20"]), start(&bed, &client, &["steady", &services[1], "20"])];
+    wait_for("two open", Duration::from_secs(5), || Ok(connections(&bed).len() == 2)).expect("open");
+    assert_eq!(connections(&bed)[0]["service"], "default/server");
+    policy(&bed, "by-name", r#"{action: ALLOW, rules: [{from: [{source: {principals: ["cluster.local/ns/default/sa/another"]}}]}]}"#);
+    for child in steady {
+        let report = end(child);
+        assert!(report["afterMilliseconds"].as_u64().is_some_and(|ms| ms < 10_000), "cut: {report}");
+    }
+    let before = direct(&bed);
+    assert!(!works(&services[0]) && !works(&server.address(8080)));
+    assert_eq!(direct(&bed), before);
+    let log = bed.nodes()[0].access_log();
+    assert_eq!(log.iter().filter(|l| l.contains("not allowed any more")).count(), 4, "{log:#?}");
+    assert_eq!((entries(&bed, "FLOWS"), connections(&bed).len()), (0, 0));
+    policy(&bed, "by-name", r#"{action: AUDIT, rules: [{}]}"#);
+    assert!(works(&services[0]));
+    assert_eq!((direct(&bed), indirect(&bed, "policy")), (before, 1.0), "what has to be told is told by the proxy");
+}
+
+#[test]
+fn connections_go_on_without_the_process_and_the_next_one_sees_to_them() {
+    let (mut bed, client, _server, services) = scene(&NodeOptions::default());
+    let steady = start(&bed, &client, &["steady", &services[0], "12"]);
+    wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
+    bed.node(0).kill();
+    std::thread::sleep(Duration::from_secs(1));
+    let refused = bed.probe(&client, &["ask", &services[0], "ping"]).expect("a report");
+    assert!(refused["error"].is_string(), "closed without a process: {refused}");
+    bed.node(0).start().expect("started");
+    bed.nodes()[0].wait_ready().expect("ready");
+    wait_for("found again", Duration::from_secs(10), || Ok(connections(&bed).len() == 1)).expect("open");
+    // And a stop in good order: nothing is said of it.
+    bed.node(0).stop().expect("stopped");
+    assert!(!bed.nodes()[0].access_log().iter().any(|l| l.contains("shutting down")));
+    bed.node(0).start().expect("started");
+    bed.nodes()[0].wait_ready().expect("ready");
+    let report = end(steady);
+    assert!(report["error"].is_null() && report["answers"].as_u64().is_some_and(|n| n > 500), "{report}");
+    wait_for("counted", Duration::from_secs(10), || Ok(entries(&bed, "FLOWS") == 0)).expect("counted");
+    assert_eq!(counted(&bed, "istio_tcp_connections_closed_total", "source"), 1.0);
+    assert!(counted(&bed, "istio_tcp_received_bytes_total", "destination") > 2500.0, "of all its life");
+    // A policy that changes while no process is there ends what it denies when one is.
+    let steady = start(&bed, &client, &["steady", &services[0], "20"]);
+    wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
+    bed.node(0).kill();
+    bed.apply(
+        "deny",
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny, namespace: default}\nspec: {}\n",
+    )
+    .expect("applied");
+    bed.node(0).start().expect("started");
+    bed.nodes()[0].wait_ready().expect("ready");
+    assert!(end(steady)["afterMilliseconds"].is_u64());
+}
+
+#[test]
+fn a_pod_that_leaves_the_mesh_or_is_deleted_loses_them() {
+    let (mut bed, client, server, services) = scene(&NodeOptions::default());
+    let steady = start(&bed, &client, &["steady", &services[0], "20"]);
+    wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
+    bed.relabel(&client, "istio.io/dataplane-mode", Some("none")).expect("relabelled");
+    assert!(end(steady)["afterMilliseconds"].is_u64());
+    wait_for("gone", Duration::from_secs(5), || Ok(connections(&bed).is_empty() && entries(&bed, "FLOWS") == 0)).expect("gone");
+    assert!(bed.nodes()[0].access_log().iter().any(|l| l.contains("not in the mesh any more")));
+    bed.relabel(&client, "istio.io/dataplane-mode", None).expect("relabelled");
+    bed.wait_captured(&client, true).expect("captured");
+    let steady = start(&bed, &client, &["steady", &services[0], "20"]);
+    wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
+    bed.delete(&server).expect("deleted");
+    assert!(end(steady)["afterMilliseconds"].is_u64());
+    wait_for("gone", Duration::from_secs(5), || Ok(connections(&bed).is_empty() && entries(&bed, "FLOWS") == 0)).expect("gone");
+}
+
+#[test]
+fn what_takes_the_proxy_says_why() {
+    let (mut bed, client, server, services) = scene(&NodeOptions::default());
+    let ask = |bed: &Bed, to: &str| assert_eq!(bed.probe(&client, &["ask", to, "ping"]).expect("a report")["answer"], "pong");
+    let rule = |bed: &Bed, spec: &str| {
+        let yaml = format!(
+            "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: server, namespace: default}}\nspec: {spec}\n"
+        );
+        bed.apply("rule", &yaml).expect("applied");
+        bed.settle().expect("settled");
+    };
+    rule(&bed, "{host: server, trafficPolicy: {connectionPool: {tcp: {maxConnections: 5}}}}");
+    ask(&bed, &services[0]);
+    assert_eq!((direct(&bed), indirect(&bed, "traffic_policy")), (0.0, 1.0));
+    bed.withdraw("rule").expect("withdrawn");
+    let far = PodSpec::server("other", 1).label("app", "server");
+    let [far] = bed.meshed([far]).expect("a pod");
+    bed.settle().expect("settled");
+    for _ in 0..20 {
+        ask(&bed, &services[0]);
+    }
+    assert_eq!(direct(&bed), 0.0);
+    assert!(indirect(&bed, "endpoints") > 0.0);
+    bed.delete(&far).expect("deleted");
+    bed.settle().expect("settled");
+    ask(&bed, &services[0]);
+    assert_eq!(direct(&bed), 1.0);
+    let off = scene(&NodeOptions::with(&["--same-node", "proxy"]));
+    assert_eq!(off.0.probe(&off.1, &["ask", &off.3[0], "ping"]).expect("a report")["answer"], "pong");
+    assert_eq!(off.0.probe(&off.1, &["ask", &off.2.address(8080), "ping"]).expect("a report")["answer"], "pong");
+    assert_eq!((direct(&off.0), entries(&off.0, "ROUTES")), (0.0, 0));
+    drop(server);
+}
