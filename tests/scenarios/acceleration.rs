@@ -59,7 +59,7 @@ fn random_messages_arrive_byte_for_byte_on_every_way() {
 
 #[test]
 fn a_connection_of_messages_is_accelerated_and_says_so_and_a_pod_can_opt_out() {
-    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", "proxy"])).expect("bed");
     let mut off = echo("off", 0);
     off.labels.insert("mesh-node.io/acceleration".into(), "off".into());
     let [client, near, opted_out] = bed.meshed([PodSpec::new("client", 0), echo("near", 0), off]).expect("pods");
@@ -79,7 +79,7 @@ fn a_connection_of_messages_is_accelerated_and_says_so_and_a_pod_can_opt_out() {
 
 #[test]
 fn programs_that_block_and_bulk_are_left_to_tcp() {
-    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", "proxy"])).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
     let steady = start(&bed, &client, "probe", &["steady", &server.address(8080), "2"]);
     wait_for("a verdict", Duration::from_secs(5), || Ok(states(&bed, 0).iter().filter(|s| *s == "blocking").count() == 2))
@@ -97,7 +97,7 @@ fn programs_that_block_and_bulk_are_left_to_tcp() {
 fn a_reader_that_does_not_read_holds_its_sender_up_and_loses_nothing() {
     const BEFORE: u64 = 20_480;
     for way in ["off", "on"] {
-        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", way])).expect("bed");
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", way, "--same-node", "proxy"])).expect("bed");
         let mut stalls = echo("server", 0);
         stalls.command.extend(["--stall-after".into(), BEFORE.to_string()]);
         let [client, server] = bed.meshed([PodSpec::new("client", 0), stalls]).expect("pods");

@@ -27,7 +27,7 @@ use crate::{
     config::Snapshot,
     id::ObjectName,
     policy::Facts,
-    route::Target,
+    route::{Target, Workload},
 };
 
 /// How often the kernel's flows are gone through for what no event told.
@@ -338,23 +338,25 @@ impl State {
 impl State {
     /// Why a flow must not go on. Only on evidence: what cannot be found out changes nothing.
     fn verdict(&self, proxy: &Proxy, snapshot: &Snapshot, flow: &DirectFlow, ends: Option<&Ends>) -> Option<Cut> {
-        if !self.stay.as_ref().is_some_and(|stay| stay.contains(&flow.source)) {
-            let source = self.pods.by_cookie.get(&flow.source).and_then(|p| snapshot.workload(&p.uid));
-            return Some(if source.is_some_and(|w| !w.enrolled) { Cut::LeftTheMesh } else { Cut::PodGone });
+        let source = ends.map(|e| &e.source).or_else(|| self.pods.by_cookie.get(&flow.source)).and_then(|p| snapshot.workload(&p.uid));
+        let workload = match ends {
+            Some(ends) => snapshot.workload(&ends.destination.uid),
+            None => snapshot.workload_by_ip(flow.endpoint.ip()),
+        };
+        let left = |w: Option<&Arc<Workload>>| w.is_some_and(|w| !w.enrolled);
+        match (left(source), left(workload)) {
+            // It is none of the mesh's any more, as it would not be if it were made now.
+            (true, true) => return None,
+            (false, false) => {}
+            _ => return Some(Cut::LeftTheMesh),
         }
-        let gone = |pod: &Arc<ServedPod>| !proxy.pods.by_uid(&pod.uid).is_some_and(|p| Arc::ptr_eq(&p, pod));
-        if ends.is_some_and(|e| gone(&e.destination)) {
+        let is_served = |pod: &Arc<ServedPod>| proxy.pods.by_uid(&pod.uid).is_some_and(|p| p.cookie() == pod.cookie());
+        let stays = self.stay.as_ref().is_some_and(|stay| stay.contains(&flow.source));
+        if !stays || ends.is_some_and(|e| !is_served(&e.destination)) {
             return Some(Cut::PodGone);
         }
-        let workload = match ends {
-            Some(ends) => snapshot.workload(&ends.destination.uid)?,
-            None => snapshot.workload_by_ip(flow.endpoint.ip())?,
-        };
-        if !workload.enrolled {
-            return Some(Cut::LeftTheMesh);
-        }
         // What is gone from the configuration only is the pod watcher's business: its end is not a policy change.
-        let source = snapshot.workload(&self.pods.by_cookie.get(&flow.source)?.uid)?;
+        let (source, workload) = (source?, workload?);
         let facts = Facts::new(Some(source.identity.clone()), flow.client.ip(), flow.endpoint);
         is_denied(workload, &facts, Carries::Unknown, &[]).then_some(Cut::PolicyChanged)
     }

@@ -28,7 +28,7 @@ use crate::{
 pub enum Cut {
     PolicyChanged,
     PodGone,
-    /// A direct connection of a pod that has left the mesh.
+    /// A direct connection, one of whose pods has left the mesh.
     LeftTheMesh,
     Shutdown,
     /// It had no traffic for as long as its destination allows.
