@@ -57,6 +57,9 @@ pub struct End {
     /// Kernel addresses of the two sockets, for checked reads only.
     pub own_socket: u64,
     pub peer_socket: u64,
+    /// Likewise of the flags of the files they have been opened as, which are theirs until they are closed.
+    pub own_flags: u64,
+    pub peer_flags: u64,
     /// One of [`Way`]'s.
     pub way: u32,
     /// One of [`Why`]'s.
@@ -237,7 +240,7 @@ pub struct Event {
     pub why: u32,
 }
 
-const _: () = assert!(size_of::<End>() == 72);
+const _: () = assert!(size_of::<End>() == 88);
 const _: () = assert!(size_of::<KernelLayout>() == 48);
 const _: () = assert!(size_of::<PairRequest>() == 80);
 const _: () = assert!(size_of::<PairReply>() == 72);

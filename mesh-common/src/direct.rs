@@ -177,7 +177,8 @@ mod tests {
         use tcp::{CLOSE, CLOSE_WAIT, CLOSING, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
         const SYN_SENT: u32 = 2;
         // States passed through, what TCP has counted (sent, received), and what the applications sent.
-        let cases: [(&[u32], (u64, u64), (u64, u64)); 6] = [
+        type Case = (&'static [u32], (u64, u64), (u64, u64));
+        let cases: [Case; 6] = [
             (&[ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE], (12, 21), (10, 20)),
             (&[ESTABLISHED, CLOSE_WAIT, LAST_ACK, CLOSE], (12, 21), (10, 20)),
             (&[ESTABLISHED, FIN_WAIT1, CLOSING, CLOSE], (12, 21), (10, 20)),

@@ -97,7 +97,7 @@ fn tell(end: &End) {
 fn facts(end: &End) -> Facts {
     let layout = KERNEL_LAYOUT.load();
     Facts {
-        nonblocking: nonblocking(&layout, end.own_socket) && nonblocking(&layout, end.peer_socket),
+        nonblocking: nonblocking(end.own_flags) && nonblocking(end.peer_flags),
         queued: word(end.peer_socket, layout.rmem_alloc),
         quiet: end.way == Way::TCP
             && word(end.own_socket, layout.snd_una) == word(end.own_socket, layout.write_seq)
@@ -105,19 +105,26 @@ fn facts(end: &End) -> Facts {
     }
 }
 
-/// Whether the descriptor of a socket has `O_NONBLOCK`; false when it has none.
+/// Where the flags are of the file a socket has been opened as; zero when it has none.
 #[inline(always)]
-fn nonblocking(layout: &KernelLayout, sk: u64) -> bool {
+fn flags(layout: &KernelLayout, sk: u64) -> u64 {
     let socket = pointer(sk, layout.socket);
     let file = if socket == 0 { 0 } else { pointer(socket, layout.file) };
-    file != 0 && word(file, layout.file_flags) & O_NONBLOCK != 0
+    if file == 0 { 0 } else { file + u64::from(layout.file_flags) }
 }
 
-/// Four bytes of kernel memory; all ones when they cannot be read.
+/// Four bytes of kernel memory; all ones when they cannot be read: more unread than any bound, and no sequence number.
 #[inline(always)]
 fn word(base: u64, offset: u32) -> u32 {
     // SAFETY: the helper checks the address.
     unsafe { bpf_probe_read_kernel((base + u64::from(offset)) as *const u32) }.unwrap_or(u32::MAX)
+}
+
+/// Whether a file is non-blocking, by the address of its flags; false when they cannot be read.
+#[inline(always)]
+fn nonblocking(flags: u64) -> bool {
+    // SAFETY: the helper checks the address.
+    flags != 0 && unsafe { bpf_probe_read_kernel(flags as *const u32) }.is_ok_and(|flags| flags & O_NONBLOCK != 0)
 }
 
 /// A pointer in kernel memory; zero when it cannot be read.
@@ -253,6 +260,9 @@ fn of_socket(sk: *mut bpf_sock, request: &PairRequest) -> PairReply {
             }
             PairRequest::JOIN => {
                 (*end).peer_socket = request.peer_socket;
+                let layout = KERNEL_LAYOUT.load();
+                (*end).own_flags = flags(&layout, (&raw const (*end).own_socket).read_volatile());
+                (*end).peer_flags = flags(&layout, request.peer_socket);
                 // What either side has sent so far is TCP's: nothing overtakes it.
                 (*end).way = Way::TCP;
             }
@@ -276,7 +286,7 @@ fn tell_of(reply: &mut PairReply, end: &End) {
     // SAFETY: a field of a valid reference.
     let own = unsafe { (&raw const end.own_socket).read_volatile() };
     reply.socket = own;
-    reply.nonblocking = u32::from(nonblocking(&layout, own));
+    reply.nonblocking = u32::from(nonblocking(flags(&layout, own)));
     (reply.way, reply.why) = (end.way, end.why);
     (reply.messages, reply.bytes) = (end.messages, end.bytes);
     let psock = pointer(own, layout.user_data) & !USER_DATA_FLAGS;
