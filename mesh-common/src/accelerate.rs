@@ -221,10 +221,13 @@ pub struct PairReply {
     pub queued: u32,
     pub messages: u64,
     pub bytes: u64,
+    /// Whether neither end has said it is done.
+    pub established: u32,
+    pub pad: u32,
 }
 
 impl PairReply {
-    /// There is no such connection, or it is not established.
+    /// There is no such connection, or it is not established and was to be entered.
     pub const GONE: u32 = 1;
     /// The kernel had no memory, or no room among the accelerated sockets.
     pub const FULL: u32 = 2;
@@ -243,7 +246,7 @@ pub struct Event {
 const _: () = assert!(size_of::<End>() == 88);
 const _: () = assert!(size_of::<KernelLayout>() == 48);
 const _: () = assert!(size_of::<PairRequest>() == 80);
-const _: () = assert!(size_of::<PairReply>() == 72);
+const _: () = assert!(size_of::<PairReply>() == 80);
 const _: () = assert!(size_of::<Event>() == 16);
 
 #[cfg(feature = "user")]

@@ -21,6 +21,7 @@ use aya_ebpf::{
 };
 use mesh_common::{
     accelerate::{End, Event, Facts, KernelLayout, O_NONBLOCK, PairReply, PairRequest, Step, Way, Why, step},
+    direct::tcp,
     maps::Counter,
 };
 
@@ -46,7 +47,6 @@ static KERNEL_LAYOUT: Global<KernelLayout> = Global::new(KernelLayout {
 
 /// Bits of `sk_user_data` that are not the pointer's.
 const USER_DATA_FLAGS: u64 = 7;
-const TCP_ESTABLISHED: u32 = 1;
 const SOL_SOCKET: i32 = 1;
 const SO_RCVLOWAT: i32 = 18;
 /// The request in a packet: behind an Ethernet header.
@@ -229,15 +229,18 @@ fn of_socket(sk: *mut bpf_sock, request: &PairRequest) -> PairReply {
     let mut reply = PairReply::default();
     // SAFETY: fields and storage of a referenced socket, each pointer checked for null.
     unsafe {
-        let tcp = bpf_tcp_sock(sk);
-        if (*sk).state != TCP_ESTABLISHED || tcp.is_null() {
+        let sock = bpf_tcp_sock(sk);
+        let established = (*sk).state == tcp::ESTABLISHED;
+        let enters = request.ask == PairRequest::ENTER || request.ask == PairRequest::JOIN;
+        if sock.is_null() || !established && (enters || !half_closed((*sk).state)) {
             reply.problem = PairReply::GONE;
             return reply;
         }
-        reply.bytes_received = (*tcp).bytes_received;
-        reply.bytes_acked = (*tcp).bytes_acked;
-        reply.segments_in = (*tcp).data_segs_in;
-        reply.segments_out = (*tcp).data_segs_out;
+        reply.established = u32::from(established);
+        reply.bytes_received = (*sock).bytes_received;
+        reply.bytes_acked = (*sock).bytes_acked;
+        reply.segments_in = (*sock).data_segs_in;
+        reply.segments_out = (*sock).data_segs_out;
         let create = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
         let end: *mut End = bpf_sk_storage_get((&raw const ENDS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), create).cast();
         if end.is_null() {
@@ -278,6 +281,12 @@ fn of_socket(sk: *mut bpf_sock, request: &PairRequest) -> PairReply {
         tell_of(&mut reply, &*end);
     }
     reply
+}
+
+/// Whether a connection in this state may have something to read or to send.
+#[inline(always)]
+fn half_closed(state: u32) -> bool {
+    matches!(state, tcp::FIN_WAIT1 | tcp::FIN_WAIT2 | tcp::CLOSE_WAIT | tcp::LAST_ACK | tcp::CLOSING)
 }
 
 #[inline(always)]

@@ -96,17 +96,18 @@ fn programs_that_block_and_bulk_are_left_to_tcp() {
 #[test]
 fn a_reader_that_does_not_read_holds_its_sender_up_and_loses_nothing() {
     const BEFORE: u64 = 20_480;
-    for way in ["off", "on"] {
-        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", way, "--same-node", "proxy"])).expect("bed");
+    for (way, same_node) in [("off", "proxy"), ("on", "proxy"), ("on", "direct")] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", way, "--same-node", same_node])).expect("bed");
         let mut stalls = echo("server", 0);
         stalls.command.extend(["--stall-after".into(), BEFORE.to_string()]);
         let [client, server] = bed.meshed([PodSpec::new("client", 0), stalls]).expect("pods");
         let flood = start(&bed, &client, "soak", &["flood", &server.address(9000), &BEFORE.to_string()]);
-        // While nobody reads: the kernel holds no more redirected bytes than the bound, in either direction of either hop.
+        // While nobody reads: the kernel holds no more redirected bytes than the bound. (The proxy reads, as long as it can write.)
         std::thread::sleep(Duration::from_secs(4));
         let found = bed.nodes()[0].admin_json("/acceleration").expect("acceleration");
         let pairs = found["pairs"].as_array().expect("pairs").iter();
-        let most = pairs.flat_map(|p| p["redirectedBytes"].as_array().expect("bytes").iter().filter_map(Value::as_u64)).max().unwrap_or(0);
+        let to_server = pairs.filter(|p| p["other"].as_str().is_some_and(|other| other.ends_with(":9000")));
+        let most = to_server.filter_map(|p| p["redirectedBytes"][0].as_u64()).max().unwrap_or(0);
         let bound = BEFORE + 2 * u64::from(MAX_QUEUED + MAX_MESSAGE);
         assert!((way == "off") == (most == 0) && most <= bound, "{way}: {found}");
         let report = end(flood);
@@ -114,4 +115,56 @@ fn a_reader_that_does_not_read_holds_its_sender_up_and_loses_nothing() {
         let turned = bed.nodes()[0].metric("mesh_capture_events", &["\"acceleration_turned\""]).expect("a metric");
         assert_eq!(turned > 0.0, way == "on", "back to TCP");
     }
+}
+
+/// What a reporter has counted of connections to the server.
+fn counted(bed: &Bed, metric: &str, reporter: &str) -> f64 {
+    let reporter = format!("reporter=\"{reporter}\"");
+    bed.nodes()[0].metric(metric, &[&reporter, "destination_workload=\"near\""]).unwrap_or(0.0)
+}
+
+#[test]
+fn two_applications_exchange_messages_with_nobody_between_and_all_are_counted() {
+    const BYTES: u64 = 600_000;
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
+    let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
+    let accelerated = |bed: &Bed| states(bed, 0).iter().filter(|s| *s == "accelerated").count();
+    let talk = |bed: &Bed, to: &str| start(bed, &client, "soak", &["run", to, "4", &BYTES.to_string(), "--turns"]);
+    let talks = [talk(&bed, &near.address(9000)), talk(&bed, &near.address6(9000))];
+    wait_for("eight pairs", Duration::from_secs(10), || Ok(accelerated(&bed) == 8 && entered(&bed, 0) == 16)).expect("accelerated");
+    let found = bed.nodes()[0].admin_json("/direct").expect("direct");
+    assert!(found["connections"].as_array().is_some_and(|all| all.len() == 8 && all.iter().all(|c| c["sentBytes"].as_u64() > Some(0))));
+    for report in talks.map(end) {
+        assert_eq!((&report["done"], report["errors"].as_array().map(Vec::len)), (&4.into(), Some(0)), "{report}");
+    }
+    wait_for("all counted", Duration::from_secs(5), || Ok(counted(&bed, "istio_tcp_connections_closed_total", "source") == 8.0))
+        .expect("counted");
+    for reporter in ["source", "destination"] {
+        for metric in ["istio_tcp_received_bytes_total", "istio_tcp_sent_bytes_total"] {
+            assert_eq!(counted(&bed, metric, reporter), (8 * BYTES) as f64, "{reporter} {metric}");
+        }
+    }
+    assert_eq!(bed.nodes()[0].metric("mesh_indirect_connections_total", &[]).unwrap_or(0.0), 0.0);
+}
+
+#[test]
+fn accelerated_connections_survive_the_death_of_the_process_and_end_with_a_pod() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
+    let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
+    // Both ways at once, with pieces of bulk between: turns and ways back are many.
+    let talk = start(&bed, &client, "soak", &["run", &near.address(9000), "20", "3000000"]);
+    wait_for("accelerated", Duration::from_secs(10), || Ok(states(&bed, 0).iter().any(|s| s == "accelerated"))).expect("some");
+    bed.node(0).kill();
+    std::thread::sleep(Duration::from_secs(1));
+    bed.node(0).start().expect("started");
+    bed.nodes()[0].wait_ready().expect("ready");
+    let report = end(talk);
+    assert_eq!((&report["done"], report["errors"].as_array().map(Vec::len)), (&20.into(), Some(0)), "{report}");
+    wait_for("nothing left", Duration::from_secs(5), || Ok(entered(&bed, 0) == 0 && states(&bed, 0).is_empty())).expect("empty");
+    let talk = start(&bed, &client, "soak", &["run", &near.address(9000), "20", "30000000"]);
+    wait_for("accelerated", Duration::from_secs(10), || Ok(states(&bed, 0).iter().any(|s| s == "accelerated"))).expect("some");
+    bed.delete(&near).expect("deleted");
+    let report = end(talk);
+    assert_eq!((&report["done"], report["errors"].as_array().map(Vec::len)), (&0.into(), Some(20)), "all ended, none in silence: {report}");
+    wait_for("nothing left", Duration::from_secs(5), || Ok(entered(&bed, 0) == 0 && states(&bed, 0).is_empty())).expect("empty");
 }

@@ -423,37 +423,19 @@ impl Accelerator {
 
     /// Does what is due for a pair; whether it is to be seen to again.
     fn see_to(&self, id: u64, entry: &mut Entry) -> io::Result<bool> {
-        let one = self.kernel.look(&entry.pair.one)?;
-        let other = self.kernel.look(&entry.pair.other)?;
-        if one.problem != 0 || other.problem != 0 {
-            let full = [one.problem, other.problem].contains(&PairReply::FULL);
-            self.set(id, if full { State::Full } else { State::Gone });
-            return Ok(full);
-        }
         match entry.phase {
-            Phase::Outside => self.consider(id, entry, one, other),
-            Phase::Leaving => {
-                self.ask_both(entry, PairRequest::LEAVE)?;
-                let free = |r: PairReply| r.references <= 1 && r.queued == 0;
-                // Asked again: what was queued or under way before they were told to leave.
-                let (one, other) = (self.kernel.look(&entry.pair.one)?, self.kernel.look(&entry.pair.other)?);
-                if !(free(one) && free(other)) {
-                    return Ok(true);
-                }
-                // What came by TCP meanwhile raised its event together with what was redirected.
-                self.kernel.wake(&entry.pair.one)?;
-                self.kernel.wake(&entry.pair.other)?;
-                self.kernel.remove(id * 2);
-                self.kernel.remove(id * 2 + 1);
-                Ok(false)
-            }
-            Phase::Waking { other: is_other } => {
-                let (reader, place) = if is_other { (other, &entry.pair.other) } else { (one, &entry.pair.one) };
-                if reader.queued != 0 {
+            Phase::Outside => self.consider(id, entry),
+            Phase::Leaving => self.take_out(id, entry),
+            Phase::Waking { other } => {
+                let place = if other { &entry.pair.other } else { &entry.pair.one };
+                let reader = self.kernel.look(place)?;
+                if reader.problem == 0 && reader.queued != 0 {
                     entry.wait = entry.wait.min(LAST_WAKE);
                     return Ok(true);
                 }
-                self.kernel.wake(place)?;
+                if reader.problem == 0 {
+                    self.kernel.wake(place)?;
+                }
                 entry.phase = Phase::Inside;
                 Ok(false)
             }
@@ -461,7 +443,38 @@ impl Accelerator {
         }
     }
 
-    fn consider(&self, id: u64, entry: &mut Entry, one: PairReply, other: PairReply) -> io::Result<bool> {
+    /// Takes a pair out when nothing is lost by it. A socket that is gone has left by itself.
+    fn take_out(&self, id: u64, entry: &Entry) -> io::Result<bool> {
+        let places = [&entry.pair.one, &entry.pair.other];
+        for place in places {
+            self.kernel.ask(place, PairRequest { ask: PairRequest::LEAVE, ..PairRequest::default() })?;
+        }
+        // Asked again: what was queued or under way before they were told to leave.
+        let free = |r: PairReply| r.problem != 0 || r.references <= 1 && r.queued == 0;
+        for place in places {
+            if !free(self.kernel.look(place)?) {
+                return Ok(true);
+            }
+        }
+        for place in places {
+            // What came by TCP meanwhile raised its event together with what was redirected.
+            self.kernel.wake(place)?;
+        }
+        self.kernel.remove(id * 2);
+        self.kernel.remove(id * 2 + 1);
+        Ok(false)
+    }
+
+    fn consider(&self, id: u64, entry: &mut Entry) -> io::Result<bool> {
+        let (one, other) = (self.kernel.look(&entry.pair.one)?, self.kernel.look(&entry.pair.other)?);
+        if [one, other].iter().any(|r| r.problem == PairReply::GONE || r.problem == 0 && r.established == 0) {
+            self.set(id, State::Gone);
+            return Ok(false);
+        }
+        if one.problem != 0 || other.problem != 0 {
+            self.set(id, State::Full);
+            return Ok(true);
+        }
         if one.nonblocking == 0 || other.nonblocking == 0 {
             self.set(id, State::Blocking);
             return Ok(true);
@@ -479,12 +492,5 @@ impl Accelerator {
         entry.phase = if done { Phase::Inside } else { Phase::Leaving };
         self.set(id, if done { State::Accelerated } else { State::Full });
         Ok(!done)
-    }
-
-    fn ask_both(&self, entry: &Entry, ask: u32) -> io::Result<()> {
-        for place in [&entry.pair.one, &entry.pair.other] {
-            self.kernel.ask(place, PairRequest { ask, ..PairRequest::default() })?;
-        }
-        Ok(())
     }
 }

@@ -123,6 +123,15 @@ impl Direct {
         self.flows.iter().filter_map(Result::ok).map(|(cookie, flow)| clock.flow(cookie, &flow)).collect()
     }
 
+    /// Bytes a flow has sent and received until now, TCP's and those that passed it by. `netns`: the client's.
+    pub fn traffic(&self, netns: &Netns, flow: &DirectFlow) -> io::Result<(u64, u64)> {
+        let past = self.flows.get(&flow.cookie, 0).map_err(io::Error::other)?;
+        let (acked, received) = netns.enter(|| diag::traffic(flow.client, flow.endpoint, Some(flow.cookie)))??;
+        let mut now = Flow { seen: Flow::WAS_OPEN, ..past };
+        now.count(acked, received);
+        Ok((now.sent, now.received))
+    }
+
     /// Gives up the room of one that is over.
     pub fn forget(&mut self, cookie: u64) {
         // Gone already is as good.
@@ -156,11 +165,6 @@ impl FlowEvents {
 /// socket, so that no later one with the same addresses is meant; none for whichever has them.
 pub fn destroy(netns: &Netns, local: SocketAddr, remote: SocketAddr, cookie: Option<u64>) -> io::Result<()> {
     netns.enter(|| diag::destroy(local, remote, cookie))?
-}
-
-/// Bytes a socket has sent that were acknowledged, and received, as TCP counts them.
-pub fn traffic(netns: &Netns, flow: &DirectFlow) -> io::Result<(u64, u64)> {
-    netns.enter(|| diag::traffic(flow.client, flow.endpoint, Some(flow.cookie)))?
 }
 
 fn key(dialled: Dialled) -> RouteKey {

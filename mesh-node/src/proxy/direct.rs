@@ -244,7 +244,7 @@ impl Direct {
         let one = |known: &Known| {
             let [source, _] = &known.outcomes;
             let name = |p: &Party| p.workload.as_ref().map(|w| w.name.clone());
-            let bytes = known.ends.as_ref().and_then(|e| capture::direct::traffic(&e.source.netns, &known.flow).ok());
+            let bytes = known.ends.as_ref().and_then(|e| state.kernel.traffic(&e.source.netns, &known.flow).ok());
             DirectState {
                 flow: known.flow.clone(),
                 source: name(&source.source),
