@@ -4,6 +4,7 @@
 // 1 foundation
 pub mod id;
 pub mod io;
+pub mod spawn;
 pub mod telemetry;
 // 2 pure decisions
 pub mod balance;

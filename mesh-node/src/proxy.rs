@@ -29,6 +29,7 @@ use crate::{
     id::canonical,
     identity::Manager,
     jwks::Jwks,
+    spawn,
     telemetry::Metrics,
 };
 
@@ -97,7 +98,7 @@ impl Proxy {
         let mut config = self.config.clone();
         while config.changed().await {
             let snapshot = config.load();
-            let cut = self.live.recheck(&snapshot);
+            let cut = spawn::aside(|| self.live.recheck(&snapshot));
             if cut > 0 {
                 tracing::info!(target: "proxy", connections = cut, generation = snapshot.generation, "cut connections a policy change denies");
             }

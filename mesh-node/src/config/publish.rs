@@ -11,6 +11,7 @@ use super::{
     snapshot::Snapshot,
     store::{Change, Status, Store},
 };
+use crate::spawn;
 
 /// Read access to the current configuration; cheap to clone.
 #[derive(Debug, Clone)]
@@ -91,7 +92,8 @@ impl Publisher {
     }
 
     fn publish(&mut self) {
-        let (snapshot, statuses) = build(&self.store, &self.mesh, &self.shared.snapshot.load(), std::time::Instant::now());
+        let before = self.shared.snapshot.load_full();
+        let (snapshot, statuses) = spawn::aside(|| build(&self.store, &self.mesh, &before, std::time::Instant::now()));
         let generation = snapshot.generation;
         for status in new_ones(&self.shared.statuses.load(), &statuses) {
             tracing::warn!(target: "config", "{status}");

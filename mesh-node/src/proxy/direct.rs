@@ -28,6 +28,7 @@ use crate::{
     id::ObjectName,
     policy::Facts,
     route::{Target, Workload},
+    spawn,
 };
 
 /// How often the kernel's flows are gone through for what no event told.
@@ -144,13 +145,13 @@ impl Direct {
                     if !changed {
                         return;
                     }
-                    self.sync();
+                    spawn::aside(|| self.sync());
                 }
                 () = self.again.notified() => {
                     tokio::time::sleep(AGAIN).await;
-                    self.go_through();
+                    spawn::aside(|| self.go_through());
                 }
-                _ = sweep.tick() => self.go_through(),
+                _ = sweep.tick() => spawn::aside(|| self.go_through()),
             }
         }
     }
