@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use aya::maps::{HashMap, Map, MapData};
+use mesh_common::direct::{Flow, MAX_FLOWS};
 use mesh_tests::{
     Bed, NodeOptions, Pod, PodSpec,
     bed::{program, wait_for},
@@ -207,4 +209,45 @@ fn what_takes_the_proxy_says_why() {
     assert_eq!(off.0.probe(&off.1, &["ask", &off.2.address(8080), "ping"]).expect("a report")["answer"], "pong");
     assert_eq!((direct(&off.0), entries(&off.0, "ROUTES")), (0.0, 0));
     drop(server);
+}
+
+#[test]
+fn thousands_of_short_connections_leave_nothing_behind() {
+    const COUNT: u32 = 20_000;
+    let (bed, client, _server, services) = scene(&NodeOptions::with(&["--acceleration", "on"]).quiet());
+    let report = bed.probe(&client, &["churn", &services[0], &COUNT.to_string(), "16"]).expect("a report");
+    assert_eq!(report["failed"], 0, "{report}");
+    wait_for("all counted", Duration::from_secs(20), || {
+        Ok(counted(&bed, "istio_tcp_connections_closed_total", "source") == f64::from(COUNT))
+    })
+    .expect("counted");
+    for reporter in ["source", "destination"] {
+        assert_eq!(counted(&bed, "istio_tcp_connections_opened_total", reporter), f64::from(COUNT), "{reporter}");
+        assert_eq!(counted(&bed, "istio_tcp_received_bytes_total", reporter), 5.0 * f64::from(COUNT), "{reporter}");
+    }
+    for map in ["FLOWS", "PROXY_FLOWS", "ACCELERATED", "PENDING"] {
+        wait_for(map, Duration::from_secs(10), || Ok(entries(&bed, map) == 0)).expect("empty");
+    }
+    assert_eq!(connections(&bed).len(), 0);
+}
+
+#[test]
+fn without_room_for_one_more_they_take_the_proxy() {
+    let (bed, client, _server, services) = scene(&NodeOptions::default());
+    let ask = || assert_eq!(bed.probe(&client, &["ask", &services[0], "ping"]).expect("a report")["answer"], "pong");
+    ask();
+    wait_for("all counted", Duration::from_secs(5), || Ok(entries(&bed, "FLOWS") == 0)).expect("counted");
+    let map = MapData::from_pin(bed.nodes()[0].pinned("maps").join("FLOWS")).expect("the map");
+    let mut flows = HashMap::<_, u64, Flow>::try_from(Map::HashMap(map)).expect("a hash map");
+    let begun = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("a clock");
+    let begun = Duration::from(begun).as_nanos() as u64;
+    let filler = Flow { begun, ..Flow::default() };
+    let filled = (0..MAX_FLOWS as u64).filter(|n| flows.insert((1 << 60) + n, filler, 0).is_ok()).count();
+    assert_eq!(filled, MAX_FLOWS);
+    ask();
+    let full = bed.nodes()[0].metric("mesh_capture_events", &["\"direct_full\""]).expect("a metric");
+    assert_eq!((direct(&bed), full), (1.0, 1.0));
+    wait_for("what never got a port is forgotten", Duration::from_secs(20), || Ok(entries(&bed, "FLOWS") == 0)).expect("empty");
+    ask();
+    assert_eq!(direct(&bed), 2.0);
 }
