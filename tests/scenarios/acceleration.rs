@@ -95,7 +95,7 @@ fn programs_that_block_and_bulk_are_left_to_tcp() {
 
 #[test]
 fn a_reader_that_does_not_read_holds_its_sender_up_and_loses_nothing() {
-    const BEFORE: u64 = 20_480;
+    const BEFORE: u64 = 102_400;
     for (way, same_node) in [("off", "proxy"), ("on", "proxy"), ("on", "direct")] {
         let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", way, "--same-node", same_node])).expect("bed");
         let mut stalls = echo("server", 0);
@@ -167,4 +167,27 @@ fn accelerated_connections_survive_the_death_of_the_process_and_end_with_a_pod()
     let report = end(talk);
     assert_eq!((&report["done"], report["errors"].as_array().map(Vec::len)), (&0.into(), Some(20)), "all ended, none in silence: {report}");
     wait_for("nothing left", Duration::from_secs(5), || Ok(entered(&bed, 0) == 0 && states(&bed, 0).is_empty())).expect("empty");
+}
+
+#[test]
+fn a_program_that_changes_its_mind_about_blocking_is_learned() {
+    for same_node in ["proxy", "direct"] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", same_node])).expect("bed");
+        let [client, other, near] = bed.meshed([PodSpec::new("client", 0), PodSpec::new("other", 0), echo("near", 0)]).expect("pods");
+        let reached =
+            |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
+        let flip = |bed: &Bed| end(start(bed, &client, "soak", &["flip", &near.address(9000), "1000000"]));
+        assert_eq!(flip(&bed)["read"], 1_000_000, "{same_node}");
+        assert!(reached(&bed, "accelerated") > 0.0 && reached(&bed, "blocking") > 0.0, "{same_node}: entered, and left");
+        assert_eq!(reached(&bed, "unfit"), 0.0);
+        let before = reached(&bed, "accelerated");
+        assert_eq!(flip(&bed)["read"], 1_000_000, "{same_node}");
+        assert!(reached(&bed, "unfit") > 0.0, "{same_node}");
+        // Through the proxy the server's own hop still is; nothing of the client's.
+        let server_hops = if same_node == "proxy" { 1.0 } else { 0.0 };
+        assert_eq!(reached(&bed, "accelerated"), before + server_hops, "{same_node}");
+        let talk = end(start(&bed, &other, "soak", &["run", &near.address(9000), "1", "200000", "--turns"]));
+        assert_eq!(talk["done"], 1);
+        assert!(reached(&bed, "accelerated") > before + server_hops, "{same_node}: other pods are as they were");
+    }
 }

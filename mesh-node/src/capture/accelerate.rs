@@ -6,7 +6,7 @@
 //! midst of sending.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
@@ -40,6 +40,9 @@ const LAST_WAKE: Duration = Duration::from_millis(10);
 const MESSAGES: u32 = 2;
 /// Most bytes the messages of a pair have on average.
 const MEAN_MESSAGE: u64 = 8 * 1024;
+
+/// Most pods that are remembered as unfit.
+const MAX_UNFIT: usize = 4096;
 
 /// Where the fields are that the programs read.
 pub fn kernel_layout() -> Result<KernelLayout, String> {
@@ -83,6 +86,8 @@ pub enum State {
     Bulk,
     /// The reader fell behind too often.
     SlowReader,
+    /// A program of the pod has made a socket blocking in the midst of a conversation: it will do so again.
+    Unfit,
     /// No memory or no room in the kernel.
     Full,
     /// One of the sockets is not there, or not established.
@@ -100,6 +105,7 @@ impl State {
             Self::Blocking => "blocking",
             Self::Bulk => "bulk",
             Self::SlowReader => "slow_reader",
+            Self::Unfit => "unfit",
             Self::Full => "full",
             Self::Gone => "gone",
             Self::Failed => "failed",
@@ -286,6 +292,8 @@ pub struct Accelerator {
     known: Arc<Known>,
     entries: HashMap<u64, Entry>,
     due: BTreeSet<(Instant, u64)>,
+    /// Network namespaces, by inode, of pods whose programs are unfit.
+    unfit: HashSet<u64>,
     changed: Box<dyn Fn(State) + Send>,
 }
 
@@ -324,8 +332,16 @@ impl Accelerator {
         let kernel = Arc::new(Kernel { pair, wake, sockets });
         proof::prove(&kernel, next).map_err(CaptureError::Unsupported)?;
         let offers = Offers { sender, next: Arc::new(AtomicU64::new(next + 1)), known: known.clone(), kernel: kernel.clone() };
-        let accelerator =
-            Self { kernel, events, messages, known, entries: HashMap::new(), due: BTreeSet::new(), changed: Box::new(changed) };
+        let accelerator = Self {
+            kernel,
+            events,
+            messages,
+            known,
+            entries: HashMap::new(),
+            due: BTreeSet::new(),
+            unfit: HashSet::new(),
+            changed: Box::new(changed),
+        };
         Ok((accelerator, offers))
     }
 
@@ -384,9 +400,29 @@ impl Accelerator {
         // The peer of the sender is the one that reads.
         entry.phase = if event.way == Way::LEFT { Phase::Leaving } else { Phase::Waking { other: event.peer % 2 == 1 } };
         if event.way == Way::LEFT {
-            self.set(id, State::of(event.why));
+            let state = State::of(event.why);
+            if state == State::Blocking {
+                let places = [entry.pair.one.clone(), entry.pair.other.clone()];
+                self.learn(&places);
+            }
+            self.set(id, state);
         }
         self.due.insert((Instant::now(), id));
+    }
+
+    /// Remembers whose socket was made blocking.
+    fn learn(&mut self, places: &[Place]) {
+        for place in places {
+            // One that is gone meanwhile says nothing; there will be another.
+            if self.kernel.look(place).is_ok_and(|reply| reply.problem == 0 && reply.nonblocking == 0) {
+                if self.unfit.len() >= MAX_UNFIT {
+                    self.unfit.clear();
+                }
+                if self.unfit.insert(place.netns.inode()) {
+                    tracing::info!(target: "capture", local = %place.local, remote = %place.remote, "a program makes sockets blocking that it has used; connections of its pod are not accelerated any more");
+                }
+            }
+        }
     }
 
     fn set(&self, id: u64, state: State) {
@@ -475,11 +511,17 @@ impl Accelerator {
             self.set(id, State::Full);
             return Ok(true);
         }
+        if [&entry.pair.one, &entry.pair.other].iter().any(|p| self.unfit.contains(&p.netns.inode())) {
+            self.set(id, State::Unfit);
+            return Ok(false);
+        }
+        let young = one.segments_in < MESSAGES || one.segments_out < MESSAGES;
         if one.nonblocking == 0 || other.nonblocking == 0 {
             self.set(id, State::Blocking);
-            return Ok(true);
+            // One that has talked like that is not waited for: it would be a program that changes its mind.
+            return Ok(young);
         }
-        if one.segments_in < MESSAGES || one.segments_out < MESSAGES {
+        if young {
             self.set(id, State::Young);
             return Ok(true);
         }

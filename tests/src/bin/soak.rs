@@ -34,6 +34,9 @@ enum Command {
     /// Exchange AFTER bytes in turns with a server that then reads no more, and send as long as that is taken; print how much was.
     /// Then wait for the server to read on, and check that all of it comes back.
     Flood { to: SocketAddr, after: u64 },
+    /// Exchange BYTES in turns, the first half of them without blocking and the rest with a socket that was made blocking; print how
+    /// much came back.
+    Flip { to: SocketAddr, bytes: u64 },
     /// Send BYTES on each of CONNECTIONS and check what comes back; with --turns no message before the last one came back.
     Run {
         to: SocketAddr,
@@ -56,6 +59,10 @@ fn main() -> Result<()> {
         Command::Serve { port, stall_after } => serve(port, stall_after.unwrap_or(u64::MAX)),
         Command::Flood { to, after } => {
             println!("{}", flood(to, after).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
+            Ok(())
+        }
+        Command::Flip { to, bytes } => {
+            println!("{}", flip(to, bytes).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
             Ok(())
         }
         Command::Run { to, connections, bytes, turns } => {
@@ -295,6 +302,35 @@ fn run(to: SocketAddr, connections: usize, bytes: u64, turns: bool) -> Result<se
         }
     }
     Ok(json!({"done": done, "echoed": echoed, "errors": errors}))
+}
+
+fn flip(to: SocketAddr, bytes: u64) -> Result<serde_json::Value> {
+    let mut stream = TcpStream::connect(to)?;
+    stream.set_nodelay(true)?;
+    stream.set_nonblocking(true)?;
+    let (mut done, mut blocking, mut piece, mut buffer) = (0, false, [0; 500], [0; 500]);
+    while done < bytes {
+        if !blocking && done >= bytes / 2 {
+            stream.set_nonblocking(false)?;
+            blocking = true;
+        }
+        pattern::fill(&mut piece, done);
+        stream.write_all(&piece)?;
+        let mut got = 0;
+        while got < piece.len() {
+            match stream.read(&mut buffer[got..]) {
+                Ok(0) => anyhow::bail!("ended at {done}"),
+                Ok(n) => got += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !blocking => std::thread::sleep(Duration::from_millis(1)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        anyhow::ensure!(buffer == piece, "bytes after {done} are wrong");
+        done += got as u64;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    anyhow::ensure!(stream.read(&mut buffer)? == 0, "more than was sent");
+    Ok(json!({"read": done}))
 }
 
 fn flood(to: SocketAddr, after: u64) -> Result<serde_json::Value> {
