@@ -95,7 +95,8 @@ fn programs_that_block_and_bulk_are_left_to_tcp() {
 
 #[test]
 fn a_reader_that_does_not_read_holds_its_sender_up_and_loses_nothing() {
-    const BEFORE: u64 = 102_400;
+    // Enough for the pair to be entered meanwhile.
+    const BEFORE: u64 = 1_024_000;
     for (way, same_node) in [("off", "proxy"), ("on", "proxy"), ("on", "direct")] {
         let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", way, "--same-node", same_node])).expect("bed");
         let mut stalls = echo("server", 0);
