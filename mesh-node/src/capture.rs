@@ -161,6 +161,7 @@ impl Capture {
         let steer = loaded.program(object::STEER)?.try_clone_to_owned().map_err(CaptureError::io("duplicate a program descriptor"))?;
         pins::update_steering(&directory, steer.as_fd())?;
         let acceleration = match layout {
+            Ok(_) if !cfg!(feature = "acceleration") => Err("this build is without it (feature acceleration)".to_owned()),
             Ok(_) if settings.acceleration == Acceleration::Off => Err("it is switched off (--acceleration)".to_owned()),
             Ok(_) => acceleration(&mut loaded).map_err(|e| crate::telemetry::chain(&e)),
             Err(why) => Err(why),
@@ -215,10 +216,12 @@ impl Capture {
     /// Ordered so that nothing is captured that nobody would accept: routing, the listener's slot, steering of what
     /// comes in, and last what goes out. Whatever fails, the pod is captured as far as it can be: what nobody
     /// accepts is refused, not let through.
-    pub fn enrol(&mut self, netns: &Netns, addresses: &[IpAddr], inbound: &impl AsRawFd) -> Result<(), CaptureError> {
+    ///
+    /// `direct`: whether its connections may go past the proxy to pods of the node.
+    pub fn enrol(&mut self, netns: &Netns, addresses: &[IpAddr], inbound: &impl AsRawFd, direct: bool) -> Result<(), CaptureError> {
         let prepared = routing::prepare(netns);
         let listening = addresses.iter().try_for_each(|ip| self.listeners.insert(octets(*ip), inbound.as_raw_fd(), 0));
-        let direct = self.same_node == SameNode::Direct && prepared.is_ok() && listening.is_ok() && direct::leaves_ports(netns);
+        let direct = direct && self.same_node == SameNode::Direct && prepared.is_ok() && listening.is_ok() && direct::leaves_ports(netns);
         self.capture(netns, addresses, direct)?;
         prepared?;
         listening.map_err(CaptureError::map("LISTENERS"))

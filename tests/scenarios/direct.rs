@@ -204,6 +204,20 @@ fn what_takes_the_proxy_says_why() {
     bed.settle().expect("settled");
     ask(&bed, &services[0]);
     assert_eq!(direct(&bed), 1.0);
+    bed.relabel(&client, "mesh-node.io/acceleration", Some("off")).expect("relabelled");
+    bed.settle().expect("settled");
+    wait_for("the pod's wish", Duration::from_secs(5), || {
+        ask(&bed, &services[0]);
+        Ok(indirect(&bed, "switched_off") > 0.0)
+    })
+    .expect("switched off");
+    bed.relabel(&client, "mesh-node.io/acceleration", None).expect("relabelled");
+    wait_for("and back", Duration::from_secs(5), || {
+        let before = direct(&bed);
+        ask(&bed, &services[0]);
+        Ok(direct(&bed) > before)
+    })
+    .expect("switched on");
     let off = scene(&NodeOptions::with(&["--same-node", "proxy"]));
     assert_eq!(off.0.probe(&off.1, &["ask", &off.3[0], "ping"]).expect("a report")["answer"], "pong");
     assert_eq!(off.0.probe(&off.1, &["ask", &off.2.address(8080), "ping"]).expect("a report")["answer"], "pong");

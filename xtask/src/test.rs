@@ -28,8 +28,8 @@ pub fn run(quick: bool) -> Result<()> {
     }
     step("scenarios in the test bed", &mut cargo(&["test", "--locked", "-p", "mesh-tests"]))?;
     let mut accelerated = cargo(&["test", "--locked", "-p", "mesh-tests"]);
-    accelerated.args(ACCELERATED.iter().flat_map(|suite| ["--test", suite])).env("MESH_ACCELERATION", "on");
-    step("scenarios once more, with acceleration", &mut accelerated)?;
+    accelerated.args(ACCELERATED.iter().flat_map(|suite| ["--test", suite])).env("MESH_ACCELERATION", "on").env("MESH_SAME_NODE", "proxy");
+    step("scenarios once more, with acceleration, and through the proxy on one node too", &mut accelerated)?;
     step("the demo", &mut std::process::Command::new(target().join("debug/mesh-demo")))?;
     if !quick {
         fuzz::run(None, FUZZ_SECONDS)?;

@@ -229,6 +229,8 @@ struct Served {
     serving: Serving,
     /// Another descriptor of the inbound listener, for addresses that come later.
     inbound: OwnedFd,
+    /// Its connections may go past the proxy.
+    direct: bool,
 }
 
 /// The kernel's word on which connections are the node's own.
@@ -309,7 +311,9 @@ impl Reconciler {
     fn keep_enrolled(&mut self, workload: &Workload, local: &LocalPod) {
         let result = match self.served.get(&workload.uid) {
             None => self.enrol(workload, local),
-            Some(served) if **served.pod.addresses() != workload.ips => self.move_addresses(workload, local),
+            Some(served) if **served.pod.addresses() != workload.ips || served.direct != workload.accelerate => {
+                self.enrol_again(workload, local)
+            }
             Some(_) => Ok(()),
         };
         match result {
@@ -359,20 +363,25 @@ impl Reconciler {
             let mut capture = self.node.capture();
             pod.set_origins(Box::new(NodeOrigins(capture.node_flows().map_err(|e| chain(&e))?)));
             let originals = capture.original_destinations(local.netns_cookie).map_err(|e| chain(&e))?;
-            capture.enrol(&local.netns, &workload.ips, &inbound).map_err(|e| chain(&e))?;
+            capture.enrol(&local.netns, &workload.ips, &inbound, workload.accelerate).map_err(|e| chain(&e))?;
             originals
         };
         self.node.proxy.pods.insert(pod.clone());
         let serving = listeners.serve(&self.node.proxy, &pod, originals);
-        self.served.insert(workload.uid.clone(), Served { pod, netns_cookie: local.netns_cookie, serving, inbound });
+        self.served
+            .insert(workload.uid.clone(), Served { pod, netns_cookie: local.netns_cookie, serving, inbound, direct: workload.accelerate });
         tracing::info!(target: "app", pod = %workload.name, identity = %workload.identity, addresses = ?workload.ips, "pod captured");
         Ok(())
     }
 
-    /// Goes on serving a pod under other addresses, without letting go of it.
-    fn move_addresses(&mut self, workload: &Workload, local: &LocalPod) -> Result<(), String> {
-        let Some(served) = self.served.get(&workload.uid) else { return Ok(()) };
-        self.node.capture().enrol(&local.netns, &workload.ips, &served.inbound).map_err(|e| chain(&e))?;
+    /// Goes on serving a pod under other addresses or settings, without letting go of it.
+    fn enrol_again(&mut self, workload: &Workload, local: &LocalPod) -> Result<(), String> {
+        let Some(served) = self.served.get_mut(&workload.uid) else { return Ok(()) };
+        self.node.capture().enrol(&local.netns, &workload.ips, &served.inbound, workload.accelerate).map_err(|e| chain(&e))?;
+        served.direct = workload.accelerate;
+        if **served.pod.addresses() == workload.ips {
+            return Ok(());
+        }
         let old = served.pod.set_addresses(workload.ips.clone());
         tracing::info!(target: "app", pod = %workload.name, addresses = ?workload.ips, "pod has other addresses");
         self.forget_addresses(&old);
@@ -388,7 +397,7 @@ impl Reconciler {
 
     /// Stops capturing a pod. One that still exists keeps its connections; one that is gone loses them.
     fn release(&mut self, uid: &WorkloadUid, exists: bool) {
-        let Some(Served { pod, netns_cookie, serving, inbound: _ }) = self.served.remove(uid) else { return };
+        let Some(Served { pod, netns_cookie, serving, .. }) = self.served.remove(uid) else { return };
         self.node.capture().release(netns_cookie);
         self.forget_addresses(&pod.addresses());
         tracing::info!(target: "app", %uid, exists, "pod released");

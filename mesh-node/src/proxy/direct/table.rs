@@ -31,6 +31,8 @@ pub enum Indirect {
     TrafficPolicy,
     /// Some of its endpoints are not pods of this node that are served, or there are none or too many.
     Endpoints,
+    /// One of the pods does not want it.
+    SwitchedOff,
     /// Policy denies it, has to see what it carries, or wants to be told.
     Policy,
     /// It may go directly, but did not: the client chose its own address or port, calls itself, began before that was so, or there was
@@ -46,6 +48,7 @@ impl Indirect {
             Self::Routes => "routes",
             Self::TrafficPolicy => "traffic_policy",
             Self::Endpoints => "endpoints",
+            Self::SwitchedOff => "switched_off",
             Self::Policy => "policy",
             Self::Unused => "unused",
         }
@@ -74,6 +77,10 @@ pub fn routes(snapshot: &Snapshot, served: &Served) -> HashMap<Dialled, Vec<Sock
 
 /// Why a connection does not go directly.
 pub fn why_not(snapshot: &Snapshot, served: &Served, source: &Workload, to: SocketAddr) -> Indirect {
+    let off = |w: &Workload| !w.accelerate;
+    if off(source) || snapshot.workload_by_ip(to.ip()).is_some_and(|w| off(w)) {
+        return Indirect::SwitchedOff;
+    }
     Decide { snapshot, served }.from(source, to).err().unwrap_or(Indirect::Unused)
 }
 
@@ -86,10 +93,9 @@ impl Decide<'_> {
     /// Pods whose every port may be reached by every pod of the node.
     fn everywhere(&self) -> HashMap<Dialled, Vec<SocketAddr>> {
         let external = self.snapshot.external_addresses().map(|a| a.ip()).collect::<HashSet<_>>();
-        let open =
-            self.served.keys().filter_map(|uid| self.snapshot.workload(uid)).filter(|w| {
-                w.enrolled && w.node == self.snapshot.mesh.node && w.policy.everywhere.is_nothing() && w.policy.ports.is_empty()
-            });
+        let open = self.served.keys().filter_map(|uid| self.snapshot.workload(uid)).filter(|w| {
+            w.enrolled && w.accelerate && w.node == self.snapshot.mesh.node && w.policy.everywhere.is_nothing() && w.policy.ports.is_empty()
+        });
         let is_its = |w: &Workload, ip: &IpAddr| self.snapshot.workload_by_ip(*ip).is_some_and(|found| found.uid == w.uid);
         let ips = open.flat_map(|w| w.ips.iter().filter(|ip| is_its(w, ip)).copied().collect::<Vec<_>>());
         let routes =
@@ -175,7 +181,8 @@ impl Decide<'_> {
     /// The pod behind an address, if it is of this node and served.
     fn destination(&self, to: SocketAddr) -> Option<&Workload> {
         let workload = self.snapshot.workload_by_ip(to.ip())?;
-        let here = workload.enrolled && workload.node == self.snapshot.mesh.node && self.served.contains_key(&workload.uid);
+        let here =
+            workload.enrolled && workload.accelerate && workload.node == self.snapshot.mesh.node && self.served.contains_key(&workload.uid);
         (here && !mesh_common::is_reserved_port(to.port())).then_some(workload)
     }
 }
