@@ -265,3 +265,22 @@ fn without_room_for_one_more_they_take_the_proxy() {
     ask();
     assert_eq!(direct(&bed), 2.0);
 }
+
+#[test]
+fn an_endpoint_of_a_headless_service_is_reached_where_it_was_dialled() {
+    let (mut bed, client, server, _services) = scene(&NodeOptions::default());
+    let yaml = "apiVersion: v1\nkind: Service\nmetadata: {name: each}\nspec: {clusterIP: None, selector: {app: server}, ports: [{name: tcp, port: 8080, targetPort: 8080}]}\n";
+    bed.kubectl_apply("each", yaml).expect("applied");
+    let [other, _far] =
+        bed.meshed([PodSpec::server("other", 0).label("app", "server"), PodSpec::server("far", 1).label("app", "server")]).expect("pods");
+    bed.settle().expect("settled");
+    for (n, pod) in [&server, &other, &server, &other].into_iter().enumerate() {
+        let report = bed.probe(&client, &["names", &pod.address(8080)]).expect("a report");
+        assert_eq!(report["server"]["local"], pod.address(8080), "{report}");
+        assert_eq!(direct(&bed), (n + 1) as f64);
+    }
+    wait_for("all counted", Duration::from_secs(5), || {
+        Ok(bed.nodes()[0].metric("istio_tcp_connections_closed_total", &["destination_service_name=\"each\""])? == 4.0)
+    })
+    .expect("counted as the service's");
+}

@@ -388,7 +388,11 @@ impl Accelerator {
             }
             Message::Withdraw(id) => {
                 self.known.lock().remove(&id);
-                self.entries.remove(&id);
+                let entry = self.entries.remove(&id).filter(|e| e.pair.flow != 0 && e.phase != Phase::Outside);
+                // It may go on without this process, which must not be needed then.
+                if let Some(error) = entry.and_then(|entry| self.take_out(id, &entry).err()) {
+                    tracing::debug!(target: "capture", %error, "a pair cannot be taken out");
+                }
             }
         }
     }
@@ -479,25 +483,29 @@ impl Accelerator {
         }
     }
 
-    /// Takes a pair out when nothing is lost by it. A socket that is gone has left by itself.
+    /// Takes a pair out when nothing is lost by it; whether it has to be tried again. A socket that is not found any more leaves by
+    /// itself when its owner closes it, and not before: one that TCP is done with may still have redirected bytes to be read.
     fn take_out(&self, id: u64, entry: &Entry) -> io::Result<bool> {
-        let places = [&entry.pair.one, &entry.pair.other];
-        for place in places {
+        let places = [(&entry.pair.one, id * 2), (&entry.pair.other, id * 2 + 1)];
+        for (place, _) in places {
             self.kernel.ask(place, PairRequest { ask: PairRequest::LEAVE, ..PairRequest::default() })?;
         }
         // Asked again: what was queued or under way before they were told to leave.
-        let free = |r: PairReply| r.problem != 0 || r.references <= 1 && r.queued == 0;
-        for place in places {
-            if !free(self.kernel.look(place)?) {
-                return Ok(true);
+        let mut found = Vec::new();
+        for (place, key) in places {
+            let reply = self.kernel.look(place)?;
+            if reply.problem == 0 {
+                if reply.references > 1 || reply.queued != 0 {
+                    return Ok(true);
+                }
+                found.push((place, key));
             }
         }
-        for place in places {
+        for (place, _) in &found {
             // What came by TCP meanwhile raised its event together with what was redirected.
             self.kernel.wake(place)?;
         }
-        self.kernel.remove(id * 2);
-        self.kernel.remove(id * 2 + 1);
+        found.into_iter().for_each(|(_, key)| self.kernel.remove(key));
         Ok(false)
     }
 
@@ -531,6 +539,11 @@ impl Accelerator {
             return Ok(true);
         }
         let done = self.kernel.join(id, &entry.pair)?;
+        if entry.pair.flow != 0 {
+            // An earlier process may have owed this to either of them.
+            self.kernel.wake(&entry.pair.one)?;
+            self.kernel.wake(&entry.pair.other)?;
+        }
         entry.phase = if done { Phase::Inside } else { Phase::Leaving };
         self.set(id, if done { State::Accelerated } else { State::Full });
         Ok(!done)

@@ -157,6 +157,10 @@ impl Decide<'_> {
         if policy.tcp != TcpPool::default() || policy.outlier.is_some() {
             return Err(Indirect::TrafficPolicy);
         }
+        if policy.balancer == Balancer::Passthrough && cluster.endpoints.iter().any(|e| e.address == to) {
+            // A headless service: where it was dialled, and nowhere else.
+            return if self.destination(to).is_some() { Ok(vec![to]) } else { Err(Indirect::Endpoints) };
+        }
         let here = |e: &&crate::route::Endpoint| !cluster.local_only || e.node.as_deref() == Some(&*self.snapshot.mesh.node);
         let ready = cluster.endpoints.iter().filter(|e| e.ready).filter(here).map(|e| e.address);
         // A socket stays in its family: a pod without an address of it is out of reach, and so has to be left to the proxy.
