@@ -132,10 +132,14 @@ impl Direct {
         Ok((now.sent, now.received))
     }
 
-    /// Gives up the room of one that is over.
-    pub fn forget(&mut self, cookie: u64) {
-        // Gone already is as good.
-        let _ = self.flows.remove(&cookie);
+    /// Whether a flow is there, over or not.
+    pub fn contains(&self, cookie: u64) -> bool {
+        self.flows.get(&cookie, 0).is_ok()
+    }
+
+    /// Gives up the room of one that is over. False when somebody else has, and so has counted it.
+    pub fn forget(&mut self, cookie: u64) -> bool {
+        self.flows.remove(&cookie).is_ok()
     }
 }
 

@@ -274,8 +274,11 @@ impl State {
             return;
         }
         match flow.phase {
-            Phase::New if flow.begun.elapsed() > DIALLING => self.kernel.forget(flow.cookie),
-            Phase::New => {}
+            Phase::New => {
+                if flow.begun.elapsed() > DIALLING {
+                    self.kernel.forget(flow.cookie);
+                }
+            }
             Phase::Connecting => {
                 // Not open yet, but what must not go on need not begin.
                 if let Some(cut) = self.verdict(proxy, snapshot, flow, self.pods.ends(flow).as_ref()) {
@@ -285,15 +288,21 @@ impl State {
             }
             Phase::Clash => self.end(flow),
             Phase::Open => {
-                if !self.flows.contains_key(&flow.cookie) {
+                // What is heard of one that has been gone through and counted since is old.
+                if !self.flows.contains_key(&flow.cookie) && self.kernel.contains(flow.cookie) {
                     let ends = self.pods.ends(flow);
                     self.flows.insert(flow.cookie, Known::new(proxy, snapshot, ends, flow));
                     self.check(proxy, snapshot, flow.cookie);
                 }
             }
             Phase::Closed => {
-                self.kernel.forget(flow.cookie);
                 let known = self.flows.remove(&flow.cookie);
+                if !self.kernel.forget(flow.cookie) {
+                    if let Some(known) = known {
+                        known.outcomes.into_iter().for_each(Outcome::hand_over);
+                    }
+                    return;
+                }
                 let known = known.unwrap_or_else(|| Known::new(proxy, snapshot, self.pods.ends(flow), flow));
                 known.close(flow);
             }
