@@ -87,6 +87,12 @@ pub struct FlowKey {
     pub local: Address,
 }
 
+impl FlowKey {
+    /// What `PROXY_FLOWS` says of a flow: the pod's steering lets it pass, or refuses it.
+    pub const ALLOWED: u32 = 1;
+    pub const REFUSED: u32 = 0;
+}
+
 /// What the kernel side counts; index into the per-CPU `COUNTERS` array.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use mesh_common::{
     Address,
     accelerate::End,
-    addr::same_ip,
+    addr::{is_loopback, is_v4, same_ip},
     connect::is_own,
     direct::{ANY_POD, Flow, FlowEvent, MAX_ENDPOINTS, Route, RouteKey, pick, tcp},
     is_reserved_port,
@@ -27,6 +27,11 @@ use crate::{
 #[inline(always)]
 pub fn route(ctx: *mut bpf_sock_addr, source: u64, pod: &Pod, dialled: &Address) -> Option<Address> {
     if pod.direct == 0 || is_reserved_port(dialled.port()) || is_bound(ctx) || !proxy_serves() {
+        return None;
+    }
+    // One whose address is not known here yet could not be told from others.
+    let own = if is_v4(&dialled.ip) { &pod.v4 } else { &pod.v6 };
+    if is_loopback(own) || same_ip(own, &Pod::NONE) {
         return None;
     }
     let route = find(source, dialled)?;
@@ -83,13 +88,18 @@ fn is_bound(ctx: *mut bpf_sock_addr) -> bool {
 #[inline(always)]
 pub fn connecting(ctx: &SockOpsContext, key: FlowKey) {
     let cookie = cookie(ctx.ops);
-    let Some(flow) = FLOWS.get_ptr_mut(cookie) else { return };
+    let Some(flow) = FLOWS.get_ptr_mut(cookie) else {
+        // Forgotten before it had a port.
+        let _ = PROXY_FLOWS.insert(key, FlowKey::REFUSED, u64::from(BPF_NOEXIST));
+        return;
+    };
     // SAFETY: the node process removes it when it is closed, and later; the memory stays valid for this run.
     let flow = unsafe { &mut *flow };
     flow.client = key.remote;
     flow.state = Flow::CONNECTING;
-    // Without a note the pod's steering takes it for anybody's: never open by mistake.
-    if stands(ctx, flow) && PROXY_FLOWS.insert(key, 1, u64::from(BPF_NOEXIST)).is_err() {
+    // Without a note the pod's steering would take it for anybody's, without an identity: what does not stand is refused.
+    let note = if stands(ctx, flow) { FlowKey::ALLOWED } else { FlowKey::REFUSED };
+    if PROXY_FLOWS.insert(key, note, u64::from(BPF_NOEXIST)).is_err() {
         flow.state = Flow::CLASH;
         tell(cookie, flow);
     }

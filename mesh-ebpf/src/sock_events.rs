@@ -54,7 +54,7 @@ fn connecting(ctx: &SockOpsContext) {
     // On failure the connection is steered back to the proxy and refused there, or taken for anybody's: closed, never open.
     let noted = match mark.kind {
         SocketMark::DIRECT => return direct::connecting(ctx, flow(ctx)),
-        SocketMark::PROXY => PROXY_FLOWS.insert(flow(ctx), 1, u64::from(BPF_ANY)),
+        SocketMark::PROXY => PROXY_FLOWS.insert(flow(ctx), FlowKey::ALLOWED, u64::from(BPF_ANY)),
         SocketMark::NODE => {
             let ip = mark.orig_dst.ip;
             let cgroup = u64::from_ne_bytes([ip[0], ip[1], ip[2], ip[3], ip[4], ip[5], ip[6], ip[7]]);

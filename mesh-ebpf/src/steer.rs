@@ -32,8 +32,13 @@ pub fn mesh_steer(ctx: SkLookupContext) -> u32 {
     }
     let flow = flow(lookup);
     let own = addr::same_ip(&flow.remote.ip, &flow.local.ip) || addr::is_loopback(&flow.local.ip);
-    if own || flow.local.port() == HBONE_PORT || is_proxy_flow(&flow) {
+    if own || flow.local.port() == HBONE_PORT {
         return sk_action::SK_PASS;
+    }
+    match noted(&flow) {
+        Some(FlowKey::REFUSED) => return sk_action::SK_DROP,
+        Some(_) => return sk_action::SK_PASS,
+        None => {}
     }
     if LISTENERS.redirect_sk_lookup(&ctx, flow.local.ip, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT)).is_ok() {
         count(Counter::Steered);
@@ -49,9 +54,9 @@ pub fn mesh_steer(ctx: SkLookupContext) -> u32 {
 }
 
 #[inline(always)]
-fn is_proxy_flow(flow: &FlowKey) -> bool {
-    // SAFETY: only presence is asked for.
-    unsafe { PROXY_FLOWS.get(flow) }.is_some()
+fn noted(flow: &FlowKey) -> Option<u32> {
+    // SAFETY: a copy is made.
+    unsafe { PROXY_FLOWS.get(flow) }.copied()
 }
 
 #[inline(always)]

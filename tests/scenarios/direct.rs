@@ -118,6 +118,11 @@ fn what_policy_does_not_allow_whatever_it_carries_takes_the_proxy_and_what_it_co
     let log = bed.nodes()[0].access_log();
     assert_eq!(log.iter().filter(|l| l.contains("not allowed any more")).count(), 4, "{log:#?}");
     assert_eq!((entries(&bed, "FLOWS"), connections(&bed).len()), (0, 0));
+    // Nothing but the connections was cut: plaintext from outside the mesh is still taken.
+    bed.withdraw("by-name").expect("withdrawn");
+    bed.settle().expect("settled");
+    let outside = bed.nodes()[0].run(&program("probe"), &["ask", &server.address(8080), "ping"]).expect("run");
+    assert!(String::from_utf8_lossy(&outside.stdout).contains("pong"), "{outside:?}");
     policy(&bed, "by-name", r#"{action: AUDIT, rules: [{}]}"#);
     assert!(works(&services[0]));
     assert_eq!((direct(&bed), indirect(&bed, "policy")), (before, 1.0), "what has to be told is told by the proxy");

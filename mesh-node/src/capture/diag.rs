@@ -22,10 +22,30 @@ const HEADER: usize = 16;
 /// Of `struct inet_diag_req_v2`, and of `struct inet_diag_msg`.
 const REQUEST: usize = 56;
 const MESSAGE: usize = 72;
+/// Where the latter has the cookie.
+const COOKIE: usize = 44;
+const TCP_LISTEN: u8 = 10;
 
 /// Ends a connection; the other end sees a reset. One that is not there is an error of kind `NotFound`.
+///
+/// Without a cookie it is asked for first: the kernel takes a listener for want of a connection, and would end that.
 pub fn destroy(local: SocketAddr, remote: SocketAddr, cookie: Option<u64>) -> io::Result<()> {
+    let cookie = match cookie {
+        Some(cookie) => Some(cookie),
+        None => Some(connection(local, remote)?),
+    };
     ask(SOCK_DESTROY, NLM_F_ACK, 0, (local, remote), cookie).map(drop)
+}
+
+/// The cookie of a connection, which is no listener.
+fn connection(local: SocketAddr, remote: SocketAddr) -> io::Result<u64> {
+    let answer = ask(SOCK_DIAG_BY_FAMILY, 0, 0, (local, remote), None)?;
+    let message = answer.get(HEADER..HEADER + MESSAGE).ok_or(io::ErrorKind::InvalidData)?;
+    let (state, port) = (message[1], &message[6..8]);
+    if state == TCP_LISTEN || port != remote.port().to_be_bytes() {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    message[COOKIE..COOKIE + 8].try_into().map(u64::from_ne_bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Bytes acknowledged and received on a connection.
@@ -126,6 +146,12 @@ mod tests {
             destroy(local, remote, Some(own)).expect("ended");
             assert!(client.write_all(b"!").is_err());
             server.read_exact(&mut [0]).ok();
+            // The listener is not taken for what is gone.
+            assert_eq!(destroy(remote, local, None).expect_err("gone").kind(), io::ErrorKind::NotFound);
+            let again = TcpStream::connect(remote).expect("still listening");
+            let (mut accepted, _) = listener.accept().expect("still accepting");
+            destroy(remote, again.local_addr().expect("an address"), None).expect("found by its addresses");
+            assert!(accepted.write_all(b"!").is_err());
             assert_eq!(server.read(&mut [0]).expect_err("reset").kind(), io::ErrorKind::ConnectionReset);
             assert_eq!(traffic(local, remote, Some(own)).expect_err("gone").kind(), io::ErrorKind::NotFound);
         }

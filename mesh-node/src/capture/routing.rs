@@ -62,7 +62,9 @@ pub fn remove(netns: &Netns) -> Result<(), CaptureError> {
         if !ours {
             return Ok(());
         }
-        fs::write(TIME_WAIT_REUSE, REUSE_DEFAULT)?;
+        if fs::read_to_string(TIME_WAIT_REUSE)?.trim() == "1" {
+            fs::write(TIME_WAIT_REUSE, REUSE_DEFAULT)?;
+        }
         fs::write(FWMARK_ACCEPT, "0")
     })
 }

@@ -26,7 +26,6 @@ use crate::{
     capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase},
     config::Snapshot,
     id::ObjectName,
-    policy::Facts,
     route::{Target, Workload},
     spawn,
 };
@@ -171,11 +170,11 @@ impl Direct {
 
     fn sync(&self) {
         let mut state = self.lock();
-        if state.stay.is_none() {
+        if state.stay.is_none() || state.handed_over {
             return;
         }
         let (snapshot, served) = (self.proxy.config.load(), served(&self.proxy));
-        let basis = Basis::new(&snapshot, &served);
+        let basis = Basis::new(&snapshot, &served, &self.proxy);
         if state.basis.as_ref() == Some(&basis) {
             return;
         }
@@ -286,7 +285,7 @@ impl State {
                     self.end(flow);
                 }
             }
-            Phase::Clash => self.end(flow),
+            Phase::Clash => self.end_client(flow),
             Phase::Open => {
                 // What is heard of one that has been gone through and counted since is old.
                 if !self.flows.contains_key(&flow.cookie) && self.kernel.contains(flow.cookie) {
@@ -321,16 +320,22 @@ impl State {
         true
     }
 
+    /// Ends a flow by the client's socket and no other: the addresses are another connection's too.
+    fn end_client(&self, flow: &DirectFlow) {
+        if let Some(pod) = self.pods.by_cookie.get(&flow.source) {
+            // Gone already is as good.
+            let _ = capture::direct::destroy(&pod.netns, flow.client, flow.endpoint, Some(flow.cookie));
+        }
+    }
+
     /// Ends a flow by the client's socket, or else by the server's. Its end is heard of like any other.
     fn end(&self, flow: &DirectFlow) {
         let ends = self.flows.get(&flow.cookie).map_or_else(|| self.pods.ends(flow), |k| k.ends.clone());
         let by_client = |e: &Ends| capture::direct::destroy(&e.source.netns, flow.client, flow.endpoint, Some(flow.cookie));
         let by_server = |e: &Ends| capture::direct::destroy(&e.destination.netns, flow.endpoint, flow.client, None);
         let ended = match &ends {
-            Some(ends) => match (by_client(ends), by_server(ends)) {
-                (Err(error), Err(_)) => Err(error),
-                _ => Ok(()),
-            },
+            // The server's only if there is no other way: it is known by its addresses alone.
+            Some(ends) => by_client(ends).or_else(|error| by_server(ends).map_err(|_| error)),
             None => match self.pods.by_ip.get(&flow.endpoint.ip()) {
                 Some(pod) => capture::direct::destroy(&pod.netns, flow.endpoint, flow.client, None),
                 None => Err(io::ErrorKind::NotFound.into()),
@@ -367,7 +372,7 @@ impl State {
         }
         // What is gone from the configuration only is the pod watcher's business: its end is not a policy change.
         let (source, workload) = (source?, workload?);
-        let facts = Facts::new(Some(source.identity.clone()), flow.client.ip(), flow.endpoint);
+        let facts = table::facts(snapshot, source, flow.client.ip(), flow.endpoint);
         is_denied(workload, &facts, Carries::Unknown, &[]).then_some(Cut::PolicyChanged)
     }
 }

@@ -11,6 +11,7 @@ use crate::{
     detect::Protocol,
     id::WorkloadUid,
     policy::Facts,
+    proxy::Proxy,
     route::{
         Service, ServicePort, Target, Workload,
         traffic::{Balancer, TcpPool},
@@ -136,7 +137,7 @@ impl Decide<'_> {
         for endpoint in &endpoints {
             let workload = self.destination(*endpoint).ok_or(Indirect::Endpoints)?;
             let client = address_like(source, endpoint.ip()).ok_or(Indirect::Endpoints)?;
-            let facts = Facts::new(Some(source.identity.clone()), client, *endpoint);
+            let facts = facts(self.snapshot, source, client, *endpoint);
             if !workload.policy.settles(&facts) {
                 return Err(Indirect::Policy);
             }
@@ -191,6 +192,13 @@ impl Decide<'_> {
     }
 }
 
+/// What is known of a connection before it is dialled.
+pub fn facts(snapshot: &Snapshot, source: &Workload, client: IpAddr, to: SocketAddr) -> Facts {
+    let mut facts = Facts::new(Some(source.identity.clone()), client, to);
+    facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
+    facts
+}
+
 /// A workload's address of the family of another.
 pub fn address_like(workload: &Workload, like: IpAddr) -> Option<IpAddr> {
     workload.ips.iter().copied().find(|ip| ip.is_ipv4() == like.is_ipv4())
@@ -201,10 +209,13 @@ pub fn address_like(workload: &Workload, like: IpAddr) -> Option<IpAddr> {
 pub struct Basis {
     generation: u64,
     served: HashSet<(WorkloadUid, u64)>,
+    addresses: BTreeSet<IpAddr>,
 }
 
 impl Basis {
-    pub fn new(snapshot: &Snapshot, served: &Served) -> Self {
-        Self { generation: snapshot.generation, served: served.iter().map(|(uid, cookie)| (uid.clone(), *cookie)).collect() }
+    pub fn new(snapshot: &Snapshot, served: &Served, proxy: &Proxy) -> Self {
+        let addresses = proxy.pods.all().iter().flat_map(|p| p.addresses().to_vec()).collect();
+        let served = served.iter().map(|(uid, cookie)| (uid.clone(), *cookie)).collect();
+        Self { generation: snapshot.generation, served, addresses }
     }
 }
