@@ -37,6 +37,8 @@ pub struct DirectFlow {
     /// Cookie of the client's network namespace.
     pub source: u64,
     pub begun: Instant,
+    /// The same on the kernel's clock: tells flows of one socket apart.
+    number: u64,
     pub dialled: SocketAddr,
     /// Where it comes from; port 0 as long as it has none.
     pub client: SocketAddr,
@@ -132,14 +134,15 @@ impl Direct {
         Ok((now.sent, now.received))
     }
 
-    /// Whether a flow is there, over or not.
-    pub fn contains(&self, cookie: u64) -> bool {
-        self.flows.get(&cookie, 0).is_ok()
+    /// Whether a flow is there, over or not; another of the same socket is another.
+    pub fn contains(&self, flow: &DirectFlow) -> bool {
+        self.flows.get(&flow.cookie, 0).is_ok_and(|there| there.begun == flow.number)
     }
 
     /// Gives up the room of one that is over. False when somebody else has, and so has counted it.
-    pub fn forget(&mut self, cookie: u64) -> bool {
-        self.flows.remove(&cookie).is_ok()
+    pub fn forget(&mut self, flow: &DirectFlow) -> bool {
+        // Nobody but user space removes one, and no other takes its place before.
+        self.contains(flow) && self.flows.remove(&flow.cookie).is_ok()
     }
 }
 
@@ -210,6 +213,7 @@ impl Clock {
             cookie,
             source: flow.source,
             begun: self.ours.checked_sub(age).unwrap_or(self.ours),
+            number: flow.begun,
             dialled: plain(&flow.dialled),
             client: plain(&flow.client),
             endpoint: plain(&flow.endpoint),

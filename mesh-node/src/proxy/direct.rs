@@ -275,7 +275,7 @@ impl State {
         match flow.phase {
             Phase::New => {
                 if flow.begun.elapsed() > DIALLING {
-                    self.kernel.forget(flow.cookie);
+                    self.kernel.forget(flow);
                 }
             }
             Phase::Connecting => {
@@ -288,7 +288,7 @@ impl State {
             Phase::Clash => self.end_client(flow),
             Phase::Open => {
                 // What is heard of one that has been gone through and counted since is old.
-                if !self.flows.contains_key(&flow.cookie) && self.kernel.contains(flow.cookie) {
+                if !self.flows.contains_key(&flow.cookie) && self.kernel.contains(flow) {
                     let ends = self.pods.ends(flow);
                     self.flows.insert(flow.cookie, Known::new(proxy, snapshot, ends, flow));
                     self.check(proxy, snapshot, flow.cookie);
@@ -296,7 +296,7 @@ impl State {
             }
             Phase::Closed => {
                 let known = self.flows.remove(&flow.cookie);
-                if !self.kernel.forget(flow.cookie) {
+                if !self.kernel.forget(flow) {
                     if let Some(known) = known {
                         known.outcomes.into_iter().for_each(Outcome::hand_over);
                     }
