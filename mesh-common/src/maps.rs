@@ -66,6 +66,8 @@ impl SocketMark {
     pub const NODE: u16 = 3;
     /// A connection to another pod of the node past the proxy, see [`crate::direct`].
     pub const DIRECT: u16 = 4;
+    /// One of those whose flow is noted for another connection: nothing is taken back when it ends.
+    pub const UNNOTED: u16 = 5;
 }
 
 /// Finds the original destination of a connection accepted on the outbound listener: whose netns, and the client's own
@@ -123,10 +125,12 @@ pub enum Counter {
     DirectFull = 11,
     /// Events of direct connections that the node process did not read in time; it finds out later.
     DirectUntold = 12,
+    /// Direct connections refused: their route was taken away while they were being dialled.
+    DirectRefused = 13,
 }
 
 impl Counter {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Captured,
         Self::Steered,
         Self::RefusedReservedPort,
@@ -140,6 +144,7 @@ impl Counter {
         Self::Direct,
         Self::DirectFull,
         Self::DirectUntold,
+        Self::DirectRefused,
     ];
 
     /// The metric label value.
@@ -159,6 +164,7 @@ impl Counter {
             Self::Direct => "direct",
             Self::DirectFull => "direct_full",
             Self::DirectUntold => "direct_untold",
+            Self::DirectRefused => "direct_refused",
         }
     }
 }

@@ -84,26 +84,34 @@ fn is_bound(ctx: *mut bpf_sock_addr) -> bool {
     }
 }
 
-/// The connection has its port; its first packet is yet to be sent.
+/// The connection has its port; its first packet is yet to be sent. False when there is a note of another connection with the
+/// same addresses: it stays.
 #[inline(always)]
-pub fn connecting(ctx: &SockOpsContext, key: FlowKey) {
+pub fn connecting(ctx: &SockOpsContext, key: FlowKey) -> bool {
+    let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
     let cookie = cookie(ctx.ops);
     let Some(flow) = FLOWS.get_ptr_mut(cookie) else {
         // Forgotten before it had a port.
-        let _ = PROXY_FLOWS.insert(key, FlowKey::REFUSED, u64::from(BPF_NOEXIST));
-        return;
+        return refuse(key);
     };
     // SAFETY: the node process removes it when it is closed, and later; the memory stays valid for this run.
     let flow = unsafe { &mut *flow };
     flow.client = key.remote;
     flow.state = Flow::CONNECTING;
     // Without a note the pod's steering would take it for anybody's, without an identity: what does not stand is refused.
-    let note = if stands(ctx, flow) { FlowKey::ALLOWED } else { FlowKey::REFUSED };
-    if PROXY_FLOWS.insert(key, note, u64::from(BPF_NOEXIST)).is_err() {
+    let noted = if stands(ctx, flow) { PROXY_FLOWS.insert(key, FlowKey::ALLOWED, u64::from(BPF_NOEXIST)).is_ok() } else { refuse(key) };
+    if !noted {
         flow.state = Flow::CLASH;
         tell(cookie, flow);
     }
-    let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+    noted
+}
+
+/// Has the pod's steering refuse the connection.
+#[inline(always)]
+fn refuse(key: FlowKey) -> bool {
+    count(Counter::DirectRefused);
+    PROXY_FLOWS.insert(key, FlowKey::REFUSED, u64::from(BPF_NOEXIST)).is_ok()
 }
 
 /// Whether the flow's route is still there, and it comes from the address policy was decided for.

@@ -53,7 +53,12 @@ fn connecting(ctx: &SockOpsContext) {
     let Some(mark) = mark(ctx.ops) else { return };
     // On failure the connection is steered back to the proxy and refused there, or taken for anybody's: closed, never open.
     let noted = match mark.kind {
-        SocketMark::DIRECT => return direct::connecting(ctx, flow(ctx)),
+        SocketMark::DIRECT => {
+            if !direct::connecting(ctx, flow(ctx)) {
+                mark.kind = SocketMark::UNNOTED;
+            }
+            return;
+        }
         SocketMark::PROXY => PROXY_FLOWS.insert(flow(ctx), FlowKey::ALLOWED, u64::from(BPF_ANY)),
         SocketMark::NODE => {
             let ip = mark.orig_dst.ip;
@@ -80,19 +85,22 @@ fn established(ctx: &SockOpsContext) {
 
 fn closed(ctx: &SockOpsContext) {
     let flow = flow(ctx);
-    let _ = (PROXY_FLOWS.remove(flow), NODE_FLOWS.remove(flow));
+    if mark(ctx.ops).is_some_and(|m| m.kind != SocketMark::UNNOTED) {
+        let _ = (PROXY_FLOWS.remove(flow), NODE_FLOWS.remove(flow));
+    }
 }
 
 #[inline(always)]
-fn mark(ops: *mut bpf_sock_ops) -> Option<SocketMark> {
-    // SAFETY: the socket pointer is checked for null as the verifier demands, the storage likewise.
+fn mark(ops: *mut bpf_sock_ops) -> Option<&'static mut SocketMark> {
+    // SAFETY: the socket pointer is checked for null as the verifier demands, the storage likewise; it lives as long as the socket,
+    // which is locked.
     unsafe {
         let sk = (*ops).__bindgen_anon_2.sk;
         if sk.is_null() {
             return None;
         }
         let mark: *mut SocketMark = bpf_sk_storage_get((&raw const SOCKETS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0).cast();
-        if mark.is_null() { None } else { Some(*mark) }
+        mark.as_mut()
     }
 }
 

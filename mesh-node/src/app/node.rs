@@ -316,6 +316,9 @@ impl Reconciler {
             }
             Some(_) => Ok(()),
         };
+        if let Some(served) = self.served.get(&workload.uid) {
+            served.pod.set_held(result.is_err());
+        }
         match result {
             Ok(()) => drop(self.held.remove(&workload.uid)),
             Err(problem) => {

@@ -51,6 +51,13 @@ pub struct DirectFlow {
     pub received: u64,
 }
 
+impl DirectFlow {
+    /// Whether both are the same connection: a socket may have several, one after another.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.cookie, self.number) == (other.cookie, other.number)
+    }
+}
+
 /// How far a direct connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -87,18 +94,16 @@ pub(super) fn open(loaded: &mut object::Loaded) -> Result<(Direct, FlowEvents), 
 }
 
 impl Direct {
-    /// Puts these routes in force and no others: each to any of its endpoints, or without any to where it was dialled; whether any was taken away or changed, and so flows have to be gone through.
+    /// Puts these routes in force and no others: each to any of its endpoints, or without any to where it was dialled.
     ///
     /// What is not wanted any more goes first. An error leaves some of the new ones out.
-    pub fn set_routes(&mut self, wanted: &Table<Dialled, Vec<SocketAddr>>) -> (bool, Result<(), CaptureError>) {
+    pub fn set_routes(&mut self, wanted: &Table<Dialled, Vec<SocketAddr>>) -> Result<(), CaptureError> {
         let wanted = wanted.iter().map(|(dialled, to)| (key(*dialled), route(to))).collect::<Table<_, _>>();
         let before = std::mem::take(&mut self.in_force);
-        let mut changed = false;
         for (key, route) in before {
             if wanted.get(&key) == Some(&route) {
                 self.in_force.insert(key, route);
             } else {
-                changed = true;
                 // Gone already is as good.
                 let _ = self.routes.remove(&key);
             }
@@ -107,12 +112,10 @@ impl Direct {
             if self.in_force.contains_key(&key) {
                 continue;
             }
-            if let Err(error) = self.routes.insert(key, route, 0) {
-                return (changed, Err(CaptureError::map("ROUTES")(error)));
-            }
+            self.routes.insert(key, route, 0).map_err(CaptureError::map("ROUTES"))?;
             self.in_force.insert(key, route);
         }
-        (changed, Ok(()))
+        Ok(())
     }
 
     pub fn routes(&self) -> usize {

@@ -179,8 +179,7 @@ impl Direct {
             return;
         }
         let routes = if self.enabled { table::routes(&snapshot, &served) } else { HashMap::new() };
-        let (_, result) = state.kernel.set_routes(&routes);
-        if let Err(error) = result {
+        if let Err(error) = state.kernel.set_routes(&routes) {
             tracing::warn!(target: "proxy", %error, wanted = routes.len(), "not all connections that may go directly do");
         }
         state.basis = Some(basis);
@@ -240,20 +239,25 @@ impl Direct {
 
     /// Flows that are open.
     pub fn states(&self) -> Vec<DirectState> {
-        let state = self.lock();
         let one = |known: &Known| {
             let [source, _] = &known.outcomes;
             let name = |p: &Party| p.workload.as_ref().map(|w| w.name.clone());
-            let bytes = known.ends.as_ref().and_then(|e| state.kernel.traffic(&e.source.netns, &known.flow).ok());
-            DirectState {
+            let state = DirectState {
                 flow: known.flow.clone(),
                 source: name(&source.source),
                 destination: name(&source.destination),
                 service: source.service.clone(),
-                bytes,
-            }
+                bytes: None,
+            };
+            (state, known.ends.as_ref().map(|e| e.source.clone()))
         };
-        state.flows.values().map(one).collect()
+        let all = self.lock().flows.values().map(one).collect::<Vec<_>>();
+        // The kernel is asked one by one, so that nothing else has to wait for all of them.
+        let ask = |(mut state, source): (DirectState, Option<Arc<ServedPod>>)| {
+            state.bytes = source.and_then(|pod| self.lock().kernel.traffic(&pod.netns, &state.flow).ok());
+            state
+        };
+        all.into_iter().map(ask).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -263,7 +267,7 @@ impl Direct {
 
 /// The pods this process serves.
 fn served(proxy: &Proxy) -> Served {
-    proxy.pods.all().iter().filter(|p| !p.is_draining()).filter_map(|p| Some((p.uid.clone(), p.cookie()?))).collect()
+    proxy.pods.all().iter().filter(|p| !p.is_draining() && !p.is_held()).filter_map(|p| Some((p.uid.clone(), p.cookie()?))).collect()
 }
 
 impl State {
@@ -279,23 +283,29 @@ impl State {
                 }
             }
             Phase::Connecting => {
-                // Not open yet, but what must not go on need not begin.
-                if let Some(cut) = self.verdict(proxy, snapshot, flow, self.pods.ends(flow).as_ref()) {
-                    tracing::debug!(target: "proxy", client = %flow.client, to = %flow.endpoint, %cut, "a direct connection is not made");
+                // Not open yet, but what must not go on need not begin. Its end is heard of, and says why.
+                let ends = self.pods.ends(flow);
+                if let Some(cut) = self.verdict(proxy, snapshot, flow, ends.as_ref()) {
+                    let known = self.flows.entry(flow.cookie).or_insert_with(|| Known::new(proxy, snapshot, ends, flow));
+                    known.cut = Some(cut);
                     self.end(flow);
                 }
             }
             Phase::Clash => self.end_client(flow),
             Phase::Open => {
-                // What is heard of one that has been gone through and counted since is old.
-                if !self.flows.contains_key(&flow.cookie) && self.kernel.contains(flow) {
+                if let Some(known) = self.flows.get_mut(&flow.cookie) {
+                    known.open(flow);
+                } else if self.kernel.contains(flow) {
+                    // What is heard of one that has been gone through and counted since is old.
                     let ends = self.pods.ends(flow);
                     self.flows.insert(flow.cookie, Known::new(proxy, snapshot, ends, flow));
                     self.check(proxy, snapshot, flow.cookie);
                 }
             }
             Phase::Closed => {
-                let known = self.flows.remove(&flow.cookie);
+                // Another flow of the same socket is another's.
+                let is_this = self.flows.get(&flow.cookie).is_some_and(|k| k.flow.is_same(flow));
+                let known = if is_this { self.flows.remove(&flow.cookie) } else { None };
                 if !self.kernel.forget(flow) {
                     if let Some(known) = known {
                         known.outcomes.into_iter().for_each(Outcome::hand_over);
@@ -408,8 +418,19 @@ impl Known {
         Self { flow: flow.clone(), ends, outcomes, cut: None, _offered: offered }
     }
 
+    /// Takes in that it is established, if that was not known: it was to be ended while it was being dialled, and was not.
+    fn open(&mut self, flow: &DirectFlow) {
+        if self.flow.is_same(flow) && !self.flow.opened {
+            self.flow = flow.clone();
+            self.outcomes.iter_mut().for_each(Outcome::opened);
+        }
+    }
+
     /// Counts and logs it.
-    fn close(self, flow: &DirectFlow) {
+    fn close(mut self, flow: &DirectFlow) {
+        if flow.opened {
+            self.open(flow);
+        }
         let [mut outbound, mut inbound] = self.outcomes;
         if let Some(cut) = self.cut {
             outbound.fail(Failure::Cut(cut));

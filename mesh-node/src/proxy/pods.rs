@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use arc_swap::ArcSwap;
@@ -24,6 +27,8 @@ pub struct ServedPod {
     addresses: ArcSwap<Vec<IpAddr>>,
     ended: watch::Sender<Option<Cut>>,
     draining: watch::Sender<bool>,
+    /// It cannot be served for the moment, and is cut off.
+    held: AtomicBool,
     /// What it has under way to other services.
     pub clusters: Clusters,
     handshakes: Arc<Semaphore>,
@@ -45,6 +50,7 @@ impl ServedPod {
             addresses: ArcSwap::from_pointee(addresses),
             ended: watch::Sender::new(None),
             draining: watch::Sender::new(false),
+            held: AtomicBool::new(false),
             clusters: Clusters::default(),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
             origins: OnceLock::new(),
@@ -74,6 +80,15 @@ impl ServedPod {
 
     pub fn is_draining(&self) -> bool {
         *self.draining.borrow()
+    }
+
+    /// Says whether the pod is cut off because it cannot be served.
+    pub fn set_held(&self, held: bool) {
+        self.held.store(held, Ordering::Relaxed);
+    }
+
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// Completes when connections are to end when they can.
