@@ -16,6 +16,7 @@ pub mod request_authentication;
 pub mod selector;
 pub mod strings;
 pub mod target;
+pub mod telemetry;
 pub mod virtual_service;
 
 use std::{fmt, sync::Arc, time::SystemTime};
@@ -27,6 +28,7 @@ pub use kube::{EndpointSlice, Namespace, Node, Pod, Service};
 pub use mesh_config::MeshConfig;
 pub use peer_authentication::PeerAuthentication;
 pub use request_authentication::RequestAuthentication;
+pub use telemetry::Telemetry;
 pub use virtual_service::VirtualService;
 
 use crate::id::ObjectName;
@@ -49,6 +51,7 @@ pub enum Kind {
     HTTPRoute,
     GRPCRoute,
     ReferenceGrant,
+    Telemetry,
 }
 
 impl fmt::Display for Kind {
@@ -90,6 +93,7 @@ pub enum Object {
     DestinationRule(Box<DestinationRule>),
     GatewayRoute(GatewayRoute),
     ReferenceGrant(ReferenceGrant),
+    Telemetry(Box<Telemetry>),
 }
 
 /// An object with its name.

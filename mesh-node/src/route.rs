@@ -24,6 +24,7 @@ use crate::{
     detect::Protocol,
     id::{ObjectName, SpiffeId, WorkloadUid},
     policy::WorkloadPolicy,
+    report::Reporting,
     resource::selector::Labels,
 };
 
@@ -44,6 +45,10 @@ pub struct Workload {
     pub policy: WorkloadPolicy,
     /// What its ports carry, as far as services declare it.
     pub protocols: BTreeMap<u16, Protocol>,
+    /// Services of its namespace that lead to its ports.
+    pub services: BTreeMap<u16, ObjectName>,
+    /// What is told of its traffic.
+    pub reporting: Arc<Reporting>,
     /// Ports its probes and hooks name.
     pub probes: BTreeSet<u16>,
     /// Whether its connections may be accelerated.

@@ -3,6 +3,7 @@
 //! Label values are closed sets, or names of workloads and services of the mesh: bounded by the configuration.
 
 mod flags;
+pub mod traffic;
 
 pub use flags::{Flag, Flags};
 use prometheus_client::{

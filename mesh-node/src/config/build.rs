@@ -1,6 +1,7 @@
 //! From objects to a snapshot: joins pods with namespaces, services with endpoints, and workloads with their policies.
 
 mod policies;
+mod reporting;
 mod routes;
 mod services;
 
@@ -12,6 +13,7 @@ use std::{
 };
 
 use policies::{Attachments, Policies};
+use reporting::Reports;
 
 use super::{
     settings::MeshSettings,
@@ -22,8 +24,8 @@ use crate::{
     id::{ObjectName, SpiffeId},
     resource::{
         AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Named, Object, PeerAuthentication, Pod, ReferenceGrant,
-        RequestAuthentication, VirtualService, kube,
-        mesh_config::{Authorizer, Normalization},
+        RequestAuthentication, Telemetry, VirtualService, kube,
+        mesh_config::{Authorizer, Normalization, Observability},
         selector::Labels,
     },
     route::Workload,
@@ -39,7 +41,8 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     snapshot.generation = previous.generation + 1;
     let attachments = policies::attachments(&builder);
     let mut policies = Policies::new(&mut builder);
-    builder.workloads(&mut policies, &attachments, &mut snapshot);
+    let mut reports = Reports::new(&mut builder);
+    builder.workloads(&mut policies, &mut reports, &attachments, &mut snapshot);
     snapshot.remote_keys = policies.finish(&mut builder);
     snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers);
     snapshot.normalization = builder.parts.normalization;
@@ -61,6 +64,8 @@ struct Parts<'a> {
     request_authentications: Vec<(&'a Named, &'a RequestAuthentication)>,
     authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
     normalization: Normalization,
+    observability: Observability,
+    telemetries: Vec<(&'a Named, &'a Telemetry)>,
     virtual_services: Vec<(&'a Named, &'a VirtualService)>,
     destination_rules: Vec<(&'a Named, &'a DestinationRule)>,
     gateway_routes: Vec<(&'a Named, &'a GatewayRoute)>,
@@ -92,6 +97,7 @@ impl<'a> Builder<'a> {
             Object::MeshConfig(m) if named.key.name.namespace == self.mesh.root_namespace => {
                 parts.authorizers = m.authorizers.iter().map(|a| (a.name.clone(), a.clone())).collect();
                 parts.normalization = m.normalization.unwrap_or_default();
+                parts.observability = m.observability.clone();
             }
             Object::MeshConfig(_) => {
                 let message = "metadata.namespace: is not the mesh's root namespace, so it counts for nothing; move it there";
@@ -102,6 +108,7 @@ impl<'a> Builder<'a> {
             Object::DestinationRule(d) => parts.destination_rules.push((named, d)),
             Object::GatewayRoute(r) => parts.gateway_routes.push((named, r)),
             Object::ReferenceGrant(g) => parts.grants.push((named, g)),
+            Object::Telemetry(t) => parts.telemetries.push((named, t)),
         }
     }
 
@@ -115,13 +122,13 @@ impl<'a> Builder<'a> {
         Status { origin, severity, message: format!("{}: {message}", named.key) }
     }
 
-    fn workloads(&mut self, policies: &mut Policies<'_>, attachments: &Attachments, snapshot: &mut Snapshot) {
+    fn workloads(&mut self, policies: &mut Policies<'_>, reports: &mut Reports<'_>, attachments: &Attachments, snapshot: &mut Snapshot) {
         let mut owners: BTreeMap<IpAddr, (&Named, Option<SystemTime>)> = BTreeMap::new();
         for (named, pod) in std::mem::take(&mut self.parts.pods) {
             if pod.finished {
                 continue;
             }
-            let workload = match self.workload(named, pod, policies, attachments) {
+            let workload = match self.workload(named, pod, policies, reports, attachments) {
                 Ok(workload) => Arc::new(workload),
                 Err(problem) => {
                     self.remark(Severity::Error, named, &problem);
@@ -164,7 +171,14 @@ impl<'a> Builder<'a> {
         locality
     }
 
-    fn workload(&self, named: &Named, pod: &Pod, policies: &mut Policies<'_>, attachments: &Attachments) -> Result<Workload, String> {
+    fn workload(
+        &self,
+        named: &Named,
+        pod: &Pod,
+        policies: &mut Policies<'_>,
+        reports: &mut Reports<'_>,
+        attachments: &Attachments,
+    ) -> Result<Workload, String> {
         let name = &named.key.name;
         let namespace = self.parts.namespaces.get(&*name.namespace).copied();
         let identity = SpiffeId::new(&self.mesh.trust_domains.local, &name.namespace, &pod.service_account)
@@ -177,6 +191,8 @@ impl<'a> Builder<'a> {
         }
         Ok(Workload {
             protocols: policies::protocols(&attached, &name.namespace),
+            services: policies::services(&attached, &name.namespace),
+            reporting: reports.of(name, &pod.labels, &attached),
             probes: pod.probes.clone(),
             accelerate: pod.accelerate,
             uid: pod.uid.clone(),

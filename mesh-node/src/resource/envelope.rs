@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{
     AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Key, Kind, Named, Namespace, Node, Object, Parsed,
-    PeerAuthentication, Pod, ReferenceGrant, Rejection, RequestAuthentication, Service, VirtualService,
+    PeerAuthentication, Pod, ReferenceGrant, Rejection, RequestAuthentication, Service, Telemetry, VirtualService,
 };
 use crate::id::ObjectName;
 
@@ -20,7 +20,6 @@ const NOT_HONOURED: &[(&str, &str)] = &[
     ("networking.istio.io", "WorkloadEntry"),
     ("networking.istio.io", "WorkloadGroup"),
     ("networking.istio.io", "ProxyConfig"),
-    ("telemetry.istio.io", "Telemetry"),
     ("extensions.istio.io", "WasmPlugin"),
     ("gateway.networking.k8s.io", "Gateway"),
     ("gateway.networking.k8s.io", "TCPRoute"),
@@ -100,6 +99,7 @@ fn known(group: &str, kind: &str) -> Option<Kind> {
         ("gateway.networking.k8s.io", "HTTPRoute") => Kind::HTTPRoute,
         ("gateway.networking.k8s.io", "GRPCRoute") => Kind::GRPCRoute,
         ("gateway.networking.k8s.io", "ReferenceGrant") => Kind::ReferenceGrant,
+        ("telemetry.istio.io", "Telemetry") => Kind::Telemetry,
         _ => return None,
     })
 }
@@ -155,6 +155,7 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
         Kind::HTTPRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, false).map_err(fail)?),
         Kind::GRPCRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, true).map_err(fail)?),
         Kind::ReferenceGrant => Object::ReferenceGrant(ReferenceGrant::read(spec_of(spec, key)?)),
+        Kind::Telemetry => Object::Telemetry(Box::new(Telemetry::read(spec_of(spec, key)?).map_err(fail)?)),
     };
     Ok(Named { key: key.clone(), created, object })
 }

@@ -1,5 +1,7 @@
-//! The part of Istio's `MeshConfig` the node acts on, from the `ConfigMap` named `istio`: external authorizers and path
-//! normalization. The rest of it is for other programs.
+//! The part of Istio's `MeshConfig` the node acts on, from the `ConfigMap` named `istio`: external authorizers, path
+//! normalization, and telemetry ([`observability`]). The rest of it is for other programs.
+
+pub mod observability;
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,6 +9,7 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 
+pub use self::observability::Observability;
 use super::{
     Key, Rejection,
     envelope::{FieldError, typed},
@@ -19,6 +22,7 @@ pub struct MeshConfig {
     /// External authorizers; other providers are for other purposes.
     pub authorizers: Vec<Arc<Authorizer>>,
     pub normalization: Option<Normalization>,
+    pub observability: Observability,
 }
 
 /// What is done to paths before anything looks at them. Istio's `MeshConfig.ProxyPathNormalization`.
@@ -71,8 +75,17 @@ pub struct HttpCheck {
 #[serde(rename_all = "camelCase")]
 struct Document {
     #[serde(default)]
-    extension_providers: Option<Vec<ProviderSpec>>,
+    extension_providers: Option<Vec<Provider>>,
     path_normalization: Option<NormalizationSpec>,
+    #[serde(flatten)]
+    observability: observability::Document,
+}
+
+/// A provider, looked at for each of its uses.
+#[derive(Deserialize)]
+struct Provider {
+    #[serde(flatten)]
+    all: Value,
 }
 
 #[derive(Deserialize)]
@@ -160,11 +173,15 @@ pub(super) fn read(document: &Value, key: &Key) -> Result<MeshConfig, Rejection>
 
 fn config(document: Document) -> Result<MeshConfig, FieldError> {
     let mut authorizers = Vec::new();
-    for (i, spec) in document.extension_providers.unwrap_or_default().into_iter().enumerate() {
-        if let Some(found) = authorizer(spec, &format!("data.mesh.extensionProviders[{i}]"))? {
+    let mut providers = Vec::new();
+    for (i, provider) in document.extension_providers.unwrap_or_default().into_iter().enumerate() {
+        let at = format!("data.mesh.extensionProviders[{i}]");
+        if let Some(found) = authorizer(part(&provider.all, &at)?, &at)? {
             authorizers.push(Arc::new(found));
         }
+        providers.push(part(&provider.all, &at)?);
     }
+    let observability = observability::read(document.observability, providers)?;
     let normalization = document.path_normalization.and_then(|n| n.normalization);
     let normalization = match normalization.as_deref() {
         None | Some("DEFAULT" | "BASE") => normalization.map(|_| Normalization::Base),
@@ -179,7 +196,16 @@ fn config(document: Document) -> Result<MeshConfig, FieldError> {
             return Err(FieldError::new("data.mesh.pathNormalization.normalization", problem));
         }
     };
-    Ok(MeshConfig { authorizers, normalization })
+    Ok(MeshConfig { authorizers, normalization, observability })
+}
+
+/// A provider as one of its uses sees it.
+fn part<T: serde::de::DeserializeOwned>(provider: &Value, at: &str) -> Result<T, FieldError> {
+    serde_path_to_error::deserialize(provider).map_err(|e| {
+        let path = e.path().to_string();
+        let field = if path == "." { at.to_owned() } else { format!("{at}.{path}") };
+        FieldError::new(field, format!("{}; correct or remove the field", e.inner()))
+    })
 }
 
 fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldError> {

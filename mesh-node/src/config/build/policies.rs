@@ -29,6 +29,13 @@ pub(super) struct Attached {
     protocol: Protocol,
 }
 
+impl Attached {
+    /// Whether it is of this service.
+    pub(super) fn is_of(&self, namespace: &str, service: &str) -> bool {
+        *self.service.namespace == *namespace && *self.service.name == *service
+    }
+}
+
 /// By the pod's address.
 pub(super) type Attachments = HashMap<IpAddr, Vec<Attached>>;
 
@@ -306,6 +313,15 @@ pub(super) fn protocols(attached: &[Attached], namespace: &str) -> BTreeMap<u16,
     let mut found = BTreeMap::new();
     for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
         found.entry(a.port).and_modify(|p| *p = if *p == a.protocol { a.protocol } else { Protocol::Detect }).or_insert(a.protocol);
+    }
+    found
+}
+
+/// The services that lead to a workload's ports, of its own namespace: the first by name where there are several.
+pub(super) fn services(attached: &[Attached], namespace: &str) -> BTreeMap<u16, ObjectName> {
+    let mut found: BTreeMap<u16, ObjectName> = BTreeMap::new();
+    for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
+        found.entry(a.port).and_modify(|first| *first = first.clone().min(a.service.clone())).or_insert_with(|| a.service.clone());
     }
     found
 }

@@ -1,0 +1,226 @@
+//! Telemetry: what is told of which workload. A wider scope is refined by a narrower one, as Istio merges them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use super::{Builder, age, policies::Attached};
+use crate::{
+    config::store::Severity,
+    id::ObjectName,
+    report::{AccessLog, LogTo, Reporting, Told, Traces, expression::Expression},
+    resource::{
+        Named, Telemetry,
+        mesh_config::{Observability, observability::PROMETHEUS},
+        selector::Labels,
+        target::TargetRef,
+        telemetry::{AccessLogging, Metrics, Mode, TagChange, Tracing},
+    },
+    telemetry::traffic::{Metric, MetricTags, TagPlan, TagValue},
+};
+
+/// Share of requests that begin a trace where nobody says how many: Istio's, of a million.
+const SAMPLING: u32 = 10_000;
+
+/// Telemetry by the scope it is for.
+pub(super) struct Reports<'a> {
+    mesh: Option<&'a Telemetry>,
+    namespaces: HashMap<&'a str, &'a Telemetry>,
+    /// Oldest first.
+    workloads: HashMap<&'a str, Vec<&'a Telemetry>>,
+    observability: Observability,
+    /// Of the scopes that make it up, by address.
+    resolved: HashMap<[Option<usize>; 3], Arc<Reporting>>,
+}
+
+/// Which side of a connection a workload is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Client,
+    Server,
+}
+
+impl Side {
+    fn is_meant(self, mode: Mode) -> bool {
+        matches!((self, mode), (_, Mode::ClientAndServer) | (Self::Client, Mode::Client) | (Self::Server, Mode::Server))
+    }
+}
+
+impl<'a> Reports<'a> {
+    pub(super) fn new(builder: &mut Builder<'a>) -> Self {
+        let observability = std::mem::take(&mut builder.parts.observability);
+        let mut reports =
+            Self { mesh: None, namespaces: HashMap::new(), workloads: HashMap::new(), observability, resolved: HashMap::new() };
+        let mut all = std::mem::take(&mut builder.parts.telemetries);
+        all.sort_by_key(|(named, _)| age(named));
+        for (named, telemetry) in all {
+            reports.take(builder, named, telemetry);
+        }
+        reports
+    }
+
+    /// Called oldest first: a scope that is taken already stays as it is.
+    fn take(&mut self, builder: &mut Builder<'a>, named: &'a Named, telemetry: &'a Telemetry) {
+        self.check(builder, named, telemetry);
+        let namespace: &str = &named.key.name.namespace;
+        let root = namespace == &*builder.mesh.root_namespace;
+        let everything = telemetry.targets.contains(&TargetRef::Everything);
+        let selects = telemetry.selector.is_some() || !telemetry.targets.is_empty() && !everything;
+        let taken = if selects {
+            self.workloads.entry(namespace).or_default().push(telemetry);
+            false
+        } else if root {
+            self.mesh.is_some() || self.mesh.replace(telemetry).is_some()
+        } else if everything {
+            let message = "spec.targetRefs: GatewayClass istio-waypoint counts in the root namespace only; move the object there";
+            return builder.remark(Severity::Error, named, message);
+        } else {
+            let taken = self.namespaces.contains_key(namespace);
+            self.namespaces.entry(namespace).or_insert(telemetry);
+            taken
+        };
+        if taken {
+            let message = "metadata.namespace: an older Telemetry without a selector is used for this scope; merge them into one object";
+            builder.remark(Severity::Error, named, message);
+        }
+    }
+
+    /// Remarks on providers that are not there.
+    fn check(&self, builder: &mut Builder<'a>, named: &'a Named, telemetry: &Telemetry) {
+        let known = |name: &str, kind: &str| match kind {
+            "accessLogging" => self.observability.logs.iter().any(|l| &*l.name == name),
+            "tracing" => self.observability.exporters.iter().any(|e| &*e.name == name),
+            _ => name == PROMETHEUS || self.observability.prometheus.iter().any(|p| &**p == name),
+        };
+        let lists = telemetry.logging.iter().map(|l| ("accessLogging", &l.providers));
+        let lists = lists.chain(telemetry.tracing.iter().map(|t| ("tracing", &t.providers)));
+        let lists = lists.chain(telemetry.metrics.iter().map(|m| ("metrics", &m.providers)));
+        let named_ones = lists.flat_map(|(kind, names)| names.iter().map(move |n| (kind, n)));
+        for (kind, name) in named_ones.collect::<BTreeSet<_>>() {
+            if known(name, kind) {
+                continue;
+            }
+            let message = if self.observability.others.contains(name) {
+                format!("spec.{kind}: provider {name:?} is of a kind that is not honoured by this version of mesh-node")
+            } else {
+                format!("spec.{kind}: provider {name:?} does not exist for this; add it to extensionProviders of the mesh configuration")
+            };
+            builder.remark(Severity::Warning, named, &message);
+        }
+    }
+
+    /// What is told of a workload.
+    pub(super) fn of(&mut self, name: &ObjectName, labels: &Labels, attached: &[Attached]) -> Arc<Reporting> {
+        let selects = |t: &&&Telemetry| match &t.selector {
+            Some(selector) => selector.matches(labels),
+            None => t.targets.iter().any(|target| match target {
+                TargetRef::Service(service) => attached.iter().any(|a| a.is_of(&name.namespace, service)),
+                TargetRef::Everything => false,
+            }),
+        };
+        let own = self.workloads.get(&*name.namespace).and_then(|all| all.iter().find(selects)).copied();
+        let levels = [self.mesh, self.namespaces.get(&*name.namespace).copied(), own];
+        let key = levels.map(|level| level.map(|t| std::ptr::from_ref(t).addr()));
+        let observability = &self.observability;
+        let resolved = self.resolved.entry(key).or_insert_with(|| {
+            let levels = levels.into_iter().flatten().collect::<Vec<_>>();
+            let told = |side| Told::resolve(&levels, observability, side);
+            Arc::new(Reporting { client: told(Side::Client), server: told(Side::Server) })
+        });
+        resolved.clone()
+    }
+}
+
+impl Told {
+    fn resolve(levels: &[&Telemetry], observability: &Observability, side: Side) -> Self {
+        let (tags, values) = metrics(levels, observability, side);
+        Self { tags: Arc::new(tags), values, logs: logs(levels, observability, side), traces: traces(levels, observability, side) }
+    }
+}
+
+fn metrics(levels: &[&Telemetry], observability: &Observability, side: Side) -> (TagPlan, Vec<Arc<Expression>>) {
+    let is_ours = |name: &Arc<str>| **name == *PROMETHEUS || observability.prometheus.contains(name);
+    let entries = levels.iter().flat_map(|t| &t.metrics).collect::<Vec<&Metrics>>();
+    let named = entries.iter().rev().map(|m| &m.providers).find(|p| !p.is_empty()).unwrap_or(&observability.default_metrics);
+    let mut plan = TagPlan::default();
+    if !named.is_empty() && !named.iter().any(is_ours) {
+        plan.metrics.iter_mut().for_each(|m| m.disabled = true);
+        return (plan, Vec::new());
+    }
+    let mut changes: [BTreeMap<&Arc<str>, &TagChange>; Metric::ALL.len()] = Default::default();
+    let ours = entries.iter().filter(|m| m.providers.is_empty() || m.providers.iter().any(is_ours));
+    for one in ours.flat_map(|m| &m.overrides).filter(|o| side.is_meant(o.mode)) {
+        for metric in Metric::ALL.into_iter().filter(|m| one.metric.is_none_or(|o| o == *m)) {
+            if let Some(disabled) = one.disabled {
+                plan.metrics[metric as usize].disabled = disabled;
+            }
+            changes[metric as usize].extend(one.tags.iter().map(|(name, change)| (name, change)));
+        }
+    }
+    let mut values: Vec<Arc<Expression>> = Vec::new();
+    for (tags, changes) in plan.metrics.iter_mut().zip(changes) {
+        let MetricTags { removed, set, .. } = tags;
+        for (name, change) in changes {
+            let expression = match change {
+                TagChange::Remove => {
+                    removed.push(name.clone());
+                    continue;
+                }
+                TagChange::Set(expression) => expression,
+            };
+            let value = expression.constant().map(|c| TagValue::Constant(c.into())).unwrap_or_else(|| {
+                let at = values.iter().position(|v| v == expression).unwrap_or_else(|| {
+                    values.push(expression.clone());
+                    values.len() - 1
+                });
+                TagValue::Dynamic(at)
+            });
+            set.push((name.clone(), value));
+        }
+    }
+    plan.dynamic = values.len();
+    (plan, values)
+}
+
+fn logs(levels: &[&Telemetry], observability: &Observability, side: Side) -> Vec<LogTo> {
+    let find = |name: &Arc<str>| observability.logs.iter().find(|l| l.name == *name).cloned();
+    let plain = |log: Arc<AccessLog>| LogTo { log, filter: None };
+    let entries = levels.iter().flat_map(|t| &t.logging).filter(|l| side.is_meant(l.mode)).collect::<Vec<&AccessLogging>>();
+    if levels.iter().all(|t| t.logging.is_empty()) {
+        let defaults = observability.default_logs.iter().filter_map(find);
+        return observability.everywhere.iter().cloned().chain(defaults).map(plain).collect();
+    }
+    // The narrowest scope that names providers says which there are; who names none means those of the wider one.
+    let named = entries.iter().rev().map(|l| &l.providers).find(|p| !p.is_empty());
+    let in_force = named.unwrap_or(&observability.default_logs);
+    let mut found: BTreeMap<&Arc<str>, Option<Arc<Expression>>> = BTreeMap::new();
+    let mut parents = &observability.default_logs;
+    for entry in entries {
+        if !entry.providers.is_empty() {
+            parents = &entry.providers;
+        }
+        for provider in parents.iter().filter(|p| in_force.contains(p)) {
+            if entry.disabled {
+                found.remove(provider);
+            } else {
+                found.insert(provider, entry.filter.clone());
+            }
+        }
+    }
+    found.into_iter().filter_map(|(name, filter)| Some(LogTo { log: find(name)?, filter })).collect()
+}
+
+fn traces(levels: &[&Telemetry], observability: &Observability, side: Side) -> Option<Traces> {
+    let entries = levels.iter().flat_map(|t| &t.tracing).filter(|t| side.is_meant(t.mode)).collect::<Vec<&Tracing>>();
+    let named = entries.iter().rev().map(|t| &t.providers).find(|p| !p.is_empty()).unwrap_or(&observability.default_traces);
+    // Istio uses one; the first.
+    let exporter = observability.exporters.iter().find(|e| named.first() == Some(&e.name))?.clone();
+    let last = |of: &dyn Fn(&Tracing) -> Option<u32>| entries.iter().rev().find_map(|t| of(t));
+    Some(Traces {
+        exporter,
+        sampling: last(&|t| t.sampling).or(observability.sampling).unwrap_or(SAMPLING),
+        reported: !entries.iter().rev().find_map(|t| t.disabled).unwrap_or(false),
+        tags: entries.iter().rev().find_map(|t| t.tags.clone()).unwrap_or_default(),
+    })
+}

@@ -1,0 +1,101 @@
+//! What is told of a workload's traffic: which metrics with which tags, access logs and traces. Resolved per workload from Istio's
+//! `Telemetry` and `MeshConfig`; pure, the data path and `telemetry` carry it out.
+
+pub mod attributes;
+pub mod entry;
+pub mod expression;
+pub mod format;
+
+use std::{sync::Arc, time::Duration};
+
+use http::{HeaderName, HeaderValue};
+
+use self::{expression::Expression, format::Format};
+use crate::telemetry::traffic::TagPlan;
+
+/// How a workload's traffic is told, as a client and as a server.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Reporting {
+    pub client: Told,
+    pub server: Told,
+}
+
+/// The same in one direction.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Told {
+    pub tags: Arc<TagPlan>,
+    /// Values of the plan's dynamic tags.
+    pub values: Vec<Arc<Expression>>,
+    pub logs: Vec<LogTo>,
+    pub traces: Option<Traces>,
+}
+
+impl Told {
+    /// Whether headers of responses have to be kept for it.
+    pub fn wants_response_headers(&self) -> bool {
+        let filters = self.logs.iter().filter_map(|l| l.filter.as_deref());
+        filters.chain(self.values.iter().map(|v| &**v)).any(Expression::asks_response_headers)
+            || self.logs.iter().any(|l| l.log.format.asks_response_headers())
+    }
+
+    /// Whether what was asked for has to be kept until the request is over.
+    pub fn wants_request(&self) -> bool {
+        !self.logs.is_empty() || !self.values.is_empty()
+    }
+}
+
+/// One access log of a workload.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LogTo {
+    pub log: Arc<AccessLog>,
+    /// What is written; everything without it.
+    pub filter: Option<Arc<Expression>>,
+}
+
+/// An access log: where it goes and what its lines look like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AccessLog {
+    /// The provider.
+    pub name: Arc<str>,
+    /// A file, or `/dev/stdout` or `/dev/stderr`.
+    pub path: Arc<str>,
+    pub format: Format,
+}
+
+/// Traces of a workload.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Traces {
+    pub exporter: Arc<Exporter>,
+    /// How many of a million requests that nobody has decided about begin a trace.
+    pub sampling: u32,
+    /// Spans are written; otherwise only the headers are passed on.
+    pub reported: bool,
+    pub tags: Vec<(Arc<str>, SpanTag)>,
+}
+
+/// Where spans go.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Exporter {
+    /// The provider.
+    pub name: Arc<str>,
+    /// Host name of the collector's service.
+    pub service: Arc<str>,
+    pub port: u16,
+    /// OTLP over HTTP, with its path and headers; over gRPC otherwise.
+    pub http: Option<ExporterHttp>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ExporterHttp {
+    pub path: Arc<str>,
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    pub timeout: Duration,
+}
+
+/// A tag of spans beside the standard ones.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SpanTag {
+    Literal(Arc<str>),
+    /// The value of a request header, or the default.
+    Header(HeaderName, Option<Arc<str>>),
+}

@@ -1,0 +1,111 @@
+//! Attributes of a request or connection, by Envoy's names: what expressions and formats of logs are made of.
+
+use std::borrow::Cow;
+
+use super::expression::Value;
+
+/// What can be asked of a request or connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attribute {
+    RequestPath,
+    RequestUrlPath,
+    RequestQuery,
+    RequestHost,
+    RequestScheme,
+    RequestMethod,
+    RequestReferer,
+    RequestUseragent,
+    RequestId,
+    RequestProtocol,
+    RequestSize,
+    RequestDuration,
+    ResponseCode,
+    ResponseCodeDetails,
+    ResponseFlags,
+    ResponseGrpcStatus,
+    ResponseSize,
+    SourceAddress,
+    SourcePort,
+    DestinationAddress,
+    DestinationPort,
+    ConnectionMtls,
+    ConnectionSni,
+    ConnectionPeer,
+    ConnectionLocal,
+    UpstreamAddress,
+    UpstreamPort,
+    ClusterName,
+    RouteName,
+}
+
+/// Whose headers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadersOf {
+    Request,
+    Response,
+}
+
+const ALL: [(&str, &str, Attribute); 31] = [
+    ("request", "path", Attribute::RequestPath),
+    ("request", "url_path", Attribute::RequestUrlPath),
+    ("request", "query", Attribute::RequestQuery),
+    ("request", "host", Attribute::RequestHost),
+    ("request", "scheme", Attribute::RequestScheme),
+    ("request", "method", Attribute::RequestMethod),
+    ("request", "referer", Attribute::RequestReferer),
+    ("request", "useragent", Attribute::RequestUseragent),
+    ("request", "id", Attribute::RequestId),
+    ("request", "protocol", Attribute::RequestProtocol),
+    ("request", "size", Attribute::RequestSize),
+    ("request", "total_size", Attribute::RequestSize),
+    ("request", "duration", Attribute::RequestDuration),
+    ("response", "code", Attribute::ResponseCode),
+    ("response", "code_details", Attribute::ResponseCodeDetails),
+    ("response", "flags", Attribute::ResponseFlags),
+    ("response", "grpc_status", Attribute::ResponseGrpcStatus),
+    ("response", "size", Attribute::ResponseSize),
+    ("response", "total_size", Attribute::ResponseSize),
+    ("source", "address", Attribute::SourceAddress),
+    ("source", "port", Attribute::SourcePort),
+    ("destination", "address", Attribute::DestinationAddress),
+    ("destination", "port", Attribute::DestinationPort),
+    ("connection", "mtls", Attribute::ConnectionMtls),
+    ("connection", "requested_server_name", Attribute::ConnectionSni),
+    ("connection", "uri_san_peer_certificate", Attribute::ConnectionPeer),
+    ("connection", "uri_san_local_certificate", Attribute::ConnectionLocal),
+    ("upstream", "address", Attribute::UpstreamAddress),
+    ("upstream", "port", Attribute::UpstreamPort),
+    ("xds", "cluster_name", Attribute::ClusterName),
+    ("xds", "route_name", Attribute::RouteName),
+];
+
+impl Attribute {
+    pub(super) fn named(root: &str, member: &str) -> Option<Self> {
+        ALL.iter().find(|(r, m, _)| *r == root && *m == member).map(|(.., attribute)| *attribute)
+    }
+
+    /// The names there are.
+    pub(super) fn known() -> String {
+        let names = ALL.iter().map(|(root, member, _)| format!("{root}.{member}"));
+        names.chain(["request.headers".to_owned(), "response.headers".to_owned()]).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl HeadersOf {
+    pub(super) fn named(root: &str, member: &str) -> Option<Self> {
+        match (root, member) {
+            ("request", "headers") => Some(Self::Request),
+            ("response", "headers") => Some(Self::Response),
+            _ => None,
+        }
+    }
+}
+
+/// Who knows them.
+pub trait Attributes {
+    /// Its value; none when there is none.
+    fn attribute(&self, attribute: Attribute) -> Option<Value<'_>>;
+
+    /// A header, by its name in lower case. The pseudo-headers `:method`, `:path`, `:authority` and `:scheme` are among them.
+    fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>>;
+}

@@ -1,0 +1,121 @@
+//! A request or connection that is over, with all that a log may want of it.
+
+use std::{
+    borrow::Cow,
+    net::SocketAddr,
+    time::{Duration, SystemTime},
+};
+
+use http::HeaderMap;
+
+use super::{
+    attributes::{Attribute, Attributes, HeadersOf},
+    expression::Value,
+};
+
+/// Everything a line is made of. What does not exist is none.
+#[derive(Debug, Clone)]
+pub struct Entry<'a> {
+    pub start: SystemTime,
+    pub duration: Duration,
+    pub request: Option<Asked<'a>>,
+    pub protocol: Option<&'static str>,
+    /// 0 when there was no response.
+    pub code: u16,
+    pub grpc_status: Option<u32>,
+    pub flags: Cow<'a, str>,
+    /// Envoy's bits for them.
+    pub flag_bits: i64,
+    pub details: Option<&'a str>,
+    pub termination_details: Option<&'a str>,
+    pub transport_failure: Option<&'a str>,
+    pub bytes_received: u64,
+    pub bytes_sent: u64,
+    /// Time the upstream took to answer, milliseconds.
+    pub service_time: Option<u64>,
+    pub upstream_host: Option<SocketAddr>,
+    pub upstream_cluster: Option<Cow<'a, str>>,
+    pub upstream_local: Option<SocketAddr>,
+    pub downstream_local: Option<SocketAddr>,
+    pub downstream_remote: Option<SocketAddr>,
+    pub sni: Option<&'a str>,
+    pub route: Option<&'a str>,
+    pub response_headers: Option<&'a HeaderMap>,
+    pub mutual_tls: bool,
+    /// SPIFFE IDs of the other end and of this one.
+    pub peer: Option<Cow<'a, str>>,
+    pub local: Option<Cow<'a, str>>,
+}
+
+/// What a request asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    pub method: &'a str,
+    /// With its query, as the client sent it.
+    pub path: &'a str,
+    pub authority: &'a str,
+    pub scheme: &'static str,
+    pub headers: &'a HeaderMap,
+}
+
+impl Entry<'_> {
+    fn request_header(&self, name: &str) -> Option<Cow<'_, str>> {
+        let asked = self.request?;
+        match name {
+            ":method" => Some(Cow::Borrowed(asked.method)),
+            ":path" => Some(Cow::Borrowed(asked.path)),
+            ":authority" | "host" => Some(Cow::Borrowed(asked.authority)),
+            ":scheme" => Some(Cow::Borrowed(asked.scheme)),
+            _ => asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes())),
+        }
+    }
+}
+
+impl Attributes for Entry<'_> {
+    fn attribute(&self, attribute: Attribute) -> Option<Value<'_>> {
+        let text = |t: &'static str| self.request_header(t).map(Value::Text);
+        let path = || self.request.map(|r| r.path);
+        let plain = |t: Option<&'_ str>| t.map(|t| Value::Text(Cow::Owned(t.to_owned())));
+        let ip = |a: Option<SocketAddr>| a.map(|a| Value::Text(Cow::Owned(a.to_string())));
+        let port = |a: Option<SocketAddr>| a.map(|a| Value::Int(i64::from(a.port())));
+        let size = |n: u64| Some(Value::Int(i64::try_from(n).unwrap_or(i64::MAX)));
+        match attribute {
+            Attribute::RequestPath => text(":path"),
+            Attribute::RequestUrlPath => plain(path().map(|p| p.split('?').next().unwrap_or(p))),
+            Attribute::RequestQuery => plain(path().map(|p| p.split_once('?').map_or("", |(_, q)| q))),
+            Attribute::RequestHost => text(":authority"),
+            Attribute::RequestScheme => text(":scheme"),
+            Attribute::RequestMethod => text(":method"),
+            Attribute::RequestReferer => text("referer"),
+            Attribute::RequestUseragent => text("user-agent"),
+            Attribute::RequestId => text("x-request-id"),
+            Attribute::RequestProtocol => plain(self.protocol),
+            Attribute::RequestSize => size(self.bytes_received),
+            Attribute::RequestDuration => Some(Value::Double(self.duration.as_secs_f64())),
+            Attribute::ResponseCode => (self.code != 0).then_some(Value::Int(i64::from(self.code))),
+            Attribute::ResponseCodeDetails => plain(self.details.filter(|d| !d.is_empty())),
+            Attribute::ResponseFlags => Some(Value::Int(self.flag_bits)),
+            Attribute::ResponseGrpcStatus => self.grpc_status.map(|s| Value::Int(i64::from(s))),
+            Attribute::ResponseSize => size(self.bytes_sent),
+            Attribute::SourceAddress => ip(self.downstream_remote),
+            Attribute::SourcePort => port(self.downstream_remote),
+            Attribute::DestinationAddress => ip(self.downstream_local),
+            Attribute::DestinationPort => port(self.downstream_local),
+            Attribute::ConnectionMtls => Some(Value::Bool(self.mutual_tls)),
+            Attribute::ConnectionSni => plain(self.sni),
+            Attribute::ConnectionPeer => plain(self.peer.as_deref()),
+            Attribute::ConnectionLocal => plain(self.local.as_deref()),
+            Attribute::UpstreamAddress => ip(self.upstream_host),
+            Attribute::UpstreamPort => port(self.upstream_host),
+            Attribute::ClusterName => plain(self.upstream_cluster.as_deref()),
+            Attribute::RouteName => plain(self.route),
+        }
+    }
+
+    fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>> {
+        match whose {
+            HeadersOf::Request => self.request_header(name),
+            HeadersOf::Response => self.response_headers?.get(name).map(|v| String::from_utf8_lossy(v.as_bytes())),
+        }
+    }
+}

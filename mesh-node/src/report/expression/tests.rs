@@ -1,0 +1,105 @@
+use std::collections::HashMap;
+
+use super::*;
+
+#[derive(Default)]
+struct Known(HashMap<&'static str, &'static str>);
+
+impl Attributes for Known {
+    fn attribute(&self, attribute: Attribute) -> Option<Value<'_>> {
+        match attribute {
+            Attribute::ResponseCode => Some(Value::Int(503)),
+            Attribute::ResponseFlags => Some(Value::Int(0)),
+            Attribute::RequestMethod => Some(Value::Text("GET".into())),
+            Attribute::RequestUrlPath => Some(Value::Text("/a/b".into())),
+            Attribute::RequestDuration => Some(Value::Double(0.25)),
+            Attribute::ConnectionMtls => Some(Value::Bool(true)),
+            _ => None,
+        }
+    }
+
+    fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>> {
+        if whose == HeadersOf::Request { self.0.get(name).map(|v| Cow::Borrowed(*v)) } else { None }
+    }
+}
+
+#[test]
+fn filters_hold_as_cel_says() {
+    let known = Known(HashMap::from([("x-user", "anna")]));
+    for (text, expected) in [
+        ("response.code >= 400", true),
+        ("response.code>=400 && response.code<500", false),
+        ("response.code in [500, 503]", true),
+        ("!(response.code == 200)", true),
+        ("request.method == 'GET' && request.url_path.startsWith(\"/a\")", true),
+        ("request.url_path.matches(r'^/\\w/\\w$')", true),
+        ("request.url_path.endsWith('/b') ? connection.mtls : false", true),
+        ("request.headers['x-user'] == 'anna'", true),
+        ("request.headers['X-User'] == 'anna'", true),
+        ("'x-user' in request.headers", true),
+        ("has(request.headers.missing)", false),
+        ("!has(response.grpc_status)", true),
+        ("size(request.url_path) == 4", true),
+        ("request.url_path.size() + 1 == 5", true),
+        ("-response.code < 0", true),
+        ("request.duration < 1", true),
+        ("response.code % 2 == 1 || response.code / 0 == 1", true),
+        ("string(response.code) == '503'", true),
+        // What has no value does not hold, and is made up for by what decides.
+        ("upstream.address == '10.0.0.1'", false),
+        ("!(upstream.address == '10.0.0.1')", false),
+        ("upstream.address == '10.0.0.1' || response.code == 503", true),
+        ("response.code", false),
+        ("request.headers['missing'] != 'x'", false),
+        ("response.code == 503.0", true),
+        ("response.code == '503'", false),
+    ] {
+        let expression = Expression::parse(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+        assert_eq!(expression.holds(&known), expected, "{text}");
+    }
+}
+
+#[test]
+fn tags_have_a_value_in_any_case() {
+    let known = Known::default();
+    for (text, expected) in [
+        ("request.method", "GET"),
+        ("'fixed'", "fixed"),
+        ("response.code", "503"),
+        ("request.method + '-' + string(response.code)", "GET-503"),
+        ("upstream.address", "unknown"),
+        ("has(request.headers.host) ? request.headers.host : 'none'", "none"),
+        ("connection.mtls", "true"),
+    ] {
+        assert_eq!(Expression::parse(text).map(|e| e.tag(&known)), Ok(expected.to_owned()), "{text}");
+    }
+    assert_eq!(Expression::parse("'fixed'").ok().and_then(|e| e.constant()).as_deref(), Some("fixed"));
+    assert!(Expression::parse("has(response.headers.x) || false").is_ok_and(|e| e.asks_response_headers()));
+    assert!(!Expression::parse("response.code == 1").is_ok_and(|e| e.asks_response_headers()));
+}
+
+#[test]
+fn what_cannot_be_read_says_why() {
+    for (text, part) in [
+        ("", "ends where a value"),
+        ("response.cod == 1", "response.cod, which is not an attribute"),
+        ("response.code = 1", "equality is =="),
+        ("response.code == 1 1", "where it should end"),
+        ("foo", "neither an attribute nor a function"),
+        ("foo(1)", "calls foo()"),
+        ("'open", "closing quote"),
+        ("request.path.matches('(')", "pattern that cannot be read"),
+        ("has(1)", "has() with something else"),
+        ("request.path.startsWith()", "it takes 1"),
+        ("request.path['x']", "has no members"),
+        ("response.code == 1 @", "means nothing there"),
+        ("(response.code == 1", "needs \")\" at its end"),
+    ] {
+        let error = Expression::parse(text).expect_err(text);
+        assert!(error.contains(part), "{text}: {error}");
+    }
+    let deep = format!("{}true{}", "(".repeat(100), ")".repeat(100));
+    assert!(Expression::parse(&deep).is_err_and(|e| e.contains("nested")));
+    assert!(Expression::parse(&"!".repeat(200)).is_err());
+    assert!(Expression::parse(&"a".repeat(5000)).is_err_and(|e| e.contains("longer")));
+}

@@ -1,0 +1,209 @@
+//! Formats of access logs: Envoy's command operators in a line of text, or as the values of a JSON object.
+//!
+//! The defaults are Istio's. A line is written in one pass into one buffer; what comes from clients is escaped.
+
+mod operator;
+
+use std::{fmt::Write as _, sync::Arc};
+
+use self::operator::{Operand, Operator, parse};
+use super::entry::Entry;
+
+/// Longest line, bytes; the rest is cut off.
+pub const LONGEST: usize = 16 * 1024;
+
+const TEXT: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% %RESPONSE_FLAGS% \
+    %RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% \"%UPSTREAM_TRANSPORT_FAILURE_REASON%\" %BYTES_RECEIVED% %BYTES_SENT% \
+    %DURATION% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% \"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" \
+    \"%REQ(:AUTHORITY)%\" \"%UPSTREAM_HOST%\" %UPSTREAM_CLUSTER_RAW% %UPSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS% \
+    %DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%\n";
+
+const JSON: [(&str, &str); 23] = [
+    ("authority", "%REQ(:AUTHORITY)%"),
+    ("bytes_received", "%BYTES_RECEIVED%"),
+    ("bytes_sent", "%BYTES_SENT%"),
+    ("connection_termination_details", "%CONNECTION_TERMINATION_DETAILS%"),
+    ("downstream_local_address", "%DOWNSTREAM_LOCAL_ADDRESS%"),
+    ("downstream_remote_address", "%DOWNSTREAM_REMOTE_ADDRESS%"),
+    ("duration", "%DURATION%"),
+    ("method", "%REQ(:METHOD)%"),
+    ("path", "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%"),
+    ("protocol", "%PROTOCOL%"),
+    ("request_id", "%REQ(X-REQUEST-ID)%"),
+    ("requested_server_name", "%REQUESTED_SERVER_NAME%"),
+    ("response_code", "%RESPONSE_CODE%"),
+    ("response_code_details", "%RESPONSE_CODE_DETAILS%"),
+    ("response_flags", "%RESPONSE_FLAGS%"),
+    ("route_name", "%ROUTE_NAME%"),
+    ("start_time", "%START_TIME%"),
+    ("upstream_cluster", "%UPSTREAM_CLUSTER_RAW%"),
+    ("upstream_host", "%UPSTREAM_HOST%"),
+    ("upstream_local_address", "%UPSTREAM_LOCAL_ADDRESS%"),
+    ("upstream_service_time", "%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%"),
+    ("upstream_transport_failure_reason", "%UPSTREAM_TRANSPORT_FAILURE_REASON%"),
+    ("user_agent", "%REQ(USER-AGENT)%"),
+];
+
+/// Istio's default JSON has one more, whose name would sort last.
+const X_FORWARDED_FOR: (&str, &str) = ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%");
+
+/// What a line looks like.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Format {
+    Text(Arc<[Piece]>),
+    /// By key, in the order they are written.
+    Json(Arc<[(String, Vec<Piece>)]>),
+}
+
+/// A part of a line.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Piece {
+    Text(String),
+    Operator(Operator),
+}
+
+impl Default for Format {
+    fn default() -> Self {
+        // Istio's own; a test reads it.
+        Self::text(TEXT).unwrap_or(Self::Text(Arc::from([])))
+    }
+}
+
+impl Format {
+    /// A line of text. The error says what is wrong with it.
+    pub fn text(format: &str) -> Result<Self, String> {
+        parse(format).map(|pieces| Self::Text(pieces.into()))
+    }
+
+    /// A JSON object of these keys and formats. A value that is one operator keeps its type; what has no value is null.
+    pub fn json<'a>(fields: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self, String> {
+        let mut all = Vec::new();
+        for (key, format) in fields {
+            all.push((key.to_owned(), parse(format).map_err(|e| format!("{key}: {e}"))?));
+        }
+        Ok(Self::Json(all.into()))
+    }
+
+    /// Istio's JSON.
+    pub fn default_json() -> Self {
+        Self::json(JSON.into_iter().chain([X_FORWARDED_FOR])).unwrap_or_default()
+    }
+
+    pub fn asks_response_headers(&self) -> bool {
+        let asks = |pieces: &[Piece]| pieces.iter().any(|p| matches!(p, Piece::Operator(o) if o.asks_response_headers()));
+        match self {
+            Self::Text(pieces) => asks(pieces),
+            Self::Json(fields) => fields.iter().any(|(_, pieces)| asks(pieces)),
+        }
+    }
+
+    /// The line, with its end.
+    pub fn line(&self, entry: &Entry<'_>) -> String {
+        let mut line = String::with_capacity(512);
+        match self {
+            Self::Text(pieces) => {
+                for piece in pieces.iter() {
+                    piece.write(entry, &mut line);
+                }
+                cut(&mut line);
+                // One line each, whatever clients sent: operators are escaped, and formats that have no end get one.
+                if !line.ends_with('\n') {
+                    line.push('\n');
+                }
+            }
+            Self::Json(fields) => {
+                line.push('{');
+                for (i, (key, pieces)) in fields.iter().enumerate() {
+                    if i > 0 {
+                        line.push(',');
+                    }
+                    quote(key, &mut line);
+                    line.push(':');
+                    value(pieces, entry, &mut line);
+                }
+                line.push_str("}\n");
+            }
+        }
+        line
+    }
+}
+
+/// Cuts a line that is too long.
+fn cut(line: &mut String) {
+    if line.len() > LONGEST {
+        line.truncate(line.floor_char_boundary(LONGEST));
+    }
+}
+
+impl Piece {
+    fn write(&self, entry: &Entry<'_>, line: &mut String) {
+        match self {
+            Self::Text(text) => line.push_str(text),
+            Self::Operator(operator) => match operator.value(entry) {
+                None => line.push('-'),
+                Some(Operand::Number(n)) => drop(write!(line, "{n}")),
+                Some(Operand::Text(text)) => escape(&text, line),
+            },
+        }
+    }
+}
+
+fn value(pieces: &[Piece], entry: &Entry<'_>, line: &mut String) {
+    if let [Piece::Operator(operator)] = pieces {
+        return match operator.value(entry) {
+            None => line.push_str("null"),
+            Some(Operand::Number(n)) => drop(write!(line, "{n}")),
+            Some(Operand::Text(text)) => quote(&text, line),
+        };
+    }
+    let mut text = String::new();
+    for piece in pieces {
+        match piece {
+            Piece::Text(plain) => text.push_str(plain),
+            Piece::Operator(operator) => match operator.value(entry) {
+                None => text.push('-'),
+                Some(Operand::Number(n)) => drop(write!(text, "{n}")),
+                Some(Operand::Text(value)) => text.push_str(&value),
+            },
+        }
+    }
+    quote(&text, line);
+}
+
+/// As a JSON string.
+fn quote(text: &str, line: &mut String) {
+    line.push('"');
+    let most = text.floor_char_boundary(LONGEST / 4);
+    for c in text[..most].chars() {
+        match c {
+            '"' => line.push_str("\\\""),
+            '\\' => line.push_str("\\\\"),
+            '\n' => line.push_str("\\n"),
+            '\r' => line.push_str("\\r"),
+            '\t' => line.push_str("\\t"),
+            c if c < ' ' => drop(write!(line, "\\u{:04x}", u32::from(c))),
+            c => line.push(c),
+        }
+    }
+    line.push('"');
+}
+
+/// In a line of text: nothing that could end the line, or the quotes it stands in.
+fn escape(text: &str, line: &mut String) {
+    if text.bytes().all(|b| b >= b' ' && b != b'"' && b != 0x7f) {
+        return line.push_str(text);
+    }
+    for c in text.chars() {
+        match c {
+            '"' => line.push_str("\\\""),
+            '\n' => line.push_str("\\n"),
+            '\r' => line.push_str("\\r"),
+            '\t' => line.push_str("\\t"),
+            c if c < ' ' || c == '\u{7f}' => drop(write!(line, "\\x{:02x}", u32::from(c))),
+            c => line.push(c),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

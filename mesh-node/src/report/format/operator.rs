@@ -1,0 +1,283 @@
+//! Envoy's command operators, as far as they mean something here: `%NAME%`, `%NAME(ARGUMENT)%`, `%NAME(ARGUMENT):LENGTH%`.
+
+use std::{
+    borrow::Cow,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, SystemTime},
+};
+
+use super::{Entry, Piece};
+use crate::report::attributes::{Attributes, HeadersOf};
+
+/// What stands for something of the request or connection.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Operator {
+    what: What,
+    /// Most characters of a text.
+    most: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plain {
+    StartTime,
+    Protocol,
+    ResponseCode,
+    ResponseCodeDetails,
+    ResponseFlags,
+    ConnectionTerminationDetails,
+    UpstreamTransportFailureReason,
+    BytesReceived,
+    BytesSent,
+    Duration,
+    UpstreamHost,
+    UpstreamCluster,
+    UpstreamLocalAddress,
+    UpstreamRemoteAddressWithoutPort,
+    DownstreamLocalAddress,
+    DownstreamLocalAddressWithoutPort,
+    DownstreamLocalPort,
+    DownstreamRemoteAddress,
+    DownstreamRemoteAddressWithoutPort,
+    DownstreamRemotePort,
+    RequestedServerName,
+    RouteName,
+    GrpcStatusNumber,
+    GrpcStatus,
+    PeerUriSan,
+    LocalUriSan,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum What {
+    Plain(Plain),
+    /// A header, or another if it is not there; both in lower case.
+    Header(HeadersOf, String, Option<String>),
+}
+
+/// What an operator is worth.
+pub enum Operand<'a> {
+    Number(i64),
+    Text(Cow<'a, str>),
+}
+
+const ALL: [(&str, Plain); 30] = [
+    ("START_TIME", Plain::StartTime),
+    ("PROTOCOL", Plain::Protocol),
+    ("RESPONSE_CODE", Plain::ResponseCode),
+    ("RESPONSE_CODE_DETAILS", Plain::ResponseCodeDetails),
+    ("RESPONSE_FLAGS", Plain::ResponseFlags),
+    ("CONNECTION_TERMINATION_DETAILS", Plain::ConnectionTerminationDetails),
+    ("UPSTREAM_TRANSPORT_FAILURE_REASON", Plain::UpstreamTransportFailureReason),
+    ("BYTES_RECEIVED", Plain::BytesReceived),
+    ("BYTES_SENT", Plain::BytesSent),
+    ("DURATION", Plain::Duration),
+    ("UPSTREAM_HOST", Plain::UpstreamHost),
+    ("UPSTREAM_REMOTE_ADDRESS", Plain::UpstreamHost),
+    ("UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Plain::UpstreamRemoteAddressWithoutPort),
+    ("UPSTREAM_CLUSTER", Plain::UpstreamCluster),
+    ("UPSTREAM_CLUSTER_RAW", Plain::UpstreamCluster),
+    ("UPSTREAM_LOCAL_ADDRESS", Plain::UpstreamLocalAddress),
+    ("DOWNSTREAM_LOCAL_ADDRESS", Plain::DownstreamLocalAddress),
+    ("DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Plain::DownstreamLocalAddressWithoutPort),
+    ("DOWNSTREAM_LOCAL_PORT", Plain::DownstreamLocalPort),
+    ("DOWNSTREAM_REMOTE_ADDRESS", Plain::DownstreamRemoteAddress),
+    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS", Plain::DownstreamRemoteAddress),
+    ("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Plain::DownstreamRemoteAddressWithoutPort),
+    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT", Plain::DownstreamRemoteAddressWithoutPort),
+    ("DOWNSTREAM_REMOTE_PORT", Plain::DownstreamRemotePort),
+    ("REQUESTED_SERVER_NAME", Plain::RequestedServerName),
+    ("ROUTE_NAME", Plain::RouteName),
+    ("GRPC_STATUS_NUMBER", Plain::GrpcStatusNumber),
+    ("GRPC_STATUS", Plain::GrpcStatus),
+    ("DOWNSTREAM_PEER_URI_SAN", Plain::PeerUriSan),
+    ("DOWNSTREAM_LOCAL_URI_SAN", Plain::LocalUriSan),
+];
+
+/// Reads a format.
+pub(super) fn parse(format: &str) -> Result<Vec<Piece>, String> {
+    let mut pieces = Vec::new();
+    let mut text = String::new();
+    let mut rest = format;
+    while let Some(at) = rest.find('%') {
+        text.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        if let Some(after) = rest.strip_prefix('%') {
+            text.push('%');
+            rest = after;
+            continue;
+        }
+        let end = end_of_operator(rest).ok_or_else(|| format!("has an operator without its closing %: %{rest}"))?;
+        if !text.is_empty() {
+            pieces.push(Piece::Text(std::mem::take(&mut text)));
+        }
+        pieces.push(Piece::Operator(operator(&rest[..end])?));
+        rest = &rest[end + 1..];
+    }
+    text.push_str(rest);
+    if !text.is_empty() {
+        pieces.push(Piece::Text(text));
+    }
+    Ok(pieces)
+}
+
+/// Where the closing % is: one in an argument is part of it.
+fn end_of_operator(text: &str) -> Option<usize> {
+    match (text.find('%'), text.find('(')) {
+        (Some(end), Some(open)) if open < end => {
+            let close = open + text[open..].find(')')?;
+            Some(close + text[close..].find('%')?)
+        }
+        (end, _) => end,
+    }
+}
+
+fn operator(text: &str) -> Result<Operator, String> {
+    let (name, argument, most) = parts(text)?;
+    if let Some((_, plain)) = ALL.iter().find(|(n, _)| *n == name) {
+        if argument.is_some() && *plain != Plain::StartTime {
+            return Err(format!("%{text}% has an argument that {name} does not take"));
+        }
+        if argument.is_some_and(|a| !a.is_empty()) {
+            return Err(format!("%{text}% has a format of time; mesh-node writes RFC 3339 with milliseconds, leave the format out"));
+        }
+        return Ok(Operator { what: What::Plain(*plain), most });
+    }
+    let whose = match name {
+        "REQ" => HeadersOf::Request,
+        "RESP" => HeadersOf::Response,
+        _ => return Err(format!("%{text}% is not an operator known here; known are REQ, RESP and {}", ALL.map(|(n, _)| n).join(", "))),
+    };
+    let header = argument.filter(|a| !a.is_empty()).ok_or_else(|| format!("%{text}% names no header"))?;
+    let (header, other) = match header.split_once('?') {
+        Some((header, other)) => (header, Some(other.to_ascii_lowercase())),
+        None => (header, None),
+    };
+    Ok(Operator { what: What::Header(whose, header.to_ascii_lowercase(), other), most })
+}
+
+fn parts(text: &str) -> Result<(&str, Option<&str>, Option<usize>), String> {
+    let (head, most) = match text.rsplit_once(':') {
+        Some((head, length)) if head.ends_with(')') || !head.contains('(') => {
+            (head, Some(length.parse().map_err(|_| format!("%{text}% has a length that is not a number"))?))
+        }
+        _ => (text, None),
+    };
+    match head.split_once('(') {
+        None => Ok((head, None, most)),
+        Some((name, argument)) => {
+            let argument = argument.strip_suffix(')').ok_or_else(|| format!("%{text}% has no closing parenthesis"))?;
+            Ok((name, Some(argument), most))
+        }
+    }
+}
+
+impl Operator {
+    pub(super) fn asks_response_headers(&self) -> bool {
+        // This one is known without them.
+        matches!(&self.what, What::Header(HeadersOf::Response, name, _) if name != SERVICE_TIME)
+    }
+
+    pub(super) fn value<'e>(&self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
+        let value = match &self.what {
+            What::Plain(plain) => plain.value(entry),
+            What::Header(HeadersOf::Response, name, _) if name == SERVICE_TIME => {
+                entry.service_time.map(|t| Operand::Text(Cow::Owned(t.to_string())))
+            }
+            What::Header(whose, name, other) => {
+                let found = entry.header(*whose, name).or_else(|| entry.header(*whose, other.as_deref()?));
+                found.map(Operand::Text)
+            }
+        }?;
+        Some(match (value, self.most) {
+            (Operand::Text(text), Some(most)) if text.chars().count() > most => {
+                Operand::Text(Cow::Owned(text.chars().take(most).collect()))
+            }
+            (value, _) => value,
+        })
+    }
+}
+
+const SERVICE_TIME: &str = "x-envoy-upstream-service-time";
+
+impl Plain {
+    fn value<'e>(self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
+        let text = |t: Option<&'e str>| t.filter(|t| !t.is_empty()).map(|t| Operand::Text(Cow::Borrowed(t)));
+        let address = |a: Option<SocketAddr>| a.map(|a| Operand::Text(Cow::Owned(a.to_string())));
+        let ip = |a: Option<SocketAddr>| a.map(|a| Operand::Text(Cow::Owned(IpAddr::to_string(&a.ip()))));
+        let port = |a: Option<SocketAddr>| a.map(|a| Operand::Number(i64::from(a.port())));
+        let number = |n: u64| Some(Operand::Number(i64::try_from(n).unwrap_or(i64::MAX)));
+        match self {
+            Self::StartTime => Some(Operand::Text(Cow::Owned(rfc3339(entry.start)))),
+            Self::Protocol => text(entry.protocol),
+            Self::ResponseCode => Some(Operand::Number(i64::from(entry.code))),
+            Self::ResponseCodeDetails => text(entry.details),
+            Self::ResponseFlags => text(Some(&entry.flags)),
+            Self::ConnectionTerminationDetails => text(entry.termination_details),
+            Self::UpstreamTransportFailureReason => text(entry.transport_failure),
+            Self::BytesReceived => number(entry.bytes_received),
+            Self::BytesSent => number(entry.bytes_sent),
+            Self::Duration => number(u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX)),
+            Self::UpstreamHost => address(entry.upstream_host),
+            Self::UpstreamRemoteAddressWithoutPort => ip(entry.upstream_host),
+            Self::UpstreamCluster => text(entry.upstream_cluster.as_deref()),
+            Self::UpstreamLocalAddress => address(entry.upstream_local),
+            Self::DownstreamLocalAddress => address(entry.downstream_local),
+            Self::DownstreamLocalAddressWithoutPort => ip(entry.downstream_local),
+            Self::DownstreamLocalPort => port(entry.downstream_local),
+            Self::DownstreamRemoteAddress => address(entry.downstream_remote),
+            Self::DownstreamRemoteAddressWithoutPort => ip(entry.downstream_remote),
+            Self::DownstreamRemotePort => port(entry.downstream_remote),
+            Self::RequestedServerName => text(entry.sni),
+            Self::RouteName => text(entry.route),
+            Self::GrpcStatusNumber => entry.grpc_status.map(|s| Operand::Number(i64::from(s))),
+            Self::GrpcStatus => entry.grpc_status.map(|s| Operand::Text(Cow::Borrowed(grpc_status_name(s)))),
+            Self::PeerUriSan => text(entry.peer.as_deref()),
+            Self::LocalUriSan => text(entry.local.as_deref()),
+        }
+    }
+}
+
+/// The gRPC project's names of its status codes.
+fn grpc_status_name(status: u32) -> &'static str {
+    const NAMES: [&str; 17] = [
+        "OK",
+        "Canceled",
+        "Unknown",
+        "InvalidArgument",
+        "DeadlineExceeded",
+        "NotFound",
+        "AlreadyExists",
+        "PermissionDenied",
+        "ResourceExhausted",
+        "FailedPrecondition",
+        "Aborted",
+        "OutOfRange",
+        "Unimplemented",
+        "Internal",
+        "Unavailable",
+        "DataLoss",
+        "Unauthenticated",
+    ];
+    usize::try_from(status).ok().and_then(|s| NAMES.get(s)).copied().unwrap_or("InvalidCode")
+}
+
+/// UTC with milliseconds, as Envoy writes it.
+pub fn rfc3339(time: SystemTime) -> String {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", since.subsec_millis())
+}
+
+/// Year, month and day of a day counted from 1970, in the Gregorian calendar: eras of 400 years that begin in March.
+fn civil(days: u64) -> (u64, u64, u64) {
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
+}

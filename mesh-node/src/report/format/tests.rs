@@ -1,0 +1,127 @@
+use std::{
+    borrow::Cow,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderMap, HeaderValue};
+
+use super::{super::entry::Asked, operator::rfc3339, *};
+
+fn headers() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert("user-agent", HeaderValue::from_static("curl/8"));
+    headers.insert("x-request-id", HeaderValue::from_static("id-1"));
+    headers.insert("x-odd", HeaderValue::from_bytes(b"a\"b\tc\xff").expect("valid"));
+    headers
+}
+
+fn entry(headers: &HeaderMap) -> Entry<'_> {
+    Entry {
+        start: SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_552_496_789),
+        duration: Duration::from_micros(12_900),
+        request: Some(Asked { method: "GET", path: "/a?b=c", authority: "reviews:9080", scheme: "http", headers }),
+        protocol: Some("HTTP/1.1"),
+        code: 503,
+        grpc_status: None,
+        flags: Cow::Borrowed("UH"),
+        flag_bits: 2,
+        details: Some("no_healthy_upstream"),
+        termination_details: None,
+        transport_failure: None,
+        bytes_received: 0,
+        bytes_sent: 19,
+        service_time: None,
+        upstream_host: None,
+        upstream_cluster: Some(Cow::Borrowed("outbound|9080||reviews.default.svc.cluster.local")),
+        upstream_local: None,
+        downstream_local: Some("10.96.0.1:9080".parse().expect("valid")),
+        downstream_remote: Some("[fd00::1]:4242".parse().expect("valid")),
+        sni: None,
+        route: Some("default"),
+        response_headers: None,
+        mutual_tls: false,
+        peer: None,
+        local: None,
+    }
+}
+
+#[test]
+fn the_default_text_is_istio_s() {
+    let headers = headers();
+    let line = Format::default().line(&entry(&headers));
+    assert_eq!(
+        line,
+        "[2026-11-24T20:34:56.789Z] \"GET /a?b=c HTTP/1.1\" 503 UH no_healthy_upstream - \"-\" 0 19 12 - \"-\" \"curl/8\" \"id-1\" \
+         \"reviews:9080\" \"-\" outbound|9080||reviews.default.svc.cluster.local - 10.96.0.1:9080 [fd00::1]:4242 - default\n"
+    );
+}
+
+#[test]
+fn the_default_json_has_istio_s_keys_and_types() {
+    let headers = headers();
+    let line = Format::default_json().line(&entry(&headers));
+    let value: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+    let object = value.as_object().expect("an object");
+    assert_eq!(object.len(), 24);
+    assert_eq!(object["response_code"], 503);
+    assert_eq!(object["duration"], 12);
+    assert_eq!(object["bytes_sent"], 19);
+    assert_eq!(object["method"], "GET");
+    assert!(object["upstream_host"].is_null() && object["x_forwarded_for"].is_null() && object["upstream_service_time"].is_null());
+}
+
+#[test]
+fn operators_take_alternatives_and_lengths() {
+    let headers = headers();
+    let entry = entry(&headers);
+    for (format, expected) in [
+        ("%REQ(X-ODD)%", "a\\\"b\\tc\u{fffd}\n"),
+        ("%REQ(missing?:METHOD)% 100%%", "GET 100%\n"),
+        ("%REQ(:PATH):2%|%PROTOCOL:4%", "/a|HTTP\n"),
+        ("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%", "fd00::1 4242\n"),
+        ("%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%", "-\n"),
+        ("plain\n", "plain\n"),
+    ] {
+        assert_eq!(Format::text(format).map(|f| f.line(&entry)).as_deref(), Ok(expected), "{format}");
+    }
+    let json = Format::json([("a", "%REQ(:METHOD)% %UPSTREAM_HOST%"), ("b", "x\"y"), ("c", "%GRPC_STATUS%")]).expect("valid");
+    assert_eq!(json.line(&entry), "{\"a\":\"GET -\",\"b\":\"x\\\"y\",\"c\":null}\n");
+}
+
+#[test]
+fn formats_that_cannot_be_read_say_why() {
+    for (format, part) in [
+        ("%FOO%", "%FOO% is not an operator"),
+        ("%REQ%", "names no header"),
+        ("%REQ(a", "closing %"),
+        ("%START_TIME(%Y)%", "format of time"),
+        ("%PROTOCOL(x)%", "does not take"),
+        ("%REQ(a):x%", "not a number"),
+        ("%PROTOCOL", "closing %"),
+    ] {
+        let error = Format::text(format).expect_err(format);
+        assert!(error.contains(part), "{format}: {error}");
+    }
+}
+
+#[test]
+fn long_lines_are_cut() {
+    let mut headers = HeaderMap::new();
+    headers.insert("x", HeaderValue::from_str(&"y".repeat(100_000)).expect("valid"));
+    let line = Format::text("%REQ(X)%").expect("valid").line(&entry(&headers));
+    assert!(line.len() == LONGEST + 1 && line.ends_with('\n'));
+    let json = Format::json([("x", "%REQ(X)%")]).expect("valid").line(&entry(&headers));
+    assert!(json.len() < LONGEST && serde_json::from_str::<serde_json::Value>(&json).is_ok());
+}
+
+#[test]
+fn times_are_rfc_3339() {
+    for (millis, expected) in [
+        (0, "1970-01-01T00:00:00.000Z"),
+        (951_782_400_001, "2000-02-29T00:00:00.001Z"),
+        (1_709_251_199_999, "2024-02-29T23:59:59.999Z"),
+        (4_107_542_400_000, "2100-03-01T00:00:00.000Z"),
+    ] {
+        assert_eq!(rfc3339(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)), expected);
+    }
+}

@@ -1,0 +1,299 @@
+//! Where metrics, access logs and spans go: the providers of `MeshConfig` that are for telemetry, and which of them are the default.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use http::{HeaderName, HeaderValue};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{
+    report::{AccessLog, Exporter, ExporterHttp, format::Format},
+    resource::{
+        envelope::FieldError,
+        fields::{Time, header_name, header_value, port},
+    },
+};
+
+/// Names of the providers that are there without being configured.
+pub const PROMETHEUS: &str = "prometheus";
+pub const ENVOY: &str = "envoy";
+
+/// Telemetry of the mesh.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Observability {
+    /// Access logs by provider, with the built-in `envoy`.
+    pub logs: Vec<Arc<AccessLog>>,
+    pub exporters: Vec<Arc<Exporter>>,
+    /// Providers that are this node's metrics.
+    pub prometheus: Vec<Arc<str>>,
+    /// Providers of kinds that are not honoured.
+    pub others: Vec<Arc<str>>,
+    /// Where everything is logged that no `Telemetry` says something about: `accessLogFile`.
+    pub everywhere: Option<Arc<AccessLog>>,
+    pub default_logs: Vec<Arc<str>>,
+    pub default_traces: Vec<Arc<str>>,
+    pub default_metrics: Vec<Arc<str>>,
+    /// Of a million requests: `defaultConfig.tracing.sampling`.
+    pub sampling: Option<u32>,
+}
+
+impl Default for Observability {
+    fn default() -> Self {
+        Self {
+            logs: vec![Arc::new(AccessLog { name: ENVOY.into(), path: STDOUT.into(), format: Format::default() })],
+            exporters: Vec::new(),
+            prometheus: vec![PROMETHEUS.into()],
+            others: Vec::new(),
+            everywhere: None,
+            default_logs: Vec::new(),
+            default_traces: Vec::new(),
+            default_metrics: Vec::new(),
+            sampling: None,
+        }
+    }
+}
+
+const STDOUT: &str = "/dev/stdout";
+/// Longest value an exporter's answer may take, unless the provider says otherwise.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Document {
+    access_log_file: Option<String>,
+    access_log_format: Option<String>,
+    access_log_encoding: Option<String>,
+    default_providers: Option<Defaults>,
+    default_config: Option<ProxyConfig>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Defaults {
+    #[serde(default)]
+    access_logging: Option<Vec<String>>,
+    #[serde(default)]
+    tracing: Option<Vec<String>>,
+    #[serde(default)]
+    metrics: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+struct ProxyConfig {
+    tracing: Option<ProxyTracing>,
+}
+
+#[derive(Deserialize)]
+struct ProxyTracing {
+    sampling: Option<f64>,
+}
+
+/// The part of a provider that is for telemetry.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ProviderSpec {
+    #[serde(default)]
+    name: String,
+    envoy_file_access_log: Option<FileLog>,
+    opentelemetry: Option<OpenTelemetry>,
+    prometheus: Option<Value>,
+    zipkin: Option<Value>,
+    lightstep: Option<Value>,
+    datadog: Option<Value>,
+    skywalking: Option<Value>,
+    opencensus: Option<Value>,
+    stackdriver: Option<Value>,
+    envoy_http_als: Option<Value>,
+    envoy_tcp_als: Option<Value>,
+    envoy_otel_als: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FileLog {
+    path: Option<String>,
+    log_format: Option<LogFormat>,
+    /// Commands this node does not know are refused in any case.
+    #[serde(rename = "omitEmptyValues")]
+    _omit_empty_values: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogFormat {
+    text: Option<String>,
+    labels: Option<BTreeMap<String, Value>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct OpenTelemetry {
+    #[serde(default)]
+    service: String,
+    #[serde(default)]
+    port: u32,
+    http: Option<OtlpHttp>,
+    #[serde(rename = "maxTagLength")]
+    _max_tag_length: Option<u32>,
+    #[serde(rename = "resourceDetectors")]
+    _resource_detectors: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OtlpHttp {
+    path: Option<String>,
+    timeout: Option<Time>,
+    #[serde(default)]
+    headers: Option<Vec<HttpHeader>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HttpHeader {
+    name: String,
+    #[serde(default)]
+    value: String,
+}
+
+/// Reads what the configuration says of telemetry.
+pub(super) fn read(document: Document, providers: Vec<ProviderSpec>) -> Result<Observability, FieldError> {
+    let mut found = Observability { logs: Vec::new(), ..Observability::default() };
+    for (i, spec) in providers.into_iter().enumerate() {
+        provider(spec, &format!("data.mesh.extensionProviders[{i}]"), &mut found)?;
+    }
+    let format = mesh_format(document.access_log_format.as_deref(), document.access_log_encoding.as_deref())?;
+    if !found.logs.iter().any(|l| &*l.name == ENVOY) {
+        let path = document.access_log_file.clone().filter(|f| !f.is_empty()).unwrap_or_else(|| STDOUT.to_owned());
+        found.logs.push(Arc::new(AccessLog {
+            name: ENVOY.into(),
+            path: log_path(path, "data.mesh.accessLogFile")?,
+            format: format.clone(),
+        }));
+    }
+    if let Some(file) = document.access_log_file.filter(|f| !f.is_empty()) {
+        found.everywhere = Some(Arc::new(AccessLog { name: ENVOY.into(), path: log_path(file, "data.mesh.accessLogFile")?, format }));
+    }
+    let defaults = document.default_providers.unwrap_or_default();
+    let names = |all: Option<Vec<String>>| all.unwrap_or_default().into_iter().map(Into::into).collect();
+    found.default_logs = names(defaults.access_logging);
+    found.default_traces = names(defaults.tracing);
+    found.default_metrics = names(defaults.metrics);
+    if let Some(percent) = document.default_config.and_then(|c| c.tracing).and_then(|t| t.sampling) {
+        if !(0.0..=100.0).contains(&percent) {
+            let problem = format!("{percent} is not a percentage; use 0 to 100");
+            return Err(FieldError::new("data.mesh.defaultConfig.tracing.sampling", problem));
+        }
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and a million")]
+        let sampling = (percent * 10_000.0).round() as u32;
+        found.sampling = Some(sampling);
+    }
+    Ok(found)
+}
+
+/// The format of the mesh's own log.
+fn mesh_format(format: Option<&str>, encoding: Option<&str>) -> Result<Format, FieldError> {
+    let at = "data.mesh.accessLogFormat";
+    let format = format.filter(|f| !f.is_empty());
+    match (encoding.unwrap_or("TEXT"), format) {
+        ("TEXT", None) => Ok(Format::default()),
+        ("TEXT", Some(format)) => Format::text(format).map_err(|e| FieldError::new(at, e)),
+        ("JSON", None) => Ok(Format::default_json()),
+        ("JSON", Some(format)) => {
+            let fields: BTreeMap<String, Value> =
+                serde_json::from_str(format).map_err(|e| FieldError::new(at, format!("is not a JSON object of formats: {e}")))?;
+            json(&fields, at)
+        }
+        (other, _) => Err(FieldError::new("data.mesh.accessLogEncoding", format!("{other:?} is neither TEXT nor JSON"))),
+    }
+}
+
+fn json(fields: &BTreeMap<String, Value>, at: &str) -> Result<Format, FieldError> {
+    let mut all = Vec::new();
+    for (key, value) in fields {
+        let format =
+            value.as_str().ok_or_else(|| FieldError::new(format!("{at}.{key}"), "is not a text; nested formats are not honoured"))?;
+        all.push((key.as_str(), format));
+    }
+    Format::json(all).map_err(|e| FieldError::new(at, e))
+}
+
+fn log_path(path: String, at: &str) -> Result<Arc<str>, FieldError> {
+    if !path.starts_with('/') {
+        return Err(FieldError::new(at, format!("{path:?} is not an absolute path")));
+    }
+    Ok(path.into())
+}
+
+fn provider(spec: ProviderSpec, at: &str, found: &mut Observability) -> Result<(), FieldError> {
+    let name: Arc<str> = spec.name.into();
+    let named = |field: &str| {
+        if name.is_empty() {
+            return Err(FieldError::new(format!("{at}.name"), format!("is missing; Telemetry refers to the provider of {field} by name")));
+        }
+        Ok(name.clone())
+    };
+    if let Some(log) = spec.envoy_file_access_log {
+        let at = format!("{at}.envoyFileAccessLog");
+        let path = log_path(log.path.unwrap_or_else(|| STDOUT.to_owned()), &format!("{at}.path"))?;
+        let format = match log.log_format {
+            None => Format::default(),
+            Some(LogFormat { text: Some(_), labels: Some(_) }) => {
+                return Err(FieldError::new(format!("{at}.logFormat"), "has both text and labels; keep one"));
+            }
+            Some(LogFormat { text: Some(text), labels: None }) => {
+                Format::text(&text).map_err(|e| FieldError::new(format!("{at}.logFormat.text"), e))?
+            }
+            Some(LogFormat { text: None, labels: Some(labels) }) if !labels.is_empty() => json(&labels, &format!("{at}.logFormat.labels"))?,
+            Some(LogFormat { text: None, .. }) => Format::default_json(),
+        };
+        found.logs.push(Arc::new(AccessLog { name: named("envoyFileAccessLog")?, path, format }));
+    }
+    if let Some(otel) = spec.opentelemetry {
+        let at = format!("{at}.opentelemetry");
+        found.exporters.push(Arc::new(exporter(named("opentelemetry")?, otel, &at)?));
+    }
+    if spec.prometheus.is_some() {
+        found.prometheus.push(named("prometheus")?);
+    }
+    let others = [
+        spec.zipkin,
+        spec.lightstep,
+        spec.datadog,
+        spec.skywalking,
+        spec.opencensus,
+        spec.stackdriver,
+        spec.envoy_http_als,
+        spec.envoy_tcp_als,
+        spec.envoy_otel_als,
+    ];
+    if others.iter().any(Option::is_some) && !name.is_empty() {
+        found.others.push(name);
+    }
+    Ok(())
+}
+
+fn exporter(name: Arc<str>, otel: OpenTelemetry, at: &str) -> Result<Exporter, FieldError> {
+    if otel.service.is_empty() {
+        return Err(FieldError::new(
+            format!("{at}.service"),
+            "is missing; name the collector's service, as name.namespace.svc.cluster.local",
+        ));
+    }
+    // Istio also takes `namespace/host`.
+    let service = otel.service.rsplit_once('/').map_or(otel.service.as_str(), |(_, host)| host);
+    let http = otel.http.map(|http| exporter_http(http, &format!("{at}.http"))).transpose()?;
+    Ok(Exporter { name, service: service.into(), port: port(otel.port, &format!("{at}.port"))?, http })
+}
+
+fn exporter_http(http: OtlpHttp, at: &str) -> Result<ExporterHttp, FieldError> {
+    let path = http.path.filter(|p| !p.is_empty()).unwrap_or_else(|| "/v1/traces".to_owned());
+    if !path.starts_with('/') {
+        return Err(FieldError::new(format!("{at}.path"), format!("{path:?} is not a path; begin it with /")));
+    }
+    let header = |h: HttpHeader| -> Result<(HeaderName, HeaderValue), FieldError> {
+        Ok((header_name(&h.name, &format!("{at}.headers"))?, header_value(&h.value, &format!("{at}.headers"))?))
+    };
+    let headers = http.headers.unwrap_or_default().into_iter().map(header).collect::<Result<_, _>>()?;
+    Ok(ExporterHttp { path: path.into(), headers, timeout: http.timeout.map_or(EXPORT_TIMEOUT, |t| t.0) })
+}

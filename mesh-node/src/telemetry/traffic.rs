@@ -1,0 +1,413 @@
+//! Istio's metrics of requests and connections, kept per *edge*: who talks to whom, as one of them reports it.
+//!
+//! An edge is found once, under a lock, and held by whoever counts on it; counting is a few relaxed atomics. Series of an edge
+//! are made when a response code, flag or tag first occurs, at most [`MOST_SERIES`] of them; what comes after is counted with its
+//! tags as `other`. Edges nobody holds whose ends are gone are forgotten by [`Traffic::tidy`].
+
+mod encode;
+mod histogram;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    hash::Hash,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+
+use self::histogram::Histogram;
+use super::Flags;
+
+/// Most series of requests, and of connections, on one edge.
+pub const MOST_SERIES: usize = 200;
+/// Most edges of a node.
+pub const MOST_EDGES: usize = 20_000;
+/// How long series stay whose ends are gone, so that they are read once more.
+pub const KEPT: Duration = Duration::from_mins(5);
+
+/// Who reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reporter {
+    /// The client's node.
+    Source,
+    /// The server's.
+    Destination,
+}
+
+impl Reporter {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+/// One end of an edge, as its labels name it. What is not known is `unknown`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Peer {
+    pub workload: Arc<str>,
+    pub namespace: Arc<str>,
+    pub principal: Arc<str>,
+    pub app: Arc<str>,
+    pub version: Arc<str>,
+    pub canonical_service: Arc<str>,
+    pub canonical_revision: Arc<str>,
+    pub cluster: Arc<str>,
+    pub region: Arc<str>,
+    pub zone: Arc<str>,
+}
+
+/// The service that was meant, as labels name it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ServiceNames {
+    pub host: Arc<str>,
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+}
+
+/// Identifies an edge: everything its series have in common.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct EdgeKey {
+    pub reporter: Reporter,
+    pub source: Peer,
+    pub destination: Peer,
+    pub service: ServiceNames,
+    pub mutual_tls: bool,
+    pub tags: Arc<TagPlan>,
+}
+
+/// The ten metrics, by the names the Telemetry API has for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Metric {
+    RequestCount,
+    RequestDuration,
+    RequestSize,
+    ResponseSize,
+    GrpcRequestMessages,
+    GrpcResponseMessages,
+    TcpOpened,
+    TcpClosed,
+    TcpSent,
+    TcpReceived,
+}
+
+impl Metric {
+    pub const ALL: [Self; 10] = [
+        Self::RequestCount,
+        Self::RequestDuration,
+        Self::RequestSize,
+        Self::ResponseSize,
+        Self::GrpcRequestMessages,
+        Self::GrpcResponseMessages,
+        Self::TcpOpened,
+        Self::TcpClosed,
+        Self::TcpSent,
+        Self::TcpReceived,
+    ];
+
+    /// The name in the Telemetry API.
+    pub fn api_name(self) -> &'static str {
+        match self {
+            Self::RequestCount => "REQUEST_COUNT",
+            Self::RequestDuration => "REQUEST_DURATION",
+            Self::RequestSize => "REQUEST_SIZE",
+            Self::ResponseSize => "RESPONSE_SIZE",
+            Self::GrpcRequestMessages => "GRPC_REQUEST_MESSAGES",
+            Self::GrpcResponseMessages => "GRPC_RESPONSE_MESSAGES",
+            Self::TcpOpened => "TCP_OPENED_CONNECTIONS",
+            Self::TcpClosed => "TCP_CLOSED_CONNECTIONS",
+            Self::TcpSent => "TCP_SENT_BYTES",
+            Self::TcpReceived => "TCP_RECEIVED_BYTES",
+        }
+    }
+
+    /// The name in Prometheus, without the `_total` that the encoder appends to counters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::RequestCount => "istio_requests",
+            Self::RequestDuration => "istio_request_duration_milliseconds",
+            Self::RequestSize => "istio_request_bytes",
+            Self::ResponseSize => "istio_response_bytes",
+            Self::GrpcRequestMessages => "istio_request_messages",
+            Self::GrpcResponseMessages => "istio_response_messages",
+            Self::TcpOpened => "istio_tcp_connections_opened",
+            Self::TcpClosed => "istio_tcp_connections_closed",
+            Self::TcpSent => "istio_tcp_sent_bytes",
+            Self::TcpReceived => "istio_tcp_received_bytes",
+        }
+    }
+
+    fn help(self) -> &'static str {
+        match self {
+            Self::RequestCount => "Requests",
+            Self::RequestDuration => "Time from the request's head to the end of the response, milliseconds",
+            Self::RequestSize => "Bytes of request bodies",
+            Self::ResponseSize => "Bytes of response bodies",
+            Self::GrpcRequestMessages => "gRPC messages sent by clients",
+            Self::GrpcResponseMessages => "gRPC messages sent by servers",
+            Self::TcpOpened => "TCP connections opened",
+            Self::TcpClosed => "TCP connections closed",
+            Self::TcpSent => "Bytes sent as responses on TCP connections",
+            Self::TcpReceived => "Bytes received as requests on TCP connections",
+        }
+    }
+
+    pub fn is_http(self) -> bool {
+        !matches!(self, Self::TcpOpened | Self::TcpClosed | Self::TcpSent | Self::TcpReceived)
+    }
+}
+
+/// What the Telemetry API changes of the metrics' labels.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct TagPlan {
+    /// By metric; none says the metric is as it is by default.
+    pub metrics: [MetricTags; Metric::ALL.len()],
+    /// Tags whose values depend on the request or connection.
+    pub dynamic: usize,
+}
+
+/// The same of one metric.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct MetricTags {
+    pub disabled: bool,
+    pub removed: Vec<Arc<str>>,
+    pub set: Vec<(Arc<str>, TagValue)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum TagValue {
+    Constant(Arc<str>),
+    /// Which of the dynamic ones.
+    Dynamic(usize),
+}
+
+impl TagPlan {
+    pub fn of(&self, metric: Metric) -> &MetricTags {
+        &self.metrics[metric as usize]
+    }
+}
+
+/// Values of dynamic tags, one for each.
+pub type Tags = Box<[Arc<str>]>;
+
+/// What tells series of requests on one edge apart.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct HttpKey {
+    pub grpc: bool,
+    /// 0 when there was no response.
+    pub code: u16,
+    pub grpc_status: Option<u32>,
+    pub flags: Flags,
+    pub tags: Tags,
+}
+
+/// What tells series of connections on one edge apart.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct TcpKey {
+    pub flags: &'static str,
+    pub tags: Tags,
+}
+
+/// A request that is over.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Request {
+    pub duration: Duration,
+    pub request_bytes: u64,
+    pub response_bytes: u64,
+    pub request_messages: u64,
+    pub response_messages: u64,
+}
+
+#[derive(Debug, Default)]
+struct HttpSeries {
+    duration: Histogram,
+    request_bytes: Histogram,
+    response_bytes: Histogram,
+    request_messages: AtomicU64,
+    response_messages: AtomicU64,
+}
+
+impl HttpSeries {
+    fn count(&self, request: &Request) {
+        self.duration.observe_millis(request.duration);
+        self.request_bytes.observe(request.request_bytes);
+        self.response_bytes.observe(request.response_bytes);
+        if request.request_messages > 0 {
+            self.request_messages.fetch_add(request.request_messages, Ordering::Relaxed);
+        }
+        if request.response_messages > 0 {
+            self.response_messages.fetch_add(request.response_messages, Ordering::Relaxed);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct TcpSeries {
+    opened: AtomicU64,
+    closed: AtomicU64,
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+/// Series by key: read without a lock, added to seldom.
+#[derive(Debug)]
+struct Series<K, S> {
+    all: ArcSwap<HashMap<K, Arc<S>>>,
+    writing: Mutex<()>,
+}
+
+impl<K, S> Default for Series<K, S> {
+    fn default() -> Self {
+        Self { all: ArcSwap::from_pointee(HashMap::new()), writing: Mutex::new(()) }
+    }
+}
+
+impl<K: Clone + Eq + Hash, S: Default> Series<K, S> {
+    /// The series of a key, or of what it is folded into when there are too many.
+    fn of(&self, key: &K, folded: impl FnOnce(&K) -> K) -> Arc<S> {
+        if let Some(found) = self.all.load().get(key) {
+            return found.clone();
+        }
+        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = HashMap::clone(&self.all.load());
+        let key = if all.len() >= MOST_SERIES && !all.contains_key(key) { folded(key) } else { key.clone() };
+        let series = all.entry(key).or_default().clone();
+        self.all.store(Arc::new(all));
+        series
+    }
+}
+
+/// The series of one edge.
+pub struct Edge {
+    key: EdgeKey,
+    /// Almost all requests: answered with 200, without flags and tags.
+    ok: HttpSeries,
+    http: Series<HttpKey, HttpSeries>,
+    tcp: Series<TcpKey, TcpSeries>,
+}
+
+impl fmt::Debug for Edge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Edge").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+impl Edge {
+    fn new(key: EdgeKey) -> Self {
+        Self { key, ok: HttpSeries::default(), http: Series::default(), tcp: Series::default() }
+    }
+
+    pub fn key(&self) -> &EdgeKey {
+        &self.key
+    }
+
+    /// Counts a request that is over.
+    pub fn request(&self, key: &HttpKey, request: &Request) {
+        if key.code == 200 && !key.grpc && key.flags == Flags::default() && key.tags.is_empty() {
+            self.ok.count(request);
+        } else {
+            self.http.of(key, HttpKey::folded).count(request);
+        }
+    }
+
+    /// Counts a connection that is established.
+    pub fn opened(&self, key: &TcpKey) {
+        self.tcp.of(key, TcpKey::folded).opened.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts bytes of a connection, from the server and to it.
+    pub fn transferred(&self, key: &TcpKey, sent: u64, received: u64) {
+        let series = self.tcp.of(key, TcpKey::folded);
+        series.sent.fetch_add(sent, Ordering::Relaxed);
+        series.received.fetch_add(received, Ordering::Relaxed);
+    }
+
+    /// Counts the end of a connection that was established.
+    pub fn closed(&self, key: &TcpKey) {
+        self.tcp.of(key, TcpKey::folded).closed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn other(tags: &Tags) -> Tags {
+    tags.iter().map(|_| Arc::from("other")).collect()
+}
+
+impl HttpKey {
+    /// What it is counted as when there are too many.
+    fn folded(&self) -> Self {
+        Self { tags: other(&self.tags), grpc_status: self.grpc_status.map(|s| s.min(17)), ..self.clone() }
+    }
+}
+
+impl TcpKey {
+    fn folded(&self) -> Self {
+        Self { tags: other(&self.tags), flags: self.flags }
+    }
+}
+
+/// All edges of the node.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    edges: Mutex<HashMap<EdgeKey, Kept>>,
+    /// Edges that found no room.
+    refused: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Kept {
+    edge: Arc<Edge>,
+    /// Since when nobody needs it.
+    unused: Option<Instant>,
+}
+
+impl Traffic {
+    /// The edge with these labels. To be held by what counts on it. None when there are too many.
+    pub fn edge(&self, key: EdgeKey) -> Option<Arc<Edge>> {
+        let mut edges = self.lock();
+        if let Some(kept) = edges.get_mut(&key) {
+            kept.unused = None;
+            return Some(kept.edge.clone());
+        }
+        if edges.len() >= MOST_EDGES {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        let edge = Arc::new(Edge::new(key.clone()));
+        edges.insert(key, Kept { edge: edge.clone(), unused: None });
+        Some(edge)
+    }
+
+    /// Times an edge found no room.
+    pub fn refused(&self) -> usize {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Forgets edges that nobody has held, and whose ends have been gone, for [`KEPT`].
+    pub fn tidy(&self, now: Instant, exists: impl Fn(&EdgeKey) -> bool) {
+        self.lock().retain(|key, kept| {
+            if Arc::strong_count(&kept.edge) > 1 || exists(key) {
+                kept.unused = None;
+                return true;
+            }
+            let since = *kept.unused.get_or_insert(now);
+            now.saturating_duration_since(since) < KEPT
+        });
+    }
+
+    fn all(&self) -> Vec<Arc<Edge>> {
+        self.lock().values().map(|kept| kept.edge.clone()).collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<EdgeKey, Kept>> {
+        self.edges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;
