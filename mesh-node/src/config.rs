@@ -10,6 +10,6 @@ pub mod snapshot;
 pub mod store;
 
 pub use publish::{Configuration, Publisher};
-pub use settings::{EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy};
+pub use settings::{DestinationRequests, EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy};
 pub use snapshot::Snapshot;
 pub use store::{Change, Origin, Status, Store};

@@ -9,9 +9,11 @@ pub mod http;
 pub mod inbound;
 pub mod limits;
 pub mod live;
+pub mod open;
 pub mod outbound;
 pub mod outcome;
 pub mod pods;
+pub mod reporting;
 mod sniff;
 
 use std::{sync::Arc, time::Duration};
@@ -43,6 +45,8 @@ pub struct Proxy {
     pub pool: Pool,
     pub pods: Pods,
     pub live: Live,
+    /// Connections that are open.
+    pub open: open::OpenConnections,
     pub metrics: Arc<Metrics>,
     pub limits: Limits,
     pub replays: http::Replays,
@@ -62,6 +66,7 @@ impl Proxy {
             pool: Pool::default(),
             pods: Pods::default(),
             live: Live::default(),
+            open: open::OpenConnections::default(),
             metrics,
             limits,
             replays: http::Replays::default(),
@@ -116,6 +121,7 @@ impl Proxy {
             let snapshot = config.load();
             self.pool.retain(|uid| snapshot.workload(uid).is_some_and(|w| w.enrolled));
             let now = std::time::Instant::now();
+            self.metrics.traffic.tidy(now, |edge| reporting::exists(edge, &snapshot));
             for pod in self.pods.all() {
                 let Some(workload) = snapshot.workload(&pod.uid) else { continue };
                 pod.clusters.tidy(now, |id| snapshot.cluster_for(&workload.name.namespace, id).cloned());

@@ -2,9 +2,13 @@
 //!
 //! Label values are closed sets, or names of workloads and services of the mesh: bounded by the configuration.
 
+mod access;
 mod flags;
 pub mod traffic;
 
+use std::sync::Arc;
+
+pub use access::AccessLogs;
 pub use flags::{Flag, Flags};
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -12,31 +16,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// Labels of Istio's TCP metrics, in Istio's order. Missing values are `unknown`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct TcpLabels {
-    pub reporter: &'static str,
-    pub source_workload: String,
-    pub source_canonical_service: String,
-    pub source_canonical_revision: String,
-    pub source_workload_namespace: String,
-    pub source_principal: String,
-    pub source_app: String,
-    pub source_version: String,
-    pub destination_service: String,
-    pub destination_service_namespace: String,
-    pub destination_service_name: String,
-    pub destination_workload: String,
-    pub destination_canonical_service: String,
-    pub destination_canonical_revision: String,
-    pub destination_workload_namespace: String,
-    pub destination_principal: String,
-    pub destination_app: String,
-    pub destination_version: String,
-    pub request_protocol: &'static str,
-    pub response_flags: &'static str,
-    pub connection_security_policy: &'static str,
-}
+use self::traffic::Traffic;
 
 /// Why a connection was refused or cut, by direction.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -45,21 +25,18 @@ pub struct FailureLabels {
     pub reason: &'static str,
 }
 
+/// How an established connection goes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PathLabels {
+    pub direction: &'static str,
+    pub path: &'static str,
+}
+
 /// A TLS handshake with a peer, by side (client or server).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct HandshakeLabels {
     pub side: &'static str,
     pub reason: &'static str,
-}
-
-/// Requests by what became of them. Flags are a closed set.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct RequestLabels {
-    /// `source`: as the client's node sees it; `destination`: as the server's does, where it looks.
-    pub reporter: &'static str,
-    /// 0 when there was no response.
-    pub response_code: u16,
-    pub response_flags: Flags,
 }
 
 /// What a policy decided, other than to let pass. `none`: no policy allowed it.
@@ -95,15 +72,14 @@ pub struct ReasonLabels {
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    pub opened: Family<TcpLabels, Counter>,
-    pub closed: Family<TcpLabels, Counter>,
-    pub sent: Family<TcpLabels, Counter>,
-    pub received: Family<TcpLabels, Counter>,
+    /// Name of the cluster, as Istio's metrics have it.
+    pub cluster: Arc<str>,
+    /// Istio's metrics of requests and connections.
+    pub traffic: Arc<Traffic>,
+    pub access: AccessLogs,
     pub failures: Family<FailureLabels, Counter>,
+    pub connections: Family<PathLabels, Counter>,
     pub handshake_failures: Family<HandshakeLabels, Counter>,
-    pub http_requests: Family<RequestLabels, Counter>,
-    /// The one of `http_requests` that almost all are: found without a lock.
-    http_ok: Counter,
     pub http_active: Gauge,
     pub policy_decisions: Family<PolicyLabels, Counter>,
     pub jwks_fetches: Family<ResultLabels, Counter>,
@@ -117,20 +93,27 @@ pub struct Metrics {
     pub capture_events: Family<EventLabels, Gauge>,
     pub acceleration: Family<StateLabels, Counter>,
     pub indirect: Family<ReasonLabels, Counter>,
+    access_lines: Family<ResultLabels, Counter>,
 }
 
 impl Default for Metrics {
     fn default() -> Self {
+        Self::new("Kubernetes")
+    }
+}
+
+impl Metrics {
+    /// Of a node of this cluster.
+    pub fn new(cluster: &str) -> Self {
+        let access_lines = Family::default();
         let mut metrics = Self {
             registry: Registry::default(),
-            opened: Family::default(),
-            closed: Family::default(),
-            sent: Family::default(),
-            received: Family::default(),
+            cluster: cluster.into(),
+            traffic: Arc::default(),
+            access: AccessLogs::new(access_lines.clone()),
             failures: Family::default(),
+            connections: Family::default(),
             handshake_failures: Family::default(),
-            http_requests: Family::default(),
-            http_ok: Counter::default(),
             http_active: Gauge::default(),
             policy_decisions: Family::default(),
             jwks_fetches: Family::default(),
@@ -144,27 +127,23 @@ impl Default for Metrics {
             capture_events: Family::default(),
             acceleration: Family::default(),
             indirect: Family::default(),
+            access_lines,
         };
-        metrics.http_ok = metrics
-            .http_requests
-            .get_or_create(&RequestLabels { reporter: "source", response_code: 200, response_flags: Flags::default() })
-            .clone();
         metrics.register();
         metrics
     }
-}
 
-impl Metrics {
     fn register(&mut self) {
         let r = &mut self.registry;
+        r.register_collector(Box::new(self.traffic.clone()));
+        let build = Family::<Vec<(&'static str, &'static str)>, Gauge>::default();
+        build.get_or_create(&vec![("component", "mesh-node"), ("tag", env!("CARGO_PKG_VERSION"))]).set(1);
+        r.register("istio_build", "What this is", build);
         // The encoder appends _total to counters.
-        r.register("istio_tcp_connections_opened", "TCP connections opened", self.opened.clone());
-        r.register("istio_tcp_connections_closed", "TCP connections closed", self.closed.clone());
-        r.register("istio_tcp_sent_bytes", "Bytes sent as responses on TCP connections", self.sent.clone());
-        r.register("istio_tcp_received_bytes", "Bytes received as requests on TCP connections", self.received.clone());
+        r.register("mesh_access_log_lines", "Lines of access logs, by what became of them", self.access_lines.clone());
+        r.register("mesh_connections", "Connections established, by how they go", self.connections.clone());
         r.register("mesh_connection_failures", "Connections refused, failed or cut, by reason", self.failures.clone());
         r.register("mesh_tls_handshake_failures", "TLS handshakes with mesh peers that failed, by reason", self.handshake_failures.clone());
-        r.register("mesh_http_requests", "HTTP requests served for pods of this node, by response", self.http_requests.clone());
         r.register("mesh_http_active_requests", "HTTP requests under way", self.http_active.clone());
         r.register(
             "mesh_policy_decisions",
@@ -200,15 +179,6 @@ impl Metrics {
 
     pub fn failure(&self, direction: &'static str, reason: &'static str) {
         self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
-    }
-
-    /// Counts a request that is over.
-    pub fn request(&self, reporter: &'static str, response_code: u16, response_flags: Flags) {
-        if reporter == "source" && response_code == 200 && response_flags == Flags::default() {
-            self.http_ok.inc();
-        } else {
-            self.http_requests.get_or_create(&RequestLabels { reporter, response_code, response_flags }).inc();
-        }
     }
 
     pub fn policy_decision(&self, policy: &str, result: &'static str) {

@@ -188,8 +188,7 @@ fn a_breaker_opens_under_load_and_closes_after_it() {
     let report = scene.web(&["get", "web:80/sleep/300", "40", "8"]);
     let (good, refused) = (count(&report, "statuses", "200"), count(&report, "statuses", "503"));
     assert!(good >= 5 && refused >= 10 && good + refused == 40, "{report}");
-    let flagged =
-        scene.bed.nodes()[0].metric("mesh_http_requests_total", &["response_code=\"503\"", "response_flags=\"UO\""]).expect("metric");
+    let flagged = scene.bed.nodes()[0].metric("istio_requests_total", &["response_code=\"503\"", "response_flags=\"UO\""]).expect("metric");
     assert!((flagged - f64::from(u32::try_from(refused).expect("few"))).abs() < 0.5, "{flagged} are flagged UO, {refused} were refused");
     let report = scene.get("/x", 50, &[]);
     assert_eq!(count(&report, "statuses", "200"), 50, "closed again: {report}");

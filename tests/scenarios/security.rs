@@ -353,7 +353,8 @@ async fn recorded_rows_are_answered_alike_on_every_way_in() {
             .expect("connected");
             let got = exchange(&mut stream, row.request(&id), row.method == "HEAD").await;
             let mut all = row.differences(&got, &seen.of(&id));
-            let lines = engine.logged_for(&id, 1).await;
+            // Within the node both ends tell of it.
+            let lines = engine.logged_for(&id, if way == "node" { 2 } else { 1 }).await;
             let refused = row.expect.details != "via_upstream";
             // A connection that is refused, or looked at no further, has no requests at the destination.
             let found = match details(&lines, if way == "outside" || refused { "destination" } else { "source" }) {

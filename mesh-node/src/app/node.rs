@@ -37,10 +37,15 @@ const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// How long connections may go on after the process was told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
+/// How long access logs may take to be written then.
+const LOG_GRACE: Duration = Duration::from_millis(500);
+
 /// Everything the process is started with.
 #[derive(Debug, Clone)]
 pub struct NodeSettings {
     pub mesh: MeshSettings,
+    /// Name of the cluster.
+    pub cluster: String,
     pub capture: CaptureSettings,
     pub config_dir: PathBuf,
     pub certificates: CertificateSettings,
@@ -112,6 +117,7 @@ impl Node {
     /// Refreshes the gauges that are read from elsewhere.
     pub fn refresh_metrics(&self) {
         let metrics = &self.proxy.metrics;
+        self.proxy.open.count();
         for (counter, value) in self.capture().counters() {
             metrics.capture_events.get_or_create(&EventLabels { event: counter.name() }).set(i64::try_from(value).unwrap_or(i64::MAX));
         }
@@ -141,7 +147,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     let discovery = Discovery::new(settings.capture.cgroup.clone())?;
     let (sender, receiver) = mpsc::channel(16);
     let (publisher, config) = Publisher::new(Arc::new(settings.mesh.clone()), receiver);
-    let metrics = Arc::new(Metrics::default());
+    let metrics = Arc::new(Metrics::new(&settings.cluster));
     let proxy = Proxy::new(config.clone(), Manager::new(certificates), metrics, Limits::for_descriptors(descriptors));
     match capture.accelerator({
         let metrics = proxy.metrics.clone();
@@ -439,5 +445,8 @@ impl Reconciler {
         }
         pods.iter().for_each(|p| p.end(Cut::Shutdown));
         tokio::time::sleep(Duration::from_millis(50)).await;
+        let metrics = self.node.proxy.metrics.clone();
+        // A writer that hangs keeps nobody.
+        let _ = tokio::task::spawn_blocking(move || metrics.access.flush(LOG_GRACE)).await;
     }
 }

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::{
     app::{self, CaSettings, CertificateSettings, ClusterSettings, NodeSettings},
     capture::{self, Acceleration, CaptureSettings, Discovery, FailMode, SameNode},
-    config::{EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy},
+    config::{DestinationRequests, EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy},
     id::TrustDomain,
     identity::{IstioCaSettings, service::ServiceSettings},
     io::netns::Netns,
@@ -76,6 +76,9 @@ struct RunArgs {
     /// Directory for what must survive a restart: the last good version of every manifest.
     #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node")]
     state_dir: PathBuf,
+    /// Name of the cluster, in metrics and towards the certificate authority.
+    #[arg(long, env = "CLUSTER_ID", value_name = "NAME", default_value = "Kubernetes")]
+    cluster_id: String,
     #[command(flatten)]
     certificates: CertificateArgs,
     /// What happens to connections of enrolled pods while no mesh-node runs on the node.
@@ -104,6 +107,10 @@ struct RunArgs {
     /// Label of namespaces and pods that enrols them [default: istio.io/dataplane-mode=ambient]. A pod's value `none` opts out.
     #[arg(long, env = "MESH_ENROLMENT_LABEL", value_name = "KEY=VALUE")]
     enrolment_label: Option<EnrolmentLabel>,
+    /// Which requests the node of their destination looks into where policy does not ask for it: they are then counted and logged by
+    /// both ends.
+    #[arg(long, env = "MESH_DESTINATION_REQUESTS", value_enum, default_value_t)]
+    destination_requests: DestinationRequests,
     /// Proxy whose `x-forwarded-for` is believed by policies on `remote.ip`: its address, CIDR or principal; may be given several
     /// times. Nobody's is by default.
     #[arg(long = "trusted-proxy", env = "MESH_TRUSTED_PROXIES", value_name = "PROXY", value_delimiter = ',')]
@@ -157,9 +164,6 @@ struct CertificateArgs {
     /// File with the node's service-account token, which the authority reviews.
     #[arg(long, env = "MESH_CA_TOKEN", value_name = "FILE", default_value = "/var/run/secrets/tokens/istio-token")]
     ca_token: PathBuf,
-    /// Name of the cluster, told to the authority.
-    #[arg(long, env = "CLUSTER_ID", value_name = "NAME", default_value = "Kubernetes")]
-    cluster_id: String,
     /// Directory for the source `files`: roots.pem, and NAMESPACE/ACCOUNT/tls.crt and tls.key.
     #[arg(long, env = "MESH_CERTIFICATE_DIR", value_name = "DIR", default_value = "/var/run/mesh-node/certificates")]
     certificate_dir: PathBuf,
@@ -173,7 +177,7 @@ struct CertificateArgs {
 }
 
 impl CertificateArgs {
-    fn source(self) -> (CertificateSettings, Vec<PathBuf>, KeyExchange) {
+    fn source(self, cluster: String) -> (CertificateSettings, Vec<PathBuf>, KeyExchange) {
         let ttl = Duration::from_secs(self.certificate_ttl);
         let settings = match self.certificate_source {
             CertificateSourceKind::Embedded => CertificateSettings::Embedded { dir: self.ca_dir, ttl },
@@ -182,7 +186,7 @@ impl CertificateArgs {
                 server_name: self.ca_server_name,
                 roots: self.ca_root,
                 token: self.ca_token,
-                cluster: self.cluster_id,
+                cluster,
                 ttl,
             }),
             CertificateSourceKind::Files => CertificateSettings::Files(self.certificate_dir),
@@ -297,7 +301,7 @@ impl RunArgs {
 
     fn settings(self) -> anyhow::Result<NodeSettings> {
         let cgroup = self.kernel.cgroup()?;
-        let (certificates, revocations, key_exchange) = self.certificates.source();
+        let (certificates, revocations, key_exchange) = self.certificates.source(self.cluster_id.clone());
         Ok(NodeSettings {
             mesh: MeshSettings {
                 node: self.node.into(),
@@ -305,8 +309,10 @@ impl RunArgs {
                 root_namespace: self.root_namespace.into(),
                 outbound: self.outbound_policy,
                 enrolment: self.enrolment_label.unwrap_or_default(),
+                destination_requests: self.destination_requests,
                 trusted_proxies: self.trusted_proxies,
             },
+            cluster: self.cluster_id,
             capture: CaptureSettings {
                 cgroup,
                 pins: self.kernel.bpf_dir,

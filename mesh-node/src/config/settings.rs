@@ -22,6 +22,16 @@ pub enum OutboundPolicy {
     RegistryOnly,
 }
 
+/// Which requests the destination's node looks into, where policy does not make it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum DestinationRequests {
+    /// Those to ports that services declare to carry HTTP: they are counted, logged and traced by both ends.
+    #[default]
+    Declared,
+    /// None: the destination sees connections, the source requests.
+    Governed,
+}
+
 /// The label that enrols a namespace or a pod: `key=value`. A pod's own label wins; its value `none` opts out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EnrolmentLabel {
@@ -70,6 +80,7 @@ pub struct MeshSettings {
     pub root_namespace: Arc<str>,
     pub outbound: OutboundPolicy,
     pub enrolment: EnrolmentLabel,
+    pub destination_requests: DestinationRequests,
     /// Proxies whose word about their clients' addresses (`x-forwarded-for`) counts.
     pub trusted_proxies: Vec<TrustedProxy>,
 }
@@ -121,6 +132,7 @@ impl MeshSettings {
             root_namespace: "istio-system".into(),
             outbound: OutboundPolicy::default(),
             enrolment: EnrolmentLabel::default(),
+            destination_requests: DestinationRequests::default(),
             trusted_proxies: Vec::new(),
         }
     }

@@ -1,7 +1,7 @@
 //! The immutable state of the mesh that one decision is made from.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -27,6 +27,8 @@ pub struct Snapshot {
     pub authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
     pub normalization: Normalization,
     pub(super) workloads: HashMap<WorkloadUid, Arc<Workload>>,
+    /// Namespaces and names of what makes pods.
+    pub(super) by_workload: HashSet<(Arc<str>, Arc<str>)>,
     pub(super) by_ip: HashMap<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
     pub(super) by_name: HashMap<ObjectName, Arc<Service>>,
@@ -46,6 +48,7 @@ impl Snapshot {
             authorizers: HashMap::new(),
             normalization: Normalization::default(),
             workloads: HashMap::new(),
+            by_workload: HashSet::new(),
             by_ip: HashMap::new(),
             services: Vec::new(),
             by_name: HashMap::new(),
@@ -61,6 +64,11 @@ impl Snapshot {
 
     pub fn workload_by_ip(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
         self.by_ip.get(&ip)
+    }
+
+    /// Whether there is a pod of what is named so in a namespace, such as a Deployment.
+    pub fn has_workload(&self, namespace: &str, workload: &str) -> bool {
+        self.by_workload.contains(&(Arc::from(namespace), Arc::from(workload)))
     }
 
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {

@@ -108,12 +108,6 @@ impl Traffic {
     pub fn total(&self) -> u64 {
         self.sent.load(Ordering::Relaxed).wrapping_add(self.received.load(Ordering::Relaxed))
     }
-
-    /// Takes the numbers of another.
-    pub fn copy(&self, other: &Self) {
-        self.sent.store(other.sent.load(Ordering::Relaxed), Ordering::Relaxed);
-        self.received.store(other.received.load(Ordering::Relaxed), Ordering::Relaxed);
-    }
 }
 
 /// Moves bytes both ways until both directions have ended, one breaks, or `cut` completes; the last two reset both ends.

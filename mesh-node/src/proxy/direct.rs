@@ -400,8 +400,9 @@ impl Known {
             _ => None,
         };
         let outcomes = [Direction::Outbound, Direction::Inbound].map(|direction| {
-            let mut outcome = Outcome::since(&proxy.metrics, direction, flow.begun);
+            let mut outcome = Outcome::since(proxy, direction, flow.begun);
             (outcome.source, outcome.destination) = (source.clone(), destination.clone());
+            outcome.direct = true;
             outcome.service = if direction == Direction::Outbound { service.clone() } else { None };
             if flow.opened {
                 outcome.opened();

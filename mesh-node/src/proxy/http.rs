@@ -18,6 +18,7 @@ pub mod guard;
 mod h1;
 mod h2;
 mod headers;
+mod meter;
 mod mirror;
 mod record;
 mod reply;
@@ -37,7 +38,7 @@ pub use record::Flags;
 pub use upload::Replays;
 
 use self::{
-    body::{FrameSink, FrameSource},
+    body::{FrameSink, FrameSource, RequestBody, Responder},
     exchange::{End, Exchange},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
     h2::{Accepted, H2Responder, H2Source},
@@ -137,6 +138,7 @@ impl Connection {
             grpc: false,
         };
         let end = exchange.run(head).await;
+        record.moved(reader.meter(), responder.meter());
         match end {
             End::Complete if responder.keeps_alive() => Next::Another,
             // Nothing was answered: the client is gone, or is to see a failure.
@@ -205,6 +207,7 @@ impl Connection {
             end = exchange.run(head) => end,
             _ = self.pod.ended() => End::Broken,
         };
+        record.moved(body.meter(), responder.meter());
         if !responder.is_complete() {
             responder.reset(::h2::Reason::INTERNAL_ERROR);
         } else if end == End::Broken || !body.is_end() {

@@ -20,7 +20,7 @@ use super::{
     outcome::{Direction, Outcome, Party},
 };
 use crate::{
-    config::Snapshot,
+    config::{DestinationRequests, Snapshot},
     hbone::{
         HANDSHAKE_TIMEOUT,
         headers::{Authority, ConnectRequest},
@@ -55,10 +55,11 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
     let client = facts.source;
     facts.proxy = proxy.config.load().mesh.is_trusted_proxy(facts.peer.as_ref(), client);
     let mut registration = proxy.live.register(pod.uid.clone(), facts.clone());
-    let verdict = {
+    let (verdict, looked_into) = {
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
         describe(outcome, &snapshot, workload, &facts);
+        let looked_into = snapshot.mesh.destination_requests == DestinationRequests::Declared && workload.protocol(to.port()).is_http();
         let verdict = workload.policy.connection(&facts).inspect_err(|denial| {
             // A client that speaks HTTP is told about each of its requests, and they are counted instead.
             proxy.metrics.policy_decision(denial.policy(), "connection_denied");
@@ -66,10 +67,10 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
         if matches!(verdict, Verdict::Allowed(_)) {
             gate::observe(proxy, &facts, &workload.policy.at(to.port()).observed(&facts, None), None);
         }
-        verdict
+        (verdict, looked_into)
     };
     let (permit, per_request) = match verdict {
-        Verdict::Allowed(permit) => (permit, false),
+        Verdict::Allowed(permit) => (permit, looked_into),
         Verdict::PerRequest(permit) => (permit, true),
     };
     if !per_request {
@@ -115,7 +116,7 @@ pub async fn serve_plaintext(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream:
 
 /// A plaintext connection that was meant for `destination`.
 pub async fn serve_steered(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, destination: SocketAddr) {
-    let mut outcome = Outcome::new(&proxy.metrics, Direction::Inbound);
+    let mut outcome = Outcome::new(&proxy, Direction::Inbound);
     outcome.source.address = Some(client);
     let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
     outcome.destination.address = Some(destination);
@@ -151,7 +152,8 @@ async fn plaintext(
     outcome.opened();
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
-        return Inspection { proxy, pod, admitted, client, traffic }.run(Transport::Tcp(downstream), std::future::pending()).await;
+        let inspection = Inspection { proxy, pod, admitted, client, traffic, requests: outcome.requests.clone() };
+        return inspection.run(Transport::Tcp(downstream), std::future::pending()).await;
     }
     let mut registration = admitted.registration;
     Ok(relay(downstream, admitted.application, &traffic, cut(&mut registration, pod)).await?)
@@ -218,7 +220,7 @@ fn refused_handshake(proxy: &Arc<Proxy>, client: SocketAddr, failure: Failure) {
     if let Failure::Tls { kind, .. } = &failure {
         proxy.metrics.handshake_failure("server", kind.reason());
     }
-    let mut outcome = Outcome::new(&proxy.metrics, Direction::Inbound);
+    let mut outcome = Outcome::new(proxy, Direction::Inbound);
     outcome.source.address = Some(client);
     outcome.fail(failure);
 }
@@ -249,7 +251,7 @@ struct HboneConnection {
 }
 
 async fn serve_offer(connection: HboneConnection, offer: Offer) {
-    let mut outcome = Outcome::new(&connection.proxy.metrics, Direction::Inbound);
+    let mut outcome = Outcome::new(&connection.proxy, Direction::Inbound);
     outcome.source = Party { address: Some(connection.client), identity: Some(connection.peer.clone()), workload: None };
     outcome.tunnel = Some(connection.local);
     let Some(_slot) = connection.proxy.limits.connection() else {
@@ -274,7 +276,7 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
         let HboneConnection { proxy, pod, client, .. } = &connection;
-        let inspection = Inspection { proxy, pod, admitted, client: *client, traffic };
+        let inspection = Inspection { proxy, pod, admitted, client: *client, traffic, requests: outcome.requests.clone() };
         if let Err(failure) = inspection.run(Transport::Tunnel(Box::new(tunnel)), std::future::pending()).await {
             outcome.fail(failure);
         }

@@ -58,7 +58,7 @@ const TUNNEL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A captured connection, as accepted on the outbound listener.
 pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, original: Option<SocketAddr>) {
     let Some(original) = original else {
-        let mut outcome = Outcome::new(&proxy.metrics, Direction::Outbound);
+        let mut outcome = Outcome::new(&proxy, Direction::Outbound);
         outcome.source.address = Some(client);
         reset_on_close(&downstream);
         return outcome.fail(Failure::LostOriginalDestination);
@@ -141,7 +141,7 @@ impl Opaque {
 
     /// Connects to where it goes; a failure is counted and logged.
     pub(super) async fn establish(&self, downstream: &TcpStream) -> Option<Established> {
-        let mut outcome = Outcome::new(&self.proxy.metrics, Direction::Outbound);
+        let mut outcome = Outcome::new(&self.proxy, Direction::Outbound);
         outcome.source.address = Some(self.client);
         outcome.destination.address = Some(self.original);
         match establish(self, downstream, &mut outcome).await {
@@ -266,9 +266,11 @@ async fn relay_local(
     cut: impl Future<Output = Cut>,
 ) -> Result<(), Broken<Cut>> {
     let Local { admitted, pod: destination, mut outcome, client } = local;
+    outcome.traffic = traffic.clone();
     outcome.opened();
     if admitted.per_request {
-        let inspection = Inspection { proxy, pod: &destination, admitted, client, traffic: traffic.clone() };
+        let requests = outcome.requests.clone();
+        let inspection = Inspection { proxy, pod: &destination, admitted, client, traffic: traffic.clone(), requests };
         let ended = async {
             tokio::select! {
                 biased;
@@ -287,7 +289,6 @@ async fn relay_local(
                 Ok(())
             }
         };
-        outcome.traffic.copy(traffic);
         return inspected;
     }
     let Admitted { application, mut registration, .. } = admitted;
@@ -300,7 +301,6 @@ async fn relay_local(
         }
     };
     let relayed = relay(downstream, application, traffic, cut).await;
-    outcome.traffic.copy(traffic);
     if let Err(Broken::Cut(cut)) = &relayed {
         outcome.fail(Failure::Cut(*cut));
     }
@@ -550,7 +550,7 @@ async fn hand_over(
     workload: &Workload,
 ) -> Result<Local, Failure> {
     let destination = proxy.pods.by_uid(&workload.uid).ok_or(Failure::NotServedYet)?;
-    let mut outcome = Outcome::new(&proxy.metrics, Direction::Inbound);
+    let mut outcome = Outcome::new(proxy, Direction::Inbound);
     let client_ip = client_address(pod, client, to);
     outcome.source.address = Some(SocketAddr::new(client_ip, client.port()));
     let facts = Facts::new(Some(source.identity.clone()), client_ip, to);

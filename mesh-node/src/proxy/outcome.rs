@@ -1,17 +1,29 @@
 //! The end of a connection: counted and logged in one place, however it ends.
 
 use std::{
+    borrow::Cow,
     net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
-    time::Instant,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Instant, SystemTime},
 };
 
-use super::Failure;
+use super::{
+    Failure, Proxy,
+    open::{Open, Path},
+    reporting::{self, Ends},
+};
 use crate::{
     id::{ObjectName, SpiffeId},
     io::relay::Traffic,
+    report::{Told, entry::Entry},
     route::Workload,
-    telemetry::{Metrics, TcpLabels, chain},
+    telemetry::{
+        PathLabels, chain,
+        traffic::{Reporter, Tags, TcpKey},
+    },
 };
 
 /// Which side of the connection reports.
@@ -29,10 +41,10 @@ impl Direction {
         }
     }
 
-    fn reporter(self) -> &'static str {
+    fn reporter(self) -> Reporter {
         match self {
-            Self::Outbound => "source",
-            Self::Inbound => "destination",
+            Self::Outbound => Reporter::Source,
+            Self::Inbound => Reporter::Destination,
         }
     }
 }
@@ -46,9 +58,8 @@ pub struct Party {
 }
 
 /// A connection from its first to its last moment. Dropped, it is counted and logged; without [`Outcome::fail`] it was good.
-#[derive(Debug)]
 pub struct Outcome {
-    metrics: Arc<Metrics>,
+    proxy: Arc<Proxy>,
     direction: Direction,
     started: Instant,
     pub source: Party,
@@ -57,15 +68,25 @@ pub struct Outcome {
     pub tunnel: Option<SocketAddr>,
     pub service: Option<ObjectName>,
     pub traffic: Arc<Traffic>,
-    opened: Option<TcpLabels>,
+    /// It goes past the proxy.
+    pub direct: bool,
+    /// It turned out to carry requests: they are what access logs tell of.
+    pub requests: Arc<AtomicBool>,
+    opened: Option<Arc<Open>>,
     failure: Option<Failure>,
     handed_over: bool,
 }
 
+impl std::fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Outcome").field("direction", &self.direction).field("failure", &self.failure).finish_non_exhaustive()
+    }
+}
+
 impl Outcome {
-    pub fn new(metrics: &Arc<Metrics>, direction: Direction) -> Self {
+    pub fn new(proxy: &Arc<Proxy>, direction: Direction) -> Self {
         Self {
-            metrics: metrics.clone(),
+            proxy: proxy.clone(),
             direction,
             started: Instant::now(),
             source: Party::default(),
@@ -73,6 +94,8 @@ impl Outcome {
             tunnel: None,
             service: None,
             traffic: Arc::default(),
+            direct: false,
+            requests: Arc::default(),
             opened: None,
             failure: None,
             handed_over: false,
@@ -80,24 +103,83 @@ impl Outcome {
     }
 
     /// One of a connection that has begun some time ago.
-    pub fn since(metrics: &Arc<Metrics>, direction: Direction, started: Instant) -> Self {
-        let mut outcome = Self::new(metrics, direction);
+    pub fn since(proxy: &Arc<Proxy>, direction: Direction, started: Instant) -> Self {
+        let mut outcome = Self::new(proxy, direction);
         outcome.started = started;
         outcome
     }
 
     /// The connection is established end to end.
     pub fn opened(&mut self) {
-        let labels = self.labels("-");
-        self.metrics.opened.get_or_create(&labels).inc();
-        self.metrics.open_connections.inc();
-        self.opened = Some(labels);
+        let told = self.told();
+        let key = TcpKey { flags: "-", tags: self.tags(told) };
+        let ends = Ends {
+            reporter: self.direction.reporter(),
+            source: (self.source.workload.as_deref(), self.source.identity.as_ref()),
+            destination: (self.destination.workload.as_deref(), self.destination.identity.as_ref()),
+            service: self.service(),
+        };
+        let metrics = &self.proxy.metrics;
+        let edge = ends.edge(metrics, &told.map(|t| t.tags.clone()).unwrap_or_default());
+        if let Some(edge) = &edge {
+            edge.opened(&key);
+        }
+        let path = self.path();
+        metrics.open_connections.inc();
+        metrics.connections.get_or_create(&PathLabels { direction: self.direction.name(), path: path.name() }).inc();
+        let open = Arc::new(Open {
+            number: self.proxy.open.number(),
+            direction: self.direction,
+            path,
+            started: self.started,
+            source: self.source.clone(),
+            destination: self.destination.clone(),
+            service: self.service().cloned(),
+            tunnel: self.tunnel,
+            traffic: self.traffic.clone(),
+            edge,
+            key,
+            counted: Default::default(),
+        });
+        self.proxy.open.insert(open.clone());
+        self.opened = Some(open);
+    }
+
+    fn path(&self) -> Path {
+        match (self.direct, self.tunnel, &self.source.identity, &self.destination.identity) {
+            (true, ..) => Path::Direct,
+            (_, Some(_), ..) => Path::Tunnel,
+            (_, None, Some(_), Some(_)) => Path::SameNode,
+            _ => Path::Passthrough,
+        }
+    }
+
+    /// The service that was meant: as dialled, or, where that is not known, the one that leads to the port.
+    fn service(&self) -> Option<&ObjectName> {
+        self.service.as_ref().or_else(|| {
+            let Party { address, workload, .. } = &self.destination;
+            workload.as_ref().filter(|_| self.direction == Direction::Inbound)?.services.get(&address.as_ref()?.port())
+        })
+    }
+
+    fn told(&self) -> Option<&Told> {
+        match self.direction {
+            Direction::Outbound => self.source.workload.as_ref().map(|w| &w.reporting.client),
+            Direction::Inbound => self.destination.workload.as_ref().map(|w| &w.reporting.server),
+        }
+    }
+
+    fn tags(&self, told: Option<&Told>) -> Tags {
+        let Some(told) = told.filter(|t| !t.values.is_empty()) else { return Tags::default() };
+        let entry = self.entry(0, 0, None);
+        told.values.iter().map(|value| value.tag(&entry).into()).collect()
     }
 
     /// Nothing is said of the connection: it goes on, and another process sees to it.
     pub fn hand_over(mut self) {
-        if self.opened.take().is_some() {
-            self.metrics.open_connections.dec();
+        if let Some(open) = self.opened.take() {
+            self.proxy.open.remove(open.number);
+            self.proxy.metrics.open_connections.dec();
         }
         self.handed_over = true;
     }
@@ -111,47 +193,69 @@ impl Outcome {
         self.failure.as_ref()
     }
 
-    fn labels(&self, flags: &'static str) -> TcpLabels {
-        let source = Names::of(&self.source);
-        let destination = Names::of(&self.destination);
-        let known = |name: Option<&str>| name.unwrap_or("unknown").to_owned();
-        let service = self.service.as_ref();
-        let mutual = self.source.identity.is_some() && self.destination.identity.is_some();
-        TcpLabels {
-            reporter: self.direction.reporter(),
-            source_workload: source.workload,
-            source_canonical_service: source.canonical_service,
-            source_canonical_revision: source.canonical_revision,
-            source_workload_namespace: source.namespace,
-            source_principal: source.principal,
-            source_app: source.app,
-            source_version: source.version,
-            destination_service: service.map_or_else(|| known(None), |s| format!("{}.{}.svc.cluster.local", s.name, s.namespace)),
-            destination_service_namespace: known(service.map(|s| &*s.namespace)),
-            destination_service_name: known(service.map(|s| &*s.name)),
-            destination_workload: destination.workload,
-            destination_canonical_service: destination.canonical_service,
-            destination_canonical_revision: destination.canonical_revision,
-            destination_workload_namespace: destination.namespace,
-            destination_principal: destination.principal,
-            destination_app: destination.app,
-            destination_version: destination.version,
-            request_protocol: "tcp",
-            response_flags: flags,
-            connection_security_policy: if mutual { "mutual_tls" } else { "unknown" },
+    fn count(&self) {
+        if let Some(open) = &self.opened {
+            open.count();
+            if let Some(edge) = &open.edge {
+                let flags = self.failure.as_ref().map_or("-", Failure::response_flag);
+                edge.closed(&TcpKey { flags, tags: open.key.tags.clone() });
+            }
+            self.proxy.open.remove(open.number);
+            self.proxy.metrics.open_connections.dec();
+        }
+        if let Some(failure) = &self.failure {
+            self.proxy.metrics.failure(self.direction.name(), failure.reason());
         }
     }
 
-    fn count(&self, sent: u64, received: u64) {
-        if let Some(labels) = &self.opened {
-            let closed = TcpLabels { response_flags: self.failure.as_ref().map_or("-", Failure::response_flag), ..labels.clone() };
-            self.metrics.closed.get_or_create(&closed).inc();
-            self.metrics.sent.get_or_create(labels).inc_by(received);
-            self.metrics.received.get_or_create(labels).inc_by(sent);
-            self.metrics.open_connections.dec();
+    fn entry<'a>(&'a self, sent: u64, received: u64, failed: Option<&'a str>) -> Entry<'a> {
+        let duration = self.started.elapsed();
+        let outbound = self.direction == Direction::Outbound;
+        let port = self.destination.address.map(|a| a.port());
+        let cluster = match (self.service(), port, outbound) {
+            (Some(s), Some(port), true) => Some(Cow::Owned(format!("outbound|{port}||{}.{}.svc.cluster.local", s.name, s.namespace))),
+            (None, Some(_), true) => Some(Cow::Borrowed("PassthroughCluster")),
+            (_, Some(port), false) => Some(Cow::Owned(format!("inbound|{port}||"))),
+            _ => None,
+        };
+        let name = |p: &Party| p.identity.as_ref().map(|i| Cow::Owned(i.to_string()));
+        let (peer, local) = if outbound { (&self.destination, &self.source) } else { (&self.source, &self.destination) };
+        Entry {
+            start: SystemTime::now().checked_sub(duration).unwrap_or(SystemTime::UNIX_EPOCH),
+            duration,
+            request: None,
+            protocol: None,
+            code: 0,
+            grpc_status: None,
+            flags: Cow::Borrowed(self.failure.as_ref().map_or("-", Failure::response_flag)),
+            flag_bits: 0,
+            details: None,
+            termination_details: failed,
+            transport_failure: failed.filter(|_| matches!(self.failure, Some(Failure::Tls { .. }))),
+            bytes_received: sent,
+            bytes_sent: received,
+            service_time: None,
+            upstream_host: self.tunnel.or(self.destination.address),
+            upstream_cluster: cluster,
+            upstream_local: None,
+            downstream_local: self.destination.address,
+            downstream_remote: self.source.address,
+            sni: None,
+            route: None,
+            response_headers: None,
+            mutual_tls: self.source.identity.is_some() && self.destination.identity.is_some(),
+            peer: name(peer),
+            local: name(local),
         }
-        if let Some(failure) = &self.failure {
-            self.metrics.failure(self.direction.name(), failure.reason());
+    }
+
+    /// Writes it to the access logs that want it.
+    fn tell(&self, sent: u64, received: u64) {
+        if let Some(told) = self.told().filter(|t| !t.logs.is_empty())
+            && !self.requests.load(Ordering::Relaxed)
+        {
+            let failed = self.failure.as_ref().map(|f| chain(f).replace(' ', "_"));
+            reporting::log(&self.proxy.metrics.access, &told.logs, &self.entry(sent, received, failed.as_deref()));
         }
     }
 
@@ -190,38 +294,8 @@ impl Drop for Outcome {
         }
         let sent = self.traffic.sent.load(Ordering::Relaxed);
         let received = self.traffic.received.load(Ordering::Relaxed);
-        self.count(sent, received);
+        self.count();
         self.log(sent, received);
-    }
-}
-
-/// A party's label values.
-struct Names {
-    workload: String,
-    namespace: String,
-    principal: String,
-    app: String,
-    version: String,
-    canonical_service: String,
-    canonical_revision: String,
-}
-
-impl Names {
-    fn of(party: &Party) -> Self {
-        let workload = party.workload.as_deref();
-        let label = |key: &str| workload.and_then(|w| w.labels.get(key));
-        let known = |value: Option<&str>| value.unwrap_or("unknown").to_owned();
-        let app = label("app").or_else(|| label("app.kubernetes.io/name"));
-        let version = label("version").or_else(|| label("app.kubernetes.io/version"));
-        let name = workload.map(|w| &*w.workload_name);
-        Self {
-            workload: known(name),
-            namespace: known(workload.map(|w| &*w.name.namespace)),
-            principal: party.identity.as_ref().map_or_else(|| known(None), ToString::to_string),
-            app: known(app),
-            version: known(version),
-            canonical_service: known(workload.and_then(Workload::canonical_service).or(name)),
-            canonical_revision: workload.and_then(Workload::canonical_revision).unwrap_or("latest").to_owned(),
-        }
+        self.tell(sent, received);
     }
 }

@@ -121,7 +121,7 @@ impl Expression {
 
     /// Its value as the value of a tag; none is `unknown`.
     pub fn tag(&self, of: &dyn Attributes) -> String {
-        self.value(of).ok().and_then(|v| v.text()).unwrap_or_else(|| "unknown".to_owned())
+        self.value(of).ok().and_then(Value::text).unwrap_or_else(|| "unknown".to_owned())
     }
 
     /// Its value, if it asks about nothing.

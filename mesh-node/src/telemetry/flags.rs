@@ -46,6 +46,29 @@ impl Flag {
     }
 }
 
+impl Flag {
+    /// Its bit in Envoy's `response.flags`.
+    fn bit(self) -> i64 {
+        match self {
+            Self::NoHealthyUpstream => 0x2,
+            Self::UpstreamTimeout => 0x4,
+            Self::UpstreamRemoteReset => 0x10,
+            Self::UpstreamConnectionFailure => 0x20,
+            Self::UpstreamConnectionTermination => 0x40,
+            Self::UpstreamOverflow => 0x80,
+            Self::NoRoute => 0x100,
+            Self::DelayInjected => 0x200,
+            Self::FaultInjected => 0x400,
+            Self::UnauthorizedExternally => 0x1000,
+            Self::DownstreamDisconnect => 0x4000,
+            Self::RetriesExhausted => 0x8000,
+            Self::DownstreamProtocolError => 0x4_0000,
+            Self::UpstreamProtocolError => 0x80_0000,
+            Self::NoCluster => 0x100_0000,
+        }
+    }
+}
+
 /// Most flags one request can have.
 const MAX_FLAGS: usize = 4;
 
@@ -54,6 +77,11 @@ const MAX_FLAGS: usize = 4;
 pub struct Flags([Option<Flag>; MAX_FLAGS]);
 
 impl Flags {
+    /// As Envoy's `response.flags` has them.
+    pub fn bits(self) -> i64 {
+        self.0.iter().flatten().fold(0, |bits, flag| bits | flag.bit())
+    }
+
     pub fn raise(&mut self, flag: Flag) {
         if !self.0.contains(&Some(flag))
             && let Some(free) = self.0.iter_mut().find(|f| f.is_none())

@@ -169,13 +169,14 @@ fn metrics(levels: &[&Telemetry], observability: &Observability, side: Side) -> 
                 }
                 TagChange::Set(expression) => expression,
             };
-            let value = expression.constant().map(|c| TagValue::Constant(c.into())).unwrap_or_else(|| {
-                let at = values.iter().position(|v| v == expression).unwrap_or_else(|| {
+            let value = if let Some(constant) = expression.constant() {
+                TagValue::Constant(constant.into())
+            } else {
+                TagValue::Dynamic(values.iter().position(|v| v == expression).unwrap_or_else(|| {
                     values.push(expression.clone());
                     values.len() - 1
-                });
-                TagValue::Dynamic(at)
-            });
+                }))
+            };
             set.push((name.clone(), value));
         }
     }

@@ -13,10 +13,11 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     body::{Broken, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead, drain, fill, pump},
+    exchange::flag_of,
     gate::{Gate, Pass, Refusal, append, refused},
     h2::{H2Sink, wire_request},
-    record::Record,
-    reply::Reply,
+    record::{Flag, Record},
+    reply::{Reply, reason},
     upload::Upload,
     upstream::{Failed, NoUpstream, UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::{Framing, Malformed, WireResponse},
@@ -138,9 +139,9 @@ pub async fn exchange<B: RequestBody, R: Responder>(
 ) -> (Attempt, bool) {
     let mut deadlines = Deadlines::default();
     let mut judge = |status: StatusCode, mut headers: HeaderMap, _: bool| {
-        record.status = Some(status);
         record.details = Cow::Borrowed("via_upstream");
         append(&mut headers, add);
+        record.answered(status, &headers);
         Verdict { again: false, headers }
     };
     let mut exchange = Exchange { plan, sink, source, half_closed: false, upload, responder, deadlines: &mut deadlines, clean: false };
@@ -162,25 +163,15 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     deadlines: &mut Deadlines,
     judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
 ) -> Attempt {
-    let (upstream, half_closed) = match obtain(plan, wanted, upload, responder, deadlines).await {
-        Ok(obtained) => obtained,
+    let Entered { upstream, half_closed, pass } = match enter(plan, wanted, upload, responder, deadlines, judge).await {
+        Ok(entered) => entered,
         Err(ended) => return ended,
     };
-    let pass = match upstream.gate() {
-        Some(gate) => match admit(&gate, plan.head, responder, deadlines).await {
-            Ok(Ok(pass)) => Some((gate, pass)),
-            Err(ended) => return ended,
-            Ok(Err(refusal)) => {
-                if let Upstream::H1(connection) = upstream {
-                    // Nothing was sent on it.
-                    release(connection, wanted.cluster, wanted.endpoint);
-                }
-                let mut record = refused(&gate, &refusal, plan.head, if wanted.http2 { "HTTP/2" } else { "HTTP/1.1" });
-                return answer_here(plan, refusal.reply, upload, responder, judge, &mut record).await;
-            }
-        },
-        None => None,
-    };
+    // As the destination sees it.
+    let mut inbound = pass.as_ref().map(|(gate, _)| gate.record(plan.head, wanted.protocol()));
+    if inbound.as_ref().is_some_and(|r| r.grpc) {
+        upload.passed().count_messages();
+    }
     let changed = pass.as_ref().and_then(|(_, pass)| pass.head.as_ref());
     let plan = &Plan { head: changed.unwrap_or(plan.head), ..*plan };
     let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
@@ -188,11 +179,15 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         if let Some(more) = to_client {
             append(&mut headers, more);
         }
+        if let Some(record) = &mut inbound {
+            record.details = Cow::Borrowed("via_upstream");
+            record.answered(status, &headers);
+        }
         judge(status, headers, repeatable)
     };
     let judge = &mut judge;
     let denied = denied_later(pass.as_ref(), plan.head);
-    match upstream {
+    let ended = match upstream {
         Upstream::H1(mut connection) => {
             let (ended, clean) = {
                 let (sink, source, cut) = connection.halves();
@@ -226,7 +221,63 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             drop(guard);
             ended
         }
+    };
+    if let Some(record) = &mut inbound {
+        conclude(&ended, record);
+        record.moved(upload.passed(), responder.meter());
     }
+    ended
+}
+
+/// A connection that a request may be sent on.
+struct Entered {
+    upstream: Upstream,
+    half_closed: bool,
+    /// Of a destination on this node.
+    pass: Option<(Arc<Gate>, Pass)>,
+}
+
+/// Gets a connection, and past the gate of a destination on this node.
+async fn enter<B: RequestBody, R: Responder>(
+    plan: &Plan<'_>,
+    wanted: &Wanted<'_>,
+    upload: &mut Upload<'_, B>,
+    responder: &mut R,
+    deadlines: &mut Deadlines,
+    judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
+) -> Result<Entered, Attempt> {
+    let (upstream, half_closed) = obtain(plan, wanted, upload, responder, deadlines).await?;
+    let Some(gate) = upstream.gate() else { return Ok(Entered { upstream, half_closed, pass: None }) };
+    match admit(&gate, plan.head, responder, deadlines).await? {
+        Ok(pass) => Ok(Entered { upstream, half_closed, pass: Some((gate, pass)) }),
+        Err(refusal) => {
+            if let Upstream::H1(connection) = upstream {
+                // Nothing was sent on it.
+                release(connection, wanted.cluster, wanted.endpoint);
+            }
+            let mut record = refused(&gate, &refusal, plan.head, wanted.protocol());
+            Err(answer_here(plan, refusal.reply, upload, responder, judge, &mut record).await)
+        }
+    }
+}
+
+/// Takes down how a request that was let in ended.
+pub fn conclude(ended: &Attempt, record: &mut Record) {
+    match ended {
+        Attempt::Answered(Answered::Truncated(reset)) => failed(*reset, "upstream_reset_after_response_started", record),
+        Attempt::Failed(failure) => failed(failure.reset, "upstream_reset_before_response_started", record),
+        Attempt::Answered(Answered::Abandoned) | Attempt::Abandoned => {
+            record.raise(Flag::DownstreamDisconnect);
+            record.details = Cow::Borrowed("downstream_remote_disconnect");
+        }
+        Attempt::Malformed(malformed) => record.details = Cow::Borrowed(malformed.details),
+        Attempt::Answered(Answered::Whole | Answered::TimeUp(_)) | Attempt::Again | Attempt::Denied | Attempt::TimeUp(_) => {}
+    }
+}
+
+fn failed(reset: Reset, when: &str, record: &mut Record) {
+    record.raise(flag_of(reset));
+    record.details = format!("{when}{{{}}}", reason(reset).replace(' ', "_")).into();
 }
 
 /// Waits for a connection or a stream, as long as the client waits and time lasts; says also whether the client has closed
@@ -300,7 +351,8 @@ async fn answer_here<B: RequestBody, R: Responder>(
     record: &mut Record,
 ) -> Attempt {
     let (status, mut headers, body) = reply.into_parts(plan.head.is_grpc());
-    record.status = Some(status);
+    record.answered(status, &headers);
+    record.down.bytes = body.len() as u64;
     if !body.is_empty() {
         headers.insert(http::header::CONTENT_LENGTH, body.len().into());
     }

@@ -21,12 +21,14 @@ use super::{
 use crate::{
     balance::{self, Asker, outlier::Event},
     detect::Protocol,
+    proxy::reporting::Ends,
     route::{
         Cluster, LoadGuard,
         request::{RequestHead, cookie, query_parameter},
         retry::{Reset, RetryPolicy},
         traffic::{Balancer, HashKey, Upgrade},
     },
+    telemetry::traffic::{Edge, Reporter},
 };
 
 /// What a request is hashed by.
@@ -106,6 +108,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
             self.record.attempts = self.number;
             self.record.endpoint = Some(address);
+            self.record.edge = self.edge(address, &endpoint);
             self.upload.rewind();
             self.deadlines.attempt = None;
             headers::expect_within(&mut head.headers, self.time_left());
@@ -171,6 +174,22 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         Some((endpoint.address, self.state.endpoint(endpoint.address), Some(endpoint.load.begin())))
     }
 
+    /// Where the request is counted when it goes to this endpoint.
+    fn edge(&self, address: SocketAddr, endpoint: &EndpointState) -> Option<Arc<Edge>> {
+        let Forward { cluster, snapshot, source, .. } = self.forward;
+        endpoint.edge.get(snapshot.generation, || {
+            let destination = snapshot.workload_by_ip(address.ip());
+            let identity = destination.filter(|d| d.enrolled).map(|d| &d.identity);
+            let ends = Ends {
+                reporter: Reporter::Source,
+                source: (Some(source), identity.map(|_| &source.identity)),
+                destination: (destination.map(|d| &**d), identity),
+                service: Some(&cluster.id.service),
+            };
+            ends.edge(&self.down.proxy.metrics, &source.reporting.client.tags)
+        })
+    }
+
     fn time_left(&self) -> Option<Duration> {
         let whole = self.timeout.map(|t| self.deadlines.route.map_or(t, |at| at.saturating_duration_since(Instant::now())));
         let each = self.policy.per_try_timeout;
@@ -208,8 +227,8 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             if again {
                 return Verdict { again, headers };
             }
-            record.status = Some(status);
             record.details = Cow::Borrowed("via_upstream");
+            record.answered(status, &headers);
             if status != StatusCode::SWITCHING_PROTOCOLS {
                 let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                 headers.insert(headers::SERVICE_TIME.clone(), took.into());

@@ -8,6 +8,7 @@ use http::{HeaderMap, StatusCode};
 
 use super::{
     framing::Frame,
+    meter::Meter,
     wire::{Framing, Malformed},
 };
 
@@ -130,6 +131,9 @@ pub trait RequestBody: FrameSource {
     /// The body's length, if it has been told.
     fn framing(&self) -> Framing;
 
+    /// What has passed of it.
+    fn meter(&mut self) -> &mut Meter;
+
     /// After the end of the body: completes when the client has closed, in part or in whole.
     fn closed(&mut self) -> impl Future<Output = Closed> + Send;
 
@@ -149,6 +153,9 @@ pub struct ResponseHead {
 pub trait Responder: FrameSink {
     /// Whether only [`Responder::gone`] tells of a client that has reset; otherwise its body does too.
     const RESETS_APART: bool;
+
+    /// What has passed of the response.
+    fn meter(&mut self) -> &mut Meter;
 
     /// Sends a head before the final one: 100 or 103.
     fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> impl Future<Output = io::Result<()>> + Send;

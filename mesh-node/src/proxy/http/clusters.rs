@@ -20,6 +20,7 @@ use tokio::sync::Notify;
 use super::upstream::{H1Upstream, H2Upstream};
 use crate::{
     balance::outlier::{Event, Outliers, Streak},
+    proxy::reporting::EdgeSlot,
     route::{Cluster, ClusterId, traffic::RetryBudget},
 };
 
@@ -219,6 +220,8 @@ pub struct EndpointState {
     pub dialling: tokio::sync::Mutex<()>,
     /// Such connections that could not be made.
     pub failed_dials: AtomicU32,
+    /// Where requests to it are counted.
+    pub edge: EdgeSlot,
 }
 
 impl EndpointState {

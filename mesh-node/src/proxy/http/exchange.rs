@@ -89,13 +89,17 @@ pub(super) struct CorsAnswer {
 impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     /// Serves the request.
     pub async fn run(&mut self, mut head: RequestHead) -> End {
-        self.record.describe(&head);
         self.grpc = head.is_grpc();
+        if self.grpc {
+            self.body.meter().count_messages();
+            self.responder.meter().count_messages();
+        }
         let snapshot = self.down.proxy.config.load().clone();
         let Some(source) = snapshot.workload(&self.down.pod.uid) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
         self.record.source = Some(source.clone());
+        self.record.describe(&head, &source.reporting);
         let Target::Service { service, port } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
@@ -204,7 +208,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     async fn reply(&mut self, reply: Reply, change: impl FnOnce(&mut HeaderMap)) -> End {
         let close = self.close || !self.body.is_end();
         match reply.start(self.grpc, close, self.responder, change) {
-            Ok(status) => self.record.status = Some(status),
+            Ok(status) => self.record.answered(status, &HeaderMap::new()),
             Err(_) => return self.abandoned(),
         }
         while !self.responder.is_flushed() {
@@ -298,6 +302,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         mirrors: Vec<Arc<Cluster>>,
     ) -> End {
         headers::prepare(&mut head);
+        self.record.sent(&head.headers);
         if let Some(original) = original {
             head.headers.insert(headers::ORIGINAL_PATH.clone(), original);
         }

@@ -24,9 +24,13 @@ use crate::{
     config::Snapshot,
     jwt::Fault,
     policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, locate, strip},
-    proxy::{Proxy, ServedPod},
+    proxy::{
+        Proxy, ServedPod,
+        reporting::{EdgeSlot, Ends},
+    },
     resource::request_authentication::{JwtRule, KeySource},
     route::request::{RequestHead, renormalised},
+    telemetry::traffic::Reporter,
 };
 
 /// Longest part of a path told in a challenge, bytes: Envoy's.
@@ -42,6 +46,7 @@ pub struct Gate {
     pub client: SocketAddr,
     /// The generation that was last found to ask nothing about requests on this connection.
     free: Arc<AtomicU64>,
+    edge: Arc<EdgeSlot>,
 }
 
 impl fmt::Debug for Gate {
@@ -70,7 +75,42 @@ pub struct Refusal {
 
 impl Gate {
     pub fn new(proxy: Arc<Proxy>, pod: Arc<ServedPod>, facts: Facts, client: SocketAddr) -> Self {
-        Self { proxy, pod, facts, client, free: Arc::new(AtomicU64::new(u64::MAX)) }
+        Self { proxy, pod, facts, client, free: Arc::new(AtomicU64::new(u64::MAX)), edge: Arc::default() }
+    }
+
+    /// Begins the record of a request into the pod.
+    pub fn record(&self, head: &RequestHead, protocol: &'static str) -> Record {
+        let mut record = self.unread(protocol);
+        let snapshot = self.proxy.config.load();
+        if let Some(workload) = snapshot.workload(&self.pod.uid) {
+            record.describe(head, &workload.reporting);
+        }
+        record
+    }
+
+    /// The same of one that cannot be read.
+    pub fn unread(&self, protocol: &'static str) -> Record {
+        let metrics = &self.proxy.metrics;
+        let mut record = Record::inbound(metrics, self.client, self.facts.destination, protocol);
+        let snapshot = self.proxy.config.load();
+        record.mutual_tls = self.facts.peer.is_some();
+        record.edge = self.edge.get(snapshot.generation, || {
+            let workload = snapshot.workload(&self.pod.uid)?;
+            let client = snapshot.workload_by_ip(self.facts.source);
+            let ends = Ends {
+                reporter: Reporter::Destination,
+                source: (client.map(|c| &**c), self.facts.peer.as_ref()),
+                destination: (Some(workload), self.facts.peer.as_ref().map(|_| &workload.identity)),
+                service: workload.services.get(&self.facts.destination.port()),
+            };
+            ends.edge(metrics, &workload.reporting.server.tags)
+        });
+        if let Some(workload) = snapshot.workload(&self.pod.uid)
+            && workload.reporting.server.wants_request()
+        {
+            record.peer.clone_from(&self.facts.peer);
+        }
+        record
     }
 
     /// Judges a request.
@@ -324,8 +364,7 @@ fn is_preflight(head: &RequestHead) -> bool {
 
 /// Takes down a request that was refused, as the destination sees it.
 pub fn refused(gate: &Gate, refusal: &Refusal, head: &RequestHead, protocol: &'static str) -> Record {
-    let mut record = Record::inbound(&gate.proxy.metrics, gate.client, gate.facts.destination, protocol);
-    record.describe(head);
+    let mut record = gate.record(head, protocol);
     refusal.note(&mut record);
     record
 }

@@ -12,27 +12,29 @@ use tokio::sync::watch;
 use super::{
     Next,
     attempt::{self, Answered, Attempt, Plan},
-    body::{FrameSink, FrameSource, Responder},
-    exchange::flag_of,
+    body::{FrameSink, FrameSource, RequestBody, Responder},
     gate::{Gate, Pass},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
     h2::{self, Accepted, H2Responder, H2Sink, H2Source, wire_request},
     read_request,
     record::{Flag, Record},
-    reply::{Reply, reason},
-    transport::Transport,
+    reply::Reply,
+    transport::{Counted, Transport},
     upload::Upload,
     upstream::{UpSink, UpSource},
     wire::{self, Malformed, WireRequest},
 };
-use crate::route::{request::RequestHead, retry::Reset};
+use crate::{
+    io::relay::Traffic,
+    route::{request::RequestHead, retry::Reset},
+};
 
 /// Serves HTTP/1 to its end. `application`: none for a client that is not allowed in and is only told so. Both ends are the
 /// caller's: to be reset when this is given up before it is done.
-pub async fn serve_h1(gate: &Gate, client: &mut Transport, application: Option<&mut Transport>) -> Ends {
+pub async fn serve_h1(gate: &Gate, client: &mut Transport, application: Option<&mut Transport>, traffic: &Traffic) -> Ends {
     let (mut unread, mut read) = (Unread::default(), Unread::default());
     let application = application.map(|transport| (transport, &mut read));
-    if h1_loop(gate, client, &mut unread, application).await == Next::Abort { Ends::Reset } else { Ends::Closed }
+    if h1_loop(gate, client, &mut unread, application, traffic).await == Next::Abort { Ends::Reset } else { Ends::Closed }
 }
 
 /// How the connections of the two ends are to end.
@@ -46,8 +48,14 @@ pub enum Ends {
 
 type Application<'a> = (&'a mut Transport, &'a mut Unread);
 
-async fn h1_loop(gate: &Gate, client: &mut Transport, unread: &mut Unread, mut application: Option<Application<'_>>) -> Next {
-    let (source, sink) = client.halves();
+async fn h1_loop(
+    gate: &Gate,
+    client: &mut Transport,
+    unread: &mut Unread,
+    mut application: Option<Application<'_>>,
+    traffic: &Traffic,
+) -> Next {
+    let (source, sink) = client.counted_halves(&traffic.sent, &traffic.received);
     let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
     loop {
         let request = tokio::select! {
@@ -95,10 +103,13 @@ async fn h1_exchange(
 ) -> Next {
     let WireRequest { head, minor, keep_alive, upgrade, expects_continue, .. } = request;
     let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
-    let mut record = Record::inbound(&gate.proxy.metrics, gate.client, gate.facts.destination, protocol);
-    record.describe(&head);
-    let grpc = head.is_grpc();
+    let mut record = gate.record(&head, protocol);
+    let grpc = record.grpc;
     let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
+    if grpc {
+        reader.meter().count_messages();
+        responder.meter().count_messages();
+    }
     let admitted = tokio::select! {
         biased;
         admitted = gate.admit(&head) => admitted,
@@ -131,7 +142,8 @@ async fn h1_exchange(
         let mut upload = Upload::new(&mut *reader, false, &gate.proxy.replays);
         attempt::exchange(&plan, up_sink, up_source, &mut upload, &mut responder, to_client, cut, &mut record).await
     };
-    match conclude(ended, &mut record) {
+    record.moved(reader.meter(), responder.meter());
+    match conclude(&ended, &mut record) {
         Ended::Whole if clean && responder.keeps_alive() && reader.is_end() => Next::Another,
         Ended::Broken if !responder.has_started() || responder.would_look_complete() => Next::Abort,
         Ended::Whole | Ended::Broken => Next::Close,
@@ -155,6 +167,7 @@ async fn refuse(
     record: &mut Record,
 ) -> Next {
     record.status = reply.start(grpc, close, responder, |_| {}).ok();
+    record.down = *responder.meter();
     while !responder.is_flushed() {
         if responder.flush().await.is_err() {
             return Next::Abort;
@@ -164,7 +177,7 @@ async fn refuse(
 }
 
 async fn refuse_h1(gate: &Gate, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
-    let mut record = Record::inbound(&gate.proxy.metrics, gate.client, gate.facts.destination, "HTTP/1.1");
+    let mut record = gate.unread("HTTP/1.1");
     if malformed.protocol_error {
         record.raise(Flag::DownstreamProtocolError);
     }
@@ -183,24 +196,13 @@ enum Ended {
 }
 
 /// Takes down how a request that was let in ended.
-fn conclude(ended: Attempt, record: &mut Record) -> Ended {
+fn conclude(ended: &Attempt, record: &mut Record) -> Ended {
+    attempt::conclude(ended, record);
     match ended {
-        Attempt::Answered(Answered::Whole) => return Ended::Whole,
-        Attempt::Malformed(malformed) => return Ended::Malformed(malformed),
-        Attempt::Answered(Answered::Truncated(reset)) => failed(reset, "upstream_reset_after_response_started", record),
-        Attempt::Failed(failure) => failed(failure.reset, "upstream_reset_before_response_started", record),
-        Attempt::Answered(Answered::Abandoned) | Attempt::Abandoned => {
-            record.raise(Flag::DownstreamDisconnect);
-            record.details = Cow::Borrowed("downstream_remote_disconnect");
-        }
-        Attempt::Answered(Answered::TimeUp(_)) | Attempt::Again | Attempt::Denied | Attempt::TimeUp(_) => {}
+        Attempt::Answered(Answered::Whole) => Ended::Whole,
+        Attempt::Malformed(malformed) => Ended::Malformed(*malformed),
+        _ => Ended::Broken,
     }
-    Ended::Broken
-}
-
-fn failed(reset: Reset, when: &str, record: &mut Record) {
-    record.raise(flag_of(reset));
-    record.details = format!("{when}{{{}}}", reason(reset).replace(' ', "_")).into();
 }
 
 /// The application's end of an HTTP/2 connection: streams can be opened on it until it says otherwise.
@@ -222,7 +224,7 @@ impl Streams {
 }
 
 /// Serves HTTP/2. `application`: none for a client that is not allowed in and is only told so.
-pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Transport>) -> io::Result<()> {
+pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Transport>, traffic: Arc<Traffic>) -> io::Result<()> {
     let opened = match application {
         Some(transport) => Some(h2::connect(transport).await.map_err(h2::into_io)?),
         None => None,
@@ -246,6 +248,7 @@ pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Tr
             std::future::pending::<()>().await;
         }
     };
+    let client = Counted::downstream(client, traffic);
     let serving = h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), accepted))), draining);
     let (mut drive, mut serving) = (std::pin::pin!(drive), std::pin::pin!(serving));
     tokio::select! {
@@ -263,16 +266,23 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accept
     let (parts_of, stream) = request.into_parts();
     let mut body = H2Source::new(stream, &parts_of.headers);
     let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
-    let mut record = Record::inbound(&gate.proxy.metrics, gate.client, gate.facts.destination, "HTTP/2");
+    let mut record;
     let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
         Ok(head) => {
-            record.describe(&head);
-            tokio::select! {
+            record = gate.record(&head, "HTTP/2");
+            if record.grpc {
+                body.meter().count_messages();
+                responder.meter().count_messages();
+            }
+            let end = tokio::select! {
                 end = h2_request(&gate, streams, &head, &mut body, &mut responder, &mut record) => end,
                 _ = gate.pod.ended() => Err(::h2::Reason::CANCEL),
-            }
+            };
+            record.moved(body.meter(), responder.meter());
+            end
         }
         Err(malformed) => {
+            record = gate.unread("HTTP/2");
             record.details = Cow::Borrowed(malformed.details);
             answer(Reply::new(malformed.status, malformed.body), false, &mut responder, &mut record).await;
             Ok(())
@@ -349,7 +359,7 @@ async fn h2_request(
         Attempt::Malformed(_) => ::h2::Reason::PROTOCOL_ERROR,
         _ => ::h2::Reason::INTERNAL_ERROR,
     };
-    match conclude(ended, record) {
+    match conclude(&ended, record) {
         Ended::Whole => Ok(()),
         Ended::Broken | Ended::Malformed(_) => Err(reason),
     }

@@ -8,6 +8,7 @@ use http::{HeaderMap, Method, StatusCode};
 use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
     framing::{Decoder, Encoder, Frame, Out},
+    meter::Meter,
     transport::{TransportSink, TransportSource},
     wire::{self, Framing, MAX_HEAD, Malformed},
 };
@@ -37,6 +38,7 @@ pub struct Reader<'a> {
     unread: &'a mut Unread,
     decoder: Decoder,
     framing: Framing,
+    meter: Meter,
 }
 
 /// Why there is no head.
@@ -52,7 +54,7 @@ pub enum NoHead {
 
 impl<'a> Reader<'a> {
     pub fn new(source: TransportSource<'a>, unread: &'a mut Unread) -> Self {
-        Self { source, unread, decoder: Decoder::new(Framing::Empty), framing: Framing::Empty }
+        Self { source, unread, decoder: Decoder::new(Framing::Empty), framing: Framing::Empty, meter: Meter::default() }
     }
 
     /// What follows is a body.
@@ -129,6 +131,7 @@ impl<'a> Reader<'a> {
         let bytes = self.head().await?;
         let request = wire::request(&bytes).map_err(NoHead::Malformed)?;
         self.begin_body(request.framing);
+        self.meter = Meter::default();
         Ok(request)
     }
 
@@ -173,7 +176,11 @@ impl FrameSource for Reader<'_> {
     }
 
     fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
-        Ok(self.decoder.decode(&mut self.unread.buffer)?)
+        let frame = self.decoder.decode(&mut self.unread.buffer)?;
+        if let Some(frame) = &frame {
+            self.meter.see(frame);
+        }
+        Ok(frame)
     }
 
     fn is_end(&self) -> bool {
@@ -184,6 +191,10 @@ impl FrameSource for Reader<'_> {
 impl RequestBody for Reader<'_> {
     fn framing(&self) -> Framing {
         self.framing
+    }
+
+    fn meter(&mut self) -> &mut Meter {
+        &mut self.meter
     }
 
     async fn closed(&mut self) -> Closed {
@@ -284,11 +295,12 @@ pub struct H1Responder<'s, 'a> {
     head_request: bool,
     keep_alive: bool,
     started: bool,
+    meter: Meter,
 }
 
 impl<'s, 'a> H1Responder<'s, 'a> {
     pub fn new(sink: &'s mut H1Sink<'a>, minor: u8, method: &Method, keep_alive: bool) -> Self {
-        Self { sink, minor, head_request: method == Method::HEAD, keep_alive, started: false }
+        Self { sink, minor, head_request: method == Method::HEAD, keep_alive, started: false, meter: Meter::default() }
     }
 
     /// Whether the connection can be used for another request.
@@ -308,6 +320,7 @@ impl<'s, 'a> H1Responder<'s, 'a> {
 
 impl FrameSink for H1Responder<'_, '_> {
     fn push(&mut self, frame: Frame) {
+        self.meter.see(&frame);
         self.sink.push(frame);
     }
 
@@ -332,6 +345,10 @@ impl Responder for H1Responder<'_, '_> {
     /// The reading half sees a reset as well.
     const RESETS_APART: bool = false;
 
+    fn meter(&mut self) -> &mut Meter {
+        &mut self.meter
+    }
+
     async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
         if self.minor == 0 {
             return Ok(());
@@ -344,6 +361,7 @@ impl Responder for H1Responder<'_, '_> {
 
     fn start(&mut self, head: ResponseHead, close: bool) -> io::Result<()> {
         let ResponseHead { status, headers, framing } = head;
+        self.meter.see_status(&headers);
         let switching = status == StatusCode::SWITCHING_PROTOCOLS;
         let bodiless = self.head_request || matches!(status.as_u16(), 204 | 304);
         let framing = match framing {

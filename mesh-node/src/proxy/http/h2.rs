@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
     framing::{Frame, Out},
+    meter::Meter,
     wire::{Framing, MAX_HEAD, MAX_HEADERS, checked_authority, path_and_query, strip_hop_by_hop},
 };
 use crate::route::request::{RequestHead, Scheme};
@@ -39,6 +40,7 @@ pub struct H2Source {
     held: usize,
     ended: bool,
     framing: Framing,
+    meter: Meter,
 }
 
 impl H2Source {
@@ -50,7 +52,7 @@ impl H2Source {
             (false, Some(n)) => Framing::Length(n),
             (false, None) => Framing::Chunked,
         };
-        Self { stream, held: 0, ended, framing }
+        Self { stream, held: 0, ended, framing, meter: Meter::default() }
     }
 
     pub fn framing(&self) -> Framing {
@@ -65,7 +67,9 @@ impl H2Source {
     fn taken(&mut self, data: Bytes) -> Frame {
         self.held += data.len();
         self.ended = self.stream.is_end_stream();
-        Frame::Data(data)
+        let frame = Frame::Data(data);
+        self.meter.see(&frame);
+        frame
     }
 }
 
@@ -81,7 +85,11 @@ impl FrameSource for H2Source {
             None => {
                 let trailers = poll_fn(|cx| self.stream.poll_trailers(cx)).await.map_err(|e| BodyError::Cut(into_io(e)))?;
                 self.ended = true;
-                Ok(trailers.map(Frame::Trailers))
+                let frame = trailers.map(Frame::Trailers);
+                if let Some(frame) = &frame {
+                    self.meter.see(frame);
+                }
+                Ok(frame)
             }
         }
     }
@@ -107,6 +115,10 @@ impl FrameSource for H2Source {
 impl RequestBody for H2Source {
     fn framing(&self) -> Framing {
         self.framing
+    }
+
+    fn meter(&mut self) -> &mut Meter {
+        &mut self.meter
     }
 
     async fn closed(&mut self) -> Closed {
@@ -218,11 +230,12 @@ pub struct H2Responder {
     head_request: bool,
     /// Asked for before there is a sink.
     ended: bool,
+    meter: Meter,
 }
 
 impl H2Responder {
     pub fn new(respond: SendResponse<Bytes>, head_request: bool) -> Self {
-        Self { respond, sink: None, head_request, ended: false }
+        Self { respond, sink: None, head_request, ended: false, meter: Meter::default() }
     }
 
     /// Ends the stream unfinished.
@@ -238,6 +251,7 @@ impl H2Responder {
 impl FrameSink for H2Responder {
     fn push(&mut self, frame: Frame) {
         if let Some(sink) = &mut self.sink {
+            self.meter.see(&frame);
             sink.push(frame);
         }
     }
@@ -275,6 +289,10 @@ impl FrameSink for H2Responder {
 impl Responder for H2Responder {
     const RESETS_APART: bool = true;
 
+    fn meter(&mut self) -> &mut Meter {
+        &mut self.meter
+    }
+
     async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
         let mut response = Response::new(());
         *response.status_mut() = status;
@@ -284,6 +302,7 @@ impl Responder for H2Responder {
 
     fn start(&mut self, head: ResponseHead, _close: bool) -> io::Result<()> {
         let ResponseHead { status, mut headers, framing } = head;
+        self.meter.see_status(&headers);
         if let Framing::Length(n) = framing {
             headers.entry(header::CONTENT_LENGTH).or_insert_with(|| n.into());
         }

@@ -1,21 +1,38 @@
 //! What became of a request: flags and details as Envoy names them, counted and logged in one place when it ends.
 
-use std::{borrow::Cow, net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    borrow::Cow,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
-use http::{HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 
+use super::meter::Meter;
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
+    id::{ObjectName, SpiffeId},
+    proxy::reporting::{self, Ends},
+    report::{
+        Reporting, Told,
+        entry::{Asked, Entry},
+    },
     route::{Cluster, Workload, request::RequestHead},
-    telemetry::Metrics,
+    telemetry::{
+        Metrics,
+        traffic::{Edge, HttpKey, Reporter, Request, Tags},
+    },
 };
 
 /// One request from its first to its last moment. Dropped, it is counted and logged.
 pub struct Record {
-    reporter: &'static str,
+    reporter: Reporter,
     metrics: Arc<Metrics>,
     started: Instant,
-    request: Option<Described>,
+    /// How it is told; nothing is logged before that is known.
+    reporting: Option<Arc<Reporting>>,
+    described: Option<Box<Described>>,
     pub source: Option<Arc<Workload>>,
     pub client: SocketAddr,
     pub destination: SocketAddr,
@@ -28,39 +45,46 @@ pub struct Record {
     pub endpoint: Option<SocketAddr>,
     /// Attempts begun, whether or not they reached the endpoint.
     pub attempts: u32,
+    /// Where it is counted, once that is known.
+    pub edge: Option<Arc<Edge>>,
+    pub grpc: bool,
+    /// What passed of the request's and the response's body.
+    pub up: Meter,
+    pub down: Meter,
+    /// Time until the upstream answered.
+    pub answered_after: Option<Duration>,
+    pub peer: Option<SpiffeId>,
+    pub mutual_tls: bool,
 }
 
-/// What the log says of the request; kept only when there is a log.
+/// What logs and tags say of the request; kept only when there are any.
 struct Described {
     method: http::Method,
     path: String,
     authority: HeaderValue,
-    id: Option<HeaderValue>,
+    scheme: &'static str,
+    headers: HeaderMap,
+    response_headers: Option<HeaderMap>,
 }
 
 impl Record {
     pub fn new(metrics: &Arc<Metrics>, client: SocketAddr, destination: SocketAddr, protocol: &'static str) -> Self {
-        Self::reported("source", metrics, client, destination, protocol)
+        Self::reported(Reporter::Source, metrics, client, destination, protocol)
     }
 
     /// A request into a pod of this node.
     pub fn inbound(metrics: &Arc<Metrics>, client: SocketAddr, destination: SocketAddr, protocol: &'static str) -> Self {
-        Self::reported("destination", metrics, client, destination, protocol)
+        Self::reported(Reporter::Destination, metrics, client, destination, protocol)
     }
 
-    fn reported(
-        reporter: &'static str,
-        metrics: &Arc<Metrics>,
-        client: SocketAddr,
-        destination: SocketAddr,
-        protocol: &'static str,
-    ) -> Self {
+    fn reported(reporter: Reporter, metrics: &Arc<Metrics>, client: SocketAddr, destination: SocketAddr, protocol: &'static str) -> Self {
         metrics.http_active.inc();
         Self {
             reporter,
             metrics: metrics.clone(),
             started: Instant::now(),
-            request: None,
+            reporting: None,
+            described: None,
             source: None,
             client,
             destination,
@@ -72,15 +96,50 @@ impl Record {
             cluster: None,
             endpoint: None,
             attempts: 0,
+            edge: None,
+            grpc: false,
+            up: Meter::default(),
+            down: Meter::default(),
+            answered_after: None,
+            peer: None,
+            mutual_tls: false,
         }
     }
 
-    /// Takes down what was asked for, before anything changes it.
-    pub fn describe(&mut self, head: &RequestHead) {
-        if is_logged() {
-            let id = head.headers.get("x-request-id").cloned();
-            let (method, authority) = (head.method.clone(), head.authority.clone());
-            self.request = Some(Described { method, path: head.target.as_str().to_owned(), authority, id });
+    /// Takes down what was asked for, before anything changes it, as far as it will be told.
+    pub fn describe(&mut self, head: &RequestHead, reporting: &Arc<Reporting>) {
+        self.grpc = head.is_grpc();
+        if told(reporting, self.reporter).wants_request() || is_traced() {
+            self.described = Some(Box::new(Described {
+                method: head.method.clone(),
+                path: head.target.as_str().to_owned(),
+                authority: head.authority.clone(),
+                scheme: head.scheme.as_str(),
+                headers: head.headers.clone(),
+                response_headers: None,
+            }));
+        }
+        self.reporting = Some(reporting.clone());
+    }
+
+    /// Takes down what the request became on its way, such as the id it was given.
+    pub fn sent(&mut self, headers: &HeaderMap) {
+        if let Some(described) = &mut self.described
+            && !described.headers.contains_key("x-request-id")
+            && let Some(id) = headers.get("x-request-id")
+        {
+            described.headers.insert("x-request-id", id.clone());
+        }
+    }
+
+    /// Takes down the head of the response that goes to the client.
+    pub fn answered(&mut self, status: StatusCode, headers: &HeaderMap) {
+        self.status = Some(status);
+        self.answered_after = Some(self.started.elapsed());
+        if let (Some(described), Some(reporting)) = (&mut self.described, &self.reporting)
+            && told(reporting, self.reporter).wants_response_headers()
+        {
+            described.response_headers = Some(headers.clone());
         }
     }
 
@@ -88,37 +147,119 @@ impl Record {
         self.flags.raise(flag);
     }
 
-    fn log(&self) {
-        let text = |v: &HeaderValue| v.to_str().unwrap_or_default().to_owned();
-        let request = self.request.as_ref();
+    /// Takes down what has passed of the bodies.
+    pub fn moved(&mut self, up: &Meter, down: &Meter) {
+        (self.up, self.down) = (*up, *down);
+    }
+
+    fn entry<'a>(&'a self, duration: Duration) -> Entry<'a> {
+        let text = |v: &'a HeaderValue| v.to_str().unwrap_or_default();
+        let described = self.described.as_deref();
+        let asked = described.map(|d| Asked {
+            method: d.method.as_str(),
+            path: &d.path,
+            authority: text(&d.authority),
+            scheme: d.scheme,
+            headers: &d.headers,
+        });
+        let inbound = self.reporter == Reporter::Destination;
+        let cluster = match &self.cluster {
+            Some(cluster) => Some(Cow::Owned(cluster.id.to_string())),
+            None => inbound.then(|| Cow::Owned(format!("inbound|{}||", self.destination.port()))),
+        };
+        Entry {
+            start: SystemTime::now().checked_sub(duration).unwrap_or(SystemTime::UNIX_EPOCH),
+            duration,
+            request: asked,
+            protocol: Some(self.protocol),
+            code: self.status.map_or(0, |s| s.as_u16()),
+            grpc_status: self.down.grpc_status,
+            flags: Cow::Owned(self.flags.to_string()),
+            flag_bits: self.flags.bits(),
+            details: Some(&self.details),
+            termination_details: None,
+            transport_failure: None,
+            bytes_received: self.up.bytes,
+            bytes_sent: self.down.bytes,
+            service_time: self.answered_after.filter(|_| self.endpoint.is_some()).map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
+            upstream_host: if inbound { Some(self.destination) } else { self.endpoint },
+            upstream_cluster: cluster,
+            upstream_local: None,
+            downstream_local: Some(self.destination),
+            downstream_remote: Some(self.client),
+            sni: None,
+            route: self.route.as_deref(),
+            response_headers: described.and_then(|d| d.response_headers.as_ref()),
+            mutual_tls: self.mutual_tls,
+            peer: self.peer.as_ref().map(|p| Cow::Owned(p.to_string())),
+            local: None,
+        }
+    }
+
+    /// For who looks at one node: `--log access=debug`.
+    fn trace(&self, entry: &Entry<'_>) {
+        let asked = entry.request.as_ref();
         let source = self.source.as_ref();
-        tracing::info!(
+        tracing::debug!(
             name: "request complete",
             target: "access",
-            { reporter = self.reporter, protocol = self.protocol,
-              method = request.map(|r| r.method.to_string()), path = request.map(|r| r.path.clone()),
-              authority = request.map(|r| text(&r.authority)), request_id = request.and_then(|r| r.id.as_ref()).map(text),
+            { reporter = self.reporter.name(), protocol = self.protocol, method = asked.map(|a| a.method), path = asked.map(|a| a.path),
+              authority = asked.map(|a| a.authority), request_id = asked.and_then(|a| a.headers.get("x-request-id")).and_then(|v| v.to_str().ok()),
               response_code = self.status.map(|s| s.as_u16()), response_flags = %self.flags, response_code_details = %self.details,
-              attempts = self.attempts, duration = format!("{}ms", self.started.elapsed().as_millis()),
-              route_name = self.route.as_deref(), upstream_cluster = self.cluster.as_ref().map(|c| c.id.to_string()),
-              upstream_host = self.endpoint.map(|e| e.to_string()), downstream_remote_address = %self.client,
-              downstream_local_address = %self.destination,
+              attempts = self.attempts, duration = format!("{}ms", entry.duration.as_millis()), route_name = self.route.as_deref(),
+              upstream_cluster = self.cluster.as_ref().map(|c| c.id.to_string()), upstream_host = self.endpoint.map(|e| e.to_string()),
+              downstream_remote_address = %self.client, downstream_local_address = %self.destination,
               src.workload = source.map(|s| s.name.name.to_string()), src.namespace = source.map(|s| s.name.namespace.to_string()) },
             "request complete"
         );
     }
+
+    /// Where a request is counted that went nowhere.
+    fn lost_edge(&self) -> Option<Arc<Edge>> {
+        let service: Option<&ObjectName> = self.cluster.as_ref().map(|c| &c.id.service);
+        let source = (self.source.as_deref(), self.source.as_ref().map(|s| &s.identity));
+        let tags = self.reporting.as_ref().map(|r| told(r, self.reporter).tags.clone()).unwrap_or_default();
+        Ends { reporter: self.reporter, source, destination: (None, None), service }.edge(&self.metrics, &tags)
+    }
+
+    fn count(&self, duration: Duration, tags: Tags) {
+        let Some(edge) = self.edge.clone().or_else(|| self.lost_edge()) else { return };
+        let (code, flags, grpc) = (self.status.map_or(0, |s| s.as_u16()), self.flags, self.grpc);
+        let key = HttpKey { grpc, code, grpc_status: self.down.grpc_status.filter(|_| grpc), flags, tags };
+        let request = Request {
+            duration,
+            request_bytes: self.up.bytes,
+            response_bytes: self.down.bytes,
+            request_messages: self.up.messages,
+            response_messages: self.down.messages,
+        };
+        edge.request(&key, &request);
+    }
 }
 
-fn is_logged() -> bool {
-    tracing::enabled!(target: "access", tracing::Level::INFO)
+fn told(reporting: &Reporting, reporter: Reporter) -> &Told {
+    match reporter {
+        Reporter::Source => &reporting.client,
+        Reporter::Destination => &reporting.server,
+    }
+}
+
+fn is_traced() -> bool {
+    tracing::enabled!(target: "access", tracing::Level::DEBUG)
 }
 
 impl Drop for Record {
     fn drop(&mut self) {
         self.metrics.http_active.dec();
-        self.metrics.request(self.reporter, self.status.map_or(0, |s| s.as_u16()), self.flags);
-        if is_logged() {
-            self.log();
+        let duration = self.started.elapsed();
+        let told = self.reporting.as_deref().map(|r| told(r, self.reporter)).filter(|t| t.wants_request());
+        if is_traced() {
+            self.trace(&self.entry(duration));
         }
+        let Some(told) = told else { return self.count(duration, Tags::default()) };
+        let entry = self.entry(duration);
+        let tags = told.values.iter().map(|value| value.tag(&entry).into()).collect();
+        self.count(duration, tags);
+        reporting::log(&self.metrics.access, &told.logs, &entry);
     }
 }

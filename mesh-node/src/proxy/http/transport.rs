@@ -3,6 +3,10 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
 };
 
@@ -19,7 +23,7 @@ use crate::{
         tunnel::{TunnelSink, TunnelSource},
     },
     io::{
-        relay::{Duplex, Prefixed, PrefixedSource, Sink as _, Source as _, TcpSink, TcpSource},
+        relay::{Duplex, Prefixed, PrefixedSource, Sink as _, Source as _, TcpSink, TcpSource, Traffic},
         socket::{has_input, reset_on_close},
     },
 };
@@ -34,20 +38,28 @@ pub enum Transport {
 
 impl Transport {
     pub fn halves(&mut self) -> (TransportSource<'_>, TransportSink<'_>) {
-        match self {
+        let (source, sink) = match self {
             Self::Tcp(stream) => {
                 let (source, sink) = stream.halves();
-                (TransportSource::Tcp(source), TransportSink::Tcp(sink))
+                (SourceKind::Tcp(source), SinkKind::Tcp(sink))
             }
             Self::Prefixed(stream) => {
                 let (source, sink) = stream.halves();
-                (TransportSource::Prefixed(source), TransportSink::Tcp(sink))
+                (SourceKind::Prefixed(source), SinkKind::Tcp(sink))
             }
             Self::Tunnel(tunnel) => {
                 let (source, sink) = tunnel.halves();
-                (TransportSource::Tunnel(source), TransportSink::Tunnel(sink))
+                (SourceKind::Tunnel(source), SinkKind::Tunnel(sink))
             }
-        }
+        };
+        (TransportSource { kind: source, read: None }, TransportSink { kind: sink, written: None })
+    }
+
+    /// The same, and counts the bytes that are read and written.
+    pub fn counted_halves<'a>(&'a mut self, read: &'a AtomicU64, written: &'a AtomicU64) -> (TransportSource<'a>, TransportSink<'a>) {
+        let (mut source, mut sink) = self.halves();
+        (source.read, sink.written) = (Some(read), Some(written));
+        (source, sink)
     }
 
     /// Whether nothing has come and the other end has not closed: an idle connection can be used again.
@@ -94,7 +106,12 @@ impl Transport {
     }
 }
 
-pub enum TransportSource<'a> {
+pub struct TransportSource<'a> {
+    kind: SourceKind<'a>,
+    read: Option<&'a AtomicU64>,
+}
+
+enum SourceKind<'a> {
     Tcp(TcpSource<'a>),
     Prefixed(PrefixedSource<'a>),
     Tunnel(TunnelSource<'a>),
@@ -102,23 +119,32 @@ pub enum TransportSource<'a> {
 
 impl TransportSource<'_> {
     pub async fn next(&mut self) -> io::Result<Option<Bytes>> {
-        match self {
-            Self::Tcp(source) => source.next().await,
-            Self::Prefixed(source) => source.next().await,
-            Self::Tunnel(source) => source.next().await,
+        let next = match &mut self.kind {
+            SourceKind::Tcp(source) => source.next().await,
+            SourceKind::Prefixed(source) => source.next().await,
+            SourceKind::Tunnel(source) => source.next().await,
+        };
+        if let (Ok(Some(data)), Some(read)) = (&next, self.read) {
+            read.fetch_add(data.len() as u64, Ordering::Relaxed);
         }
+        next
     }
 
     pub fn passed_on(&mut self, n: usize) {
-        match self {
-            Self::Tcp(source) => source.passed_on(n),
-            Self::Prefixed(source) => source.passed_on(n),
-            Self::Tunnel(source) => source.passed_on(n),
+        match &mut self.kind {
+            SourceKind::Tcp(source) => source.passed_on(n),
+            SourceKind::Prefixed(source) => source.passed_on(n),
+            SourceKind::Tunnel(source) => source.passed_on(n),
         }
     }
 }
 
-pub enum TransportSink<'a> {
+pub struct TransportSink<'a> {
+    kind: SinkKind<'a>,
+    written: Option<&'a AtomicU64>,
+}
+
+enum SinkKind<'a> {
     Tcp(TcpSink<'a>),
     Tunnel(TunnelSink<'a>),
 }
@@ -130,37 +156,98 @@ impl TransportSink<'_> {
     /// Writes everything; what is written when this is dropped has left `out`.
     pub async fn write(&mut self, out: &mut Out) -> io::Result<()> {
         while !out.is_empty() {
-            match self {
-                Self::Tcp(sink) => {
+            let n = match &mut self.kind {
+                SinkKind::Tcp(sink) => {
                     let n = {
                         let mut slices = [IoSlice::new(&[]); SLICES];
                         let n = out.slices(&mut slices);
                         sink.write_some(&slices[..n]).await?
                     };
                     out.written(n)?;
+                    n
                 }
-                Self::Tunnel(sink) => {
-                    if let Some(piece) = out.first() {
+                SinkKind::Tunnel(sink) => match out.first() {
+                    Some(piece) => {
+                        let before = piece.len();
                         sink.put_part(piece).await?;
+                        before - piece.len()
                     }
-                }
+                    None => 0,
+                },
+            };
+            if let Some(written) = self.written {
+                written.fetch_add(n as u64, Ordering::Relaxed);
             }
         }
         Ok(())
     }
 
     pub async fn finish(&mut self) -> io::Result<()> {
-        match self {
-            Self::Tcp(sink) => sink.finish().await,
-            Self::Tunnel(sink) => sink.finish().await,
+        match &mut self.kind {
+            SinkKind::Tcp(sink) => sink.finish().await,
+            SinkKind::Tunnel(sink) => sink.finish().await,
         }
     }
 
     pub async fn broken(&mut self) -> io::Error {
-        match self {
-            Self::Tcp(sink) => sink.broken().await,
-            Self::Tunnel(sink) => sink.broken().await,
+        match &mut self.kind {
+            SinkKind::Tcp(sink) => sink.broken().await,
+            SinkKind::Tunnel(sink) => sink.broken().await,
         }
+    }
+}
+
+/// A transport whose bytes are counted, for HTTP/2.
+pub struct Counted {
+    transport: Transport,
+    traffic: Arc<Traffic>,
+    /// It is the connection to the application: what is written is what was sent.
+    upstream: bool,
+}
+
+impl Counted {
+    /// A connection from a client.
+    pub fn downstream(transport: Transport, traffic: Arc<Traffic>) -> Self {
+        Self { transport, traffic, upstream: false }
+    }
+
+    /// A connection to an application.
+    pub fn upstream(transport: Transport, traffic: Arc<Traffic>) -> Self {
+        Self { transport, traffic, upstream: true }
+    }
+
+    fn count(&self, written: bool, n: usize) {
+        let of = if written == self.upstream { &self.traffic.sent } else { &self.traffic.received };
+        of.fetch_add(n as u64, Ordering::Relaxed);
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut this.transport).poll_read(cx, buf);
+        this.count(false, buf.filled().len() - before);
+        polled
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.transport).poll_write(cx, buf);
+        if let Poll::Ready(Ok(n)) = &polled {
+            this.count(true, *n);
+        }
+        polled
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().transport).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().transport).poll_shutdown(cx)
     }
 }
 

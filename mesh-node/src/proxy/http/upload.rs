@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use super::{
     body::{BodyError, Closed, FrameSource, RequestBody},
     framing::Frame,
+    meter::Meter,
     wire::Framing,
 };
 
@@ -64,6 +65,8 @@ pub struct Upload<'a, B> {
     lost: bool,
     replays: Replays,
     mirrors: Vec<mpsc::Sender<Copied>>,
+    /// What the attempt under way has been given.
+    passed: Meter,
 }
 
 /// What a mirror is sent of a body.
@@ -76,7 +79,8 @@ pub enum Copied {
 impl<'a, B: RequestBody> Upload<'a, B> {
     pub fn new(live: &'a mut B, keep: bool, replays: &Replays) -> Self {
         let (kept, mirrors) = (Vec::new(), Vec::new());
-        Self { live, kept, kept_bytes: 0, at: 0, keeping: keep, lost: false, replays: replays.clone(), mirrors }
+        let passed = Meter::default();
+        Self { live, kept, kept_bytes: 0, at: 0, keeping: keep, lost: false, replays: replays.clone(), mirrors, passed }
     }
 
     pub fn framing(&self) -> Framing {
@@ -96,6 +100,12 @@ impl<'a, B: RequestBody> Upload<'a, B> {
     /// Begins another attempt.
     pub fn rewind(&mut self) {
         self.at = 0;
+        self.passed = Meter::default();
+    }
+
+    /// What the attempt under way has been given.
+    pub fn passed(&mut self) -> &mut Meter {
+        &mut self.passed
     }
 
     /// There will be no other attempt: nothing need be kept.
@@ -202,9 +212,13 @@ impl<'a, B: RequestBody> Upload<'a, B> {
 impl<B: RequestBody> FrameSource for Upload<'_, B> {
     async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
         if let Some(frame) = self.again() {
+            self.passed.see(&frame);
             return Ok(Some(frame));
         }
         let frame = self.live.frame().await?.map(|f| self.pass(f));
+        if let Some(frame) = &frame {
+            self.passed.see(frame);
+        }
         if self.live.is_end() {
             self.finish_mirrors();
         }
@@ -213,9 +227,13 @@ impl<B: RequestBody> FrameSource for Upload<'_, B> {
 
     fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
         if let Some(frame) = self.again() {
+            self.passed.see(&frame);
             return Ok(Some(frame));
         }
         let frame = self.live.buffered()?.map(|f| self.pass(f));
+        if let Some(frame) = &frame {
+            self.passed.see(frame);
+        }
         if self.live.is_end() {
             self.finish_mirrors();
         }
@@ -243,6 +261,7 @@ mod tests {
     struct Frames {
         left: usize,
         size: usize,
+        meter: Meter,
     }
 
     impl FrameSource for Frames {
@@ -264,6 +283,10 @@ mod tests {
     }
 
     impl RequestBody for Frames {
+        fn meter(&mut self) -> &mut Meter {
+            &mut self.meter
+        }
+
         fn framing(&self) -> Framing {
             Framing::Chunked
         }
@@ -294,7 +317,7 @@ mod tests {
         for (left, size, repeatable) in [(0, 1, true), (10, 1000, true), (63, 16 * 1024, true), (65, 16 * 1024, false), (100_000, 1, false)]
         {
             let replays = Replays::default();
-            let mut body = Frames { left, size };
+            let mut body = Frames { left, size, meter: Meter::default() };
             let mut upload = Upload::new(&mut body, true, &replays);
             assert_eq!(all(&mut upload).await, left * size);
             assert_eq!(upload.can_repeat(), repeatable, "{left} frames of {size}");
@@ -313,7 +336,7 @@ mod tests {
     async fn what_is_read_ahead_is_sent_once_and_given_back() {
         let replays = Replays::default();
         for keep in [false, true] {
-            let mut body = Frames { left: 20, size: 16 * 1024 };
+            let mut body = Frames { left: 20, size: 16 * 1024, meter: Meter::default() };
             let mut upload = Upload::new(&mut body, keep, &replays);
             for _ in 0..3 {
                 upload.read_ahead().await.expect("read");
@@ -328,7 +351,7 @@ mod tests {
     #[tokio::test]
     async fn a_mirror_is_told_the_end_only_if_it_was_sent_everything() {
         for (left, complete) in [(3, true), (MIRROR_BEHIND + 1, false)] {
-            let mut body = Frames { left, size: 10 };
+            let mut body = Frames { left, size: 10, meter: Meter::default() };
             let mut upload = Upload::new(&mut body, false, &Replays::default());
             let (sender, mut receiver) = mpsc::channel(MIRROR_BEHIND);
             upload.copy_to(sender);

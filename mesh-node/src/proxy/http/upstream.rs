@@ -29,7 +29,7 @@ use super::{
     gate::Gate,
     h1::{H1Sink, NoHead, Reader, Unread},
     h2::{H2Sink, H2Source},
-    transport::Transport,
+    transport::{Counted, Transport},
     wire::{self, Framing, WireResponse},
 };
 use crate::{
@@ -104,7 +104,7 @@ pub struct LocalHold {
     ended: Arc<Ended>,
     watcher: JoinHandle<()>,
     gate: Arc<Gate>,
-    _outcome: Outcome,
+    outcome: Outcome,
 }
 
 #[derive(Debug, Default)]
@@ -123,7 +123,7 @@ impl LocalHold {
             seen.is.store(true, Ordering::Release);
             seen.wake.notify_one();
         });
-        Self { ended, watcher, gate: Arc::new(gate), _outcome: outcome }
+        Self { ended, watcher, gate: Arc::new(gate), outcome }
     }
 
     fn is_cut(&self) -> bool {
@@ -171,7 +171,10 @@ impl H1Upstream {
 
     /// Both halves for one exchange, and what ends it from outside.
     pub fn halves(&mut self) -> (UpSink<'_>, UpSource<'_>, impl Future<Output = ()> + Send + '_) {
-        let (source, sink) = self.transport.halves();
+        let (source, sink) = match &self.hold {
+            Some(LocalHold { outcome, .. }) => self.transport.counted_halves(&outcome.traffic.received, &outcome.traffic.sent),
+            None => self.transport.halves(),
+        };
         let reader = Reader::new(source, &mut self.unread);
         (UpSink::H1(H1Sink::new(sink)), UpSource::H1(reader), LocalHold::cut(self.hold.as_ref()))
     }
@@ -311,6 +314,7 @@ async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Fai
         outbound::Stream::Tunnel(tunnel) => (Transport::Tunnel(tunnel), None),
         outbound::Stream::Local(local) => {
             let outbound::LocalParts { admitted, pod, mut outcome, client } = local.into_parts();
+            outcome.requests.store(true, Ordering::Relaxed);
             outcome.opened();
             let gate = Gate::new((*proxy).clone(), pod.clone(), admitted.facts, client);
             (Transport::Tcp(admitted.application), Some(LocalHold::new(admitted.registration, pod, outcome, gate)))
@@ -319,6 +323,11 @@ async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Fai
 }
 
 impl Wanted<'_> {
+    /// What will be spoken.
+    pub fn protocol(&self) -> &'static str {
+        if self.http2 { "HTTP/2" } else { "HTTP/1.1" }
+    }
+
     /// The pod that has the endpoint's address now, and whether it is in the mesh.
     fn workload(&self) -> Option<Peer> {
         self.proxy.config.load().workload_by_ip(self.address.ip()).map(|w| Peer { uid: w.uid.clone(), enrolled: w.enrolled })
@@ -386,7 +395,9 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
 
 async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Arc<H2Upstream>, NoUpstream> {
     let (transport, hold) = dial(wanted).await.map_err(NoUpstream::Failed)?;
-    let opened = super::h2::connect(transport).await.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
+    let traffic = hold.as_ref().map(|h| h.outcome.traffic.clone()).unwrap_or_default();
+    let opened = super::h2::connect(Counted::upstream(transport, traffic)).await;
+    let opened = opened.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
     let connection = Arc::new(H2Upstream {
         gate: hold.as_ref().map(|h| h.gate.clone()),
         send: opened.send,

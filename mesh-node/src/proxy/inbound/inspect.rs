@@ -1,7 +1,14 @@
 //! Looking into a connection whose requests have to be judged: what it carries is found out, HTTP goes to the guard, and
 //! what is not HTTP is judged without requests.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use tokio::{
@@ -47,6 +54,8 @@ pub struct Inspection<'a> {
     pub admitted: Admitted,
     pub client: SocketAddr,
     pub traffic: Arc<Traffic>,
+    /// Told when it turns out to carry requests.
+    pub requests: Arc<AtomicBool>,
 }
 
 /// What a connection carries.
@@ -60,7 +69,7 @@ enum Spoken {
 impl Inspection<'_> {
     /// Serves the connection to its end, or until policy, the end of the pod or `ended` wants it cut.
     pub async fn run(self, mut downstream: Transport, ended: impl Future<Output = Cut>) -> Result<(), Failure> {
-        let Self { proxy, pod, admitted, client, traffic } = self;
+        let Self { proxy, pod, admitted, client, traffic, requests } = self;
         let Admitted { application, mut registration, mut facts, .. } = admitted;
         let protocol = declared(proxy, pod, &facts);
         let note = registration.note();
@@ -86,13 +95,15 @@ impl Inspection<'_> {
         match spoken {
             Spoken::Http1 => {
                 note.carries(Carries::Requests);
+                requests.store(true, Ordering::Relaxed);
                 let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
-                Box::pin(http1(&gate, downstream, application, ending)).await
+                Box::pin(http1(&gate, downstream, application, ending, &traffic)).await
             }
             Spoken::Http2 => {
                 note.carries(Carries::Requests);
+                requests.store(true, Ordering::Relaxed);
                 let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
-                Box::pin(http2(gate, downstream, application, ending)).await
+                Box::pin(http2(gate, downstream, application, ending, traffic)).await
             }
             Spoken::Opaque(name) => {
                 facts.sni = name;
@@ -120,12 +131,18 @@ impl Inspection<'_> {
     }
 }
 
-async fn http1(gate: &Gate, mut downstream: Transport, application: TcpStream, ending: impl Future<Output = Cut>) -> Result<(), Failure> {
+async fn http1(
+    gate: &Gate,
+    mut downstream: Transport,
+    application: TcpStream,
+    ending: impl Future<Output = Cut>,
+    traffic: &Traffic,
+) -> Result<(), Failure> {
     let mut application = Transport::Tcp(application);
     let ended = tokio::select! {
         biased;
         reason = ending => Err(Failure::Cut(reason)),
-        ends = guard::serve_h1(gate, &mut downstream, Some(&mut application)) => Ok(ends),
+        ends = guard::serve_h1(gate, &mut downstream, Some(&mut application), traffic) => Ok(ends),
     };
     if !matches!(ended, Ok(Ends::Closed)) {
         downstream.reset();
@@ -134,13 +151,19 @@ async fn http1(gate: &Gate, mut downstream: Transport, application: TcpStream, e
     ended.map(drop)
 }
 
-async fn http2(gate: Gate, downstream: Transport, application: TcpStream, ending: impl Future<Output = Cut>) -> Result<(), Failure> {
+async fn http2(
+    gate: Gate,
+    downstream: Transport,
+    application: TcpStream,
+    ending: impl Future<Output = Cut>,
+    traffic: Arc<Traffic>,
+) -> Result<(), Failure> {
     let client = gate.client;
     tokio::select! {
         biased;
         // What has not ended on its streams is seen to be cut.
         reason = ending => Err(Failure::Cut(reason)),
-        served = guard::serve_h2(Arc::new(gate), downstream, Some(Transport::Tcp(application))) => {
+        served = guard::serve_h2(Arc::new(gate), downstream, Some(Transport::Tcp(application)), traffic) => {
             if let Err(error) = served {
                 tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection into a pod ended");
             }
@@ -194,12 +217,12 @@ pub async fn refuse(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: Facts, down
         match spoken {
             Spoken::Opaque(_) => downstream.reset(),
             Spoken::Http1 => {
-                if guard::serve_h1(&gate, &mut downstream, None).await == Ends::Reset {
+                if guard::serve_h1(&gate, &mut downstream, None, &Traffic::default()).await == Ends::Reset {
                     downstream.reset();
                 }
             }
             // Ends with the connection, or by the clock.
-            Spoken::Http2 => drop(guard::serve_h2(Arc::new(gate), downstream, None).await),
+            Spoken::Http2 => drop(guard::serve_h2(Arc::new(gate), downstream, None, Arc::default()).await),
         }
     };
     // A client that is still there after that has been told.

@@ -214,14 +214,14 @@ impl Parser {
         loop {
             if self.takes(".") {
                 let name = self.name()?;
-                node = if self.takes("(") { self.method(node, &name)? } else { select(node, &name)? };
+                node = if self.takes("(") { self.method(node, &name)? } else { select(&node, &name)? };
             } else if self.takes("[") {
                 let Some(Token::Text(name)) = self.tokens.get(self.at).cloned() else {
                     return Err(format!("needs a text {}: [\"name\"] names a header", self.place()));
                 };
                 self.at += 1;
                 self.needs("]")?;
-                node = select(node, &name)?;
+                node = select(&node, &name)?;
             } else {
                 return Ok(node);
             }
@@ -341,9 +341,9 @@ impl Parser {
     }
 }
 
-fn select(node: Node, name: &str) -> Parsed {
+fn select(node: &Node, name: &str) -> Parsed {
     match node {
-        Node::Headers(whose) => Ok(Node::Header(whose, name.to_ascii_lowercase())),
+        Node::Headers(whose) => Ok(Node::Header(*whose, name.to_ascii_lowercase())),
         _ => Err(format!("asks for {name:?} of something that has no members")),
     }
 }

@@ -1,0 +1,119 @@
+//! What has passed of a body: bytes, and for gRPC its messages and status.
+
+use http::{HeaderMap, HeaderValue};
+
+use super::framing::Frame;
+
+/// Counts frames as they pass.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Meter {
+    pub bytes: u64,
+    /// Of gRPC.
+    pub messages: u64,
+    pub grpc_status: Option<u32>,
+    messages_in: Option<Place>,
+}
+
+/// Where in a stream of length-prefixed messages it is.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// In the five bytes before a message: how many have come, and the length as far as it is known.
+    Prefix { come: u8, length: u32 },
+    /// In a message, of which so much is to come.
+    Message(u32),
+}
+
+impl Meter {
+    /// Also counts gRPC's messages, and takes down its status.
+    pub fn count_messages(&mut self) {
+        self.messages_in = Some(Place::Prefix { come: 0, length: 0 });
+    }
+
+    pub fn see(&mut self, frame: &Frame) {
+        match frame {
+            Frame::Data(data) => {
+                self.bytes += data.len() as u64;
+                if self.messages_in.is_some() {
+                    self.see_messages(data);
+                }
+            }
+            Frame::Trailers(trailers) => self.see_status(trailers),
+        }
+    }
+
+    /// Headers or trailers, of which some may say how a gRPC call ended.
+    pub fn see_status(&mut self, headers: &HeaderMap) {
+        if self.messages_in.is_some()
+            && let Some(status) = headers.get("grpc-status").and_then(number)
+        {
+            self.grpc_status = Some(status);
+        }
+    }
+
+    fn see_messages(&mut self, mut data: &[u8]) {
+        let Some(mut place) = self.messages_in else { return };
+        while let Some((first, rest)) = data.split_first() {
+            place = match place {
+                Place::Prefix { come, length } => {
+                    data = rest;
+                    // The first byte says whether the message is compressed.
+                    let length = if come == 0 { 0 } else { length << 8 | u32::from(*first) };
+                    if come == 4 {
+                        self.messages += 1;
+                        after(length)
+                    } else {
+                        Place::Prefix { come: come + 1, length }
+                    }
+                }
+                Place::Message(left) => {
+                    let n = u32::try_from(data.len()).unwrap_or(u32::MAX).min(left);
+                    data = &data[n as usize..];
+                    after(left - n)
+                }
+            };
+        }
+        self.messages_in = Some(place);
+    }
+}
+
+fn after(left: u32) -> Place {
+    if left == 0 { Place::Prefix { come: 0, length: 0 } } else { Place::Message(left) }
+}
+
+fn number(value: &HeaderValue) -> Option<u32> {
+    value.to_str().ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn messages_are_counted_however_they_are_cut() {
+        let mut stream = Vec::new();
+        for length in [0_u32, 3, 300, 1] {
+            stream.push(0);
+            stream.extend_from_slice(&length.to_be_bytes());
+            stream.resize(stream.len() + length as usize, 7);
+        }
+        for size in [1, 2, 5, 7, 64, 1000] {
+            let mut meter = Meter::default();
+            meter.count_messages();
+            stream.chunks(size).for_each(|c| meter.see(&Frame::Data(Bytes::copy_from_slice(c))));
+            assert_eq!((meter.messages, meter.bytes), (4, stream.len() as u64), "in pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn the_status_is_taken_from_trailers_of_grpc_alone() {
+        let trailers = HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), HeaderValue::from_static("14"))]);
+        let mut meter = Meter::default();
+        meter.see(&Frame::Trailers(trailers.clone()));
+        assert_eq!(meter.grpc_status, None);
+        meter.count_messages();
+        meter.see(&Frame::Trailers(trailers));
+        assert_eq!(meter.grpc_status, Some(14));
+    }
+}

@@ -1,0 +1,111 @@
+//! What is told of requests and connections: from workloads, identities and services to the labels of Istio's metrics, and from
+//! what happened to lines of access logs.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+
+use crate::{
+    config::Snapshot,
+    id::{ObjectName, SpiffeId},
+    report::{LogTo, entry::Entry},
+    route::Workload,
+    telemetry::{
+        AccessLogs, Metrics,
+        traffic::{Edge, EdgeKey, Peer, Reporter, ServiceNames, TagPlan},
+    },
+};
+
+/// Who talks to whom, as far as is known.
+#[derive(Debug, Clone, Copy)]
+pub struct Ends<'a> {
+    pub reporter: Reporter,
+    pub source: (Option<&'a Workload>, Option<&'a SpiffeId>),
+    pub destination: (Option<&'a Workload>, Option<&'a SpiffeId>),
+    pub service: Option<&'a ObjectName>,
+}
+
+impl Ends<'_> {
+    /// The edge to count on; none when there is no room for one more.
+    pub fn edge(&self, metrics: &Metrics, tags: &Arc<TagPlan>) -> Option<Arc<Edge>> {
+        let peer = |(workload, identity): (Option<&Workload>, Option<&SpiffeId>)| peer(workload, identity, &metrics.cluster);
+        metrics.traffic.edge(EdgeKey {
+            reporter: self.reporter,
+            source: peer(self.source),
+            destination: peer(self.destination),
+            service: service_names(self.service),
+            mutual_tls: self.source.1.is_some() && self.destination.1.is_some(),
+            tags: tags.clone(),
+        })
+    }
+}
+
+fn peer(workload: Option<&Workload>, identity: Option<&SpiffeId>, cluster: &Arc<str>) -> Peer {
+    let unknown = || Arc::from("unknown");
+    let text = |value: Option<&str>| value.filter(|v| !v.is_empty()).map_or_else(unknown, Arc::from);
+    let label = |key: &str| workload.and_then(|w| w.labels.get(key));
+    let name = workload.map(|w| &*w.workload_name);
+    Peer {
+        workload: text(name),
+        namespace: workload.map_or_else(unknown, |w| w.name.namespace.clone()),
+        principal: identity.map_or_else(unknown, |i| i.to_string().into()),
+        app: text(label("app").or_else(|| label("app.kubernetes.io/name"))),
+        version: text(label("version").or_else(|| label("app.kubernetes.io/version"))),
+        canonical_service: text(workload.and_then(Workload::canonical_service).or(name)),
+        canonical_revision: workload.and_then(Workload::canonical_revision).unwrap_or("latest").into(),
+        cluster: if workload.is_some() { cluster.clone() } else { unknown() },
+        region: text(workload.map(|w| &*w.locality.region)),
+        zone: text(workload.map(|w| &*w.locality.zone)),
+    }
+}
+
+fn service_names(service: Option<&ObjectName>) -> ServiceNames {
+    match service {
+        Some(s) => ServiceNames {
+            host: format!("{}.{}.svc.cluster.local", s.name, s.namespace).into(),
+            name: s.name.clone(),
+            namespace: s.namespace.clone(),
+        },
+        None => ServiceNames { host: "unknown".into(), name: "unknown".into(), namespace: "unknown".into() },
+    }
+}
+
+/// Keeps the edge of one place for as long as the configuration is the same.
+#[derive(Debug, Default)]
+pub struct EdgeSlot(ArcSwapOption<Held>);
+
+#[derive(Debug)]
+struct Held {
+    generation: u64,
+    edge: Option<Arc<Edge>>,
+}
+
+impl EdgeSlot {
+    /// The edge of this generation of the configuration.
+    pub fn get(&self, generation: u64, find: impl FnOnce() -> Option<Arc<Edge>>) -> Option<Arc<Edge>> {
+        if let Some(held) = &*self.0.load()
+            && held.generation == generation
+        {
+            return held.edge.clone();
+        }
+        let edge = find();
+        self.0.store(Some(Arc::new(Held { generation, edge: edge.clone() })));
+        edge
+    }
+}
+
+/// Writes the lines these logs want.
+pub fn log(access: &AccessLogs, logs: &[LogTo], entry: &Entry<'_>) {
+    for LogTo { log, filter } in logs {
+        if filter.as_ref().is_none_or(|f| f.holds(entry)) {
+            access.write(&log.path, log.format.line(entry));
+        }
+    }
+}
+
+/// Whether both ends of an edge are still there. Where one is not known, the other decides.
+pub fn exists(edge: &EdgeKey, snapshot: &Snapshot) -> bool {
+    let known = |peer: &Peer| &*peer.workload == "unknown" || snapshot.has_workload(&peer.namespace, &peer.workload);
+    let named = |peer: &Peer| &*peer.workload != "unknown";
+    known(&edge.source) && known(&edge.destination) && (named(&edge.source) || named(&edge.destination))
+}
