@@ -188,7 +188,8 @@ impl Record {
             downstream_local: Some(self.destination),
             downstream_remote: Some(self.client),
             sni: None,
-            route: self.route.as_deref(),
+            // Istio's name for what no rule has routed.
+            route: self.route.as_deref().or((inbound || self.cluster.is_some()).then_some("default")),
             response_headers: described.and_then(|d| d.response_headers.as_ref()),
             mutual_tls: self.mutual_tls,
             peer: self.peer.as_ref().map(|p| Cow::Owned(p.to_string())),

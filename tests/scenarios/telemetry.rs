@@ -1,0 +1,244 @@
+//! What the nodes tell of traffic: Istio's metrics by both reporters, access logs and what the Telemetry API changes of them.
+
+use std::time::Duration;
+
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{program, wait_for},
+};
+use serde_json::Value;
+
+const SEED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpora/seed");
+
+fn web(version: &str, node: usize) -> PodSpec {
+    let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), version.into()];
+    PodSpec { command, port: Some(8080), ..PodSpec::new(&format!("web-{version}"), node) }.label("app", "web").label("version", version)
+}
+
+struct Scene {
+    bed: Bed,
+    client: Pod,
+}
+
+/// A client and a server on the first node, another server on the second, and a service before both.
+fn scene() -> Scene {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}, {name: grpc, port: 81, targetPort: 8081}]}\n";
+    bed.kubectl_apply("web", service).expect("service");
+    let [client] = bed.meshed([PodSpec::new("client", 0).label("app", "client").label("version", "v9")]).expect("client");
+    bed.meshed([web("v1", 0), web("v2", 1)]).expect("servers");
+    Scene { bed, client }
+}
+
+impl Scene {
+    fn apply(&self, name: &str, yaml: &str) {
+        self.bed.apply(name, yaml).expect("applied");
+        self.bed.settle().expect("settled");
+    }
+
+    fn web(&self, arguments: &[&str]) -> Value {
+        let output = self.bed.run(&self.client, &program("web"), arguments).expect("web");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{arguments:?}: {e}: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+
+    fn get(&self, path: &str, count: u32) {
+        let report = self.web(&["get", &format!("web:80{path}"), &count.to_string(), "--header", "user-agent: tester/1"]);
+        let answers = report["statuses"].as_object().expect("answers");
+        assert_eq!(answers.values().filter_map(Value::as_u64).sum::<u64>(), u64::from(count), "{report}");
+    }
+
+    /// Sum of a metric over both nodes.
+    fn total(&self, metric: &str, labels: &[&str]) -> f64 {
+        self.bed.nodes().iter().map(|n| n.metric(metric, labels).expect("metrics")).sum()
+    }
+
+    fn wait_total(&self, expected: f64, metric: &str, labels: &[&str]) {
+        let waited = wait_for("the metric", Duration::from_secs(5), || Ok((self.total(metric, labels) - expected).abs() < 0.5));
+        waited.unwrap_or_else(|_| {
+            let all = self.bed.nodes().iter().map(|n| n.admin("/metrics").expect("metrics")).collect::<String>();
+            let lines = all.lines().filter(|l| l.starts_with(metric)).collect::<Vec<_>>().join("\n");
+            panic!("{metric} {labels:?} is {} and not {expected}:\n{lines}", self.total(metric, labels))
+        });
+    }
+}
+
+#[test]
+fn requests_are_counted_by_both_reporters_with_all_labels() {
+    let scene = scene();
+    scene.get("/", 20);
+    for reporter in ["source", "destination"] {
+        let reporter = format!("reporter=\"{reporter}\"");
+        let labels = [
+            &*reporter,
+            "source_workload=\"client\"",
+            "source_workload_namespace=\"default\"",
+            "source_canonical_service=\"client\"",
+            "source_canonical_revision=\"v9\"",
+            "source_principal=\"spiffe://cluster.local/ns/default/sa/client\"",
+            "source_app=\"client\"",
+            "source_version=\"v9\"",
+            "source_cluster=\"Kubernetes\"",
+            "destination_workload=\"web-v",
+            "destination_workload_namespace=\"default\"",
+            "destination_principal=\"spiffe://cluster.local/ns/default/sa/web-v",
+            "destination_app=\"web\"",
+            "destination_version=\"v",
+            "destination_service=\"web.default.svc.cluster.local\"",
+            "destination_service_name=\"web\"",
+            "destination_service_namespace=\"default\"",
+            "destination_canonical_service=\"web\"",
+            "destination_canonical_revision=\"v",
+            "destination_cluster=\"Kubernetes\"",
+            "request_protocol=\"http\"",
+            "response_code=\"200\"",
+            "response_flags=\"-\"",
+            "connection_security_policy=\"mutual_tls\"",
+        ];
+        scene.wait_total(20.0, "istio_requests_total", &labels);
+        scene.wait_total(20.0, "istio_request_duration_milliseconds_count", &labels);
+        scene.wait_total(20.0, "istio_response_bytes_count", &labels);
+        for version in ["v1", "v2"] {
+            let seen = scene.total("istio_requests_total", &[&reporter, &format!("destination_version=\"{version}\"")]);
+            assert!(seen > 0.0, "{version} by {reporter}");
+        }
+    }
+    // The destination's own node reports, and nobody else.
+    let [near, far] = scene.bed.nodes() else { panic!("two nodes") };
+    let of = |node: &mesh_tests::bed::Node, reporter: &str| node.metric("istio_requests_total", &[&format!("reporter=\"{reporter}\"")]).expect("metric");
+    assert!(of(near, "source") > 19.5 && of(far, "source") < 0.5 && of(far, "destination") > 0.5);
+    scene.web(&["grpc", "web:81"]);
+    for reporter in ["reporter=\"source\"", "reporter=\"destination\""] {
+        let grpc = [reporter, "request_protocol=\"grpc\""];
+        assert!(scene.total("istio_requests_total", &[&grpc[..], &["grpc_response_status=\"0\""]].concat()) > 0.5, "{reporter}");
+        assert!(scene.total("istio_request_messages_total", &grpc) > 0.5 && scene.total("istio_response_messages_total", &grpc) > 0.5);
+    }
+    assert!(near.admin("/metrics").expect("metrics").contains("istio_build{component=\"mesh-node\",tag="));
+}
+
+/// The parts of a line of Istio's text: quoted ones are one.
+fn parts(line: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut quoted = false;
+    for c in line.chars() {
+        match c {
+            '"' => quoted = !quoted,
+            ' ' if !quoted => parts.push(String::new()),
+            c => parts.last_mut().expect("never empty").push(c),
+        }
+    }
+    parts
+}
+
+#[test]
+fn the_seed_s_telemetry_turns_on_istio_s_access_log() {
+    let scene = scene();
+    scene.get("/before", 2);
+    scene.apply("seed", &std::fs::read_to_string(format!("{SEED}/17-telemetry-access-log.yaml")).expect("the seed's"));
+    scene.get("/after?x=1", 4);
+    let lines = |node: usize| {
+        let text = scene.bed.nodes()[node].log_text();
+        text.lines().filter(|l| l.starts_with('[') && l.contains("/after")).map(parts).collect::<Vec<_>>()
+    };
+    wait_for("lines of all requests by both ends", Duration::from_secs(5), || Ok(lines(0).len() + lines(1).len() == 8)).expect("lines");
+    assert!(scene.bed.nodes().iter().all(|n| !n.log_text().contains("/before")), "nothing was logged before");
+    let outbound = lines(0).into_iter().filter(|l| l.iter().any(|p| p.starts_with("outbound|"))).collect::<Vec<_>>();
+    assert_eq!(outbound.len(), 4);
+    for line in outbound {
+        assert_eq!(line.len(), 22, "{line:?}");
+        assert!(line[0].ends_with("Z]") && line[0].len() == 26, "{line:?}");
+        assert_eq!(line[1], "GET /after?x=1 HTTP/1.1");
+        assert_eq!(line[2..8], ["200", "-", "via_upstream", "-", "-", "0"].map(str::to_owned));
+        assert!(line[8].parse::<u64>().is_ok_and(|n| n > 0) && line[9].parse::<u64>().is_ok(), "{line:?}");
+        assert!(line[10].parse::<u64>().is_ok() && line[11] == "-" && line[12] == "tester/1", "{line:?}");
+        assert!(line[13].len() == 36 && line[14] == "web:80" && line[15].ends_with(":8080"), "{line:?}");
+        assert_eq!(line[16], "outbound|80||web.default.svc.cluster.local");
+        assert!(line[18].ends_with(":80") && [scene.client.v4(), scene.client.v6()].iter().any(|a| line[19].contains(&a.to_string())), "{line:?}");
+        assert_eq!(line[20..], ["-", "default"].map(str::to_owned));
+    }
+    let written = scene.total("mesh_access_log_lines_total", &["result=\"written\""]);
+    assert!(written >= 8.0 && scene.total("mesh_access_log_lines_total", &["result=\"dropped\""]) < 0.5, "{written}");
+}
+
+#[test]
+fn telemetry_filters_logs_and_changes_tags() {
+    let scene = scene();
+    let log = tempfile::Builder::new().prefix("access").suffix(".log").tempfile().expect("a file");
+    let path = log.path().display();
+    scene.apply(
+        "mesh",
+        &format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {path}, logFormat: {{labels: {{}}}}}}\n"
+        ),
+    );
+    scene.apply(
+        "telemetry",
+        r#"apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: {name: client, namespace: default}
+spec:
+  selector: {matchLabels: {app: client}}
+  accessLogging:
+  - providers: [{name: file}]
+    match: {mode: CLIENT}
+    filter: {expression: "response.code >= 400 && request.url_path.startsWith('/status')"}
+  metrics:
+  - overrides:
+    - match: {metric: REQUEST_COUNT, mode: CLIENT}
+      tagOverrides:
+        response_flags: {operation: REMOVE}
+        path: {value: "request.url_path"}
+        team: {value: "'shop'"}
+    - match: {metric: RESPONSE_SIZE}
+      disabled: true
+"#,
+    );
+    assert!(scene.bed.nodes()[0].admin_json("/status").expect("status")["remarks"].as_array().is_some_and(Vec::is_empty));
+    scene.get("/a", 3);
+    scene.get("/status/418", 2);
+    let changed = ["reporter=\"source\"", "team=\"shop\""];
+    scene.wait_total(3.0, "istio_requests_total", &[&changed[..], &["path=\"/a\""]].concat());
+    scene.wait_total(2.0, "istio_requests_total", &[&changed[..], &["path=\"/status/418\"", "response_code=\"418\""]].concat());
+    let metrics = scene.bed.nodes()[0].admin("/metrics").expect("metrics");
+    let source = |name: &str| metrics.lines().filter(|l| l.starts_with(name) && l.contains("reporter=\"source\"")).collect::<Vec<_>>();
+    assert!(source("istio_requests_total").iter().all(|l| !l.contains("response_flags")), "{metrics}");
+    assert!(source("istio_response_bytes").is_empty() && !source("istio_request_bytes").is_empty(), "{metrics}");
+    // The server's own scope has not changed.
+    scene.wait_total(5.0, "istio_requests_total", &["reporter=\"destination\"", "response_flags=\"-\""]);
+    let read = || std::fs::read_to_string(log.path()).expect("the log");
+    wait_for("two lines", Duration::from_secs(5), || Ok(read().lines().count() == 2)).expect("lines");
+    for line in read().lines() {
+        let line: Value = serde_json::from_str(line).expect("JSON");
+        assert_eq!((&line["response_code"], &line["path"]), (&Value::from(418), &Value::from("/status/418")), "{line}");
+        assert_eq!((&line["upstream_cluster"], &line["method"]), (&"outbound|80||web.default.svc.cluster.local".into(), &"GET".into()));
+        assert!(line["x_forwarded_for"].is_null() && line["duration"].is_u64() && line["start_time"].is_string(), "{line}");
+    }
+    // A narrower scope that says nothing of a provider that is not there.
+    scene.apply(
+        "bad",
+        "apiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {name: bad, namespace: default}\nspec: {accessLogging: [{providers: [{name: nowhere}]}]}\n",
+    );
+    let remarks = scene.bed.nodes()[0].admin_json("/status").expect("status")["remarks"].to_string();
+    assert!(remarks.contains("Telemetry default/bad") && remarks.contains("nowhere"), "{remarks}");
+}
+
+#[test]
+fn bytes_of_a_connection_are_counted_as_it_goes_on() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    let mut steady = bed.command(&client, &program("probe"), &["steady", &server.address(8080), "3"]).spawn().expect("started");
+    let bytes = |node: usize, reporter: &str| {
+        bed.nodes()[node].metric("istio_tcp_received_bytes_total", &[&format!("reporter=\"{reporter}\"")]).unwrap_or(0.0)
+    };
+    wait_for("bytes of an open connection", Duration::from_secs(2), || Ok(bytes(0, "source") > 0.5 && bytes(1, "destination") > 0.5))
+        .expect("counted");
+    let closed = bed.nodes()[0].metric("istio_tcp_connections_closed_total", &[]).expect("metric");
+    assert!(closed < 0.5 && steady.try_wait().expect("running").is_none(), "it is still open");
+    assert!(steady.wait().expect("ended").success());
+    wait_for("closed", Duration::from_secs(5), || Ok(bed.nodes()[0].metric("istio_tcp_connections_closed_total", &[])? > 0.5)).expect("closed");
+    // Each byte once.
+    assert_eq!(bytes(0, "source"), bytes(1, "destination"));
+    for path in ["tunnel"] {
+        let labels = ["direction=\"outbound\"", &format!("path=\"{path}\"")];
+        assert_eq!(bed.nodes()[0].metric("mesh_connections_total", &labels).expect("metric"), 1.0);
+    }
+}
