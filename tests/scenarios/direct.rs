@@ -297,7 +297,8 @@ fn an_endpoint_of_a_headless_service_is_reached_where_it_was_dialled() {
         assert_eq!(direct(&bed), (n + 1) as f64);
     }
     wait_for("all counted", Duration::from_secs(5), || {
-        Ok(bed.nodes()[0].metric("istio_tcp_connections_closed_total", &["destination_service_name=\"each\"", "reporter=\"source\""])? == 4.0)
+        Ok(bed.nodes()[0].metric("istio_tcp_connections_closed_total", &["destination_service_name=\"each\"", "reporter=\"source\""])?
+            == 4.0)
     })
     .expect("counted as the service's");
 }

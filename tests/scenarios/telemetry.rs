@@ -104,7 +104,9 @@ fn requests_are_counted_by_both_reporters_with_all_labels() {
     }
     // The destination's own node reports, and nobody else.
     let [near, far] = scene.bed.nodes() else { panic!("two nodes") };
-    let of = |node: &mesh_tests::bed::Node, reporter: &str| node.metric("istio_requests_total", &[&format!("reporter=\"{reporter}\"")]).expect("metric");
+    let of = |node: &mesh_tests::bed::Node, reporter: &str| {
+        node.metric("istio_requests_total", &[&format!("reporter=\"{reporter}\"")]).expect("metric")
+    };
     assert!(of(near, "source") > 19.5 && of(far, "source") < 0.5 && of(far, "destination") > 0.5);
     scene.web(&["grpc", "web:81"]);
     for reporter in ["reporter=\"source\"", "reporter=\"destination\""] {
@@ -152,7 +154,10 @@ fn the_seed_s_telemetry_turns_on_istio_s_access_log() {
         assert!(line[10].parse::<u64>().is_ok() && line[11] == "-" && line[12] == "tester/1", "{line:?}");
         assert!(line[13].len() == 36 && line[14] == "web:80" && line[15].ends_with(":8080"), "{line:?}");
         assert_eq!(line[16], "outbound|80||web.default.svc.cluster.local");
-        assert!(line[18].ends_with(":80") && [scene.client.v4(), scene.client.v6()].iter().any(|a| line[19].contains(&a.to_string())), "{line:?}");
+        assert!(
+            line[18].ends_with(":80") && [scene.client.v4(), scene.client.v6()].iter().any(|a| line[19].contains(&a.to_string())),
+            "{line:?}"
+        );
         assert_eq!(line[20..], ["-", "default"].map(str::to_owned));
     }
     let written = scene.total("mesh_access_log_lines_total", &["result=\"written\""]);
@@ -234,11 +239,10 @@ fn bytes_of_a_connection_are_counted_as_it_goes_on() {
     let closed = bed.nodes()[0].metric("istio_tcp_connections_closed_total", &[]).expect("metric");
     assert!(closed < 0.5 && steady.try_wait().expect("running").is_none(), "it is still open");
     assert!(steady.wait().expect("ended").success());
-    wait_for("closed", Duration::from_secs(5), || Ok(bed.nodes()[0].metric("istio_tcp_connections_closed_total", &[])? > 0.5)).expect("closed");
+    wait_for("closed", Duration::from_secs(5), || Ok(bed.nodes()[0].metric("istio_tcp_connections_closed_total", &[])? > 0.5))
+        .expect("closed");
     // Each byte once.
     assert_eq!(bytes(0, "source"), bytes(1, "destination"));
-    for path in ["tunnel"] {
-        let labels = ["direction=\"outbound\"", &format!("path=\"{path}\"")];
-        assert_eq!(bed.nodes()[0].metric("mesh_connections_total", &labels).expect("metric"), 1.0);
-    }
+    let labels = ["direction=\"outbound\"", "path=\"tunnel\""];
+    assert_eq!(bed.nodes()[0].metric("mesh_connections_total", &labels).expect("metric"), 1.0);
 }

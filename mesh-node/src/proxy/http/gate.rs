@@ -298,7 +298,10 @@ impl Refusal {
 }
 
 impl Refusal {
-    pub fn note(&self, record: &mut Record) {
+    /// Takes it down in the record of the request at a gate.
+    pub fn note(&self, record: &mut Record, gate: &Gate, head: &RequestHead) {
+        record.denied(head);
+        record.peer.clone_from(&gate.facts.peer);
         record.details = self.details.clone().into();
         self.flag.into_iter().for_each(|flag| record.raise(flag));
     }
@@ -365,6 +368,6 @@ fn is_preflight(head: &RequestHead) -> bool {
 /// Takes down a request that was refused, as the destination sees it.
 pub fn refused(gate: &Gate, refusal: &Refusal, head: &RequestHead, protocol: &'static str) -> Record {
     let mut record = gate.record(head, protocol);
-    refusal.note(&mut record);
+    refusal.note(&mut record, gate, head);
     record
 }

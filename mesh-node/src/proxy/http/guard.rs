@@ -118,7 +118,7 @@ async fn h1_exchange(
     let pass = match admitted {
         Ok(pass) => pass,
         Err(refusal) => {
-            refusal.note(&mut record);
+            refusal.note(&mut record, gate, &head);
             // After CONNECT a client may say what is no HTTP.
             let close = application.is_none() || !reader.is_end() || head.method == Method::CONNECT;
             return refuse(refusal.reply, grpc, close, &mut responder, reader, &mut record).await;
@@ -323,7 +323,7 @@ async fn h2_request(
     let pass = match admitted {
         Ok(pass) => pass,
         Err(refusal) => {
-            refusal.note(record);
+            refusal.note(record, gate, head);
             answer(refusal.reply, grpc, responder, record).await;
             return Ok(());
         }

@@ -55,6 +55,7 @@ pub struct Record {
     pub answered_after: Option<Duration>,
     pub peer: Option<SpiffeId>,
     pub mutual_tls: bool,
+    denied: bool,
 }
 
 /// What logs and tags say of the request; kept only when there are any.
@@ -103,6 +104,7 @@ impl Record {
             answered_after: None,
             peer: None,
             mutual_tls: false,
+            denied: false,
         }
     }
 
@@ -110,16 +112,28 @@ impl Record {
     pub fn describe(&mut self, head: &RequestHead, reporting: &Arc<Reporting>) {
         self.grpc = head.is_grpc();
         if told(reporting, self.reporter).wants_request() || is_traced() {
-            self.described = Some(Box::new(Described {
-                method: head.method.clone(),
-                path: head.target.as_str().to_owned(),
-                authority: head.authority.clone(),
-                scheme: head.scheme.as_str(),
-                headers: head.headers.clone(),
-                response_headers: None,
-            }));
+            self.keep(head);
         }
         self.reporting = Some(reporting.clone());
+    }
+
+    fn keep(&mut self, head: &RequestHead) {
+        self.described = Some(Box::new(Described {
+            method: head.method.clone(),
+            path: head.target.as_str().to_owned(),
+            authority: head.authority.clone(),
+            scheme: head.scheme.as_str(),
+            headers: head.headers.clone(),
+            response_headers: None,
+        }));
+    }
+
+    /// Takes down that the request is not let in: that is logged in any case.
+    pub fn denied(&mut self, head: &RequestHead) {
+        self.denied = true;
+        if self.described.is_none() && tracing::enabled!(target: "access", tracing::Level::INFO) {
+            self.keep(head);
+        }
     }
 
     /// Takes down what the request became on its way, such as the id it was given.
@@ -197,22 +211,32 @@ impl Record {
         }
     }
 
-    /// For who looks at one node: `--log access=debug`.
+    /// For who looks at one node: what was denied, and everything with `--log access=debug`.
     fn trace(&self, entry: &Entry<'_>) {
         let asked = entry.request.as_ref();
-        let source = self.source.as_ref();
-        tracing::debug!(
-            name: "request complete",
-            target: "access",
-            { reporter = self.reporter.name(), protocol = self.protocol, method = asked.map(|a| a.method), path = asked.map(|a| a.path),
-              authority = asked.map(|a| a.authority), request_id = asked.and_then(|a| a.headers.get("x-request-id")).and_then(|v| v.to_str().ok()),
-              response_code = self.status.map(|s| s.as_u16()), response_flags = %self.flags, response_code_details = %self.details,
-              attempts = self.attempts, duration = format!("{}ms", entry.duration.as_millis()), route_name = self.route.as_deref(),
-              upstream_cluster = self.cluster.as_ref().map(|c| c.id.to_string()), upstream_host = self.endpoint.map(|e| e.to_string()),
-              downstream_remote_address = %self.client, downstream_local_address = %self.destination,
-              src.workload = source.map(|s| s.name.name.to_string()), src.namespace = source.map(|s| s.name.namespace.to_string()) },
-            "request complete"
-        );
+        let id = asked.and_then(|a| a.headers.get("x-request-id")).and_then(|v| v.to_str().ok());
+        let (source, peer) = (self.source.as_ref(), self.peer.as_ref().map(ToString::to_string));
+        macro_rules! say {
+            ($level:ident, $what:literal) => {
+                tracing::$level!(
+                    name: $what,
+                    target: "access",
+                    { reporter = self.reporter.name(), protocol = self.protocol, method = asked.map(|a| a.method), path = asked.map(|a| a.path),
+                      authority = asked.map(|a| a.authority), request_id = id, response_code = self.status.map(|s| s.as_u16()),
+                      response_flags = %self.flags, response_code_details = %self.details, attempts = self.attempts,
+                      duration = format!("{}ms", entry.duration.as_millis()), route_name = self.route.as_deref(),
+                      upstream_cluster = self.cluster.as_ref().map(|c| c.id.to_string()), upstream_host = self.endpoint.map(|e| e.to_string()),
+                      downstream_remote_address = %self.client, downstream_local_address = %self.destination, src.identity = peer,
+                      src.workload = source.map(|s| s.name.name.to_string()), src.namespace = source.map(|s| s.name.namespace.to_string()) },
+                    $what
+                )
+            };
+        }
+        if self.denied {
+            say!(info, "request denied");
+        } else {
+            say!(debug, "request complete");
+        }
     }
 
     /// Where a request is counted that went nowhere.
@@ -254,7 +278,7 @@ impl Drop for Record {
         self.metrics.http_active.dec();
         let duration = self.started.elapsed();
         let told = self.reporting.as_deref().map(|r| told(r, self.reporter)).filter(|t| t.wants_request());
-        if is_traced() {
+        if is_traced() || self.denied {
             self.trace(&self.entry(duration));
         }
         let Some(told) = told else { return self.count(duration, Tags::default()) };
