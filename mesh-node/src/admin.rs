@@ -2,89 +2,190 @@
 //! (loopback by default: it shows names and addresses of every pod).
 
 mod authorization;
+mod config_dump;
+mod explain;
+mod pages;
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::SystemTime};
+use std::{
+    convert::Infallible,
+    fs::Permissions,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, Uri, header::CONTENT_TYPE};
+use http::{
+    HeaderMap, Method, Request, Response, StatusCode, Uri,
+    header::{ACCEPT, CONTENT_TYPE},
+};
 use http_body_util::Full;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::Semaphore};
-
-use crate::{
-    app::Node,
-    proxy::http::clusters::{ClusterState, Limited},
-    route::Workload,
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    sync::{OwnedSemaphorePermit, Semaphore},
 };
+
+use crate::{app::Node, telemetry};
 
 /// Connections served at once; more wait.
 const MAX_CONNECTIONS: usize = 32;
-const HEADER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What would become of a request, by a configuration; see `meshctl explain`.
+pub fn explain(snapshot: &crate::config::Snapshot, query: &str) -> Result<Value, String> {
+    explain::answer(snapshot, query)
+}
 
 pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::bind(address).await
 }
 
+/// Which pages are served where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// All of them.
+    All,
+    /// Metrics alone: for whoever may scrape.
+    Metrics,
+    /// Readiness alone: for the kubelet.
+    Readiness,
+}
+
 /// Serves a node's pages until the process ends.
-pub async fn serve_node(listener: TcpListener, node: Arc<Node>) {
-    serve(listener, Arc::new(move |method: &Method, uri: &Uri| answer(&node, method, uri))).await;
+pub async fn serve_node(listener: TcpListener, node: Arc<Node>, pages: Pages) {
+    serve(listener, Arc::new(move |method: &Method, uri: &Uri, headers: &HeaderMap| answer(&node, pages, method, uri, headers))).await;
+}
+
+/// Serves all pages to processes of the node that may open a socket in its file system.
+pub async fn serve_socket(listener: UnixListener, node: Arc<Node>) {
+    let answer = Arc::new(move |method: &Method, uri: &Uri, headers: &HeaderMap| answer(&node, Pages::All, method, uri, headers));
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => drop(tokio::spawn(connection(stream, answer.clone(), slot))),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+/// Listens on a socket in the file system, in place of one that an earlier process left.
+pub fn bind_socket(path: &Path) -> io::Result<UnixListener> {
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    if path.metadata().is_ok_and(|m| m.file_type().is_socket()) {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Listens on an address; on a node without IPv6, `[::]` means all of IPv4.
+pub async fn bind_any(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error) if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            TcpListener::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port())).await
+        }
+        bound => bound,
+    }
 }
 
 /// Serves pages until the process ends.
 pub async fn serve<A>(listener: TcpListener, answer: Arc<A>)
 where
-    A: Fn(&Method, &Uri) -> Response<Full<Bytes>> + Send + Sync + 'static,
+    A: Fn(&Method, &Uri, &HeaderMap) -> Response<Full<Bytes>> + Send + Sync + 'static,
 {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
-        let Ok((stream, _)) = listener.accept().await else {
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-            continue;
-        };
-        let answer = answer.clone();
-        tokio::spawn(async move {
-            let service = service_fn(|request: Request<hyper::body::Incoming>| {
-                std::future::ready(Ok::<_, Infallible>(answer(request.method(), request.uri())))
-            });
-            let mut http = http1::Builder::new();
-            http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-            if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
-                tracing::debug!(target: "admin", %error, "connection ended");
-            }
-            drop(slot);
-        });
+        match listener.accept().await {
+            Ok((stream, _)) => drop(tokio::spawn(connection(stream, answer.clone(), slot))),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
     }
 }
 
-fn answer(node: &Node, method: &Method, uri: &Uri) -> Response<Full<Bytes>> {
-    if method != Method::GET {
-        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".to_owned());
+async fn connection<A>(stream: impl AsyncRead + AsyncWrite + Unpin, answer: Arc<A>, slot: OwnedSemaphorePermit)
+where
+    A: Fn(&Method, &Uri, &HeaderMap) -> Response<Full<Bytes>>,
+{
+    let service = service_fn(|request: Request<hyper::body::Incoming>| {
+        std::future::ready(Ok::<_, Infallible>(answer(request.method(), request.uri(), request.headers())))
+    });
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+        tracing::debug!(target: "admin", %error, "connection ended");
     }
-    match uri.path() {
-        "/healthz/ready" if node.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
-        "/healthz/ready" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
-        "/metrics" | "/stats/prometheus" => metrics(node),
-        "/status" => document(&status(node)),
+    drop(slot);
+}
+
+const INDEX: &str = "/healthz/ready /metrics /status /pods /workloads /services /routes?service= /certificates /pool /clusters /connections \
+    /acceleration /direct /authorization? /explain? /config_dump /logging?level=";
+
+fn answer(node: &Node, pages: Pages, method: &Method, uri: &Uri, headers: &HeaderMap) -> Response<Full<Bytes>> {
+    let query = uri.query().unwrap_or_default();
+    match (pages, method, uri.path()) {
+        (Pages::All, &Method::POST | &Method::PUT, "/logging") => set_logging(query),
+        (_, method, _) if method != Method::GET => {
+            text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here, and POST of /logging\n".to_owned())
+        }
+        (Pages::All | Pages::Readiness, _, "/healthz/ready") if node.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
+        (Pages::All | Pages::Readiness, _, "/healthz/ready") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
+        (Pages::All | Pages::Metrics, _, "/metrics" | "/stats/prometheus") => metrics(node, headers),
+        (Pages::All, _, path) => page(node, path, query),
+        (Pages::Metrics, ..) => text(StatusCode::NOT_FOUND, "/metrics and /stats/prometheus are served here\n".to_owned()),
+        (Pages::Readiness, ..) => text(StatusCode::NOT_FOUND, "/healthz/ready is served here\n".to_owned()),
+    }
+}
+
+fn page(node: &Node, path: &str, query: &str) -> Response<Full<Bytes>> {
+    let asked =
+        |answer: Result<Value, String>| answer.map_or_else(|error| text(StatusCode::BAD_REQUEST, error + "\n"), |found| document(&found));
+    match path {
+        "/status" => document(&pages::status(node)),
         "/pods" => document(&json!(node.pods())),
-        "/workloads" => document(&workloads(node)),
-        "/services" => document(&services(node)),
-        "/certificates" => document(&certificates(node)),
-        "/pool" => document(&pool(node)),
-        "/clusters" => document(&clusters(node)),
-        "/acceleration" => document(&acceleration(node)),
-        "/direct" => document(&direct(node)),
-        "/authorization" => {
-            let answer = authorization::answer(&node.proxy.config.load(), uri.query().unwrap_or_default());
-            answer.map_or_else(|error| text(StatusCode::BAD_REQUEST, error + "\n"), |found| document(&found))
-        }
-        "/" => {
-            let all = "/healthz/ready /metrics /status /pods /workloads /services /certificates /pool /clusters /acceleration /direct /authorization";
-            text(StatusCode::OK, format!("{all}\n"))
-        }
+        "/workloads" => document(&pages::workloads(node)),
+        "/services" => document(&pages::services(node)),
+        "/routes" => document(&pages::routes(node, query)),
+        "/certificates" => document(&pages::certificates(node)),
+        "/pool" => document(&pages::pool(node)),
+        "/clusters" => document(&pages::clusters(node)),
+        "/connections" => document(&pages::connections(node)),
+        "/acceleration" => document(&pages::acceleration(node)),
+        "/direct" => document(&pages::direct(node)),
+        "/authorization" => asked(authorization::answer(&node.proxy.config.load(), query)),
+        "/explain" => asked(explain::answer(&node.proxy.config.load(), query)),
+        "/config_dump" => document(&config_dump::dump(node)),
+        "/logging" => match telemetry::log_filter() {
+            Some(filter) => text(StatusCode::OK, format!("current log level is {filter}\n")),
+            None => text(StatusCode::SERVICE_UNAVAILABLE, "the process does not log\n".to_owned()),
+        },
+        "/" => text(StatusCode::OK, format!("{INDEX}\n")),
         path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
+    }
+}
+
+/// `level=` takes what `--log` does; `reset` is what the process was started with.
+fn set_logging(query: &str) -> Response<Full<Bytes>> {
+    let Some(level) = query.strip_prefix("level=").and_then(authorization::decoded).filter(|l| !l.is_empty()) else {
+        return text(StatusCode::BAD_REQUEST, "level: is missing; say /logging?level=debug, or as --log does\n".to_owned());
+    };
+    match telemetry::set_log_filter(&level) {
+        Ok(filter) => {
+            tracing::info!(target: "admin", %filter, "the log level was changed");
+            text(StatusCode::OK, format!("current log level is {filter}\n"))
+        }
+        Err(error) => text(StatusCode::BAD_REQUEST, format!("level: {error}\n")),
     }
 }
 
@@ -101,150 +202,21 @@ fn document(value: &Value) -> Response<Full<Bytes>> {
     response
 }
 
-fn metrics(node: &Node) -> Response<Full<Bytes>> {
+/// `OpenMetrics` for who asks for it; else Prometheus' older text, as `curl` and its tools expect.
+fn metrics(node: &Node, headers: &HeaderMap) -> Response<Full<Bytes>> {
     node.refresh_metrics();
-    match node.proxy.metrics.render() {
+    let open = headers.get_all(ACCEPT).iter().any(|v| v.to_str().is_ok_and(|v| v.contains("application/openmetrics-text")));
+    let (rendered, kind) = if open {
+        (node.proxy.metrics.render(), "application/openmetrics-text; version=1.0.0; charset=utf-8")
+    } else {
+        (node.proxy.metrics.render_text(), "text/plain; version=0.0.4; charset=utf-8")
+    };
+    match rendered {
         Ok(body) => {
             let mut response = text(StatusCode::OK, body);
-            let kind = http::HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
-            response.headers_mut().insert(CONTENT_TYPE, kind);
+            response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(kind));
             response
         }
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     }
-}
-
-fn status(node: &Node) -> Value {
-    let snapshot = node.proxy.config.load();
-    let settings = &node.settings;
-    json!({
-        "node": &*settings.mesh.node,
-        "version": env!("CARGO_PKG_VERSION"),
-        "ready": node.is_ready(),
-        "uptimeSeconds": node.started.elapsed().unwrap_or_default().as_secs(),
-        "failMode": format!("{:?}", settings.capture.fail_mode).to_lowercase(),
-        "trustDomain": settings.mesh.trust_domains.local.as_str(),
-        "outboundTrafficPolicy": match settings.mesh.outbound {
-            crate::config::OutboundPolicy::AllowAny => "ALLOW_ANY",
-            crate::config::OutboundPolicy::RegistryOnly => "REGISTRY_ONLY",
-        },
-        "generation": snapshot.generation,
-        "openConnections": node.proxy.metrics.open_connections.get(),
-        "remarks": node.proxy.config.statuses().iter().map(ToString::to_string).collect::<Vec<_>>(),
-    })
-}
-
-fn workloads(node: &Node) -> Value {
-    let snapshot = node.proxy.config.load();
-    let mut all = snapshot.workloads().collect::<Vec<_>>();
-    all.sort_by(|a, b| a.name.cmp(&b.name));
-    all.into_iter().map(|w| workload(w)).collect()
-}
-
-fn workload(w: &Workload) -> Value {
-    let mode = |strict: bool| if strict { "STRICT" } else { "PERMISSIVE" };
-    let ports = w.policy.mtls.ports.iter().map(|(port, strict)| (port.to_string(), json!(mode(*strict))));
-    json!({
-        "namespace": &*w.name.namespace, "name": &*w.name.name, "uid": w.uid.to_string(), "node": &*w.node,
-        "identity": w.identity.to_string(), "addresses": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
-        "mtls": mode(w.policy.mtls.strict), "mtlsByPort": ports.collect::<serde_json::Map<_, _>>(),
-        "policies": governing(&w.policy.everywhere),
-        "policiesByPort": w.policy.ports.iter().map(|(port, g)| (port.to_string(), governing(g))).collect::<serde_json::Map<_, _>>(),
-    })
-}
-
-/// What governs a workload, or a port of it.
-fn governing(governing: &crate::policy::Governing) -> Value {
-    let all = &governing.authorization;
-    let names = |rules: &crate::policy::RuleSet| {
-        let mut names = rules.rules().iter().map(|r| r.policy.to_string()).collect::<Vec<_>>();
-        names.dedup();
-        names
-    };
-    json!({
-        "all": all.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "allow": all.allow.as_ref().map(names), "deny": names(&all.deny), "audit": names(&all.audit),
-        "dryRunAllow": all.shadow_allow.as_ref().map(names), "dryRunDeny": names(&all.shadow_deny),
-        "custom": all.custom.iter().map(|(provider, rules)| (provider.to_string(), json!(names(rules)))).collect::<serde_json::Map<_, _>>(),
-        "issuers": governing.authentication.iter().map(|r| r.issuer.to_string()).collect::<Vec<_>>(),
-    })
-}
-
-fn services(node: &Node) -> Value {
-    let snapshot = node.proxy.config.load();
-    let port = |p: &crate::route::ServicePort| {
-        let endpoints = p
-            .cluster
-            .endpoints
-            .iter()
-            .map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
-        let subsets = p.subsets.iter().map(|(name, c)| json!({"name": &**name, "endpoints": c.endpoints.len()}));
-        json!({
-            "name": &*p.name, "port": p.port, "protocol": format!("{:?}", p.cluster.protocol).to_lowercase(),
-            "httpRoutes": p.routes.http.as_ref().map(|t| json!({"from": &*t.origin, "rules": t.rules.len()})),
-            "tcpRoutes": p.routes.tcp.len(), "tlsRoutes": p.routes.tls.len(),
-            "subsets": subsets.collect::<Vec<_>>(), "endpoints": endpoints.collect::<Vec<_>>(),
-        })
-    };
-    let one = |s: &Arc<crate::route::Service>| json!({"namespace": &*s.name.namespace, "name": &*s.name.name, "addresses": s.vips, "ports": s.ports.iter().map(port).collect::<Vec<_>>()});
-    snapshot.services().iter().map(one).collect()
-}
-
-fn certificates(node: &Node) -> Value {
-    let seconds = |t: Option<SystemTime>| t.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|d| d.as_secs());
-    let one = |c: crate::identity::CertificateState| json!({"identity": c.identity.to_string(), "notBefore": seconds(c.not_before), "notAfter": seconds(c.not_after), "serial": c.serial, "error": c.error});
-    node.proxy.identity.states().into_iter().map(one).collect()
-}
-
-/// What each pod of the node has under way to other services, and which endpoints it leaves out.
-fn clusters(node: &Node) -> Value {
-    let (snapshot, now) = (node.proxy.config.load(), std::time::Instant::now());
-    let of_pod = |pod: Arc<crate::proxy::ServedPod>| {
-        let source = snapshot.workload(&pod.uid).map(|w| w.name.to_string());
-        let mut all = pod.clusters.all();
-        all.sort_by(|a, b| a.0.cmp(&b.0));
-        let one = move |(id, state): (crate::route::ClusterId, Arc<ClusterState>)| {
-            let ejected = state.outliers.ejected();
-            let ejected = ejected.iter().filter(|(_, until)| *until > now);
-            let ejected = ejected.map(|(a, until)| json!({"address": a.to_string(), "seconds": until.duration_since(now).as_secs()}));
-            json!({
-                "source": source, "cluster": id.to_string(), "connections": state.count(Limited::Connections),
-                "idle": state.idle(), "pending": state.count(Limited::Pending), "requests": state.count(Limited::Requests),
-                "retries": state.count(Limited::Retries), "ejected": ejected.collect::<Vec<_>>(),
-            })
-        };
-        all.into_iter().map(one).collect::<Vec<_>>()
-    };
-    node.proxy.pods.all().into_iter().flat_map(of_pod).collect()
-}
-
-/// Connections between the proxy and applications, with why each is accelerated or not.
-fn acceleration(node: &Node) -> Value {
-    let Some(offers) = node.proxy.accelerated() else { return json!({"unavailable": true, "pairs": []}) };
-    let one = |s: crate::capture::PairState| json!({"one": s.pair.one.local.to_string(), "other": s.pair.one.remote.to_string(), "state": s.state.name(), "redirectedBytes": s.redirected});
-    json!({"unavailable": false, "pairs": offers.states().into_iter().map(one).collect::<Vec<_>>()})
-}
-
-/// Connections between pods of this node that go past the proxy.
-fn direct(node: &Node) -> Value {
-    let name = |n: Option<crate::id::ObjectName>| n.map(|n| n.to_string());
-    let one = |s: crate::proxy::direct::DirectState| {
-        json!({
-            "source": name(s.source), "destination": name(s.destination), "service": name(s.service),
-            "client": s.flow.client.to_string(), "dialled": s.flow.dialled.to_string(), "endpoint": s.flow.endpoint.to_string(),
-            "seconds": s.flow.begun.elapsed().as_secs(), "sentBytes": s.bytes.map(|b| b.0), "receivedBytes": s.bytes.map(|b| b.1),
-        })
-    };
-    json!({"routes": node.direct.routes(), "connections": node.direct.states().into_iter().map(one).collect::<Vec<_>>()})
-}
-
-fn pool(node: &Node) -> Value {
-    let one = |s: crate::hbone::pool::PoolState| {
-        json!({
-            "source": s.key.source.to_string(), "sourceWorkload": s.key.source_workload.to_string(),
-            "destination": s.key.destination.to_string(), "destinationWorkload": s.key.destination_workload.to_string(),
-            "address": s.key.address.to_string(), "connections": s.connections, "streams": s.streams,
-        })
-    };
-    node.proxy.pool.states().into_iter().map(one).collect()
 }

@@ -6,7 +6,10 @@ mod access;
 mod flags;
 pub mod traffic;
 
-use std::sync::Arc;
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
 
 pub use access::AccessLogs;
 pub use flags::{Flag, Flags};
@@ -15,6 +18,8 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
+
+use tracing_subscriber::EnvFilter;
 
 use self::traffic::Traffic;
 
@@ -177,6 +182,22 @@ impl Metrics {
         Ok(text)
     }
 
+    /// Prometheus' older text: names of counters have their `_total` in the comments too.
+    pub fn render_text(&self) -> Result<String, std::fmt::Error> {
+        let open = self.render()?;
+        let counters = open.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect::<HashSet<_>>();
+        let mut text = String::with_capacity(open.len());
+        for line in open.lines().filter(|l| *l != "# EOF") {
+            let comment = ["# HELP ", "# TYPE "].into_iter().find_map(|kind| Some((kind, line.strip_prefix(kind)?)));
+            match comment.and_then(|(kind, rest)| Some((kind, rest.split_once(' ')?))) {
+                Some((kind, (name, rest))) if counters.contains(name) => text.extend([kind, name, "_total ", rest]),
+                _ => text.push_str(line),
+            }
+            text.push('\n');
+        }
+        Ok(text)
+    }
+
     pub fn failure(&self, direction: &'static str, reason: &'static str) {
         self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
     }
@@ -198,12 +219,52 @@ impl Metrics {
     }
 }
 
+/// Changes what is logged while the process runs.
+struct LogControl {
+    /// What it was started with.
+    first: String,
+    now: Mutex<String>,
+    set: Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>,
+}
+
+static LOG: OnceLock<LogControl> = OnceLock::new();
+
 /// Starts logging to standard output. `filter` is in the syntax of `RUST_LOG`.
 pub fn start_logging(filter: &str, json: bool) -> Result<(), String> {
-    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(|e| format!("log filter {filter:?}: {e}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stdout);
-    let started = if json { builder.json().try_init() } else { builder.try_init() };
-    started.map_err(|e| e.to_string())
+    let parsed = log_filter_of(filter)?;
+    let builder = tracing_subscriber::fmt().with_env_filter(parsed).with_ansi(false).with_writer(std::io::stdout);
+    let set: Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync> = if json {
+        let builder = builder.json().with_filter_reloading();
+        let handle = builder.reload_handle();
+        builder.try_init().map_err(|e| e.to_string())?;
+        Box::new(move |filter| handle.reload(filter).map_err(|e| e.to_string()))
+    } else {
+        let builder = builder.with_filter_reloading();
+        let handle = builder.reload_handle();
+        builder.try_init().map_err(|e| e.to_string())?;
+        Box::new(move |filter| handle.reload(filter).map_err(|e| e.to_string()))
+    };
+    // There is one log, started once.
+    let _ = LOG.set(LogControl { first: filter.to_owned(), now: Mutex::new(filter.to_owned()), set });
+    Ok(())
+}
+
+fn log_filter_of(filter: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(filter).map_err(|e| format!("log filter {filter:?}: {e}"))
+}
+
+/// What is logged now; none when nothing is.
+pub fn log_filter() -> Option<String> {
+    LOG.get().map(|log| log.now.lock().unwrap_or_else(PoisonError::into_inner).clone())
+}
+
+/// Changes what is logged; `reset` is what it was at first. Says what it is then.
+pub fn set_log_filter(filter: &str) -> Result<String, String> {
+    let log = LOG.get().ok_or("the process does not log")?;
+    let filter = if filter == "reset" { &log.first } else { filter };
+    (log.set)(log_filter_of(filter)?)?;
+    filter.clone_into(&mut log.now.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(filter.to_owned())
 }
 
 /// An error with all its causes on one line.

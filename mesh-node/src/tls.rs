@@ -12,6 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     client::Resumption,
@@ -129,10 +130,21 @@ impl Credentials {
         now >= self.not_after
     }
 
+    /// The chain as PEM, leaf first.
+    pub fn chain_pem(&self) -> Vec<String> {
+        self.key.cert.iter().map(|der| pem(der)).collect()
+    }
+
     /// The leaf certificate.
     pub fn certificate(&self) -> Option<&CertificateDer<'static>> {
         self.key.cert.first()
     }
+}
+
+fn pem(der: &[u8]) -> String {
+    let text = BASE64_STANDARD.encode(der);
+    let lines = text.as_bytes().chunks(64).map(String::from_utf8_lossy).collect::<Vec<_>>().join("\n");
+    format!("-----BEGIN CERTIFICATE-----\n{lines}\n-----END CERTIFICATE-----\n")
 }
 
 /// What a certificate says of itself.

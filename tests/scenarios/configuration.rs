@@ -72,12 +72,10 @@ fn every_seed_manifest_is_taken_and_what_is_not_honoured_is_said() {
     // A file that a process forked meanwhile still has open comes a little later.
     let said =
         |kind: &str| remarks(&bed).lines().any(|l| l.contains(&format!(" {kind} ")) && l.contains("is not honoured by this version"));
-    for kind in ["Gateway", "Telemetry"] {
-        wait_for(kind, Duration::from_secs(5), || Ok(said(kind))).expect("said not to be honoured");
-    }
+    wait_for("the Gateway", Duration::from_secs(5), || Ok(said("Gateway"))).expect("said not to be honoured");
     let remarks = remarks(&bed);
     // 12 and 21 are the same object, which is said of one of them.
-    for honoured in ["PeerAuthentication default/reviews-mtls", "AuthorizationPolicy", "RequestAuthentication"] {
+    for honoured in ["PeerAuthentication default/reviews-mtls", "AuthorizationPolicy", "RequestAuthentication", "Telemetry"] {
         assert!(!remarks.contains(honoured), "{remarks}");
     }
 }
@@ -85,19 +83,25 @@ fn every_seed_manifest_is_taken_and_what_is_not_honoured_is_said() {
 #[test]
 fn meshctl_shows_a_node_from_inside() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    bed.service("default", "shop-front", 80, 8080).expect("service");
     let [_pod] = bed.meshed([PodSpec::new("a-pod", 0)]).expect("pod");
     let run = |arguments: &[&str]| {
         let output = bed.nodes()[0].run(&program("meshctl"), arguments).expect("meshctl");
         (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
     };
     for (what, part) in [
-        ("status", "\"failMode\": \"closed\""),
+        ("status", "Fail mode               closed"),
         ("pods", "a-pod"),
-        ("workloads", "spiffe://cluster.local/ns/default/sa/a-pod"),
-        ("services", "bed-marker"),
-        ("certificates", "notAfter"),
-        ("pool", "[]"),
-        ("clusters", "[]"),
+        ("workloads", "cluster.local/ns/default/sa/a-pod"),
+        ("services", "shop-front"),
+        ("certificates", "good"),
+        ("pool", "SOURCE"),
+        ("clusters", "EJECTED"),
+        ("routes", "shop-front"),
+        ("policies", "default/a-pod"),
+        ("connections", "ENCRYPTED"),
+        ("capture", "captured"),
+        ("config-dump", "\"workloadState\""),
         ("metrics", "mesh_enrolled_pods 1"),
     ] {
         let (success, text) = run(&[what]);
@@ -118,12 +122,133 @@ fn meshctl_shows_a_node_from_inside() {
         "-H",
         "x-y: z&z",
     ]);
-    assert!(success && text.contains("\"decision\": \"allowed\""), "{text}");
+    assert!(success && text.starts_with("ALLOWED: no policy denies it"), "{text}");
     let (success, text) = run(&["authorize", "--from", "default/a-pod", "--to", "default/nobody", "--port", "80"]);
     assert!(!success && text.contains("there is no workload \"default/nobody\""), "{text}");
     let (success, text) = run(&["--admin", "127.0.0.1:1", "status"]);
     assert!(!success && text.contains("127.0.0.1:1") && text.contains("is it running"), "{text}");
     assert!(!run(&["nonsense"]).0);
+    for (output, part) in [("json", "\"failMode\": \"closed\""), ("yaml", "failMode: \"closed\"")] {
+        let (success, text) = run(&["status", "-o", output]);
+        assert!(success && text.contains(part) && !text.contains('\x1b'), "{text}");
+    }
+}
+
+#[test]
+fn exit_statuses_tell_scripts_what_happened() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    bed.service("default", "shop-front", 80, 8080).expect("service");
+    let [_pod] = bed.meshed([PodSpec::new("a-pod", 0)]).expect("pod");
+    let run = |arguments: &[&str]| {
+        let output = bed.nodes()[0].run(&program("meshctl"), arguments).expect("meshctl");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    };
+    for (arguments, status, part) in [
+        (&["status"][..], 0, "Ready                   yes"),
+        (&["--admin", "127.0.0.1:1", "status"], 3, "no mesh-node answers at 127.0.0.1:1"),
+        (&["--admin", "/nowhere.sock", "status"], 3, "no mesh-node answers at /nowhere.sock"),
+        (&["nonsense"], 2, "unrecognized subcommand"),
+        (&["policies", "b-pod"], 4, "did you mean default/a-pod?"),
+        (&["routes", "shop-frnt"], 4, "did you mean default/shop-front?"),
+        (&["routes", "shop-front"], 0, "80||shop-front.default.svc.cluster.local"),
+        (&["tls-check", "a-pod"], 0, "mutual TLS"),
+        (&["completion", "bash"], 0, "complete"),
+        (&["logs", "level"], 0, "current log level is info"),
+        (&["logs", "level", "proxy=debug,info"], 0, "current log level is proxy=debug,info"),
+        (&["logs", "level", "=,="], 4, "log filter"),
+        (&["logs", "level", "reset"], 0, "current log level is info"),
+        (&["explain", "--from", "a-pod", "--to", "nothing:80"], 4, "there is no service default/nothing"),
+    ] {
+        let (code, text) = run(arguments);
+        assert!(code == Some(status) && text.contains(part), "{arguments:?}: {code:?}: {text}");
+    }
+}
+
+/// The ports whose names are in everybody's scrape configuration and probes.
+#[test]
+fn metrics_and_readiness_have_ports_of_their_own_and_the_admin_a_socket() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("sub/admin.sock").display().to_string();
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--admin-socket", &socket])).expect("bed");
+    let [_pod] = bed.meshed([PodSpec::new("a-pod", 0)]).expect("pod");
+    let curl = |url: &str, more: &[&str]| {
+        let arguments = [&["-sS", "-g", "-w", " %{http_code} %{content_type}", url][..], more].concat();
+        let output = bed.nodes()[0].run(std::path::Path::new("curl"), &arguments).expect("curl");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    for host in ["127.0.0.1", "[::1]", &bed.node_address(0).to_string()] {
+        let metrics = curl(&format!("http://{host}:15020/stats/prometheus"), &[]);
+        assert!(
+            metrics.contains("\n# TYPE mesh_policy_decisions_total counter\n") || metrics.contains("mesh_enrolled_pods 1"),
+            "{metrics}"
+        );
+        assert!(metrics.ends_with(" 200 text/plain; version=0.0.4; charset=utf-8"), "{metrics}");
+        assert!(curl(&format!("http://{host}:15021/healthz/ready"), &[]).starts_with("ready"), "{host}");
+        assert!(curl(&format!("http://{host}:15020/config_dump"), &[]).contains(" 404 "), "{host}");
+        assert!(curl(&format!("http://{host}:15021/metrics"), &[]).contains(" 404 "), "{host}");
+    }
+    let open = curl("http://127.0.0.1:15020/metrics", &["-H", "accept: application/openmetrics-text"]);
+    assert!(open.contains("# EOF") && open.ends_with("application/openmetrics-text; version=1.0.0; charset=utf-8"), "{open}");
+    mesh_tests::bed::wait_for("the pod through the socket", std::time::Duration::from_secs(5), || {
+        let output = bed.nodes()[0].run(&program("meshctl"), &["--admin", &socket, "pods"])?;
+        Ok(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("default/a-pod"))
+    })
+    .expect("listed");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&socket).expect("a socket").permissions());
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+/// What istioctl reads of ztunnel's dump.
+#[test]
+fn the_configuration_is_dumped_as_ztunnel_does() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    bed.service("default", "shop-front", 80, 8080).expect("service");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"9\"]}}]}]}\n";
+    bed.apply("policy", policy).expect("applied");
+    bed.settle().expect("settled");
+    let mut hold = bed.command(&client, &program("probe"), &["hold", &server.address(8080), "1", "3"]).spawn().expect("started");
+    let mut dump = serde_json::Value::Null;
+    mesh_tests::bed::wait_for("an open connection", std::time::Duration::from_secs(5), || {
+        dump = bed.nodes()[0].admin_json("/config_dump")?;
+        Ok(dump["workloadState"]["Kubernetes//Pod/default/client"]["connections"]["outbound"][0]["protocol"] == "HBONE")
+    })
+    .expect("the connection");
+    let find =
+        |list: &str, name: &str| dump[list].as_array().and_then(|a| a.iter().find(|w| w["name"] == name)).cloned().unwrap_or_default();
+    let workload = find("workloads", "server");
+    for (field, expected) in [
+        ("uid", "Kubernetes//Pod/default/server"),
+        ("protocol", "HBONE"),
+        ("serviceAccount", "server"),
+        ("trustDomain", "cluster.local"),
+        ("status", "Healthy"),
+        ("node", "node2"),
+    ] {
+        assert_eq!(workload[field], expected, "{workload}");
+    }
+    assert_eq!(workload["workloadIps"][0], server.v4().to_string());
+    let service = find("services", "shop-front");
+    assert!(
+        service["hostname"] == "shop-front.default.svc.cluster.local" && service["vips"].is_array() && service["endpoints"].is_object(),
+        "{service}"
+    );
+    let policy = find("policies", "p");
+    assert_eq!(
+        (&policy["action"], &policy["scope"], policy["rules"].as_array().map(Vec::len)),
+        (&"Deny".into(), &"Namespace".into(), Some(1))
+    );
+    let certificate = &dump["certificates"][0];
+    assert_eq!(
+        (&certificate["state"], &certificate["identity"]),
+        (&"Available".into(), &"spiffe://cluster.local/ns/default/sa/client".into())
+    );
+    let pem = certificate["certChain"][0]["pem"].as_str().expect("a certificate");
+    let pem = base64::Engine::decode(&base64::prelude::BASE64_STANDARD, pem).expect("base64");
+    assert!(pem.starts_with(b"-----BEGIN CERTIFICATE-----\n"));
+    let valid = certificate["certChain"][0]["expirationTime"].as_str().expect("a time");
+    assert!(valid.ends_with('Z') && valid.len() == 24, "{valid}");
+    assert!(hold.wait().expect("ended").success());
 }
 
 #[test]

@@ -80,7 +80,7 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
     }))
 }
 
-fn reason(explanation: &Explanation) -> String {
+pub(super) fn reason(explanation: &Explanation) -> String {
     match (&explanation.denied, explanation.asked.is_empty()) {
         (Some(denial), _) => denial.to_string(),
         (None, true) => "no policy denies it".to_owned(),
@@ -165,7 +165,7 @@ impl Question {
 }
 
 /// A workload by an address of its, or by `namespace/name`.
-fn find<'s>(snapshot: &'s Snapshot, text: &str) -> Option<&'s Arc<Workload>> {
+pub(super) fn find<'s>(snapshot: &'s Snapshot, text: &str) -> Option<&'s Arc<Workload>> {
     if let Ok(ip) = text.parse::<IpAddr>() {
         return snapshot.workload_by_ip(ip.to_canonical());
     }
@@ -174,12 +174,12 @@ fn find<'s>(snapshot: &'s Snapshot, text: &str) -> Option<&'s Arc<Workload>> {
     snapshot.workloads().find(is_it)
 }
 
-fn unknown(field: &str, text: &str) -> String {
+pub(super) fn unknown(field: &str, text: &str) -> String {
     format!("{field}: there is no workload {text:?}; say an address, or namespace/name of a pod as meshctl workloads lists them")
 }
 
 /// Percent-decoded text.
-fn decoded(text: &str) -> Option<String> {
+pub(super) fn decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
-use http::{Method, StatusCode, Uri};
+use http::{HeaderMap, Method, StatusCode, Uri};
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{counter::Counter, family::Family},
@@ -71,7 +71,7 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
     let listener = TcpListener::bind(settings.listen).await.with_context(|| format!("address {}", settings.listen))?;
     let metrics = admin::bind(settings.metrics).await.with_context(|| format!("metrics address {}", settings.metrics))?;
     let shown = service.clone();
-    let answer = move |method: &Method, uri: &Uri| match (method, uri.path()) {
+    let answer = move |method: &Method, uri: &Uri, _: &HeaderMap| match (method, uri.path()) {
         (&Method::GET, "/healthz/ready") => admin::text(StatusCode::OK, "ready\n".to_owned()),
         (&Method::GET, "/metrics") => match render(&shown) {
             Ok(text) => admin::text(StatusCode::OK, text),

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::listeners::{Listeners, Serving};
 use crate::{
-    admin,
+    admin::{self, Pages},
     capture::{Acceleration, Capture, CaptureSettings, Discovery, LocalPod, NodeFlows, SameNode},
     config::{Configuration, MeshSettings, Publisher},
     id::WorkloadUid,
@@ -53,7 +53,14 @@ pub struct NodeSettings {
     pub revocations: Vec<PathBuf>,
     pub key_exchange: KeyExchange,
     pub state_dir: PathBuf,
+    /// Where everything is shown.
     pub admin: SocketAddr,
+    /// The same, as a socket in the file system.
+    pub admin_socket: Option<PathBuf>,
+    /// Where metrics alone are served.
+    pub metrics: SocketAddr,
+    /// Where readiness alone is.
+    pub readiness: SocketAddr,
 }
 
 /// Where certificates come from.
@@ -173,7 +180,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
         capture: Mutex::new(capture),
         reconciled: AtomicBool::new(false),
     });
-    let admin = admin::bind(node.settings.admin).await.with_context(|| format!("admin address {}", node.settings.admin))?;
+    serve_pages(&node).await?;
     tokio::spawn(publisher.run());
     tokio::spawn(revocations);
     tokio::spawn(async move {
@@ -186,7 +193,6 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(proxy.clone().tidy_pool());
     tokio::spawn(direct.run(flows));
     tokio::spawn(proxy.jwks.clone().run());
-    tokio::spawn(admin::serve_node(admin, node.clone()));
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
     let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };
     tokio::select! {
@@ -194,6 +200,25 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
         signal = stop_signal() => tracing::info!(target: "app", signal = signal?, "stopping"),
     }
     reconciler.stop().await;
+    Ok(())
+}
+
+/// Opens everything a node shows itself on.
+async fn serve_pages(node: &Arc<Node>) -> anyhow::Result<()> {
+    let settings = &node.settings;
+    let all = [
+        (settings.admin, Pages::All, "admin"),
+        (settings.metrics, Pages::Metrics, "metrics"),
+        (settings.readiness, Pages::Readiness, "readiness"),
+    ];
+    for (address, pages, what) in all {
+        let listener = admin::bind_any(address).await.with_context(|| format!("{what} address {address}"))?;
+        tokio::spawn(admin::serve_node(listener, node.clone(), pages));
+    }
+    if let Some(path) = &settings.admin_socket {
+        let listener = admin::bind_socket(path).with_context(|| format!("admin socket {}", path.display()))?;
+        tokio::spawn(admin::serve_socket(listener, node.clone()));
+    }
     Ok(())
 }
 

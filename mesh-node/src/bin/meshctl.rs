@@ -6,11 +6,5 @@ use clap::Parser;
 use mesh_node::cli::Meshctl;
 
 fn main() -> ExitCode {
-    match Meshctl::parse().run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("meshctl: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    Meshctl::parse().run()
 }

@@ -1,39 +1,93 @@
 //! `meshctl`: a look inside one node, through its admin endpoint.
 
-use std::{
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream},
-    time::Duration,
-};
+mod analyze;
+mod client;
+mod table;
+mod top;
+mod views;
 
-use anyhow::{Context, ensure};
-use clap::{Args, Parser, Subcommand};
+use std::{io::Write, path::PathBuf, process::ExitCode, time::Duration};
 
-const TIMEOUT: Duration = Duration::from_secs(5);
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use serde_json::{Value, json};
+
+use self::client::{Admin, query};
+use crate::{admin, config::MeshSettings, id::TrustDomain};
 
 /// Look inside one mesh-node.
+///
+/// Exit status: 0 done, 1 failed or, with --check, denied; 2 wrong usage; 3 no mesh-node answers; 4 what was asked about does not exist.
 #[derive(Debug, Parser)]
 #[command(name = "meshctl", version, about)]
 pub struct Meshctl {
-    /// Admin address of the node.
-    #[arg(long, global = true, env = "MESH_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
-    admin: SocketAddr,
+    /// Admin address of the node, or the path of its admin socket.
+    #[arg(long, global = true, env = "MESH_ADMIN", value_name = "ADDRESS|SOCKET", default_value = "127.0.0.1:15000")]
+    admin: Admin,
+    /// How answers are printed.
+    #[arg(short, long, global = true, value_enum, default_value_t)]
+    output: Output,
     #[command(subcommand)]
     what: What,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+enum Output {
+    #[default]
+    Table,
+    Json,
+    Yaml,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// No node answers.
+    #[error("{0}")]
+    Absent(String),
+    /// What was asked about is not there, or was asked wrongly.
+    #[error("{0}")]
+    Asked(String),
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Failure {
+    fn status(&self) -> u8 {
+        match self {
+            Self::Absent(_) => 3,
+            Self::Asked(_) => 4,
+            Self::Other(_) => 1,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
 enum What {
     /// Node, fail mode, configuration generation, and every object or field that is not in force with the reason.
     Status,
-    /// The node's pods: enrolled, captured, and why not.
+    /// The node's pods: in the mesh, captured, and why not.
     Pods,
-    /// Every workload of the mesh with its identity and the policies that govern it.
+    /// Every workload of the mesh with its identity and how it takes connections.
     Workloads,
-    /// Services and their endpoints.
+    /// Services, their ports and endpoints.
     Services,
-    /// Certificates of the node's identities; times in seconds since 1970.
+    /// Routing rules in force, of every service or of one.
+    Routes {
+        /// namespace/name, or name.
+        service: Option<String>,
+    },
+    /// Policies in force, of every workload or of one, by port.
+    Policies {
+        /// namespace/name of a workload, or name in the namespace default.
+        workload: Option<String>,
+    },
+    /// Certificates of the node's identities: their age and when they expire.
     Certificates,
+    /// Open connections: between whom, how they go, whether encrypted, and what they have carried.
+    Connections {
+        /// Only those of this workload: namespace/name.
+        workload: Option<String>,
+    },
     /// Pooled HBONE connections to other nodes.
     Pool,
     /// What each pod has under way to other services: connections, requests, retries, ejected endpoints.
@@ -42,12 +96,74 @@ enum What {
     Acceleration,
     /// Connections between pods of the node that go past the proxy, and how many destinations may be reached so.
     Direct,
-    /// All metrics, in `OpenMetrics` text.
-    Metrics,
+    /// A live view of requests, errors and latency per workload.
+    Top {
+        /// Seconds between looks.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        interval: u64,
+        /// Looks; for ever without it.
+        #[arg(long)]
+        times: Option<u32>,
+    },
+    /// Effective mutual TLS of a workload's ports, or of those a service leads to.
+    TlsCheck {
+        /// namespace/name of a workload.
+        workload: String,
+        /// namespace/name of a service.
+        service: Option<String>,
+    },
+    /// What would become of a request: which route, which endpoints, and which policy would allow or deny it. Nothing is sent.
+    Explain(Explain),
     /// Which policy would allow or deny a request, or without -X, --path, --host, -H and --claims a connection that carries
     /// none; dry-run, AUDIT and external authorizers included. On a port declared to carry no HTTP policies see the connection,
     /// whatever is asked. Nothing is sent.
     Authorize(Authorize),
+    /// Check a directory of manifests without a node: everything that would not be in force, by file and line.
+    Analyze { directory: PathBuf },
+    /// What the kernel does: counters of the hooks, and every pod's enrolment.
+    Capture,
+    /// What the node logs.
+    Logs {
+        #[command(subcommand)]
+        what: Logs,
+    },
+    /// The configuration as ztunnel has it, for `istioctl ztunnel-config`.
+    ConfigDump,
+    /// All metrics, in Prometheus' text.
+    Metrics,
+    /// Completion for a shell.
+    Completion { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, Subcommand)]
+enum Logs {
+    /// Show the log level, or change it until the process ends.
+    Level {
+        /// As --log of mesh-node: info, debug, proxy=debug,info; `reset` is what it was started with.
+        level: Option<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Explain {
+    /// Who asks: namespace/name of a workload, or its address.
+    #[arg(long, value_name = "WORKLOAD|ADDRESS")]
+    from: String,
+    /// Whom: a service as the client names it, or an address, with the port.
+    #[arg(long, value_name = "SERVICE:PORT|ADDRESS:PORT")]
+    to: String,
+    /// The request's method and path.
+    #[arg(short = 'X', long, num_args = 1..=2, value_names = ["METHOD", "PATH"])]
+    request: Vec<String>,
+    /// A header; may be given several times.
+    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
+    headers: Vec<String>,
+    /// Ask this directory of manifests instead of a node.
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Fail (1) when it is not allowed everywhere.
+    #[arg(long)]
+    check: bool,
 }
 
 #[derive(Debug, Args)]
@@ -73,68 +189,296 @@ struct Authorize {
     /// The request's host [default: the address].
     #[arg(long)]
     host: Option<String>,
-    /// A header of the request; may be given several times.
+    /// A header; may be given several times.
     #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
     headers: Vec<String>,
-    /// The server name a TLS client asks for.
-    #[arg(long, value_name = "NAME")]
+    /// The server name of the application's own TLS.
+    #[arg(long)]
     sni: Option<String>,
     /// Claims of the token it is taken to have, as JSON with the issuer in `iss`.
     #[arg(long, value_name = "JSON")]
     claims: Option<String>,
+    /// Fail (1) when it is denied.
+    #[arg(long)]
+    check: bool,
 }
 
 impl Authorize {
     fn path(&self) -> String {
-        let Self { from, to, port, plaintext, method, path, host, headers, claims, sni } = self;
+        let Self { from, to, port, plaintext, method, path, host, headers, claims, sni, check: _ } = self;
         let port = port.to_string();
-        let mut all = vec![("from", from), ("to", to), ("port", &port)];
+        let mut all = vec![("from", from.as_str()), ("to", to), ("port", &port)];
         let told = [("method", method), ("path", path), ("host", host), ("claims", claims), ("sni", sni)];
-        all.extend(told.iter().filter_map(|(name, value)| Some((*name, value.as_ref()?))));
-        all.extend(headers.iter().map(|header| ("header", header)));
-        let pairs = all.into_iter().map(|(name, value)| format!("{name}={}", encoded(value)));
-        let pairs = pairs.chain(plaintext.then(|| "plaintext".to_owned()));
-        format!("/authorization?{}", pairs.collect::<Vec<_>>().join("&"))
+        all.extend(told.iter().filter_map(|(name, value)| Some((*name, value.as_deref()?))));
+        all.extend(headers.iter().map(|header| ("header", header.as_str())));
+        if *plaintext {
+            all.push(("plaintext", "true"));
+        }
+        query("/authorization", &all)
     }
 }
 
-/// Percent-encoded for a query.
-fn encoded(text: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~/:".contains(&b);
-    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect::<Vec<_>>().concat()
+impl Explain {
+    fn query(&self) -> String {
+        let mut all = vec![("from", self.from.as_str()), ("to", &self.to)];
+        // `-X GET /path`, `-X GET` and `-X /path`.
+        for word in &self.request {
+            all.push((if word.starts_with('/') { "path" } else { "method" }, word));
+        }
+        all.extend(self.headers.iter().map(|header| ("header", header.as_str())));
+        query("", &all).trim_start_matches('?').to_owned()
+    }
+
+    fn answer(&self, admin: &Admin) -> Result<Value, Failure> {
+        let query = self.query();
+        match &self.dir {
+            Some(dir) => {
+                let (snapshot, _) = analyze::load(dir, offline()?)?;
+                admin::explain(&snapshot, &query).map_err(Failure::Asked)
+            }
+            None => admin.document(&format!("/explain?{query}")),
+        }
+    }
 }
 
 impl Meshctl {
-    /// Fetches and prints.
-    pub fn run(self) -> anyhow::Result<()> {
-        let path = match &self.what {
-            What::Authorize(question) => &question.path(),
-            What::Status => "/status",
-            What::Pods => "/pods",
-            What::Workloads => "/workloads",
-            What::Services => "/services",
-            What::Certificates => "/certificates",
-            What::Pool => "/pool",
-            What::Clusters => "/clusters",
-            What::Acceleration => "/acceleration",
-            What::Direct => "/direct",
-            What::Metrics => "/metrics",
+    /// Asks, prints, and says how it went.
+    pub fn run(self) -> ExitCode {
+        match self.answer() {
+            Ok(status) => status,
+            Err(failure) => {
+                eprintln!("meshctl: {failure}");
+                ExitCode::from(failure.status())
+            }
+        }
+    }
+
+    fn answer(&self) -> Result<ExitCode, Failure> {
+        let Self { admin, what, .. } = self;
+        match what {
+            What::Status => self.show("/status", views::status),
+            What::Pods => self.show("/pods", views::pods),
+            What::Workloads => self.show("/workloads", views::workloads),
+            What::Services => self.show("/services", views::services),
+            What::Certificates => self.show("/certificates", views::certificates),
+            What::Pool => self.show("/pool", views::pool),
+            What::Clusters => self.show("/clusters", views::clusters),
+            What::Acceleration => self.show("/acceleration", views::acceleration),
+            What::Direct => self.show("/direct", views::direct),
+            What::Routes { service } => self.routes(service.as_deref()),
+            What::Policies { workload } => self.policies(workload.as_deref()),
+            What::Connections { workload } => self.connections(workload.as_deref()),
+            What::TlsCheck { workload, service } => self.tls_check(workload, service.as_deref()),
+            What::Top { interval, times } => top::run(admin, Duration::from_secs(*interval), *times).map(|()| ExitCode::SUCCESS),
+            What::Explain(question) => {
+                let answer = question.answer(admin)?;
+                self.print(&answer, views::explain);
+                let allowed = answer["verdict"].as_str().is_some_and(|v| v.starts_with("allowed"));
+                Ok(if question.check && !allowed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+            }
+            What::Authorize(question) => {
+                let answer = admin.document(&question.path())?;
+                self.print(&answer, views::authorize);
+                Ok(if question.check && answer["decision"] == "denied" { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+            }
+            What::Analyze { directory } => self.analyze(directory),
+            What::Capture => self.capture(),
+            What::Logs { what: Logs::Level { level } } => {
+                let answer = match level {
+                    Some(level) => admin.post(&query("/logging", &[("level", level)]))?,
+                    None => admin.get("/logging")?,
+                };
+                say(&answer);
+                Ok(ExitCode::SUCCESS)
+            }
+            What::ConfigDump => {
+                say(&admin.get("/config_dump")?);
+                Ok(ExitCode::SUCCESS)
+            }
+            What::Metrics => {
+                say(&admin.get("/metrics")?);
+                Ok(ExitCode::SUCCESS)
+            }
+            What::Completion { shell } => {
+                clap_complete::generate(*shell, &mut Self::command(), "meshctl", &mut std::io::stdout());
+                Ok(ExitCode::SUCCESS)
+            }
+        }
+    }
+
+    fn show(&self, path: &str, view: fn(&Value) -> String) -> Result<ExitCode, Failure> {
+        self.print(&self.admin.document(path)?, view);
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn print(&self, value: &Value, view: impl Fn(&Value) -> String) {
+        say(&match self.output {
+            Output::Table => view(value),
+            Output::Json => format!("{value:#}\n"),
+            Output::Yaml => table::yaml(value),
+        });
+    }
+
+    fn routes(&self, service: Option<&str>) -> Result<ExitCode, Failure> {
+        let Some(service) = service else { return self.show("/routes", views::routes) };
+        let all = self.admin.document("/services")?;
+        let name = find("service", service, all.as_array().map_or(&[], Vec::as_slice))?;
+        self.show(&query("/routes", &[("service", &name)]), views::routes)
+    }
+
+    fn policies(&self, workload: Option<&str>) -> Result<ExitCode, Failure> {
+        let all = self.admin.document("/workloads")?;
+        let all = all.as_array().cloned().unwrap_or_default();
+        let chosen = match workload {
+            Some(workload) => {
+                let name = find("workload", workload, &all)?;
+                all.into_iter().filter(|w| named(w) == name).collect::<Vec<_>>()
+            }
+            None => all,
         };
-        let body = get(self.admin, path).with_context(|| format!("mesh-node at {}", self.admin))?;
-        std::io::stdout().write_all(body.as_bytes())?;
-        Ok(())
+        let shown = chosen.iter().map(|w| json!({"namespace": w["namespace"], "name": w["name"], "mtls": w["mtls"], "mtlsByPort": w["mtlsByPort"], "policies": w["policies"], "policiesByPort": w["policiesByPort"]}));
+        self.print(&shown.collect(), |v| views::policies(&v.as_array().into_iter().flatten().collect::<Vec<_>>()));
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn connections(&self, workload: Option<&str>) -> Result<ExitCode, Failure> {
+        let mut all = self.admin.document("/connections")?;
+        if let (Some(workload), Some(list)) = (workload, all.as_array_mut()) {
+            let known = self.admin.document("/workloads")?;
+            let name = find("workload", workload, known.as_array().map_or(&[], Vec::as_slice))?;
+            list.retain(|c| c["source"] == *name || c["destination"] == *name);
+        }
+        self.print(&all, views::connections);
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn tls_check(&self, workload: &str, service: Option<&str>) -> Result<ExitCode, Failure> {
+        let (workloads, services) = (self.admin.document("/workloads")?, self.admin.document("/services")?);
+        let list = |v: &Value| v.as_array().cloned().unwrap_or_default();
+        let name = find("workload", workload, &list(&workloads))?;
+        let found = list(&workloads).into_iter().find(|w| named(w) == name).unwrap_or_default();
+        let wanted = service.map(|s| find("service", s, &list(&services))).transpose()?;
+        let addresses = list(&found["addresses"]).iter().filter_map(|a| a.as_str().map(str::to_owned)).collect::<Vec<_>>();
+        let mut ports = Vec::new();
+        for service in list(&services).iter().filter(|s| wanted.as_ref().is_none_or(|w| named(s) == *w)) {
+            for endpoint in list(&service["ports"]).iter().flat_map(|p| list(&p["endpoints"])) {
+                let address = endpoint["address"].as_str().and_then(|a| a.parse::<std::net::SocketAddr>().ok());
+                let Some(address) = address.filter(|a| addresses.contains(&a.ip().to_string())) else { continue };
+                let pair = (address.port().to_string(), named(service));
+                if !ports.contains(&pair) {
+                    ports.push(pair);
+                }
+            }
+        }
+        if let Some(wanted) = wanted.filter(|_| ports.is_empty()) {
+            return Err(Failure::Asked(format!("service {wanted} does not lead to {name}")));
+        }
+        let document = json!({"workload": name, "protocol": found["protocol"], "mtls": found["mtls"], "mtlsByPort": found["mtlsByPort"],
+            "ports": ports.iter().map(|(port, service)| json!({"port": port, "service": service})).collect::<Vec<_>>()});
+        self.print(&document, |_| views::tls_check(&found, &ports));
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn analyze(&self, directory: &std::path::Path) -> Result<ExitCode, Failure> {
+        let (snapshot, statuses) = analyze::load(directory, offline()?)?;
+        let (text, errors) = analyze::report(&statuses);
+        let document = json!({"remarks": statuses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "workloads": snapshot.workloads().count(), "services": snapshot.services().len()});
+        let nothing = statuses.is_empty();
+        self.print(&document, |v| {
+            let counts = format!("{} workloads, {} services", v["workloads"], v["services"]);
+            if nothing { format!("{counts}: everything would be in force\n") } else { text.clone() }
+        });
+        Ok(if errors { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    }
+
+    fn capture(&self) -> Result<ExitCode, Failure> {
+        let (pods, metrics) = (self.admin.document("/pods")?, self.admin.get("/metrics")?);
+        let events = metrics.lines().filter_map(|l| l.strip_prefix("mesh_capture_events{event=\"")?.split_once("\"} "));
+        let events = events.map(|(event, n)| (event.to_owned(), n.parse::<u64>().map_or(Value::Null, Value::from)));
+        let document = json!({"pods": pods, "events": events.collect::<serde_json::Map<_, _>>()});
+        self.print(&document, |v| views::capture(&v["pods"], &metrics));
+        Ok(ExitCode::SUCCESS)
     }
 }
 
-/// One HTTP/1.0 request: the answer ends with the connection.
-fn get(admin: SocketAddr, path: &str) -> anyhow::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&admin, TIMEOUT).context("cannot connect; is it running, and is --admin its address?")?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nhost: {admin}\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).context("no complete answer")?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is not HTTP")?;
-    let status = head.split(' ').nth(1).unwrap_or_default();
-    ensure!(status == "200", "it answered {status}: {}", body.trim());
-    Ok(body.to_owned())
+/// A mesh with Istio's defaults, for manifests that are looked at without a node.
+fn offline() -> Result<MeshSettings, Failure> {
+    let domain = TrustDomain::parse("cluster.local").map_err(|e| Failure::Other(e.to_string()))?;
+    Ok(MeshSettings::new("", domain))
+}
+
+/// Prints; who has stopped reading gets no more.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+fn named(value: &Value) -> String {
+    format!("{}/{}", value["namespace"].as_str().unwrap_or_default(), value["name"].as_str().unwrap_or_default())
+}
+
+/// The full name of one of these: as given, or in the only namespace that has it.
+fn find(kind: &str, text: &str, all: &[Value]) -> Result<String, Failure> {
+    let names = all.iter().map(named).collect::<Vec<_>>();
+    if names.iter().any(|n| n == text) {
+        return Ok(text.to_owned());
+    }
+    let is_it = |n: &&String| n.rsplit('/').next() == Some(text);
+    match names.iter().filter(is_it).collect::<Vec<_>>()[..] {
+        [one] => return Ok(one.clone()),
+        [] => {}
+        ref several => {
+            let several = several.iter().map(|n| n.as_str()).collect::<Vec<_>>().join(", ");
+            return Err(Failure::Asked(format!("there are several {kind}s {text:?}: {several}; say which")));
+        }
+    }
+    let mut near = names.iter().map(|n| (distance(n, text).min(distance(n.rsplit('/').next().unwrap_or(n), text)), n)).collect::<Vec<_>>();
+    near.sort();
+    near.dedup();
+    let near = near.iter().filter(|(d, _)| *d <= (text.len() / 3).max(2)).take(3).map(|(_, n)| n.as_str()).collect::<Vec<_>>();
+    let hint = if near.is_empty() { String::new() } else { format!("; did you mean {}?", near.join(" or ")) };
+    Err(Failure::Asked(format!("there is no {kind} {text:?}{hint}")))
+}
+
+/// How many letters have to be put in, left out or changed.
+fn distance(a: &str, b: &str) -> usize {
+    let b = b.chars().collect::<Vec<_>>();
+    let mut row = (0..=b.len()).collect::<Vec<_>>();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_and_near_ones_suggested() {
+        let all = [("default", "reviews-v1"), ("default", "ratings"), ("shop", "ratings"), ("shop", "cart")]
+            .map(|(namespace, name)| json!({"namespace": namespace, "name": name}));
+        assert_eq!(find("workload", "cart", &all).ok().as_deref(), Some("shop/cart"));
+        assert_eq!(find("workload", "default/ratings", &all).ok().as_deref(), Some("default/ratings"));
+        for (text, part) in [
+            ("ratings", "several workloads \"ratings\": default/ratings, shop/ratings"),
+            ("review-v1", "did you mean default/reviews-v1?"),
+            ("default/reviews-v2", "did you mean default/reviews-v1?"),
+            ("completely-else", "there is no workload \"completely-else\""),
+        ] {
+            let error = find("workload", text, &all).expect_err(text).to_string();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Meshctl::command().debug_assert();
+    }
 }

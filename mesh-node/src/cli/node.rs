@@ -115,9 +115,18 @@ struct RunArgs {
     /// times. Nobody's is by default.
     #[arg(long = "trusted-proxy", env = "MESH_TRUSTED_PROXIES", value_name = "PROXY", value_delimiter = ',')]
     trusted_proxies: Vec<TrustedProxy>,
-    /// Where the admin endpoint (readiness, metrics, meshctl) listens.
+    /// Where the admin endpoint (all of meshctl's, readiness, metrics) listens: names and addresses of every pod are shown there.
     #[arg(long, env = "MESH_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:15000")]
     admin: SocketAddr,
+    /// A socket in the file system for the same; an empty name makes none [default: none].
+    #[arg(long, env = "MESH_ADMIN_SOCKET", value_name = "FILE")]
+    admin_socket: Option<PathBuf>,
+    /// Where metrics alone are served, for Prometheus: /metrics and /stats/prometheus.
+    #[arg(long, env = "MESH_METRICS", value_name = "ADDRESS", default_value = "[::]:15020")]
+    metrics: SocketAddr,
+    /// Where readiness alone is served, for the kubelet: /healthz/ready.
+    #[arg(long, env = "MESH_READINESS", value_name = "ADDRESS", default_value = "[::]:15021")]
+    readiness: SocketAddr,
     /// Worker threads [default: one for every two CPUs: the others are the applications', and a request that stays on one thread is faster].
     #[arg(long, env = "MESH_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
@@ -326,6 +335,9 @@ impl RunArgs {
             key_exchange,
             state_dir: self.state_dir,
             admin: self.admin,
+            admin_socket: self.admin_socket.filter(|p| !p.as_os_str().is_empty()),
+            metrics: self.metrics,
+            readiness: self.readiness,
         })
     }
 }

@@ -17,7 +17,7 @@ use reporting::Reports;
 
 use super::{
     settings::MeshSettings,
-    snapshot::Snapshot,
+    snapshot::{PolicySummary, Snapshot},
     store::{Severity, Status, Store},
 };
 use crate::{
@@ -40,6 +40,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     let mut snapshot = Snapshot::empty(mesh.clone());
     snapshot.generation = previous.generation + 1;
     let attachments = policies::attachments(&builder);
+    snapshot.policies = builder.parts.authorizations.iter().map(|(named, policy)| summary(named, policy, mesh)).collect();
     let mut policies = Policies::new(&mut builder);
     let mut reports = Reports::new(&mut builder);
     builder.workloads(&mut policies, &mut reports, &attachments, &mut snapshot);
@@ -49,6 +50,17 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     services::build(&mut builder, previous, &mut snapshot, now);
     builder.statuses.sort();
     (snapshot, builder.statuses)
+}
+
+fn summary(named: &Named, policy: &AuthorizationPolicy, mesh: &MeshSettings) -> PolicySummary {
+    let name = named.key.name.clone();
+    let selects = policy.selector.is_some() || !policy.targets.is_empty();
+    let scope = match (selects, name.namespace == mesh.root_namespace) {
+        (true, _) => "WorkloadSelector",
+        (false, true) => "Global",
+        (false, false) => "Namespace",
+    };
+    PolicySummary { name, action: policy.action.title(), scope, rules: policy.rules.len(), dry_run: policy.dry_run }
 }
 
 /// References into the store by kind.

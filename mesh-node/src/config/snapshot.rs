@@ -16,6 +16,17 @@ use crate::{
     route::{Cluster, ClusterId, Service, Target, Workload},
 };
 
+/// An authorization policy, as a list shows it.
+#[derive(Debug, Clone)]
+pub struct PolicySummary {
+    pub name: ObjectName,
+    pub action: &'static str,
+    /// ztunnel's word: `Global`, `Namespace` or `WorkloadSelector`.
+    pub scope: &'static str,
+    pub rules: usize,
+    pub dry_run: bool,
+}
+
 /// Everything the data path asks, as of one generation.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -26,6 +37,8 @@ pub struct Snapshot {
     /// External authorizers by name.
     pub authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
     pub normalization: Normalization,
+    /// Authorization policies in force, for inspection.
+    pub policies: Vec<PolicySummary>,
     pub(super) workloads: HashMap<WorkloadUid, Arc<Workload>>,
     /// Namespaces and names of what makes pods.
     pub(super) by_workload: HashSet<(Arc<str>, Arc<str>)>,
@@ -47,6 +60,7 @@ impl Snapshot {
             remote_keys: BTreeSet::new(),
             authorizers: HashMap::new(),
             normalization: Normalization::default(),
+            policies: Vec::new(),
             workloads: HashMap::new(),
             by_workload: HashSet::new(),
             by_ip: HashMap::new(),

@@ -6,6 +6,7 @@ mod operator;
 
 use std::{fmt::Write as _, sync::Arc};
 
+pub use self::operator::rfc3339;
 use self::operator::{Operand, Operator, parse};
 use super::entry::Entry;
 

@@ -34,6 +34,16 @@ impl Action {
             Self::Custom => "CUSTOM",
         }
     }
+
+    /// As ztunnel writes it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Allow => "Allow",
+            Self::Deny => "Deny",
+            Self::Audit => "Audit",
+            Self::Custom => "Custom",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]

@@ -218,6 +218,49 @@ pub struct Context<'a> {
     pub claims: Option<&'a Verified>,
 }
 
+impl fmt::Display for TextMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(text) => write!(f, "= {text}"),
+            Self::Prefix(text) => write!(f, "= {text}*"),
+            Self::Regex(pattern) => write!(f, "~ {}", pattern.text),
+            Self::Present => f.write_str("is there"),
+        }
+    }
+}
+
+impl fmt::Display for PathMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let case = |ignore: &bool| if *ignore { " (any case)" } else { "" };
+        match self {
+            Self::Exact { path, ignore_case } => write!(f, "= {path}{}", case(ignore_case)),
+            Self::Prefix { path, ignore_case } => write!(f, "= {path}*{}", case(ignore_case)),
+            Self::Segments(path) => write!(f, "= {path}/**"),
+            Self::Regex(pattern) => write!(f, "~ {}", pattern.text),
+        }
+    }
+}
+
+/// For people: what has to hold, with `and` between.
+impl fmt::Display for HttpMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let not = |inverted: bool| if inverted { "not " } else { "" };
+        let mut all = Vec::new();
+        all.extend(self.path.iter().map(|p| format!("path {p}")));
+        all.extend(self.method.iter().map(|t| format!("method {t}")));
+        all.extend(self.authority.iter().map(|t| format!("host {t}")));
+        all.extend(self.scheme.iter().map(|t| format!("scheme {t}")));
+        all.extend(self.headers.iter().map(|h| format!("{}header {} {}", not(h.inverted), h.name, h.value)));
+        all.extend(self.query.iter().map(|q| format!("query {} {}", q.name, q.value)));
+        all.extend(self.port.iter().map(|p| format!("port {p}")));
+        all.extend(self.source.namespace.iter().map(|n| format!("from namespace {n}")));
+        all.extend(self.source.labels.iter().map(|(k, v)| format!("from {k}={v}")));
+        all.extend(self.claims.iter().map(|c| format!("{}claim {} {}", not(c.inverted), c.path.join("."), c.value)));
+        f.write_str(if all.is_empty() { "everything" } else { "" })?;
+        f.write_str(&all.join(" and "))
+    }
+}
+
 impl HttpMatch {
     pub fn matches(&self, request: &RequestHead, context: Context<'_>) -> bool {
         let text = |test: &Option<TextMatch>, value: &[u8]| test.as_ref().is_none_or(|t| t.matches(value));

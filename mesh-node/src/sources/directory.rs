@@ -207,6 +207,28 @@ impl Directory {
     }
 }
 
+/// Reads a directory once, as it is: for a look without a node.
+pub fn once(root: &Path, default_namespace: &str) -> io::Result<Vec<Change>> {
+    fs::read_dir(root)?;
+    let mut found = BTreeMap::new();
+    let mut changes = Vec::new();
+    if find(root, MAX_DEPTH, &mut found) {
+        let content = Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"));
+        changes.push(Change { origin: origin(root), content });
+    }
+    for (path, seen) in found {
+        let content = match seen {
+            Ok(version) => match read(&path, &version, default_namespace) {
+                Some((content, _)) => content,
+                None => Content::Unreadable("is being written".to_owned()),
+            },
+            Err(problem) => Content::Unreadable(problem),
+        };
+        changes.push(Change { origin: origin(&path), content });
+    }
+    Ok(changes)
+}
+
 fn origin(path: &Path) -> Origin {
     Origin(Arc::new(path.to_owned()))
 }

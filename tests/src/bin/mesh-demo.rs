@@ -215,8 +215,21 @@ fn tokens(bed: &Bed, client: &Pod, page: &Pod) -> Result<()> {
         println!("   {who:<36} {answer}");
         ensure!(answer.starts_with(expected), "{who}: {answer}, expected {expected}");
     }
-    let asked =
-        ["authorize", "--from", "default/client", "--to", &page.v4().to_string(), "--port", "9080", "-X", "POST", "--path", "/productpage"];
+    let asked = [
+        "authorize",
+        "-o",
+        "json",
+        "--from",
+        "default/client",
+        "--to",
+        &page.v4().to_string(),
+        "--port",
+        "9080",
+        "-X",
+        "POST",
+        "--path",
+        "/productpage",
+    ];
     let why = bed.nodes()[page.node].run(&program("meshctl"), &asked)?;
     let why: Value = serde_json::from_slice(&why.stdout).context("meshctl authorize")?;
     println!(
@@ -483,7 +496,7 @@ fn explore(bed: Bed) -> Result<()> {
     println!("   ls {}                          manifests, logs, the CA", directory);
     println!("   ip netns list | grep mb{id}                       nodes (n0, n1), pods (p...), the network between (fabric)");
     println!(
-        "   ip netns exec mb{id}-n0 {} status     what node1 thinks (also: pods, workloads, services, certificates, pool, clusters, metrics)",
+        "   ip netns exec mb{id}-n0 {} status     what node1 thinks (also: connections, routes, explain, top, ...; see --help)",
         program("meshctl").display()
     );
     println!("   $EDITOR {}/applied/x.yaml            policies written here take effect at once", bed.config().display());

@@ -5,7 +5,7 @@ use std::{
 
 use http::{HeaderMap, HeaderValue};
 
-use super::{super::entry::Asked, operator::rfc3339, *};
+use super::{super::entry::Asked, *};
 
 fn headers() -> HeaderMap {
     let mut headers = HeaderMap::new();

@@ -1,0 +1,131 @@
+//! The configuration as ztunnel's `/config_dump` has it, so that `istioctl ztunnel-config` can read it.
+//!
+//! Field names are ztunnel's; what there is no counterpart of (networks, waypoints) is left out. Rules of policies are counted,
+//! not written out: `meshctl explain` says what they do.
+
+use std::{sync::Arc, time::SystemTime};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    app::Node,
+    config::Snapshot,
+    identity::CertificateState,
+    proxy::{open::Open, outcome::Direction},
+    report::format::rfc3339,
+    route::{Service, Workload},
+};
+
+pub(super) fn dump(node: &Node) -> Value {
+    let snapshot = node.proxy.config.load();
+    let cluster = &*node.proxy.metrics.cluster;
+    let mut workloads = snapshot.workloads().collect::<Vec<_>>();
+    workloads.sort_by(|a, b| a.name.cmp(&b.name));
+    let settings = &node.settings;
+    json!({
+        "workloads": workloads.iter().map(|w| workload(w, cluster)).collect::<Vec<_>>(),
+        "services": snapshot.services().iter().map(|s| service(s, &snapshot, cluster)).collect::<Vec<_>>(),
+        "policies": snapshot.policies.iter().map(|p| json!({
+            "namespace": &*p.name.namespace, "name": &*p.name.name, "scope": p.scope, "action": p.action,
+            "rules": vec![Value::Array(Vec::new()); p.rules],
+        })).collect::<Vec<_>>(),
+        "certificates": node.proxy.identity.states().iter().map(certificate).collect::<Vec<_>>(),
+        "workloadState": workload_state(node, &snapshot, cluster),
+        "staticConfig": {"workloads": [], "policies": [], "services": []},
+        "version": {"version": env!("CARGO_PKG_VERSION"), "component": "mesh-node"},
+        "config": {
+            "localNode": &*settings.mesh.node, "clusterId": cluster, "trustDomain": settings.mesh.trust_domains.local.as_str(),
+            "adminAddr": settings.admin, "statsAddr": settings.metrics, "readinessAddr": settings.readiness,
+        },
+    })
+}
+
+fn uid(workload: &Workload, cluster: &str) -> String {
+    format!("{cluster}//Pod/{}/{}", workload.name.namespace, workload.name.name)
+}
+
+fn account(workload: &Workload) -> String {
+    workload.identity.service_account().to_owned()
+}
+
+fn workload(w: &Workload, cluster: &str) -> Value {
+    json!({
+        "uid": uid(w, cluster), "workloadIps": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
+        "name": &*w.name.name, "namespace": &*w.name.namespace, "serviceAccount": account(w),
+        "workloadName": &*w.workload_name, "workloadType": "pod",
+        "canonicalName": w.canonical_service().unwrap_or(&w.workload_name), "canonicalRevision": w.canonical_revision().unwrap_or("latest"),
+        "clusterId": cluster, "trustDomain": w.identity.trust_domain().as_str(),
+        "locality": {"region": &*w.locality.region, "zone": &*w.locality.zone, "subzone": &*w.locality.subzone},
+        "node": &*w.node, "network": "", "status": "Healthy", "capacity": 1,
+        "authorizationPolicies": w.policy.everywhere.authorization.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "services": w.services.values().map(|s| format!("{}/{}.{}.svc.cluster.local", s.namespace, s.name, s.namespace)).collect::<std::collections::BTreeSet<_>>(),
+    })
+}
+
+fn service(s: &Arc<Service>, snapshot: &Snapshot, cluster: &str) -> Value {
+    let host = format!("{}.{}.svc.cluster.local", s.name.name, s.name.namespace);
+    let ports = s.ports.iter().map(|p| (p.port.to_string(), json!(p.cluster.endpoints.first().map_or(p.port, |e| e.address.port()))));
+    let mut endpoints: Map<String, Value> = Map::new();
+    for (port, endpoint) in s.ports.iter().flat_map(|p| p.cluster.endpoints.iter().map(move |e| (p.port, e))) {
+        let Some(workload) = snapshot.workload_by_ip(endpoint.address.ip()) else { continue };
+        let uid = uid(workload, cluster);
+        let status = if endpoint.ready { "Healthy" } else { "Unhealthy" };
+        let one = endpoints.entry(uid.clone());
+        let one = one.or_insert_with(|| json!({"workloadUid": uid, "service": host, "port": {}, "status": status}));
+        one["port"][port.to_string()] = endpoint.address.port().into();
+    }
+    json!({
+        "name": &*s.name.name, "namespace": &*s.name.namespace, "hostname": host,
+        "vips": s.vips.iter().map(|ip| format!("/{ip}")).collect::<Vec<_>>(), "ports": ports.collect::<Map<_, _>>(),
+        "endpoints": endpoints, "subjectAltNames": [],
+    })
+}
+
+fn certificate(c: &CertificateState) -> Value {
+    let time = |t: Option<SystemTime>| t.map(rfc3339);
+    let one = |pem: &String, first: bool| {
+        let encoded = BASE64_STANDARD.encode(pem);
+        if first {
+            json!({"pem": encoded, "serialNumber": c.serial, "validFrom": time(c.not_before), "expirationTime": time(c.not_after)})
+        } else {
+            json!({"pem": encoded})
+        }
+    };
+    let state = match (&c.serial, &c.error) {
+        (Some(_), _) => json!("Available"),
+        (None, Some(error)) => json!(format!("Unavailable: {error}")),
+        (None, None) => json!("Initializing"),
+    };
+    json!({
+        "identity": c.identity.to_string(), "state": state,
+        "certChain": c.chain.iter().enumerate().map(|(i, pem)| one(pem, i == 0)).collect::<Vec<_>>(),
+        "rootCerts": [],
+    })
+}
+
+/// The pods served here with their connections.
+fn workload_state(node: &Node, snapshot: &Snapshot, cluster: &str) -> Value {
+    let open = node.proxy.open.all();
+    let of = |pod: &Workload, direction: Direction| {
+        let is_its = |o: &&Arc<Open>| {
+            let end = if direction == Direction::Outbound { &o.source } else { &o.destination };
+            o.direction == direction && end.workload.as_ref().is_some_and(|w| w.uid == pod.uid)
+        };
+        let one = |o: &Arc<Open>| {
+            json!({"src": o.source.address, "originalDst": o.destination.address, "actualDst": o.tunnel.or(o.destination.address),
+                "protocol": if o.tunnel.is_some() { "HBONE" } else { "TCP" }})
+        };
+        open.iter().filter(is_its).map(one).collect::<Vec<_>>()
+    };
+    let mine = snapshot.workloads().filter(|w| w.enrolled && w.node == snapshot.mesh.node);
+    let one = |w: &Arc<Workload>| {
+        let state = json!({
+            "state": "Up",
+            "connections": {"inbound": of(w, Direction::Inbound), "outbound": of(w, Direction::Outbound)},
+            "info": {"name": &*w.name.name, "namespace": &*w.name.namespace, "trustDomain": w.identity.trust_domain().as_str(), "serviceAccount": account(w)},
+        });
+        (uid(w, cluster), state)
+    };
+    mine.map(one).collect::<Map<_, _>>().into()
+}

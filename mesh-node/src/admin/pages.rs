@@ -1,0 +1,224 @@
+//! What the admin endpoint shows, as JSON documents.
+
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::SystemTime,
+};
+
+use serde_json::{Value, json};
+
+use crate::{
+    app::Node,
+    proxy::http::clusters::{ClusterState, Limited},
+    route::Workload,
+};
+
+pub(super) fn status(node: &Node) -> Value {
+    let snapshot = node.proxy.config.load();
+    let settings = &node.settings;
+    json!({
+        "node": &*settings.mesh.node,
+        "version": env!("CARGO_PKG_VERSION"),
+        "ready": node.is_ready(),
+        "uptimeSeconds": node.started.elapsed().unwrap_or_default().as_secs(),
+        "failMode": format!("{:?}", settings.capture.fail_mode).to_lowercase(),
+        "trustDomain": settings.mesh.trust_domains.local.as_str(),
+        "outboundTrafficPolicy": match settings.mesh.outbound {
+            crate::config::OutboundPolicy::AllowAny => "ALLOW_ANY",
+            crate::config::OutboundPolicy::RegistryOnly => "REGISTRY_ONLY",
+        },
+        "generation": snapshot.generation,
+        "openConnections": node.proxy.metrics.open_connections.get(),
+        "remarks": node.proxy.config.statuses().iter().map(ToString::to_string).collect::<Vec<_>>(),
+    })
+}
+
+pub(super) fn workloads(node: &Node) -> Value {
+    let snapshot = node.proxy.config.load();
+    let mut all = snapshot.workloads().collect::<Vec<_>>();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all.into_iter().map(|w| workload(w)).collect()
+}
+
+fn workload(w: &Workload) -> Value {
+    let mode = |strict: bool| if strict { "STRICT" } else { "PERMISSIVE" };
+    let ports = w.policy.mtls.ports.iter().map(|(port, strict)| (port.to_string(), json!(mode(*strict))));
+    json!({
+        "namespace": &*w.name.namespace, "name": &*w.name.name, "uid": w.uid.to_string(), "node": &*w.node,
+        "identity": w.identity.to_string(), "addresses": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
+        "mtls": mode(w.policy.mtls.strict), "mtlsByPort": ports.collect::<serde_json::Map<_, _>>(),
+        "policies": governing(&w.policy.everywhere),
+        "policiesByPort": w.policy.ports.iter().map(|(port, g)| (port.to_string(), governing(g))).collect::<serde_json::Map<_, _>>(),
+    })
+}
+
+/// What governs a workload, or a port of it.
+fn governing(governing: &crate::policy::Governing) -> Value {
+    let all = &governing.authorization;
+    let names = |rules: &crate::policy::RuleSet| {
+        let mut names = rules.rules().iter().map(|r| r.policy.to_string()).collect::<Vec<_>>();
+        names.dedup();
+        names
+    };
+    json!({
+        "all": all.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "allow": all.allow.as_ref().map(names), "deny": names(&all.deny), "audit": names(&all.audit),
+        "dryRunAllow": all.shadow_allow.as_ref().map(names), "dryRunDeny": names(&all.shadow_deny),
+        "custom": all.custom.iter().map(|(provider, rules)| (provider.to_string(), json!(names(rules)))).collect::<serde_json::Map<_, _>>(),
+        "issuers": governing.authentication.iter().map(|r| r.issuer.to_string()).collect::<Vec<_>>(),
+    })
+}
+
+pub(super) fn services(node: &Node) -> Value {
+    let snapshot = node.proxy.config.load();
+    let port = |p: &crate::route::ServicePort| {
+        let endpoints = p
+            .cluster
+            .endpoints
+            .iter()
+            .map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
+        let subsets = p.subsets.iter().map(|(name, c)| json!({"name": &**name, "endpoints": c.endpoints.len()}));
+        json!({
+            "name": &*p.name, "port": p.port, "protocol": format!("{:?}", p.cluster.protocol).to_lowercase(),
+            "httpRoutes": p.routes.http.as_ref().map(|t| json!({"from": &*t.origin, "rules": t.rules.len()})),
+            "tcpRoutes": p.routes.tcp.len(), "tlsRoutes": p.routes.tls.len(),
+            "subsets": subsets.collect::<Vec<_>>(), "endpoints": endpoints.collect::<Vec<_>>(),
+        })
+    };
+    let one = |s: &Arc<crate::route::Service>| json!({"namespace": &*s.name.namespace, "name": &*s.name.name, "addresses": s.vips, "ports": s.ports.iter().map(port).collect::<Vec<_>>()});
+    snapshot.services().iter().map(one).collect()
+}
+
+pub(super) fn certificates(node: &Node) -> Value {
+    let seconds = |t: Option<SystemTime>| t.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|d| d.as_secs());
+    let one = |c: crate::identity::CertificateState| json!({"identity": c.identity.to_string(), "notBefore": seconds(c.not_before), "notAfter": seconds(c.not_after), "serial": c.serial, "error": c.error});
+    node.proxy.identity.states().into_iter().map(one).collect()
+}
+
+/// What each pod of the node has under way to other services, and which endpoints it leaves out.
+pub(super) fn clusters(node: &Node) -> Value {
+    let (snapshot, now) = (node.proxy.config.load(), std::time::Instant::now());
+    let of_pod = |pod: Arc<crate::proxy::ServedPod>| {
+        let source = snapshot.workload(&pod.uid).map(|w| w.name.to_string());
+        let mut all = pod.clusters.all();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        let one = move |(id, state): (crate::route::ClusterId, Arc<ClusterState>)| {
+            let ejected = state.outliers.ejected();
+            let ejected = ejected.iter().filter(|(_, until)| *until > now);
+            let ejected = ejected.map(|(a, until)| json!({"address": a.to_string(), "seconds": until.duration_since(now).as_secs()}));
+            json!({
+                "source": source, "cluster": id.to_string(), "connections": state.count(Limited::Connections),
+                "idle": state.idle(), "pending": state.count(Limited::Pending), "requests": state.count(Limited::Requests),
+                "retries": state.count(Limited::Retries), "ejected": ejected.collect::<Vec<_>>(),
+            })
+        };
+        all.into_iter().map(one).collect::<Vec<_>>()
+    };
+    node.proxy.pods.all().into_iter().flat_map(of_pod).collect()
+}
+
+/// Connections between the proxy and applications, with why each is accelerated or not.
+pub(super) fn acceleration(node: &Node) -> Value {
+    let Some(offers) = node.proxy.accelerated() else { return json!({"unavailable": true, "pairs": []}) };
+    let one = |s: crate::capture::PairState| json!({"one": s.pair.one.local.to_string(), "other": s.pair.one.remote.to_string(), "state": s.state.name(), "redirectedBytes": s.redirected});
+    json!({"unavailable": false, "pairs": offers.states().into_iter().map(one).collect::<Vec<_>>()})
+}
+
+/// Connections between pods of this node that go past the proxy.
+pub(super) fn direct(node: &Node) -> Value {
+    let name = |n: Option<crate::id::ObjectName>| n.map(|n| n.to_string());
+    let one = |s: crate::proxy::direct::DirectState| {
+        json!({
+            "source": name(s.source), "destination": name(s.destination), "service": name(s.service),
+            "client": s.flow.client.to_string(), "dialled": s.flow.dialled.to_string(), "endpoint": s.flow.endpoint.to_string(),
+            "seconds": s.flow.begun.elapsed().as_secs(), "sentBytes": s.bytes.map(|b| b.0), "receivedBytes": s.bytes.map(|b| b.1),
+        })
+    };
+    json!({"routes": node.direct.routes(), "connections": node.direct.states().into_iter().map(one).collect::<Vec<_>>()})
+}
+
+pub(super) fn pool(node: &Node) -> Value {
+    let one = |s: crate::hbone::pool::PoolState| {
+        json!({
+            "source": s.key.source.to_string(), "sourceWorkload": s.key.source_workload.to_string(),
+            "destination": s.key.destination.to_string(), "destinationWorkload": s.key.destination_workload.to_string(),
+            "address": s.key.address.to_string(), "connections": s.connections, "streams": s.streams,
+        })
+    };
+    node.proxy.pool.states().into_iter().map(one).collect()
+}
+
+/// Connections that are open: how each goes, between whom, and what it has carried.
+pub(super) fn connections(node: &Node) -> Value {
+    let now = std::time::Instant::now();
+    let name = |p: &crate::proxy::outcome::Party| p.workload.as_ref().map(|w| w.name.to_string());
+    let one = |open: &Arc<crate::proxy::open::Open>| {
+        let (sent, received) = (open.traffic.sent.load(Relaxed), open.traffic.received.load(Relaxed));
+        json!({
+            "direction": open.direction.name(), "path": open.path.name(), "seconds": now.duration_since(open.started).as_secs(),
+            "source": name(&open.source), "sourceAddress": open.source.address, "sourceIdentity": open.source.identity.as_ref().map(ToString::to_string),
+            "destination": name(&open.destination), "destinationAddress": open.destination.address,
+            "destinationIdentity": open.destination.identity.as_ref().map(ToString::to_string),
+            "service": open.service.as_ref().map(ToString::to_string), "tunnel": open.tunnel,
+            "encrypted": open.path == crate::proxy::open::Path::Tunnel,
+            "sentBytes": sent, "receivedBytes": received,
+        })
+    };
+    let mut all = node.proxy.open.all();
+    all.sort_by_key(|open| open.number);
+    all.iter().map(one).collect()
+}
+
+/// The routes of every service, or of one.
+pub(super) fn routes(node: &Node, query: &str) -> Value {
+    let wanted = query.strip_prefix("service=").unwrap_or_default();
+    let snapshot = node.proxy.config.load();
+    let is_it = |s: &&Arc<crate::route::Service>| {
+        wanted.is_empty() || s.name.to_string() == wanted || (!wanted.contains('/') && *s.name.name == *wanted)
+    };
+    let destinations = |resolved: &crate::route::table::ResolvedRule| {
+        match &resolved.rule.action {
+        crate::route::rule::Action::Forward(all) => all
+            .iter()
+            .zip(&resolved.destinations)
+            .map(|(d, cluster)| json!({"weight": d.weight, "cluster": cluster.as_ref().map(|c| c.id.to_string()), "endpoints": cluster.as_ref().map(|c| c.endpoints.len())}))
+            .collect(),
+        _ => Vec::new(),
+    }
+    };
+    let action = |rule: &crate::route::rule::Rule| match &rule.action {
+        crate::route::rule::Action::Forward(_) => "forward".to_owned(),
+        crate::route::rule::Action::Redirect(r) => format!("redirect {}", r.status.as_u16()),
+        crate::route::rule::Action::Respond(r) => format!("respond {}", r.status.as_u16()),
+        crate::route::rule::Action::Delegate { namespace, name } => format!("delegate {namespace}/{name}"),
+    };
+    let mut all = Vec::new();
+    for service in snapshot.services().iter().filter(is_it) {
+        for port in &service.ports {
+            let shared = json!({"service": service.name.to_string(), "port": port.port, "protocol": format!("{:?}", port.cluster.protocol).to_lowercase()});
+            let Some(table) = &port.routes.http else {
+                let mut one = shared;
+                one["from"] = Value::Null;
+                one["action"] = "forward".into();
+                one["destinations"] =
+                    json!([{"weight": 1, "cluster": port.cluster.id.to_string(), "endpoints": port.cluster.endpoints.len()}]);
+                all.push(one);
+                continue;
+            };
+            for (number, resolved) in table.rules.iter().enumerate() {
+                let mut one = shared.clone();
+                one["from"] = (*table.origin).into();
+                one["rule"] = json!(number + 1);
+                one["name"] = (*resolved.rule.name).into();
+                one["matches"] = resolved.rule.matches.iter().map(|m| format!("{m}")).collect();
+                one["action"] = action(&resolved.rule).into();
+                one["timeoutMilliseconds"] = json!(resolved.rule.timeout.map(|t| t.as_millis()));
+                one["attempts"] = json!(resolved.rule.retries.as_ref().map(|r| r.attempts));
+                one["mirrors"] = json!(resolved.rule.mirrors.len());
+                one["destinations"] = destinations(resolved).into();
+                all.push(one);
+            }
+        }
+    }
+    all.into()
+}

@@ -1,0 +1,222 @@
+//! `meshctl` against what really happens: what it says would become of a request becomes of it; and what it says of manifests.
+
+use std::collections::BTreeSet;
+
+use mesh_tests::{Bed, NodeOptions, Pod, PodSpec, bed::program};
+use serde_json::Value;
+
+fn web(version: &str, node: usize) -> PodSpec {
+    let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), version.into()];
+    PodSpec { command, port: Some(8080), ..PodSpec::new(&format!("web-{version}"), node) }.label("app", "web").label("version", version)
+}
+
+const RULES: &str = r#"apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: web, namespace: default}
+spec: {host: web, subsets: [{name: v1, labels: {version: v1}}, {name: v2, labels: {version: v2}}, {name: none, labels: {version: v0}}]}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: web, namespace: default}
+spec:
+  hosts: [web]
+  http:
+  - name: gone
+    match: [{uri: {prefix: /gone}}]
+    directResponse: {status: 410}
+  - name: moved
+    match: [{uri: {exact: /moved}}]
+    redirect: {uri: /a}
+  - match: [{uri: {prefix: /empty}}]
+    route: [{destination: {host: web, subset: none}}]
+  - match: [{uri: {prefix: /missing}}]
+    route: [{destination: {host: nowhere}}]
+  - match: [{headers: {x-version: {exact: v2}}}, {uri: {regex: "/b.*"}, method: {exact: GET}}]
+    route: [{destination: {host: web, subset: v2}}]
+  - match: [{uri: {prefix: /a}}]
+    route: [{destination: {host: web, subset: v1}}]
+  - match: [{uri: {prefix: /split}}]
+    route: [{destination: {host: web, subset: v1}, weight: 50}, {destination: {host: web, subset: v2}, weight: 50}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-secret, namespace: default}
+spec:
+  selector: {matchLabels: {app: web}}
+  action: DENY
+  rules: [{to: [{operation: {paths: ["*/secret"]}}]}, {when: [{key: "request.headers[x-bad]", values: ["*"]}]}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: v2-only, namespace: default}
+spec:
+  selector: {matchLabels: {version: v2}}
+  rules: [{from: [{source: {principals: ["cluster.local/ns/default/sa/client"]}}]}]
+"#;
+
+struct Scene {
+    bed: Bed,
+    clients: [Pod; 2],
+}
+
+fn scene() -> Scene {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    bed.kubectl_apply("web", service).expect("service");
+    bed.apply("rules", RULES).expect("applied");
+    let clients = bed.meshed([PodSpec::new("client", 0), PodSpec::new("other", 0)]).expect("clients");
+    bed.meshed([web("v1", 0), web("v2", 1)]).expect("servers");
+    bed.settle().expect("settled");
+    Scene { bed, clients }
+}
+
+impl Scene {
+    fn meshctl(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = self.bed.nodes()[0].run(&program("meshctl"), arguments).expect("meshctl");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    }
+
+    /// Status and version of the answers to a request sent a few times.
+    fn really(&self, client: &Pod, path: &str, headers: &[&str]) -> BTreeSet<(String, String)> {
+        let mut found = BTreeSet::new();
+        let url = format!("web:80{path}");
+        let mut arguments = vec!["get", &url, "1"];
+        headers.iter().for_each(|h| arguments.extend(["--header", h]));
+        let output = self.bed.run(client, &program("web"), &arguments).expect("web");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+        for status in report["statuses"].as_object().into_iter().flatten().map(|(s, _)| s) {
+            for version in report["versions"].as_object().into_iter().flatten().map(|(v, _)| v) {
+                found.insert((status.clone(), version.clone()));
+            }
+        }
+        assert!(!found.is_empty(), "{path}: {report}");
+        found
+    }
+}
+
+/// What an explanation means for the client: statuses and versions that may come.
+fn expected(answer: &Value) -> BTreeSet<(String, String)> {
+    let verdict = answer["verdict"].as_str().expect("a verdict");
+    if let Some(rest) = verdict.strip_prefix("answered ") {
+        return BTreeSet::from([(rest.split([' ', ':']).next().expect("a status").to_owned(), "none".to_owned())]);
+    }
+    if verdict.starts_with("no rule takes it") {
+        return BTreeSet::from([("404".to_owned(), "none".to_owned())]);
+    }
+    if verdict.starts_with("no endpoint is ready") {
+        return BTreeSet::from([("503".to_owned(), "none".to_owned())]);
+    }
+    let destinations = answer["destinations"].as_array().expect("destinations");
+    let endpoints = destinations.iter().flat_map(|d| d["endpoints"].as_array().expect("endpoints"));
+    let of = |e: &Value| {
+        let version = e["workload"].as_str().and_then(|w| w.rsplit('-').next()).expect("a version").to_owned();
+        if e["decision"] == "denied" { ("403".to_owned(), "none".to_owned()) } else { ("200".to_owned(), version) }
+    };
+    endpoints.map(of).collect()
+}
+
+#[test]
+fn what_is_explained_is_what_happens_to_two_hundred_random_requests() {
+    let scene = scene();
+    let mut rng = fastrand::Rng::with_seed(17);
+    let paths = [
+        "/a",
+        "/a/secret",
+        "/b",
+        "/b/secret",
+        "/bc?x=1",
+        "/gone/x",
+        "/moved",
+        "/moved/x",
+        "/empty",
+        "/missing/y",
+        "/split",
+        "/split/secret",
+        "/other",
+        "/A",
+    ];
+    let mut verdicts = BTreeSet::new();
+    for number in 0..200 {
+        let client = rng.usize(..2);
+        let path = paths[rng.usize(..paths.len())];
+        let mut headers = Vec::new();
+        if rng.u8(..3) == 0 {
+            headers.push(["x-version: v1", "x-version: v2"][rng.usize(..2)]);
+        }
+        if rng.u8(..6) == 0 {
+            headers.push("x-bad: 1");
+        }
+        let name = ["default/client", "other"][client];
+        let mut arguments = vec!["explain", "-o", "json", "--from", name, "--to", "web:80", "-X", "GET", path];
+        headers.iter().for_each(|h| arguments.extend(["-H", h]));
+        let (code, text) = scene.meshctl(&arguments);
+        assert_eq!(code, Some(0), "{text}");
+        let answer: Value = serde_json::from_str(&text).expect("JSON");
+        let (really, expected) = (scene.really(&scene.clients[client], path, &headers), expected(&answer));
+        assert!(really.is_subset(&expected), "{number}: {name} {path} {headers:?}: {really:?} and not {expected:?}: {text}");
+        verdicts.insert(answer["verdict"].as_str().expect("a verdict").to_owned());
+    }
+    assert!(verdicts.len() >= 7, "requests of all kinds: {verdicts:#?}");
+}
+
+#[test]
+fn explanations_read_well_and_tell_scripts() {
+    let scene = scene();
+    let (code, text) = scene.meshctl(&["explain", "--from", "client", "--to", "web:80", "-X", "GET", "/a/secret", "--check"]);
+    assert_eq!(code, Some(1), "{text}");
+    for part in [
+        "From        default/client (spiffe://cluster.local/ns/default/sa/client)",
+        "Service     default/web port 80 (http)",
+        "Request     GET /a/secret at web",
+        "Route       rule 6 of VirtualService default/web: path = /a*",
+        "Verdict     denied at every endpoint: answered 403",
+        "default/no-secret",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let (code, text) = scene.meshctl(&["explain", "--from", "client", "--to", "web:80", "-X", "GET", "/a", "--check"]);
+    assert!(code == Some(0) && text.contains("allowed, at one of 1 endpoints") && text.contains("same_node"), "{text}");
+    let (_, text) = scene.meshctl(&["explain", "--from", "client", "--to", "web:81"]);
+    assert!(text.contains("default/web has no port 81"), "{text}");
+    let (_, text) = scene.meshctl(&["routes", "web"]);
+    assert!(text.contains("50 80|v1|web.default.svc.cluster.local, 50 80|v2|web.default.svc.cluster.local"), "{text}");
+    // The same without a node.
+    let config = scene.bed.config().display().to_string();
+    let offline = ["explain", "--dir", &config, "--from", "client", "--to", "web:80", "-X", "GET", "/b", "-o", "json"];
+    let online = ["explain", "--from", "client", "--to", "web:80", "-X", "GET", "/b", "-o", "json"];
+    assert_eq!(scene.meshctl(&offline), scene.meshctl(&online));
+    // Who asks much is seen at the top.
+    scene.really(&scene.clients[0], "/a", &[]);
+    let mut busy =
+        scene.bed.command(&scene.clients[0], &program("web"), &["get", "web:80/a", "1", "--seconds", "4"]).spawn().expect("started");
+    let (code, text) = scene.meshctl(&["top", "--interval", "1", "--times", "2"]);
+    assert!(code == Some(0) && text.contains("default/client") && text.contains("<="), "{text}");
+    assert!(busy.wait().expect("ended").success());
+}
+
+#[test]
+fn manifests_are_analyzed_by_file_and_line() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("rules.yaml");
+    let yaml = "apiVersion: v1\nkind: Namespace\nmetadata: {name: default}\n---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata:\n  name: web\nspec:\n  hosts: [web]\n  http:\n  - route: [{destination: {host: nowhere}}]\n    timeout: soon\n---\napiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {name: t}\nspec:\n  accessLogging:\n  - filter:\n      expression: response.cod == 1\n";
+    std::fs::write(&file, yaml).expect("written");
+    let run = |directory: &str| {
+        let output = std::process::Command::new(program("meshctl")).args(["analyze", directory]).output().expect("meshctl");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    };
+    let (code, text) = run(&directory.path().display().to_string());
+    assert_eq!(code, Some(1), "{text}");
+    let file = file.display();
+    for part in [
+        format!("{file}:13: error: VirtualService default/web: spec.http[0].timeout"),
+        format!("{file}:21: error: Telemetry default/t: spec.accessLogging[0].filter.expression"),
+    ] {
+        assert!(text.contains(&part), "{part}: {text}");
+    }
+    std::fs::remove_file(directory.path().join("rules.yaml")).expect("removed");
+    assert_eq!(
+        run(&directory.path().display().to_string()),
+        (Some(0), "0 workloads, 0 services: everything would be in force\n".to_owned())
+    );
+    assert_eq!(run("/nowhere").0, Some(1));
+}
