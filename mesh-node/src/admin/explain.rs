@@ -170,14 +170,10 @@ impl Question {
 
 /// A service as a client of a namespace names it: `name`, `name.namespace`, `namespace/name` or in full.
 fn service_named<'s>(snapshot: &'s Snapshot, namespace: &str, text: &str) -> Result<&'s Arc<Service>, String> {
-    let (namespace, name) = match text.split_once('/') {
-        Some(pair) => pair,
-        None => {
-            let mut labels = text.split('.');
-            let name = labels.next().unwrap_or_default();
-            (labels.next().unwrap_or(namespace), name)
-        }
-    };
+    let mut labels = text.split('.');
+    let name = labels.next().unwrap_or_default();
+    let by_dots = (labels.next().unwrap_or(namespace), name);
+    let (namespace, name) = text.split_once('/').unwrap_or(by_dots);
     let found = snapshot.services().iter().find(|s| *s.name.namespace == *namespace && *s.name.name == *name);
     found.ok_or_else(|| format!("to: there is no service {namespace}/{name}"))
 }
@@ -195,13 +191,13 @@ fn routed(snapshot: &Snapshot, source: &Arc<Workload>, resolved: &ResolvedRule, 
         Action::Redirect(redirect) => answer["verdict"] = format!("answered {} with a redirect", redirect.status.as_u16()).into(),
         Action::Respond(response) => answer["verdict"] = format!("answered {} by the route", response.status.as_u16()).into(),
         Action::Delegate { .. } => {
-            answer["verdict"] = format!("answered {}: the delegate does not exist", rule.missing_status.as_u16()).into()
+            answer["verdict"] = format!("answered {}: the delegate does not exist", rule.missing_status.as_u16()).into();
         }
         Action::Forward(all) => {
             let total: u64 = all.iter().map(|d| u64::from(d.weight)).sum();
             let mut found = Vec::new();
             for (weighted, cluster) in all.iter().zip(&resolved.destinations) {
-                let share = if total == 0 { 0 } else { u64::from(weighted.weight) * 100 / total };
+                let share = (u64::from(weighted.weight) * 100).checked_div(total).unwrap_or(0);
                 found.push(match cluster {
                     Some(cluster) => json!({"cluster": cluster.id.to_string(), "percent": share,
                         "endpoints": endpoints(snapshot, source, cluster, Some(head))}),

@@ -94,14 +94,14 @@ pub fn routes(v: &Value) -> String {
             if destinations.len() > 1 { format!("{} {cluster}", cell(&d["weight"])) } else { cluster }
         };
         let matches = list(&r["matches"]);
-        let matched = if matches.is_empty() { "everything".to_owned() } else { matches.iter().map(cell).collect::<Vec<_>>().join(" or ") };
+        let taken = if matches.is_empty() { "everything".to_owned() } else { matches.iter().map(cell).collect::<Vec<_>>().join(" or ") };
         let all = destinations.iter().map(destination).collect::<Vec<_>>().join(", ");
         table.row([
             cell(&r["service"]),
             cell(&r["port"]),
             cell(&r["from"]),
             cell(&r["rule"]),
-            matched,
+            taken,
             cell(&r["action"]),
             if all.is_empty() { "-".to_owned() } else { all },
         ]);
