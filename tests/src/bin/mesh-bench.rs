@@ -31,7 +31,8 @@ struct Bench {
     accel: bool,
 }
 
-const NGINX: &str = "daemon off; worker_processes 1; pid /dev/null; error_log /dev/null;
+/// Its pid file is one of its own: nginx removes that when it ends, whatever it is.
+const NGINX: &str = "daemon off; worker_processes 1; error_log /dev/null;
 events { worker_connections 4096; }
 http { access_log off; keepalive_requests 1000000000; server { listen 8080 reuseport; listen [::]:8080; location / { return 200 '0123456789012345678901234567890123456789012345678901234567890123'; } } }
 ";
@@ -45,7 +46,11 @@ fn main() -> Result<()> {
     let config = bed.directory.join("nginx.conf");
     std::fs::write(&config, NGINX)?;
     let server = |name: &str, node: usize| PodSpec {
-        command: vec!["sh".into(), "-c".into(), format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {}", config.display())],
+        command: vec![
+            "sh".into(),
+            "-c".into(),
+            format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {0} -g 'pid {0}.$$;'", config.display()),
+        ],
         port: Some(8080),
         ..PodSpec::new(name, node)
     };
@@ -167,7 +172,7 @@ fn accel(bench: &Bench) -> Result<()> {
             let mut bed = Bed::start(1, &options)?;
             let config = bed.directory.join("nginx.conf");
             std::fs::write(&config, NGINX)?;
-            let command = format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {}", config.display());
+            let command = format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {0} -g 'pid {0}.$$;'", config.display());
             bed.kubectl_apply("near", SERVICES)?;
             let client = bed.pod(&PodSpec::new("client", 0))?;
             let server =
