@@ -8,7 +8,7 @@ pub mod traffic;
 
 use std::{
     collections::HashSet,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::AtomicU64},
 };
 
 pub use access::AccessLogs;
@@ -73,6 +73,29 @@ pub struct ReasonLabels {
     pub reason: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct LimitLabels {
+    /// `connections`, `pending_requests`, `requests` or `retries`.
+    pub limit: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WhatLabels {
+    pub what: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct IdentityLabels {
+    /// A SPIFFE ID of a pod of this node.
+    pub identity: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct SeverityLabels {
+    /// `error`: an object that is not in force; `warning`: one that is, but not in full.
+    pub severity: &'static str,
+}
+
 /// All metrics of the process.
 #[derive(Debug)]
 pub struct Metrics {
@@ -94,7 +117,20 @@ pub struct Metrics {
     pub hbone_connections: Gauge,
     pub enrolled_pods: Gauge,
     pub config_generation: Gauge,
-    pub config_remarks: Gauge,
+    pub config_remarks: Family<SeverityLabels, Gauge>,
+    /// Seconds.
+    pub config_build: Gauge<f64, AtomicU64>,
+    pub retries: Counter,
+    pub ejections: Counter,
+    pub overflows: Family<LimitLabels, Counter>,
+    /// Read when asked for.
+    pub upstream: Family<WhatLabels, Gauge>,
+    pub hbone_pool: Family<WhatLabels, Gauge>,
+    /// Seconds since 1970.
+    pub certificate_expiry: Family<IdentityLabels, Gauge>,
+    pub certificate_issued: Family<IdentityLabels, Gauge>,
+    pub certificates_failing: Gauge,
+    pub edges_refused: Gauge,
     pub capture_events: Family<EventLabels, Gauge>,
     pub acceleration: Family<StateLabels, Counter>,
     pub indirect: Family<ReasonLabels, Counter>,
@@ -128,7 +164,17 @@ impl Metrics {
             hbone_connections: Gauge::default(),
             enrolled_pods: Gauge::default(),
             config_generation: Gauge::default(),
-            config_remarks: Gauge::default(),
+            config_remarks: Family::default(),
+            config_build: Gauge::default(),
+            retries: Counter::default(),
+            ejections: Counter::default(),
+            overflows: Family::default(),
+            upstream: Family::default(),
+            hbone_pool: Family::default(),
+            certificate_expiry: Family::default(),
+            certificate_issued: Family::default(),
+            certificates_failing: Gauge::default(),
+            edges_refused: Gauge::default(),
             capture_events: Family::default(),
             acceleration: Family::default(),
             indirect: Family::default(),
@@ -163,6 +209,23 @@ impl Metrics {
         r.register("mesh_enrolled_pods", "Pods of this node whose traffic is captured", self.enrolled_pods.clone());
         r.register("mesh_config_generation", "Generation of the configuration in force", self.config_generation.clone());
         r.register("mesh_config_remarks", "Objects or fields of the configuration that are not in force", self.config_remarks.clone());
+        self.register_more();
+    }
+
+    fn register_more(&mut self) {
+        let r = &mut self.registry;
+        r.register("mesh_config_build_seconds", "Time the configuration in force took to build", self.config_build.clone());
+        r.register("mesh_retries", "Attempts at requests beyond the first", self.retries.clone());
+        r.register("mesh_ejections", "Endpoints ejected by outlier detection", self.ejections.clone());
+        r.register("mesh_overflows", "Requests and connections refused by a circuit breaker, by limit", self.overflows.clone());
+        let help = "What pods have under way to services: connections, idle ones, requests, pending ones, retries, ejected endpoints";
+        r.register("mesh_upstream", help, self.upstream.clone());
+        r.register("mesh_hbone_pool", "HBONE connections to other nodes, and their streams", self.hbone_pool.clone());
+        r.register("mesh_certificate_expiry_timestamp_seconds", "When a certificate expires", self.certificate_expiry.clone());
+        r.register("mesh_certificate_issued_timestamp_seconds", "Since when a certificate is valid", self.certificate_issued.clone());
+        r.register("mesh_certificates_failing", "Certificates whose latest fetch failed", self.certificates_failing.clone());
+        let help = "Times a pair of workloads found no room among the traffic metrics";
+        r.register("mesh_traffic_edges_refused", help, self.edges_refused.clone());
         let help = "Times a connection between proxy and application became accelerated, or not, by state or reason";
         r.register("mesh_acceleration", help, self.acceleration.clone());
         let help = "Connections between pods of this node, that carry no HTTP, which went through the proxy, by why not directly";
@@ -204,6 +267,11 @@ impl Metrics {
 
     pub fn policy_decision(&self, policy: &str, result: &'static str) {
         self.policy_decisions.get_or_create(&PolicyLabels { policy: policy.to_owned(), result }).inc();
+    }
+
+    /// A circuit breaker was open.
+    pub fn overflow(&self, limit: &'static str) {
+        self.overflows.get_or_create(&LimitLabels { limit }).inc();
     }
 
     pub fn jwks_fetch(&self, result: &'static str) {

@@ -29,8 +29,12 @@ const RUNTIME: &[Package] = &[
         why: "the test bed makes network namespaces with it (mesh-node itself calls no binary)",
     },
     Package { file: "/usr/bin/tcpdump", package: "tcpdump", why: "the demo shows what crosses between the nodes" },
+    Package { file: "/usr/bin/curl", package: "curl", why: "tests ask the node's pages with it" },
     Package { file: "/usr/bin/python3", package: "python3", why: "a test and the demo use Python's plain sockets" },
 ];
+
+const TESTS: &[Package] =
+    &[Package { file: "/usr/bin/promtool", package: "prometheus", why: "a test has it read the nodes' metrics, rules and dashboards" }];
 
 const BENCH: &[Package] = &[
     Package { file: "/usr/bin/wrk", package: "wrk", why: "the load of the benches" },
@@ -65,6 +69,11 @@ pub fn run(ebpf: bool) -> Result<()> {
 /// Where tools that cargo builds go: below the target directory, so that the user's own are left alone.
 pub fn tools() -> PathBuf {
     target().join("tools")
+}
+
+/// What the tests need beyond [`run`].
+pub fn tests() -> Result<()> {
+    install(TESTS)
 }
 
 /// What the benches need beyond [`run`].

@@ -16,6 +16,7 @@ const ACCELERATED: [&str; 6] = ["application_view", "routing", "services", "load
 /// Every check and test. Order: what fails fastest first.
 pub fn run(quick: bool) -> Result<()> {
     setup::run(!quick)?;
+    setup::tests()?;
     step("formatting", &mut cargo(&["fmt", "--all", "--check"]))?;
     let mut ebpf = cargo(&["fmt", "--check"]);
     step("formatting of the eBPF programs", ebpf.current_dir(root().join("mesh-ebpf")))?;

@@ -93,7 +93,9 @@ impl Publisher {
 
     fn publish(&mut self) {
         let before = self.shared.snapshot.load_full();
-        let (snapshot, statuses) = spawn::aside(|| build(&self.store, &self.mesh, &before, std::time::Instant::now()));
+        let started = std::time::Instant::now();
+        let (mut snapshot, statuses) = spawn::aside(|| build(&self.store, &self.mesh, &before, started));
+        snapshot.built_in = started.elapsed();
         let generation = snapshot.generation;
         for status in new_ones(&self.shared.statuses.load(), &statuses) {
             tracing::warn!(target: "config", "{status}");

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use super::settings::MeshSettings;
@@ -31,6 +32,8 @@ pub struct PolicySummary {
 #[derive(Debug)]
 pub struct Snapshot {
     pub generation: u64,
+    /// How long it took to build.
+    pub built_in: Duration,
     pub mesh: Arc<MeshSettings>,
     /// Key sets the policies need.
     pub remote_keys: BTreeSet<RemoteKeys>,
@@ -56,6 +59,7 @@ impl Snapshot {
     pub fn empty(mesh: Arc<MeshSettings>) -> Self {
         Self {
             generation: 0,
+            built_in: Duration::ZERO,
             mesh,
             remote_keys: BTreeSet::new(),
             authorizers: HashMap::new(),

@@ -474,8 +474,8 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
     };
     let stream = Dial::new(opaque, Some(&cluster.id.service), settings.connect_timeout).go(way, &source).await;
     let event = if stream.is_ok() { Event::Success } else { Event::LocalOrigin };
-    if !matches!(stream, Err(Failure::Denied(_))) {
-        state.observe(&cluster, to, &endpoint, event);
+    if !matches!(stream, Err(Failure::Denied(_))) && state.observe(&cluster, to, &endpoint, event) {
+        opaque.proxy.metrics.ejections.inc();
     }
     let stream = stream?;
     if let (Stream::Tcp(stream), Some(k)) = (&stream, &settings.keepalive) {

@@ -204,6 +204,9 @@ impl Outcome {
             self.proxy.metrics.open_connections.dec();
         }
         if let Some(failure) = &self.failure {
+            if matches!(failure, Failure::Overflow(_)) {
+                self.proxy.metrics.overflow("connections");
+            }
             self.proxy.metrics.failure(self.direction.name(), failure.reason());
         }
     }

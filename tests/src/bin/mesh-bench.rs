@@ -49,7 +49,7 @@ fn main() -> Result<()> {
         command: vec![
             "sh".into(),
             "-c".into(),
-            format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {0} -g 'pid {0}.$$;'", config.display()),
+            format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {0} -g \"pid {0}.$$;\"", config.display()),
         ],
         port: Some(8080),
         ..PodSpec::new(name, node)
@@ -172,7 +172,7 @@ fn accel(bench: &Bench) -> Result<()> {
             let mut bed = Bed::start(1, &options)?;
             let config = bed.directory.join("nginx.conf");
             std::fs::write(&config, NGINX)?;
-            let command = format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {0} -g 'pid {0}.$$;'", config.display());
+            let command = format!("iperf3 -s -p 8081 >/dev/null & exec nginx -c {0} -g \"pid {0}.$$;\"", config.display());
             bed.kubectl_apply("near", SERVICES)?;
             let client = bed.pod(&PodSpec::new("client", 0))?;
             let server =

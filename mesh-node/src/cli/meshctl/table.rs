@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn ages_and_sizes_are_short() {
         assert_eq!([0, 59, 61, 3600, 90_000, 200_000].map(age), ["0s", "59s", "1m1s", "1h", "1d1h", "2d7h"].map(str::to_owned));
-        assert_eq!([0, 1023, 1536, 5 << 30].map(|n| bytes(&json!(n))), ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"].map(str::to_owned));
+        assert_eq!([0, 1023, 1536, 5_u64 << 30].map(|n| bytes(&json!(n))), ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"].map(str::to_owned));
     }
 
     #[test]

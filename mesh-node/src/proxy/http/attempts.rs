@@ -105,6 +105,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     pub(super) async fn run(mut self, mut head: RequestHead) -> Outcome {
         loop {
             self.number += 1;
+            if self.number > 1 {
+                self.down.proxy.metrics.retries.inc();
+            }
             let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
             self.record.attempts = self.number;
             self.record.endpoint = Some(address);
@@ -131,7 +134,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 Attempt::Failed(failed) => Err(failed),
             };
             if let Err(failed) = again {
-                if failed.reset != Reset::Overflow {
+                if failed.reset == Reset::Overflow {
+                    self.down.proxy.metrics.overflow("pending_requests");
+                } else {
                     self.observe(address, &endpoint, Event::LocalOrigin);
                 }
                 if !self.wants_again(self.policy.wants_after_reset(failed.reset)) {
@@ -200,7 +205,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     }
 
     async fn attempt(&mut self, head: &RequestHead, address: SocketAddr, endpoint: &Arc<EndpointState>) -> Attempt {
-        let (cluster, state) = (&self.forward.cluster, self.state.clone());
+        let (cluster, state, metrics) = (&self.forward.cluster, self.state.clone(), &self.down.proxy.metrics);
         let http2 = match cluster.policy.http.upgrade {
             Upgrade::Always => true,
             Upgrade::Client => self.down.http2,
@@ -221,7 +226,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let Self { responder, record, upload, deadlines, policy, forward, hashed, began, number, retry, .. } = self;
         let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
             let grpc = headers.get("grpc-status").map(|s| http_status_of_grpc(s.as_bytes()));
-            state.observe(cluster, address, endpoint, Event::of_status(grpc.unwrap_or(status)));
+            if state.observe(cluster, address, endpoint, Event::of_status(grpc.unwrap_or(status))) {
+                metrics.ejections.inc();
+            }
             let again = policy.wants_after_response(status, &headers);
             let again = again && allowed(again, *number, policy, repeatable, &state, cluster, retry, record);
             if again {
@@ -252,7 +259,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     }
 
     fn observe(&self, address: SocketAddr, endpoint: &EndpointState, event: Event) {
-        self.state.observe(&self.forward.cluster, address, endpoint, event);
+        if self.state.observe(&self.forward.cluster, address, endpoint, event) {
+            self.down.proxy.metrics.ejections.inc();
+        }
     }
 
     /// Waits before the next attempt, unless time is up or the client gone first.
@@ -319,6 +328,7 @@ fn allowed(
     }
     if retry.is_none() {
         record.raise(Flag::UpstreamOverflow);
+        record.overflow("retries");
     }
     retry.is_some()
 }

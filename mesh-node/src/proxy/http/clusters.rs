@@ -165,13 +165,15 @@ impl ClusterState {
         self.begin(Limited::Retries, limit)
     }
 
-    /// Takes in what became of an attempt.
-    pub fn observe(&self, cluster: &Cluster, address: SocketAddr, endpoint: &EndpointState, event: Event) {
-        let Some(settings) = &cluster.policy.outlier else { return };
+    /// Takes in what became of an attempt; whether the endpoint was ejected for it.
+    pub fn observe(&self, cluster: &Cluster, address: SocketAddr, endpoint: &EndpointState, event: Event) -> bool {
+        let Some(settings) = &cluster.policy.outlier else { return false };
         let now = Instant::now();
-        if self.outliers.record(address, &endpoint.streak, event, settings, cluster.endpoints.len(), now) {
+        let ejected = self.outliers.record(address, &endpoint.streak, event, settings, cluster.endpoints.len(), now);
+        if ejected {
             tracing::info!(target: "proxy", cluster = %cluster.id, endpoint = %address, ?event, "endpoint ejected");
         }
+        ejected
     }
 
     fn tidy(&self, cluster: &Cluster, now: Instant) {

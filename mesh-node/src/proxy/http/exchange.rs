@@ -310,6 +310,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let state = self.down.pod.clusters.of(&forward.cluster);
         let Some(_request) = state.begin(Limited::Requests, forward.cluster.policy.http.max_requests) else {
             self.record.attempts = 1;
+            self.record.overflow("requests");
             return self.failed(&Failed::new(Reset::Overflow), false, None, forward.cors.as_ref()).await;
         };
         let policy = forward.rule.and_then(|r| r.retries.as_ref()).unwrap_or(&DEFAULT_RETRIES);

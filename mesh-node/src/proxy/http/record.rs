@@ -161,6 +161,11 @@ impl Record {
         self.flags.raise(flag);
     }
 
+    /// Counts something there was no room for.
+    pub fn overflow(&self, limit: &'static str) {
+        self.metrics.overflow(limit);
+    }
+
     /// Takes down what has passed of the bodies.
     pub fn moved(&mut self, up: &Meter, down: &Meter) {
         (self.up, self.down) = (*up, *down);

@@ -78,7 +78,7 @@ pub(super) struct Totals {
 impl Totals {
     /// Counts by upper bound, not cumulative.
     pub(super) fn by_bound(&self) -> Vec<(f64, u64)> {
-        BOUNDS.iter().copied().chain([f64::MAX]).zip(self.buckets).collect()
+        BOUNDS.iter().copied().chain([f64::INFINITY]).zip(self.buckets).collect()
     }
 
     pub(super) fn count(&self) -> u64 {

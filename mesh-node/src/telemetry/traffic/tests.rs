@@ -64,6 +64,7 @@ fn requests_are_counted_with_istio_s_labels_and_buckets() {
     assert!(text.contains(&format!("istio_request_duration_milliseconds_bucket{{le=\"5.0\",{ok}}} 0\n")), "{text}");
     assert!(text.contains(&format!("istio_request_duration_milliseconds_bucket{{le=\"10.0\",{ok}}} 2\n")), "{text}");
     assert!(text.contains(&format!("istio_response_bytes_bucket{{le=\"3600000.0\",{ok}}} 2\n")), "{text}");
+    assert!(text.contains(&format!("istio_response_bytes_bucket{{le=\"+Inf\",{ok}}} 2\n")), "{text}");
     assert!(text.contains(&format!("istio_request_bytes_count{{{ok}}} 2\n")), "{text}");
     assert!(!text.contains("istio_request_messages"), "gRPC's alone: {text}");
 }
