@@ -45,8 +45,9 @@ enum Command {
     },
     /// Measure ratios of meshed to plain connections in the test bed, in one run (wrk, nginx, iperf3).
     Bench {
-        /// `accel`: pods of one node without a mesh, with acceleration off, and on.
-        #[arg(value_parser = ["accel"])]
+        /// `accel`: pods of one node without a mesh, with acceleration off, and on. `telemetry`: with metrics and access log off, with
+        /// metrics, and with both.
+        #[arg(value_parser = ["accel", "telemetry"])]
         what: Option<String>,
         /// Rounds of each measurement; the median counts.
         #[arg(long, default_value_t = 3)]
@@ -82,7 +83,7 @@ fn main() -> Result<()> {
         Command::Ebpf { command: EbpfCommand::Verify } => ebpf::verify(),
         Command::Demo { keep } => test::demo(keep),
         Command::Test { quick } => test::run(quick),
-        Command::Bench { what, rounds } => test::bench(rounds, what.is_some()),
+        Command::Bench { what, rounds } => test::bench(rounds, what.as_deref()),
         Command::Layers => layers::run(),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
     }

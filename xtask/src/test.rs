@@ -51,11 +51,11 @@ pub fn demo(keep: bool) -> Result<()> {
     step("the demo", &mut demo)
 }
 
-/// Ratios of the mesh to no mesh; `accel`: of pods of one node, with acceleration off and on.
-pub fn bench(rounds: u32, accel: bool) -> Result<()> {
+/// Ratios of the mesh to no mesh, or of what `mesh-bench` has an option for.
+pub fn bench(rounds: u32, what: Option<&str>) -> Result<()> {
     setup::bench()?;
     step("building", &mut cargo(&["build", "--locked", "--release", "-p", "mesh-node", "-p", "mesh-tests", "--bins"]))?;
     let mut bench = std::process::Command::new(target().join("release/mesh-bench"));
-    bench.args(["--rounds", &rounds.to_string()]).args(accel.then_some("--accel"));
+    bench.args(["--rounds", &rounds.to_string()]).args(what.map(|what| format!("--{what}")));
     step("measuring", &mut bench)
 }

@@ -149,6 +149,7 @@ impl Connection {
 
     async fn refuse_h1(&self, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/1.1");
+        record.source = self.proxy.config.load().workload(&self.pod.uid).cloned();
         if malformed.protocol_error {
             record.raise(Flag::DownstreamProtocolError);
         }
@@ -187,6 +188,7 @@ impl Connection {
         let head = match head {
             Ok(head) => head,
             Err(malformed) => {
+                record.source = self.proxy.config.load().workload(&self.pod.uid).cloned();
                 record.details = Cow::Borrowed(malformed.details);
                 record.status = Reply::new(malformed.status, malformed.body).start(false, false, &mut responder, |_| {}).ok();
                 // A client that does not take the answer gets none.

@@ -26,8 +26,11 @@ pub struct Ends<'a> {
 }
 
 impl Ends<'_> {
-    /// The edge to count on; none when there is no room for one more.
+    /// The edge to count on; none when nothing is to be counted, or there is no room for one more.
     pub fn edge(&self, metrics: &Metrics, tags: &Arc<TagPlan>) -> Option<Arc<Edge>> {
+        if tags.is_off() {
+            return None;
+        }
         let peer = |(workload, identity): (Option<&Workload>, Option<&SpiffeId>)| peer(workload, identity, &metrics.cluster);
         metrics.traffic.edge(EdgeKey {
             reporter: self.reporter,

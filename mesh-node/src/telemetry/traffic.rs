@@ -191,6 +191,11 @@ impl TagPlan {
     pub fn of(&self, metric: Metric) -> &MetricTags {
         &self.metrics[metric as usize]
     }
+
+    /// Whether nothing is to be counted at all.
+    pub fn is_off(&self) -> bool {
+        self.metrics.iter().all(|m| m.disabled)
+    }
 }
 
 /// Values of dynamic tags, one for each.

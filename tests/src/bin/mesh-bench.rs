@@ -29,6 +29,9 @@ struct Bench {
     /// Compare pods of one node without a mesh, with acceleration switched off, and with it.
     #[arg(long)]
     accel: bool,
+    /// Compare requests with metrics and access log off, with metrics, and with both.
+    #[arg(long)]
+    telemetry: bool,
 }
 
 /// Its pid file is one of its own: nginx removes that when it ends, whatever it is.
@@ -41,6 +44,9 @@ fn main() -> Result<()> {
     let bench = Bench::parse();
     if bench.accel {
         return accel(&bench);
+    }
+    if bench.telemetry {
+        return telemetry(&bench);
     }
     let mut bed = Bed::start(2, &NodeOptions::default().quiet())?;
     let config = bed.directory.join("nginx.conf");
@@ -222,6 +228,55 @@ fn accel(bench: &Bench) -> Result<()> {
             on.1 / none.1
         );
     }
+    Ok(())
+}
+
+/// What is told of requests costs: the columns are nothing, Istio's metrics by both reporters, and a line of the access log by each too.
+fn telemetry(bench: &Bench) -> Result<()> {
+    const WAYS: [(&str, &str); 3] = [
+        ("off", "metrics: [{overrides: [{match: {metric: ALL_METRICS}, disabled: true}]}]"),
+        ("metrics", "metrics: [{providers: [{name: prometheus}]}]"),
+        ("metrics and log", "accessLogging: [{providers: [{name: file}]}]"),
+    ];
+    let mut bed = Bed::ambient(&NodeOptions::default().quiet())?;
+    let config = bed.directory.join("nginx.conf");
+    std::fs::write(&config, NGINX)?;
+    bed.kubectl_apply("near", SERVICES)?;
+    let log = bed.directory.join("access.log");
+    let mesh = format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders: [{{name: file, envoyFileAccessLog: {{path: {}}}}}]\n",
+        log.display()
+    );
+    bed.apply("mesh", &mesh)?;
+    let command = format!("exec nginx -c {0} -g \"pid {0}.$$;\"", config.display());
+    let server = PodSpec { command: vec!["sh".into(), "-c".into(), command], port: Some(8080), ..PodSpec::new("near", 0) };
+    let [client, _server] = bed.meshed([PodSpec::new("client", 0), server])?;
+    let mut results: BTreeMap<(u32, &str), Vec<f64>> = BTreeMap::new();
+    for round in 0..bench.rounds {
+        for (way, spec) in WAYS {
+            let yaml = format!(
+                "apiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: all, namespace: istio-system}}\nspec: {{{spec}}}\n"
+            );
+            bed.apply("telemetry", &yaml)?;
+            bed.settle()?;
+            for connections in [1, 16, 64] {
+                results.entry((connections, way)).or_default().push(wrk(&bed, &client, "http://near/", connections, bench.seconds, false)?);
+            }
+            std::fs::OpenOptions::new().write(true).truncate(true).create(true).open(&log)?;
+        }
+        eprintln!("round {} of {} done", round + 1, bench.rounds);
+    }
+    println!(
+        "{:<16} {:>12} {:>12} {:>16} {:>14} {:>22}",
+        "requests/s", "off", "metrics", "metrics and log", "metrics/off", "metrics and log/off"
+    );
+    for connections in [1, 16, 64] {
+        let [off, metrics, both] = WAYS.map(|(way, _)| median(&results[&(connections, way)]));
+        let what = format!("{connections} connections");
+        println!("{what:<16} {off:>12.0} {metrics:>12.0} {both:>16.0} {:>14.2} {:>22.2}", metrics / off, both / off);
+    }
+    let count = |result: &str| bed.nodes()[0].metric("mesh_access_log_lines_total", &[&format!("result=\"{result}\"")]);
+    println!("lines of the access log: {:.0} written, {:.0} dropped", count("written")?, count("dropped")?);
     Ok(())
 }
 
