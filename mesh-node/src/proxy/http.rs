@@ -38,7 +38,7 @@ pub use record::Flags;
 pub use upload::Replays;
 
 use self::{
-    body::{FrameSink, FrameSource, RequestBody, Responder},
+    body::{FrameSink, RequestBody, Responder},
     exchange::{End, Exchange},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
     h2::{Accepted, H2Responder, H2Source},
@@ -205,16 +205,15 @@ impl Connection {
             close: false,
             grpc: false,
         };
-        let end = tokio::select! {
-            end = exchange.run(head) => end,
-            _ = self.pod.ended() => End::Broken,
-        };
+        tokio::select! {
+            _ = exchange.run(head) => {}
+            _ = self.pod.ended() => {}
+        }
         record.moved(body.meter(), responder.meter());
+        // Of one that is complete although the client still sends, h2 says so itself when both ends are dropped: after the answer,
+        // which a reset from here could overtake (RFC 9113 section 8.1).
         if !responder.is_complete() {
             responder.reset(::h2::Reason::INTERNAL_ERROR);
-        } else if end == End::Broken || !body.is_end() {
-            // The answer is complete; what the client still sends is not wanted (RFC 9113 section 8.1).
-            responder.reset(::h2::Reason::NO_ERROR);
         }
     }
 

@@ -93,6 +93,10 @@ impl<'a> Reports<'a> {
             "tracing" => self.observability.exporters.iter().any(|e| &*e.name == name),
             _ => name == PROMETHEUS || self.observability.prometheus.iter().any(|p| &**p == name),
         };
+        if !telemetry.tracing.is_empty() {
+            let message = "spec.tracing: no spans are made by this version of mesh-node; headers of traces pass as they are";
+            builder.remark(Severity::Warning, named, message);
+        }
         let lists = telemetry.logging.iter().map(|l| ("accessLogging", &l.providers));
         let lists = lists.chain(telemetry.tracing.iter().map(|t| ("tracing", &t.providers)));
         let lists = lists.chain(telemetry.metrics.iter().map(|m| ("metrics", &m.providers)));
@@ -225,3 +229,6 @@ fn traces(levels: &[&Telemetry], observability: &Observability, side: Side) -> O
         tags: entries.iter().rev().find_map(|t| t.tags.clone()).unwrap_or_default(),
     })
 }
+
+#[cfg(test)]
+mod tests;

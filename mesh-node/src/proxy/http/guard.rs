@@ -291,8 +291,8 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accept
     match end {
         Err(reason) if !responder.is_complete() => responder.reset(reason),
         _ if !responder.is_complete() => responder.reset(::h2::Reason::INTERNAL_ERROR),
-        // The answer is complete; what the client still sends is not wanted (RFC 9113 section 8.1).
-        _ if !body.is_end() => responder.reset(::h2::Reason::NO_ERROR),
+        // Whatever the client still sends is not wanted: h2 says so itself when both ends are dropped, after the answer, which a
+        // reset from here could overtake (RFC 9113 section 8.1).
         _ => {}
     }
 }
