@@ -7,6 +7,8 @@ use super::{
 
 /// How deep an expression may be nested.
 const DEEPEST: usize = 64;
+/// Most words and signs: a chain of operators is evaluated as deep as it is long.
+const MOST: usize = 400;
 
 #[derive(Debug, Clone, PartialEq)]
 enum Token {
@@ -58,6 +60,9 @@ fn scan(text: &str) -> Result<Vec<Token>, String> {
             let sign = SIGNS.iter().find(|s| rest.starts_with(**s)).ok_or_else(|| format!("has {first:?}, which means nothing there"))?;
             (Token::Sign(sign), &rest[sign.len()..])
         };
+        if tokens.len() >= MOST {
+            return Err(format!("has more than {MOST} words and signs"));
+        }
         tokens.push(token);
         rest = after.trim_start();
     }

@@ -101,5 +101,8 @@ fn what_cannot_be_read_says_why() {
     let deep = format!("{}true{}", "(".repeat(100), ")".repeat(100));
     assert!(Expression::parse(&deep).is_err_and(|e| e.contains("nested")));
     assert!(Expression::parse(&"!".repeat(200)).is_err());
+    assert!(Expression::parse(&vec!["1"; 1000].join("+")).is_err_and(|e| e.contains("more than 400")));
+    let long = vec!["1"; 190].join("+") + " == 190";
+    assert!(Expression::parse(&long).is_ok_and(|e| e.holds(&Known::default())));
     assert!(Expression::parse(&"a".repeat(5000)).is_err_and(|e| e.contains("longer")));
 }
