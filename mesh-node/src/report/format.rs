@@ -191,12 +191,13 @@ fn quote(text: &str, line: &mut String) {
 
 /// In a line of text: nothing that could end the line, or the quotes it stands in.
 fn escape(text: &str, line: &mut String) {
-    if text.bytes().all(|b| b >= b' ' && b != b'"' && b != 0x7f) {
+    if text.bytes().all(|b| b >= b' ' && !matches!(b, b'"' | b'\\' | 0x7f)) {
         return line.push_str(text);
     }
     for c in text.chars() {
         match c {
             '"' => line.push_str("\\\""),
+            '\\' => line.push_str("\\\\"),
             '\n' => line.push_str("\\n"),
             '\r' => line.push_str("\\r"),
             '\t' => line.push_str("\\t"),

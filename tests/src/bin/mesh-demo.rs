@@ -68,7 +68,7 @@ fn main() -> Result<()> {
     }
     catch_signals()?;
     let started = Instant::now();
-    let mut bed = Bed::start(2, &NodeOptions::default())?;
+    let mut bed = Bed::start(2, &NodeOptions::with(&["--log", "info,access=debug"]))?;
     let result = scenes(&mut bed);
     if let Err(error) = &result
         && STOP.load(Ordering::Relaxed)

@@ -19,6 +19,9 @@ enum Token {
     Sign(&'static str),
 }
 
+/// Most memory one compiled pattern takes, bytes.
+const REGEX_SIZE: usize = 1 << 20;
+
 /// Longest first, so that `<=` is not read as `<`.
 const SIGNS: [&str; 23] =
     ["&&", "||", "==", "!=", "<=", ">=", "<", ">", "!", "(", ")", "[", "]", ".", ",", "?", ":", "+", "-", "*", "/", "%", "="];
@@ -317,7 +320,7 @@ impl Parser {
                 let [Node::Literal(Literal::Text(pattern))] = &arguments[..] else {
                     return Err("calls matches() with something else than one text".to_owned());
                 };
-                let pattern = regex::Regex::new(pattern).map_err(|e| format!("has a pattern that cannot be read: {e}"))?;
+                let pattern = regex::RegexBuilder::new(pattern).size_limit(REGEX_SIZE).build().map_err(|e| format!("has a pattern that cannot be read: {e}"))?;
                 return Ok(Node::Matches(Box::new(on), Pattern(pattern)));
             }
             _ => return Err(format!("calls {name}(), which is not known here")),
