@@ -37,6 +37,8 @@ use crate::{app::Node, telemetry};
 /// Connections served at once; more wait.
 const MAX_CONNECTIONS: usize = 32;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long one may last; scrapers connect again.
+const CONNECTION_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// What would become of a request, by a configuration; see `meshctl explain`.
 pub fn explain(snapshot: &crate::config::Snapshot, query: &str) -> Result<Value, String> {
@@ -123,8 +125,10 @@ where
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-    if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
-        tracing::debug!(target: "admin", %error, "connection ended");
+    // Who does not read holds a place no longer than this.
+    match tokio::time::timeout(CONNECTION_TIMEOUT, http.serve_connection(TokioIo::new(stream), service)).await {
+        Ok(Err(error)) => tracing::debug!(target: "admin", %error, "connection ended"),
+        Ok(Ok(())) | Err(_) => {}
     }
     drop(slot);
 }

@@ -23,6 +23,8 @@ pub struct MeshConfig {
     pub authorizers: Vec<Arc<Authorizer>>,
     pub normalization: Option<Normalization>,
     pub observability: Observability,
+    /// What is wrong with its telemetry, of which nothing is in force then.
+    pub problem: Option<String>,
 }
 
 /// What is done to paths before anything looks at them. Istio's `MeshConfig.ProxyPathNormalization`.
@@ -77,8 +79,6 @@ struct Document {
     #[serde(default)]
     extension_providers: Option<Vec<Provider>>,
     path_normalization: Option<NormalizationSpec>,
-    #[serde(flatten)]
-    observability: observability::Document,
 }
 
 /// A provider, looked at for each of its uses.
@@ -168,10 +168,10 @@ pub(super) fn read(document: &Value, key: &Key) -> Result<MeshConfig, Rejection>
         r.field = format!("data.mesh.{}", r.field);
         r
     })?;
-    config(document).map_err(|e| e.of(key))
+    config(document, mesh).map_err(|e| e.of(key))
 }
 
-fn config(document: Document) -> Result<MeshConfig, FieldError> {
+fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
     let mut authorizers = Vec::new();
     let mut providers = Vec::new();
     for (i, provider) in document.extension_providers.unwrap_or_default().into_iter().enumerate() {
@@ -179,9 +179,19 @@ fn config(document: Document) -> Result<MeshConfig, FieldError> {
         if let Some(found) = authorizer(part(&provider.all, &at)?, &at)? {
             authorizers.push(Arc::new(found));
         }
-        providers.push(part(&provider.all, &at)?);
+        providers.push((at, provider.all));
     }
-    let observability = observability::read(document.observability, providers)?;
+    // What is wrong with telemetry must not take security with it.
+    let told = part(mesh, "data.mesh").and_then(|document| {
+        let providers = providers.iter().map(|(at, all)| part(all, at)).collect::<Result<_, _>>()?;
+        observability::read(document, providers)
+    });
+    let (observability, problem) = match told {
+        Ok(observability) => (observability, None),
+        Err(error) => {
+            (Observability::default(), Some(format!("{}: {}; telemetry is as if nothing was configured", error.field, error.problem)))
+        }
+    };
     let normalization = document.path_normalization.and_then(|n| n.normalization);
     let normalization = match normalization.as_deref() {
         None | Some("DEFAULT" | "BASE") => normalization.map(|_| Normalization::Base),
@@ -196,7 +206,7 @@ fn config(document: Document) -> Result<MeshConfig, FieldError> {
             return Err(FieldError::new("data.mesh.pathNormalization.normalization", problem));
         }
     };
-    Ok(MeshConfig { authorizers, normalization, observability })
+    Ok(MeshConfig { authorizers, normalization, observability, problem })
 }
 
 /// A provider as one of its uses sees it.

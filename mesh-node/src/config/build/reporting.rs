@@ -194,7 +194,10 @@ fn logs(levels: &[&Telemetry], observability: &Observability, side: Side) -> Vec
     let entries = levels.iter().flat_map(|t| &t.logging).filter(|l| side.is_meant(l.mode)).collect::<Vec<&AccessLogging>>();
     if levels.iter().all(|t| t.logging.is_empty()) {
         let defaults = observability.default_logs.iter().filter_map(find);
-        return observability.everywhere.iter().cloned().chain(defaults).map(plain).collect();
+        let defaults = defaults.collect::<Vec<_>>();
+        // Default providers come in place of the mesh's own file.
+        let everywhere = observability.everywhere.iter().filter(|_| defaults.is_empty()).cloned();
+        return everywhere.chain(defaults.iter().cloned()).map(plain).collect();
     }
     // The narrowest scope that names providers says which there are; who names none means those of the wider one.
     let named = entries.iter().rev().map(|l| &l.providers).find(|p| !p.is_empty());

@@ -320,7 +320,10 @@ impl Parser {
                 let [Node::Literal(Literal::Text(pattern))] = &arguments[..] else {
                     return Err("calls matches() with something else than one text".to_owned());
                 };
-                let pattern = regex::RegexBuilder::new(pattern).size_limit(REGEX_SIZE).build().map_err(|e| format!("has a pattern that cannot be read: {e}"))?;
+                let pattern = regex::RegexBuilder::new(pattern)
+                    .size_limit(REGEX_SIZE)
+                    .build()
+                    .map_err(|e| format!("has a pattern that cannot be read: {e}"))?;
                 return Ok(Node::Matches(Box::new(on), Pattern(pattern)));
             }
             _ => return Err(format!("calls {name}(), which is not known here")),

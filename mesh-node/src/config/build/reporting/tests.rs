@@ -56,6 +56,17 @@ fn without_telemetry_metrics_are_as_they_are_and_nothing_is_logged() {
 }
 
 #[test]
+fn a_mistake_in_telemetry_leaves_the_rest_of_the_mesh_s_configuration_in_force() {
+    let wrong = json!({"pathNormalization": {"normalization": "DECODE_AND_MERGE_SLASHES"}, "accessLogFormat": "%NONSENSE%",
+        "extensionProviders": [{"name": "z", "envoyExtAuthzGrpc": {"service": "authz.shop.svc.cluster.local", "port": 9000}},
+            {"name": "l", "envoyFileAccessLog": {"unknown": 1}}]});
+    let (reporting, statuses) = built(&[mesh_config(&wrong)]);
+    assert_eq!(*reporting, Reporting::default());
+    let all = statuses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    assert!(all.contains("warning: ConfigMap istio-system/istio: data.mesh.") && all.contains("telemetry is as if nothing"), "{all}");
+}
+
+#[test]
 fn access_logs_of_narrower_scopes_win() {
     let mesh = mesh_config(&files(&["one", "two"]));
     let log = |spec: Value| json!({"accessLogging": [spec]});
