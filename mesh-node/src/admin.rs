@@ -126,9 +126,9 @@ where
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
     // Who does not read holds a place no longer than this.
-    match tokio::time::timeout(CONNECTION_TIMEOUT, http.serve_connection(TokioIo::new(stream), service)).await {
-        Ok(Err(error)) => tracing::debug!(target: "admin", %error, "connection ended"),
-        Ok(Ok(())) | Err(_) => {}
+    let served = tokio::time::timeout(CONNECTION_TIMEOUT, http.serve_connection(TokioIo::new(stream), service)).await;
+    if let Ok(Err(error)) = served {
+        tracing::debug!(target: "admin", %error, "connection ended");
     }
     drop(slot);
 }
