@@ -2,6 +2,10 @@
 //!
 //! The object is committed so that a user needs neither LLVM nor the Rust sources. It carries BTF (socket storage needs it)
 //! but no line information; paths of the machine that built it are replaced.
+//!
+//! It is built from a copy in which mesh-common lies inside mesh-ebpf: cargo names a crate outside a workspace by its absolute
+//! path, that name decides the order of functions, and with it which registers they use. Below the workspace it is relative,
+//! so that every checkout builds the same instructions.
 
 use std::{
     collections::BTreeMap,
@@ -50,10 +54,12 @@ pub fn verify() -> Result<()> {
 fn compile() -> Result<PathBuf> {
     setup::run(true)?;
     let directory = target().join("ebpf");
+    let source = directory.join("source");
+    copy_source(&source)?;
     let mut command = cargo(&["build", "--release", "--locked", "--target", "bpfel-unknown-none", "-Z", "build-std=core", "--target-dir"]);
-    command.arg(&directory).current_dir(root().join("mesh-ebpf"));
+    command.arg(&directory).current_dir(&source);
     // build-std is not stable; the pinned stable compiler is told to allow it for this crate alone.
-    command.env("RUSTC_BOOTSTRAP", "1").env("CARGO_ENCODED_RUSTFLAGS", flags()?.join("\u{1f}"));
+    command.env("RUSTC_BOOTSTRAP", "1").env("CARGO_ENCODED_RUSTFLAGS", flags(&source)?.join("\u{1f}"));
     command.env_remove("RUSTFLAGS").env("PATH", path_with_tools()?);
     run("building the eBPF object", &mut command)?;
     let stripped = directory.join("mesh-ebpf.o");
@@ -64,13 +70,42 @@ fn compile() -> Result<PathBuf> {
     Ok(stripped)
 }
 
-fn flags() -> Result<Vec<String>> {
+/// Copies what the object is made of, with mesh-common inside.
+fn copy_source(to: &Path) -> Result<()> {
+    if to.exists() {
+        fs::remove_dir_all(to)?;
+    }
+    let (programs, types) = (root().join("mesh-ebpf"), root().join("mesh-common"));
+    copy_directory(&programs.join("src"), &to.join("src"))?;
+    copy_directory(&types.join("src"), &to.join("mesh-common/src"))?;
+    fs::copy(types.join("Cargo.toml"), to.join("mesh-common/Cargo.toml"))?;
+    fs::copy(programs.join("Cargo.lock"), to.join("Cargo.lock"))?;
+    let manifest = fs::read_to_string(programs.join("Cargo.toml"))?;
+    let (before, after) = manifest.split_once("\"../mesh-common\"").context("mesh-ebpf/Cargo.toml names no ../mesh-common")?;
+    Ok(fs::write(to.join("Cargo.toml"), format!("{before}\"mesh-common\"{after}"))?)
+}
+
+fn copy_directory(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from).with_context(|| from.display().to_string())? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_directory(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
+
+fn flags(source: &Path) -> Result<Vec<String>> {
     let sysroot = ask("rustc", &["--print", "sysroot"]).context("rustc is not installed")?;
     let home =
         std::env::var("CARGO_HOME").or_else(|_| std::env::var("HOME").map(|h| format!("{h}/.cargo"))).context("no home directory")?;
     let mut flags: Vec<String> = ["-Clinker=bpf-linker", "-Clink-arg=--btf", "-Cdebuginfo=2"].map(str::to_owned).into();
     let mut remap = |from: &Path, to: &str| flags.push(format!("--remap-path-prefix={}={to}", from.display()));
-    remap(&root(), "/mesh");
+    remap(source, "/mesh");
     remap(Path::new(sysroot.trim()), "/rust");
     let registries = fs::read_dir(Path::new(&home).join("registry/src")).into_iter().flatten().filter_map(Result::ok);
     registries.for_each(|r| remap(&r.path(), "/crates"));
