@@ -13,8 +13,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::Path,
-    sync::Arc,
-    time::Duration,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -32,7 +32,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use crate::{app::Node, telemetry};
+use crate::{app::Node, spawn, telemetry};
 
 /// Connections served at once; more wait.
 const MAX_CONNECTIONS: usize = 32;
@@ -60,22 +60,29 @@ pub enum Pages {
     Readiness,
 }
 
-/// Serves a node's pages until the process ends.
-pub async fn serve_node(listener: TcpListener, node: Arc<Node>, pages: Pages) {
-    serve(listener, Arc::new(move |method: &Method, uri: &Uri, headers: &HeaderMap| answer(&node, pages, method, uri, headers))).await;
+/// Where pages are served.
+pub enum Listener {
+    Tcp(TcpListener),
+    /// To processes of the node that may open a socket in its file system.
+    Unix(UnixListener),
 }
 
-/// Serves all pages to processes of the node that may open a socket in its file system.
-pub async fn serve_socket(listener: UnixListener, node: Arc<Node>) {
-    let answer = Arc::new(move |method: &Method, uri: &Uri, headers: &HeaderMap| answer(&node, Pages::All, method, uri, headers));
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, _)) => drop(tokio::spawn(connection(stream, answer.clone(), slot))),
-            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-        }
+trait Connected: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connected for S {}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<Box<dyn Connected>> {
+        Ok(match self {
+            Self::Tcp(listener) => Box::new(listener.accept().await?.0),
+            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+        })
     }
+}
+
+/// Serves a node's pages until the process ends.
+pub async fn serve_node(listener: Listener, node: Arc<Node>, pages: Pages) {
+    serve(listener, Arc::new(move |method: &Method, uri: &Uri, headers: &HeaderMap| answer(&node, pages, method, uri, headers))).await;
 }
 
 /// Listens on a socket in the file system, in place of one that an earlier process left.
@@ -102,7 +109,7 @@ pub async fn bind_any(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Serves pages until the process ends.
-pub async fn serve<A>(listener: TcpListener, answer: Arc<A>)
+pub async fn serve<A>(listener: Listener, answer: Arc<A>)
 where
     A: Fn(&Method, &Uri, &HeaderMap) -> Response<Full<Bytes>> + Send + Sync + 'static,
 {
@@ -110,18 +117,20 @@ where
     loop {
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => drop(tokio::spawn(connection(stream, answer.clone(), slot))),
+            Ok(stream) => drop(tokio::spawn(connection(stream, answer.clone(), slot))),
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
 
-async fn connection<A>(stream: impl AsyncRead + AsyncWrite + Unpin, answer: Arc<A>, slot: OwnedSemaphorePermit)
+async fn connection<A>(stream: Box<dyn Connected>, answer: Arc<A>, slot: OwnedSemaphorePermit)
 where
     A: Fn(&Method, &Uri, &HeaderMap) -> Response<Full<Bytes>>,
 {
     let service = service_fn(|request: Request<hyper::body::Incoming>| {
-        std::future::ready(Ok::<_, Infallible>(answer(request.method(), request.uri(), request.headers())))
+        // Pages of a big mesh take their time.
+        let answer = spawn::aside(|| answer(request.method(), request.uri(), request.headers()));
+        std::future::ready(Ok::<_, Infallible>(answer))
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
@@ -193,8 +202,8 @@ fn set_logging(query: &str) -> Response<Full<Bytes>> {
     }
 }
 
-pub fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("text/plain; charset=utf-8"));
     response
@@ -206,15 +215,46 @@ fn document(value: &Value) -> Response<Full<Bytes>> {
     response
 }
 
+/// The text of the metrics as last made, and how long that took.
+#[derive(Debug, Default)]
+pub struct Scrapes(Mutex<[Option<Scraped>; 2]>);
+
+#[derive(Debug)]
+struct Scraped {
+    text: Bytes,
+    at: Instant,
+    took: Duration,
+}
+
+/// Who may scrape may ask as often as they like: no more than a fifth of one core goes into it.
+const PAUSE: u32 = 4;
+
+impl Scrapes {
+    /// One at a time, and anew when a while has passed that is in proportion to the work.
+    fn get(&self, open: bool, make: impl FnOnce() -> Result<String, std::fmt::Error>) -> Result<Bytes, std::fmt::Error> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = &mut last[usize::from(open)];
+        if let Some(scraped) = last
+            && scraped.at.elapsed() < scraped.took * PAUSE
+        {
+            return Ok(scraped.text.clone());
+        }
+        let began = Instant::now();
+        let text = Bytes::from(make()?);
+        *last = Some(Scraped { text: text.clone(), at: Instant::now(), took: began.elapsed() });
+        Ok(text)
+    }
+}
+
 /// `OpenMetrics` for who asks for it; else Prometheus' older text, as `curl` and its tools expect.
 fn metrics(node: &Node, headers: &HeaderMap) -> Response<Full<Bytes>> {
-    node.refresh_metrics();
     let open = headers.get_all(ACCEPT).iter().any(|v| v.to_str().is_ok_and(|v| v.contains("application/openmetrics-text")));
-    let (rendered, kind) = if open {
-        (node.proxy.metrics.render(), "application/openmetrics-text; version=1.0.0; charset=utf-8")
-    } else {
-        (node.proxy.metrics.render_text(), "text/plain; version=0.0.4; charset=utf-8")
-    };
+    let kind =
+        if open { "application/openmetrics-text; version=1.0.0; charset=utf-8" } else { "text/plain; version=0.0.4; charset=utf-8" };
+    let rendered = node.scrapes.get(open, || {
+        node.refresh_metrics();
+        if open { node.proxy.metrics.render() } else { node.proxy.metrics.render_text() }
+    });
     match rendered {
         Ok(body) => {
             let mut response = text(StatusCode::OK, body);

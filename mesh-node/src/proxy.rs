@@ -112,16 +112,22 @@ impl Proxy {
 
     /// Closes pooled connections of workloads and services that are gone, and those not needed any more.
     pub async fn tidy_pool(self: Arc<Self>) {
+        const EVERY: Duration = Duration::from_secs(10);
         let mut config = self.config.clone();
+        let mut edges_tidied = std::time::Instant::now();
         loop {
             tokio::select! {
                 changed = config.changed() => if !changed { return },
-                () = tokio::time::sleep(Duration::from_secs(10)) => {}
+                () = tokio::time::sleep(EVERY) => {}
             }
-            let snapshot = config.load();
+            let snapshot = config.load().clone();
             self.pool.retain(|uid| snapshot.workload(uid).is_some_and(|w| w.enrolled));
             let now = std::time::Instant::now();
-            self.metrics.traffic.tidy(now, |edge| reporting::exists(edge, &snapshot));
+            if now.duration_since(edges_tidied) >= EVERY {
+                edges_tidied = now;
+                let (metrics, cluster) = (&self.metrics, &self.metrics.cluster);
+                spawn::aside(|| metrics.traffic.tidy(now, |edge| reporting::is_current(edge, &snapshot, cluster)));
+            }
             for pod in self.pods.all() {
                 let Some(workload) = snapshot.workload(&pod.uid) else { continue };
                 pod.clusters.tidy(now, |id| snapshot.cluster_for(&workload.name.namespace, id).cloned());

@@ -10,8 +10,13 @@ use std::{sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue};
 
-use self::{expression::Expression, format::Format};
-use crate::telemetry::traffic::TagPlan;
+use self::{entry::Entry, expression::Expression, format::Format};
+use crate::telemetry::traffic::{TagPlan, Tags};
+
+/// Longest value of a metric's tag that is made of a request or connection, bytes; the rest is cut off.
+pub const LONGEST_TAG: usize = 256;
+/// Most such tags of a workload's metrics, in one direction.
+pub const MOST_TAGS: usize = 20;
 
 /// How a workload's traffic is told, as a client and as a server.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -36,6 +41,12 @@ impl Told {
         let filters = self.logs.iter().filter_map(|l| l.filter.as_deref());
         filters.chain(self.values.iter().map(|v| &**v)).any(Expression::asks_response_headers)
             || self.logs.iter().any(|l| l.log.format.asks_response_headers())
+    }
+
+    /// Values of the dynamic tags, each at most [`LONGEST_TAG`] bytes.
+    pub fn tags_of(&self, entry: &Entry<'_>) -> Tags {
+        let cut = |value: String| Arc::from(&value[..value.floor_char_boundary(LONGEST_TAG)]);
+        self.values.iter().map(|value| cut(value.tag(entry))).collect()
     }
 
     /// Whether what was asked for has to be kept until the request is over.

@@ -84,6 +84,7 @@ fn service(s: &Arc<Service>, snapshot: &Snapshot, cluster: &str) -> Value {
 
 fn certificate(c: &CertificateState) -> Value {
     let time = |t: Option<SystemTime>| t.map(rfc3339);
+    let chain = c.credentials.as_ref().map(|c| c.chain_pem()).unwrap_or_default();
     let one = |pem: &String, first: bool| {
         let encoded = BASE64_STANDARD.encode(pem);
         if first {
@@ -99,7 +100,7 @@ fn certificate(c: &CertificateState) -> Value {
     };
     json!({
         "identity": c.identity.to_string(), "state": state,
-        "certChain": c.chain.iter().enumerate().map(|(i, pem)| one(pem, i == 0)).collect::<Vec<_>>(),
+        "certChain": chain.iter().enumerate().map(|(i, pem)| one(pem, i == 0)).collect::<Vec<_>>(),
         "rootCerts": [],
     })
 }

@@ -17,16 +17,16 @@ use tokio::sync::mpsc;
 
 use super::listeners::{Listeners, Serving};
 use crate::{
-    admin::{self, Pages},
+    admin::{self, Listener, Pages, Scrapes},
     capture::{Acceleration, Capture, CaptureSettings, Discovery, LocalPod, NodeFlows, SameNode},
-    config::{Configuration, MeshSettings, Publisher, store::Severity},
+    config::{Configuration, MeshSettings, Publisher},
     id::WorkloadUid,
     identity::{self, CertificateSource, EmbeddedCa, Files, IstioCa, IstioCaSettings, Manager},
     io::netns::Netns,
-    proxy::{Direct, Limits, Proxy, ServedPod, http::clusters::Limited, live::Cut, pods::Origins},
+    proxy::{Direct, Limits, Proxy, ServedPod, live::Cut, pods::Origins},
     route::Workload,
     sources::{directory::Directory, last_good::LastGood},
-    telemetry::{EventLabels, IdentityLabels, Metrics, SeverityLabels, WhatLabels, chain},
+    telemetry::{Metrics, chain},
     tls::{KeyExchange, Trust},
 };
 
@@ -108,6 +108,7 @@ pub struct Node {
     pods: Mutex<Vec<PodState>>,
     capture: Mutex<Capture>,
     reconciled: AtomicBool,
+    pub scrapes: Scrapes,
 }
 
 impl Node {
@@ -121,65 +122,7 @@ impl Node {
         self.reconciled.load(Ordering::Acquire)
     }
 
-    /// Refreshes the gauges that are read from elsewhere.
-    pub fn refresh_metrics(&self) {
-        let metrics = &self.proxy.metrics;
-        self.proxy.open.count();
-        for (counter, value) in self.capture().counters() {
-            metrics.capture_events.get_or_create(&EventLabels { event: counter.name() }).set(i64::try_from(value).unwrap_or(i64::MAX));
-        }
-        let gauge = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        metrics.config_generation.set(i64::try_from(self.proxy.config.load().generation).unwrap_or(i64::MAX));
-        for (name, severity) in [("error", Severity::Error), ("warning", Severity::Warning)] {
-            let n = self.proxy.config.statuses().iter().filter(|s| s.severity == severity).count();
-            metrics.config_remarks.get_or_create(&SeverityLabels { severity: name }).set(gauge(n));
-        }
-        metrics.config_build.set(self.proxy.config.load().built_in.as_secs_f64());
-        metrics.edges_refused.set(gauge(metrics.traffic.refused()));
-        self.refresh_upstream();
-        self.refresh_certificates();
-        metrics.enrolled_pods.set(gauge(self.pods().iter().filter(|p| p.captured).count()));
-    }
-
-    fn refresh_upstream(&self) {
-        let gauge = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        let mut all = [0_usize; 6];
-        for (_, state) in self.proxy.pods.all().iter().flat_map(|pod| pod.clusters.all()) {
-            let counts = [Limited::Connections, Limited::Pending, Limited::Requests, Limited::Retries].map(|of| state.count(of) as usize);
-            let now = Instant::now();
-            let ejected = state.outliers.ejected().iter().filter(|(_, until)| *until > now).count();
-            let [connections, pending, requests, retries] = counts;
-            let more = [connections, state.idle(), requests, pending, retries, ejected];
-            all.iter_mut().zip(more).for_each(|(sum, n)| *sum += n);
-        }
-        for (what, n) in ["connections", "idle", "requests", "pending", "retries", "ejected"].into_iter().zip(all) {
-            self.proxy.metrics.upstream.get_or_create(&WhatLabels { what }).set(gauge(n));
-        }
-        let pool = self.proxy.pool.states();
-        let (connections, streams) = pool.iter().fold((0, 0), |(c, s), state| (c + state.connections, s + state.streams));
-        for (what, n) in [("connections", connections), ("streams", streams)] {
-            self.proxy.metrics.hbone_pool.get_or_create(&WhatLabels { what }).set(gauge(n));
-        }
-    }
-
-    fn refresh_certificates(&self) {
-        let metrics = &self.proxy.metrics;
-        let seconds =
-            |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
-        metrics.certificate_expiry.clear();
-        metrics.certificate_issued.clear();
-        let states = self.proxy.identity.states();
-        for state in &states {
-            let labels = IdentityLabels { identity: state.identity.to_string() };
-            if let (Some(before), Some(after)) = (state.not_before, state.not_after) {
-                metrics.certificate_expiry.get_or_create(&labels).set(seconds(after));
-                metrics.certificate_issued.get_or_create(&labels).set(seconds(before));
-            }
-        }
-        metrics.certificates_failing.set(i64::try_from(states.iter().filter(|s| s.error.is_some()).count()).unwrap_or(i64::MAX));
-    }
-
-    fn capture(&self) -> std::sync::MutexGuard<'_, Capture> {
+    pub(super) fn capture(&self) -> std::sync::MutexGuard<'_, Capture> {
         self.capture.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -224,6 +167,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
         pods: Mutex::default(),
         capture: Mutex::new(capture),
         reconciled: AtomicBool::new(false),
+        scrapes: Scrapes::default(),
     });
     serve_pages(&node).await?;
     tokio::spawn(publisher.run());
@@ -258,11 +202,11 @@ async fn serve_pages(node: &Arc<Node>) -> anyhow::Result<()> {
     ];
     for (address, pages, what) in all {
         let listener = admin::bind_any(address).await.with_context(|| format!("{what} address {address}"))?;
-        tokio::spawn(admin::serve_node(listener, node.clone(), pages));
+        tokio::spawn(admin::serve_node(Listener::Tcp(listener), node.clone(), pages));
     }
     if let Some(path) = &settings.admin_socket {
         let listener = admin::bind_socket(path).with_context(|| format!("admin socket {}", path.display()))?;
-        tokio::spawn(admin::serve_socket(listener, node.clone()));
+        tokio::spawn(admin::serve_node(Listener::Unix(listener), node.clone(), Pages::All));
     }
     Ok(())
 }

@@ -150,7 +150,8 @@ impl<'a> Builder<'a> {
                     continue;
                 }
             };
-            snapshot.by_workload.insert((workload.name.namespace.clone(), workload.workload_name.clone()));
+            let made_by = (workload.name.namespace.clone(), workload.workload_name.clone());
+            snapshot.by_workload.entry(made_by).or_default().push(workload.clone());
             snapshot.workloads.insert(workload.uid.clone(), workload.clone());
             // A host-network pod shares its node's address: no traffic can be told to be its own.
             for ip in workload.ips.iter().filter(|_| !pod.host_network) {

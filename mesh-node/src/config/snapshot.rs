@@ -1,7 +1,7 @@
 //! The immutable state of the mesh that one decision is made from.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -43,8 +43,8 @@ pub struct Snapshot {
     /// Authorization policies in force, for inspection.
     pub policies: Vec<PolicySummary>,
     pub(super) workloads: HashMap<WorkloadUid, Arc<Workload>>,
-    /// Namespaces and names of what makes pods.
-    pub(super) by_workload: HashSet<(Arc<str>, Arc<str>)>,
+    /// By namespace and name of what makes pods.
+    pub(super) by_workload: HashMap<(Arc<str>, Arc<str>), Vec<Arc<Workload>>>,
     pub(super) by_ip: HashMap<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
     pub(super) by_name: HashMap<ObjectName, Arc<Service>>,
@@ -66,7 +66,7 @@ impl Snapshot {
             normalization: Normalization::default(),
             policies: Vec::new(),
             workloads: HashMap::new(),
-            by_workload: HashSet::new(),
+            by_workload: HashMap::new(),
             by_ip: HashMap::new(),
             services: Vec::new(),
             by_name: HashMap::new(),
@@ -84,9 +84,9 @@ impl Snapshot {
         self.by_ip.get(&ip)
     }
 
-    /// Whether there is a pod of what is named so in a namespace, such as a Deployment.
-    pub fn has_workload(&self, namespace: &str, workload: &str) -> bool {
-        self.by_workload.contains(&(Arc::from(namespace), Arc::from(workload)))
+    /// The pods of what is named so in a namespace, such as a Deployment.
+    pub fn pods_of(&self, namespace: &Arc<str>, workload: &Arc<str>) -> &[Arc<Workload>] {
+        self.by_workload.get(&(namespace.clone(), workload.clone())).map_or(&[], Vec::as_slice)
     }
 
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {

@@ -32,8 +32,8 @@ pub struct CertificateState {
     pub not_before: Option<SystemTime>,
     pub not_after: Option<SystemTime>,
     pub serial: Option<String>,
-    /// The chain as PEM, leaf first.
-    pub chain: Vec<String>,
+    /// The certificate itself.
+    pub credentials: Option<Arc<Credentials>>,
     /// Why the latest fetch failed, if it did.
     pub error: Option<String>,
 }
@@ -165,7 +165,7 @@ fn state(id: &SpiffeId, current: &Current) -> CertificateState {
         not_before: credentials.map(|c| c.not_before),
         not_after: credentials.map(|c| c.not_after),
         serial: credentials.map(|c| c.serial.clone()),
-        chain: credentials.map(|c| c.chain_pem()).unwrap_or_default(),
+        credentials: credentials.cloned(),
         error: current.error.clone(),
     }
 }

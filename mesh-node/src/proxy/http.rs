@@ -27,7 +27,7 @@ mod upload;
 mod upstream;
 pub mod wire;
 
-use std::{borrow::Cow, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::Method;
@@ -42,7 +42,7 @@ use self::{
     exchange::{End, Exchange},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
     h2::{Accepted, H2Responder, H2Source},
-    record::{Flag, Record},
+    record::Record,
     reply::Reply,
     transport::Transport,
     wire::{Malformed, WireRequest},
@@ -126,6 +126,7 @@ impl Connection {
         if expects_continue
             && body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await.is_err()
         {
+            record.abandoned();
             return Next::Close;
         }
         let mut exchange = Exchange {
@@ -149,14 +150,11 @@ impl Connection {
 
     async fn refuse_h1(&self, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/1.1");
-        record.source = self.proxy.config.load().workload(&self.pod.uid).cloned();
-        if malformed.protocol_error {
-            record.raise(Flag::DownstreamProtocolError);
-        }
-        record.details = Cow::Borrowed(malformed.details);
+        record.malformed(&malformed, self.proxy.config.load().workload(&self.pod.uid));
         let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
         let reply = Reply::new(malformed.status, malformed.body);
-        record.status = reply.start(false, malformed.close, &mut responder, |_| {}).ok();
+        let status = reply.start(false, malformed.close, &mut responder, |_| {}).ok();
+        record.refused(status, responder.meter());
         // A client that does not take the answer gets none.
         let _ = responder.flush().await;
         reader.begin_body(wire::Framing::Empty);
@@ -188,9 +186,9 @@ impl Connection {
         let head = match head {
             Ok(head) => head,
             Err(malformed) => {
-                record.source = self.proxy.config.load().workload(&self.pod.uid).cloned();
-                record.details = Cow::Borrowed(malformed.details);
-                record.status = Reply::new(malformed.status, malformed.body).start(false, false, &mut responder, |_| {}).ok();
+                record.malformed(&malformed, self.proxy.config.load().workload(&self.pod.uid));
+                let status = Reply::new(malformed.status, malformed.body).start(false, false, &mut responder, |_| {}).ok();
+                record.refused(status, responder.meter());
                 // A client that does not take the answer gets none.
                 let _ = responder.flush().await;
                 return;
@@ -205,11 +203,14 @@ impl Connection {
             close: false,
             grpc: false,
         };
-        tokio::select! {
-            _ = exchange.run(head) => {}
-            _ = self.pod.ended() => {}
-        }
+        let cut = tokio::select! {
+            _ = exchange.run(head) => false,
+            _ = self.pod.ended() => true,
+        };
         record.moved(body.meter(), responder.meter());
+        if cut {
+            record.cut();
+        }
         // Of one that is complete although the client still sends, h2 says so itself when both ends are dropped: after the answer,
         // which a reset from here could overtake (RFC 9113 section 8.1).
         if !responder.is_complete() {

@@ -171,8 +171,7 @@ impl Outcome {
 
     fn tags(&self, told: Option<&Told>) -> Tags {
         let Some(told) = told.filter(|t| !t.values.is_empty()) else { return Tags::default() };
-        let entry = self.entry(0, 0, None);
-        told.values.iter().map(|value| value.tag(&entry).into()).collect()
+        told.tags_of(&self.entry(0, 0, None))
     }
 
     /// Nothing is said of the connection: it goes on, and another process sees to it.

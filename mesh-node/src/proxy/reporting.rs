@@ -16,6 +16,9 @@ use crate::{
     },
 };
 
+/// What a label says that nobody knows.
+const UNKNOWN: &str = "unknown";
+
 /// Who talks to whom, as far as is known.
 #[derive(Debug, Clone, Copy)]
 pub struct Ends<'a> {
@@ -44,7 +47,7 @@ impl Ends<'_> {
 }
 
 fn peer(workload: Option<&Workload>, identity: Option<&SpiffeId>, cluster: &Arc<str>) -> Peer {
-    let unknown = || Arc::from("unknown");
+    let unknown = || Arc::from(UNKNOWN);
     let text = |value: Option<&str>| value.filter(|v| !v.is_empty()).map_or_else(unknown, Arc::from);
     let label = |key: &str| workload.and_then(|w| w.labels.get(key));
     let name = workload.map(|w| &*w.workload_name);
@@ -69,7 +72,7 @@ fn service_names(service: Option<&ObjectName>) -> ServiceNames {
             name: s.name.clone(),
             namespace: s.namespace.clone(),
         },
-        None => ServiceNames { host: "unknown".into(), name: "unknown".into(), namespace: "unknown".into() },
+        None => ServiceNames { host: UNKNOWN.into(), name: UNKNOWN.into(), namespace: UNKNOWN.into() },
     }
 }
 
@@ -106,9 +109,27 @@ pub fn log(access: &AccessLogs, logs: &[LogTo], entry: &Entry<'_>) {
     }
 }
 
-/// Whether both ends of an edge are still there. Where one is not known, the other decides.
-pub fn exists(edge: &EdgeKey, snapshot: &Snapshot) -> bool {
-    let known = |peer: &Peer| &*peer.workload == "unknown" || snapshot.has_workload(&peer.namespace, &peer.workload);
-    let named = |peer: &Peer| &*peer.workload != "unknown";
-    known(&edge.source) && known(&edge.destination) && (named(&edge.source) || named(&edge.destination))
+/// Whether an edge is one that would be made now: both ends are there, are called what they were, and the one that reports is told
+/// in the same way. Where one end is not known, the other decides.
+pub fn is_current(edge: &EdgeKey, snapshot: &Snapshot, cluster: &Arc<str>) -> bool {
+    let reports = |workload: &Workload, reporter: Reporter| {
+        reporter != edge.reporter
+            || match reporter {
+                Reporter::Source => workload.reporting.client.tags == edge.tags,
+                Reporter::Destination => workload.reporting.server.tags == edge.tags,
+            }
+    };
+    let named = |end: &Peer| &*end.workload != UNKNOWN;
+    let current = |end: &Peer, reporter: Reporter| {
+        let pods = snapshot.pods_of(&end.namespace, &end.workload);
+        !named(end) || pods.iter().any(|pod| reports(pod, reporter) && *end == as_now(end, pod, cluster))
+    };
+    (named(&edge.source) || named(&edge.destination))
+        && current(&edge.source, Reporter::Source)
+        && current(&edge.destination, Reporter::Destination)
+}
+
+/// What an end of an edge is called now, if it proved then who it is.
+fn as_now(end: &Peer, pod: &Workload, cluster: &Arc<str>) -> Peer {
+    peer(Some(pod), (&*end.principal != UNKNOWN).then_some(&pod.identity), cluster)
 }

@@ -10,8 +10,10 @@ pub use self::operator::rfc3339;
 use self::operator::{Operand, Operator, parse};
 use super::entry::Entry;
 
-/// Longest line, bytes; the rest is cut off.
+/// Longest line, bytes; the rest is cut off. Of JSON, values are left out from there on.
 pub const LONGEST: usize = 16 * 1024;
+/// Longest value in it, bytes before it is escaped.
+const LONGEST_VALUE: usize = 2 * 1024;
 
 const TEXT: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% %RESPONSE_FLAGS% \
     %RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% \"%UPSTREAM_TRANSPORT_FAILURE_REASON%\" %BYTES_RECEIVED% %BYTES_SENT% \
@@ -120,7 +122,11 @@ impl Format {
                     }
                     quote(key, &mut line);
                     line.push(':');
-                    value(pieces, entry, &mut line);
+                    if line.len() < LONGEST {
+                        value(pieces, entry, &mut line);
+                    } else {
+                        line.push_str("null");
+                    }
                 }
                 line.push_str("}\n");
             }
@@ -171,18 +177,22 @@ fn value(pieces: &[Piece], entry: &Entry<'_>, line: &mut String) {
     quote(&text, line);
 }
 
+/// As much of a value as is told.
+fn short(text: &str) -> &str {
+    &text[..text.floor_char_boundary(LONGEST_VALUE)]
+}
+
 /// As a JSON string.
 fn quote(text: &str, line: &mut String) {
     line.push('"');
-    let most = text.floor_char_boundary(LONGEST / 4);
-    for c in text[..most].chars() {
+    for c in short(text).chars() {
         match c {
             '"' => line.push_str("\\\""),
             '\\' => line.push_str("\\\\"),
             '\n' => line.push_str("\\n"),
             '\r' => line.push_str("\\r"),
             '\t' => line.push_str("\\t"),
-            c if c < ' ' => drop(write!(line, "\\u{:04x}", u32::from(c))),
+            c if c.is_control() => drop(write!(line, "\\u{:04x}", u32::from(c))),
             c => line.push(c),
         }
     }
@@ -191,7 +201,8 @@ fn quote(text: &str, line: &mut String) {
 
 /// In a line of text: nothing that could end the line, or the quotes it stands in.
 fn escape(text: &str, line: &mut String) {
-    if text.bytes().all(|b| b >= b' ' && !matches!(b, b'"' | b'\\' | 0x7f)) {
+    let text = short(text);
+    if text.bytes().all(|b| (b' '..0x7f).contains(&b) && !matches!(b, b'"' | b'\\')) {
         return line.push_str(text);
     }
     for c in text.chars() {
@@ -201,7 +212,7 @@ fn escape(text: &str, line: &mut String) {
             '\n' => line.push_str("\\n"),
             '\r' => line.push_str("\\r"),
             '\t' => line.push_str("\\t"),
-            c if c < ' ' || c == '\u{7f}' => drop(write!(line, "\\x{:02x}", u32::from(c))),
+            c if c.is_control() => drop(write!(line, "\\x{:02x}", u32::from(c))),
             c => line.push(c),
         }
     }

@@ -1,14 +1,15 @@
 //! Istio's metrics of requests and connections, kept per *edge*: who talks to whom, as one of them reports it.
 //!
 //! An edge is found once, under a lock, and held by whoever counts on it; counting is a few relaxed atomics. Series of an edge
-//! are made when a response code, flag or tag first occurs, at most [`MOST_SERIES`] of them; what comes after is counted with its
-//! tags as `other`. Edges nobody holds whose ends are gone are forgotten by [`Traffic::tidy`].
+//! are made when a response code, flag or tag first occurs, at most [`MOST_SERIES`] of them; what comes after is counted by class
+//! of codes, without flags, its tags as `other`. Edges nobody holds are forgotten by [`Traffic::tidy`] when their ends are gone, or
+//! when there are many.
 
 mod encode;
 mod histogram;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt,
     hash::Hash,
     sync::{
@@ -275,13 +276,22 @@ impl<K, S> Default for Series<K, S> {
 
 impl<K: Clone + Eq + Hash, S: Default> Series<K, S> {
     /// The series of a key, or of what it is folded into when there are too many.
-    fn of(&self, key: &K, folded: impl FnOnce(&K) -> K) -> Arc<S> {
-        if let Some(found) = self.all.load().get(key) {
-            return found.clone();
+    fn of(&self, key: &K, folded: impl Fn(&K) -> K) -> Arc<S> {
+        let place = |all: &HashMap<K, Arc<S>>| if all.len() >= MOST_SERIES && !all.contains_key(key) { folded(key) } else { key.clone() };
+        {
+            let all = self.all.load();
+            if let Some(found) = all.get(key) {
+                return found.clone();
+            }
+            if all.len() >= MOST_SERIES
+                && let Some(found) = all.get(&folded(key))
+            {
+                return found.clone();
+            }
         }
         let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut all = HashMap::clone(&self.all.load());
-        let key = if all.len() >= MOST_SERIES && !all.contains_key(key) { folded(key) } else { key.clone() };
+        let key = place(&all);
         let series = all.entry(key).or_default().clone();
         self.all.store(Arc::new(all));
         series
@@ -344,9 +354,15 @@ fn other(tags: &Tags) -> Tags {
 }
 
 impl HttpKey {
-    /// What it is counted as when there are too many.
+    /// What it is counted as when there are too many: by its class of codes, so that there are few of these.
     fn folded(&self) -> Self {
-        Self { tags: other(&self.tags), grpc_status: self.grpc_status.map(|s| s.min(17)), ..self.clone() }
+        Self {
+            tags: other(&self.tags),
+            code: self.code.min(599) / 100 * 100,
+            grpc_status: self.grpc_status.map(|s| s.min(17)),
+            flags: Flags::default(),
+            ..*self
+        }
     }
 }
 
@@ -393,10 +409,17 @@ impl Traffic {
         self.refused.load(Ordering::Relaxed)
     }
 
-    /// Forgets edges that nobody has held, and whose ends have been gone, for [`KEPT`].
-    pub fn tidy(&self, now: Instant, exists: impl Fn(&EdgeKey) -> bool) {
-        self.lock().retain(|key, kept| {
-            if Arc::strong_count(&kept.edge) > 1 || exists(key) {
+    /// Forgets edges that nobody has held, and that have not been current, for [`KEPT`]; where there is little room left, also
+    /// current ones.
+    pub fn tidy(&self, now: Instant, is_current: impl Fn(&EdgeKey) -> bool) {
+        // Asked of a copy: who opens a connection does not wait for it.
+        let unheld = self.lock().values().filter(|k| Arc::strong_count(&k.edge) == 1).map(|k| k.edge.clone()).collect::<Vec<_>>();
+        let needed = unheld.iter().filter(|edge| is_current(&edge.key)).map(|edge| edge.key.clone()).collect::<HashSet<_>>();
+        drop(unheld);
+        let mut edges = self.lock();
+        let crowded = edges.len() >= MOST_EDGES / 4 * 3;
+        edges.retain(|key, kept| {
+            if Arc::strong_count(&kept.edge) > 1 || !crowded && needed.contains(key) {
                 kept.unused = None;
                 return true;
             }

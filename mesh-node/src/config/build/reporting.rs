@@ -9,7 +9,7 @@ use super::{Builder, age, policies::Attached};
 use crate::{
     config::store::Severity,
     id::ObjectName,
-    report::{AccessLog, LogTo, Reporting, Told, Traces, expression::Expression},
+    report::{AccessLog, LogTo, MOST_TAGS, Reporting, Told, Traces, expression::Expression},
     resource::{
         Named, Telemetry,
         mesh_config::{Observability, observability::PROMETHEUS},
@@ -97,6 +97,24 @@ impl<'a> Reports<'a> {
             let message = "spec.tracing: no spans are made by this version of mesh-node; headers of traces pass as they are";
             builder.remark(Severity::Warning, named, message);
         }
+        let overrides = telemetry.metrics.iter().flat_map(|m| &m.overrides).flat_map(|o| o.tags.iter().map(|(_, change)| change));
+        let asked = overrides.filter_map(|change| match change {
+            TagChange::Set(expression) if expression.constant().is_none() => Some(expression),
+            _ => None,
+        });
+        let mut different: Vec<&Arc<Expression>> = Vec::new();
+        asked.for_each(|expression| {
+            if !different.contains(&expression) {
+                different.push(expression);
+            }
+        });
+        if different.len() > MOST_TAGS {
+            let message = format!(
+                "spec.metrics: {} tags have values of requests, of which {MOST_TAGS} are kept and the rest say other; remove some",
+                different.len()
+            );
+            builder.remark(Severity::Warning, named, &message);
+        }
         let lists = telemetry.logging.iter().map(|l| ("accessLogging", &l.providers));
         let lists = lists.chain(telemetry.tracing.iter().map(|t| ("tracing", &t.providers)));
         let lists = lists.chain(telemetry.metrics.iter().map(|m| ("metrics", &m.providers)));
@@ -175,11 +193,13 @@ fn metrics(levels: &[&Telemetry], observability: &Observability, side: Side) -> 
             };
             let value = if let Some(constant) = expression.constant() {
                 TagValue::Constant(constant.into())
+            } else if let Some(known) = values.iter().position(|v| v == expression) {
+                TagValue::Dynamic(known)
+            } else if values.len() < MOST_TAGS {
+                values.push(expression.clone());
+                TagValue::Dynamic(values.len() - 1)
             } else {
-                TagValue::Dynamic(values.iter().position(|v| v == expression).unwrap_or_else(|| {
-                    values.push(expression.clone());
-                    values.len() - 1
-                }))
+                TagValue::Constant("other".into())
             };
             set.push((name.clone(), value));
         }

@@ -16,6 +16,7 @@ use super::{
     exchange::flag_of,
     gate::{Gate, Pass, Refusal, append, refused},
     h2::{H2Sink, wire_request},
+    meter::{Meter, grpc_status},
     record::{Flag, Record},
     reply::{Reply, reason},
     upload::Upload,
@@ -182,6 +183,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         if let Some(record) = &mut inbound {
             record.details = Cow::Borrowed("via_upstream");
             record.answered(status, &headers);
+            record.down.grpc_status = grpc_status(&headers);
         }
         judge(status, headers, repeatable)
     };
@@ -224,7 +226,10 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     };
     if let Some(record) = &mut inbound {
         conclude(&ended, record);
-        record.moved(upload.passed(), responder.meter());
+        match ended {
+            Attempt::Again => record.repeated(upload.passed()),
+            _ => record.moved(upload.passed(), responder.meter()),
+        }
     }
     ended
 }
@@ -266,12 +271,15 @@ pub fn conclude(ended: &Attempt, record: &mut Record) {
     match ended {
         Attempt::Answered(Answered::Truncated(reset)) => failed(*reset, "upstream_reset_after_response_started", record),
         Attempt::Failed(failure) => failed(failure.reset, "upstream_reset_before_response_started", record),
-        Attempt::Answered(Answered::Abandoned) | Attempt::Abandoned => {
-            record.raise(Flag::DownstreamDisconnect);
-            record.details = Cow::Borrowed("downstream_remote_disconnect");
+        // Whose time is up is the client's side: for the destination it has gone.
+        Attempt::Answered(Answered::Abandoned | Answered::TimeUp(_)) | Attempt::Abandoned | Attempt::TimeUp(_) => record.abandoned(),
+        Attempt::Malformed(malformed) => {
+            if malformed.protocol_error {
+                record.raise(Flag::DownstreamProtocolError);
+            }
+            record.details = Cow::Borrowed(malformed.details);
         }
-        Attempt::Malformed(malformed) => record.details = Cow::Borrowed(malformed.details),
-        Attempt::Answered(Answered::Whole | Answered::TimeUp(_)) | Attempt::Again | Attempt::Denied | Attempt::TimeUp(_) => {}
+        Attempt::Answered(Answered::Whole) | Attempt::Again | Attempt::Denied => {}
     }
 }
 
@@ -352,7 +360,7 @@ async fn answer_here<B: RequestBody, R: Responder>(
 ) -> Attempt {
     let (status, mut headers, body) = reply.into_parts(plan.head.is_grpc());
     record.answered(status, &headers);
-    record.down.bytes = body.len() as u64;
+    record.moved(upload.passed(), &Meter::of_reply(&body, &headers));
     if !body.is_empty() {
         headers.insert(http::header::CONTENT_LENGTH, body.len().into());
     }

@@ -111,7 +111,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
             self.record.attempts = self.number;
             self.record.endpoint = Some(address);
-            self.record.edge = self.edge(address, &endpoint);
+            self.record.place(self.edge(address, &endpoint));
             self.upload.rewind();
             self.deadlines.attempt = None;
             headers::expect_within(&mut head.headers, self.time_left());
@@ -119,8 +119,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             let again = match ended {
                 Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),
                 Attempt::Abandoned => {
-                    self.record.raise(Flag::DownstreamDisconnect);
-                    self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+                    self.record.abandoned();
                     return Outcome::Ended(End::Broken);
                 }
                 Attempt::Malformed(malformed) => return Outcome::Failed(Unanswered::Malformed(malformed)),
@@ -272,8 +271,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             biased;
             up = self.deadlines.passed() => Some(Outcome::Failed(Unanswered::TimeUp(up))),
             _ = self.responder.gone() => {
-                self.record.raise(Flag::DownstreamDisconnect);
-                self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+                self.record.abandoned();
                 Some(Outcome::Ended(End::Broken))
             }
             () = wait => None,
@@ -293,10 +291,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 self.record.raise(Flag::UpstreamTimeout);
                 self.record.details = Cow::Borrowed("response_timeout");
             }
-            Answered::Abandoned => {
-                self.record.raise(Flag::DownstreamDisconnect);
-                self.record.details = Cow::Borrowed("downstream_remote_disconnect");
-            }
+            Answered::Abandoned => self.record.abandoned(),
         }
         End::Broken
     }

@@ -220,8 +220,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     fn abandoned(&mut self) -> End {
-        self.record.raise(Flag::DownstreamDisconnect);
-        self.record.details = Cow::Borrowed("downstream_remote_disconnect");
+        self.record.abandoned();
         End::Broken
     }
 

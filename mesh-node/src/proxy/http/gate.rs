@@ -19,6 +19,7 @@ use super::{
     authorizer::{self, Answer},
     record::{Flag, Record},
     reply::Reply,
+    wire::Malformed,
 };
 use crate::{
     config::Snapshot,
@@ -80,8 +81,8 @@ impl Gate {
 
     /// Begins the record of a request into the pod.
     pub fn record(&self, head: &RequestHead, protocol: &'static str) -> Record {
-        let mut record = self.unread(protocol);
         let snapshot = self.proxy.config.load();
+        let mut record = self.begin(&snapshot, protocol);
         if let Some(workload) = snapshot.workload(&self.pod.uid) {
             record.describe(head, &workload.reporting);
         }
@@ -89,12 +90,19 @@ impl Gate {
     }
 
     /// The same of one that cannot be read.
-    pub fn unread(&self, protocol: &'static str) -> Record {
+    pub fn unread(&self, protocol: &'static str, malformed: &Malformed) -> Record {
+        let snapshot = self.proxy.config.load();
+        let mut record = self.begin(&snapshot, protocol);
+        record.malformed(malformed, snapshot.workload(&self.pod.uid));
+        record.source = None;
+        record
+    }
+
+    fn begin(&self, snapshot: &Snapshot, protocol: &'static str) -> Record {
         let metrics = &self.proxy.metrics;
         let mut record = Record::inbound(metrics, self.client, self.facts.destination, protocol);
-        let snapshot = self.proxy.config.load();
         record.mutual_tls = self.facts.peer.is_some();
-        record.edge = self.edge.get(snapshot.generation, || {
+        record.place(self.edge.get(snapshot.generation, || {
             let workload = snapshot.workload(&self.pod.uid)?;
             let client = snapshot.workload_by_ip(self.facts.source);
             let ends = Ends {
@@ -104,7 +112,7 @@ impl Gate {
                 service: workload.services.get(&self.facts.destination.port()),
             };
             ends.edge(metrics, &workload.reporting.server.tags)
-        });
+        }));
         if let Some(workload) = snapshot.workload(&self.pod.uid)
             && workload.reporting.server.wants_request()
         {

@@ -113,7 +113,10 @@ async fn h1_exchange(
     let admitted = tokio::select! {
         biased;
         admitted = gate.admit(&head) => admitted,
-        _ = responder.gone() => return Next::Abort,
+        _ = responder.gone() => {
+            record.abandoned();
+            return Next::Abort;
+        }
     };
     let pass = match admitted {
         Ok(pass) => pass,
@@ -131,6 +134,7 @@ async fn h1_exchange(
         return refuse(Reply::new(StatusCode::NOT_FOUND, ""), grpc, true, &mut responder, reader, &mut record).await;
     }
     if expects_continue && responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
+        record.abandoned();
         return Next::Close;
     }
     let (source, up) = transport.halves();
@@ -148,7 +152,6 @@ async fn h1_exchange(
         Ended::Broken if !responder.has_started() || responder.would_look_complete() => Next::Abort,
         Ended::Whole | Ended::Broken => Next::Close,
         Ended::Malformed(malformed) => {
-            record.details = Cow::Borrowed(malformed.details);
             refuse(Reply::new(malformed.status, malformed.body), grpc, true, &mut responder, reader, &mut record).await
         }
     }
@@ -166,8 +169,8 @@ async fn refuse(
     reader: &Reader<'_>,
     record: &mut Record,
 ) -> Next {
-    record.status = reply.start(grpc, close, responder, |_| {}).ok();
-    record.down = *responder.meter();
+    let status = reply.start(grpc, close, responder, |_| {}).ok();
+    record.refused(status, responder.meter());
     while !responder.is_flushed() {
         if responder.flush().await.is_err() {
             return Next::Abort;
@@ -177,13 +180,10 @@ async fn refuse(
 }
 
 async fn refuse_h1(gate: &Gate, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
-    let mut record = gate.unread("HTTP/1.1");
-    if malformed.protocol_error {
-        record.raise(Flag::DownstreamProtocolError);
-    }
-    record.details = Cow::Borrowed(malformed.details);
+    let mut record = gate.unread("HTTP/1.1", &malformed);
     let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
-    record.status = Reply::new(malformed.status, malformed.body).start(false, malformed.close, &mut responder, |_| {}).ok();
+    let status = Reply::new(malformed.status, malformed.body).start(false, malformed.close, &mut responder, |_| {}).ok();
+    record.refused(status, responder.meter());
     // A client that does not take the answer gets none.
     let _ = responder.flush().await;
     reader.begin_body(wire::Framing::Empty);
@@ -276,14 +276,16 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accept
             }
             let end = tokio::select! {
                 end = h2_request(&gate, streams, &head, &mut body, &mut responder, &mut record) => end,
-                _ = gate.pod.ended() => Err(::h2::Reason::CANCEL),
+                _ = gate.pod.ended() => {
+                    record.cut();
+                    Err(::h2::Reason::CANCEL)
+                }
             };
             record.moved(body.meter(), responder.meter());
             end
         }
         Err(malformed) => {
-            record = gate.unread("HTTP/2");
-            record.details = Cow::Borrowed(malformed.details);
+            record = gate.unread("HTTP/2", &malformed);
             answer(Reply::new(malformed.status, malformed.body), false, &mut responder, &mut record).await;
             Ok(())
         }
@@ -298,7 +300,8 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accept
 }
 
 async fn answer(reply: Reply, grpc: bool, responder: &mut H2Responder, record: &mut Record) {
-    record.status = reply.start(grpc, false, responder, |_| {}).ok();
+    let status = reply.start(grpc, false, responder, |_| {}).ok();
+    record.refused(status, responder.meter());
     while !responder.is_flushed() {
         if responder.flush().await.is_err() {
             return;
@@ -318,7 +321,10 @@ async fn h2_request(
     let admitted = tokio::select! {
         biased;
         admitted = gate.admit(head) => admitted,
-        _ = responder.gone() => return Err(::h2::Reason::CANCEL),
+        _ = responder.gone() => {
+            record.abandoned();
+            return Err(::h2::Reason::CANCEL);
+        }
     };
     let pass = match admitted {
         Ok(pass) => pass,
@@ -329,7 +335,10 @@ async fn h2_request(
         }
     };
     // A new connection is judged anew.
-    let streams = streams.ok_or(::h2::Reason::REFUSED_STREAM)?;
+    let Some(streams) = streams else {
+        record.raise(Flag::UpstreamConnectionTermination);
+        return Err(::h2::Reason::REFUSED_STREAM);
+    };
     if head.method == Method::CONNECT {
         record.details = Cow::Borrowed("connect_not_allowed");
         answer(Reply::new(StatusCode::NOT_FOUND, ""), grpc, responder, record).await;
@@ -340,10 +349,14 @@ async fn h2_request(
     let over = streams.over.clone();
     let mut opener = tokio::select! {
         biased;
-        ready = streams.ready() => ready?,
-        () = gate.denied_later(sent, claims) => return Err(::h2::Reason::REFUSED_STREAM),
-        _ = responder.gone() => return Err(::h2::Reason::CANCEL),
-    };
+        ready = streams.ready() => ready,
+        () = gate.denied_later(sent, claims) => Err(::h2::Reason::REFUSED_STREAM),
+        _ = responder.gone() => Err(::h2::Reason::CANCEL),
+    }
+    .inspect_err(|reason| match *reason {
+        ::h2::Reason::CANCEL => record.abandoned(),
+        _ => record.raise(Flag::UpstreamConnectionTermination),
+    })?;
     let empty = body.is_end();
     let (response, stream) = opener.send_request(request, empty).map_err(|_| {
         over.send_replace(true);

@@ -24,6 +24,11 @@ enum Place {
 }
 
 impl Meter {
+    /// Of a body that was given here at once.
+    pub fn of_reply(body: &[u8], headers: &HeaderMap) -> Self {
+        Self { bytes: body.len() as u64, grpc_status: grpc_status(headers), ..Self::default() }
+    }
+
     /// Also counts gRPC's messages, and takes down its status.
     pub fn count_messages(&mut self) {
         self.messages_in = Some(Place::Prefix { come: 0, length: 0 });
@@ -44,7 +49,7 @@ impl Meter {
     /// Headers or trailers, of which some may say how a gRPC call ended.
     pub fn see_status(&mut self, headers: &HeaderMap) {
         if self.messages_in.is_some()
-            && let Some(status) = headers.get("grpc-status").and_then(number)
+            && let Some(status) = grpc_status(headers)
         {
             self.grpc_status = Some(status);
         }
@@ -78,6 +83,11 @@ impl Meter {
 
 fn after(left: u32) -> Place {
     if left == 0 { Place::Prefix { come: 0, length: 0 } } else { Place::Message(left) }
+}
+
+/// The status of a gRPC call, if headers say it.
+pub fn grpc_status(headers: &HeaderMap) -> Option<u32> {
+    headers.get("grpc-status").and_then(number)
 }
 
 fn number(value: &HeaderValue) -> Option<u32> {

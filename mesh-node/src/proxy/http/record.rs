@@ -9,7 +9,7 @@ use std::{
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use super::meter::Meter;
+use super::{meter::Meter, wire::Malformed};
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
     id::{ObjectName, SpiffeId},
@@ -45,8 +45,12 @@ pub struct Record {
     pub endpoint: Option<SocketAddr>,
     /// Attempts begun, whether or not they reached the endpoint.
     pub attempts: u32,
-    /// Where it is counted, once that is known.
-    pub edge: Option<Arc<Edge>>,
+    /// Where it is counted; none where nothing is to be, or there is no room.
+    edge: Option<Arc<Edge>>,
+    /// It is known where.
+    placed: bool,
+    /// It has come to an end that is told as it is.
+    concluded: bool,
     pub grpc: bool,
     /// What passed of the request's and the response's body.
     pub up: Meter,
@@ -98,6 +102,8 @@ impl Record {
             endpoint: None,
             attempts: 0,
             edge: None,
+            placed: false,
+            concluded: false,
             grpc: false,
             up: Meter::default(),
             down: Meter::default(),
@@ -115,6 +121,16 @@ impl Record {
             self.keep(head);
         }
         self.reporting = Some(reporting.clone());
+    }
+
+    /// Takes down a request that cannot be read.
+    pub fn malformed(&mut self, malformed: &Malformed, source: Option<&Arc<Workload>>) {
+        self.reporting = source.map(|s| s.reporting.clone());
+        self.source = source.cloned();
+        if malformed.protocol_error {
+            self.raise(Flag::DownstreamProtocolError);
+        }
+        self.details = Cow::Borrowed(malformed.details);
     }
 
     fn keep(&mut self, head: &RequestHead) {
@@ -149,7 +165,8 @@ impl Record {
     /// Takes down the head of the response that goes to the client.
     pub fn answered(&mut self, status: StatusCode, headers: &HeaderMap) {
         self.status = Some(status);
-        self.answered_after = Some(self.started.elapsed());
+        // Not of what is answered here.
+        self.answered_after = (self.details == "via_upstream").then(|| self.started.elapsed());
         if let (Some(described), Some(reporting)) = (&mut self.described, &self.reporting)
             && told(reporting, self.reporter).wants_response_headers()
         {
@@ -166,9 +183,40 @@ impl Record {
         self.metrics.overflow(limit);
     }
 
-    /// Takes down what has passed of the bodies.
+    /// Takes down where it is counted.
+    pub fn place(&mut self, edge: Option<Arc<Edge>>) {
+        (self.edge, self.placed) = (edge, true);
+    }
+
+    /// Takes down what has passed of the bodies: it is over.
     pub fn moved(&mut self, up: &Meter, down: &Meter) {
-        (self.up, self.down) = (*up, *down);
+        (self.up, self.down, self.concluded) = (*up, *down, true);
+    }
+
+    /// It was answered here, and that is all.
+    pub fn refused(&mut self, status: Option<StatusCode>, down: &Meter) {
+        (self.status, self.down, self.concluded) = (status, *down, true);
+        if status.is_none() {
+            self.abandoned();
+        }
+    }
+
+    /// The client did not wait for the end.
+    pub fn abandoned(&mut self) {
+        self.concluded = true;
+        self.raise(Flag::DownstreamDisconnect);
+        self.details = Cow::Borrowed("downstream_remote_disconnect");
+    }
+
+    /// Its connection was cut here: its pod is gone, a policy denies it, or the node stops.
+    pub fn cut(&mut self) {
+        self.raise(Flag::DownstreamDisconnect);
+        self.details = Cow::Borrowed("downstream_local_disconnect");
+    }
+
+    /// It was answered, and what asked does not want the answer but asks again.
+    pub fn repeated(&mut self, up: &Meter) {
+        (self.up, self.concluded) = (*up, true);
     }
 
     fn entry<'a>(&'a self, duration: Duration) -> Entry<'a> {
@@ -253,7 +301,8 @@ impl Record {
     }
 
     fn count(&self, duration: Duration, tags: Tags) {
-        let Some(edge) = self.edge.clone().or_else(|| self.lost_edge()) else { return };
+        let lost = if self.placed { None } else { self.lost_edge() };
+        let Some(edge) = self.edge.as_ref().or(lost.as_ref()) else { return };
         let (code, flags, grpc) = (self.status.map_or(0, |s| s.as_u16()), self.flags, self.grpc);
         let key = HttpKey { grpc, code, grpc_status: self.down.grpc_status.filter(|_| grpc), flags, tags };
         let request = Request {
@@ -281,6 +330,9 @@ fn is_traced() -> bool {
 impl Drop for Record {
     fn drop(&mut self) {
         self.metrics.http_active.dec();
+        if !self.concluded {
+            self.cut();
+        }
         let duration = self.started.elapsed();
         let told = self.reporting.as_deref().map(|r| told(r, self.reporter)).filter(|t| t.wants_request());
         if is_traced() || self.denied {
@@ -288,8 +340,7 @@ impl Drop for Record {
         }
         let Some(told) = told else { return self.count(duration, Tags::default()) };
         let entry = self.entry(duration);
-        let tags = told.values.iter().map(|value| value.tag(&entry).into()).collect();
-        self.count(duration, tags);
+        self.count(duration, told.tags_of(&entry));
         reporting::log(&self.metrics.access, &told.logs, &entry);
     }
 }

@@ -109,9 +109,24 @@ fn long_lines_are_cut() {
     let mut headers = HeaderMap::new();
     headers.insert("x", HeaderValue::from_str(&"y".repeat(100_000)).expect("valid"));
     let line = Format::text("%REQ(X)%").expect("valid").line(&entry(&headers));
-    assert!(line.len() == LONGEST + 1 && line.ends_with('\n'));
+    assert!(line.len() == LONGEST_VALUE + 1 && line.ends_with('\n'));
+    // What comes after a long value is still told.
+    let line = Format::text("%REQ(X)% %PROTOCOL%").expect("valid").line(&entry(&headers));
+    assert!(line.ends_with(" HTTP/1.1\n"), "{line}");
+    let many = "%REQ(X)% ".repeat(20);
+    assert_eq!(Format::text(&many).expect("valid").line(&entry(&headers)).len(), LONGEST + 1);
+    let keys = (0..20).map(|i| i.to_string()).collect::<Vec<_>>();
+    let json = Format::json(keys.iter().map(|k| (&**k, "%REQ(X)%"))).expect("valid").line(&entry(&headers));
+    assert!(json.len() < LONGEST + LONGEST_VALUE && serde_json::from_str::<serde_json::Value>(&json).is_ok());
+}
+
+#[test]
+fn control_characters_of_both_sets_are_escaped() {
+    let mut headers = HeaderMap::new();
+    headers.insert("x", HeaderValue::from_bytes("a\tb\u{9b}31m".as_bytes()).expect("valid"));
+    assert_eq!(Format::text("%REQ(X)%").expect("valid").line(&entry(&headers)), "a\\tb\\x9b31m\n");
     let json = Format::json([("x", "%REQ(X)%")]).expect("valid").line(&entry(&headers));
-    assert!(json.len() < LONGEST && serde_json::from_str::<serde_json::Value>(&json).is_ok());
+    assert_eq!(json, "{\"x\":\"a\\tb\\u009b31m\"}\n");
 }
 
 #[test]

@@ -98,8 +98,34 @@ fn series_of_one_edge_are_bounded_and_nothing_is_lost() {
         edge.request(&http(200, &[&i.to_string()]), &once());
     }
     assert_eq!(edge.http.all.load().len(), MOST_SERIES + 1);
-    let counted: u64 = edge.http.all.load().values().map(|s| s.duration.count()).sum();
-    assert_eq!(counted, all as u64);
+    let counted = || edge.http.all.load().values().map(|s| s.duration.count()).sum::<u64>();
+    assert_eq!(counted(), all as u64);
+    // Nor do codes and flags add more than a few.
+    for code in 0..1000 {
+        let mut key = http(code, &[&code.to_string()]);
+        key.flags.raise(if code % 2 == 0 { Flag::NoRoute } else { Flag::UpstreamTimeout });
+        edge.request(&key, &once());
+    }
+    assert_eq!(edge.http.all.load().len(), MOST_SERIES + 6);
+    assert_eq!(counted(), all as u64 + 1000);
+}
+
+#[test]
+fn where_there_is_little_room_edges_go_that_nobody_has_held_for_a_while() {
+    let traffic = Arc::new(Traffic::default());
+    let named = |i: usize| {
+        let mut key = key(TagPlan::default());
+        key.source.workload = i.to_string().into();
+        key
+    };
+    let held = traffic.edge(named(0)).expect("room");
+    (1..MOST_EDGES).for_each(|i| drop(traffic.edge(named(i)).expect("room")));
+    assert!(traffic.edge(named(MOST_EDGES)).is_none() && traffic.refused() == 1);
+    let start = Instant::now();
+    traffic.tidy(start, |_| true);
+    traffic.tidy(start + KEPT, |_| true);
+    assert_eq!(traffic.all().len(), 1);
+    assert!(Arc::ptr_eq(&held, &traffic.all()[0]) && traffic.edge(named(MOST_EDGES)).is_some());
 }
 
 #[test]
