@@ -249,8 +249,7 @@ impl Scrapes {
 /// `OpenMetrics` for who asks for it; else Prometheus' older text, as `curl` and its tools expect.
 fn metrics(node: &Node, headers: &HeaderMap) -> Response<Full<Bytes>> {
     let open = headers.get_all(ACCEPT).iter().any(|v| v.to_str().is_ok_and(|v| v.contains("application/openmetrics-text")));
-    let kind =
-        if open { "application/openmetrics-text; version=1.0.0; charset=utf-8" } else { "text/plain; version=0.0.4; charset=utf-8" };
+    let kind = if open { "application/openmetrics-text; version=1.0.0; charset=utf-8" } else { "text/plain; version=0.0.4; charset=utf-8" };
     let rendered = node.scrapes.get(open, || {
         node.refresh_metrics();
         if open { node.proxy.metrics.render() } else { node.proxy.metrics.render_text() }

@@ -15,6 +15,7 @@ pub mod outcome;
 pub mod pods;
 pub mod reporting;
 mod sniff;
+pub mod traces;
 
 use std::{sync::Arc, time::Duration};
 
@@ -50,6 +51,7 @@ pub struct Proxy {
     pub metrics: Arc<Metrics>,
     pub limits: Limits,
     pub replays: http::Replays,
+    pub spans: Arc<traces::Spans>,
     pub jwks: Jwks,
     accelerated: std::sync::OnceLock<Offers>,
     /// The pods whose connections may go directly.
@@ -70,6 +72,7 @@ impl Proxy {
             metrics,
             limits,
             replays: http::Replays::default(),
+            spans: Arc::default(),
             accelerated: std::sync::OnceLock::new(),
             served: arc_swap::ArcSwap::default(),
         })

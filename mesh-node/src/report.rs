@@ -5,6 +5,8 @@ pub mod attributes;
 pub mod entry;
 pub mod expression;
 pub mod format;
+pub mod span;
+pub mod trace;
 
 use std::{sync::Arc, time::Duration};
 

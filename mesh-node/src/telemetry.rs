@@ -135,6 +135,7 @@ pub struct Metrics {
     pub acceleration: Family<StateLabels, Counter>,
     pub indirect: Family<ReasonLabels, Counter>,
     access_lines: Family<ResultLabels, Counter>,
+    trace_spans: Family<ResultLabels, Counter>,
 }
 
 impl Default for Metrics {
@@ -179,6 +180,7 @@ impl Metrics {
             acceleration: Family::default(),
             indirect: Family::default(),
             access_lines,
+            trace_spans: Family::default(),
         };
         metrics.register();
         metrics
@@ -192,6 +194,7 @@ impl Metrics {
         r.register("istio_build", "What this is", build);
         // The encoder appends _total to counters.
         r.register("mesh_access_log_lines", "Lines of access logs, by what became of them", self.access_lines.clone());
+        r.register("mesh_trace_spans", "Spans of traces, by what became of them", self.trace_spans.clone());
         r.register("mesh_connections", "Connections established, by how they go", self.connections.clone());
         r.register("mesh_connection_failures", "Connections refused, failed or cut, by reason", self.failures.clone());
         r.register("mesh_tls_handshake_failures", "TLS handshakes with mesh peers that failed, by reason", self.handshake_failures.clone());
@@ -272,6 +275,11 @@ impl Metrics {
     /// A circuit breaker was open.
     pub fn overflow(&self, limit: &'static str) {
         self.overflows.get_or_create(&LimitLabels { limit }).inc();
+    }
+
+    /// So many spans came to this: `exported`, `rejected` by a collector, `failed` on the way, or `dropped` before it.
+    pub fn spans(&self, result: &'static str, count: usize) {
+        self.trace_spans.get_or_create(&ResultLabels { result }).inc_by(count as u64);
     }
 
     pub fn jwks_fetch(&self, result: &'static str) {

@@ -23,7 +23,7 @@ use crate::{
     id::WorkloadUid,
     identity::{self, CertificateSource, EmbeddedCa, Files, IstioCa, IstioCaSettings, Manager},
     io::netns::Netns,
-    proxy::{Direct, Limits, Proxy, ServedPod, live::Cut, pods::Origins},
+    proxy::{self, Direct, Limits, Proxy, ServedPod, live::Cut, pods::Origins},
     route::Workload,
     sources::{directory::Directory, last_good::LastGood},
     telemetry::{Metrics, chain},
@@ -180,6 +180,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     });
     tokio::spawn(proxy.clone().recheck_policies());
     tokio::spawn(proxy.clone().tidy_pool());
+    tokio::spawn(proxy::traces::export(proxy.clone()));
     tokio::spawn(direct.run(flows));
     tokio::spawn(proxy.jwks.clone().run());
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
@@ -446,6 +447,7 @@ impl Reconciler {
     /// connections from here on is the fail mode's business.
     async fn stop(&mut self) {
         self.node.capture().withdraw();
+        self.node.proxy.spans.hurry();
         self.node.direct.hand_over();
         let served = std::mem::take(&mut self.served);
         let pods = served.values().map(|s| s.pod.clone()).collect::<Vec<_>>();

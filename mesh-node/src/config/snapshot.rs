@@ -111,6 +111,14 @@ impl Snapshot {
         if id.subset.is_empty() { Some(&port.cluster) } else { port.subsets.get(&id.subset) }
     }
 
+    /// The cluster of a service's port, by the service's host name in the mesh.
+    pub fn cluster_at(&self, host: &str, port: u16) -> Option<Arc<Cluster>> {
+        let mut labels = host.split('.');
+        let (name, namespace) = (labels.next()?, labels.next()?);
+        let service = self.by_name.get(&ObjectName { namespace: namespace.into(), name: name.into() })?;
+        Some(service.port(port)?.cluster.clone())
+    }
+
     /// Addresses of services that are not virtual: those of hosts, or of pods.
     pub fn external_addresses(&self) -> impl Iterator<Item = SocketAddr> {
         self.by_external.keys().copied()

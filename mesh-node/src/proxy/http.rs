@@ -9,7 +9,7 @@ mod attempt;
 mod attempts;
 pub(super) mod authorizer;
 mod body;
-mod call;
+pub(super) mod call;
 pub mod clusters;
 mod exchange;
 pub mod framing;
@@ -25,6 +25,7 @@ mod reply;
 pub mod transport;
 mod upload;
 mod upstream;
+pub(super) mod whole;
 pub mod wire;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};

@@ -246,6 +246,7 @@ impl Outcome {
             route: None,
             response_headers: None,
             mutual_tls: self.source.identity.is_some() && self.destination.identity.is_some(),
+            trace: None,
             peer: name(peer),
             local: name(local),
         }

@@ -42,6 +42,8 @@ pub struct Entry<'a> {
     pub route: Option<&'a str>,
     pub response_headers: Option<&'a HeaderMap>,
     pub mutual_tls: bool,
+    /// The trace it belongs to.
+    pub trace: Option<u128>,
     /// SPIFFE IDs of the other end and of this one.
     pub peer: Option<Cow<'a, str>>,
     pub local: Option<Cow<'a, str>>,

@@ -93,10 +93,6 @@ impl<'a> Reports<'a> {
             "tracing" => self.observability.exporters.iter().any(|e| &*e.name == name),
             _ => name == PROMETHEUS || self.observability.prometheus.iter().any(|p| &**p == name),
         };
-        if !telemetry.tracing.is_empty() {
-            let message = "spec.tracing: no spans are made by this version of mesh-node; headers of traces pass as they are";
-            builder.remark(Severity::Warning, named, message);
-        }
         let overrides = telemetry.metrics.iter().flat_map(|m| &m.overrides).flat_map(|o| o.tags.iter().map(|(_, change)| change));
         let asked = overrides.filter_map(|change| match change {
             TagChange::Set(expression) if expression.constant().is_none() => Some(expression),

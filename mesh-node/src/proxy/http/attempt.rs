@@ -169,12 +169,12 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         Err(ended) => return ended,
     };
     // As the destination sees it.
-    let mut inbound = pass.as_ref().map(|(gate, _)| gate.record(plan.head, wanted.protocol()));
+    let changed = pass.as_ref().and_then(|(_, pass)| pass.head.as_ref()).unwrap_or(plan.head);
+    let (mut inbound, traced) = pass.as_ref().map(|(gate, _)| gate.record(changed, wanted.protocol())).unzip();
+    let plan = &Plan { head: traced.as_ref().and_then(Option::as_ref).unwrap_or(changed), ..*plan };
     if inbound.as_ref().is_some_and(|r| r.grpc) {
         upload.passed().count_messages();
     }
-    let changed = pass.as_ref().and_then(|(_, pass)| pass.head.as_ref());
-    let plan = &Plan { head: changed.unwrap_or(plan.head), ..*plan };
     let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
     let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
         if let Some(more) = to_client {

@@ -7,17 +7,15 @@ mod proto;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use tokio::time::timeout;
 
 use super::{
-    body::{BodyError, FrameSink, FrameSource},
     call::{Answered, Call},
-    framing::Frame,
     gate::{Gate, Refusal},
     record::Flag,
     reply::Reply,
+    whole::{Collected, Whole},
     wire::Framing,
 };
 use crate::{
@@ -135,10 +133,7 @@ async fn in_time<T>(
 }
 
 fn cluster(snapshot: &Snapshot, authorizer: &Authorizer) -> Option<Arc<Cluster>> {
-    let mut labels = authorizer.service.split('.');
-    let (name, namespace) = (labels.next()?, labels.next()?);
-    let service = snapshot.services().iter().find(|s| &*s.name.name == name && &*s.name.namespace == namespace)?;
-    Some(service.port(authorizer.port)?.cluster.clone())
+    snapshot.cluster_at(&authorizer.service, authorizer.port)
 }
 
 /// Whether an address is an authorizer's own.
@@ -189,7 +184,7 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
         target: target.parse().ok()?,
         headers,
     };
-    let mut body = Collected::default();
+    let mut body = Collected::up_to(MAX_ANSWER);
     let http2 = cluster.protocol.is_http2();
     let answered = Box::pin(call(gate, cluster, http2).run(&question, &mut Whole::default(), Framing::Empty, &mut body)).await?;
     let Answered { status, mut headers } = answered;
@@ -260,70 +255,11 @@ async fn check(
     };
     let message = crate::grpc::frame(question);
     let framing = Framing::Length(message.len() as u64);
-    let mut body = Collected::default();
+    let mut body = Collected::up_to(MAX_ANSWER);
     let answered = Box::pin(call(gate, cluster, true).run(&request, &mut Whole::of(message), framing, &mut body)).await?;
     let status = body.trailers.get("grpc-status").or_else(|| answered.headers.get("grpc-status"));
     if answered.status != StatusCode::OK || body.over || status.is_some_and(|s| s != "0") {
         return None;
     }
     crate::grpc::unframe(&body.data)
-}
-
-/// A body that is there, whole.
-#[derive(Default)]
-struct Whole(Option<Bytes>);
-
-impl Whole {
-    fn of(data: Vec<u8>) -> Self {
-        Self(Some(data.into()))
-    }
-}
-
-impl FrameSource for Whole {
-    async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
-        self.buffered()
-    }
-
-    fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
-        Ok(self.0.take().map(Frame::Data))
-    }
-
-    fn is_end(&self) -> bool {
-        self.0.is_none()
-    }
-}
-
-/// Keeps what it is given, up to a limit.
-#[derive(Default)]
-struct Collected {
-    data: Vec<u8>,
-    trailers: HeaderMap,
-    over: bool,
-    ended: bool,
-}
-
-impl FrameSink for Collected {
-    fn push(&mut self, frame: Frame) {
-        match frame {
-            Frame::Data(data) if self.data.len() + data.len() <= MAX_ANSWER => self.data.extend_from_slice(&data),
-            Frame::Data(_) => self.over = true,
-            Frame::Trailers(trailers) => self.trailers = trailers,
-        }
-    }
-
-    fn end(&mut self) {
-        self.ended = true;
-    }
-
-    fn has_ended(&self) -> bool {
-        self.ended
-    }
-
-    fn is_flushed(&self) -> bool {
-        true
-    }
-
-    async fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }

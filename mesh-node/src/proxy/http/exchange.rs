@@ -100,6 +100,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         };
         self.record.source = Some(source.clone());
         self.record.describe(&head, &source.reporting);
+        if let Some(onward) = self.record.trace(&head, source, &self.down.proxy.spans) {
+            onward.write(&mut head.headers);
+        }
         let Target::Service { service, port } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };

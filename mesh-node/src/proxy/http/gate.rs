@@ -79,14 +79,20 @@ impl Gate {
         Self { proxy, pod, facts, client, free: Arc::new(AtomicU64::new(u64::MAX)), edge: Arc::default() }
     }
 
-    /// Begins the record of a request into the pod.
-    pub fn record(&self, head: &RequestHead, protocol: &'static str) -> Record {
+    /// Begins the record of a request into the pod, and says what the request becomes by it, where that is something else.
+    pub fn record(&self, head: &RequestHead, protocol: &'static str) -> (Record, Option<RequestHead>) {
         let snapshot = self.proxy.config.load();
         let mut record = self.begin(&snapshot, protocol);
+        let mut changed = None;
         if let Some(workload) = snapshot.workload(&self.pod.uid) {
             record.describe(head, &workload.reporting);
+            changed = record.trace(head, workload, &self.proxy.spans).map(|onward| {
+                let mut traced = head.clone();
+                onward.write(&mut traced.headers);
+                traced
+            });
         }
-        record
+        (record, changed)
     }
 
     /// The same of one that cannot be read.
@@ -375,7 +381,7 @@ fn is_preflight(head: &RequestHead) -> bool {
 
 /// Takes down a request that was refused, as the destination sees it.
 pub fn refused(gate: &Gate, refusal: &Refusal, head: &RequestHead, protocol: &'static str) -> Record {
-    let mut record = gate.record(head, protocol);
+    let (mut record, _) = gate.record(head, protocol);
     refusal.note(&mut record, gate, head);
     record
 }

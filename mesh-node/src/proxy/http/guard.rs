@@ -103,7 +103,8 @@ async fn h1_exchange(
 ) -> Next {
     let WireRequest { head, minor, keep_alive, upgrade, expects_continue, .. } = request;
     let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
-    let mut record = gate.record(&head, protocol);
+    let (mut record, traced) = gate.record(&head, protocol);
+    let head = traced.unwrap_or(head);
     let grpc = record.grpc;
     let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
     if grpc {
@@ -269,7 +270,9 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accept
     let mut record;
     let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
         Ok(head) => {
-            record = gate.record(&head, "HTTP/2");
+            let (begun, traced) = gate.record(&head, "HTTP/2");
+            record = begun;
+            let head = traced.unwrap_or(head);
             if record.grpc {
                 body.meter().count_messages();
                 responder.meter().count_messages();

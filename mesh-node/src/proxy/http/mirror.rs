@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     proxy::{Proxy, ServedPod},
+    report::trace,
     route::{Cluster, request::RequestHead},
 };
 
@@ -31,6 +32,8 @@ pub fn start<B: RequestBody>(down: &Downstream<'_>, head: &RequestHead, cluster:
     if let Ok(client) = HeaderValue::from_str(&down.client.ip().to_string()) {
         head.headers.append("x-forwarded-for", client);
     }
+    // Its spans would be told as the request's own.
+    trace::unsampled(&mut head.headers);
     let framing = upload.framing();
     let (sender, receiver) = mpsc::channel(MIRROR_BEHIND);
     if framing != Framing::Empty {

@@ -13,10 +13,15 @@ use super::{meter::Meter, wire::Malformed};
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
     id::{ObjectName, SpiffeId},
-    proxy::reporting::{self, Ends},
+    proxy::{
+        reporting::{self, Ends},
+        traces::{Finished, Spans},
+    },
     report::{
         Reporting, Told,
         entry::{Asked, Entry},
+        span::{self, Kind, Place, Span},
+        trace::{Context, Parent},
     },
     route::{Cluster, Workload, request::RequestHead},
     telemetry::{
@@ -60,6 +65,30 @@ pub struct Record {
     pub peer: Option<SpiffeId>,
     pub mutual_tls: bool,
     denied: bool,
+    /// The trace it belongs to, if the workload's requests are traced.
+    trace: Option<u128>,
+    traced: Option<Box<Traced>>,
+}
+
+/// What a request says of its trace where it goes.
+pub struct Onward {
+    context: Context,
+    own: Parent,
+    sampled: bool,
+}
+
+impl Onward {
+    pub fn write(&self, headers: &mut HeaderMap) {
+        self.context.write(self.own, self.sampled, headers);
+    }
+}
+
+/// The span of a request that is sampled.
+struct Traced {
+    own: Parent,
+    parent: Option<u64>,
+    workload: Arc<Workload>,
+    spans: Arc<Spans>,
 }
 
 /// What logs and tags say of the request; kept only when there are any.
@@ -111,6 +140,8 @@ impl Record {
             peer: None,
             mutual_tls: false,
             denied: false,
+            trace: None,
+            traced: None,
         }
     }
 
@@ -121,6 +152,26 @@ impl Record {
             self.keep(head);
         }
         self.reporting = Some(reporting.clone());
+    }
+
+    /// Lets a trace go on through here, or begins one: what headers are to say of it where the request goes, if that is something
+    /// else than they do.
+    pub fn trace(&mut self, head: &RequestHead, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Option<Onward> {
+        let traces = told(&workload.reporting, self.reporter).traces.as_ref().filter(|t| t.reported)?;
+        let context = Context::of(&head.headers);
+        let sampled = context.sampled.unwrap_or_else(|| fastrand::u32(..1_000_000) < traces.sampling);
+        let own = Parent { trace: context.parent.map_or_else(|| fastrand::u128(1..), |p| p.trace), span: fastrand::u64(1..) };
+        self.trace = Some(own.trace);
+        if sampled {
+            let parent = context.parent.map(|p| p.span);
+            self.traced = Some(Box::new(Traced { own, parent, workload: workload.clone(), spans: spans.clone() }));
+            if self.described.is_none() {
+                self.keep(head);
+            }
+        } else if context.parent.is_some() && context.sampled.is_some() {
+            return None;
+        }
+        Some(Onward { context, own, sampled })
     }
 
     /// Takes down a request that cannot be read.
@@ -259,13 +310,14 @@ impl Record {
             route: self.route.as_deref().or((inbound || self.cluster.is_some()).then_some("default")),
             response_headers: described.and_then(|d| d.response_headers.as_ref()),
             mutual_tls: self.mutual_tls,
+            trace: self.trace,
             peer: self.peer.as_ref().map(|p| Cow::Owned(p.to_string())),
             local: None,
         }
     }
 
     /// For who looks at one node: what was denied, and everything with `--log access=debug`.
-    fn trace(&self, entry: &Entry<'_>) {
+    fn say(&self, entry: &Entry<'_>) {
         let asked = entry.request.as_ref();
         let id = asked.and_then(|a| a.headers.get("x-request-id")).and_then(|v| v.to_str().ok());
         let (source, peer) = (self.source.as_ref(), self.peer.as_ref().map(ToString::to_string));
@@ -298,6 +350,34 @@ impl Record {
         let source = (self.source.as_deref(), self.source.as_ref().map(|s| &s.identity));
         let tags = self.reporting.as_ref().map(|r| told(r, self.reporter).tags.clone()).unwrap_or_default();
         Ends { reporter: self.reporter, source, destination: (None, None), service }.edge(&self.metrics, &tags)
+    }
+
+    fn tell_span(&self, traced: &Traced, entry: &Entry<'_>) {
+        let Traced { own, parent, workload, spans } = traced;
+        let Some(traces) = &told(&workload.reporting, self.reporter).traces else { return };
+        let (service, port, kind) = match self.reporter {
+            Reporter::Source => (self.cluster.as_ref().map(|c| &c.id.service), self.cluster.as_ref().map(|c| c.id.port), Kind::Client),
+            Reporter::Destination => {
+                let port = self.destination.port();
+                (workload.services.get(&port), Some(port), Kind::Server)
+            }
+        };
+        let name = match (service, port) {
+            (Some(s), Some(port)) => format!("{}.{}.svc.cluster.local:{port}/*", s.name, s.namespace),
+            _ => format!("{}/*", entry.request.as_ref().map_or("unknown", |asked| asked.authority)),
+        };
+        let place = Place { cluster: &self.metrics.cluster, workload };
+        let span = Span {
+            own: *own,
+            parent: *parent,
+            kind,
+            name,
+            start: entry.start,
+            end: entry.start + entry.duration,
+            failed: entry.code == 0 || entry.code >= 500 || entry.grpc_status.is_some_and(|s| s != 0),
+            attributes: span::attributes(entry, place, &traces.tags),
+        };
+        spans.push(Finished { exporter: traces.exporter.clone(), pod: workload.uid.clone(), span }, &self.metrics);
     }
 
     fn count(&self, duration: Duration, tags: Tags) {
@@ -336,10 +416,16 @@ impl Drop for Record {
         let duration = self.started.elapsed();
         let told = self.reporting.as_deref().map(|r| told(r, self.reporter)).filter(|t| t.wants_request());
         if is_traced() || self.denied {
-            self.trace(&self.entry(duration));
+            self.say(&self.entry(duration));
+        }
+        if told.is_none() && self.traced.is_none() {
+            return self.count(duration, Tags::default());
+        }
+        let entry = self.entry(duration);
+        if let Some(traced) = &self.traced {
+            self.tell_span(traced, &entry);
         }
         let Some(told) = told else { return self.count(duration, Tags::default()) };
-        let entry = self.entry(duration);
         self.count(duration, told.tags_of(&entry));
         reporting::log(&self.metrics.access, &told.logs, &entry);
     }

@@ -45,6 +45,7 @@ enum Plain {
     GrpcStatus,
     PeerUriSan,
     LocalUriSan,
+    TraceId,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -60,7 +61,7 @@ pub enum Operand<'a> {
     Text(Cow<'a, str>),
 }
 
-const ALL: [(&str, Plain); 30] = [
+const ALL: [(&str, Plain); 31] = [
     ("START_TIME", Plain::StartTime),
     ("PROTOCOL", Plain::Protocol),
     ("RESPONSE_CODE", Plain::ResponseCode),
@@ -91,6 +92,7 @@ const ALL: [(&str, Plain); 30] = [
     ("GRPC_STATUS", Plain::GrpcStatus),
     ("DOWNSTREAM_PEER_URI_SAN", Plain::PeerUriSan),
     ("DOWNSTREAM_LOCAL_URI_SAN", Plain::LocalUriSan),
+    ("TRACE_ID", Plain::TraceId),
 ];
 
 /// Reads a format.
@@ -233,6 +235,7 @@ impl Plain {
             Self::GrpcStatus => entry.grpc_status.map(|s| Operand::Text(Cow::Borrowed(grpc_status_name(s)))),
             Self::PeerUriSan => text(entry.peer.as_deref()),
             Self::LocalUriSan => text(entry.local.as_deref()),
+            Self::TraceId => entry.trace.map(|trace| Operand::Text(Cow::Owned(format!("{trace:032x}")))),
         }
     }
 }

@@ -40,6 +40,7 @@ fn entry(headers: &HeaderMap) -> Entry<'_> {
         route: Some("default"),
         response_headers: None,
         mutual_tls: false,
+        trace: Some(0xabc),
         peer: None,
         local: None,
     }

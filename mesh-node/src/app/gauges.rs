@@ -1,0 +1,70 @@
+//! Metrics that are read when asked for.
+
+use std::time::{Instant, SystemTime};
+
+use super::Node;
+use crate::{
+    config::store::Severity,
+    proxy::http::clusters::Limited,
+    telemetry::{EventLabels, IdentityLabels, SeverityLabels, WhatLabels},
+};
+
+impl Node {
+    /// Refreshes the gauges that are read from elsewhere.
+    pub fn refresh_metrics(&self) {
+        let metrics = &self.proxy.metrics;
+        self.proxy.open.count();
+        for (counter, value) in self.capture().counters() {
+            metrics.capture_events.get_or_create(&EventLabels { event: counter.name() }).set(i64::try_from(value).unwrap_or(i64::MAX));
+        }
+        let gauge = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        metrics.config_generation.set(i64::try_from(self.proxy.config.load().generation).unwrap_or(i64::MAX));
+        for (name, severity) in [("error", Severity::Error), ("warning", Severity::Warning)] {
+            let n = self.proxy.config.statuses().iter().filter(|s| s.severity == severity).count();
+            metrics.config_remarks.get_or_create(&SeverityLabels { severity: name }).set(gauge(n));
+        }
+        metrics.config_build.set(self.proxy.config.load().built_in.as_secs_f64());
+        metrics.edges_refused.set(gauge(metrics.traffic.refused()));
+        self.refresh_upstream();
+        self.refresh_certificates();
+        metrics.enrolled_pods.set(gauge(self.pods().iter().filter(|p| p.captured).count()));
+    }
+
+    fn refresh_upstream(&self) {
+        let gauge = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let mut all = [0_usize; 6];
+        for (_, state) in self.proxy.pods.all().iter().flat_map(|pod| pod.clusters.all()) {
+            let counts = [Limited::Connections, Limited::Pending, Limited::Requests, Limited::Retries].map(|of| state.count(of) as usize);
+            let now = Instant::now();
+            let ejected = state.outliers.ejected().iter().filter(|(_, until)| *until > now).count();
+            let [connections, pending, requests, retries] = counts;
+            let more = [connections, state.idle(), requests, pending, retries, ejected];
+            all.iter_mut().zip(more).for_each(|(sum, n)| *sum += n);
+        }
+        for (what, n) in ["connections", "idle", "requests", "pending", "retries", "ejected"].into_iter().zip(all) {
+            self.proxy.metrics.upstream.get_or_create(&WhatLabels { what }).set(gauge(n));
+        }
+        let pool = self.proxy.pool.states();
+        let (connections, streams) = pool.iter().fold((0, 0), |(c, s), state| (c + state.connections, s + state.streams));
+        for (what, n) in [("connections", connections), ("streams", streams)] {
+            self.proxy.metrics.hbone_pool.get_or_create(&WhatLabels { what }).set(gauge(n));
+        }
+    }
+
+    fn refresh_certificates(&self) {
+        let metrics = &self.proxy.metrics;
+        let seconds =
+            |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
+        metrics.certificate_expiry.clear();
+        metrics.certificate_issued.clear();
+        let states = self.proxy.identity.states();
+        for state in &states {
+            let labels = IdentityLabels { identity: state.identity.to_string() };
+            if let (Some(before), Some(after)) = (state.not_before, state.not_after) {
+                metrics.certificate_expiry.get_or_create(&labels).set(seconds(after));
+                metrics.certificate_issued.get_or_create(&labels).set(seconds(before));
+            }
+        }
+        metrics.certificates_failing.set(i64::try_from(states.iter().filter(|s| s.error.is_some()).count()).unwrap_or(i64::MAX));
+    }
+}

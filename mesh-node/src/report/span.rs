@@ -1,0 +1,251 @@
+//! Spans of traces, and what `OTLP` makes of them (opentelemetry-proto 1.x, `trace/v1`). Names of attributes are Envoy's and
+//! Istio's, so that what is looked for in their spans is found in these.
+
+use std::{borrow::Cow, sync::Arc, time::SystemTime};
+
+use prost::{Message, Oneof};
+
+use super::{SpanTag, entry::Entry, trace::Parent};
+use crate::route::Workload;
+
+/// Longest value of an attribute, bytes; the rest is cut off. Envoy's default.
+const LONGEST: usize = 256;
+
+/// Which side of a request a span is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Server,
+    Client,
+}
+
+/// A span that is over.
+#[derive(Debug, Clone)]
+pub struct Span {
+    /// The trace, and this span in it.
+    pub own: Parent,
+    /// The span that caused it.
+    pub parent: Option<u64>,
+    pub kind: Kind,
+    /// Where the request went: the service's host and port, as Istio names operations.
+    pub name: String,
+    pub start: SystemTime,
+    pub end: SystemTime,
+    pub failed: bool,
+    pub attributes: Vec<(Cow<'static, str>, String)>,
+}
+
+/// What is told of the node and the mesh with every span.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    pub cluster: &'a str,
+    pub workload: &'a Workload,
+}
+
+/// What a span says of a request.
+pub fn attributes(entry: &Entry<'_>, place: Place<'_>, tags: &[(Arc<str>, SpanTag)]) -> Vec<(Cow<'static, str>, String)> {
+    let mut all: Vec<(Cow<'static, str>, String)> = Vec::with_capacity(24);
+    let mut put = |name: &'static str, value: String| all.push((Cow::Borrowed(name), short(value)));
+    let workload = place.workload;
+    put("component", "proxy".to_owned());
+    put("node_id", format!("{}.{}", workload.name.name, workload.name.namespace));
+    if let Some(asked) = &entry.request {
+        let header = |name: &str| asked.headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+        put("http.method", asked.method.to_owned());
+        put("http.url", format!("{}://{}{}", asked.scheme, asked.authority, asked.path));
+        put("user_agent", header("user-agent").unwrap_or_default());
+        put("guid:x-request-id", header("x-request-id").unwrap_or_default());
+        if let Some(status) = entry.grpc_status {
+            put("grpc.path", asked.path.to_owned());
+            put("grpc.status_code", status.to_string());
+        }
+    }
+    put("http.protocol", entry.protocol.unwrap_or_default().to_owned());
+    put("http.status_code", entry.code.to_string());
+    put("request_size", entry.bytes_received.to_string());
+    put("response_size", entry.bytes_sent.to_string());
+    put("response_flags", entry.flags.to_string());
+    put("upstream_cluster", entry.upstream_cluster.as_deref().unwrap_or("-").to_owned());
+    if let Some(peer) = entry.downstream_remote {
+        put("peer.address", peer.ip().to_string());
+    }
+    if let Some(upstream) = entry.upstream_host {
+        put("upstream_address", upstream.to_string());
+    }
+    put("istio.cluster_id", place.cluster.to_owned());
+    put("istio.namespace", workload.name.namespace.to_string());
+    put("istio.canonical_service", workload.canonical_service().unwrap_or(&workload.workload_name).to_owned());
+    put("istio.canonical_revision", workload.canonical_revision().unwrap_or("latest").to_owned());
+    for (name, tag) in tags {
+        let value = match tag {
+            SpanTag::Literal(value) => Some(value.to_string()),
+            SpanTag::Header(header, default) => {
+                let value = entry.request.as_ref().and_then(|asked| asked.headers.get(header));
+                let value = value.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
+                value.or_else(|| default.as_ref().map(ToString::to_string))
+            }
+        };
+        if let Some(value) = value {
+            all.retain(|(n, _)| **n != **name);
+            all.push((Cow::Owned(name.to_string()), short(value)));
+        }
+    }
+    all
+}
+
+fn short(mut value: String) -> String {
+    value.truncate(value.floor_char_boundary(LONGEST));
+    value
+}
+
+/// Spans of one workload, as a message for a collector.
+pub fn export(workload: &Workload, cluster: &str, spans: Vec<Span>) -> ExportRequest {
+    let app = workload.labels.get("app").or_else(|| workload.canonical_service()).unwrap_or(&workload.workload_name);
+    let namespace = &*workload.name.namespace;
+    let resource = [
+        ("service.name", format!("{app}.{namespace}")),
+        ("k8s.cluster.name", cluster.to_owned()),
+        ("k8s.namespace.name", namespace.to_owned()),
+        ("k8s.pod.name", workload.name.name.to_string()),
+        ("k8s.node.name", workload.node.to_string()),
+    ];
+    let scope = Scope { name: "mesh-node".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() };
+    ExportRequest {
+        resource_spans: vec![ResourceSpans {
+            resource: Some(Resource { attributes: resource.into_iter().map(|(k, v)| KeyValue::text(k, v)).collect() }),
+            scope_spans: vec![ScopeSpans { scope: Some(scope), spans: spans.into_iter().map(SpanMessage::from).collect() }],
+        }],
+    }
+}
+
+/// `opentelemetry.proto.collector.trace.v1.ExportTraceServiceRequest`.
+#[derive(Clone, PartialEq, Message)]
+pub struct ExportRequest {
+    #[prost(message, repeated, tag = "1")]
+    resource_spans: Vec<ResourceSpans>,
+}
+
+/// Its answer.
+#[derive(Clone, PartialEq, Message)]
+pub struct ExportResponse {
+    #[prost(message, optional, tag = "1")]
+    pub partial_success: Option<PartialSuccess>,
+}
+
+/// What a collector did not take.
+#[derive(Clone, PartialEq, Message)]
+pub struct PartialSuccess {
+    #[prost(int64, tag = "1")]
+    pub rejected_spans: i64,
+    #[prost(string, tag = "2")]
+    pub error_message: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ResourceSpans {
+    #[prost(message, optional, tag = "1")]
+    resource: Option<Resource>,
+    #[prost(message, repeated, tag = "2")]
+    scope_spans: Vec<ScopeSpans>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Resource {
+    #[prost(message, repeated, tag = "1")]
+    attributes: Vec<KeyValue>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ScopeSpans {
+    #[prost(message, optional, tag = "1")]
+    scope: Option<Scope>,
+    #[prost(message, repeated, tag = "2")]
+    spans: Vec<SpanMessage>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Scope {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(string, tag = "2")]
+    version: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SpanMessage {
+    #[prost(bytes = "vec", tag = "1")]
+    trace_id: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    span_id: Vec<u8>,
+    #[prost(bytes = "vec", tag = "4")]
+    parent_span_id: Vec<u8>,
+    #[prost(string, tag = "5")]
+    name: String,
+    /// 2: server, 3: client.
+    #[prost(int32, tag = "6")]
+    kind: i32,
+    #[prost(fixed64, tag = "7")]
+    start_time_unix_nano: u64,
+    #[prost(fixed64, tag = "8")]
+    end_time_unix_nano: u64,
+    #[prost(message, repeated, tag = "9")]
+    attributes: Vec<KeyValue>,
+    #[prost(message, optional, tag = "15")]
+    status: Option<Status>,
+    /// The W3C flags: sampled.
+    #[prost(fixed32, tag = "16")]
+    flags: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Status {
+    /// 2: error.
+    #[prost(int32, tag = "3")]
+    code: i32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct KeyValue {
+    #[prost(string, tag = "1")]
+    key: String,
+    #[prost(message, optional, tag = "2")]
+    value: Option<AnyValue>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct AnyValue {
+    #[prost(oneof = "Any", tags = "1")]
+    value: Option<Any>,
+}
+
+#[derive(Clone, PartialEq, Oneof)]
+enum Any {
+    #[prost(string, tag = "1")]
+    Text(String),
+}
+
+impl KeyValue {
+    fn text(key: impl Into<String>, value: String) -> Self {
+        Self { key: key.into(), value: Some(AnyValue { value: Some(Any::Text(value)) }) }
+    }
+}
+
+impl From<Span> for SpanMessage {
+    fn from(span: Span) -> Self {
+        let nanos = |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX));
+        Self {
+            trace_id: span.own.trace.to_be_bytes().to_vec(),
+            span_id: span.own.span.to_be_bytes().to_vec(),
+            parent_span_id: span.parent.map(|p| p.to_be_bytes().to_vec()).unwrap_or_default(),
+            name: span.name,
+            kind: match span.kind {
+                Kind::Server => 2,
+                Kind::Client => 3,
+            },
+            start_time_unix_nano: nanos(span.start),
+            end_time_unix_nano: nanos(span.end),
+            attributes: span.attributes.into_iter().map(|(k, v)| KeyValue::text(k, v)).collect(),
+            status: span.failed.then_some(Status { code: 2 }),
+            flags: 1,
+        }
+    }
+}

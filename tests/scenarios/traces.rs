@@ -1,0 +1,216 @@
+//! Traces of requests, as a collector gets them.
+
+use std::{path::PathBuf, time::Duration};
+
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{program, wait_for},
+};
+use serde_json::Value;
+
+const SEED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/corpora/seed");
+
+struct Scene {
+    bed: Bed,
+    client: Pod,
+    /// What the collector got, one span to a line.
+    file: tempfile::NamedTempFile,
+}
+
+const COLLECTOR: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: collector}\nspec: {selector: {app: collector}, ports: [{name: grpc, port: 4317}, {name: http, port: 4318}]}\n";
+
+/// Two nodes, a client and a collector; what `more` makes are their destinations.
+fn scene(enrolled: bool) -> Scene {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let file = tempfile::Builder::new().prefix("spans").suffix(".json").tempfile().expect("a file");
+    bed.kubectl_apply("collector", COLLECTOR).expect("service");
+    let command = vec![program("collector").display().to_string(), file.path().display().to_string()];
+    let mut collector = PodSpec { command, port: Some(4317), ..PodSpec::new("collector", 1) }.label("app", "collector");
+    if !enrolled {
+        collector = collector.label("istio.io/dataplane-mode", "none");
+    }
+    let client = if enrolled {
+        let [client, _] = bed.meshed([PodSpec::new("client", 0).label("app", "client"), collector]).expect("pods");
+        client
+    } else {
+        let [client] = bed.meshed([PodSpec::new("client", 0).label("app", "client")]).expect("client");
+        bed.pod(&collector).expect("collector");
+        client
+    };
+    Scene { bed, client, file }
+}
+
+impl Scene {
+    /// Spans go to this provider, of so many percent of requests.
+    fn trace(&self, provider: &str, sampling: &str, more: &str) {
+        let mesh = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio, namespace: istio-system}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: grpc\n      opentelemetry: {service: collector.default.svc.cluster.local, port: 4317}\n    - name: http\n      opentelemetry: {service: collector.default.svc.cluster.local, port: 4318, http: {path: /v1/traces, timeout: 5s, headers: [{name: x-team, value: shop}]}}\n    - name: nobody\n      opentelemetry: {service: nobody.default.svc.cluster.local, port: 4317}\n";
+        self.bed.apply("mesh", mesh).expect("applied");
+        let telemetry = format!(
+            "apiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: mesh, namespace: istio-system}}\nspec: {{tracing: [{{providers: [{{name: {provider}}}], randomSamplingPercentage: {sampling}{more}}}]}}\n"
+        );
+        self.bed.apply("telemetry", &telemetry).expect("applied");
+        self.bed.settle().expect("settled");
+        for node in self.bed.nodes() {
+            assert!(node.admin_json("/status").expect("status")["remarks"].as_array().is_some_and(Vec::is_empty));
+        }
+    }
+
+    fn spans(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.file.path()).expect("the file");
+        text.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect()
+    }
+
+    fn wait_spans(&self, what: &str, enough: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+        let waited = wait_for(what, Duration::from_secs(10), || Ok(enough(&self.spans())));
+        waited.unwrap_or_else(|_| panic!("no {what}: {:#?}", self.spans()));
+        self.spans()
+    }
+
+    fn get(&self, target: &str, headers: &[&str]) -> Value {
+        let mut arguments = vec!["get", target, "1"];
+        headers.iter().for_each(|h| arguments.extend(["--header", h]));
+        let output = self.bed.run(&self.client, &program("web"), &arguments).expect("web");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+
+    fn total(&self, result: &str) -> f64 {
+        let label = format!("result=\"{result}\"");
+        self.bed.nodes().iter().map(|n| n.metric("mesh_trace_spans_total", &[&label]).unwrap_or(0.0)).sum()
+    }
+}
+
+/// The span that another names as its parent.
+fn parent<'s>(spans: &'s [Value], of: &Value) -> Option<&'s Value> {
+    spans.iter().find(|s| s["span"] == of["parent"])
+}
+
+#[test]
+fn bookinfo_is_one_trace_of_every_hop() {
+    let mut scene = scene(true);
+    let files = [format!("{SEED}/01-bookinfo.yaml"), format!("{}/corpora/bookinfo-details-ratings.yaml", env!("CARGO_MANIFEST_DIR"))];
+    for (i, path) in files.map(PathBuf::from).iter().enumerate() {
+        let pods = scene.bed.kubectl_apply(&format!("bookinfo-{i}"), &std::fs::read_to_string(path).expect("YAML")).expect("bookinfo");
+        pods.iter().for_each(|pod| scene.bed.wait_captured(pod, true).expect("captured"));
+    }
+    scene.trace("grpc", "100", ", customTags: {tenant: {literal: {value: acme}}, agent: {header: {name: user-agent}}}");
+    // Versions of reviews take turns; one of them asks no ratings.
+    let asked = || drop(scene.get("productpage:9080/productpage", &["user-agent: tester/1"]));
+    (0..4).for_each(|_| asked());
+    let is = |span: &Value, service: &str, kind: u64| {
+        span["name"].as_str().is_some_and(|n| n.starts_with(&format!("{service}."))) && span["kind"] == kind
+    };
+    let ratings =
+        |spans: &[Value]| spans.iter().any(|s| is(s, "ratings", 2)) && spans.iter().filter(|s| is(s, "productpage", 3)).count() == 4;
+    let spans = scene.wait_spans("spans of ratings", ratings);
+    let last = spans.iter().find(|s| is(s, "ratings", 2)).expect("one");
+    let mut hops = vec![last.clone()];
+    wait_for("the whole trace", Duration::from_secs(10), || {
+        let spans = scene.spans();
+        hops.truncate(1);
+        while let Some(next) = parent(&spans, hops.last().expect("one")) {
+            hops.push(next.clone());
+        }
+        Ok(hops.len() == 6)
+    })
+    .unwrap_or_else(|_| panic!("{hops:#?}"));
+    let expected = [("ratings", 2), ("ratings", 3), ("reviews", 2), ("reviews", 3), ("productpage", 2), ("productpage", 3)];
+    for (hop, (service, kind)) in hops.iter().zip(expected) {
+        assert!(is(hop, service, kind), "{hop:#}");
+        assert_eq!(hop["trace"], last["trace"]);
+        let attributes = &hop["attributes"];
+        assert_eq!((&attributes["http.method"], &attributes["http.status_code"]), (&"GET".into(), &"200".into()), "{hop:#}");
+        assert_eq!((&attributes["response_flags"], &attributes["component"]), (&"-".into(), &"proxy".into()));
+        assert_eq!((&attributes["tenant"], &attributes["istio.namespace"]), (&"acme".into(), &"default".into()));
+        assert!(attributes["guid:x-request-id"].as_str().is_some_and(|id| id.len() == 36), "{hop:#}");
+        assert!(
+            hop["end"].as_u64() >= hop["start"].as_u64()
+                && hop["via"] == "grpc /opentelemetry.proto.collector.trace.v1.TraceService/Export"
+        );
+    }
+    assert!(hops.last().is_some_and(|h| h["parent"] == "" && h["attributes"]["agent"] == "tester/1"), "{hops:#?}");
+    // Each is told by the pod it is about: the source's by who asks, the destination's by who answers.
+    let names = hops.iter().map(|h| h["resource"]["service.name"].as_str().unwrap_or_default()).collect::<Vec<_>>();
+    assert_eq!(
+        names,
+        ["ratings.default", "reviews.default", "reviews.default", "productpage.default", "productpage.default", "client.default"]
+    );
+    assert!(hops[0]["attributes"]["http.url"].as_str().is_some_and(|u| u.ends_with("/ratings/0")), "{:#}", hops[0]);
+    // Sending spans makes none.
+    assert!(scene.spans().iter().all(|s| !s["name"].as_str().is_some_and(|n| n.starts_with("collector."))));
+    assert!(scene.total("exported") >= 24.0 && scene.total("failed") + scene.total("dropped") + scene.total("rejected") < 0.5);
+}
+
+fn with_web(enrolled: bool) -> Scene {
+    let mut scene = scene(enrolled);
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    scene.bed.kubectl_apply("web", service).expect("service");
+    for (name, node) in [("near", 0), ("far", 1)] {
+        let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), name.into()];
+        let spec = PodSpec { command, port: Some(8080), ..PodSpec::new(name, node) }.label("app", "web");
+        scene.bed.meshed([spec]).expect("server");
+    }
+    scene
+}
+
+#[test]
+fn traces_that_come_in_go_on_and_decisions_are_kept() {
+    let scene = with_web(false);
+    scene.trace("http", "0", "");
+    let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    let forms: [Vec<String>; 4] = [
+        vec![format!("traceparent: 00-{trace}-{span}-01"), "tracestate: vendor=1".into()],
+        vec![format!("b3: {trace}-{span}-1")],
+        vec![format!("x-b3-traceid: {trace}"), format!("x-b3-spanid: {span}"), "x-b3-sampled: 1".into()],
+        vec![format!("x-b3-traceid: {}", &trace[16..]), format!("x-b3-spanid: {span}"), "x-b3-flags: 1".into()],
+    ];
+    for (i, form) in forms.iter().enumerate() {
+        let path = format!("web:80/form-{i}");
+        scene.get(&path, &form.iter().map(String::as_str).collect::<Vec<_>>());
+        let of = |spans: &[Value]| {
+            let is = |s: &&Value| s["attributes"]["http.url"].as_str().is_some_and(|u| u.ends_with(&format!("/form-{i}")));
+            spans.iter().filter(is).cloned().collect::<Vec<_>>()
+        };
+        let spans = of(&scene.wait_spans("both ends", |spans| of(spans).len() == 2));
+        let (client, server) = if spans[0]["kind"] == 3 { (&spans[0], &spans[1]) } else { (&spans[1], &spans[0]) };
+        let expected = if i == 3 { format!("{:0>32}", &trace[16..]) } else { trace.to_owned() };
+        assert_eq!((&client["trace"], &server["trace"]), (&expected.clone().into(), &expected.into()), "{form:?}");
+        assert_eq!((&client["parent"], &server["parent"]), (&span.into(), &client["span"]), "{form:?}");
+        assert_eq!(client["via"], "http /v1/traces shop");
+    }
+    // No sampling of its own, and no decision of another: none.
+    scene.get("web:80/undecided", &[]);
+    scene.get("web:80/no", &[&format!("traceparent: 00-{trace}-{span}-00")]);
+    scene.get("web:80/last", &[&format!("traceparent: 00-{trace}-{span}-01")]);
+    let ends = |spans: &[Value], path: &str| {
+        spans.iter().filter(|s| s["attributes"]["http.url"].as_str().is_some_and(|u| u.ends_with(path))).count()
+    };
+    let spans = scene.wait_spans("the last", |spans| ends(spans, "/last") == 2);
+    assert_eq!((ends(&spans, "/undecided"), ends(&spans, "/no")), (0, 0));
+    // What fails is an error.
+    scene.get("web:80/status/503", &[&format!("traceparent: 00-{trace}-{span}-01")]);
+    let spans = scene.wait_spans("the failure", |spans| ends(spans, "/status/503") >= 2);
+    assert!(spans.iter().filter(|s| s["attributes"]["http.status_code"] == "503").all(|s| s["status"] == 2), "{spans:#?}");
+}
+
+#[test]
+fn a_collector_that_is_not_there_costs_a_counter() {
+    let scene = with_web(false);
+    scene.trace("nobody", "100", "");
+    for i in 0..20 {
+        assert_eq!(scene.get(&format!("web:80/{i}"), &[])["statuses"]["200"], 1);
+    }
+    wait_for("spans that failed", Duration::from_secs(10), || Ok(scene.total("failed") >= 40.0)).expect("counted");
+    let said = |node: &mesh_tests::bed::Node| node.log_text().lines().filter(|l| l.contains("spans are lost")).count();
+    // One for each node, not one for each batch.
+    assert!(scene.bed.nodes().iter().all(|n| said(n) <= 1) && scene.bed.nodes().iter().any(|n| said(n) == 1));
+    assert!(scene.total("exported") < 0.5 && scene.spans().is_empty());
+    // Sampling of some is of some.
+    scene.trace("http", "50", "");
+    for i in 0..60 {
+        scene.get(&format!("web:80/half-{i}"), &[]);
+    }
+    let spans = scene.wait_spans("some", |spans| spans.len() > 20);
+    std::thread::sleep(Duration::from_secs(2));
+    let traces = scene.spans().iter().filter(|s| s["kind"] == 3).count();
+    assert!((10..51).contains(&traces), "{traces} of 60; {}", spans.len());
+}
