@@ -28,6 +28,9 @@ pub struct PolicySummary {
     pub dry_run: bool,
 }
 
+/// Namespace and name of what makes pods.
+type MadeBy = (Arc<str>, Arc<str>);
+
 /// Everything the data path asks, as of one generation.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -44,7 +47,7 @@ pub struct Snapshot {
     pub policies: Vec<PolicySummary>,
     pub(super) workloads: HashMap<WorkloadUid, Arc<Workload>>,
     /// By namespace and name of what makes pods.
-    pub(super) by_workload: HashMap<(Arc<str>, Arc<str>), Vec<Arc<Workload>>>,
+    pub(super) by_workload: HashMap<MadeBy, Vec<Arc<Workload>>>,
     pub(super) by_ip: HashMap<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
     pub(super) by_name: HashMap<ObjectName, Arc<Service>>,

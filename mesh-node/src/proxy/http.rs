@@ -22,6 +22,7 @@ mod meter;
 mod mirror;
 mod record;
 mod reply;
+mod traced;
 pub mod transport;
 mod upload;
 mod upstream;

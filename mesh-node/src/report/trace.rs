@@ -174,7 +174,9 @@ mod tests {
     const TRACE: u128 = 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736;
     const SPAN: u64 = 0x00f0_67aa_0ba9_02b7;
 
-    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+    type Pairs<'p> = &'p [(&'static str, &'p str)];
+
+    fn headers(pairs: Pairs<'_>) -> HeaderMap {
         pairs.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(value).expect("a value"))).collect()
     }
 
@@ -183,7 +185,7 @@ mod tests {
         let (long, short) = ("4bf92f3577b34da6a3ce929d0e0e4736", "a3ce929d0e0e4736");
         let span = "00f067aa0ba902b7";
         let (w3c, b3) = (format!("00-{long}-{span}-01"), format!("{long}-{span}-1-05e3ac9a4f6e3b90"));
-        let cases: &[(&[(&'static str, &str)], Option<u128>, Option<bool>)] = &[
+        let cases: &[(Pairs<'_>, Option<u128>, Option<bool>)] = &[
             (&[], None, None),
             (&[("traceparent", &w3c)], Some(TRACE), Some(true)),
             (&[("traceparent", &w3c.replace("-01", "-00"))], Some(TRACE), Some(false)),
@@ -222,12 +224,12 @@ mod tests {
         let (long, short) = ("4bf92f3577b34da6a3ce929d0e0e4736", "a3ce929d0e0e4736");
         let (old, new) = ("00f067aa0ba902b7", 0x0102_0304_0506_0708_u64);
         let w3c = format!("00-{long}-0102030405060708-01");
-        let cases: &[(&[(&'static str, &str)], &[(&'static str, &str)])] = &[
+        let cases: &[(Pairs<'_>, Pairs<'_>)] = &[
             (&[("traceparent", &format!("00-{long}-{old}-01"))], &[("traceparent", &w3c)]),
             (&[("b3", &format!("{long}-{old}-1"))], &[("traceparent", &w3c), ("b3", &format!("{long}-0102030405060708-1-{old}"))]),
             (
                 &[("b3", &format!("{short}-{old}-d-05e3ac9a4f6e3b90"))],
-                &[("traceparent", &format!("00-{:0>32}-0102030405060708-01", short)), ("b3", &format!("{short}-0102030405060708-d-{old}"))],
+                &[("traceparent", &format!("00-{short:0>32}-0102030405060708-01")), ("b3", &format!("{short}-0102030405060708-d-{old}"))],
             ),
             (
                 &[("x-b3-traceid", long), ("x-b3-spanid", old), ("x-b3-sampled", "1"), ("tracestate", "a=b")],

@@ -98,11 +98,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let Some(source) = snapshot.workload(&self.down.pod.uid) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
-        self.record.source = Some(source.clone());
-        self.record.describe(&head, &source.reporting);
-        if let Some(onward) = self.record.trace(&head, source, &self.down.proxy.spans) {
-            onward.write(&mut head.headers);
-        }
+        self.begin(&mut head, source);
         let Target::Service { service, port } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
@@ -157,6 +153,15 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                 self.forward_rewritten(head, forward, original, mirrors).await
             }
             Action::Delegate { .. } => self.missing(rule).await,
+        }
+    }
+
+    /// Takes down who asks for what, and lets its trace go on.
+    fn begin(&mut self, head: &mut RequestHead, source: &Arc<Workload>) {
+        self.record.source = Some(source.clone());
+        self.record.describe(head, &source.reporting);
+        if let Some(onward) = self.record.trace(head, source, &self.down.proxy.spans) {
+            onward.write(&mut head.headers);
         }
     }
 

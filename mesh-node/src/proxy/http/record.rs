@@ -9,19 +9,21 @@ use std::{
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use super::{meter::Meter, wire::Malformed};
+use super::{
+    meter::Meter,
+    traced::{Onward, Traced},
+    wire::Malformed,
+};
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
     id::{ObjectName, SpiffeId},
     proxy::{
         reporting::{self, Ends},
-        traces::{Finished, Spans},
+        traces::Spans,
     },
     report::{
         Reporting, Told,
         entry::{Asked, Entry},
-        span::{self, Kind, Place, Span},
-        trace::{Context, Parent},
     },
     route::{Cluster, Workload, request::RequestHead},
     telemetry::{
@@ -68,27 +70,6 @@ pub struct Record {
     /// The trace it belongs to, if the workload's requests are traced.
     trace: Option<u128>,
     traced: Option<Box<Traced>>,
-}
-
-/// What a request says of its trace where it goes.
-pub struct Onward {
-    context: Context,
-    own: Parent,
-    sampled: bool,
-}
-
-impl Onward {
-    pub fn write(&self, headers: &mut HeaderMap) {
-        self.context.write(self.own, self.sampled, headers);
-    }
-}
-
-/// The span of a request that is sampled.
-struct Traced {
-    own: Parent,
-    parent: Option<u64>,
-    workload: Arc<Workload>,
-    spans: Arc<Spans>,
 }
 
 /// What logs and tags say of the request; kept only when there are any.
@@ -158,20 +139,15 @@ impl Record {
     /// else than they do.
     pub fn trace(&mut self, head: &RequestHead, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Option<Onward> {
         let traces = told(&workload.reporting, self.reporter).traces.as_ref().filter(|t| t.reported)?;
-        let context = Context::of(&head.headers);
-        let sampled = context.sampled.unwrap_or_else(|| fastrand::u32(..1_000_000) < traces.sampling);
-        let own = Parent { trace: context.parent.map_or_else(|| fastrand::u128(1..), |p| p.trace), span: fastrand::u64(1..) };
-        self.trace = Some(own.trace);
-        if sampled {
-            let parent = context.parent.map(|p| p.span);
-            self.traced = Some(Box::new(Traced { own, parent, workload: workload.clone(), spans: spans.clone() }));
+        let onward = Onward::of(&head.headers, traces.sampling);
+        self.trace = Some(onward.own.trace);
+        if onward.sampled {
+            self.traced = Some(Box::new(Traced::new(&onward, workload, spans)));
             if self.described.is_none() {
                 self.keep(head);
             }
-        } else if context.parent.is_some() && context.sampled.is_some() {
-            return None;
         }
-        Some(Onward { context, own, sampled })
+        (!onward.is_said()).then_some(onward)
     }
 
     /// Takes down a request that cannot be read.
@@ -352,34 +328,6 @@ impl Record {
         Ends { reporter: self.reporter, source, destination: (None, None), service }.edge(&self.metrics, &tags)
     }
 
-    fn tell_span(&self, traced: &Traced, entry: &Entry<'_>) {
-        let Traced { own, parent, workload, spans } = traced;
-        let Some(traces) = &told(&workload.reporting, self.reporter).traces else { return };
-        let (service, port, kind) = match self.reporter {
-            Reporter::Source => (self.cluster.as_ref().map(|c| &c.id.service), self.cluster.as_ref().map(|c| c.id.port), Kind::Client),
-            Reporter::Destination => {
-                let port = self.destination.port();
-                (workload.services.get(&port), Some(port), Kind::Server)
-            }
-        };
-        let name = match (service, port) {
-            (Some(s), Some(port)) => format!("{}.{}.svc.cluster.local:{port}/*", s.name, s.namespace),
-            _ => format!("{}/*", entry.request.as_ref().map_or("unknown", |asked| asked.authority)),
-        };
-        let place = Place { cluster: &self.metrics.cluster, workload };
-        let span = Span {
-            own: *own,
-            parent: *parent,
-            kind,
-            name,
-            start: entry.start,
-            end: entry.start + entry.duration,
-            failed: entry.code == 0 || entry.code >= 500 || entry.grpc_status.is_some_and(|s| s != 0),
-            attributes: span::attributes(entry, place, &traces.tags),
-        };
-        spans.push(Finished { exporter: traces.exporter.clone(), pod: workload.uid.clone(), span }, &self.metrics);
-    }
-
     fn count(&self, duration: Duration, tags: Tags) {
         let lost = if self.placed { None } else { self.lost_edge() };
         let Some(edge) = self.edge.as_ref().or(lost.as_ref()) else { return };
@@ -423,7 +371,8 @@ impl Drop for Record {
         }
         let entry = self.entry(duration);
         if let Some(traced) = &self.traced {
-            self.tell_span(traced, &entry);
+            let cluster = self.cluster.as_ref().map(|c| &c.id);
+            traced.tell(&entry, self.reporter, cluster, self.destination.port(), &self.metrics);
         }
         let Some(told) = told else { return self.count(duration, Tags::default()) };
         self.count(duration, told.tags_of(&entry));

@@ -1,0 +1,83 @@
+//! The part of a request in a trace: what it says of it where it goes, and its span.
+
+use std::sync::Arc;
+
+use http::HeaderMap;
+
+use crate::{
+    proxy::traces::{Finished, Spans},
+    report::{
+        entry::Entry,
+        span::{self, Kind, Place, Span},
+        trace::{Context, Parent},
+    },
+    route::{ClusterId, Workload},
+    telemetry::{Metrics, traffic::Reporter},
+};
+
+/// What a request says of its trace where it goes.
+pub struct Onward {
+    context: Context,
+    pub own: Parent,
+    pub sampled: bool,
+}
+
+impl Onward {
+    /// Goes on with what headers say. Where nobody has decided, so many of a million are sampled.
+    pub fn of(headers: &HeaderMap, sampling: u32) -> Self {
+        let context = Context::of(headers);
+        let sampled = context.sampled.unwrap_or_else(|| fastrand::u32(..1_000_000) < sampling);
+        let own = Parent { trace: context.parent.map_or_else(|| fastrand::u128(1..), |p| p.trace), span: fastrand::u64(1..) };
+        Self { context, own, sampled }
+    }
+
+    /// Headers say already all there is: that nothing is to be told of this trace.
+    pub fn is_said(&self) -> bool {
+        !self.sampled && self.context.parent.is_some() && self.context.sampled.is_some()
+    }
+
+    pub fn write(&self, headers: &mut HeaderMap) {
+        self.context.write(self.own, self.sampled, headers);
+    }
+}
+
+/// The span of a request that is sampled.
+pub struct Traced {
+    own: Parent,
+    parent: Option<u64>,
+    workload: Arc<Workload>,
+    spans: Arc<Spans>,
+}
+
+impl Traced {
+    pub fn new(onward: &Onward, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Self {
+        let parent = onward.context.parent.map(|p| p.span);
+        Self { own: onward.own, parent, workload: workload.clone(), spans: spans.clone() }
+    }
+
+    /// Puts the span on its way, now that the request is over.
+    pub fn tell(&self, entry: &Entry<'_>, reporter: Reporter, cluster: Option<&ClusterId>, port: u16, metrics: &Metrics) {
+        let reporting = &self.workload.reporting;
+        let (told, kind, service, port) = match reporter {
+            Reporter::Source => (&reporting.client, Kind::Client, cluster.map(|c| &c.service), cluster.map_or(port, |c| c.port)),
+            Reporter::Destination => (&reporting.server, Kind::Server, self.workload.services.get(&port), port),
+        };
+        let Some(traces) = &told.traces else { return };
+        let name = match service {
+            Some(s) => format!("{}.{}.svc.cluster.local:{port}/*", s.name, s.namespace),
+            None => format!("{}/*", entry.request.as_ref().map_or("unknown", |asked| asked.authority)),
+        };
+        let place = Place { cluster: &metrics.cluster, workload: &self.workload };
+        let span = Span {
+            own: self.own,
+            parent: self.parent,
+            kind,
+            name,
+            start: entry.start,
+            end: entry.start + entry.duration,
+            failed: entry.code == 0 || entry.code >= 500 || entry.grpc_status.is_some_and(|s| s != 0),
+            attributes: span::attributes(entry, place, &traces.tags),
+        };
+        self.spans.push(Finished { exporter: traces.exporter.clone(), pod: self.workload.uid.clone(), span }, metrics);
+    }
+}
