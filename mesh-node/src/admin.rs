@@ -5,6 +5,7 @@ mod authorization;
 mod config_dump;
 mod explain;
 mod pages;
+mod query;
 
 use std::{
     convert::Infallible,
@@ -143,14 +144,19 @@ where
 }
 
 const INDEX: &str = "/healthz/ready /metrics /status /pods /workloads /services /routes?service= /certificates /pool /clusters /connections \
-    /acceleration /direct /authorization? /explain? /config_dump /logging?level=";
+    /acceleration /direct /authorization? /explain? /trace?workload= /config_dump /logging?level= /quitquitquit";
 
 fn answer(node: &Node, pages: Pages, method: &Method, uri: &Uri, headers: &HeaderMap) -> Response<Full<Bytes>> {
     let query = uri.query().unwrap_or_default();
     match (pages, method, uri.path()) {
         (Pages::All, &Method::POST | &Method::PUT, "/logging") => set_logging(query),
+        (Pages::All, &Method::POST, "/quitquitquit") => {
+            tracing::info!(target: "admin", "asked to stop");
+            node.stop.notify_one();
+            text(StatusCode::OK, "stopping\n")
+        }
         (_, method, _) if method != Method::GET => {
-            text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here, and POST of /logging\n".to_owned())
+            text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here, and POST of /logging and /quitquitquit\n")
         }
         (Pages::All | Pages::Readiness, _, "/healthz/ready") if node.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
         (Pages::All | Pages::Readiness, _, "/healthz/ready") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
@@ -177,6 +183,7 @@ fn page(node: &Node, path: &str, query: &str) -> Response<Full<Bytes>> {
         "/acceleration" => document(&pages::acceleration(node)),
         "/direct" => document(&pages::direct(node)),
         "/authorization" => asked(authorization::answer(&node.proxy.config.load(), query)),
+        "/trace" => asked(pages::trace(node, query)),
         "/explain" => asked(explain::answer(&node.proxy.config.load(), query)),
         "/config_dump" => document(&config_dump::dump(node)),
         "/logging" => match telemetry::log_filter() {
@@ -190,7 +197,8 @@ fn page(node: &Node, path: &str, query: &str) -> Response<Full<Bytes>> {
 
 /// `level=` takes what `--log` does; `reset` is what the process was started with.
 fn set_logging(query: &str) -> Response<Full<Bytes>> {
-    let Some(level) = query.strip_prefix("level=").and_then(authorization::decoded).filter(|l| !l.is_empty()) else {
+    let level = query::pairs(query).ok().and_then(|pairs| pairs.into_iter().find(|(name, level)| *name == "level" && !level.is_empty()));
+    let Some((_, level)) = level else {
         return text(StatusCode::BAD_REQUEST, "level: is missing; say /logging?level=debug, or as --log does\n".to_owned());
     };
     match telemetry::set_log_filter(&level) {

@@ -9,7 +9,7 @@ pub mod settings;
 pub mod snapshot;
 pub mod store;
 
-pub use publish::{Configuration, Publisher};
+pub use publish::{Batch, Configuration, Publisher};
 pub use settings::{DestinationRequests, EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy};
 pub use snapshot::Snapshot;
 pub use store::{Change, Origin, Status, Store};

@@ -5,6 +5,7 @@
 mod access;
 mod flags;
 pub mod traffic;
+pub mod watch;
 
 use std::{
     collections::HashSet,
@@ -21,7 +22,7 @@ use prometheus_client::{
 
 use tracing_subscriber::EnvFilter;
 
-use self::traffic::Traffic;
+use self::{traffic::Traffic, watch::Watch};
 
 /// Why a connection was refused or cut, by direction.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -105,6 +106,8 @@ pub struct Metrics {
     /// Istio's metrics of requests and connections.
     pub traffic: Arc<Traffic>,
     pub access: AccessLogs,
+    /// Workloads that are looked at live.
+    pub watch: Watch,
     pub failures: Family<FailureLabels, Counter>,
     pub connections: Family<PathLabels, Counter>,
     pub handshake_failures: Family<HandshakeLabels, Counter>,
@@ -120,6 +123,8 @@ pub struct Metrics {
     pub config_remarks: Family<SeverityLabels, Gauge>,
     /// Seconds.
     pub config_build: Gauge<f64, AtomicU64>,
+    /// Seconds.
+    pub config_lag: Gauge<f64, AtomicU64>,
     pub retries: Counter,
     pub ejections: Counter,
     pub overflows: Family<LimitLabels, Counter>,
@@ -153,6 +158,7 @@ impl Metrics {
             cluster: cluster.into(),
             traffic: Arc::default(),
             access: AccessLogs::new(access_lines.clone()),
+            watch: Watch::default(),
             failures: Family::default(),
             connections: Family::default(),
             handshake_failures: Family::default(),
@@ -167,6 +173,7 @@ impl Metrics {
             config_generation: Gauge::default(),
             config_remarks: Family::default(),
             config_build: Gauge::default(),
+            config_lag: Gauge::default(),
             retries: Counter::default(),
             ejections: Counter::default(),
             overflows: Family::default(),
@@ -218,6 +225,8 @@ impl Metrics {
     fn register_more(&mut self) {
         let r = &mut self.registry;
         r.register("mesh_config_build_seconds", "Time the configuration in force took to build", self.config_build.clone());
+        let help = "Time from when a source began to read the latest change until it was in force";
+        r.register("mesh_config_lag_seconds", help, self.config_lag.clone());
         r.register("mesh_retries", "Attempts at requests beyond the first", self.retries.clone());
         r.register("mesh_ejections", "Endpoints ejected by outlier detection", self.ejections.clone());
         r.register("mesh_overflows", "Requests and connections refused by a circuit breaker, by limit", self.overflows.clone());

@@ -94,6 +94,82 @@ impl Scene {
     }
 }
 
+/// The output of `meshctl` on a terminal, without what differs from run to run: addresses, ages and times.
+fn on_a_terminal(scene: &Scene, arguments: &[&str]) -> String {
+    let command = [&[program("meshctl").display().to_string()][..], &arguments.iter().map(|a| format!("'{a}'")).collect::<Vec<_>>()[..]];
+    let arguments = ["-qec", &command.concat().join(" "), "/dev/null"];
+    let output = scene.bed.nodes()[0].run(std::path::Path::new("script"), &arguments).expect("script");
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stdout));
+    let text = String::from_utf8_lossy(&output.stdout).replace("\r\n", "\n").replace('\u{1b}', "<ESC>");
+    let is_address = |word: &str| {
+        let word = word.trim_matches(['[', ']', '(', ')', ',']);
+        let alone = word.rsplit_once(':').map_or(word, |(ip, _)| ip.trim_matches(['[', ']']));
+        word.parse::<std::net::IpAddr>().is_ok() || alone.parse::<std::net::IpAddr>().is_ok()
+    };
+    let line = |line: &str| {
+        let words = line.split(' ').map(|word| {
+            let parts = word.split(',').map(|part| if is_address(part) { "ADDRESS" } else { part }).collect::<Vec<_>>();
+            parts.join(",")
+        });
+        // Columns are as wide as what was in them.
+        words.filter(|w| !w.is_empty()).collect::<Vec<_>>().join(" ")
+    };
+    // The bed's own marks of what has been read.
+    text.lines().filter(|l| !l.contains("bed-marker")).map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn what_people_read_stays_as_it_is() {
+    let scene = scene();
+    for (name, arguments) in [
+        ("workloads", &["workloads"][..]),
+        ("services", &["services"]),
+        ("routes", &["routes", "web"]),
+        ("policies", &["policies", "web-v2"]),
+        ("tls-check", &["tls-check", "web-v1"]),
+        ("explain", &["explain", "--from", "client", "--to", "web:80", "-X", "GET", "/a"]),
+        ("explain-denied", &["explain", "--from", "other", "--to", "web:80", "-X", "GET", "/b", "-H", "x-version: v2"]),
+        ("authorize", &["authorize", "--from", "other", "--to", "web-v2", "--port", "8080", "-X", "GET"]),
+        ("policies-yaml", &["policies", "web-v2", "-o", "yaml"]),
+    ] {
+        insta::assert_snapshot!(name, on_a_terminal(&scene, arguments));
+    }
+}
+
+#[test]
+fn a_workload_is_followed_and_a_node_is_stopped_in_order() {
+    let scene = scene();
+    let follow = |workload: &str, more: &[&str]| {
+        let node = &scene.bed.nodes()[0];
+        let arguments = [&["trace", workload][..], more].concat();
+        node.spawn(&program("meshctl"), &arguments).expect("meshctl")
+    };
+    let (asking, asked) = (follow("client", &["--count", "3"]), follow("web-v1", &["--count", "1", "-o", "json"]));
+    let watched = || {
+        let ask = |workload: &str| scene.bed.nodes()[0].admin_json(&format!("/trace?workload={workload}"));
+        Ok(ask("default/client").is_ok() && ask("default/web-v1").is_ok())
+    };
+    mesh_tests::bed::wait_for("the node", std::time::Duration::from_secs(5), watched).expect("watched");
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    for path in ["/a", "/gone", "/a/secret"] {
+        scene.really(&scene.clients[0], path, &["x-request-id: followed"]);
+    }
+    let read = |child: std::process::Child| String::from_utf8(child.wait_with_output().expect("ended").stdout).expect("UTF-8");
+    let lines = read(asking);
+    let lines = lines.lines().map(|l| l.split_once("  ").expect("a time").1).collect::<Vec<_>>();
+    assert!(lines[0].starts_with("-> default/web-v1  GET web:80/a  200  ") && lines[0].ends_with("  request followed"), "{lines:#?}");
+    assert!(lines[1].contains("GET web:80/gone  410  ") && lines[1].contains("  direct_response  "), "{lines:#?}");
+    assert!(lines[2].contains("GET web:80/a/secret  403  "), "{lines:#?}");
+    let event: Value = serde_json::from_str(&read(asked)).expect("JSON");
+    assert_eq!((&event["reporter"], &event["source"], &event["path"]), (&"destination".into(), &"default/client".into(), &"/a".into()));
+    assert_eq!((&event["code"], &event["mutualTls"], &event["requestId"]), (&200.into(), &true.into(), &"followed".into()));
+    let (code, text) = scene.meshctl(&["trace", "web-v2"]);
+    assert!(code == Some(4) && text.contains("is not captured by this node"), "{code:?} {text}");
+    let (code, text) = scene.meshctl(&["drain"]);
+    assert!(code == Some(0) && text.ends_with("stopped\n"), "{code:?} {text}");
+    assert_eq!(scene.meshctl(&["status"]).0, Some(3));
+}
+
 /// What an explanation means for the client: statuses and versions that may come.
 fn expected(answer: &Value) -> BTreeSet<(String, String)> {
     let verdict = answer["verdict"].as_str().expect("a verdict");

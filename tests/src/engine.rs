@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_node::{
-    config::{Change, Configuration, MeshSettings, Origin, Publisher, store::Content},
+    config::{Batch, Change, Configuration, MeshSettings, Origin, Publisher, store::Content},
     id::{TrustDomain, WorkloadUid},
     identity::{EmbeddedCa, Manager},
     io::netns::Netns,
@@ -40,7 +40,7 @@ pub struct Engine {
     pub server: Arc<ServedPod>,
     client: IpAddr,
     pub config: Configuration,
-    changes: mpsc::Sender<Vec<Change>>,
+    changes: mpsc::Sender<Batch>,
     log: Arc<Mutex<Vec<Line>>>,
     _directory: tempfile::TempDir,
 }
@@ -98,7 +98,7 @@ impl Engine {
             }
         }
         let content = Content::Read { objects, rejections: Vec::new() };
-        self.changes.send(vec![Change { origin: Origin(Arc::new("test".into())), content }]).await?;
+        self.changes.send(Batch::now(vec![Change { origin: Origin(Arc::new("test".into())), content }])).await?;
         while config.load().generation == before {
             config.changed().await;
         }

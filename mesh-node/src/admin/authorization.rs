@@ -5,9 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 use serde_json::{Value, json};
 
+use super::query;
 use crate::{
     config::Snapshot,
     detect::Protocol,
@@ -91,9 +92,7 @@ pub(super) fn reason(explanation: &Explanation) -> String {
 impl Question {
     fn read(query: &str) -> Result<Self, String> {
         let mut question = Self::default();
-        for pair in query.split('&').filter(|p| !p.is_empty()) {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let value = decoded(value).ok_or_else(|| format!("{name}: is not percent-encoded UTF-8"))?;
+        for (name, value) in query::pairs(query)? {
             question.take(name, value)?;
         }
         for (name, missing) in [("to", question.to.is_empty()), ("port", question.port == 0), ("from", question.from.is_empty())] {
@@ -115,9 +114,8 @@ impl Question {
             "path" => self.path = Some(value.parse().map_err(|_| bad("a path"))?),
             "host" => self.host = Some(value.parse().map_err(|_| bad("a host"))?),
             "header" => {
-                let (key, text) = value.split_once(':').ok_or_else(|| bad("`name: value`"))?;
-                let key = key.trim().parse::<HeaderName>().map_err(|_| bad("`name: value`"))?;
-                self.headers.append(key, text.trim().parse().map_err(|_| bad("`name: value`"))?);
+                let (key, text) = query::header(&value).ok_or_else(|| bad("`name: value`"))?;
+                self.headers.append(key, text);
             }
             "to" => self.to = value,
             "from" => self.from = value,
@@ -176,22 +174,6 @@ pub(super) fn find<'s>(snapshot: &'s Snapshot, text: &str) -> Option<&'s Arc<Wor
 
 pub(super) fn unknown(field: &str, text: &str) -> String {
     format!("{field}: there is no workload {text:?}; say an address, or namespace/name of a pod as meshctl workloads lists them")
-}
-
-/// Percent-decoded text.
-pub(super) fn decoded(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        let byte = if byte == b'%' {
-            let mut digit = || char::from(rest.next()?).to_digit(16);
-            u8::try_from(digit()? * 16 + digit()?).ok()?
-        } else {
-            byte
-        };
-        bytes.push(byte);
-    }
-    String::from_utf8(bytes).ok()
 }
 
 #[cfg(test)]

@@ -3,10 +3,10 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 use serde_json::{Value, json};
 
-use super::authorization::{self, decoded};
+use super::{authorization, query};
 use crate::{
     config::{OutboundPolicy, Snapshot},
     detect::Protocol,
@@ -62,9 +62,7 @@ pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> 
 impl Question {
     fn read(query: &str) -> Result<Self, String> {
         let mut question = Self::default();
-        for pair in query.split('&').filter(|p| !p.is_empty()) {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let value = decoded(value).ok_or_else(|| format!("{name}: is not percent-encoded UTF-8"))?;
+        for (name, value) in query::pairs(query)? {
             let bad = |wanted: &str| format!("{name}: {value:?} is not {wanted}");
             match name {
                 "from" => question.from = value,
@@ -72,9 +70,8 @@ impl Question {
                 "method" => question.method = Some(value.parse().map_err(|_| bad("a method"))?),
                 "path" => question.path = Some(value.parse().map_err(|_| bad("a path"))?),
                 "header" => {
-                    let (key, text) = value.split_once(':').ok_or_else(|| bad("`name: value`"))?;
-                    let key = key.trim().parse::<HeaderName>().map_err(|_| bad("`name: value`"))?;
-                    question.headers.append(key, text.trim().parse().map_err(|_| bad("`name: value`"))?);
+                    let (key, text) = query::header(&value).ok_or_else(|| bad("`name: value`"))?;
+                    question.headers.append(key, text);
                 }
                 _ => return Err(format!("{name}: is not known; from, to, method, path and header are")),
             }

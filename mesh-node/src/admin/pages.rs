@@ -7,6 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 
+use super::query;
 use crate::{
     app::Node,
     proxy::http::clusters::{ClusterState, Limited},
@@ -167,6 +168,28 @@ pub(super) fn connections(node: &Node) -> Value {
     let mut all = node.proxy.open.all();
     all.sort_by_key(|open| open.number);
     all.iter().map(one).collect()
+}
+
+/// What a workload of this node did lately: asks once without `from`, and then with `from=` what was `next` in the answer before.
+pub(super) fn trace(node: &Node, query: &str) -> Result<Value, String> {
+    let (mut workload, mut from) = (None, None);
+    for (name, value) in query::pairs(query)? {
+        match name {
+            "workload" => workload = Some(value),
+            "from" => from = Some(value.parse().map_err(|_| format!("from: {value:?} is not a number"))?),
+            _ => return Err(format!("{name}: is not known; workload and from are")),
+        }
+    }
+    let workload = workload.ok_or("workload: is missing; say namespace/name of a pod")?;
+    let snapshot = node.proxy.config.load();
+    let found = super::authorization::find(&snapshot, &workload).ok_or_else(|| super::authorization::unknown("workload", &workload))?;
+    if node.proxy.pods.by_uid(&found.uid).is_none() {
+        return Err(format!("workload: {} is not captured by this node; its node is {:?}", found.name, found.node));
+    }
+    let name = found.name.to_string();
+    let events = node.proxy.metrics.watch.fetch(&name, from).ok_or("workload: too many are looked at; wait until others are done")?;
+    let parsed = events.events.iter().filter_map(|e| serde_json::from_str::<Value>(e).ok());
+    Ok(json!({"workload": name, "events": parsed.collect::<Vec<_>>(), "next": events.next, "lost": events.lost}))
 }
 
 /// The routes of every service, or of one.

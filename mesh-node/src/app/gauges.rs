@@ -24,6 +24,7 @@ impl Node {
             metrics.config_remarks.get_or_create(&SeverityLabels { severity: name }).set(gauge(n));
         }
         metrics.config_build.set(self.proxy.config.load().built_in.as_secs_f64());
+        metrics.config_lag.set(self.proxy.config.load().lag.as_secs_f64());
         metrics.edges_refused.set(gauge(metrics.traffic.refused()));
         self.refresh_upstream();
         self.refresh_certificates();

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::Context;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::listeners::{Listeners, Serving};
 use crate::{
@@ -109,6 +109,9 @@ pub struct Node {
     capture: Mutex<Capture>,
     reconciled: AtomicBool,
     pub scrapes: Scrapes,
+    /// Asks the process to stop in order.
+    pub stop: Notify,
+    stopping: AtomicBool,
 }
 
 impl Node {
@@ -119,7 +122,7 @@ impl Node {
     /// Ready: the configuration has been read and the pods there were have been captured. One pod that cannot be is shown
     /// by [`Node::pods`]; it does not make the node unready for the others.
     pub fn is_ready(&self) -> bool {
-        self.reconciled.load(Ordering::Acquire)
+        self.reconciled.load(Ordering::Acquire) && !self.stopping.load(Ordering::Relaxed)
     }
 
     pub(super) fn capture(&self) -> std::sync::MutexGuard<'_, Capture> {
@@ -168,6 +171,8 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
         capture: Mutex::new(capture),
         reconciled: AtomicBool::new(false),
         scrapes: Scrapes::default(),
+        stop: Notify::new(),
+        stopping: AtomicBool::new(false),
     });
     serve_pages(&node).await?;
     tokio::spawn(publisher.run());
@@ -188,7 +193,9 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::select! {
         stopped = reconciler.run(discovery, config) => stopped?,
         signal = stop_signal() => tracing::info!(target: "app", signal = signal?, "stopping"),
+        () = node.stop.notified() => tracing::info!(target: "app", "stopping, as asked"),
     }
+    node.stopping.store(true, Ordering::Relaxed);
     reconciler.stop().await;
     Ok(())
 }

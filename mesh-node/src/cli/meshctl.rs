@@ -2,11 +2,17 @@
 
 mod analyze;
 mod client;
+mod follow;
 mod table;
 mod top;
 mod views;
 
-use std::{io::Write, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    io::Write,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
@@ -104,6 +110,24 @@ enum What {
         /// Looks; for ever without it.
         #[arg(long)]
         times: Option<u32>,
+    },
+    /// Follow what a workload of this node asks and is asked: each request, and each connection that carries none, when it is over.
+    Trace {
+        /// namespace/name of a pod.
+        workload: String,
+        /// End after so many.
+        #[arg(long)]
+        count: Option<u64>,
+        /// End after so many seconds.
+        #[arg(long, value_name = "SECONDS")]
+        time: Option<u64>,
+    },
+    /// Stop the node's mesh-node in order, as SIGTERM does: it is not ready any more, takes no more connections, and waits a
+    /// little for those there are. Pods stay captured: until it is started again, their new connections meet the fail mode.
+    Drain {
+        /// Fail (1) when it has not ended after so many seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 15)]
+        timeout: u64,
     },
     /// Effective mutual TLS of a workload's ports, or of those a service leads to.
     TlsCheck {
@@ -270,6 +294,13 @@ impl Meshctl {
             What::Connections { workload } => self.connections(workload.as_deref()),
             What::TlsCheck { workload, service } => self.tls_check(workload, service.as_deref()),
             What::Top { interval, times } => top::run(admin, Duration::from_secs(*interval), *times).map(|()| ExitCode::SUCCESS),
+            What::Trace { workload, count, time } => {
+                let all = admin.document("/workloads")?;
+                let name = find("workload", workload, all.as_array().map_or(&[], Vec::as_slice))?;
+                let until = time.map(|t| Instant::now() + Duration::from_secs(t));
+                follow::trace(admin, &name, self.output != Output::Table, *count, until).map(|()| ExitCode::SUCCESS)
+            }
+            What::Drain { timeout } => follow::drain(admin, Duration::from_secs(*timeout)),
             What::Explain(question) => {
                 let answer = question.answer(admin)?;
                 self.print(&answer, views::explain);

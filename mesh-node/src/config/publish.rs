@@ -1,6 +1,6 @@
 //! The one task that owns the store, and what it publishes.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::{mpsc, watch};
@@ -60,12 +60,27 @@ pub struct Publisher {
     mesh: Arc<MeshSettings>,
     shared: Arc<Shared>,
     generation: watch::Sender<u64>,
-    changes: mpsc::Receiver<Vec<Change>>,
+    changes: mpsc::Receiver<Batch>,
+}
+
+/// Changes that take effect as a whole.
+#[derive(Debug)]
+pub struct Batch {
+    pub changes: Vec<Change>,
+    /// When their source began to read them.
+    pub noticed: Instant,
+}
+
+impl Batch {
+    /// Changes that are noticed now.
+    pub fn now(changes: Vec<Change>) -> Self {
+        Self { changes, noticed: Instant::now() }
+    }
 }
 
 impl Publisher {
     /// A publisher with nothing yet, fed through `changes` in batches that take effect as a whole.
-    pub fn new(mesh: Arc<MeshSettings>, changes: mpsc::Receiver<Vec<Change>>) -> (Self, Configuration) {
+    pub fn new(mesh: Arc<MeshSettings>, changes: mpsc::Receiver<Batch>) -> (Self, Configuration) {
         let snapshot = ArcSwap::from_pointee(Snapshot::empty(mesh.clone()));
         let shared = Arc::new(Shared { snapshot, statuses: ArcSwap::default() });
         let (generation, receiver) = watch::channel(0);
@@ -76,26 +91,28 @@ impl Publisher {
     /// Builds and publishes until every source is gone.
     pub async fn run(mut self) {
         while let Some(batch) = self.changes.recv().await {
+            let noticed = batch.noticed;
             let mut changed = self.take(batch);
             // What has queued up meanwhile is built once.
             while let Ok(batch) = self.changes.try_recv() {
                 changed |= self.take(batch);
             }
             if changed || *self.generation.borrow() == 0 {
-                self.publish();
+                self.publish(noticed);
             }
         }
     }
 
-    fn take(&mut self, batch: Vec<Change>) -> bool {
-        batch.into_iter().fold(false, |changed, change| self.store.apply(change) | changed)
+    fn take(&mut self, batch: Batch) -> bool {
+        batch.changes.into_iter().fold(false, |changed, change| self.store.apply(change) | changed)
     }
 
-    fn publish(&mut self) {
+    fn publish(&mut self, noticed: Instant) {
         let before = self.shared.snapshot.load_full();
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         let (mut snapshot, statuses) = spawn::aside(|| build(&self.store, &self.mesh, &before, started));
         snapshot.built_in = started.elapsed();
+        snapshot.lag = noticed.elapsed();
         let generation = snapshot.generation;
         for status in new_ones(&self.shared.statuses.load(), &statuses) {
             tracing::warn!(target: "config", "{status}");

@@ -37,6 +37,8 @@ pub struct Snapshot {
     pub generation: u64,
     /// How long it took to build.
     pub built_in: Duration,
+    /// From when a source began to read the first of the changes in it until it was in force.
+    pub lag: Duration,
     pub mesh: Arc<MeshSettings>,
     /// Key sets the policies need.
     pub remote_keys: BTreeSet<RemoteKeys>,
@@ -63,6 +65,7 @@ impl Snapshot {
         Self {
             generation: 0,
             built_in: Duration::ZERO,
+            lag: Duration::ZERO,
             mesh,
             remote_keys: BTreeSet::new(),
             authorizers: HashMap::new(),

@@ -262,6 +262,22 @@ impl Outcome {
         }
     }
 
+    /// Shows it to who looks at the workload it is told of.
+    fn show(&self, sent: u64, received: u64) {
+        let watch = &self.proxy.metrics.watch;
+        if !watch.is_on() || self.requests.load(Ordering::Relaxed) {
+            return;
+        }
+        let party = match self.direction {
+            Direction::Outbound => &self.source,
+            Direction::Inbound => &self.destination,
+        };
+        let Some(name) = party.workload.as_ref().map(|w| w.name.to_string()).filter(|name| watch.sees(name)) else { return };
+        let failed = self.failure.as_ref().map(|f| chain(f));
+        let edge = self.opened.as_ref().and_then(|open| open.edge.as_ref()).map(|edge| edge.key());
+        watch.tell(&name, reporting::event(&self.entry(sent, received, failed.as_deref()), self.direction.reporter(), edge));
+    }
+
     fn log(&self, sent: u64, received: u64) {
         if !tracing::enabled!(target: "access", tracing::Level::INFO) {
             return;
@@ -300,5 +316,6 @@ impl Drop for Outcome {
         self.count();
         self.log(sent, received);
         self.tell(sent, received);
+        self.show(sent, received);
     }
 }

@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
+use serde_json::json;
 
 use crate::{
     config::Snapshot,
     id::{ObjectName, SpiffeId},
-    report::{LogTo, entry::Entry},
+    report::{LogTo, entry::Entry, format::rfc3339},
     route::Workload,
     telemetry::{
         AccessLogs, Metrics,
@@ -107,6 +108,27 @@ pub fn log(access: &AccessLogs, logs: &[LogTo], entry: &Entry<'_>) {
             access.write(&log.path, log.format.line(entry));
         }
     }
+}
+
+/// A request or connection as JSON, for who looks at its workload live. Durations are milliseconds.
+pub fn event(entry: &Entry<'_>, reporter: Reporter, edge: Option<&EdgeKey>) -> String {
+    let name = |end: &Peer| format!("{}/{}", end.namespace, end.workload);
+    let asked = entry.request.as_ref();
+    let header = |name: &str| asked.and_then(|a| a.headers.get(name)).and_then(|v| v.to_str().ok());
+    json!({
+        "kind": if asked.is_some() { "request" } else { "connection" }, "reporter": reporter.name(),
+        "start": rfc3339(entry.start), "duration": u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX),
+        "source": edge.map(|e| name(&e.source)), "destination": edge.map(|e| name(&e.destination)),
+        "service": edge.map(|e| &*e.service.host).filter(|h| *h != UNKNOWN),
+        "client": entry.downstream_remote, "server": entry.upstream_host, "mutualTls": entry.mutual_tls,
+        "method": asked.map(|a| a.method), "authority": asked.map(|a| a.authority), "path": asked.map(|a| a.path),
+        "protocol": entry.protocol, "code": (entry.code != 0).then_some(entry.code), "grpcStatus": entry.grpc_status,
+        "flags": &*entry.flags, "details": entry.details.filter(|d| !d.is_empty()), "error": entry.termination_details,
+        "route": entry.route, "cluster": entry.upstream_cluster.as_deref(),
+        "bytesReceived": entry.bytes_received, "bytesSent": entry.bytes_sent,
+        "requestId": header("x-request-id"), "traceId": entry.trace.map(|trace| format!("{trace:032x}")),
+    })
+    .to_string()
 }
 
 /// Whether an edge is one that would be made now: both ends are there, are called what they were, and the one that reports is told

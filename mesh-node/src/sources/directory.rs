@@ -22,7 +22,10 @@ use super::{
     manifest::{self, MAX_FILE},
     watch::{MAX_DEPTH, Watch},
 };
-use crate::config::store::{Change, Content, Origin};
+use crate::config::{
+    Batch,
+    store::{Change, Content, Origin},
+};
 
 /// Files in all directories below the root.
 const MAX_FILES: usize = 100_000;
@@ -91,12 +94,13 @@ impl Directory {
     }
 
     /// Feeds changes until nobody takes them. The first batch is the whole directory, also when it is empty.
-    pub async fn run(mut self, changes: mpsc::Sender<Vec<Change>>) -> io::Result<()> {
+    pub async fn run(mut self, changes: mpsc::Sender<Batch>) -> io::Result<()> {
         let mut watch = Watch::new()?;
         let started = Instant::now();
         let mut first = true;
         loop {
             watch.cover(&self.root);
+            let noticed = Instant::now();
             let look;
             (self, look) = tokio::task::spawn_blocking(move || {
                 let look = self.look();
@@ -113,7 +117,9 @@ impl Directory {
                 // Nothing of an incomplete first reading takes effect.
                 self.known.clear();
                 self.stood_in.clear();
-            } else if (first || !look.changes.is_empty()) && changes.send(look.changes).await.is_err() {
+            } else if (first || !look.changes.is_empty())
+                && changes.send(Batch { changes: look.changes, noticed: noticed.into_std() }).await.is_err()
+            {
                 return Ok(());
             } else {
                 if first {

@@ -135,12 +135,21 @@ impl Node {
     /// The same in a cgroup below the node's own, which is made if need be: that of a kubelet, or of a pod in the node's
     /// network.
     pub fn run_in(&self, cgroup: &str, program: &Path, arguments: &[&str]) -> Result<std::process::Output> {
+        Ok(self.command(cgroup, program, arguments)?.output()?)
+    }
+
+    /// Starts a program on this node, outside pods; what it prints can be read.
+    pub fn spawn(&self, program: &Path, arguments: &[&str]) -> Result<std::process::Child> {
+        Ok(self.command("mesh-node", program, arguments)?.stdout(Stdio::piped()).spawn()?)
+    }
+
+    fn command(&self, cgroup: &str, program: &Path, arguments: &[&str]) -> Result<Command> {
         let cgroup = self.cgroup.join(cgroup);
         fs::create_dir_all(&cgroup)?;
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null());
         process::place(&mut command, Some(self.netns.clone()), Some(cgroup), None);
-        Ok(command.output()?)
+        Ok(command)
     }
 
     /// Removes what mesh-node left in the kernel.

@@ -159,7 +159,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     /// Takes down who asks for what, and lets its trace go on.
     fn begin(&mut self, head: &mut RequestHead, source: &Arc<Workload>) {
         self.record.source = Some(source.clone());
-        self.record.describe(head, &source.reporting);
+        self.record.describe(head, source);
         if let Some(onward) = self.record.trace(head, source, &self.down.proxy.spans) {
             onward.write(&mut head.headers);
         }

@@ -85,7 +85,7 @@ impl Gate {
         let mut record = self.begin(&snapshot, protocol);
         let mut changed = None;
         if let Some(workload) = snapshot.workload(&self.pod.uid) {
-            record.describe(head, &workload.reporting);
+            record.describe(head, workload);
             changed = record.trace(head, workload, &self.proxy.spans).map(|onward| {
                 let mut traced = head.clone();
                 onward.write(&mut traced.headers);

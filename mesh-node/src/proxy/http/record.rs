@@ -70,6 +70,8 @@ pub struct Record {
     /// The trace it belongs to, if the workload's requests are traced.
     trace: Option<u128>,
     traced: Option<Box<Traced>>,
+    /// The name of the workload, if somebody looks at it.
+    watched: Option<String>,
 }
 
 /// What logs and tags say of the request; kept only when there are any.
@@ -123,16 +125,21 @@ impl Record {
             denied: false,
             trace: None,
             traced: None,
+            watched: None,
         }
     }
 
     /// Takes down what was asked for, before anything changes it, as far as it will be told.
-    pub fn describe(&mut self, head: &RequestHead, reporting: &Arc<Reporting>) {
+    pub fn describe(&mut self, head: &RequestHead, workload: &Workload) {
         self.grpc = head.is_grpc();
-        if told(reporting, self.reporter).wants_request() || is_traced() {
+        if self.metrics.watch.is_on() {
+            let name = workload.name.to_string();
+            self.watched = self.metrics.watch.sees(&name).then_some(name);
+        }
+        if told(&workload.reporting, self.reporter).wants_request() || is_traced() || self.watched.is_some() {
             self.keep(head);
         }
-        self.reporting = Some(reporting.clone());
+        self.reporting = Some(workload.reporting.clone());
     }
 
     /// Lets a trace go on through here, or begins one: what headers are to say of it where the request goes, if that is something
@@ -366,13 +373,16 @@ impl Drop for Record {
         if is_traced() || self.denied {
             self.say(&self.entry(duration));
         }
-        if told.is_none() && self.traced.is_none() {
+        if told.is_none() && self.traced.is_none() && self.watched.is_none() {
             return self.count(duration, Tags::default());
         }
         let entry = self.entry(duration);
         if let Some(traced) = &self.traced {
             let cluster = self.cluster.as_ref().map(|c| &c.id);
             traced.tell(&entry, self.reporter, cluster, self.destination.port(), &self.metrics);
+        }
+        if let Some(name) = &self.watched {
+            self.metrics.watch.tell(name, reporting::event(&entry, self.reporter, self.edge.as_deref().map(Edge::key)));
         }
         let Some(told) = told else { return self.count(duration, Tags::default()) };
         self.count(duration, told.tags_of(&entry));

@@ -1,0 +1,118 @@
+//! Workloads that somebody looks at live: what they do is kept for a little while, to be fetched.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// Most events of one workload that are kept until they are fetched.
+const MOST_EVENTS: usize = 1000;
+/// Most workloads that can be looked at at once.
+const MOST_WORKLOADS: usize = 16;
+/// How long it goes on when nobody fetches.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is looked at. Where that is nothing, it costs one relaxed load for each request.
+#[derive(Debug, Default)]
+pub struct Watch {
+    looked_at: AtomicUsize,
+    all: Mutex<HashMap<String, Seen>>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    events: VecDeque<Arc<str>>,
+    /// The number of the first of them.
+    first: u64,
+    fetched: Instant,
+}
+
+/// What came after what was fetched before.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Events {
+    pub events: Vec<Arc<str>>,
+    /// To be asked for next.
+    pub next: u64,
+    /// Events there was no room for.
+    pub lost: u64,
+}
+
+impl Watch {
+    /// Whether anything is looked at.
+    pub fn is_on(&self) -> bool {
+        self.looked_at.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether a workload is: `namespace/name`.
+    pub fn sees(&self, workload: &str) -> bool {
+        let mut all = self.lock();
+        all.retain(|_, seen| seen.fetched.elapsed() < PATIENCE);
+        self.looked_at.store(all.len(), Ordering::Relaxed);
+        all.contains_key(workload)
+    }
+
+    /// Takes down what a workload did.
+    pub fn tell(&self, workload: &str, event: String) {
+        let mut all = self.lock();
+        let Some(seen) = all.get_mut(workload) else { return };
+        if seen.events.len() == MOST_EVENTS {
+            seen.events.pop_front();
+            seen.first += 1;
+        }
+        seen.events.push_back(event.into());
+    }
+
+    /// What a workload did since a time it was asked before, or, without that, from now on. None when too many are looked at.
+    pub fn fetch(&self, workload: &str, from: Option<u64>) -> Option<Events> {
+        let mut all = self.lock();
+        if !all.contains_key(workload) && all.len() >= MOST_WORKLOADS {
+            return None;
+        }
+        let now = Instant::now();
+        let seen =
+            all.entry(workload.to_owned()).or_insert_with(|| Seen { events: VecDeque::new(), first: from.unwrap_or(0), fetched: now });
+        seen.fetched = now;
+        let next = seen.first + seen.events.len() as u64;
+        let from = from.unwrap_or(next).min(next);
+        let lost = seen.first.saturating_sub(from);
+        let skip = usize::try_from(from.saturating_sub(seen.first)).unwrap_or(usize::MAX);
+        let events = Events { events: seen.events.iter().skip(skip).cloned().collect(), next, lost };
+        self.looked_at.store(all.len(), Ordering::Relaxed);
+        Some(events)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Seen>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_fetched_once_each_and_what_had_no_room_is_counted() {
+        let watch = Watch::default();
+        assert!(!watch.is_on() && !watch.sees("a/b"));
+        watch.tell("a/b", "before".to_owned());
+        assert_eq!(watch.fetch("a/b", None), Some(Events { events: Vec::new(), next: 0, lost: 0 }));
+        assert!(watch.is_on() && watch.sees("a/b") && !watch.sees("a/c"));
+        watch.tell("a/b", "one".to_owned());
+        watch.tell("a/c", "other".to_owned());
+        let first = watch.fetch("a/b", Some(0)).expect("room");
+        assert_eq!((first.events, first.next, first.lost), (vec!["one".into()], 1, 0));
+        // Who comes later sees what is new to him.
+        assert_eq!(watch.fetch("a/b", None).map(|e| (e.events.len(), e.next)), Some((0, 1)));
+        (0..MOST_EVENTS + 5).for_each(|i| watch.tell("a/b", i.to_string()));
+        let second = watch.fetch("a/b", Some(1)).expect("room");
+        assert_eq!((second.events.len(), second.lost, &*second.events[0]), (MOST_EVENTS, 5, "5"));
+        // From the future: a node that has started anew.
+        assert_eq!(watch.fetch("a/b", Some(1 << 40)).map(|e| e.events.len()), Some(0));
+        (1..MOST_WORKLOADS).for_each(|i| assert!(watch.fetch(&format!("x/{i}"), None).is_some()));
+        assert!(watch.fetch("one/more", None).is_none() && watch.fetch("a/b", None).is_some());
+    }
+}
