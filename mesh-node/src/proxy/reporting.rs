@@ -1,7 +1,7 @@
 //! What is told of requests and connections: from workloads, identities and services to the labels of Istio's metrics, and from
 //! what happened to lines of access logs.
 
-use std::sync::Arc;
+use std::{cell::RefCell, sync::Arc};
 
 use arc_swap::ArcSwapOption;
 use serde_json::json;
@@ -103,9 +103,15 @@ impl EdgeSlot {
 
 /// Writes the lines these logs want.
 pub fn log(access: &AccessLogs, logs: &[LogTo], entry: &Entry<'_>) {
+    thread_local! {
+        static LINE: RefCell<String> = const { RefCell::new(String::new()) };
+    }
     for LogTo { log, filter } in logs {
         if filter.as_ref().is_none_or(|f| f.holds(entry)) {
-            access.write(&log.path, log.format.line(entry));
+            LINE.with_borrow_mut(|line| {
+                log.format.write(entry, line);
+                access.write(&log.path, line);
+            });
         }
     }
 }

@@ -102,13 +102,20 @@ impl Format {
 
     /// The line, with its end.
     pub fn line(&self, entry: &Entry<'_>) -> String {
-        let mut line = String::with_capacity(512);
+        let mut line = String::new();
+        self.write(entry, &mut line);
+        line
+    }
+
+    /// The same, in place of what is in `line`.
+    pub fn write(&self, entry: &Entry<'_>, line: &mut String) {
+        line.clear();
         match self {
             Self::Text(pieces) => {
                 for piece in pieces.iter() {
-                    piece.write(entry, &mut line);
+                    piece.write(entry, line);
                 }
-                cut(&mut line);
+                cut(line);
                 // One line each, whatever clients sent: operators are escaped, and formats that have no end get one.
                 if !line.ends_with('\n') {
                     line.push('\n');
@@ -120,10 +127,10 @@ impl Format {
                     if i > 0 {
                         line.push(',');
                     }
-                    quote(key, &mut line);
+                    quote(key, line);
                     line.push(':');
                     if line.len() < LONGEST {
-                        value(pieces, entry, &mut line);
+                        value(pieces, entry, line);
                     } else {
                         line.push_str("null");
                     }
@@ -131,7 +138,6 @@ impl Format {
                 line.push_str("}\n");
             }
         }
-        line
     }
 }
 

@@ -1,6 +1,8 @@
-//! Access logs: lines on their way to files or standard output, each written by a thread of its own.
+//! Access logs: lines on their way to files or standard output, each file written by a thread of its own.
 //!
-//! Who logs never waits: what there is no room for is dropped and counted. A file that was moved away is opened anew.
+//! Who logs never waits for a file: a line is copied to the others that wait, or, where there is no room, dropped and counted. They
+//! are written together, a twentieth of a second after the first at the latest. A file that was moved away is opened anew; who
+//! writes a file that nothing has come for in ten minutes ends.
 
 use std::{
     collections::HashMap,
@@ -8,11 +10,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::MetadataExt,
     path::Path,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
-    },
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -21,15 +19,17 @@ use prometheus_client::metrics::{counter::Counter, family::Family};
 
 use super::ResultLabels;
 
-/// Most lines, and most bytes of them, that wait for one file.
-const LINES: usize = 16 * 1024;
+/// Most bytes of lines that wait for one file.
 const BYTES: usize = 16 * 1024 * 1024;
 /// Most files. Providers are configuration: there are few.
 const FILES: usize = 32;
-/// How often it is looked whether a file is still where it was.
+/// How long lines wait for more, so that who writes them is not woken for each.
+const GATHER: Duration = Duration::from_millis(50);
+/// So many bytes do not wait longer.
+const ENOUGH: usize = 256 * 1024;
+/// How often it is looked whether a file is still where it was, and how long a file may be out of use.
 const LOOK: Duration = Duration::from_secs(1);
-/// Most that is written at once.
-const BATCH: usize = 256 * 1024;
+const UNUSED: Duration = Duration::from_mins(10);
 
 /// All access logs of the process.
 #[derive(Debug)]
@@ -40,16 +40,32 @@ pub struct AccessLogs {
     dropped: Counter,
 }
 
-#[derive(Debug)]
+/// What waits for one file.
+#[derive(Debug, Default)]
 struct Queue {
-    lines: SyncSender<Said>,
-    bytes: Arc<AtomicUsize>,
+    waiting: Mutex<Waiting>,
+    /// Something waits, there is enough, or somebody waits for it to be written.
+    news: Condvar,
+    /// All that had come was written.
+    written: Condvar,
 }
 
-enum Said {
-    Line(String),
-    /// Answered when all before it is written.
-    Flush(SyncSender<()>),
+#[derive(Debug, Default)]
+struct Waiting {
+    text: Vec<u8>,
+    lines: u64,
+    /// Lines that came, and lines that are done with.
+    come: u64,
+    gone: u64,
+    hurry: bool,
+    /// Nobody writes any more.
+    over: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl AccessLogs {
@@ -60,60 +76,77 @@ impl AccessLogs {
     }
 
     /// Puts a line on its way to a file, `/dev/stdout` or `/dev/stderr`.
-    pub fn write(&self, path: &Arc<str>, line: String) {
-        let Some(queue) = self.queue(path) else {
-            self.dropped.inc();
+    pub fn write(&self, path: &Arc<str>, line: &str) {
+        let known = self.files.load().get(path).cloned();
+        // One whose writer has ended is followed by another.
+        for queue in [known, None] {
+            let Some(queue) = queue.or_else(|| self.open(path)) else { continue };
+            let mut waiting = queue.lock();
+            if waiting.over {
+                continue;
+            }
+            if waiting.text.len() + line.len() > BYTES {
+                break;
+            }
+            let before = waiting.text.len();
+            waiting.text.extend_from_slice(line.as_bytes());
+            waiting.lines += 1;
+            waiting.come += 1;
+            let enough = before < ENOUGH && waiting.text.len() >= ENOUGH;
+            drop(waiting);
+            if before == 0 || enough {
+                queue.news.notify_one();
+            }
             return;
-        };
-        let n = line.len();
-        if queue.bytes.fetch_add(n, Ordering::Relaxed) > BYTES || queue.lines.try_send(Said::Line(line)).is_err() {
-            queue.bytes.fetch_sub(n, Ordering::Relaxed);
-            self.dropped.inc();
         }
+        self.dropped.inc();
     }
 
-    fn queue(&self, path: &Arc<str>) -> Option<Arc<Queue>> {
-        if let Some(queue) = self.files.load().get(path) {
-            return Some(queue.clone());
-        }
+    fn open(&self, path: &Arc<str>) -> Option<Arc<Queue>> {
         let _one_at_a_time = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
         let mut files = HashMap::clone(&self.files.load());
+        files.retain(|_, queue| !queue.lock().over);
         if let Some(queue) = files.get(path) {
             return Some(queue.clone());
         }
         if files.len() >= FILES {
             return None;
         }
-        let (lines, said) = sync_channel(LINES);
-        let bytes = Arc::new(AtomicUsize::new(0));
+        let queue = Arc::<Queue>::default();
         let counter = |result| self.lines.get_or_create(&ResultLabels { result }).clone();
         let writer = Writer {
             target: Target::of(path),
-            bytes: bytes.clone(),
+            queue: queue.clone(),
             written: counter("written"),
             failed: counter("failed"),
             looked: Instant::now(),
+            used: Instant::now(),
             told: false,
         };
         let thread = std::thread::Builder::new().name("access-log".to_owned());
-        if let Err(error) = thread.spawn(move || writer.run(&said)) {
+        if let Err(error) = thread.spawn(move || writer.run()) {
             tracing::error!(target: "app", %error, path = &**path, "no access log is written: its thread cannot be started");
             return None;
         }
-        let queue = Arc::new(Queue { lines, bytes });
         files.insert(path.clone(), queue.clone());
         self.files.store(Arc::new(files));
         Some(queue)
     }
 
-    /// Waits until all that was put on its way is written, at most this long for each file. Blocks.
+    /// Waits until all that was put on its way is written, at most this long. Blocks.
     pub fn flush(&self, most: Duration) {
-        for queue in self.files.load().values() {
-            let (done, wait) = sync_channel(1);
-            if queue.lines.try_send(Said::Flush(done)).is_ok() {
-                // Late is as good as never here.
-                let _ = wait.recv_timeout(most);
-            }
+        let until = Instant::now() + most;
+        let all = self.files.load();
+        for queue in all.values() {
+            queue.lock().hurry = true;
+            queue.news.notify_one();
+        }
+        for queue in all.values() {
+            let waiting = queue.lock();
+            let come = waiting.come;
+            let left = until.saturating_duration_since(Instant::now());
+            // Late is as good as never here.
+            drop(queue.written.wait_timeout_while(waiting, left, |w| w.gone < come && !w.over));
         }
     }
 }
@@ -167,51 +200,49 @@ impl Target {
 
 struct Writer {
     target: Target,
-    bytes: Arc<AtomicUsize>,
+    queue: Arc<Queue>,
     written: Counter,
     failed: Counter,
     looked: Instant,
+    used: Instant,
     /// That it cannot be written has been said.
     told: bool,
 }
 
 impl Writer {
-    fn run(mut self, said: &Receiver<Said>) {
-        let mut batch = Vec::with_capacity(BATCH);
+    fn run(mut self) {
+        let queue = self.queue.clone();
+        let mut batch = Vec::new();
         loop {
-            let mut waiting = Vec::new();
-            let first = match said.recv_timeout(LOOK) {
-                Ok(first) => Some(first),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return,
+            let lines = {
+                let waiting = queue.lock();
+                let idle = |w: &mut Waiting| w.text.is_empty() && !w.hurry;
+                let (waiting, _) = queue.news.wait_timeout_while(waiting, LOOK, idle).unwrap_or_else(PoisonError::into_inner);
+                let few = |w: &mut Waiting| !w.text.is_empty() && w.text.len() < ENOUGH && !w.hurry;
+                let (mut waiting, _) = queue.news.wait_timeout_while(waiting, GATHER, few).unwrap_or_else(PoisonError::into_inner);
+                std::mem::swap(&mut batch, &mut waiting.text);
+                waiting.hurry = false;
+                if batch.is_empty() && self.used.elapsed() >= UNUSED {
+                    waiting.over = true;
+                    return;
+                }
+                std::mem::take(&mut waiting.lines)
             };
-            let mut lines = 0;
-            let more = std::iter::from_fn(|| said.try_recv().ok());
-            for said in first.into_iter().chain(more) {
-                match said {
-                    Said::Line(line) => {
-                        batch.extend_from_slice(line.as_bytes());
-                        lines += 1;
-                    }
-                    Said::Flush(done) => waiting.push(done),
-                }
-                if batch.len() >= BATCH {
-                    break;
-                }
-            }
             if self.looked.elapsed() >= LOOK {
                 self.target.look();
                 self.looked = Instant::now();
             }
             if lines > 0 {
                 self.write(&batch, lines);
-                self.bytes.fetch_sub(batch.len(), Ordering::Relaxed);
+                self.used = Instant::now();
+                // A burst is not kept for ever.
+                if batch.capacity() > 4 * ENOUGH {
+                    batch = Vec::new();
+                }
                 batch.clear();
             }
-            for done in waiting {
-                // Who asked may have gone.
-                let _ = done.try_send(());
-            }
+            queue.lock().gone += lines;
+            queue.written.notify_all();
         }
     }
 
@@ -249,7 +280,7 @@ mod tests {
         let path = directory.path().join("access.log");
         let name: Arc<str> = path.to_str().expect("UTF-8").into();
         let logs = AccessLogs::new(Family::default());
-        (0..1000).for_each(|i| logs.write(&name, format!("{i}\n")));
+        (0..1000).for_each(|i| logs.write(&name, &format!("{i}\n")));
         logs.flush(Duration::from_secs(5));
         let read = std::fs::read_to_string(&path).expect("a file");
         assert_eq!(read, (0..1000).map(|i| format!("{i}\n")).collect::<Vec<_>>().concat());
@@ -257,7 +288,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !path.exists() {
             assert!(Instant::now() < deadline, "the file is not opened anew");
-            logs.write(&name, "again\n".to_owned());
+            logs.write(&name, "again\n");
             logs.flush(Duration::from_secs(5));
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -268,11 +299,11 @@ mod tests {
     fn what_cannot_be_written_is_counted() {
         let logs = AccessLogs::new(Family::default());
         let nowhere: Arc<str> = "/nowhere/at/all".into();
-        logs.write(&nowhere, "x\n".to_owned());
+        logs.write(&nowhere, "x\n");
         logs.flush(Duration::from_secs(5));
         assert_eq!((counted(&logs, "failed"), counted(&logs, "written")), (1, 0));
         for i in 0..FILES + 3 {
-            logs.write(&format!("/nowhere/{i}").into(), "x\n".to_owned());
+            logs.write(&format!("/nowhere/{i}").into(), "x\n");
         }
         assert_eq!(counted(&logs, "dropped"), 4, "there are no more than so many files");
     }
@@ -287,7 +318,7 @@ mod tests {
         let logs = AccessLogs::new(Family::default());
         let line = "x".repeat(8 * 1024);
         let began = Instant::now();
-        (0..4000).for_each(|_| logs.write(&name, line.clone()));
+        (0..4000).for_each(|_| logs.write(&name, &line));
         assert!(counted(&logs, "dropped") > 1000 && began.elapsed() < Duration::from_secs(5), "nobody waits");
     }
 }
