@@ -223,33 +223,38 @@ fn document(value: &Value) -> Response<Full<Bytes>> {
     response
 }
 
-/// The text of the metrics as last made, and how long that took.
+/// The text of the metrics as last made, for as long as it took to make, and more.
 #[derive(Debug, Default)]
-pub struct Scrapes(Mutex<[Option<Scraped>; 2]>);
+pub struct Scrapes(Arc<Mutex<Texts>>);
 
-#[derive(Debug)]
-struct Scraped {
-    text: Bytes,
-    at: Instant,
-    took: Duration,
-}
+/// In Prometheus' older format, and in `OpenMetrics`.
+type Texts = [Option<Bytes>; 2];
 
-/// Who may scrape may ask as often as they like: no more than a fifth of one core goes into it.
+/// Who may scrape may ask as often as they like: of each format, no more than a fifth of one core goes into it.
 const PAUSE: u32 = 4;
+/// What takes no longer is made each time.
+const CHEAP: Duration = Duration::from_millis(20);
 
 impl Scrapes {
     /// One at a time, and anew when a while has passed that is in proportion to the work.
     fn get(&self, open: bool, make: impl FnOnce() -> Result<String, std::fmt::Error>) -> Result<Bytes, std::fmt::Error> {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = &mut last[usize::from(open)];
-        if let Some(scraped) = last
-            && scraped.at.elapsed() < scraped.took * PAUSE
-        {
-            return Ok(scraped.text.clone());
+        let which = usize::from(open);
+        let mut texts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(text) = &texts[which] {
+            return Ok(text.clone());
         }
         let began = Instant::now();
         let text = Bytes::from(make()?);
-        *last = Some(Scraped { text: text.clone(), at: Instant::now(), took: began.elapsed() });
+        let took = began.elapsed();
+        if took > CHEAP {
+            texts[which] = Some(text.clone());
+            let all = self.0.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(took * PAUSE).await;
+                // It is that text still: there is no other as long as there is one.
+                all.lock().unwrap_or_else(PoisonError::into_inner)[which] = None;
+            });
+        }
         Ok(text)
     }
 }

@@ -94,6 +94,8 @@ pub struct Exporter {
     /// Host name of the collector's service.
     pub service: Arc<str>,
     pub port: u16,
+    /// Longest value of an attribute, bytes.
+    pub longest: usize,
     /// OTLP over HTTP, with its path and headers; over gRPC otherwise.
     pub http: Option<ExporterHttp>,
 }

@@ -246,3 +246,25 @@ fn bytes_of_a_connection_are_counted_as_it_goes_on() {
     let labels = ["direction=\"outbound\"", "path=\"tunnel\""];
     assert_eq!(bed.nodes()[0].metric("mesh_connections_total", &labels).expect("metric"), 1.0);
 }
+
+/// A destination that looks into requests only to count them leaves alone what is none.
+#[test]
+fn what_is_no_http_on_a_port_declared_to_carry_it_is_let_through_where_no_policy_asks() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: odd}\nspec: {selector: {app: odd}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    bed.kubectl_apply("odd", service).expect("service");
+    let [near, far] = bed.meshed([PodSpec::new("near", 0), PodSpec::new("far", 1)]).expect("clients");
+    let [server] = bed.meshed([PodSpec::server("server", 0).label("app", "odd")]).expect("server");
+    bed.settle().expect("settled");
+    let said = "\u{1}\u{2} this is no HTTP";
+    let ask = |client: &Pod| {
+        let report = bed.probe(client, &["ask", &server.address(8080), said]).expect("a report");
+        report["answer"].as_str().is_some_and(|answer| answer.contains("no HTTP"))
+    };
+    let asked = [ask(&near), ask(&far)];
+    assert_eq!(asked, [true, true]);
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: odd, namespace: default}\nspec: {selector: {matchLabels: {app: odd}}, action: DENY, rules: [{to: [{operation: {paths: [/secret]}}]}]}\n";
+    bed.apply("deny", deny).expect("applied");
+    bed.settle().expect("settled");
+    assert!(!ask(&near) && !ask(&far), "it may be a request for /secret");
+}

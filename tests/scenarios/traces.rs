@@ -137,7 +137,8 @@ fn bookinfo_is_one_trace_of_every_hop() {
     assert!(hops[0]["attributes"]["http.url"].as_str().is_some_and(|u| u.ends_with("/ratings/0")), "{:#}", hops[0]);
     // Sending spans makes none.
     assert!(scene.spans().iter().all(|s| !s["name"].as_str().is_some_and(|n| n.starts_with("collector."))));
-    assert!(scene.total("exported") >= 24.0 && scene.total("failed") + scene.total("dropped") + scene.total("rejected") < 0.5);
+    wait_for("all to be counted", Duration::from_secs(5), || Ok(scene.total("exported") >= 24.0)).expect("counted");
+    assert!(scene.total("failed") + scene.total("dropped") + scene.total("rejected") < 0.5);
 }
 
 fn with_web(enrolled: bool) -> Scene {
@@ -187,9 +188,19 @@ fn traces_that_come_in_go_on_and_decisions_are_kept() {
     let spans = scene.wait_spans("the last", |spans| ends(spans, "/last") == 2);
     assert_eq!((ends(&spans, "/undecided"), ends(&spans, "/no")), (0, 0));
     // What fails is an error.
+    let retries = "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: web, namespace: default}\nspec: {hosts: [web], http: [{route: [{destination: {host: web}}], retries: {attempts: 2, retryOn: 5xx}}]}\n";
+    scene.bed.apply("retries", retries).expect("applied");
+    scene.bed.settle().expect("settled");
     scene.get("web:80/status/503", &[&format!("traceparent: 00-{trace}-{span}-01")]);
-    let spans = scene.wait_spans("the failure", |spans| ends(spans, "/status/503") >= 2);
-    assert!(spans.iter().filter(|s| s["attributes"]["http.status_code"] == "503").all(|s| s["status"] == 2), "{spans:#?}");
+    // The request was tried three times: each of them is a span of whoever answered, and all are caused by the one of who asked.
+    let spans = scene.wait_spans("the failure", |spans| ends(spans, "/status/503") == 4);
+    let failed = spans.iter().filter(|s| s["attributes"]["http.status_code"] == "503").collect::<Vec<_>>();
+    assert!(failed.len() == 4 && failed.iter().all(|s| s["status"] == 2 && s["attributes"]["error"] == "true"), "{failed:#?}");
+    let asked = failed.iter().find(|s| s["kind"] == 3).expect("the client's");
+    assert_eq!(failed.iter().filter(|s| s["kind"] == 2 && s["parent"] == asked["span"]).count(), 3, "{failed:#?}");
+    // What was begun elsewhere is told as it was, and handed on.
+    let states = spans.iter().filter(|s| s["state"] == "vendor=1").count();
+    assert_eq!(states, 2, "{spans:#?}");
 }
 
 #[test]

@@ -37,7 +37,7 @@ const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// How long connections may go on after the process was told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
-/// How long access logs may take to be written then.
+/// How long access logs may take to be written then, and spans to be sent.
 const LOG_GRACE: Duration = Duration::from_millis(500);
 
 /// Everything the process is started with.
@@ -454,13 +454,13 @@ impl Reconciler {
     /// connections from here on is the fail mode's business.
     async fn stop(&mut self) {
         self.node.capture().withdraw();
-        self.node.proxy.spans.hurry();
         self.node.direct.hand_over();
         let served = std::mem::take(&mut self.served);
         let pods = served.values().map(|s| s.pod.clone()).collect::<Vec<_>>();
         for served in served.into_values() {
             tokio::spawn(served.serving.drain());
         }
+        self.node.proxy.spans.flush(LOG_GRACE).await;
         self.node.proxy.pool.close();
         let deadline = tokio::time::Instant::now() + STOP_GRACE;
         while self.node.proxy.metrics.open_connections.get() > 0 && tokio::time::Instant::now() < deadline {
@@ -468,6 +468,7 @@ impl Reconciler {
         }
         pods.iter().for_each(|p| p.end(Cut::Shutdown));
         tokio::time::sleep(Duration::from_millis(50)).await;
+        self.node.proxy.spans.flush(LOG_GRACE).await;
         let metrics = self.node.proxy.metrics.clone();
         // A writer that hangs keeps nobody.
         let _ = tokio::task::spawn_blocking(move || metrics.access.flush(LOG_GRACE)).await;

@@ -121,6 +121,10 @@ impl Snapshot {
     pub fn cluster_at(&self, host: &str, port: u16) -> Option<Arc<Cluster>> {
         let mut labels = host.split('.');
         let (name, namespace) = (labels.next()?, labels.next()?);
+        // A host elsewhere may begin like a service here.
+        if labels.next().is_some_and(|kind| kind != "svc") {
+            return None;
+        }
         let service = self.by_name.get(&ObjectName { namespace: namespace.into(), name: name.into() })?;
         Some(service.port(port)?.cluster.clone())
     }

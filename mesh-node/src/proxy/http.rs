@@ -29,7 +29,7 @@ mod upstream;
 pub(super) mod whole;
 pub mod wire;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::Method;
@@ -49,7 +49,7 @@ use self::{
     transport::Transport,
     wire::{Malformed, WireRequest},
 };
-use super::{Proxy, ServedPod};
+use super::{Proxy, ServedPod, live::Cut};
 use crate::io::relay::Prefixed;
 
 /// How long a client may take over the head of a request it has begun.
@@ -78,11 +78,7 @@ impl Connection {
     pub async fn serve_h1(self, stream: TcpStream, read: Bytes) {
         let mut transport = Transport::Tcp(stream);
         let mut unread = Unread::from(read);
-        let finished = tokio::select! {
-            finished = self.h1_loop(&mut transport, &mut unread) => finished,
-            _ = self.pod.ended() => Finished::Cut,
-        };
-        if finished == Finished::Cut {
+        if self.h1_loop(&mut transport, &mut unread).await == Finished::Cut {
             transport.reset();
         }
     }
@@ -91,16 +87,21 @@ impl Connection {
         let (source, sink) = transport.halves();
         let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
         let mut draining = std::pin::pin!(self.pod.draining());
+        let mut ended = std::pin::pin!(self.pod.ended());
         loop {
             let request = tokio::select! {
                 biased;
                 request = read_request(&mut reader) => request,
                 () = &mut draining => return Finished::Closed,
+                _ = &mut ended => return Finished::Cut,
             };
             let end = match request {
-                Ok(request) => self.h1_exchange(request, &mut reader, &mut sink).await,
+                Ok(request) => self.h1_exchange(request, &mut reader, &mut sink, ended.as_mut()).await,
                 Err(NoHead::Malformed(malformed)) => {
-                    self.refuse_h1(malformed, &mut reader, &mut sink).await;
+                    tokio::select! {
+                        () = self.refuse_h1(malformed, &mut reader, &mut sink) => {}
+                        _ = &mut ended => return Finished::Cut,
+                    }
                     if malformed.close { Next::Close } else { Next::Another }
                 }
                 Err(NoHead::Ended { .. } | NoHead::Broken(_)) => return Finished::Closed,
@@ -110,16 +111,28 @@ impl Connection {
                 Next::Abort => return Finished::Cut,
                 Next::Close => {
                     // The answer must not be lost to a reset because of what the client still sends.
-                    if sink.shutdown().await.is_ok() {
-                        reader.linger().await;
+                    let closed = async {
+                        if sink.shutdown().await.is_ok() {
+                            reader.linger().await;
+                        }
+                    };
+                    tokio::select! {
+                        () = closed => return Finished::Closed,
+                        _ = &mut ended => return Finished::Cut,
                     }
-                    return Finished::Closed;
                 }
             }
         }
     }
 
-    async fn h1_exchange(&self, request: WireRequest, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) -> Next {
+    /// `ended` completes when the pod's connections are cut.
+    async fn h1_exchange(
+        &self,
+        request: WireRequest,
+        reader: &mut Reader<'_>,
+        sink: &mut H1Sink<'_>,
+        ended: Pin<&mut (impl Future<Output = Cut> + Send)>,
+    ) -> Next {
         let WireRequest { head, minor, keep_alive, upgrade, expects_continue, .. } = request;
         let down = self.downstream(false);
         let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
@@ -128,6 +141,7 @@ impl Connection {
         if expects_continue
             && body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await.is_err()
         {
+            record.of(self.proxy.config.load().workload(&self.pod.uid));
             record.abandoned();
             return Next::Close;
         }
@@ -140,8 +154,16 @@ impl Connection {
             close: self.pod.is_draining(),
             grpc: false,
         };
-        let end = exchange.run(head).await;
+        let end = tokio::select! {
+            biased;
+            end = exchange.run(head) => Some(end),
+            _ = ended => None,
+        };
         record.moved(reader.meter(), responder.meter());
+        let Some(end) = end else {
+            record.cut();
+            return Next::Abort;
+        };
         match end {
             End::Complete if responder.keeps_alive() => Next::Another,
             // Nothing was answered: the client is gone, or is to see a failure.

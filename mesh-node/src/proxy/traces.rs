@@ -1,20 +1,24 @@
 //! Spans on their way to collectors.
 //!
 //! Who makes a span never waits: it is put in a queue, or dropped and counted. Once a second, or when there are many, what is in
-//! the queue is sent to each collector, as a request of the pod it is about: through the mesh, by that pod's identity. A
-//! collector that is away, slow or full costs its own spans and nothing else.
+//! the queue is sent to each collector, as a request of the pod it is about: through the mesh, by that pod's identity. Each pod
+//! sends to each collector by itself, so that what hangs holds up nothing else.
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    net::SocketAddr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use crossbeam_queue::ArrayQueue;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header, uri::PathAndQuery};
 use prost::Message;
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc},
     time::{sleep, timeout},
 };
 
@@ -38,27 +42,35 @@ use crate::{
 
 /// Most spans that wait to be sent.
 const MOST_WAITING: usize = 16 * 1024;
-/// Most spans in one request to a collector.
+/// Most spans that are on their way to collectors, of all pods.
+const MOST_SENT: usize = 32 * 1024;
+/// Most spans in one request to a collector, and most bytes of them: collectors take 4 MiB by default.
 const BATCH: usize = 512;
+const BATCH_BYTES: usize = 1024 * 1024;
 /// How long spans wait for more.
 const EVERY: Duration = Duration::from_secs(1);
-/// Most requests that wait for one collector.
-const MOST_BATCHES: usize = 64;
+/// Most requests of one pod that wait for one collector.
+const MOST_BATCHES: usize = 16;
 /// How long who sends to a collector stays when there is nothing to send.
 const IDLE: Duration = Duration::from_mins(1);
 /// How long a collector may take over gRPC.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it waits before it tries once more what may go better then.
+const AGAIN: Duration = Duration::from_millis(300);
 /// Largest answer of a collector that is looked at, bytes.
 const MAX_ANSWER: usize = 64 * 1024;
 /// Requests of one pod to one collector under way.
-const AT_ONCE: u32 = 16;
+const AT_ONCE: u32 = 2;
 
 const EXPORT: &str = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
 
 /// Spans that wait to be sent.
 pub struct Spans {
-    waiting: ArrayQueue<Finished>,
+    /// Made when there is a first one.
+    waiting: OnceLock<ArrayQueue<Finished>>,
     many: Notify,
+    /// Room for spans that are on their way.
+    room: Arc<Semaphore>,
 }
 
 /// A span, whose it is, and where it goes.
@@ -70,35 +82,57 @@ pub struct Finished {
 
 impl Default for Spans {
     fn default() -> Self {
-        Self { waiting: ArrayQueue::new(MOST_WAITING), many: Notify::new() }
+        Self { waiting: OnceLock::new(), many: Notify::new(), room: Arc::new(Semaphore::new(MOST_SENT)) }
     }
 }
 
 impl Spans {
     /// Puts a span on its way.
     pub fn push(&self, finished: Finished, metrics: &Metrics) {
-        if self.waiting.push(finished).is_err() {
+        let waiting = self.waiting.get_or_init(|| ArrayQueue::new(MOST_WAITING));
+        if waiting.push(finished).is_err() {
             metrics.spans("dropped", 1);
         }
-        if self.waiting.len() >= BATCH {
+        if waiting.len() >= MOST_WAITING / 4 {
             self.many.notify_one();
         }
     }
 
-    /// Has what waits sent without delay.
-    pub fn hurry(&self) {
+    /// Has what waits sent, and waits until it is, at most this long.
+    pub async fn flush(&self, most: Duration) {
         self.many.notify_one();
+        let done = async {
+            while self.waiting.get().is_some_and(|w| !w.is_empty()) || self.room.available_permits() < MOST_SENT {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        // Late is as good as never here.
+        let _ = timeout(most, done).await;
     }
 }
 
 struct Batch {
-    pod: WorkloadUid,
     spans: Vec<Span>,
+    /// Given back when they are sent, or lost.
+    _room: OwnedSemaphorePermit,
+}
+
+/// A collector, as far as it has been tried.
+#[derive(Default)]
+struct Tried {
+    failing: AtomicBool,
+}
+
+/// Who sends spans of one pod to one collector.
+struct Sender {
+    batches: mpsc::Sender<Batch>,
+    used: Instant,
 }
 
 /// Sends spans for as long as the process runs.
 pub async fn export(proxy: Arc<Proxy>) {
-    let mut collectors: HashMap<Arc<Exporter>, (mpsc::Sender<Batch>, Instant)> = HashMap::new();
+    let mut collectors: HashMap<Arc<Exporter>, Arc<Tried>> = HashMap::new();
+    let mut senders: HashMap<(Arc<Exporter>, WorkloadUid), Sender> = HashMap::new();
     loop {
         tokio::select! {
             () = sleep(EVERY) => {}
@@ -106,107 +140,149 @@ pub async fn export(proxy: Arc<Proxy>) {
         }
         let mut waiting: HashMap<(Arc<Exporter>, WorkloadUid), Vec<Span>> = HashMap::new();
         for _ in 0..MOST_WAITING {
-            let Some(Finished { exporter, pod, span }) = proxy.spans.waiting.pop() else { break };
+            let Some(Finished { exporter, pod, span }) = proxy.spans.waiting.get().and_then(ArrayQueue::pop) else { break };
             waiting.entry((exporter, pod)).or_default().push(span);
         }
         let now = Instant::now();
-        for ((exporter, pod), mut spans) in waiting {
-            let (sender, used) = collectors.entry(exporter.clone()).or_insert_with(|| {
-                let (sender, batches) = mpsc::channel(MOST_BATCHES);
-                tokio::spawn(send_all(proxy.clone(), exporter, batches));
-                (sender, now)
+        for ((exporter, pod), spans) in waiting {
+            let tried = collectors.entry(exporter.clone()).or_default().clone();
+            let sender = senders.entry((exporter.clone(), pod.clone())).or_insert_with(|| {
+                let (batches, receiver) = mpsc::channel(MOST_BATCHES);
+                tokio::spawn(send_all(proxy.clone(), exporter, pod, tried, receiver));
+                Sender { batches, used: now }
             });
-            *used = now;
-            while !spans.is_empty() {
-                let rest = spans.split_off(spans.len().min(BATCH));
-                let count = spans.len();
-                if sender.try_send(Batch { pod: pod.clone(), spans }).is_err() {
-                    proxy.metrics.spans("dropped", count);
+            sender.used = now;
+            for spans in in_batches(spans) {
+                let count = u32::try_from(spans.len()).unwrap_or(u32::MAX);
+                let room = proxy.spans.room.clone().try_acquire_many_owned(count).ok();
+                if room.and_then(|room| sender.batches.try_send(Batch { spans, _room: room }).ok()).is_none() {
+                    proxy.metrics.spans("dropped", count as usize);
                 }
-                spans = rest;
             }
         }
-        collectors.retain(|_, (_, used)| now.duration_since(*used) < IDLE);
+        senders.retain(|_, sender| now.duration_since(sender.used) < IDLE);
+        collectors.retain(|exporter, _| senders.keys().any(|(e, _)| e == exporter));
     }
 }
 
-async fn send_all(proxy: Arc<Proxy>, exporter: Arc<Exporter>, mut batches: mpsc::Receiver<Batch>) {
-    let mut failing = false;
-    while let Some(Batch { pod, spans }) = batches.recv().await {
+fn in_batches(spans: Vec<Span>) -> Vec<Vec<Span>> {
+    let mut all: Vec<Vec<Span>> = Vec::new();
+    let mut bytes = usize::MAX;
+    for span in spans {
+        bytes = bytes.saturating_add(span.size());
+        if let Some(batch) = all.last_mut().filter(|batch| batch.len() < BATCH && bytes <= BATCH_BYTES) {
+            batch.push(span);
+        } else {
+            bytes = span.size();
+            all.push(vec![span]);
+        }
+    }
+    all
+}
+
+/// What became of spans that were sent.
+enum Sent {
+    /// Taken, but for so many.
+    Taken(usize),
+    /// Not taken, and it will not be otherwise.
+    Failed(&'static str),
+    /// Not taken; it may be otherwise in a moment.
+    NotNow(&'static str),
+    /// There is nobody any more who could send them.
+    PodGone,
+}
+
+async fn send_all(proxy: Arc<Proxy>, exporter: Arc<Exporter>, pod: WorkloadUid, tried: Arc<Tried>, mut batches: mpsc::Receiver<Batch>) {
+    while let Some(Batch { spans, _room }) = batches.recv().await {
         let count = spans.len();
         let patience = exporter.http.as_ref().map_or(PATIENCE, |http| http.timeout);
-        let sent = timeout(patience, send(&proxy, &exporter, &pod, spans)).await.unwrap_or(Err("timeout"));
-        match sent {
-            Ok(rejected) => {
+        let sent = async {
+            match send(&proxy, &exporter, &pod, spans.clone()).await {
+                Sent::NotNow(_) => {
+                    sleep(AGAIN).await;
+                    send(&proxy, &exporter, &pod, spans).await
+                }
+                sent => sent,
+            }
+        };
+        match timeout(patience, sent).await.unwrap_or(Sent::Failed("it does not answer in time")) {
+            Sent::Taken(rejected) => {
                 proxy.metrics.spans("exported", count.saturating_sub(rejected));
                 proxy.metrics.spans("rejected", rejected.min(count));
-                failing = false;
+                tried.failing.store(false, Ordering::Relaxed);
             }
-            Err(why) => {
+            Sent::PodGone => proxy.metrics.spans("failed", count),
+            Sent::Failed(why) | Sent::NotNow(why) => {
                 proxy.metrics.spans("failed", count);
-                if !failing {
+                if !tried.failing.swap(true, Ordering::Relaxed) {
                     let (provider, service, port) = (&*exporter.name, &*exporter.service, exporter.port);
                     tracing::warn!(target: "traces", provider, service, port, why, "spans are lost until the collector takes them");
                 }
-                failing = true;
             }
         }
     }
 }
 
-/// Sends spans of one pod; how many the collector did not want.
-async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, spans: Vec<Span>) -> Result<usize, &'static str> {
-    let pod = proxy.pods.by_uid(pod).ok_or("the pod is gone")?;
+/// Sends spans of one pod.
+async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, spans: Vec<Span>) -> Sent {
+    let Some(pod) = proxy.pods.by_uid(pod) else { return Sent::PodGone };
     let (cluster, message) = {
         let snapshot = proxy.config.load();
-        let workload = snapshot.workload(&pod.uid).ok_or("the pod is gone")?;
-        let cluster = snapshot.cluster_at(&exporter.service, exporter.port).ok_or("there is no such service or port")?;
+        let Some(workload) = snapshot.workload(&pod.uid) else { return Sent::PodGone };
+        let Some(cluster) = snapshot.cluster_at(&exporter.service, exporter.port) else {
+            return Sent::Failed("there is no such service or port");
+        };
         (cluster, span::export(workload, &proxy.metrics.cluster, spans))
     };
-    let (target, body, kind) = match &exporter.http {
-        Some(http) => (PathAndQuery::try_from(&*http.path), message.encode_to_vec(), "application/x-protobuf"),
-        None => (Ok(PathAndQuery::from_static(EXPORT)), crate::grpc::frame(&message), "application/grpc"),
+    let Some(&address) = pod.addresses().first() else { return Sent::PodGone };
+    let body = if exporter.http.is_some() { message.encode_to_vec() } else { crate::grpc::frame(&message) };
+    let Some(request) = question(exporter, body.len()) else { return Sent::Failed("its name, path or headers are not fit for HTTP") };
+    let framing = Framing::Length(body.len() as u64);
+    let http2 = exporter.http.is_none() || cluster.protocol.is_http2();
+    let client = SocketAddr::new(address, 0);
+    let call = Call { proxy, pod: &pod, client, cluster: &cluster, http2, at_once: AT_ONCE };
+    let mut answer = Collected::up_to(MAX_ANSWER);
+    let Some(answered) = Box::pin(call.run(&request, &mut Whole::of(body), framing, &mut answer)).await else {
+        return Sent::NotNow("it cannot be reached");
     };
+    let response = match (answered.status.as_u16(), &exporter.http) {
+        (200..300, Some(_)) => span::ExportResponse::decode(&*answer.data).ok(),
+        // As OTLP says of what may be tried again.
+        (429 | 502..=504, _) => return Sent::NotNow("it answers with an error"),
+        (200, None) => {
+            match answer.trailers.get("grpc-status").or_else(|| answered.headers.get("grpc-status")).map(HeaderValue::as_bytes) {
+                Some(b"0") => crate::grpc::unframe(&answer.data),
+                Some(b"14") => return Sent::NotNow("it answers with an error"),
+                _ => return Sent::Failed("it answers with an error"),
+            }
+        }
+        _ => return Sent::Failed("it answers with an error"),
+    };
+    let rejected = response.and_then(|r: span::ExportResponse| r.partial_success).map_or(0, |p| p.rejected_spans);
+    Sent::Taken(usize::try_from(rejected).unwrap_or(0))
+}
+
+/// The head of a request with spans.
+fn question(exporter: &Exporter, length: usize) -> Option<RequestHead> {
     let mut headers = HeaderMap::new();
     for (name, value) in exporter.http.iter().flat_map(|http| &http.headers) {
         headers.append(name.clone(), value.clone());
     }
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
-    if exporter.http.is_none() {
+    if exporter.http.is_some() {
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-protobuf"));
+        headers.insert(header::CONTENT_LENGTH, length.into());
+    } else {
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     // Nobody is to make spans of this.
     let trace = format!("00-{:032x}-{:016x}-00", fastrand::u128(1..), fastrand::u64(1..));
-    headers.insert(HeaderName::from_static("traceparent"), HeaderValue::try_from(trace).map_err(|_| "no header")?);
-    let framing = Framing::Length(body.len() as u64);
-    if exporter.http.is_some() {
-        headers.insert(header::CONTENT_LENGTH, body.len().into());
-    }
-    let authority = format!("{}:{}", exporter.service, exporter.port);
-    let request = RequestHead {
+    headers.insert(HeaderName::from_static("traceparent"), HeaderValue::try_from(trace).ok()?);
+    Some(RequestHead {
         method: Method::POST,
         scheme: Scheme::Http,
-        authority: HeaderValue::try_from(authority).map_err(|_| "the service's name is no host name")?,
-        target: target.map_err(|_| "the path is no path")?,
+        authority: HeaderValue::try_from(format!("{}:{}", exporter.service, exporter.port)).ok()?,
+        target: exporter.http.as_ref().map_or(Ok(PathAndQuery::from_static(EXPORT)), |http| PathAndQuery::try_from(&*http.path)).ok()?,
         headers,
-    };
-    let client = std::net::SocketAddr::new(pod.addresses().first().copied().ok_or("the pod has no address")?, 0);
-    let http2 = exporter.http.is_none() || cluster.protocol.is_http2();
-    let call = Call { proxy, pod: &pod, client, cluster: &cluster, http2, at_once: AT_ONCE };
-    let mut answer = Collected::up_to(MAX_ANSWER);
-    let answered = Box::pin(call.run(&request, &mut Whole::of(body), framing, &mut answer)).await.ok_or("it cannot be reached")?;
-    if !(answered.status == StatusCode::OK || exporter.http.is_some() && answered.status.is_success()) {
-        return Err("it answers with an error");
-    }
-    let response = if exporter.http.is_some() {
-        span::ExportResponse::decode(&*answer.data).ok()
-    } else {
-        let status = answer.trailers.get("grpc-status").or_else(|| answered.headers.get("grpc-status"));
-        if status.is_none_or(|s| s != "0") {
-            return Err("it answers with an error");
-        }
-        crate::grpc::unframe(&answer.data)
-    };
-    let rejected = response.and_then(|r| r.partial_success).map_or(0, |p| p.rejected_spans);
-    Ok(usize::try_from(rejected).unwrap_or(0))
+    })
 }

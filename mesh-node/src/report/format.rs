@@ -145,6 +145,10 @@ impl Format {
 fn cut(line: &mut String) {
     if line.len() > LONGEST {
         line.truncate(line.floor_char_boundary(LONGEST));
+        // Not in the midst of what stands for one character.
+        if let Some(escape) = line.rfind('\\').filter(|at| line.len() - at < 4) {
+            line.truncate(escape);
+        }
     }
 }
 

@@ -1,15 +1,15 @@
 //! Spans of traces, and what `OTLP` makes of them (opentelemetry-proto 1.x, `trace/v1`). Names of attributes are Envoy's and
 //! Istio's, so that what is looked for in their spans is found in these.
 
-use std::{borrow::Cow, sync::Arc, time::SystemTime};
+use std::{borrow::Cow, time::SystemTime};
 
 use prost::{Message, Oneof};
 
-use super::{SpanTag, entry::Entry, trace::Parent};
+use super::{SpanTag, Traces, entry::Entry, trace::Parent};
 use crate::route::Workload;
 
-/// Longest value of an attribute, bytes; the rest is cut off. Envoy's default.
-const LONGEST: usize = 256;
+/// Longest value of an attribute, bytes, unless the provider says otherwise; the rest is cut off. Envoy's default.
+pub const LONGEST: usize = 256;
 
 /// Which side of a request a span is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub enum Kind {
 pub struct Span {
     /// The trace, and this span in it.
     pub own: Parent,
+    /// W3C's `tracestate`.
+    pub state: String,
     /// The span that caused it.
     pub parent: Option<u64>,
     pub kind: Kind,
@@ -42,20 +44,27 @@ pub struct Place<'a> {
 }
 
 /// What a span says of a request.
-pub fn attributes(entry: &Entry<'_>, place: Place<'_>, tags: &[(Arc<str>, SpanTag)]) -> Vec<(Cow<'static, str>, String)> {
-    let mut all: Vec<(Cow<'static, str>, String)> = Vec::with_capacity(24);
+pub fn attributes(entry: &Entry<'_>, failed: bool, place: Place<'_>, traces: &Traces) -> Vec<(Cow<'static, str>, String)> {
+    let mut all: Vec<(Cow<'static, str>, String)> = Vec::with_capacity(32);
+    let short = |mut value: String| {
+        value.truncate(value.floor_char_boundary(traces.exporter.longest));
+        value
+    };
     let mut put = |name: &'static str, value: String| all.push((Cow::Borrowed(name), short(value)));
     let workload = place.workload;
     put("component", "proxy".to_owned());
     put("node_id", format!("{}.{}", workload.name.name, workload.name.namespace));
     if let Some(asked) = &entry.request {
-        let header = |name: &str| asked.headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+        let header = |name: &str| asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
         put("http.method", asked.method.to_owned());
         put("http.url", format!("{}://{}{}", asked.scheme, asked.authority, asked.path));
         put("user_agent", header("user-agent").unwrap_or_default());
         put("guid:x-request-id", header("x-request-id").unwrap_or_default());
-        if let Some(status) = entry.grpc_status {
+        if header("content-type").is_some_and(|t| t.starts_with("application/grpc")) {
             put("grpc.path", asked.path.to_owned());
+            put("grpc.authority", asked.authority.to_owned());
+        }
+        if let Some(status) = entry.grpc_status {
             put("grpc.status_code", status.to_string());
         }
     }
@@ -64,7 +73,12 @@ pub fn attributes(entry: &Entry<'_>, place: Place<'_>, tags: &[(Arc<str>, SpanTa
     put("request_size", entry.bytes_received.to_string());
     put("response_size", entry.bytes_sent.to_string());
     put("response_flags", entry.flags.to_string());
-    put("upstream_cluster", entry.upstream_cluster.as_deref().unwrap_or("-").to_owned());
+    let cluster = entry.upstream_cluster.as_deref().unwrap_or("-");
+    put("upstream_cluster", cluster.to_owned());
+    put("upstream_cluster.name", cluster.to_owned());
+    if failed {
+        put("error", "true".to_owned());
+    }
     if let Some(peer) = entry.downstream_remote {
         put("peer.address", peer.ip().to_string());
     }
@@ -75,7 +89,7 @@ pub fn attributes(entry: &Entry<'_>, place: Place<'_>, tags: &[(Arc<str>, SpanTa
     put("istio.namespace", workload.name.namespace.to_string());
     put("istio.canonical_service", workload.canonical_service().unwrap_or(&workload.workload_name).to_owned());
     put("istio.canonical_revision", workload.canonical_revision().unwrap_or("latest").to_owned());
-    for (name, tag) in tags {
+    for (name, tag) in &traces.tags {
         let value = match tag {
             SpanTag::Literal(value) => Some(value.to_string()),
             SpanTag::Header(header, default) => {
@@ -92,9 +106,12 @@ pub fn attributes(entry: &Entry<'_>, place: Place<'_>, tags: &[(Arc<str>, SpanTa
     all
 }
 
-fn short(mut value: String) -> String {
-    value.truncate(value.floor_char_boundary(LONGEST));
-    value
+impl Span {
+    /// Bytes it takes in a message, about.
+    pub fn size(&self) -> usize {
+        let attributes = self.attributes.iter().map(|(name, value)| name.len() + value.len() + 10).sum::<usize>();
+        96 + self.name.len() + self.state.len() + attributes
+    }
 }
 
 /// Spans of one workload, as a message for a collector.
@@ -176,6 +193,8 @@ struct SpanMessage {
     trace_id: Vec<u8>,
     #[prost(bytes = "vec", tag = "2")]
     span_id: Vec<u8>,
+    #[prost(string, tag = "3")]
+    trace_state: String,
     #[prost(bytes = "vec", tag = "4")]
     parent_span_id: Vec<u8>,
     #[prost(string, tag = "5")]
@@ -235,6 +254,7 @@ impl From<Span> for SpanMessage {
         Self {
             trace_id: span.own.trace.to_be_bytes().to_vec(),
             span_id: span.own.span.to_be_bytes().to_vec(),
+            trace_state: span.state,
             parent_span_id: span.parent.map(|p| p.to_be_bytes().to_vec()).unwrap_or_default(),
             name: span.name,
             kind: match span.kind {

@@ -7,12 +7,18 @@
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+static TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 static B3: HeaderName = HeaderName::from_static("b3");
 static B3_TRACE: HeaderName = HeaderName::from_static("x-b3-traceid");
 static B3_SPAN: HeaderName = HeaderName::from_static("x-b3-spanid");
 static B3_PARENT: HeaderName = HeaderName::from_static("x-b3-parentspanid");
 static B3_SAMPLED: HeaderName = HeaderName::from_static("x-b3-sampled");
 static B3_FLAGS: HeaderName = HeaderName::from_static("x-b3-flags");
+
+/// Longest `tracestate` that is told, bytes: what W3C has everybody keep.
+const LONGEST_STATE: usize = 512;
+/// W3C's flags beside `sampled` that are handed on: random.
+const HANDED_ON: u8 = 2;
 
 /// What a request says of the trace it belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -22,6 +28,8 @@ pub struct Context {
     /// Whether spans are to be written; none when nobody has decided.
     pub sampled: Option<bool>,
     forms: Forms,
+    /// W3C's flags beside `sampled`, of which there is one: that the trace's identifier is random.
+    flags: u8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,9 +38,10 @@ pub struct Parent {
     pub span: u64,
 }
 
-/// In which form beside W3C's it came.
+/// In which forms it came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Forms {
+    w3c: bool,
     single: bool,
     multiple: bool,
     /// B3 allows identifiers of traces of 64 bits.
@@ -47,8 +56,10 @@ impl Context {
         let text = |name: &HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
         let single = text(&B3).and_then(single);
         let multiple = multiple(text);
-        let w3c = text(&TRACEPARENT).and_then(traceparent);
+        // Two of them say nothing.
+        let w3c = text(&TRACEPARENT).filter(|_| headers.get_all(&TRACEPARENT).iter().nth(1).is_none()).and_then(traceparent);
         let forms = Forms {
+            w3c: w3c.is_some(),
             single: single.is_some(),
             multiple: multiple.is_some(),
             short: single.or(multiple).is_some_and(|c| c.forms.short),
@@ -63,16 +74,31 @@ impl Context {
         self.parent.is_some() || self.sampled.is_some()
     }
 
+    /// W3C's `tracestate`, if it is of this trace.
+    pub fn state(&self, headers: &HeaderMap) -> String {
+        let all = headers.get_all(&TRACESTATE).iter().filter(|_| self.forms.w3c).filter_map(|v| v.to_str().ok());
+        let mut state = all.collect::<Vec<_>>().join(",");
+        state.truncate(state.floor_char_boundary(LONGEST_STATE));
+        state
+    }
+
     /// Makes headers say that this span is the parent of what they go to.
     pub fn write(&self, span: Parent, sampled: bool, headers: &mut HeaderMap) {
         let Parent { trace, span } = span;
+        if !self.forms.w3c {
+            // It is of another trace, or of none.
+            headers.remove(&TRACESTATE);
+        }
+        if self.parent.is_none() || self.forms.debug {
+            headers.remove(if self.parent.is_none() { &B3_PARENT } else { &B3_SAMPLED });
+        }
         let mut put = |name: &HeaderName, text: String| {
             // Hexadecimal digits and dashes are fit for a header.
             if let Ok(value) = HeaderValue::try_from(text) {
                 headers.insert(name.clone(), value);
             }
         };
-        put(&TRACEPARENT, format!("00-{trace:032x}-{span:016x}-{:02x}", u8::from(sampled)));
+        put(&TRACEPARENT, format!("00-{trace:032x}-{span:016x}-{:02x}", self.flags | u8::from(sampled)));
         let id = || if self.forms.short && trace >> 64 == 0 { format!("{trace:016x}") } else { format!("{trace:032x}") };
         let decision = match (self.forms.debug, sampled) {
             (true, true) => "d",
@@ -108,6 +134,15 @@ pub fn unsampled(headers: &mut HeaderMap) {
     }
 }
 
+/// Has a request that is caused by another say of the trace what that says, unless it does.
+pub fn copy(from: &HeaderMap, to: &mut HeaderMap) {
+    for name in [&TRACEPARENT, &TRACESTATE, &B3, &B3_TRACE, &B3_SPAN, &B3_PARENT, &B3_SAMPLED, &B3_FLAGS] {
+        if let Some(value) = from.get(name).filter(|_| !to.contains_key(name)) {
+            to.insert(name.clone(), value.clone());
+        }
+    }
+}
+
 fn traceparent(text: &str) -> Option<Context> {
     let mut parts = text.trim().split('-');
     let [version, trace, span, flags] = [(); 4].map(|()| parts.next().unwrap_or_default());
@@ -123,8 +158,8 @@ fn traceparent(text: &str) -> Option<Context> {
         return None;
     }
     let parent = parent(trace, span)?;
-    let sampled = u8::from_str_radix(flags, 16).ok()? & 1 == 1;
-    Some(Context { parent: Some(parent), sampled: Some(sampled), forms: Forms::default() })
+    let flags = u8::from_str_radix(flags, 16).ok()?;
+    Some(Context { parent: Some(parent), sampled: Some(flags & 1 == 1), flags: flags & HANDED_ON, ..Context::default() })
 }
 
 fn parent(trace: &str, span: &str) -> Option<Parent> {
@@ -149,13 +184,13 @@ fn decision(text: &str) -> Option<(bool, bool)> {
 fn single(text: &str) -> Option<Context> {
     let text = text.trim();
     if let Some((sampled, debug)) = decision(text) {
-        return Some(Context { parent: None, sampled: Some(sampled), forms: Forms { debug, ..Forms::default() } });
+        return Some(Context { sampled: Some(sampled), forms: Forms { debug, ..Forms::default() }, ..Context::default() });
     }
     let mut parts = text.split('-');
     let (trace, span) = (parts.next()?, parts.next()?);
     let decided = parts.next().and_then(decision);
     let forms = Forms { short: trace.len() == 16, debug: decided.is_some_and(|d| d.1), ..Forms::default() };
-    Some(Context { parent: Some(parent(trace, span)?), sampled: decided.map(|d| d.0), forms })
+    Some(Context { parent: Some(parent(trace, span)?), sampled: decided.map(|d| d.0), forms, flags: 0 })
 }
 
 fn multiple<'h>(text: impl Fn(&HeaderName) -> Option<&'h str>) -> Option<Context> {
@@ -164,7 +199,7 @@ fn multiple<'h>(text: impl Fn(&HeaderName) -> Option<&'h str>) -> Option<Context
     let trace = text(&B3_TRACE);
     let parent = trace.zip(text(&B3_SPAN)).and_then(|(trace, span)| parent(trace, span));
     let forms = Forms { short: trace.is_some_and(|t| t.len() == 16), debug, ..Forms::default() };
-    (parent.is_some() || sampled.is_some()).then_some(Context { parent, sampled, forms })
+    (parent.is_some() || sampled.is_some()).then_some(Context { parent, sampled, forms, flags: 0 })
 }
 
 #[cfg(test)]
@@ -237,19 +272,47 @@ mod tests {
                     ("x-b3-traceid", long),
                     ("x-b3-spanid", "0102030405060708"),
                     ("x-b3-sampled", "1"),
-                    ("tracestate", "a=b"),
                     ("traceparent", &w3c),
                     ("x-b3-parentspanid", old),
                 ],
             ),
         ];
-        for (given, expected) in cases {
+        let random = (format!("00-{long}-{old}-03"), format!("00-{long}-0102030405060708-03"));
+        let more: &[(Pairs<'_>, Pairs<'_>)] = &[
+            (&[("traceparent", &random.0), ("tracestate", "a=b")], &[("traceparent", &random.1), ("tracestate", "a=b")]),
+            (
+                &[("x-b3-traceid", long), ("x-b3-spanid", old), ("x-b3-sampled", "0"), ("x-b3-flags", "1")],
+                &[
+                    ("x-b3-traceid", long),
+                    ("x-b3-spanid", "0102030405060708"),
+                    ("x-b3-flags", "1"),
+                    ("traceparent", &w3c),
+                    ("x-b3-parentspanid", old),
+                ],
+            ),
+        ];
+        for (given, expected) in cases.iter().chain(more) {
             let mut went = headers(given);
             let context = Context::of(&went);
             let trace = context.parent.expect("a parent").trace;
             context.write(Parent { trace, span: new }, true, &mut went);
             assert_eq!(went, headers(expected), "{given:?}");
         }
+    }
+
+    #[test]
+    fn a_new_trace_has_nothing_of_an_old_one() {
+        let new = Parent { trace: 7, span: 9 };
+        let two = [("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"), ("tracestate", "a=b")];
+        let mut twice = headers(&two);
+        twice.append("traceparent", HeaderValue::from_static("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b8-01"));
+        for mut given in [headers(&[("traceparent", "garbage"), ("tracestate", "a=b"), ("x-b3-parentspanid", "00f067aa0ba902b7")]), twice] {
+            let context = Context::of(&given);
+            assert!(!context.is_given() && context.state(&given).is_empty());
+            context.write(new, true, &mut given);
+            assert_eq!(given, headers(&[("traceparent", "00-00000000000000000000000000000007-0000000000000009-01")]));
+        }
+        assert_eq!(Context::of(&headers(&two)).state(&headers(&two)), "a=b");
     }
 
     #[test]

@@ -376,6 +376,8 @@ impl TcpKey {
 #[derive(Debug, Default)]
 pub struct Traffic {
     edges: Mutex<HashMap<EdgeKey, Kept>>,
+    /// Held while edges are held to be read.
+    reading: Mutex<()>,
     /// Edges that found no room.
     refused: AtomicUsize,
 }
@@ -412,6 +414,8 @@ impl Traffic {
     /// Forgets edges that nobody has held, and that have not been current, for [`KEPT`]; where there is little room left, also
     /// current ones.
     pub fn tidy(&self, now: Instant, is_current: impl Fn(&EdgeKey) -> bool) {
+        // Who reads all holds all; that says nothing.
+        let Ok(_nobody_reads) = self.reading.try_lock() else { return };
         // Asked of a copy: who opens a connection does not wait for it.
         let unheld = self.lock().values().filter(|k| Arc::strong_count(&k.edge) == 1).map(|k| k.edge.clone()).collect::<Vec<_>>();
         let needed = unheld.iter().filter(|edge| is_current(&edge.key)).map(|edge| edge.key.clone()).collect::<HashSet<_>>();

@@ -139,7 +139,7 @@ fn take(message: &[u8], via: &str, out: &Out) -> Result<()> {
             for span in &scope.spans {
                 let line = json!({
                     "via": via, "resource": resource, "scope": scope.scope.as_ref().map(|s| &s.name),
-                    "trace": hex(&span.trace_id), "span": hex(&span.span_id), "parent": hex(&span.parent_span_id),
+                    "trace": hex(&span.trace_id), "span": hex(&span.span_id), "parent": hex(&span.parent_span_id), "state": span.trace_state,
                     "name": span.name, "kind": span.kind, "start": span.start_time_unix_nano, "end": span.end_time_unix_nano,
                     "status": span.status.as_ref().map(|s| s.code), "attributes": texts(&span.attributes),
                 });

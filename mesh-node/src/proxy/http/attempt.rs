@@ -1,5 +1,7 @@
 //! One attempt at a request: to an endpoint and, unless it is to be tried again, the response back to the client.
 
+mod conversation;
+
 use std::{
     borrow::Cow,
     future::Future,
@@ -11,8 +13,9 @@ use std::{
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::{Instant, sleep_until};
 
+use self::conversation::{Event, Exchange};
 use super::{
-    body::{Broken, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead, drain, fill, pump},
+    body::{Broken, Closed, FrameSource, RequestBody, Responder, ResponseHead, drain},
     exchange::flag_of,
     gate::{Gate, Pass, Refusal, append, refused},
     h2::{H2Sink, wire_request},
@@ -20,8 +23,8 @@ use super::{
     record::{Flag, Record},
     reply::{Reply, reason},
     upload::Upload,
-    upstream::{Failed, NoUpstream, UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
-    wire::{Framing, Malformed, WireResponse},
+    upstream::{Failed, NoUpstream, UpSink, UpSource, Upstream, Wanted, acquire, release},
+    wire::{Framing, Malformed},
 };
 use crate::{
     hbone::TunnelError,
@@ -170,8 +173,9 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     };
     // As the destination sees it.
     let changed = pass.as_ref().and_then(|(_, pass)| pass.head.as_ref()).unwrap_or(plan.head);
-    let (mut inbound, traced) = pass.as_ref().map(|(gate, _)| gate.record(changed, wanted.protocol())).unzip();
-    let plan = &Plan { head: traced.as_ref().and_then(Option::as_ref).unwrap_or(changed), ..*plan };
+    let (mut inbound, onward) = pass.as_ref().map(|(gate, _)| gate.record(changed, wanted.protocol())).unzip();
+    let traced = onward.flatten().map(|onward| onward.on(changed));
+    let plan = &Plan { head: traced.as_ref().unwrap_or(changed), ..*plan };
     if inbound.as_ref().is_some_and(|r| r.grpc) {
         upload.passed().count_messages();
     }
@@ -191,26 +195,22 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let denied = denied_later(pass.as_ref(), plan.head);
     let ended = match upstream {
         Upstream::H1(mut connection) => {
-            let (ended, clean) = {
-                let (sink, source, cut) = connection.halves();
-                let cut = first(cut, denied);
-                let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
-                let ended = exchange.run(judge, cut).await;
-                (ended, exchange.clean)
-            };
+            let (sink, source, cut) = connection.halves();
+            let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
+            let (ended, clean) = (exchange.run(judge, first(cut, denied)).await, exchange.clean);
             if clean {
                 release(connection, wanted.cluster, wanted.endpoint);
             }
             ended
         }
-        Upstream::H2(mut send, guard, _) => {
+        Upstream::H2(mut send, guard, _) => 'sent: {
             let Some(request) = wire_request(plan.head) else {
                 let bad = Malformed { details: "invalid_host", ..Malformed::BAD_BODY };
-                return Attempt::Malformed(bad);
+                break 'sent Attempt::Malformed(bad);
             };
             let empty = upload.is_end();
             let Ok((response, stream)) = send.send_request(request, empty) else {
-                return Attempt::Failed(Failed::new(Reset::ConnectionTermination));
+                break 'sent Attempt::Failed(Failed::new(Reset::ConnectionTermination));
             };
             let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
@@ -400,198 +400,6 @@ fn arm(plan: &Plan<'_>, deadlines: &mut Deadlines, received: bool) {
 fn gone(error: &io::Error) -> Attempt {
     tracing::debug!(target: "proxy", %error, "the client is gone");
     Attempt::Abandoned
-}
-
-/// A request and its response on one connection.
-struct Exchange<'e, 'a, 'b, B, R> {
-    plan: &'e Plan<'e>,
-    sink: UpSink<'a>,
-    source: UpSource<'a>,
-    half_closed: bool,
-    upload: &'e mut Upload<'b, B>,
-    responder: &'e mut R,
-    deadlines: &'e mut Deadlines,
-    /// Everything was sent and received: the connection can serve another exchange.
-    clean: bool,
-}
-
-/// What happened next.
-enum Event {
-    /// By policy, or with the destination pod.
-    Cut,
-    TimeUp(TimeUp),
-    Uploaded(Result<(), Broken>),
-    /// The whole request has been read; the rest of it is being written.
-    Received,
-    Closed(Closed),
-    Head(Result<WireResponse, Failed>),
-    Downloaded(Result<(), Broken>),
-    Gone(io::Error),
-}
-
-impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
-    async fn run(
-        &mut self,
-        judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
-        cut: impl Future<Output = ()> + Send,
-    ) -> Attempt {
-        let mut cut = pin!(cut);
-        self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade);
-        let (mut uploaded, mut no_more_up) = (false, false);
-        let response = loop {
-            arm(self.plan, self.deadlines, self.upload.is_received());
-            let watch = uploaded && !self.half_closed;
-            let event = tokio::select! {
-                biased;
-                head = self.source.head(&self.plan.head.method) => Event::Head(head),
-                () = &mut cut => Event::Cut,
-                up = self.deadlines.passed() => Event::TimeUp(up),
-                event = up(self.upload, &mut self.sink, uploaded, self.half_closed), if watch || !uploaded && !no_more_up => event,
-                error = self.responder.gone(), if R::RESETS_APART => Event::Gone(error),
-            };
-            match event {
-                Event::Head(Ok(head)) if is_interim(head.status) => {
-                    if head.status != StatusCode::CONTINUE
-                        && let Err(error) = self.responder.informational(head.status, head.headers).await
-                    {
-                        return gone(&error);
-                    }
-                }
-                // Nobody asked for another protocol.
-                Event::Head(Ok(head)) if head.status == StatusCode::SWITCHING_PROTOCOLS && self.plan.upgrade.is_none() => {
-                    return Attempt::Failed(Failed::new(Reset::ProtocolError));
-                }
-                Event::Head(Ok(head)) => break head,
-                Event::Head(Err(failed)) => return Attempt::Failed(failed),
-                Event::Cut => return Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
-                Event::TimeUp(up) => return Attempt::TimeUp(up),
-                Event::Uploaded(Ok(())) => {
-                    uploaded = true;
-                    if self.half_closed {
-                        self.half_close(uploaded).await;
-                    }
-                }
-                Event::Uploaded(Err(Broken::Source(error))) => return broken_request(&error),
-                // It may have answered before it closed: whatever there is to read tells more than this does.
-                Event::Uploaded(Err(Broken::Sink(error))) => {
-                    tracing::debug!(target: "proxy", %error, "the upstream takes no more of the request");
-                    no_more_up = true;
-                }
-                Event::Closed(Closed::Half) => self.half_close(uploaded).await,
-                Event::Closed(Closed::Gone(error)) | Event::Gone(error) => return gone(&error),
-                Event::Downloaded(_) | Event::Received => {}
-            }
-        };
-        self.deadlines.attempt = None;
-        let WireResponse { status, headers, framing, keep_alive } = response;
-        let verdict = judge(status, headers, self.upload.can_repeat());
-        if verdict.again {
-            return Attempt::Again;
-        }
-        self.upload.settle();
-        let last = self.plan.tied && !keep_alive;
-        let answered = self.answer(status, verdict.headers, framing, last, (uploaded, no_more_up), cut).await;
-        self.clean &= keep_alive && !self.half_closed && status != StatusCode::SWITCHING_PROTOCOLS;
-        Attempt::Answered(answered)
-    }
-
-    fn framing(&self) -> Framing {
-        if self.upload.is_end() { Framing::Empty } else { self.upload.framing() }
-    }
-
-    /// The client will send no more; passed on as soon as all it sent is.
-    async fn half_close(&mut self, uploaded: bool) {
-        self.half_closed = true;
-        if uploaded {
-            self.sink.half_close().await;
-        }
-    }
-
-    /// Passes the response on, and what is left of the request.
-    async fn answer(
-        &mut self,
-        status: StatusCode,
-        headers: HeaderMap,
-        framing: Framing,
-        last: bool,
-        (mut uploaded, mut no_more_up): (bool, bool),
-        mut cut: std::pin::Pin<&mut (impl Future<Output = ()> + Send)>,
-    ) -> Answered {
-        let switched = status == StatusCode::SWITCHING_PROTOCOLS;
-        // A client that was refused another protocol may have begun to speak it.
-        let refused = self.plan.upgrade.is_some() && !switched;
-        let close = self.plan.close || last || refused || !self.upload.is_received() && !switched;
-        if self.responder.start(ResponseHead { status, headers, framing }, close).is_err() {
-            return Answered::Abandoned;
-        }
-        if switched {
-            self.upload.become_raw();
-            self.sink.become_raw();
-            self.source.become_raw();
-            uploaded = false;
-            // What is said now has no end that a timeout could be for.
-            *self.deadlines = Deadlines::default();
-        }
-        let (mut downloaded, mut upstream_first) = (false, false);
-        loop {
-            if downloaded && (uploaded || no_more_up || !switched) {
-                self.clean = uploaded;
-                return if upstream_first { Answered::Truncated(Reset::ConnectionTermination) } else { Answered::Whole };
-            }
-            let watch = uploaded && !self.half_closed && !switched;
-            let event = tokio::select! {
-                biased;
-                done = pump(&mut self.source, self.responder), if !downloaded => Event::Downloaded(done),
-                () = &mut cut => Event::Cut,
-                up = self.deadlines.passed() => Event::TimeUp(up),
-                event = up(self.upload, &mut self.sink, uploaded, self.half_closed || switched), if watch || !uploaded && !no_more_up => event,
-            };
-            match event {
-                Event::Downloaded(Ok(())) => {
-                    downloaded = true;
-                    upstream_first = switched && !uploaded;
-                }
-                // It was the client that closed first.
-                Event::Downloaded(Err(Broken::Source(error))) if !self.half_closed => {
-                    return Answered::Truncated(self.source.broken_off(&error));
-                }
-                Event::Downloaded(Err(Broken::Source(_) | Broken::Sink(_)))
-                | Event::Closed(Closed::Gone(_))
-                | Event::Gone(_)
-                | Event::Uploaded(Err(Broken::Source(_))) => return Answered::Abandoned,
-                Event::Cut => return Answered::Truncated(Reset::ConnectionTermination),
-                Event::TimeUp(up) => return Answered::TimeUp(up),
-                Event::Uploaded(Ok(())) => {
-                    uploaded = true;
-                    // What was switched ends by itself.
-                    if self.half_closed && !switched {
-                        self.half_close(uploaded).await;
-                    }
-                }
-                Event::Uploaded(Err(Broken::Sink(_))) => no_more_up = true,
-                Event::Closed(Closed::Half) => self.half_close(uploaded).await,
-                Event::Head(_) | Event::Received => {}
-            }
-        }
-    }
-}
-
-/// Sends the body on, or, when that is done, waits for the client to close.
-async fn up<B: RequestBody>(upload: &mut Upload<'_, B>, sink: &mut UpSink<'_>, uploaded: bool, half_closed: bool) -> Event {
-    if uploaded {
-        return Event::Closed(upload.closed().await);
-    }
-    if !sink.has_ended() {
-        return match fill(upload, sink).await {
-            Ok(()) => Event::Received,
-            Err(broken) => Event::Uploaded(Err(broken)),
-        };
-    }
-    tokio::select! {
-        biased;
-        drained = drain(sink) => Event::Uploaded(drained.map_err(Broken::Sink)),
-        closed = upload.closed(), if !half_closed => Event::Closed(closed),
-    }
 }
 
 /// What a client does while there is no connection for its request.

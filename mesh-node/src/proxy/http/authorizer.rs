@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     config::Snapshot,
+    report::trace,
     resource::{
         mesh_config::{Authorizer, Check, HttpCheck},
         strings::StringMatch,
@@ -79,7 +80,7 @@ pub async fn ask_connection(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Ar
         }
         Whom::Found(authorizer, cluster) => {
             let question = proto::connection_question(&gate.facts, gate.client);
-            let answer = async { check(gate, &cluster, authorizer, Scheme::Http, &question).await.map(|r| r.is_ok()) };
+            let answer = async { check(gate, &cluster, authorizer, Scheme::Http, None, &question).await.map(|r| r.is_ok()) };
             (authorizer, in_time(gate, authorizer, answer, |ok| *ok).await)
         }
     };
@@ -175,6 +176,7 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
     for (name, value) in &check.additional_headers {
         headers.insert(name.clone(), value.clone());
     }
+    trace::copy(&head.headers, &mut headers);
     headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
     let target = format!("{}{}", check.path_prefix, head.target.as_str());
     let question = RequestHead {
@@ -227,7 +229,7 @@ fn any(patterns: &[StringMatch], name: &HeaderName) -> bool {
 
 async fn ask_grpc(gate: &Gate, cluster: &Arc<Cluster>, authorizer: &Authorizer, head: &mut RequestHead) -> Option<Answer> {
     let question = proto::question(&gate.facts, gate.client, head);
-    let response = check(gate, cluster, authorizer, head.scheme, &question).await?;
+    let response = check(gate, cluster, authorizer, head.scheme, Some(&head.headers), &question).await?;
     Some(match proto::apply(&response, head) {
         proto::Outcome::Allowed { to_client } => Answer::Allowed { to_client },
         proto::Outcome::Denied(reply) => Answer::Denied(refusal(*reply, DENIED.to_owned())),
@@ -240,9 +242,13 @@ async fn check(
     cluster: &Arc<Cluster>,
     authorizer: &Authorizer,
     scheme: Scheme,
+    asked: Option<&HeaderMap>,
     question: &proto::CheckRequest,
 ) -> Option<proto::CheckResponse> {
     let mut headers = HeaderMap::new();
+    if let Some(asked) = asked {
+        trace::copy(asked, &mut headers);
+    }
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(header::TE, HeaderValue::from_static("trailers"));
     headers.insert("grpc-timeout", format!("{}m", authorizer.timeout.as_millis().min(99_999_999)).try_into().ok()?);

@@ -1,13 +1,15 @@
 //! A request the proxy itself sends to a service on behalf of a pod: a mirror's copy, or a question to an authorizer.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{borrow::Cow, net::SocketAddr, sync::Arc};
 
 use http::{HeaderMap, StatusCode};
 
 use super::{
     body::{FrameSink, FrameSource, pump},
     clusters::{EndpointState, Limited},
+    gate::refused,
     h2::{H2Sink, wire_request},
+    meter::Meter,
     upstream::{UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::Framing,
 };
@@ -69,7 +71,23 @@ impl Call<'_> {
         };
         let wanted = Wanted { proxy, pod, client: *client, cluster, state: &state, endpoint: &endpoint, address, http2: *http2 };
         let upstream = acquire(&wanted).await.ok()?;
-        self.exchange(upstream, &endpoint, head, body, framing, sink).await
+        // A destination on this node is as well protected from these requests as from others, and they are told of as well.
+        let Some(gate) = upstream.gate() else { return self.exchange(upstream, &endpoint, head, body, framing, sink).await };
+        let pass = match Box::pin(gate.admit(head)).await {
+            Ok(pass) => pass,
+            Err(refusal) => {
+                refused(&gate, &refusal, head, wanted.protocol()).refused(Some(refusal.reply.status), &Meter::default());
+                return None;
+            }
+        };
+        let mut head = Cow::Borrowed(pass.head.as_ref().unwrap_or(head));
+        let (mut record, onward) = gate.record(&head, wanted.protocol());
+        if let Some(onward) = onward {
+            onward.write(&mut head.to_mut().headers);
+        }
+        let answered = self.exchange(upstream, &endpoint, &head, body, framing, sink).await;
+        record.called(answered.as_ref().map(|a| (a.status, &a.headers)), framing);
+        answered
     }
 
     async fn exchange(
@@ -81,12 +99,6 @@ impl Call<'_> {
         framing: Framing,
         sink: &mut impl FrameSink,
     ) -> Option<Answered> {
-        // A destination on this node is as well protected from these requests as from others.
-        let pass = match upstream.gate() {
-            Some(gate) => Some(Box::pin(gate.admit(head)).await.ok()?),
-            None => None,
-        };
-        let head = pass.as_ref().and_then(|p| p.head.as_ref()).unwrap_or(head);
         match upstream {
             Upstream::H1(mut connection) => {
                 let answered = {

@@ -329,7 +329,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let keep = policy.attempts > 0 && self.upgrade.is_none();
         let mut upload = Upload::new(self.body, keep, &replays);
         for cluster in mirrors {
-            mirror::start(self.down, &head, cluster, &mut upload);
+            mirror::start(self.down, &head, self.record.is_traced(), cluster, &mut upload);
         }
         let attempts = Attempts {
             down: self.down,

@@ -19,6 +19,7 @@ use super::{
     authorizer::{self, Answer},
     record::{Flag, Record},
     reply::Reply,
+    traced::Onward,
     wire::Malformed,
 };
 use crate::{
@@ -79,20 +80,17 @@ impl Gate {
         Self { proxy, pod, facts, client, free: Arc::new(AtomicU64::new(u64::MAX)), edge: Arc::default() }
     }
 
-    /// Begins the record of a request into the pod, and says what the request becomes by it, where that is something else.
-    pub fn record(&self, head: &RequestHead, protocol: &'static str) -> (Record, Option<RequestHead>) {
+    /// Begins the record of a request into the pod, and says what the request is to say of its trace, where that is something else
+    /// than it does.
+    pub fn record(&self, head: &RequestHead, protocol: &'static str) -> (Record, Option<Onward>) {
         let snapshot = self.proxy.config.load();
         let mut record = self.begin(&snapshot, protocol);
-        let mut changed = None;
+        let mut onward = None;
         if let Some(workload) = snapshot.workload(&self.pod.uid) {
             record.describe(head, workload);
-            changed = record.trace(head, workload, &self.proxy.spans).map(|onward| {
-                let mut traced = head.clone();
-                onward.write(&mut traced.headers);
-                traced
-            });
+            onward = record.trace(head, workload, &self.proxy.spans);
         }
-        (record, changed)
+        (record, onward)
     }
 
     /// The same of one that cannot be read.

@@ -101,10 +101,12 @@ async fn h1_exchange(
     sink: &mut H1Sink<'_>,
     application: Option<&mut Application<'_>>,
 ) -> Next {
-    let WireRequest { head, minor, keep_alive, upgrade, expects_continue, .. } = request;
+    let WireRequest { mut head, minor, keep_alive, upgrade, expects_continue, .. } = request;
     let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
-    let (mut record, traced) = gate.record(&head, protocol);
-    let head = traced.unwrap_or(head);
+    let (mut record, onward) = gate.record(&head, protocol);
+    if let Some(onward) = onward {
+        onward.write(&mut head.headers);
+    }
     let grpc = record.grpc;
     let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
     if grpc {
@@ -174,6 +176,7 @@ async fn refuse(
     record.refused(status, responder.meter());
     while !responder.is_flushed() {
         if responder.flush().await.is_err() {
+            record.abandoned();
             return Next::Abort;
         }
     }
@@ -269,10 +272,12 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accept
     let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
     let mut record;
     let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
-        Ok(head) => {
-            let (begun, traced) = gate.record(&head, "HTTP/2");
+        Ok(mut head) => {
+            let (begun, onward) = gate.record(&head, "HTTP/2");
             record = begun;
-            let head = traced.unwrap_or(head);
+            if let Some(onward) = onward {
+                onward.write(&mut head.headers);
+            }
             if record.grpc {
                 body.meter().count_messages();
                 responder.meter().count_messages();
@@ -307,7 +312,7 @@ async fn answer(reply: Reply, grpc: bool, responder: &mut H2Responder, record: &
     record.refused(status, responder.meter());
     while !responder.is_flushed() {
         if responder.flush().await.is_err() {
-            return;
+            return record.abandoned();
         }
     }
 }
@@ -348,7 +353,10 @@ async fn h2_request(
         return Ok(());
     }
     let (sent, claims, to_client) = parts(head, &pass);
-    let request = wire_request(sent).ok_or(::h2::Reason::PROTOCOL_ERROR)?;
+    let Some(request) = wire_request(sent) else {
+        record.details = Cow::Borrowed("invalid_host");
+        return Err(::h2::Reason::PROTOCOL_ERROR);
+    };
     let over = streams.over.clone();
     let mut opener = tokio::select! {
         biased;
@@ -363,6 +371,7 @@ async fn h2_request(
     let empty = body.is_end();
     let (response, stream) = opener.send_request(request, empty).map_err(|_| {
         over.send_replace(true);
+        record.raise(Flag::UpstreamConnectionTermination);
         ::h2::Reason::REFUSED_STREAM
     })?;
     let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });

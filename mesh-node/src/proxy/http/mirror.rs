@@ -25,15 +25,17 @@ const PATIENCE: Duration = Duration::from_mins(5);
 /// Mirrored requests under way for one pod; more are dropped and counted.
 const AT_ONCE: u32 = 1024;
 
-/// Begins to mirror a request; its body follows as the upload proceeds.
-pub fn start<B: RequestBody>(down: &Downstream<'_>, head: &RequestHead, cluster: Arc<Cluster>, upload: &mut Upload<'_, B>) {
+/// Begins to mirror a request; its body follows as the upload proceeds. `traced`: it is part of a trace that is told from here.
+pub fn start<B: RequestBody>(down: &Downstream<'_>, head: &RequestHead, traced: bool, cluster: Arc<Cluster>, upload: &mut Upload<'_, B>) {
     let mut head = head.clone();
     head.headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
     if let Ok(client) = HeaderValue::from_str(&down.client.ip().to_string()) {
         head.headers.append("x-forwarded-for", client);
     }
-    // Its spans would be told as the request's own.
-    trace::unsampled(&mut head.headers);
+    if traced {
+        // Its spans would be told as the request's own.
+        trace::unsampled(&mut head.headers);
+    }
     let framing = upload.framing();
     let (sender, receiver) = mpsc::channel(MIRROR_BEHIND);
     if framing != Framing::Empty {

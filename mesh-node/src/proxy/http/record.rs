@@ -7,12 +7,12 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_LENGTH};
 
 use super::{
-    meter::Meter,
+    meter::{Meter, grpc_status},
     traced::{Onward, Traced},
-    wire::Malformed,
+    wire::{Framing, Malformed},
 };
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
@@ -142,6 +142,11 @@ impl Record {
         self.reporting = Some(workload.reporting.clone());
     }
 
+    /// Whether the workload's requests are traced.
+    pub fn is_traced(&self) -> bool {
+        self.trace.is_some()
+    }
+
     /// Lets a trace go on through here, or begins one: what headers are to say of it where the request goes, if that is something
     /// else than they do.
     pub fn trace(&mut self, head: &RequestHead, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Option<Onward> {
@@ -149,7 +154,7 @@ impl Record {
         let onward = Onward::of(&head.headers, traces.sampling);
         self.trace = Some(onward.own.trace);
         if onward.sampled {
-            self.traced = Some(Box::new(Traced::new(&onward, workload, spans)));
+            self.traced = Some(Box::new(Traced::new(&onward, &head.headers, workload, spans)));
             if self.described.is_none() {
                 self.keep(head);
             }
@@ -157,10 +162,15 @@ impl Record {
         (!onward.is_said()).then_some(onward)
     }
 
-    /// Takes down a request that cannot be read.
-    pub fn malformed(&mut self, malformed: &Malformed, source: Option<&Arc<Workload>>) {
+    /// Takes down whose request it is, where there is no more to say of it.
+    pub fn of(&mut self, source: Option<&Arc<Workload>>) {
         self.reporting = source.map(|s| s.reporting.clone());
         self.source = source.cloned();
+    }
+
+    /// Takes down a request that cannot be read.
+    pub fn malformed(&mut self, malformed: &Malformed, source: Option<&Arc<Workload>>) {
+        self.of(source);
         if malformed.protocol_error {
             self.raise(Flag::DownstreamProtocolError);
         }
@@ -240,6 +250,18 @@ impl Record {
         self.concluded = true;
         self.raise(Flag::DownstreamDisconnect);
         self.details = Cow::Borrowed("downstream_remote_disconnect");
+    }
+
+    /// It was one of the proxy's own, whose answer is not passed on: sizes are as far as they were announced.
+    pub fn called(&mut self, answered: Option<(StatusCode, &HeaderMap)>, framing: Framing) {
+        self.concluded = true;
+        self.up.bytes = if let Framing::Length(length) = framing { length } else { 0 };
+        let Some((status, headers)) = answered else { return self.raise(Flag::UpstreamConnectionTermination) };
+        self.details = Cow::Borrowed("via_upstream");
+        self.answered(status, headers);
+        self.down.grpc_status = grpc_status(headers);
+        let length = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+        self.down.bytes = length.unwrap_or(0);
     }
 
     /// Its connection was cut here: its pod is gone, a policy denies it, or the node stops.

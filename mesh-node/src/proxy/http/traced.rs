@@ -11,7 +11,7 @@ use crate::{
         span::{self, Kind, Place, Span},
         trace::{Context, Parent},
     },
-    route::{ClusterId, Workload},
+    route::{ClusterId, Workload, request::RequestHead},
     telemetry::{Metrics, traffic::Reporter},
 };
 
@@ -36,6 +36,13 @@ impl Onward {
         !self.sampled && self.context.parent.is_some() && self.context.sampled.is_some()
     }
 
+    /// The request as it goes on.
+    pub fn on(&self, head: &RequestHead) -> RequestHead {
+        let mut head = head.clone();
+        self.write(&mut head.headers);
+        head
+    }
+
     pub fn write(&self, headers: &mut HeaderMap) {
         self.context.write(self.own, self.sampled, headers);
     }
@@ -45,14 +52,17 @@ impl Onward {
 pub struct Traced {
     own: Parent,
     parent: Option<u64>,
+    /// What other systems say of the trace.
+    state: String,
     workload: Arc<Workload>,
     spans: Arc<Spans>,
 }
 
 impl Traced {
-    pub fn new(onward: &Onward, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Self {
+    pub fn new(onward: &Onward, headers: &HeaderMap, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Self {
         let parent = onward.context.parent.map(|p| p.span);
-        Self { own: onward.own, parent, workload: workload.clone(), spans: spans.clone() }
+        let state = onward.context.state(headers);
+        Self { own: onward.own, parent, state, workload: workload.clone(), spans: spans.clone() }
     }
 
     /// Puts the span on its way, now that the request is over.
@@ -65,18 +75,21 @@ impl Traced {
         let Some(traces) = &told.traces else { return };
         let name = match service {
             Some(s) => format!("{}.{}.svc.cluster.local:{port}/*", s.name, s.namespace),
-            None => format!("{}/*", entry.request.as_ref().map_or("unknown", |asked| asked.authority)),
+            // Not what clients make up.
+            None => format!("unknown:{port}/*"),
         };
         let place = Place { cluster: &metrics.cluster, workload: &self.workload };
+        let failed = entry.code == 0 || entry.code >= 500 || entry.grpc_status.is_some_and(|s| s != 0);
         let span = Span {
             own: self.own,
+            state: self.state.clone(),
             parent: self.parent,
             kind,
             name,
             start: entry.start,
             end: entry.start + entry.duration,
-            failed: entry.code == 0 || entry.code >= 500 || entry.grpc_status.is_some_and(|s| s != 0),
-            attributes: span::attributes(entry, place, &traces.tags),
+            failed,
+            attributes: span::attributes(entry, failed, place, traces),
         };
         self.spans.push(Finished { exporter: traces.exporter.clone(), pod: self.workload.uid.clone(), span }, metrics);
     }

@@ -23,7 +23,7 @@ use crate::{
         relay::{Traffic, relay},
         socket::reset_on_close,
     },
-    policy::{Denial, Facts, Sni},
+    policy::{Denial, Facts, Sni, Verdict},
     proxy::{
         Failure, Proxy, ServedPod,
         http::{
@@ -61,6 +61,8 @@ pub struct Inspection<'a> {
 /// What a connection carries.
 enum Spoken {
     Http1,
+    /// What is no HTTP, on a port that is declared to carry it.
+    Unlike,
     Http2,
     /// With the server name, as far as it is known.
     Opaque(Sni),
@@ -91,9 +93,15 @@ impl Inspection<'_> {
             reset_on_close(&application);
         })?;
         let downstream = downstream.unread(read);
+        let spoken = match spoken {
+            // Where no policy asks about requests, an application may speak what it likes.
+            Spoken::Unlike if is_free(proxy, pod, &facts) => Spoken::Opaque(Sni::Unread),
+            Spoken::Unlike => Spoken::Http1,
+            spoken => spoken,
+        };
         // Opaque connections do not carry the room that requests need.
         match spoken {
-            Spoken::Http1 => {
+            Spoken::Http1 | Spoken::Unlike => {
                 note.carries(Carries::Requests);
                 requests.store(true, Ordering::Relaxed);
                 let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
@@ -129,6 +137,12 @@ impl Inspection<'_> {
             }
         }
     }
+}
+
+/// Whether a connection is let in, whatever it carries.
+fn is_free(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> bool {
+    let snapshot = proxy.config.load();
+    snapshot.workload(&pod.uid).is_some_and(|w| matches!(w.policy.connection(facts), Ok(Verdict::Allowed(_))))
 }
 
 async fn http1(
@@ -216,7 +230,7 @@ pub async fn refuse(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: Facts, down
     let told = async {
         match spoken {
             Spoken::Opaque(_) => downstream.reset(),
-            Spoken::Http1 => {
+            Spoken::Http1 | Spoken::Unlike => {
                 if guard::serve_h1(&gate, &mut downstream, None, &Traffic::default()).await == Ends::Reset {
                     downstream.reset();
                 }
@@ -262,8 +276,9 @@ async fn look(
             Detected::Http2 => return (Spoken::Http2, read.freeze()),
             Detected::Tls(name) if !declared.is_http() => return (Spoken::Opaque(Sni::Read(name.map(Arc::from))), read.freeze()),
             // What is declared to be HTTP, or may be it to a lenient application, is refused as such if it is malformed.
-            Detected::Http1 | Detected::Tls(_) => return (Spoken::Http1, read.freeze()),
-            Detected::Opaque if declared.is_http() => return (Spoken::Http1, read.freeze()),
+            Detected::Http1 => return (Spoken::Http1, read.freeze()),
+            Detected::Tls(_) => return (Spoken::Unlike, read.freeze()),
+            Detected::Opaque if declared.is_http() => return (Spoken::Unlike, read.freeze()),
             // A server may make more of a client hello than is read here.
             Detected::Opaque if begun.first() == Some(&TLS_HANDSHAKE) => return (Spoken::Opaque(Sni::Unread), read.freeze()),
             Detected::Opaque if declared == Protocol::Tls => return (Spoken::Opaque(Sni::Read(None)), read.freeze()),

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    report::{AccessLog, Exporter, ExporterHttp, format::Format},
+    report::{AccessLog, Exporter, ExporterHttp, format::Format, span},
     resource::{
         envelope::FieldError,
         fields::{Time, header_name, header_value, port},
@@ -54,6 +54,8 @@ impl Default for Observability {
 }
 
 const STDOUT: &str = "/dev/stdout";
+/// A longer `maxTagLength` is as good as this.
+const MOST_TAG_LENGTH: usize = 4096;
 /// Longest value an exporter's answer may take, unless the provider says otherwise.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -133,8 +135,7 @@ struct OpenTelemetry {
     #[serde(default)]
     port: u32,
     http: Option<OtlpHttp>,
-    #[serde(rename = "maxTagLength")]
-    _max_tag_length: Option<u32>,
+    max_tag_length: Option<u32>,
     #[serde(rename = "resourceDetectors")]
     _resource_detectors: Option<Value>,
 }
@@ -283,7 +284,8 @@ fn exporter(name: Arc<str>, otel: OpenTelemetry, at: &str) -> Result<Exporter, F
     // Istio also takes `namespace/host`.
     let service = otel.service.rsplit_once('/').map_or(otel.service.as_str(), |(_, host)| host);
     let http = otel.http.map(|http| exporter_http(http, &format!("{at}.http"))).transpose()?;
-    Ok(Exporter { name, service: service.into(), port: port(otel.port, &format!("{at}.port"))?, http })
+    let longest = otel.max_tag_length.filter(|n| *n > 0).map_or(span::LONGEST, |n| (n as usize).min(MOST_TAG_LENGTH));
+    Ok(Exporter { name, service: service.into(), port: port(otel.port, &format!("{at}.port"))?, longest, http })
 }
 
 fn exporter_http(http: OtlpHttp, at: &str) -> Result<ExporterHttp, FieldError> {
