@@ -18,7 +18,10 @@ use super::{
 use crate::{
     id::{ObjectName, SpiffeId},
     io::relay::Traffic,
-    report::{Told, entry::Entry},
+    report::{
+        Told,
+        entry::{ClusterName, Entry},
+    },
     route::Workload,
     telemetry::{
         PathLabels, chain,
@@ -215,12 +218,11 @@ impl Outcome {
         let outbound = self.direction == Direction::Outbound;
         let port = self.destination.address.map(|a| a.port());
         let cluster = match (self.service(), port, outbound) {
-            (Some(s), Some(port), true) => Some(Cow::Owned(format!("outbound|{port}||{}.{}.svc.cluster.local", s.name, s.namespace))),
-            (None, Some(_), true) => Some(Cow::Borrowed("PassthroughCluster")),
-            (_, Some(port), false) => Some(Cow::Owned(format!("inbound|{port}||"))),
+            (Some(service), Some(port), true) => Some(ClusterName::Outbound { service, port, subset: "" }),
+            (None, Some(_), true) => Some(ClusterName::Named("PassthroughCluster")),
+            (_, Some(port), false) => Some(ClusterName::Inbound(port)),
             _ => None,
         };
-        let name = |p: &Party| p.identity.as_ref().map(|i| Cow::Owned(i.to_string()));
         let (peer, local) = if outbound { (&self.destination, &self.source) } else { (&self.source, &self.destination) };
         Entry {
             start: SystemTime::now().checked_sub(duration).unwrap_or(SystemTime::UNIX_EPOCH),
@@ -247,8 +249,8 @@ impl Outcome {
             response_headers: None,
             mutual_tls: self.source.identity.is_some() && self.destination.identity.is_some(),
             trace: None,
-            peer: name(peer),
-            local: name(local),
+            peer: peer.identity.as_ref(),
+            local: local.identity.as_ref(),
         }
     }
 

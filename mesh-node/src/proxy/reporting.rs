@@ -130,7 +130,7 @@ pub fn event(entry: &Entry<'_>, reporter: Reporter, edge: Option<&EdgeKey>) -> S
         "method": asked.map(|a| a.method), "authority": asked.map(|a| a.authority), "path": asked.map(|a| a.path),
         "protocol": entry.protocol, "code": (entry.code != 0).then_some(entry.code), "grpcStatus": entry.grpc_status,
         "flags": &*entry.flags, "details": entry.details.filter(|d| !d.is_empty()), "error": entry.termination_details,
-        "route": entry.route, "cluster": entry.upstream_cluster.as_deref(),
+        "route": entry.route, "cluster": entry.upstream_cluster.map(|c| c.to_string()),
         "bytesReceived": entry.bytes_received, "bytesSent": entry.bytes_sent,
         "requestId": header("x-request-id"), "traceId": entry.trace.map(|trace| format!("{trace:032x}")),
     })

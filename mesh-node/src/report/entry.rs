@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    fmt,
     net::SocketAddr,
     time::{Duration, SystemTime},
 };
@@ -12,6 +13,7 @@ use super::{
     attributes::{Attribute, Attributes, HeadersOf},
     expression::Value,
 };
+use crate::id::{ObjectName, SpiffeId};
 
 /// Everything a line is made of. What does not exist is none.
 #[derive(Debug, Clone)]
@@ -34,7 +36,7 @@ pub struct Entry<'a> {
     /// Time the upstream took to answer, milliseconds.
     pub service_time: Option<u64>,
     pub upstream_host: Option<SocketAddr>,
-    pub upstream_cluster: Option<Cow<'a, str>>,
+    pub upstream_cluster: Option<ClusterName<'a>>,
     pub upstream_local: Option<SocketAddr>,
     pub downstream_local: Option<SocketAddr>,
     pub downstream_remote: Option<SocketAddr>,
@@ -44,9 +46,9 @@ pub struct Entry<'a> {
     pub mutual_tls: bool,
     /// The trace it belongs to.
     pub trace: Option<u128>,
-    /// SPIFFE IDs of the other end and of this one.
-    pub peer: Option<Cow<'a, str>>,
-    pub local: Option<Cow<'a, str>>,
+    /// The other end and this one.
+    pub peer: Option<&'a SpiffeId>,
+    pub local: Option<&'a SpiffeId>,
 }
 
 /// What a request asked for.
@@ -58,6 +60,31 @@ pub struct Asked<'a> {
     pub authority: &'a str,
     pub scheme: &'static str,
     pub headers: &'a HeaderMap,
+}
+
+/// What Envoy would call the cluster that was asked.
+#[derive(Debug, Clone, Copy)]
+pub enum ClusterName<'a> {
+    Outbound {
+        service: &'a ObjectName,
+        port: u16,
+        subset: &'a str,
+    },
+    /// The port of the pod.
+    Inbound(u16),
+    Named(&'static str),
+}
+
+impl fmt::Display for ClusterName<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Outbound { service, port, subset } => {
+                write!(f, "outbound|{port}|{subset}|{}.{}.svc.cluster.local", service.name, service.namespace)
+            }
+            Self::Inbound(port) => write!(f, "inbound|{port}||"),
+            Self::Named(name) => f.write_str(name),
+        }
+    }
 }
 
 impl Entry<'_> {
@@ -78,6 +105,7 @@ impl Attributes for Entry<'_> {
         let text = |t: &'static str| self.request_header(t).map(Value::Text);
         let path = || self.request.map(|r| r.path);
         let plain = |t: Option<&'_ str>| t.map(|t| Value::Text(Cow::Owned(t.to_owned())));
+        let shown = |d: Option<&dyn fmt::Display>| d.map(|d| Value::Text(Cow::Owned(d.to_string())));
         let ip = |a: Option<SocketAddr>| a.map(|a| Value::Text(Cow::Owned(a.to_string())));
         let port = |a: Option<SocketAddr>| a.map(|a| Value::Int(i64::from(a.port())));
         let size = |n: u64| Some(Value::Int(i64::try_from(n).unwrap_or(i64::MAX)));
@@ -105,11 +133,11 @@ impl Attributes for Entry<'_> {
             Attribute::DestinationPort => port(self.downstream_local),
             Attribute::ConnectionMtls => Some(Value::Bool(self.mutual_tls)),
             Attribute::ConnectionSni => plain(self.sni),
-            Attribute::ConnectionPeer => plain(self.peer.as_deref()),
-            Attribute::ConnectionLocal => plain(self.local.as_deref()),
+            Attribute::ConnectionPeer => shown(self.peer.map(|p| p as &dyn fmt::Display)),
+            Attribute::ConnectionLocal => shown(self.local.map(|p| p as &dyn fmt::Display)),
             Attribute::UpstreamAddress => ip(self.upstream_host),
             Attribute::UpstreamPort => port(self.upstream_host),
-            Attribute::ClusterName => plain(self.upstream_cluster.as_deref()),
+            Attribute::ClusterName => shown(self.upstream_cluster.as_ref().map(|c| c as &dyn fmt::Display)),
             Attribute::RouteName => plain(self.route),
         }
     }

@@ -158,19 +158,54 @@ impl Piece {
             Self::Text(text) => line.push_str(text),
             Self::Operator(operator) => match operator.value(entry) {
                 None => line.push('-'),
-                Some(Operand::Number(n)) => drop(write!(line, "{n}")),
                 Some(Operand::Text(text)) => escape(&text, line),
+                // A string takes any text.
+                Some(Operand::Shown(what)) => drop(write!(Escaping(line, escape), "{what}")),
+                Some(plain) => push(&plain, line),
             },
         }
     }
 }
 
+/// What needs no escaping.
+fn push(operand: &Operand<'_>, line: &mut String) {
+    match operand {
+        Operand::Number(n) => operator::push_number(*n, line),
+        Operand::Address(address) => operator::push_address(*address, line),
+        Operand::Ip(ip) => operator::push_ip(*ip, line),
+        Operand::Time(time) => operator::push_time(*time, line),
+        Operand::Text(text) => line.push_str(text),
+        // A string takes any text.
+        Operand::Shown(what) => drop(write!(line, "{what}")),
+    }
+}
+
+/// Escapes what is written.
+struct Escaping<'l>(&'l mut String, fn(&str, &mut String));
+
+impl std::fmt::Write for Escaping<'_> {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        (self.1)(text, self.0);
+        Ok(())
+    }
+}
+
+/// The value of a field of JSON.
 fn value(pieces: &[Piece], entry: &Entry<'_>, line: &mut String) {
     if let [Piece::Operator(operator)] = pieces {
         return match operator.value(entry) {
             None => line.push_str("null"),
-            Some(Operand::Number(n)) => drop(write!(line, "{n}")),
+            Some(number @ Operand::Number(_)) => push(&number, line),
             Some(Operand::Text(text)) => quote(&text, line),
+            Some(other) => {
+                line.push('"');
+                match other {
+                    // A string takes any text.
+                    Operand::Shown(what) => drop(write!(Escaping(line, json), "{what}")),
+                    plain => push(&plain, line),
+                }
+                line.push('"');
+            }
         };
     }
     let mut text = String::new();
@@ -179,8 +214,7 @@ fn value(pieces: &[Piece], entry: &Entry<'_>, line: &mut String) {
             Piece::Text(plain) => text.push_str(plain),
             Piece::Operator(operator) => match operator.value(entry) {
                 None => text.push('-'),
-                Some(Operand::Number(n)) => drop(write!(text, "{n}")),
-                Some(Operand::Text(value)) => text.push_str(&value),
+                Some(operand) => push(&operand, &mut text),
             },
         }
     }
@@ -195,7 +229,16 @@ fn short(text: &str) -> &str {
 /// As a JSON string.
 fn quote(text: &str, line: &mut String) {
     line.push('"');
-    for c in short(text).chars() {
+    json(short(text), line);
+    line.push('"');
+}
+
+/// In a JSON string.
+fn json(text: &str, line: &mut String) {
+    if text.bytes().all(|b| (b' '..0x7f).contains(&b) && !matches!(b, b'"' | b'\\')) {
+        return line.push_str(text);
+    }
+    for c in text.chars() {
         match c {
             '"' => line.push_str("\\\""),
             '\\' => line.push_str("\\\\"),
@@ -206,7 +249,6 @@ fn quote(text: &str, line: &mut String) {
             c => line.push(c),
         }
     }
-    line.push('"');
 }
 
 /// In a line of text: nothing that could end the line, or the quotes it stands in.

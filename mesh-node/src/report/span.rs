@@ -73,9 +73,9 @@ pub fn attributes(entry: &Entry<'_>, failed: bool, place: Place<'_>, traces: &Tr
     put("request_size", entry.bytes_received.to_string());
     put("response_size", entry.bytes_sent.to_string());
     put("response_flags", entry.flags.to_string());
-    let cluster = entry.upstream_cluster.as_deref().unwrap_or("-");
-    put("upstream_cluster", cluster.to_owned());
-    put("upstream_cluster.name", cluster.to_owned());
+    let cluster = entry.upstream_cluster.map_or_else(|| "-".to_owned(), |c| c.to_string());
+    put("upstream_cluster", cluster.clone());
+    put("upstream_cluster.name", cluster);
     if failed {
         put("error", "true".to_owned());
     }

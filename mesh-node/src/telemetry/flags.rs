@@ -1,6 +1,6 @@
 //! Response flags: why a request or connection ended as it did, in Envoy's letters.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use prometheus_client::encoding::{EncodeLabelValue, LabelValueEncoder};
 
@@ -80,6 +80,15 @@ impl Flags {
     /// As Envoy's `response.flags` has them.
     pub fn bits(self) -> i64 {
         self.0.iter().flatten().fold(0, |bits, flag| bits | flag.bit())
+    }
+
+    /// As printed; almost always that is not put together.
+    pub fn text(self) -> Cow<'static, str> {
+        match self.0 {
+            [None, ..] => Cow::Borrowed("-"),
+            [Some(one), None, ..] => Cow::Borrowed(one.name()),
+            _ => Cow::Owned(self.to_string()),
+        }
     }
 
     pub fn raise(&mut self, flag: Flag) {

@@ -23,7 +23,7 @@ use crate::{
     },
     report::{
         Reporting, Told,
-        entry::{Asked, Entry},
+        entry::{Asked, ClusterName, Entry},
     },
     route::{Cluster, Workload, request::RequestHead},
     telemetry::{
@@ -287,8 +287,10 @@ impl Record {
         });
         let inbound = self.reporter == Reporter::Destination;
         let cluster = match &self.cluster {
-            Some(cluster) => Some(Cow::Owned(cluster.id.to_string())),
-            None => inbound.then(|| Cow::Owned(format!("inbound|{}||", self.destination.port()))),
+            Some(cluster) => {
+                Some(ClusterName::Outbound { service: &cluster.id.service, port: cluster.id.port, subset: &cluster.id.subset })
+            }
+            None => inbound.then(|| ClusterName::Inbound(self.destination.port())),
         };
         Entry {
             start: SystemTime::now().checked_sub(duration).unwrap_or(SystemTime::UNIX_EPOCH),
@@ -297,7 +299,7 @@ impl Record {
             protocol: Some(self.protocol),
             code: self.status.map_or(0, |s| s.as_u16()),
             grpc_status: self.down.grpc_status,
-            flags: Cow::Owned(self.flags.to_string()),
+            flags: self.flags.text(),
             flag_bits: self.flags.bits(),
             details: Some(&self.details),
             termination_details: None,
@@ -316,7 +318,7 @@ impl Record {
             response_headers: described.and_then(|d| d.response_headers.as_ref()),
             mutual_tls: self.mutual_tls,
             trace: self.trace,
-            peer: self.peer.as_ref().map(|p| Cow::Owned(p.to_string())),
+            peer: self.peer.as_ref(),
             local: None,
         }
     }

@@ -2,6 +2,8 @@
 
 use std::{
     borrow::Cow,
+    cell::RefCell,
+    fmt::{self, Write as _},
     net::{IpAddr, SocketAddr},
     time::{Duration, SystemTime},
 };
@@ -57,8 +59,27 @@ enum What {
 
 /// What an operator is worth.
 pub enum Operand<'a> {
-    Number(i64),
+    Number(u64),
     Text(Cow<'a, str>),
+    /// What is written without being put together first.
+    Shown(&'a dyn fmt::Display),
+    Address(SocketAddr),
+    Ip(IpAddr),
+    Time(SystemTime),
+}
+
+impl Operand<'_> {
+    /// As a text of its own.
+    fn text(&self) -> String {
+        match self {
+            Self::Number(n) => n.to_string(),
+            Self::Text(text) => text.to_string(),
+            Self::Shown(what) => what.to_string(),
+            Self::Address(address) => address.to_string(),
+            Self::Ip(ip) => ip.to_string(),
+            Self::Time(time) => rfc3339(*time),
+        }
+    }
 }
 
 const ALL: [(&str, Plain); 31] = [
@@ -191,10 +212,8 @@ impl Operator {
             }
         }?;
         Some(match (value, self.most) {
-            (Operand::Text(text), Some(most)) if text.chars().count() > most => {
-                Operand::Text(Cow::Owned(text.chars().take(most).collect()))
-            }
-            (value, _) => value,
+            (value, None) | (value @ Operand::Number(_), _) => value,
+            (value, Some(most)) => Operand::Text(Cow::Owned(value.text().chars().take(most).collect())),
         })
     }
 }
@@ -204,14 +223,14 @@ const SERVICE_TIME: &str = "x-envoy-upstream-service-time";
 impl Plain {
     fn value<'e>(self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
         let text = |t: Option<&'e str>| t.filter(|t| !t.is_empty()).map(|t| Operand::Text(Cow::Borrowed(t)));
-        let address = |a: Option<SocketAddr>| a.map(|a| Operand::Text(Cow::Owned(a.to_string())));
-        let ip = |a: Option<SocketAddr>| a.map(|a| Operand::Text(Cow::Owned(IpAddr::to_string(&a.ip()))));
-        let port = |a: Option<SocketAddr>| a.map(|a| Operand::Number(i64::from(a.port())));
-        let number = |n: u64| Some(Operand::Number(i64::try_from(n).unwrap_or(i64::MAX)));
+        let address = |a: Option<SocketAddr>| a.map(Operand::Address);
+        let ip = |a: Option<SocketAddr>| a.map(|a| Operand::Ip(a.ip()));
+        let port = |a: Option<SocketAddr>| a.map(|a| Operand::Number(a.port().into()));
+        let number = |n: u64| Some(Operand::Number(n));
         match self {
-            Self::StartTime => Some(Operand::Text(Cow::Owned(rfc3339(entry.start)))),
+            Self::StartTime => Some(Operand::Time(entry.start)),
             Self::Protocol => text(entry.protocol),
-            Self::ResponseCode => Some(Operand::Number(i64::from(entry.code))),
+            Self::ResponseCode => number(entry.code.into()),
             Self::ResponseCodeDetails => text(entry.details),
             Self::ResponseFlags => text(Some(&entry.flags)),
             Self::ConnectionTerminationDetails => text(entry.termination_details),
@@ -221,7 +240,7 @@ impl Plain {
             Self::Duration => number(u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX)),
             Self::UpstreamHost => address(entry.upstream_host),
             Self::UpstreamRemoteAddressWithoutPort => ip(entry.upstream_host),
-            Self::UpstreamCluster => text(entry.upstream_cluster.as_deref()),
+            Self::UpstreamCluster => entry.upstream_cluster.as_ref().map(|c| Operand::Shown(c)),
             Self::UpstreamLocalAddress => address(entry.upstream_local),
             Self::DownstreamLocalAddress => address(entry.downstream_local),
             Self::DownstreamLocalAddressWithoutPort => ip(entry.downstream_local),
@@ -231,10 +250,10 @@ impl Plain {
             Self::DownstreamRemotePort => port(entry.downstream_remote),
             Self::RequestedServerName => text(entry.sni),
             Self::RouteName => text(entry.route),
-            Self::GrpcStatusNumber => entry.grpc_status.map(|s| Operand::Number(i64::from(s))),
+            Self::GrpcStatusNumber => entry.grpc_status.map(|s| Operand::Number(s.into())),
             Self::GrpcStatus => entry.grpc_status.map(|s| Operand::Text(Cow::Borrowed(grpc_status_name(s)))),
-            Self::PeerUriSan => text(entry.peer.as_deref()),
-            Self::LocalUriSan => text(entry.local.as_deref()),
+            Self::PeerUriSan => entry.peer.map(|p| Operand::Shown(p)),
+            Self::LocalUriSan => entry.local.map(|p| Operand::Shown(p)),
             Self::TraceId => entry.trace.map(|trace| Operand::Text(Cow::Owned(format!("{trace:032x}")))),
         }
     }
@@ -266,11 +285,82 @@ fn grpc_status_name(status: u32) -> &'static str {
 
 /// UTC with milliseconds, as Envoy writes it.
 pub fn rfc3339(time: SystemTime) -> String {
+    let mut text = String::with_capacity(24);
+    push_time(time, &mut text);
+    text
+}
+
+/// The same, behind a text. Of times of one second the second is put together once.
+pub(super) fn push_time(time: SystemTime, text: &mut String) {
+    thread_local! {
+        static LAST: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
+    }
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    LAST.with_borrow_mut(|(second, begun)| {
+        if *second != since.as_secs() {
+            *second = since.as_secs();
+            *begun = to_the_second(*second);
+        }
+        text.push_str(begun);
+    });
+    let millis = since.subsec_millis();
+    text.extend([millis / 100, millis / 10 % 10, millis % 10].map(digit));
+    text.push('Z');
+}
+
+fn to_the_second(since: u64) -> String {
+    let (days, seconds) = (since / 86_400, since % 86_400);
     let (year, month, day) = civil(days);
     let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", since.subsec_millis())
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.")
+}
+
+fn digit(n: u32) -> char {
+    char::from_digit(n, 10).unwrap_or('0')
+}
+
+/// A number behind a text.
+pub(super) fn push_number(mut n: u64, text: &mut String) {
+    let mut digits = ['0'; 20];
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = digit(u32::try_from(n % 10).unwrap_or(0));
+        n /= 10;
+        if n == 0 {
+            break;
+        }
+    }
+    text.extend(&digits[at..]);
+}
+
+/// An address behind a text.
+pub(super) fn push_ip(ip: IpAddr, text: &mut String) {
+    match ip {
+        IpAddr::V4(v4) => {
+            for (i, part) in v4.octets().into_iter().enumerate() {
+                if i > 0 {
+                    text.push('.');
+                }
+                push_number(part.into(), text);
+            }
+        }
+        // A string takes any text.
+        IpAddr::V6(v6) => drop(write!(text, "{v6}")),
+    }
+}
+
+/// The same, with its port.
+pub(super) fn push_address(address: SocketAddr, text: &mut String) {
+    if address.is_ipv4() {
+        push_ip(address.ip(), text);
+    } else {
+        text.push('[');
+        push_ip(address.ip(), text);
+        text.push(']');
+    }
+    text.push(':');
+    push_number(address.port().into(), text);
 }
 
 /// Year, month and day of a day counted from 1970, in the Gregorian calendar: eras of 400 years that begin in March.

@@ -1,11 +1,16 @@
 use std::{
     borrow::Cow,
+    sync::LazyLock,
     time::{Duration, SystemTime},
 };
 
 use http::{HeaderMap, HeaderValue};
 
-use super::{super::entry::Asked, *};
+use super::{
+    super::entry::{Asked, ClusterName},
+    *,
+};
+use crate::id::ObjectName;
 
 fn headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
@@ -14,6 +19,8 @@ fn headers() -> HeaderMap {
     headers.insert("x-odd", HeaderValue::from_bytes(b"a\"b\tc\xff").expect("valid"));
     headers
 }
+
+static REVIEWS: LazyLock<ObjectName> = LazyLock::new(|| ObjectName { namespace: "default".into(), name: "reviews".into() });
 
 fn entry(headers: &HeaderMap) -> Entry<'_> {
     Entry {
@@ -32,7 +39,7 @@ fn entry(headers: &HeaderMap) -> Entry<'_> {
         bytes_sent: 19,
         service_time: None,
         upstream_host: None,
-        upstream_cluster: Some(Cow::Borrowed("outbound|9080||reviews.default.svc.cluster.local")),
+        upstream_cluster: Some(ClusterName::Outbound { service: &REVIEWS, port: 9080, subset: "" }),
         upstream_local: None,
         downstream_local: Some("10.96.0.1:9080".parse().expect("valid")),
         downstream_remote: Some("[fd00::1]:4242".parse().expect("valid")),
@@ -139,5 +146,20 @@ fn times_are_rfc_3339() {
         (4_107_542_400_000, "2100-03-01T00:00:00.000Z"),
     ] {
         assert_eq!(rfc3339(SystemTime::UNIX_EPOCH + Duration::from_millis(millis)), expected);
+    }
+}
+
+#[test]
+fn numbers_and_addresses_are_written_as_the_library_does() {
+    for n in [0, 7, 10, 99, 100, 12_345, u64::MAX] {
+        let mut text = "n ".to_owned();
+        operator::push_number(n, &mut text);
+        assert_eq!(text, format!("n {n}"));
+    }
+    for address in ["0.0.0.0:0", "10.244.1.255:65535", "[::]:1", "[fd00::1]:8080", "[::ffff:10.0.0.1]:80"] {
+        let address: std::net::SocketAddr = address.parse().expect("valid");
+        let mut text = String::new();
+        operator::push_address(address, &mut text);
+        assert_eq!(text, address.to_string());
     }
 }
