@@ -230,6 +230,34 @@ fn a_reused_address_never_meets_an_old_connection_or_identity() {
     logged(&bed, &["inbound", "sa/new", "sa/server"]);
 }
 
+/// Either end's node stops in order while a request is under way: it is answered.
+#[test]
+fn requests_under_way_are_answered_before_a_node_stops() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    bed.kubectl_apply("web", service).expect("service");
+    let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), "v1".into()];
+    let server = PodSpec { command, port: Some(8080), ..PodSpec::new("web", 1) }.label("app", "web");
+    let [client, _server] = bed.meshed([PodSpec::new("client", 0), server]).expect("pods");
+    bed.settle().expect("settled");
+    for stopped in [0, 1] {
+        let asking = bed.command(&client, &program("web"), &["get", "web:80/sleep/1500", "1"]).stdout(Stdio::piped()).spawn().expect("web");
+        let listed = |bed: &Bed| {
+            let all = bed.nodes()[0].admin_json("/connections")?;
+            Ok(all.as_array().is_some_and(|all| {
+                all.iter().any(|c| c["path"] == "requests" && c["source"] == "default/client" && c["service"] == "default/web")
+            }))
+        };
+        wait_for("the client's connection", Duration::from_secs(5), || listed(&bed)).expect("listed");
+        std::thread::sleep(Duration::from_millis(300));
+        bed.node(stopped).stop().expect("stopped");
+        let report = end(asking);
+        assert_eq!(report["statuses"]["200"], 1, "node {stopped} stopped: {report}");
+        bed.node(stopped).start().expect("started");
+        bed.node(stopped).wait_ready().expect("ready");
+    }
+}
+
 #[test]
 fn uninstall_leaves_nothing_in_the_kernel() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

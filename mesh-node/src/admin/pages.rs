@@ -1,6 +1,7 @@
 //! What the admin endpoint shows, as JSON documents.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::SystemTime,
 };
@@ -152,6 +153,15 @@ pub(super) fn pool(node: &Node) -> Value {
 /// Connections that are open: how each goes, between whom, and what it has carried.
 pub(super) fn connections(node: &Node) -> Value {
     let now = std::time::Instant::now();
+    let offers = node.proxy.accelerated();
+    let pairs = offers.map(crate::capture::Offers::states).unwrap_or_default();
+    // Of the two sockets, one is the proxy's: it has the client's address at one end or the other.
+    let states = pairs.iter().flat_map(|s| [(s.pair.one.local, s.state), (s.pair.one.remote, s.state)]).collect::<HashMap<_, _>>();
+    let acceleration = |open: &crate::proxy::open::Open| match (offers, open.path) {
+        (None, _) => "off",
+        (_, crate::proxy::open::Path::Direct) => "past the proxy",
+        _ => open.source.address.and_then(|a| states.get(&a)).map_or("not offered", |state| state.name()),
+    };
     let name = |p: &crate::proxy::outcome::Party| p.workload.as_ref().map(|w| w.name.to_string());
     let one = |open: &Arc<crate::proxy::open::Open>| {
         let (sent, received) = (open.traffic.sent.load(Relaxed), open.traffic.received.load(Relaxed));
@@ -161,7 +171,9 @@ pub(super) fn connections(node: &Node) -> Value {
             "destination": name(&open.destination), "destinationAddress": open.destination.address,
             "destinationIdentity": open.destination.identity.as_ref().map(ToString::to_string),
             "service": open.service.as_ref().map(ToString::to_string), "tunnel": open.tunnel,
-            "encrypted": open.path == crate::proxy::open::Path::Tunnel,
+            // Of a client's connection that is for its requests to say.
+            "encrypted": (open.path != crate::proxy::open::Path::Requests).then_some(open.path == crate::proxy::open::Path::Tunnel),
+            "acceleration": acceleration(open),
             "sentBytes": sent, "receivedBytes": received,
         })
     };

@@ -463,13 +463,13 @@ impl Reconciler {
         self.node.proxy.spans.flush(LOG_GRACE).await;
         self.node.proxy.pool.close();
         let deadline = tokio::time::Instant::now() + STOP_GRACE;
-        while self.node.proxy.metrics.open_connections.get() > 0 && tokio::time::Instant::now() < deadline {
+        let metrics = self.node.proxy.metrics.clone();
+        while metrics.open_connections.get() + metrics.http_active.get() > 0 && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         pods.iter().for_each(|p| p.end(Cut::Shutdown));
         tokio::time::sleep(Duration::from_millis(50)).await;
         self.node.proxy.spans.flush(LOG_GRACE).await;
-        let metrics = self.node.proxy.metrics.clone();
         // A writer that hangs keeps nobody.
         let _ = tokio::task::spawn_blocking(move || metrics.access.flush(LOG_GRACE)).await;
     }

@@ -29,7 +29,13 @@ mod upstream;
 pub(super) mod whole;
 pub mod wire;
 
-use std::{io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::Method;
@@ -46,11 +52,11 @@ use self::{
     h2::{Accepted, H2Responder, H2Source},
     record::Record,
     reply::Reply,
-    transport::Transport,
+    transport::{Counted, Transport},
     wire::{Malformed, WireRequest},
 };
-use super::{Proxy, ServedPod, live::Cut};
-use crate::io::relay::Prefixed;
+use super::{Proxy, ServedPod, live::Cut, open::Listed};
+use crate::io::relay::{Prefixed, Traffic};
 
 /// How long a client may take over the head of a request it has begun.
 const HEAD_TIMEOUT: Duration = Duration::from_mins(1);
@@ -77,14 +83,16 @@ impl Connection {
     /// Serves HTTP/1 until the client closes, or something does that ends the connection. `read`: what was read already.
     pub async fn serve_h1(self, stream: TcpStream, read: Bytes) {
         let mut transport = Transport::Tcp(stream);
+        let listed = Listed::requests(&self.proxy, &self.pod, self.client, self.original);
+        listed.traffic().sent.fetch_add(read.len() as u64, Ordering::Relaxed);
         let mut unread = Unread::from(read);
-        if self.h1_loop(&mut transport, &mut unread).await == Finished::Cut {
+        if self.h1_loop(&mut transport, &mut unread, listed.traffic()).await == Finished::Cut {
             transport.reset();
         }
     }
 
-    async fn h1_loop(&self, transport: &mut Transport, unread: &mut Unread) -> Finished {
-        let (source, sink) = transport.halves();
+    async fn h1_loop(&self, transport: &mut Transport, unread: &mut Unread, traffic: &Traffic) -> Finished {
+        let (source, sink) = transport.counted_halves(&traffic.sent, &traffic.received);
         let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
         let mut draining = std::pin::pin!(self.pod.draining());
         let mut ended = std::pin::pin!(self.pod.ended());
@@ -188,7 +196,8 @@ impl Connection {
     pub async fn serve_h2(self, stream: TcpStream, read: Bytes) {
         let connection = Arc::new(self);
         let pod = connection.pod.clone();
-        let io = Prefixed::new(stream, read);
+        let listed = Listed::requests(&connection.proxy, &pod, connection.client, connection.original);
+        let io = Counted::downstream(Transport::Prefixed(Prefixed::new(stream, read)), listed.traffic().clone());
         let client = connection.client;
         let serving = h2::serve(io, |accepted| drop(tokio::spawn(connection.clone().h2_exchange(accepted))), pod.draining());
         tokio::select! {

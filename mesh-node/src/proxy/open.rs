@@ -10,11 +10,15 @@ use std::{
     time::Instant,
 };
 
-use super::outcome::{Direction, Party};
+use super::{
+    Proxy, ServedPod,
+    outcome::{Direction, Party},
+};
 use crate::{
     id::ObjectName,
     io::relay::Traffic,
-    telemetry::traffic::{Edge, TcpKey},
+    route::Target,
+    telemetry::traffic::{Edge, Tags, TcpKey},
 };
 
 /// How a connection goes.
@@ -28,6 +32,8 @@ pub enum Path {
     Tunnel,
     /// Unchanged: one end is not in the mesh.
     Passthrough,
+    /// A client's, to the proxy: each request on it goes where it is routed.
+    Requests,
 }
 
 impl Path {
@@ -38,6 +44,7 @@ impl Path {
             Self::SameNode => "same_node",
             Self::Tunnel => "tunnel",
             Self::Passthrough => "passthrough",
+            Self::Requests => "requests",
         }
     }
 }
@@ -73,6 +80,55 @@ impl Open {
             // Istio counts as the server does: sent are responses.
             edge.transferred(&self.key, received, sent);
         }
+    }
+}
+
+/// A connection that is listed for as long as this lives.
+#[must_use]
+pub struct Listed {
+    proxy: Arc<Proxy>,
+    open: Arc<Open>,
+}
+
+impl Listed {
+    /// A client's connection that carries requests. They are what is counted and logged; it is only listed.
+    pub fn requests(proxy: &Arc<Proxy>, pod: &ServedPod, client: SocketAddr, original: SocketAddr) -> Self {
+        let snapshot = proxy.config.load();
+        let workload = snapshot.workload(&pod.uid).cloned();
+        let service = workload.as_ref().and_then(|w| match snapshot.resolve_for(&w.name.namespace, original) {
+            Target::Service { service, .. } => Some(service.name.clone()),
+            _ => None,
+        });
+        let identity = workload.as_ref().map(|w| w.identity.clone());
+        let open = Arc::new(Open {
+            number: proxy.open.number(),
+            direction: Direction::Outbound,
+            path: Path::Requests,
+            started: Instant::now(),
+            source: Party { address: Some(client), identity, workload },
+            destination: Party { address: Some(original), ..Party::default() },
+            service,
+            tunnel: None,
+            traffic: Arc::default(),
+            edge: None,
+            key: TcpKey { flags: "-", tags: Tags::default() },
+            counted: Default::default(),
+        });
+        proxy.metrics.open_connections.inc();
+        proxy.open.insert(open.clone());
+        Self { proxy: proxy.clone(), open }
+    }
+
+    /// What has passed.
+    pub fn traffic(&self) -> &Arc<Traffic> {
+        &self.open.traffic
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.proxy.open.remove(self.open.number);
+        self.proxy.metrics.open_connections.dec();
     }
 }
 

@@ -177,7 +177,8 @@ pub fn clusters(v: &Value) -> String {
 
 /// Open connections, and those between the proxy and applications with why they are accelerated or not.
 pub fn connections(v: &Value) -> String {
-    let mut table = Table::new(&["DIRECTION", "PATH", "SOURCE", "DESTINATION", "SERVICE", "ENCRYPTED", "AGE", "SENT", "RECEIVED"]);
+    let mut table =
+        Table::new(&["DIRECTION", "PATH", "SOURCE", "DESTINATION", "SERVICE", "ENCRYPTED", "ACCELERATION", "AGE", "SENT", "RECEIVED"]);
     for c in list(v) {
         let end = |name: &str, address: &str| match c[name].as_str() {
             Some(name) => format!("{name} ({})", cell(&c[address])),
@@ -190,6 +191,7 @@ pub fn connections(v: &Value) -> String {
             end("destination", "destinationAddress"),
             cell(&c["service"]),
             cell(&c["encrypted"]),
+            cell(&c["acceleration"]),
             age(c["seconds"].as_u64().unwrap_or(0)),
             bytes(&c["sentBytes"]),
             bytes(&c["receivedBytes"]),
