@@ -46,7 +46,7 @@ pub struct Workload {
     /// What its ports carry, as far as services declare it.
     pub protocols: BTreeMap<u16, Protocol>,
     /// Services of its namespace that lead to its ports.
-    pub services: BTreeMap<u16, ObjectName>,
+    pub services: BTreeMap<u16, PortOf>,
     /// What is told of its traffic.
     pub reporting: Arc<Reporting>,
     /// Ports its probes and hooks name.
@@ -91,6 +91,13 @@ pub struct ServicePort {
     /// Subsets of them by name.
     pub subsets: BTreeMap<Arc<str>, Arc<Cluster>>,
     pub routes: PortRoutes,
+}
+
+/// A service's port, as it leads to a pod's.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortOf {
+    pub service: ObjectName,
+    pub port: u16,
 }
 
 /// What an original destination is.

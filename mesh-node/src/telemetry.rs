@@ -128,6 +128,7 @@ pub struct Metrics {
     pub retries: Counter,
     pub ejections: Counter,
     pub overflows: Family<LimitLabels, Counter>,
+    upstream_connections: Family<ResultLabels, Counter>,
     /// Read when asked for.
     pub upstream: Family<WhatLabels, Gauge>,
     pub hbone_pool: Family<WhatLabels, Gauge>,
@@ -177,6 +178,7 @@ impl Metrics {
             retries: Counter::default(),
             ejections: Counter::default(),
             overflows: Family::default(),
+            upstream_connections: Family::default(),
             upstream: Family::default(),
             hbone_pool: Family::default(),
             certificate_expiry: Family::default(),
@@ -190,6 +192,8 @@ impl Metrics {
             trace_spans: Family::default(),
         };
         metrics.register();
+        // What is lost is seen against nought, and not against nothing.
+        ["exported", "rejected", "failed", "dropped"].into_iter().for_each(|result| metrics.spans(result, 0));
         metrics
     }
 
@@ -230,7 +234,9 @@ impl Metrics {
         r.register("mesh_retries", "Attempts at requests beyond the first", self.retries.clone());
         r.register("mesh_ejections", "Endpoints ejected by outlier detection", self.ejections.clone());
         r.register("mesh_overflows", "Requests and connections refused by a circuit breaker, by limit", self.overflows.clone());
-        let help = "What pods have under way to services: connections, idle ones, requests, pending ones, retries, ejected endpoints";
+        let help = "Connections for requests of pods to services, by result";
+        r.register("mesh_upstream_connections", help, self.upstream_connections.clone());
+        let help = "What pods have under way to services: connections, idle ones, requests, pending ones, retries, ejected endpoints, open breakers";
         r.register("mesh_upstream", help, self.upstream.clone());
         r.register("mesh_hbone_pool", "HBONE connections to other nodes, and their streams", self.hbone_pool.clone());
         r.register("mesh_certificate_expiry_timestamp_seconds", "When a certificate expires", self.certificate_expiry.clone());
@@ -289,6 +295,11 @@ impl Metrics {
     /// So many spans came to this: `exported`, `rejected` by a collector, `failed` on the way, or `dropped` before it.
     pub fn spans(&self, result: &'static str, count: usize) {
         self.trace_spans.get_or_create(&ResultLabels { result }).inc_by(count as u64);
+    }
+
+    /// A connection for requests was `opened`, or `failed`.
+    pub fn upstream_connection(&self, result: &'static str) {
+        self.upstream_connections.get_or_create(&ResultLabels { result }).inc();
     }
 
     pub fn jwks_fetch(&self, result: &'static str) {

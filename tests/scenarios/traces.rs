@@ -176,6 +176,7 @@ fn traces_that_come_in_go_on_and_decisions_are_kept() {
         let expected = if i == 3 { format!("{:0>32}", &trace[16..]) } else { trace.to_owned() };
         assert_eq!((&client["trace"], &server["trace"]), (&expected.clone().into(), &expected.into()), "{form:?}");
         assert_eq!((&client["parent"], &server["parent"]), (&span.into(), &client["span"]), "{form:?}");
+        assert_eq!((&client["name"], &server["name"]), (&"web.default.svc.cluster.local:80/*".into(), &client["name"]));
         assert_eq!(client["via"], "http /v1/traces shop");
     }
     // No sampling of its own, and no decision of another: none.

@@ -33,16 +33,24 @@ impl Node {
 
     fn refresh_upstream(&self) {
         let gauge = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        let mut all = [0_usize; 6];
-        for (_, state) in self.proxy.pods.all().iter().flat_map(|pod| pod.clusters.all()) {
-            let counts = [Limited::Connections, Limited::Pending, Limited::Requests, Limited::Retries].map(|of| state.count(of) as usize);
-            let now = Instant::now();
-            let ejected = state.outliers.ejected().iter().filter(|(_, until)| *until > now).count();
-            let [connections, pending, requests, retries] = counts;
-            let more = [connections, state.idle(), requests, pending, retries, ejected];
-            all.iter_mut().zip(more).for_each(|(sum, n)| *sum += n);
+        let (mut all, snapshot) = ([0_usize; 7], self.proxy.config.load());
+        for pod in self.proxy.pods.all() {
+            let namespace = snapshot.workload(&pod.uid).map(|w| w.name.namespace.clone()).unwrap_or_default();
+            for (id, state) in pod.clusters.all() {
+                let counts = [Limited::Connections, Limited::Pending, Limited::Requests, Limited::Retries].map(|of| state.count(of));
+                let now = Instant::now();
+                let ejected = state.outliers.ejected().iter().filter(|(_, until)| *until > now).count();
+                let limits = snapshot.cluster_for(&namespace, &id).map(|c| {
+                    let http = &c.policy.http;
+                    [c.policy.tcp.max_connections, http.max_pending, http.max_requests, http.max_retries]
+                });
+                let full = limits.map_or(0, |l| l.iter().zip(counts).filter(|(limit, n)| limit.is_some_and(|limit| *n >= limit)).count());
+                let [connections, pending, requests, retries] = counts.map(|n| n as usize);
+                let more = [connections, state.idle(), requests, pending, retries, ejected, full];
+                all.iter_mut().zip(more).for_each(|(sum, n)| *sum += n);
+            }
         }
-        for (what, n) in ["connections", "idle", "requests", "pending", "retries", "ejected"].into_iter().zip(all) {
+        for (what, n) in ["connections", "idle", "requests", "pending", "retries", "ejected", "open_breakers"].into_iter().zip(all) {
             self.proxy.metrics.upstream.get_or_create(&WhatLabels { what }).set(gauge(n));
         }
         let pool = self.proxy.pool.states();

@@ -161,7 +161,12 @@ impl Outcome {
     fn service(&self) -> Option<&ObjectName> {
         self.service.as_ref().or_else(|| {
             let Party { address, workload, .. } = &self.destination;
-            workload.as_ref().filter(|_| self.direction == Direction::Inbound)?.services.get(&address.as_ref()?.port())
+            workload
+                .as_ref()
+                .filter(|_| self.direction == Direction::Inbound)?
+                .services
+                .get(&address.as_ref()?.port())
+                .map(|of| &of.service)
         })
     }
 

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 
 use super::{
     attributes::{Attribute, Attributes, HeadersOf},
@@ -87,16 +87,48 @@ impl fmt::Display for ClusterName<'_> {
     }
 }
 
+/// A header, found once by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Header {
+    Method,
+    Path,
+    Authority,
+    Scheme,
+    Named(HeaderName),
+}
+
+impl Header {
+    /// By its name in any case; none of what is no name of a header.
+    pub fn named(name: &str) -> Option<Self> {
+        Some(match name.to_ascii_lowercase().as_str() {
+            ":method" => Self::Method,
+            ":path" => Self::Path,
+            ":authority" | "host" => Self::Authority,
+            ":scheme" => Self::Scheme,
+            other => Self::Named(other.parse().ok()?),
+        })
+    }
+}
+
 impl Entry<'_> {
-    fn request_header(&self, name: &str) -> Option<Cow<'_, str>> {
-        let asked = self.request?;
-        match name {
-            ":method" => Some(Cow::Borrowed(asked.method)),
-            ":path" => Some(Cow::Borrowed(asked.path)),
-            ":authority" | "host" => Some(Cow::Borrowed(asked.authority)),
-            ":scheme" => Some(Cow::Borrowed(asked.scheme)),
-            _ => asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes())),
+    /// A header's value.
+    pub fn header_of(&self, whose: HeadersOf, header: &Header) -> Option<Cow<'_, str>> {
+        if whose == HeadersOf::Response {
+            let Header::Named(name) = header else { return None };
+            return self.response_headers?.get(name).map(|v| String::from_utf8_lossy(v.as_bytes()));
         }
+        let asked = self.request?;
+        match header {
+            Header::Method => Some(Cow::Borrowed(asked.method)),
+            Header::Path => Some(Cow::Borrowed(asked.path)),
+            Header::Authority => Some(Cow::Borrowed(asked.authority)),
+            Header::Scheme => Some(Cow::Borrowed(asked.scheme)),
+            Header::Named(name) => asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes())),
+        }
+    }
+
+    fn request_header(&self, name: &str) -> Option<Cow<'_, str>> {
+        self.header_of(HeadersOf::Request, &Header::named(name)?)
     }
 }
 
@@ -145,7 +177,7 @@ impl Attributes for Entry<'_> {
     fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>> {
         match whose {
             HeadersOf::Request => self.request_header(name),
-            HeadersOf::Response => self.response_headers?.get(name).map(|v| String::from_utf8_lossy(v.as_bytes())),
+            HeadersOf::Response => self.header_of(whose, &Header::named(name)?),
         }
     }
 }

@@ -19,12 +19,15 @@ use crate::{
         selector::{Labels, WorkloadSelector},
         target::TargetRef,
     },
+    route::PortOf,
 };
 
 /// A port of a pod that a service leads to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Attached {
     service: ObjectName,
+    /// The service's port, and the pod's.
+    service_port: u16,
     port: u16,
     protocol: Protocol,
 }
@@ -295,7 +298,7 @@ pub(super) fn attachments(builder: &Builder<'_>) -> Attachments {
             for slice in slices {
                 let Some(target) = slice.ports.get(&port.name) else { continue };
                 for ip in slice.endpoints.iter().flat_map(|e| &e.addresses) {
-                    let attached = Attached { service: name.clone(), port: *target, protocol };
+                    let attached = Attached { service: name.clone(), service_port: port.port, port: *target, protocol };
                     let list = all.entry(*ip).or_default();
                     if !list.contains(&attached) {
                         list.push(attached);
@@ -318,10 +321,11 @@ pub(super) fn protocols(attached: &[Attached], namespace: &str) -> BTreeMap<u16,
 }
 
 /// The services that lead to a workload's ports, of its own namespace: the first by name where there are several.
-pub(super) fn services(attached: &[Attached], namespace: &str) -> BTreeMap<u16, ObjectName> {
-    let mut found: BTreeMap<u16, ObjectName> = BTreeMap::new();
+pub(super) fn services(attached: &[Attached], namespace: &str) -> BTreeMap<u16, PortOf> {
+    let mut found: BTreeMap<u16, PortOf> = BTreeMap::new();
     for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
-        found.entry(a.port).and_modify(|first| *first = first.clone().min(a.service.clone())).or_insert_with(|| a.service.clone());
+        let this = PortOf { service: a.service.clone(), port: a.service_port };
+        found.entry(a.port).and_modify(|first| *first = first.clone().min(this.clone())).or_insert(this);
     }
     found
 }

@@ -113,7 +113,7 @@ impl Gate {
                 reporter: Reporter::Destination,
                 source: (client.map(|c| &**c), self.facts.peer.as_ref()),
                 destination: (Some(workload), self.facts.peer.as_ref().map(|_| &workload.identity)),
-                service: workload.services.get(&self.facts.destination.port()),
+                service: workload.services.get(&self.facts.destination.port()).map(|of| &of.service),
             };
             ends.edge(metrics, &workload.reporting.server.tags)
         }));

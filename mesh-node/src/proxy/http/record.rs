@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_LENGTH};
+use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_LENGTH, uri::PathAndQuery};
 
 use super::{
     meter::{Meter, grpc_status},
@@ -77,7 +77,7 @@ pub struct Record {
 /// What logs and tags say of the request; kept only when there are any.
 struct Described {
     method: http::Method,
-    path: String,
+    path: PathAndQuery,
     authority: HeaderValue,
     scheme: &'static str,
     headers: HeaderMap,
@@ -180,7 +180,7 @@ impl Record {
     fn keep(&mut self, head: &RequestHead) {
         self.described = Some(Box::new(Described {
             method: head.method.clone(),
-            path: head.target.as_str().to_owned(),
+            path: head.target.clone(),
             authority: head.authority.clone(),
             scheme: head.scheme.as_str(),
             headers: head.headers.clone(),
@@ -280,7 +280,7 @@ impl Record {
         let described = self.described.as_deref();
         let asked = described.map(|d| Asked {
             method: d.method.as_str(),
-            path: &d.path,
+            path: d.path.as_str(),
             authority: text(&d.authority),
             scheme: d.scheme,
             headers: &d.headers,

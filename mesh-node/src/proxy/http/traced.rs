@@ -70,7 +70,10 @@ impl Traced {
         let reporting = &self.workload.reporting;
         let (told, kind, service, port) = match reporter {
             Reporter::Source => (&reporting.client, Kind::Client, cluster.map(|c| &c.service), cluster.map_or(port, |c| c.port)),
-            Reporter::Destination => (&reporting.server, Kind::Server, self.workload.services.get(&port), port),
+            Reporter::Destination => {
+                let of = self.workload.services.get(&port);
+                (&reporting.server, Kind::Server, of.map(|of| &of.service), of.map_or(port, |of| of.port))
+            }
         };
         let Some(traces) = &told.traces else { return };
         let name = match service {

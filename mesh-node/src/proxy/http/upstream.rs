@@ -298,6 +298,12 @@ async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
 }
 
 async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Failure> {
+    let dialled = dial_uncounted(wanted).await;
+    wanted.proxy.metrics.upstream_connection(if dialled.is_ok() { "opened" } else { "failed" });
+    dialled
+}
+
+async fn dial_uncounted(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Failure> {
     let Wanted { proxy, pod, client, cluster, address, .. } = wanted;
     let patience = if cluster.endpoints.len() > 1 { Duration::ZERO } else { outbound::RETRY_FOR };
     let settings = &cluster.policy.tcp;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{Entry, Piece};
-use crate::report::attributes::{Attributes, HeadersOf};
+use crate::report::{attributes::HeadersOf, entry::Header};
 
 /// What stands for something of the request or connection.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,8 +53,10 @@ enum Plain {
 #[derive(Debug, Clone, PartialEq)]
 enum What {
     Plain(Plain),
-    /// A header, or another if it is not there; both in lower case.
-    Header(HeadersOf, String, Option<String>),
+    /// A header, or another if it is not there.
+    Header(HeadersOf, Header, Option<Header>),
+    /// A response header that is known without them.
+    ServiceTime,
 }
 
 /// What an operator is worth.
@@ -170,12 +172,13 @@ fn operator(text: &str) -> Result<Operator, String> {
         "RESP" => HeadersOf::Response,
         _ => return Err(format!("%{text}% is not an operator known here; known are REQ, RESP and {}", ALL.map(|(n, _)| n).join(", "))),
     };
-    let header = argument.filter(|a| !a.is_empty()).ok_or_else(|| format!("%{text}% names no header"))?;
-    let (header, other) = match header.split_once('?') {
-        Some((header, other)) => (header, Some(other.to_ascii_lowercase())),
-        None => (header, None),
-    };
-    Ok(Operator { what: What::Header(whose, header.to_ascii_lowercase(), other), most })
+    let names = argument.filter(|a| !a.is_empty()).ok_or_else(|| format!("%{text}% names no header"))?;
+    let (first, other) = names.split_once('?').map_or((names, None), |(first, other)| (first, Some(other)));
+    let header = |name: &str| Header::named(name).ok_or_else(|| format!("%{text}%: {name:?} is not the name of a header"));
+    if whose == HeadersOf::Response && first.eq_ignore_ascii_case(SERVICE_TIME) {
+        return Ok(Operator { what: What::ServiceTime, most });
+    }
+    Ok(Operator { what: What::Header(whose, header(first)?, other.map(header).transpose()?), most })
 }
 
 fn parts(text: &str) -> Result<(&str, Option<&str>, Option<usize>), String> {
@@ -196,18 +199,16 @@ fn parts(text: &str) -> Result<(&str, Option<&str>, Option<usize>), String> {
 
 impl Operator {
     pub(super) fn asks_response_headers(&self) -> bool {
-        // This one is known without them.
-        matches!(&self.what, What::Header(HeadersOf::Response, name, _) if name != SERVICE_TIME)
+        matches!(self.what, What::Header(HeadersOf::Response, ..))
     }
 
     pub(super) fn value<'e>(&self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
         let value = match &self.what {
             What::Plain(plain) => plain.value(entry),
-            What::Header(HeadersOf::Response, name, _) if name == SERVICE_TIME => {
-                entry.service_time.map(|t| Operand::Text(Cow::Owned(t.to_string())))
-            }
+            // A header's value is a text.
+            What::ServiceTime => entry.service_time.map(|t| Operand::Text(Cow::Owned(t.to_string()))),
             What::Header(whose, name, other) => {
-                let found = entry.header(*whose, name).or_else(|| entry.header(*whose, other.as_deref()?));
+                let found = entry.header_of(*whose, name).or_else(|| entry.header_of(*whose, other.as_ref()?));
                 found.map(Operand::Text)
             }
         }?;
