@@ -247,6 +247,25 @@ fn bytes_of_a_connection_are_counted_as_it_goes_on() {
     assert_eq!(bed.nodes()[0].metric("mesh_connections_total", &labels).expect("metric"), 1.0);
 }
 
+#[test]
+fn bytes_of_a_connection_past_the_proxy_are_counted_as_it_goes_on_too() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    bed.settle().expect("settled");
+    let mut steady = bed.command(&client, &program("probe"), &["steady", &server.address(8080), "3"]).spawn().expect("started");
+    let node = &bed.nodes()[0];
+    let bytes = |reporter: &str| node.metric("istio_tcp_received_bytes_total", &[&format!("reporter=\"{reporter}\"")]).unwrap_or(0.0);
+    wait_for("bytes of an open connection", Duration::from_secs(2), || Ok(bytes("source") > 0.5 && bytes("destination") > 0.5))
+        .expect("counted");
+    let listed = node.admin_json("/connections").expect("connections");
+    let direct = listed.as_array().expect("a list").iter().filter(|c| c["path"] == "direct").collect::<Vec<_>>();
+    assert!(direct.len() == 2 && direct.iter().all(|c| c["sentBytes"].as_u64().is_some_and(|n| n > 0)), "{listed:#}");
+    assert!(steady.try_wait().expect("running").is_none() && steady.wait().expect("ended").success());
+    wait_for("closed", Duration::from_secs(5), || Ok(node.metric("istio_tcp_connections_closed_total", &[])? > 1.5)).expect("closed");
+    // Each byte once.
+    assert_eq!(bytes("source"), bytes("destination"));
+}
+
 /// A destination that looks into requests only to count them leaves alone what is none.
 #[test]
 fn what_is_no_http_on_a_port_declared_to_carry_it_is_let_through_where_no_policy_asks() {

@@ -152,6 +152,7 @@ pub(super) fn pool(node: &Node) -> Value {
 
 /// Connections that are open: how each goes, between whom, and what it has carried.
 pub(super) fn connections(node: &Node) -> Value {
+    node.direct.measure();
     let now = std::time::Instant::now();
     let offers = node.proxy.accelerated();
     let pairs = offers.map(crate::capture::Offers::states).unwrap_or_default();

@@ -13,6 +13,7 @@ impl Node {
     /// Refreshes the gauges that are read from elsewhere.
     pub fn refresh_metrics(&self) {
         let metrics = &self.proxy.metrics;
+        self.direct.measure();
         self.proxy.open.count();
         for (counter, value) in self.capture().counters() {
             metrics.capture_events.get_or_create(&EventLabels { event: counter.name() }).set(i64::try_from(value).unwrap_or(i64::MAX));

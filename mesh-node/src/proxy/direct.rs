@@ -260,6 +260,20 @@ impl Direct {
         all.into_iter().map(ask).collect()
     }
 
+    /// Takes down what the flows have carried until now: to be counted and listed before they end.
+    pub fn measure(&self) {
+        let cookies = self.lock().flows.keys().copied().collect::<Vec<_>>();
+        for cookie in cookies {
+            // One by one, so that nothing else has to wait for all of them.
+            let state = self.lock();
+            let Some(known) = state.flows.get(&cookie) else { continue };
+            let Some(ends) = &known.ends else { continue };
+            if let Ok((sent, received)) = state.kernel.traffic(&ends.source.netns, &known.flow) {
+                known.carried(sent, received);
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -293,10 +307,12 @@ impl State {
             }
             Phase::Clash => self.end_client(flow),
             Phase::Open => {
-                if let Some(known) = self.flows.get_mut(&flow.cookie) {
+                if let Some(known) = self.flows.get_mut(&flow.cookie).filter(|k| k.flow.is_same(flow)) {
                     known.open(flow);
                 } else if self.kernel.contains(flow) {
-                    // What is heard of one that has been gone through and counted since is old.
+                    // What is heard of one that has been gone through and counted since is old. Another flow of the socket that is
+                    // still here has ended without a word.
+                    drop(self.flows.remove(&flow.cookie));
                     let ends = self.pods.ends(flow);
                     self.flows.insert(flow.cookie, Known::new(proxy, snapshot, ends, flow));
                     self.check(proxy, snapshot, flow.cookie);
@@ -442,8 +458,15 @@ impl Known {
             inbound.fail(Failure::Application { to: flow.endpoint, source: problem() });
         }
         for outcome in [&outbound, &inbound] {
-            outcome.traffic.sent.store(flow.sent, Ordering::Relaxed);
-            outcome.traffic.received.store(flow.received, Ordering::Relaxed);
+            outcome.traffic.sent.fetch_max(flow.sent, Ordering::Relaxed);
+            outcome.traffic.received.fetch_max(flow.received, Ordering::Relaxed);
+        }
+    }
+
+    fn carried(&self, sent: u64, received: u64) {
+        for outcome in &self.outcomes {
+            outcome.traffic.sent.fetch_max(sent, Ordering::Relaxed);
+            outcome.traffic.received.fetch_max(received, Ordering::Relaxed);
         }
     }
 }

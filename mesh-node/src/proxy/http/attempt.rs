@@ -81,6 +81,8 @@ pub enum Attempt {
     Again,
     /// There was no response.
     Failed(Failed),
+    /// Here, before there was a response: the destination's pod is gone, or a policy denies the request now.
+    Cut,
     /// Not allowed: by the destination's policy on connections.
     Denied,
     TimeUp(TimeUp),
@@ -95,6 +97,8 @@ pub enum Answered {
     Whole,
     /// The upstream broke off.
     Truncated(Reset),
+    /// It was broken off here.
+    Cut,
     TimeUp(TimeUp),
     /// The client went away meanwhile.
     Abandoned,
@@ -269,6 +273,7 @@ async fn enter<B: RequestBody, R: Responder>(
 /// Takes down how a request that was let in ended.
 pub fn conclude(ended: &Attempt, record: &mut Record) {
     match ended {
+        Attempt::Answered(Answered::Cut) | Attempt::Cut => record.cut(),
         Attempt::Answered(Answered::Truncated(reset)) => failed(*reset, "upstream_reset_after_response_started", record),
         Attempt::Failed(failure) => failed(failure.reset, "upstream_reset_before_response_started", record),
         // Whose time is up is the client's side: for the destination it has gone.

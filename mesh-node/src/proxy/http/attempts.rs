@@ -131,6 +131,8 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                     return Outcome::Failed(Unanswered::TimeUp(up));
                 }
                 Attempt::Failed(failed) => Err(failed),
+                // For who asks it is an upstream that went away.
+                Attempt::Cut => Err(Failed::new(Reset::ConnectionTermination)),
             };
             if let Err(failed) = again {
                 if failed.reset == Reset::Overflow {
@@ -281,9 +283,10 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     fn answered(&mut self, answered: &Answered) -> End {
         match answered {
             Answered::Whole => return if self.upload.is_received() { End::Complete } else { End::Broken },
-            Answered::Truncated(reset) => {
-                self.record.raise(flag_of(*reset));
-                let words = reason(*reset).replace(' ', "_");
+            Answered::Truncated(_) | Answered::Cut => {
+                let reset = if let Answered::Truncated(reset) = answered { *reset } else { Reset::ConnectionTermination };
+                self.record.raise(flag_of(reset));
+                let words = reason(reset).replace(' ', "_");
                 self.record.details = format!("upstream_reset_after_response_started{{{words}}}").into();
             }
             Answered::TimeUp(TimeUp::Client) => self.record.details = Cow::Borrowed("max_duration_timeout"),

@@ -322,17 +322,18 @@ fn digit(n: u32) -> char {
 
 /// A number behind a text.
 pub(super) fn push_number(mut n: u64, text: &mut String) {
-    let mut digits = ['0'; 20];
+    let mut digits = [b'0'; 20];
     let mut at = digits.len();
     loop {
         at -= 1;
-        digits[at] = digit(u32::try_from(n % 10).unwrap_or(0));
+        digits[at] += u8::try_from(n % 10).unwrap_or(0);
         n /= 10;
         if n == 0 {
             break;
         }
     }
-    text.extend(&digits[at..]);
+    // Digits are text.
+    text.push_str(std::str::from_utf8(&digits[at..]).unwrap_or_default());
 }
 
 /// An address behind a text.

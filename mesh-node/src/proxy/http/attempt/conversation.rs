@@ -76,7 +76,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 }
                 Event::Head(Ok(head)) => break head,
                 Event::Head(Err(failed)) => return Attempt::Failed(failed),
-                Event::Cut => return Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
+                Event::Cut => return Attempt::Cut,
                 Event::TimeUp(up) => return Attempt::TimeUp(up),
                 Event::Uploaded(Ok(())) => {
                     uploaded = true;
@@ -172,7 +172,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 | Event::Closed(Closed::Gone(_))
                 | Event::Gone(_)
                 | Event::Uploaded(Err(Broken::Source(_))) => return Answered::Abandoned,
-                Event::Cut => return Answered::Truncated(Reset::ConnectionTermination),
+                Event::Cut => return Answered::Cut,
                 Event::TimeUp(up) => return Answered::TimeUp(up),
                 Event::Uploaded(Ok(())) => {
                     uploaded = true;
