@@ -249,7 +249,7 @@ fn bytes_of_a_connection_are_counted_as_it_goes_on() {
 
 #[test]
 fn bytes_of_a_connection_past_the_proxy_are_counted_as_it_goes_on_too() {
-    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--same-node", "direct"])).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
     bed.settle().expect("settled");
     let mut steady = bed.command(&client, &program("probe"), &["steady", &server.address(8080), "3"]).spawn().expect("started");
