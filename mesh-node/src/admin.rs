@@ -225,7 +225,11 @@ fn document(value: &Value) -> Response<Full<Bytes>> {
 
 /// The text of the metrics as last made, for as long as it took to make, and more.
 #[derive(Debug, Default)]
-pub struct Scrapes(Arc<Mutex<Texts>>);
+pub struct Scrapes {
+    making: Mutex<()>,
+    /// Locked for a moment only.
+    made: Arc<Mutex<Texts>>,
+}
 
 /// In Prometheus' older format, and in `OpenMetrics`.
 type Texts = [Option<Bytes>; 2];
@@ -239,16 +243,17 @@ impl Scrapes {
     /// One at a time, and anew when a while has passed that is in proportion to the work.
     fn get(&self, open: bool, make: impl FnOnce() -> Result<String, std::fmt::Error>) -> Result<Bytes, std::fmt::Error> {
         let which = usize::from(open);
-        let mut texts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(text) = &texts[which] {
-            return Ok(text.clone());
+        let _one_at_a_time = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.made.lock().unwrap_or_else(PoisonError::into_inner)[which].clone();
+        if let Some(text) = last {
+            return Ok(text);
         }
         let began = Instant::now();
         let text = Bytes::from(make()?);
         let took = began.elapsed();
         if took > CHEAP {
-            texts[which] = Some(text.clone());
-            let all = self.0.clone();
+            self.made.lock().unwrap_or_else(PoisonError::into_inner)[which] = Some(text.clone());
+            let all = self.made.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(took * PAUSE).await;
                 // It is that text still: there is no other as long as there is one.
@@ -274,5 +279,31 @@ fn metrics(node: &Node, headers: &HeaderMap) -> Response<Full<Bytes>> {
             response
         }
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_takes_long_is_made_seldom_and_what_does_not_each_time() {
+        let (scrapes, made) = (Scrapes::default(), std::cell::Cell::new(0));
+        let ask = |open, slow: bool| {
+            let text = scrapes.get(open, || {
+                made.set(made.get() + 1);
+                if slow {
+                    std::thread::sleep(CHEAP * 2);
+                }
+                Ok(made.get().to_string())
+            });
+            String::from_utf8(text.expect("made").to_vec()).expect("UTF-8")
+        };
+        assert_eq!([ask(false, false), ask(false, false)], ["1", "2"], "cheap");
+        assert_eq!([ask(false, true), ask(false, true), ask(true, true)], ["3", "3", "4"], "by format");
+        tokio::time::sleep(CHEAP * 200).await;
+        assert_eq!([ask(false, false), ask(true, false)], ["5", "6"], "forgotten");
+        let failed = scrapes.get(false, || Err(std::fmt::Error));
+        assert!(failed.is_err() && ask(false, false) == "7");
     }
 }

@@ -18,7 +18,10 @@ use crate::{
     id::ObjectName,
     io::relay::Traffic,
     route::Target,
-    telemetry::traffic::{Edge, Tags, TcpKey},
+    telemetry::{
+        PathLabels,
+        traffic::{Edge, Tags, TcpKey},
+    },
 };
 
 /// How a connection goes.
@@ -115,6 +118,8 @@ impl Listed {
             counted: Default::default(),
         });
         proxy.metrics.open_connections.inc();
+        let labels = PathLabels { direction: open.direction.name(), path: open.path.name() };
+        proxy.metrics.connections.get_or_create(&labels).inc();
         proxy.open.insert(open.clone());
         Self { proxy: proxy.clone(), open }
     }

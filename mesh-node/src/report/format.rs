@@ -145,11 +145,18 @@ impl Format {
 fn cut(line: &mut String) {
     if line.len() > LONGEST {
         line.truncate(line.floor_char_boundary(LONGEST));
-        // Not in the midst of what stands for one character.
-        if let Some(escape) = line.rfind('\\').filter(|at| line.len() - at < 4) {
-            line.truncate(escape);
-        }
+        line.truncate(without_part_of_an_escape(line));
     }
+}
+
+/// As much of a text as does not end in the midst of what stands for one character: two of them, or `\\x` and two digits.
+fn without_part_of_an_escape(text: &str) -> usize {
+    let Some(last) = text.rfind('\\') else { return text.len() };
+    let run = text[..=last].bytes().rev().take_while(|b| *b == b'\\').count();
+    let begun = &text[last + 1..];
+    // An even number of them are pairs.
+    let whole = run % 2 == 0 || begun.len() >= 3 || !begun.is_empty() && !begun.starts_with('x');
+    if whole { text.len() } else { last }
 }
 
 impl Piece {

@@ -89,8 +89,11 @@ impl Context {
             // It is of another trace, or of none.
             headers.remove(&TRACESTATE);
         }
-        if self.parent.is_none() || self.forms.debug {
-            headers.remove(if self.parent.is_none() { &B3_PARENT } else { &B3_SAMPLED });
+        // What is not written anew must not contradict what is.
+        let debug = self.forms.debug && sampled;
+        headers.remove(if debug { &B3_SAMPLED } else { &B3_FLAGS });
+        if self.parent.is_none() {
+            headers.remove(&B3_PARENT);
         }
         let mut put = |name: &HeaderName, text: String| {
             // Hexadecimal digits and dashes are fit for a header.
@@ -100,11 +103,7 @@ impl Context {
         };
         put(&TRACEPARENT, format!("00-{trace:032x}-{span:016x}-{:02x}", self.flags | u8::from(sampled)));
         let id = || if self.forms.short && trace >> 64 == 0 { format!("{trace:016x}") } else { format!("{trace:032x}") };
-        let decision = match (self.forms.debug, sampled) {
-            (true, true) => "d",
-            (false, true) => "1",
-            (_, false) => "0",
-        };
+        let decision = if debug { "d" } else { ["0", "1"][usize::from(sampled)] };
         let parent = self.parent.map(|p| format!("{:016x}", p.span));
         if self.forms.single {
             let parent = parent.as_ref().map(|p| format!("-{p}")).unwrap_or_default();
@@ -117,7 +116,7 @@ impl Context {
                 put(&B3_PARENT, parent);
             }
             // Debug says itself that it is sampled.
-            if !self.forms.debug {
+            if !debug {
                 put(&B3_SAMPLED, decision.to_owned());
             }
         }
@@ -128,9 +127,7 @@ impl Context {
 pub fn unsampled(headers: &mut HeaderMap) {
     let context = Context::of(headers);
     if let Some(parent) = context.parent {
-        headers.remove(&B3_FLAGS);
-        let plain = Context { forms: Forms { debug: false, ..context.forms }, parent: None, ..context };
-        plain.write(parent, false, headers);
+        Context { parent: None, ..context }.write(parent, false, headers);
     }
 }
 
@@ -323,6 +320,9 @@ mod tests {
         unsampled(&mut copy);
         let expected = [("traceparent", &*format!("00-{long}-00f067aa0ba902b7-00")), ("b3", &*format!("{long}-00f067aa0ba902b7-0"))];
         assert_eq!(copy, headers(&expected));
+        let mut multiple = headers(&[("x-b3-traceid", long), ("x-b3-spanid", "00f067aa0ba902b7"), ("x-b3-flags", "1")]);
+        unsampled(&mut multiple);
+        assert!(multiple.get("x-b3-flags").is_none() && multiple["x-b3-sampled"] == "0", "{multiple:?}");
         let mut none = HeaderMap::new();
         unsampled(&mut none);
         assert!(none.is_empty());

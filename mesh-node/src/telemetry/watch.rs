@@ -50,9 +50,14 @@ impl Watch {
     /// Whether a workload is: `namespace/name`.
     pub fn sees(&self, workload: &str) -> bool {
         let mut all = self.lock();
-        all.retain(|_, seen| seen.fetched.elapsed() < PATIENCE);
-        self.looked_at.store(all.len(), Ordering::Relaxed);
+        self.forget(&mut all, Instant::now());
         all.contains_key(workload)
+    }
+
+    /// Lets go of what nobody fetches any more.
+    fn forget(&self, all: &mut HashMap<String, Seen>, now: Instant) {
+        all.retain(|_, seen| now.saturating_duration_since(seen.fetched) < PATIENCE);
+        self.looked_at.store(all.len(), Ordering::Relaxed);
     }
 
     /// Takes down what a workload did.
@@ -68,14 +73,21 @@ impl Watch {
 
     /// What a workload did since a time it was asked before, or, without that, from now on. None when too many are looked at.
     pub fn fetch(&self, workload: &str, from: Option<u64>) -> Option<Events> {
+        self.fetch_at(workload, from, Instant::now())
+    }
+
+    fn fetch_at(&self, workload: &str, from: Option<u64>, now: Instant) -> Option<Events> {
         let mut all = self.lock();
+        // Who has paused, and comes again, goes on where it was.
+        if let Some(seen) = all.get_mut(workload) {
+            seen.fetched = now;
+        }
+        self.forget(&mut all, now);
         if !all.contains_key(workload) && all.len() >= MOST_WORKLOADS {
             return None;
         }
-        let now = Instant::now();
         let seen =
             all.entry(workload.to_owned()).or_insert_with(|| Seen { events: VecDeque::new(), first: from.unwrap_or(0), fetched: now });
-        seen.fetched = now;
         let next = seen.first + seen.events.len() as u64;
         let from = from.unwrap_or(next).min(next);
         let lost = seen.first.saturating_sub(from);
@@ -114,5 +126,9 @@ mod tests {
         assert_eq!(watch.fetch("a/b", Some(1 << 40)).map(|e| e.events.len()), Some(0));
         (1..MOST_WORKLOADS).for_each(|i| assert!(watch.fetch(&format!("x/{i}"), None).is_some()));
         assert!(watch.fetch("one/more", None).is_none() && watch.fetch("a/b", None).is_some());
+        // Those nobody has fetched for a while hold no place.
+        let later = Instant::now() + PATIENCE;
+        assert!(watch.fetch_at("one/more", None, later).is_some());
+        assert_eq!(watch.looked_at.load(Ordering::Relaxed), 1);
     }
 }

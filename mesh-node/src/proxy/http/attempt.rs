@@ -154,11 +154,7 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     };
     let mut exchange = Exchange { plan, sink, source, half_closed: false, upload, responder, deadlines: &mut deadlines, clean: false };
     let ended = exchange.run(&mut judge, cut).await;
-    if !exchange.clean
-        && let UpSink::H2(sink) = &mut exchange.sink
-    {
-        sink.reset(h2::Reason::CANCEL);
-    }
+    exchange.give_up();
     (ended, exchange.clean)
 }
 
@@ -195,13 +191,12 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         }
         judge(status, headers, repeatable)
     };
-    let judge = &mut judge;
     let denied = denied_later(pass.as_ref(), plan.head);
     let ended = match upstream {
         Upstream::H1(mut connection) => {
             let (sink, source, cut) = connection.halves();
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
-            let (ended, clean) = (exchange.run(judge, first(cut, denied)).await, exchange.clean);
+            let (ended, clean) = (exchange.run(&mut judge, first(cut, denied)).await, exchange.clean);
             if clean {
                 release(connection, wanted.cluster, wanted.endpoint);
             }
@@ -218,24 +213,25 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             };
             let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
-            let ended = exchange.run(judge, denied).await;
-            if !exchange.clean
-                && let UpSink::H2(sink) = &mut exchange.sink
-            {
-                sink.reset(h2::Reason::CANCEL);
-            }
+            let ended = exchange.run(&mut judge, denied).await;
+            exchange.give_up();
             drop(guard);
             ended
         }
     };
-    if let Some(record) = &mut inbound {
-        conclude(&ended, record);
-        match ended {
-            Attempt::Again => record.repeated(upload.passed()),
-            _ => record.moved(upload.passed(), responder.meter()),
-        }
+    if let Some(record) = inbound {
+        tell(record, &ended, upload.passed(), responder.meter());
     }
     ended
+}
+
+/// Takes down how an attempt ended for the destination on this node.
+fn tell(mut record: Record, ended: &Attempt, up: &Meter, down: &Meter) {
+    conclude(ended, &mut record);
+    match ended {
+        Attempt::Again => record.repeated(up),
+        _ => record.moved(up, down),
+    }
 }
 
 /// A connection that a request may be sent on.

@@ -5,6 +5,7 @@
 
 use std::{borrow::Cow, io, sync::Arc};
 
+use ::h2::{SendStream, client::ResponseFuture};
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
 use tokio::sync::watch;
@@ -217,10 +218,11 @@ struct Streams {
 }
 
 impl Streams {
-    /// A place for a stream; the client is told to open no more when there are none.
-    async fn ready(self) -> Result<::h2::client::SendRequest<Bytes>, ::h2::Reason> {
+    /// Opens a stream when there is a place for it; the client is told to open no more when there is none any more.
+    async fn open(self, request: http::Request<()>, empty: bool) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
         let Self { send, over } = self;
-        send.ready().await.map_err(|_| {
+        let opened = async { send.ready().await?.send_request(request, empty) };
+        opened.await.map_err(|_| {
             over.send_replace(true);
             ::h2::Reason::REFUSED_STREAM
         })
@@ -357,22 +359,16 @@ async fn h2_request(
         record.details = Cow::Borrowed("invalid_host");
         return Err(::h2::Reason::PROTOCOL_ERROR);
     };
-    let over = streams.over.clone();
-    let mut opener = tokio::select! {
+    let empty = body.is_end();
+    let opened = tokio::select! {
         biased;
-        ready = streams.ready() => ready,
+        opened = streams.open(request, empty) => opened,
         () = gate.denied_later(sent, claims) => Err(::h2::Reason::REFUSED_STREAM),
         _ = responder.gone() => Err(::h2::Reason::CANCEL),
-    }
-    .inspect_err(|reason| match *reason {
+    };
+    let (response, stream) = opened.inspect_err(|reason| match *reason {
         ::h2::Reason::CANCEL => record.abandoned(),
         _ => record.raise(Flag::UpstreamConnectionTermination),
-    })?;
-    let empty = body.is_end();
-    let (response, stream) = opener.send_request(request, empty).map_err(|_| {
-        over.send_replace(true);
-        record.raise(Flag::UpstreamConnectionTermination);
-        ::h2::Reason::REFUSED_STREAM
     })?;
     let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
     let plan = Plan::once(sent, None);

@@ -8,10 +8,11 @@ use tokio::{sync::mpsc, time::timeout};
 
 use super::{
     Downstream,
-    body::{BodyError, FrameSink, FrameSource, RequestBody},
+    body::{BodyError, FrameSource, RequestBody},
     call::Call,
     framing::Frame,
     upload::{Copied, MIRROR_BEHIND, Upload},
+    whole::Collected,
     wire::Framing,
 };
 use crate::{
@@ -113,31 +114,6 @@ impl Mirror {
         let http2 = cluster.protocol.is_http2() || cluster.protocol == crate::detect::Protocol::Detect && http2;
         let call = Call { proxy: &proxy, pod: &pod, client, cluster: &cluster, http2, at_once: AT_ONCE };
         let framing = body.framing;
-        call.run(&head, &mut body, framing, &mut Nowhere { ended: false }).await.map(|a| a.status)
-    }
-}
-
-/// Takes everything and keeps nothing.
-struct Nowhere {
-    ended: bool,
-}
-
-impl FrameSink for Nowhere {
-    fn push(&mut self, _frame: Frame) {}
-
-    fn end(&mut self) {
-        self.ended = true;
-    }
-
-    fn has_ended(&self) -> bool {
-        self.ended
-    }
-
-    fn is_flushed(&self) -> bool {
-        true
-    }
-
-    async fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
+        call.run(&head, &mut body, framing, &mut Collected::up_to(0)).await.map(|a| a.status)
     }
 }

@@ -1,9 +1,9 @@
 //! Connections to endpoints: pooled for each source pod, cluster and endpoint, and one message exchange at a time on them.
 
+mod ways;
+
 use std::{
-    borrow::Cow,
-    future::{Future, poll_fn},
-    io,
+    future::Future,
     net::SocketAddr,
     pin::{Pin, pin},
     sync::{
@@ -14,23 +14,19 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{Reason, client::ResponseFuture, client::SendRequest};
-use http::{HeaderValue, Method, StatusCode};
+use h2::client::SendRequest;
 use tokio::{
     sync::{Notify, futures::Notified},
     task::JoinHandle,
     time::timeout,
 };
 
+pub use self::ways::{Failed, UpSink, UpSource, is_interim};
 use super::{
-    body::{BodyError, FrameSink, FrameSource},
     clusters::{ClusterState, ConnectionSlot, EndpointState, Limited},
-    framing::Frame,
     gate::Gate,
-    h1::{H1Sink, NoHead, Reader, Unread},
-    h2::{H2Sink, H2Source},
+    h1::{H1Sink, Reader, Unread},
     transport::{Counted, Transport},
-    wire::{self, Framing, WireResponse},
 };
 use crate::{
     id::WorkloadUid,
@@ -40,7 +36,7 @@ use crate::{
         outbound::{self, Dial},
         outcome::Outcome,
     },
-    route::{Cluster, request::RequestHead, retry::Reset},
+    route::Cluster,
 };
 
 /// Why there is no connection to send a request on.
@@ -455,170 +451,4 @@ pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, endpoint: &En
         endpoint.idle.push(connection);
         endpoint.freed.notify_one();
     }
-}
-
-/// Where a request goes.
-pub enum UpSink<'a> {
-    H1(H1Sink<'a>),
-    H2(H2Sink),
-}
-
-/// Where its response comes from.
-pub enum UpSource<'a> {
-    H1(Reader<'a>),
-    H2 { response: Pin<Box<ResponseFuture>>, body: Option<H2Source> },
-}
-
-/// Why an exchange on a connection failed before there was a response: what it counts as, and more for the details.
-#[derive(Debug)]
-pub struct Failed {
-    pub reset: Reset,
-    pub detail: Cow<'static, str>,
-}
-
-impl Failed {
-    pub fn new(reset: Reset) -> Self {
-        Self { reset, detail: Cow::Borrowed("") }
-    }
-
-    fn of_h2(error: &io::Error) -> Self {
-        Self::new(match super::h2::reason(error) {
-            _ if super::h2::is_connection(error) => Reset::ConnectionTermination,
-            Some(Reason::REFUSED_STREAM) => Reset::RefusedStream,
-            _ if super::h2::is_remote(error) => Reset::RemoteReset,
-            _ => Reset::ProtocolError,
-        })
-    }
-}
-
-impl UpSink<'_> {
-    /// Puts an HTTP/1 request's head on its way.
-    pub fn begin(&mut self, head: &RequestHead, framing: Framing, upgrade: Option<&HeaderValue>) {
-        if let Self::H1(sink) = self {
-            let mut bytes = Vec::with_capacity(512);
-            wire::write_request(head, framing, upgrade, &mut bytes);
-            sink.begin(bytes, framing);
-        }
-    }
-
-    /// Passes on that the client will send no more. False when that cannot be said.
-    pub async fn half_close(&mut self) -> bool {
-        match self {
-            Self::H1(sink) => sink.shutdown().await.is_ok(),
-            Self::H2(_) => false,
-        }
-    }
-
-    pub fn become_raw(&mut self) {
-        if let Self::H1(sink) = self {
-            sink.become_raw();
-        }
-    }
-}
-
-impl FrameSink for UpSink<'_> {
-    fn push(&mut self, frame: Frame) {
-        match self {
-            Self::H1(sink) => sink.push(frame),
-            Self::H2(sink) => sink.push(frame),
-        }
-    }
-
-    fn end(&mut self) {
-        match self {
-            Self::H1(sink) => sink.end(),
-            Self::H2(sink) => sink.end(),
-        }
-    }
-
-    fn has_ended(&self) -> bool {
-        match self {
-            Self::H1(sink) => sink.has_ended(),
-            Self::H2(sink) => sink.has_ended(),
-        }
-    }
-
-    fn is_flushed(&self) -> bool {
-        match self {
-            Self::H1(sink) => sink.is_flushed(),
-            Self::H2(sink) => sink.is_flushed(),
-        }
-    }
-
-    async fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::H1(sink) => sink.flush().await,
-            Self::H2(sink) => sink.flush().await,
-        }
-    }
-}
-
-impl UpSource<'_> {
-    /// The next head of a response, informational ones among them. Nothing is lost when this is dropped.
-    pub async fn head(&mut self, method: &Method) -> Result<WireResponse, Failed> {
-        match self {
-            Self::H1(reader) => reader.response(method).await.map_err(|no_head| {
-                Failed::new(match no_head {
-                    NoHead::Ended { .. } | NoHead::Broken(_) => Reset::ConnectionTermination,
-                    NoHead::Malformed(_) => Reset::ProtocolError,
-                })
-            }),
-            Self::H2 { response, body } => {
-                let answered = poll_fn(|cx| response.as_mut().poll(cx)).await.map_err(|e| Failed::of_h2(&super::h2::into_io(e)))?;
-                let (mut parts, stream) = answered.into_parts();
-                wire::strip_hop_by_hop(&mut parts.headers);
-                let source = H2Source::new(stream, &parts.headers);
-                let mut framing = source.framing();
-                if method == Method::HEAD || matches!(parts.status.as_u16(), 204 | 304) {
-                    framing = Framing::Empty;
-                }
-                *body = Some(source);
-                Ok(WireResponse { status: parts.status, headers: parts.headers, framing, keep_alive: true })
-            }
-        }
-    }
-
-    pub fn become_raw(&mut self) {
-        if let Self::H1(reader) = self {
-            reader.begin_body(Framing::UntilClose);
-        }
-    }
-
-    /// What a body that broke off is called in the details of the response.
-    pub fn broken_off(&self, error: &BodyError) -> Reset {
-        match (self, error) {
-            (Self::H1(_), _) | (_, BodyError::Malformed(_) | BodyError::Truncated) => Reset::ProtocolError,
-            (Self::H2 { .. }, BodyError::Cut(error)) => Failed::of_h2(error).reset,
-        }
-    }
-}
-
-impl FrameSource for UpSource<'_> {
-    async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
-        match self {
-            Self::H1(reader) => reader.frame().await,
-            Self::H2 { body: Some(body), .. } => body.frame().await,
-            Self::H2 { body: None, .. } => Ok(None),
-        }
-    }
-
-    fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
-        match self {
-            Self::H1(reader) => reader.buffered(),
-            Self::H2 { body: Some(body), .. } => body.buffered(),
-            Self::H2 { body: None, .. } => Ok(None),
-        }
-    }
-
-    fn is_end(&self) -> bool {
-        match self {
-            Self::H1(reader) => reader.is_end(),
-            Self::H2 { body, .. } => body.as_ref().is_none_or(FrameSource::is_end),
-        }
-    }
-}
-
-/// Whether a status is of a head before the final one.
-pub fn is_interim(status: StatusCode) -> bool {
-    status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS
 }

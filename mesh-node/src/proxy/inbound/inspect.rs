@@ -272,24 +272,8 @@ async fn look(
     loop {
         // Servers skip empty lines before a request.
         let begun = &read[http::wire::leading_empty_lines(&read)..];
-        match detect(begun) {
-            Detected::Http2 => return (Spoken::Http2, read.freeze()),
-            Detected::Tls(name) if !declared.is_http() => return (Spoken::Opaque(Sni::Read(name.map(Arc::from))), read.freeze()),
-            // What is declared to be HTTP, or may be it to a lenient application, is refused as such if it is malformed.
-            Detected::Http1 => return (Spoken::Http1, read.freeze()),
-            Detected::Tls(_) => return (Spoken::Unlike, read.freeze()),
-            Detected::Opaque if declared.is_http() => return (Spoken::Unlike, read.freeze()),
-            // A server may make more of a client hello than is read here.
-            Detected::Opaque if begun.first() == Some(&TLS_HANDSHAKE) => return (Spoken::Opaque(Sni::Unread), read.freeze()),
-            Detected::Opaque if declared == Protocol::Tls => return (Spoken::Opaque(Sni::Read(None)), read.freeze()),
-            Detected::Opaque => match resembles_http(begun) {
-                Some(false) => return (Spoken::Opaque(Sni::Read(None)), read.freeze()),
-                Some(true) => return (Spoken::Http1, read.freeze()),
-                None if read.len() >= MOST => return (Spoken::Http1, read.freeze()),
-                None => {}
-            },
-            Detected::More if read.len() >= MOST => return (Spoken::Http1, read.freeze()),
-            Detected::More => {}
+        if let Some(spoken) = spoken(begun, declared, read.len() >= MOST) {
+            return (spoken, read.freeze());
         }
         let hello = begun.first() == Some(&TLS_HANDSHAKE);
         let speaks_first = async {
@@ -331,6 +315,29 @@ async fn look(
             },
         }
     }
+}
+
+/// What has begun so; none when more has to be read. `full`: no more is.
+fn spoken(begun: &[u8], declared: Protocol, full: bool) -> Option<Spoken> {
+    Some(match detect(begun) {
+        Detected::Http2 => Spoken::Http2,
+        Detected::Tls(name) if !declared.is_http() => Spoken::Opaque(Sni::Read(name.map(Arc::from))),
+        // What is declared to be HTTP, or may be it to a lenient application, is refused as such if it is malformed.
+        Detected::Http1 => Spoken::Http1,
+        Detected::Tls(_) => Spoken::Unlike,
+        Detected::Opaque if declared.is_http() => Spoken::Unlike,
+        // A server may make more of a client hello than is read here.
+        Detected::Opaque if begun.first() == Some(&TLS_HANDSHAKE) => Spoken::Opaque(Sni::Unread),
+        Detected::Opaque if declared == Protocol::Tls => Spoken::Opaque(Sni::Read(None)),
+        Detected::Opaque => match resembles_http(begun) {
+            Some(false) => Spoken::Opaque(Sni::Read(None)),
+            Some(true) => Spoken::Http1,
+            None if full => Spoken::Http1,
+            None => return None,
+        },
+        Detected::More if full => Spoken::Http1,
+        Detected::More => return None,
+    })
 }
 
 /// How long a server's first bytes may take to be told from the beginning of HTTP/2.

@@ -163,3 +163,21 @@ fn numbers_and_addresses_are_written_as_the_library_does() {
         assert_eq!(text, address.to_string());
     }
 }
+
+#[test]
+fn a_cut_leaves_escapes_whole() {
+    for (text, whole) in [
+        ("ab", "ab"),
+        ("a\\", "a"),
+        ("a\\\\", "a\\\\"),
+        ("a\\\\\\", "a\\\\"),
+        ("a\\n", "a\\n"),
+        ("a\\x", "a"),
+        ("a\\x9", "a"),
+        ("a\\x9b", "a\\x9b"),
+        ("a\\x9bc", "a\\x9bc"),
+        ("\\\\x", "\\\\x"),
+    ] {
+        assert_eq!(&text[..without_part_of_an_escape(text)], whole, "{text}");
+    }
+}

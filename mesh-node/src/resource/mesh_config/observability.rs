@@ -56,7 +56,7 @@ impl Default for Observability {
 const STDOUT: &str = "/dev/stdout";
 /// A longer `maxTagLength` is as good as this.
 const MOST_TAG_LENGTH: usize = 4096;
-/// Longest value an exporter's answer may take, unless the provider says otherwise.
+/// How long a collector's answer may take, unless the provider says otherwise.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Deserialize, Default)]
@@ -297,5 +297,5 @@ fn exporter_http(http: OtlpHttp, at: &str) -> Result<ExporterHttp, FieldError> {
         Ok((header_name(&h.name, &format!("{at}.headers"))?, header_value(&h.value, &format!("{at}.headers"))?))
     };
     let headers = http.headers.unwrap_or_default().into_iter().map(header).collect::<Result<_, _>>()?;
-    Ok(ExporterHttp { path: path.into(), headers, timeout: http.timeout.map_or(EXPORT_TIMEOUT, |t| t.0) })
+    Ok(ExporterHttp { path: path.into(), headers, timeout: http.timeout.map(|t| t.0).filter(|t| !t.is_zero()).unwrap_or(EXPORT_TIMEOUT) })
 }

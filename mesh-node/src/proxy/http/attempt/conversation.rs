@@ -108,6 +108,15 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         Attempt::Answered(answered)
     }
 
+    /// Ends what is not whole: a stream of HTTP/2 by itself, HTTP/1 with its connection.
+    pub(super) fn give_up(&mut self) {
+        if !self.clean
+            && let UpSink::H2(sink) = &mut self.sink
+        {
+            sink.reset(h2::Reason::CANCEL);
+        }
+    }
+
     fn framing(&self) -> Framing {
         if self.upload.is_end() { Framing::Empty } else { self.upload.framing() }
     }

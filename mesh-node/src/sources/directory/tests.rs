@@ -1,0 +1,160 @@
+use std::io::Write;
+
+use super::*;
+use crate::{
+    config::{Configuration, MeshSettings, Publisher},
+    id::TrustDomain,
+};
+
+fn namespace(name: &str) -> String {
+    format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: None}}\n")
+}
+
+struct Running {
+    dir: tempfile::TempDir,
+    state: tempfile::TempDir,
+    config: Configuration,
+}
+
+fn start() -> Running {
+    start_in(tempfile::tempdir().expect("tempdir"), tempfile::tempdir().expect("tempdir"))
+}
+
+/// Starts on a directory as a process that finds it.
+fn start_in(dir: tempfile::TempDir, state: tempfile::TempDir) -> Running {
+    let mesh = Arc::new(MeshSettings::new("n", TrustDomain::parse("cluster.local").expect("valid")));
+    let (sender, receiver) = mpsc::channel(4);
+    let (publisher, config) = Publisher::new(mesh, receiver);
+    tokio::spawn(publisher.run());
+    tokio::spawn(Directory::open(dir.path(), LastGood::open(state.path()).expect("state"), "default").expect("open").run(sender));
+    Running { dir, state, config }
+}
+
+impl Running {
+    fn services(&self) -> Vec<String> {
+        self.config.load().services().iter().map(|s| s.name.name.to_string()).collect()
+    }
+
+    fn errors(&self) -> String {
+        self.config.statuses().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+    }
+
+    async fn wait_for(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        for _ in 0..500 {
+            if condition(self) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{what}: {:?} {}", self.services(), self.errors());
+    }
+}
+
+#[tokio::test]
+async fn files_come_change_and_go() {
+    let running = start();
+    running.wait_for("empty start", |r| r.config.is_ready()).await;
+    let file = running.dir.path().join("a.yaml");
+    fs::write(&file, namespace("one")).expect("write");
+    running.wait_for("created", |r| r.services() == ["one"]).await;
+    fs::write(&file, format!("{}---\n{}", namespace("one"), namespace("two"))).expect("write");
+    running.wait_for("changed", |r| r.services() == ["one", "two"]).await;
+    fs::create_dir(running.dir.path().join("sub")).expect("mkdir");
+    fs::write(running.dir.path().join("sub/b.json"), r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"three"}}"#).expect("write");
+    running.wait_for("below", |r| r.services() == ["one", "three", "two"]).await;
+    fs::remove_file(&file).expect("remove");
+    running.wait_for("removed", |r| r.services() == ["three"]).await;
+    fs::write(running.dir.path().join(".hidden.yaml"), namespace("no")).expect("write");
+    fs::write(running.dir.path().join("notes.txt"), namespace("no")).expect("write");
+    fs::write(&file, namespace("four")).expect("write");
+    running.wait_for("only manifests", |r| r.services() == ["four", "three"]).await;
+}
+
+#[tokio::test]
+async fn a_file_being_written_takes_effect_when_it_is_closed() {
+    let running = start();
+    running.wait_for("empty start", |r| r.config.is_ready()).await;
+    let mut file = File::create(running.dir.path().join("a.yaml")).expect("create");
+    file.write_all(namespace("half").as_bytes()).expect("write");
+    file.sync_all().expect("sync");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(running.services(), Vec::<String>::new());
+    file.write_all(format!("---\n{}", namespace("whole")).as_bytes()).expect("write");
+    drop(file);
+    running.wait_for("closed", |r| r.services() == ["half", "whole"]).await;
+}
+
+#[tokio::test]
+async fn a_restart_while_files_are_broken_goes_on_with_what_they_said() {
+    let running = start();
+    let (broken, half, kept) = (running.dir.path().join("a.yaml"), running.dir.path().join("b.yaml"), running.dir.path().join("c.yaml"));
+    fs::write(&broken, namespace("one")).expect("write");
+    fs::write(&half, namespace("two")).expect("write");
+    fs::write(&kept, namespace("three")).expect("write");
+    fs::write(running.dir.path().join("d.yaml"), namespace("four")).expect("write");
+    running.wait_for("all good", |r| r.services() == ["four", "one", "three", "two"]).await;
+    let Running { dir, state, .. } = running;
+    fs::write(&broken, "kind: [").expect("write");
+    fs::write(&kept, format!("{}---\napiVersion: v1\nkind: Service\nmetadata: {{name: bad}}\nspec: {{ports: none}}\n", namespace("five")))
+        .expect("write");
+    fs::remove_file(dir.path().join("d.yaml")).expect("remove");
+    let mut writer = File::create(&half).expect("create");
+    writer.write_all(b"half").expect("write");
+    let again = start_in(dir, state);
+    again.wait_for("as before, but for what is gone or new", |r| r.services() == ["five", "one", "two"]).await;
+    // What was in force in part is what stays, not what was good before it.
+    fs::write(&kept, "kind: {").expect("write");
+    again.wait_for("named", |r| r.errors().contains("c.yaml: error: is not YAML")).await;
+    let Running { dir, state, .. } = again;
+    let again = start_in(dir, state);
+    again.wait_for("the last that was in force", |r| r.services() == ["five", "one", "two"]).await;
+    fs::write(&kept, format!("{}---\napiVersion: v1\nkind: Service\nmetadata: {{name: bad}}\nspec: {{ports: none}}\n", namespace("five")))
+        .expect("write");
+    again.wait_for("readable again", |r| r.errors().contains("Service default/bad")).await;
+    assert!(again.errors().contains("a.yaml") && again.errors().contains("Service default/bad"), "{}", again.errors());
+    writer.set_len(0).expect("truncate");
+    fs::write(&half, namespace("six")).expect("write");
+    drop(writer);
+    again.wait_for("written at last", |r| r.services() == ["five", "one", "six"]).await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_stays_and_hides_nothing_else() {
+    let running = start();
+    let (dir, looped) = (running.dir.path().to_owned(), running.dir.path().join("loop.yaml"));
+    fs::create_dir(dir.join("sub")).expect("mkdir");
+    fs::write(dir.join("sub/a.yaml"), namespace("one")).expect("write");
+    fs::write(&looped, namespace("two")).expect("write");
+    running.wait_for("read", |r| r.services() == ["one", "two"]).await;
+    // A link to itself: there is something, and nobody can tell what.
+    fs::remove_file(&looped).expect("remove");
+    std::os::unix::fs::symlink(&looped, &looped).expect("link");
+    fs::write(dir.join("b.yaml"), namespace("three")).expect("write");
+    running.wait_for("the rest goes on", |r| r.services().contains(&"three".to_owned()) && r.errors().contains("loop.yaml")).await;
+    assert_eq!(running.services(), ["one", "three", "two"]);
+    let Running { dir, state, .. } = running;
+    let again = start_in(dir, state);
+    again.wait_for("also over a restart", |r| r.services() == ["one", "three", "two"]).await;
+    fs::remove_file(&looped).expect("remove");
+    again.wait_for("gone for certain", |r| r.services() == ["one", "three"]).await;
+}
+
+#[tokio::test]
+async fn garbage_keeps_the_last_good_content_and_says_so() {
+    let running = start();
+    let file = running.dir.path().join("a.yaml");
+    fs::write(&file, namespace("good")).expect("write");
+    running.wait_for("good", |r| r.services() == ["good"]).await;
+    for garbage in [&b"a: [\nb: }"[..], b"\xff\xfe\x00garbage", b"\x00\x00\x00"] {
+        fs::write(&file, garbage).expect("write");
+        running.wait_for("garbage named", |r| r.errors().contains("a.yaml: error")).await;
+        assert_eq!(running.services(), ["good"]);
+        fs::write(&file, namespace("good")).expect("write");
+        running.wait_for("good again", |r| r.errors().is_empty()).await;
+    }
+    let huge = File::create(running.dir.path().join("huge.yaml")).expect("create");
+    huge.set_len(MAX_FILE + 1).expect("sparse");
+    drop(huge);
+    running.wait_for("huge named", |r| r.errors().contains("the limit is")).await;
+    assert_eq!(running.services(), ["good"]);
+}
