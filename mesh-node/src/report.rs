@@ -5,6 +5,8 @@ pub mod attributes;
 pub mod entry;
 pub mod expression;
 pub mod format;
+pub mod kept;
+pub mod plain;
 pub mod span;
 pub mod trace;
 
@@ -12,7 +14,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue};
 
-use self::{entry::Entry, expression::Expression, format::Format};
+use self::{entry::Entry, expression::Expression, format::Format, kept::Asks};
 use crate::telemetry::traffic::{TagPlan, Tags};
 
 /// Longest value of a metric's tag that is made of a request or connection, bytes; the rest is cut off.
@@ -35,14 +37,17 @@ pub struct Told {
     pub values: Vec<Arc<Expression>>,
     pub logs: Vec<LogTo>,
     pub traces: Option<Traces>,
+    /// Headers that logs and tags will ask about.
+    pub asks: Asks,
 }
 
 impl Told {
-    /// Whether headers of responses have to be kept for it.
-    pub fn wants_response_headers(&self) -> bool {
-        let filters = self.logs.iter().filter_map(|l| l.filter.as_deref());
-        filters.chain(self.values.iter().map(|v| &**v)).any(Expression::asks_response_headers)
-            || self.logs.iter().any(|l| l.log.format.asks_response_headers())
+    pub fn new(tags: TagPlan, values: Vec<Arc<Expression>>, logs: Vec<LogTo>, traces: Option<Traces>) -> Self {
+        let mut asks = Asks::default();
+        let filters = logs.iter().filter_map(|l| l.filter.as_deref());
+        filters.chain(values.iter().map(|v| &**v)).for_each(|expression| expression.asks(&mut asks));
+        logs.iter().for_each(|l| l.log.format.asks(&mut asks));
+        Self { tags: Arc::new(tags), values, logs, traces, asks }
     }
 
     /// Values of the dynamic tags, each at most [`LONGEST_TAG`] bytes.

@@ -13,7 +13,7 @@ use crate::{
     config::Snapshot,
     identity::CertificateState,
     proxy::{open::Open, outcome::Direction},
-    report::format::rfc3339,
+    report::plain::rfc3339,
     route::{Service, Workload},
 };
 

@@ -1,7 +1,11 @@
 //! What is told of requests and connections: from workloads, identities and services to the labels of Istio's metrics, and from
 //! what happened to lines of access logs.
 
-use std::{cell::RefCell, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use arc_swap::ArcSwapOption;
 use serde_json::json;
@@ -9,7 +13,11 @@ use serde_json::json;
 use crate::{
     config::Snapshot,
     id::{ObjectName, SpiffeId},
-    report::{LogTo, entry::Entry, format::rfc3339},
+    report::{
+        LogTo,
+        entry::{Entry, X_REQUEST_ID},
+        plain::rfc3339,
+    },
     route::Workload,
     telemetry::{
         AccessLogs, Metrics,
@@ -120,7 +128,7 @@ pub fn log(access: &AccessLogs, logs: &[LogTo], entry: &Entry<'_>) {
 pub fn event(entry: &Entry<'_>, reporter: Reporter, edge: Option<&EdgeKey>) -> String {
     let name = |end: &Peer| format!("{}/{}", end.namespace, end.workload);
     let asked = entry.request.as_ref();
-    let header = |name: &str| asked.and_then(|a| a.headers.get(name)).and_then(|v| v.to_str().ok());
+    let id = asked.and_then(|a| a.headers.get(&X_REQUEST_ID)).and_then(|v| v.to_str().ok());
     json!({
         "kind": if asked.is_some() { "request" } else { "connection" }, "reporter": reporter.name(),
         "start": rfc3339(entry.start), "duration": u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX),
@@ -132,7 +140,7 @@ pub fn event(entry: &Entry<'_>, reporter: Reporter, edge: Option<&EdgeKey>) -> S
         "flags": &*entry.flags, "details": entry.details.filter(|d| !d.is_empty()), "error": entry.termination_details,
         "route": entry.route, "cluster": entry.upstream_cluster.map(|c| c.to_string()),
         "bytesReceived": entry.bytes_received, "bytesSent": entry.bytes_sent,
-        "requestId": header("x-request-id"), "traceId": entry.trace.map(|trace| format!("{trace:032x}")),
+        "requestId": id, "traceId": entry.trace.map(|trace| format!("{trace:032x}")),
     })
     .to_string()
 }
@@ -160,4 +168,38 @@ pub fn is_current(edge: &EdgeKey, snapshot: &Snapshot, cluster: &Arc<str>) -> bo
 /// What an end of an edge is called now, if it proved then who it is.
 fn as_now(end: &Peer, pod: &Workload, cluster: &Arc<str>) -> Peer {
     peer(Some(pod), (&*end.principal != UNKNOWN).then_some(&pod.identity), cluster)
+}
+
+/// When something happened that the monotonic clock was read at. Steps of the system's clock are followed within a second.
+pub fn wall(at: Instant) -> SystemTime {
+    const AGREE: Duration = Duration::from_secs(1);
+    thread_local! {
+        static CLOCKS: Cell<Option<(Instant, SystemTime)>> = const { Cell::new(None) };
+    }
+    let clocks = CLOCKS.get().filter(|(then, _)| at.saturating_duration_since(*then) < AGREE);
+    let (then, wall) = clocks.unwrap_or_else(|| {
+        let now = (Instant::now(), SystemTime::now());
+        CLOCKS.set(Some(now));
+        now
+    });
+    let later = wall.checked_add(at.saturating_duration_since(then));
+    later.and_then(|w| w.checked_sub(then.saturating_duration_since(at))).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_clock_is_told_by_the_other() {
+        let near = |a: SystemTime, b: SystemTime| {
+            a.duration_since(b).or_else(|e| Ok::<_, ()>(e.duration())).is_ok_and(|d| d < Duration::from_millis(200))
+        };
+        for ago in [Duration::ZERO, Duration::from_millis(300), Duration::from_hours(1)] {
+            let (now, system) = (Instant::now(), SystemTime::now());
+            assert!(now.checked_sub(ago).is_none_or(|at| near(wall(at), system - ago)));
+        }
+        let later = Instant::now() + Duration::from_millis(700);
+        assert!(near(wall(later), SystemTime::now() + Duration::from_millis(700)));
+    }
 }

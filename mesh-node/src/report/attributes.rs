@@ -84,6 +84,16 @@ impl Attribute {
         ALL.iter().find(|(r, m, _)| *r == root && *m == member).map(|(.., attribute)| *attribute)
     }
 
+    /// The request header it is, for those that are one.
+    pub(super) const fn request_header(self) -> Option<&'static str> {
+        match self {
+            Self::RequestReferer => Some("referer"),
+            Self::RequestUseragent => Some("user-agent"),
+            Self::RequestId => Some("x-request-id"),
+            _ => None,
+        }
+    }
+
     /// The names there are.
     pub(super) fn known() -> String {
         let names = ALL.iter().map(|(root, member, _)| format!("{root}.{member}"));

@@ -7,11 +7,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName};
+use http::HeaderName;
 
 use super::{
     attributes::{Attribute, Attributes, HeadersOf},
     expression::Value,
+    kept::Kept,
+    plain::push_number,
 };
 use crate::id::{ObjectName, SpiffeId};
 
@@ -42,7 +44,7 @@ pub struct Entry<'a> {
     pub downstream_remote: Option<SocketAddr>,
     pub sni: Option<&'a str>,
     pub route: Option<&'a str>,
-    pub response_headers: Option<&'a HeaderMap>,
+    pub response_headers: Option<&'a Kept>,
     pub mutual_tls: bool,
     /// The trace it belongs to.
     pub trace: Option<u128>,
@@ -59,7 +61,7 @@ pub struct Asked<'a> {
     pub path: &'a str,
     pub authority: &'a str,
     pub scheme: &'static str,
-    pub headers: &'a HeaderMap,
+    pub headers: &'a Kept,
 }
 
 /// What Envoy would call the cluster that was asked.
@@ -75,17 +77,41 @@ pub enum ClusterName<'a> {
     Named(&'static str),
 }
 
-impl fmt::Display for ClusterName<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl ClusterName<'_> {
+    /// Behind a text; names by `push`.
+    pub(super) fn push(&self, line: &mut String, push: fn(&str, &mut String)) {
         match self {
             Self::Outbound { service, port, subset } => {
-                write!(f, "outbound|{port}|{subset}|{}.{}.svc.cluster.local", service.name, service.namespace)
+                line.push_str("outbound|");
+                push_number((*port).into(), line);
+                line.push('|');
+                push(subset, line);
+                line.push('|');
+                push(&service.name, line);
+                line.push('.');
+                push(&service.namespace, line);
+                line.push_str(".svc.cluster.local");
             }
-            Self::Inbound(port) => write!(f, "inbound|{port}||"),
-            Self::Named(name) => f.write_str(name),
+            Self::Inbound(port) => {
+                line.push_str("inbound|");
+                push_number((*port).into(), line);
+                line.push_str("||");
+            }
+            Self::Named(name) => line.push_str(name),
         }
     }
 }
+
+impl fmt::Display for ClusterName<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = String::new();
+        self.push(&mut text, |part, text| text.push_str(part));
+        f.write_str(&text)
+    }
+}
+
+/// The header that names a request.
+pub static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// A header, found once by its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,9 +174,7 @@ impl Attributes for Entry<'_> {
             Attribute::RequestHost => text(":authority"),
             Attribute::RequestScheme => text(":scheme"),
             Attribute::RequestMethod => text(":method"),
-            Attribute::RequestReferer => text("referer"),
-            Attribute::RequestUseragent => text("user-agent"),
-            Attribute::RequestId => text("x-request-id"),
+            Attribute::RequestReferer | Attribute::RequestUseragent | Attribute::RequestId => text(attribute.request_header()?),
             Attribute::RequestProtocol => plain(self.protocol),
             Attribute::RequestSize => size(self.bytes_received),
             Attribute::RequestDuration => Some(Value::Double(self.duration.as_secs_f64())),

@@ -9,7 +9,11 @@ mod parse;
 
 use std::borrow::Cow;
 
-use super::attributes::{Attribute, Attributes, HeadersOf};
+use super::{
+    attributes::{Attribute, Attributes, HeadersOf},
+    entry::Header,
+    kept::Asks,
+};
 
 /// Longest expression that is read, bytes.
 pub const LONGEST: usize = 4096;
@@ -132,22 +136,24 @@ impl Expression {
         }
     }
 
-    /// Whether it asks for headers of the response.
-    pub fn asks_response_headers(&self) -> bool {
-        asks(&self.0, &|node| matches!(node, Node::Headers(HeadersOf::Response) | Node::Header(HeadersOf::Response, _)))
+    /// Adds the headers it asks about.
+    pub fn asks(&self, all: &mut Asks) {
+        asks(&self.0, all);
     }
 }
 
-fn asks(node: &Node, is_it: &dyn Fn(&Node) -> bool) -> bool {
-    let all = |nodes: &[Node]| nodes.iter().any(|n| asks(n, is_it));
-    is_it(node)
-        || match node {
-            Node::Literal(_) | Node::Attribute(_) | Node::Headers(_) | Node::Header(..) => false,
-            Node::List(nodes) | Node::Call(_, nodes) => all(nodes),
-            Node::Has(a) | Node::Not(a) | Node::Negative(a) | Node::Matches(a, _) => asks(a, is_it),
-            Node::And(a, b) | Node::Or(a, b) | Node::Binary(_, a, b) => asks(a, is_it) || asks(b, is_it),
-            Node::Choose(a, b, c) => asks(a, is_it) || asks(b, is_it) || asks(c, is_it),
-        }
+fn asks(node: &Node, all: &mut Asks) {
+    let one = |whose, name: &str, all: &mut Asks| Header::named(name).iter().for_each(|header| all.for_one(whose, header));
+    match node {
+        Node::Literal(_) => {}
+        Node::Attribute(attribute) => attribute.request_header().iter().for_each(|name| one(HeadersOf::Request, name, all)),
+        Node::Headers(whose) => all.for_all(*whose),
+        Node::Header(whose, name) => one(*whose, name, all),
+        Node::List(nodes) | Node::Call(_, nodes) => nodes.iter().for_each(|n| asks(n, all)),
+        Node::Has(a) | Node::Not(a) | Node::Negative(a) | Node::Matches(a, _) => asks(a, all),
+        Node::And(a, b) | Node::Or(a, b) | Node::Binary(_, a, b) => [a, b].into_iter().for_each(|n| asks(n, all)),
+        Node::Choose(a, b, c) => [a, b, c].into_iter().for_each(|n| asks(n, all)),
+    }
 }
 
 impl Value<'_> {

@@ -6,12 +6,13 @@ mod operator;
 
 use std::{fmt::Write as _, sync::Arc};
 
-pub use self::operator::rfc3339;
 use self::operator::{Operand, Operator, parse};
-use super::entry::Entry;
+use super::{entry::Entry, kept::Asks, plain};
 
 /// Longest line, bytes; the rest is cut off. Of JSON, values are left out from there on.
 pub const LONGEST: usize = 16 * 1024;
+/// What a line usually takes, bytes.
+const USUAL: usize = 1024;
 /// Longest value in it, bytes before it is escaped.
 const LONGEST_VALUE: usize = 2 * 1024;
 
@@ -92,11 +93,18 @@ impl Format {
         Self::json(JSON.into_iter().chain([X_FORWARDED_FOR])).unwrap_or_default()
     }
 
-    pub fn asks_response_headers(&self) -> bool {
-        let asks = |pieces: &[Piece]| pieces.iter().any(|p| matches!(p, Piece::Operator(o) if o.asks_response_headers()));
+    /// Adds the headers it asks about.
+    pub fn asks(&self, all: &mut Asks) {
+        let mut asks = |pieces: &[Piece]| {
+            for piece in pieces {
+                if let Piece::Operator(operator) = piece {
+                    operator.asks(all);
+                }
+            }
+        };
         match self {
             Self::Text(pieces) => asks(pieces),
-            Self::Json(fields) => fields.iter().any(|(_, pieces)| asks(pieces)),
+            Self::Json(fields) => fields.iter().for_each(|(_, pieces)| asks(pieces)),
         }
     }
 
@@ -110,6 +118,7 @@ impl Format {
     /// The same, in place of what is in `line`.
     pub fn write(&self, entry: &Entry<'_>, line: &mut String) {
         line.clear();
+        line.reserve(USUAL);
         match self {
             Self::Text(pieces) => {
                 for piece in pieces.iter() {
@@ -162,26 +171,36 @@ fn without_part_of_an_escape(text: &str) -> usize {
 impl Piece {
     fn write(&self, entry: &Entry<'_>, line: &mut String) {
         match self {
-            Self::Text(text) => line.push_str(text),
+            Self::Text(text) => push_text(text, line),
             Self::Operator(operator) => match operator.value(entry) {
                 None => line.push('-'),
                 Some(Operand::Text(text)) => escape(&text, line),
                 // A string takes any text.
                 Some(Operand::Shown(what)) => drop(write!(Escaping(line, escape), "{what}")),
+                Some(Operand::Cluster(cluster)) => cluster.push(line, escape),
                 Some(plain) => push(&plain, line),
             },
         }
     }
 }
 
+/// Most texts between operators are a blank, for which a copy is not worth its call.
+fn push_text(text: &str, line: &mut String) {
+    match text {
+        " " => line.push(' '),
+        other => line.push_str(other),
+    }
+}
+
 /// What needs no escaping.
 fn push(operand: &Operand<'_>, line: &mut String) {
     match operand {
-        Operand::Number(n) => operator::push_number(*n, line),
-        Operand::Address(address) => operator::push_address(*address, line),
-        Operand::Ip(ip) => operator::push_ip(*ip, line),
-        Operand::Time(time) => operator::push_time(*time, line),
+        Operand::Number(n) => plain::push_number(*n, line),
+        Operand::Address(address) => plain::push_address(*address, line),
+        Operand::Ip(ip) => plain::push_ip(*ip, line),
+        Operand::Time(time) => plain::push_time(*time, line),
         Operand::Text(text) => line.push_str(text),
+        Operand::Cluster(cluster) => cluster.push(line, |text, line| line.push_str(text)),
         // A string takes any text.
         Operand::Shown(what) => drop(write!(line, "{what}")),
     }
@@ -209,6 +228,7 @@ fn value(pieces: &[Piece], entry: &Entry<'_>, line: &mut String) {
                 match other {
                     // A string takes any text.
                     Operand::Shown(what) => drop(write!(Escaping(line, json), "{what}")),
+                    Operand::Cluster(cluster) => cluster.push(line, json),
                     plain => push(&plain, line),
                 }
                 line.push('"');
@@ -240,9 +260,15 @@ fn quote(text: &str, line: &mut String) {
     line.push('"');
 }
 
+/// Whether it can stand where it is to as it is. Looks at all of it in any case: so it can look at many bytes at once.
+fn is_plain(text: &str) -> bool {
+    let odd = |b: u8| u8::from(!(b' '..0x7f).contains(&b) || matches!(b, b'"' | b'\\'));
+    text.bytes().fold(0, |all, b| all | odd(b)) == 0
+}
+
 /// In a JSON string.
 fn json(text: &str, line: &mut String) {
-    if text.bytes().all(|b| (b' '..0x7f).contains(&b) && !matches!(b, b'"' | b'\\')) {
+    if is_plain(text) {
         return line.push_str(text);
     }
     for c in text.chars() {
@@ -261,7 +287,7 @@ fn json(text: &str, line: &mut String) {
 /// In a line of text: nothing that could end the line, or the quotes it stands in.
 fn escape(text: &str, line: &mut String) {
     let text = short(text);
-    if text.bytes().all(|b| (b' '..0x7f).contains(&b) && !matches!(b, b'"' | b'\\')) {
+    if is_plain(text) {
         return line.push_str(text);
     }
     for c in text.chars() {

@@ -3,9 +3,17 @@
 
 use std::{borrow::Cow, time::SystemTime};
 
+use http::{
+    HeaderName,
+    header::{CONTENT_TYPE, USER_AGENT},
+};
 use prost::{Message, Oneof};
 
-use super::{SpanTag, Traces, entry::Entry, trace::Parent};
+use super::{
+    SpanTag, Traces,
+    entry::{Entry, X_REQUEST_ID},
+    trace::Parent,
+};
 use crate::route::Workload;
 
 /// Longest value of an attribute, bytes, unless the provider says otherwise; the rest is cut off. Envoy's default.
@@ -55,12 +63,12 @@ pub fn attributes(entry: &Entry<'_>, failed: bool, place: Place<'_>, traces: &Tr
     put("component", "proxy".to_owned());
     put("node_id", format!("{}.{}", workload.name.name, workload.name.namespace));
     if let Some(asked) = &entry.request {
-        let header = |name: &str| asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
+        let header = |name: &HeaderName| asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
         put("http.method", asked.method.to_owned());
         put("http.url", format!("{}://{}{}", asked.scheme, asked.authority, asked.path));
-        put("user_agent", header("user-agent").unwrap_or_default());
-        put("guid:x-request-id", header("x-request-id").unwrap_or_default());
-        if header("content-type").is_some_and(|t| t.starts_with("application/grpc")) {
+        put("user_agent", header(&USER_AGENT).unwrap_or_default());
+        put("guid:x-request-id", header(&X_REQUEST_ID).unwrap_or_default());
+        if header(&CONTENT_TYPE).is_some_and(|t| t.starts_with("application/grpc")) {
             put("grpc.path", asked.path.to_owned());
             put("grpc.authority", asked.authority.to_owned());
         }

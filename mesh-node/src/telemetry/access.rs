@@ -5,7 +5,6 @@
 //! writes a file that nothing has come for in ten minutes ends.
 
 use std::{
-    collections::HashMap,
     fs::{File, OpenOptions},
     io::{self, Write},
     os::unix::fs::MetadataExt,
@@ -34,7 +33,8 @@ const UNUSED: Duration = Duration::from_mins(10);
 /// All access logs of the process.
 #[derive(Debug)]
 pub struct AccessLogs {
-    files: ArcSwap<HashMap<Arc<str>, Arc<Queue>>>,
+    /// By name: few, so that looking through them is fastest.
+    files: ArcSwap<Vec<(Arc<str>, Arc<Queue>)>>,
     opening: Mutex<()>,
     lines: Family<ResultLabels, Counter>,
     dropped: Counter,
@@ -66,6 +66,31 @@ impl Queue {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Takes a line, or says that there is no room. None when nobody writes any more.
+    fn take(&self, line: &str) -> Option<bool> {
+        let mut waiting = self.lock();
+        if waiting.over {
+            return None;
+        }
+        let before = waiting.text.len();
+        if before + line.len() > BYTES {
+            return Some(false);
+        }
+        waiting.text.extend_from_slice(line.as_bytes());
+        waiting.lines += 1;
+        waiting.come += 1;
+        let enough = before < ENOUGH && waiting.text.len() >= ENOUGH;
+        drop(waiting);
+        if before == 0 || enough {
+            self.news.notify_one();
+        }
+        Some(true)
+    }
+}
+
+fn find<'f>(files: &'f [(Arc<str>, Arc<Queue>)], path: &Arc<str>) -> Option<&'f Arc<Queue>> {
+    files.iter().find(|(name, _)| Arc::ptr_eq(name, path) || name == path).map(|(_, queue)| queue)
 }
 
 impl AccessLogs {
@@ -77,36 +102,19 @@ impl AccessLogs {
 
     /// Puts a line on its way to a file, `/dev/stdout` or `/dev/stderr`.
     pub fn write(&self, path: &Arc<str>, line: &str) {
-        let known = self.files.load().get(path).cloned();
+        let taken = find(&self.files.load(), path).and_then(|queue| queue.take(line));
         // One whose writer has ended is followed by another.
-        for queue in [known, None] {
-            let Some(queue) = queue.or_else(|| self.open(path)) else { continue };
-            let mut waiting = queue.lock();
-            if waiting.over {
-                continue;
-            }
-            if waiting.text.len() + line.len() > BYTES {
-                break;
-            }
-            let before = waiting.text.len();
-            waiting.text.extend_from_slice(line.as_bytes());
-            waiting.lines += 1;
-            waiting.come += 1;
-            let enough = before < ENOUGH && waiting.text.len() >= ENOUGH;
-            drop(waiting);
-            if before == 0 || enough {
-                queue.news.notify_one();
-            }
-            return;
+        let taken = taken.or_else(|| self.open(path)?.take(line));
+        if taken != Some(true) {
+            self.dropped.inc();
         }
-        self.dropped.inc();
     }
 
     fn open(&self, path: &Arc<str>) -> Option<Arc<Queue>> {
         let _one_at_a_time = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut files = HashMap::clone(&self.files.load());
-        files.retain(|_, queue| !queue.lock().over);
-        if let Some(queue) = files.get(path) {
+        let mut files = Vec::clone(&self.files.load());
+        files.retain(|(_, queue)| !queue.lock().over);
+        if let Some(queue) = find(&files, path) {
             return Some(queue.clone());
         }
         if files.len() >= FILES {
@@ -128,7 +136,7 @@ impl AccessLogs {
             tracing::error!(target: "app", %error, path = &**path, "no access log is written: its thread cannot be started");
             return None;
         }
-        files.insert(path.clone(), queue.clone());
+        files.push((path.clone(), queue.clone()));
         self.files.store(Arc::new(files));
         Some(queue)
     }
@@ -137,11 +145,11 @@ impl AccessLogs {
     pub fn flush(&self, most: Duration) {
         let until = Instant::now() + most;
         let all = self.files.load();
-        for queue in all.values() {
+        for (_, queue) in all.iter() {
             queue.lock().hurry = true;
             queue.news.notify_one();
         }
-        for queue in all.values() {
+        for (_, queue) in all.iter() {
             let waiting = queue.lock();
             let come = waiting.come;
             let left = until.saturating_duration_since(Instant::now());

@@ -153,7 +153,7 @@ impl<'a> Reports<'a> {
 impl Told {
     fn resolve(levels: &[&Telemetry], observability: &Observability, side: Side) -> Self {
         let (tags, values) = metrics(levels, observability, side);
-        Self { tags: Arc::new(tags), values, logs: logs(levels, observability, side), traces: traces(levels, observability, side) }
+        Self::new(tags, values, logs(levels, observability, side), traces(levels, observability, side))
     }
 }
 

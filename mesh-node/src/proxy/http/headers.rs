@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::route::request::RequestHead;
+use crate::{report::entry::X_REQUEST_ID, route::request::RequestHead};
 
 /// Headers by which a caller that is trusted could steer Envoy's router. Nobody is, so they are taken off.
 const CONTROL: [&str; 17] = [
@@ -28,7 +28,6 @@ const CONTROL: [&str; 17] = [
 ];
 
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub static SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 static EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 pub static ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");

@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_LENGTH, uri::PathAndQuery};
@@ -23,7 +23,8 @@ use crate::{
     },
     report::{
         Reporting, Told,
-        entry::{Asked, ClusterName, Entry},
+        entry::{Asked, ClusterName, Entry, X_REQUEST_ID},
+        kept::{Kept, Wanted},
     },
     route::{Cluster, Workload, request::RequestHead},
     telemetry::{
@@ -80,8 +81,8 @@ struct Described {
     path: PathAndQuery,
     authority: HeaderValue,
     scheme: &'static str,
-    headers: HeaderMap,
-    response_headers: Option<HeaderMap>,
+    headers: Kept,
+    response_headers: Option<Kept>,
 }
 
 impl Record {
@@ -136,8 +137,11 @@ impl Record {
             let name = workload.name.to_string();
             self.watched = self.metrics.watch.sees(&name).then_some(name);
         }
-        if told(&workload.reporting, self.reporter).wants_request() || is_traced() || self.watched.is_some() {
-            self.keep(head);
+        let told = told(&workload.reporting, self.reporter);
+        if is_traced() || self.watched.is_some() {
+            self.keep(head, &Wanted::All);
+        } else if told.wants_request() {
+            self.keep(head, &told.asks.request);
         }
         self.reporting = Some(workload.reporting.clone());
     }
@@ -155,9 +159,7 @@ impl Record {
         self.trace = Some(onward.own.trace);
         if onward.sampled {
             self.traced = Some(Box::new(Traced::new(&onward, &head.headers, workload, spans)));
-            if self.described.is_none() {
-                self.keep(head);
-            }
+            self.keep(head, &Wanted::All);
         }
         (!onward.is_said()).then_some(onward)
     }
@@ -177,13 +179,13 @@ impl Record {
         self.details = Cow::Borrowed(malformed.details);
     }
 
-    fn keep(&mut self, head: &RequestHead) {
+    fn keep(&mut self, head: &RequestHead, wanted: &Wanted) {
         self.described = Some(Box::new(Described {
             method: head.method.clone(),
             path: head.target.clone(),
             authority: head.authority.clone(),
             scheme: head.scheme.as_str(),
-            headers: head.headers.clone(),
+            headers: Kept::of(&head.headers, wanted),
             response_headers: None,
         }));
     }
@@ -192,17 +194,16 @@ impl Record {
     pub fn denied(&mut self, head: &RequestHead) {
         self.denied = true;
         if self.described.is_none() && tracing::enabled!(target: "access", tracing::Level::INFO) {
-            self.keep(head);
+            self.keep(head, &Wanted::All);
         }
     }
 
     /// Takes down what the request became on its way, such as the id it was given.
     pub fn sent(&mut self, headers: &HeaderMap) {
         if let Some(described) = &mut self.described
-            && !described.headers.contains_key("x-request-id")
-            && let Some(id) = headers.get("x-request-id")
+            && let Some(id) = headers.get(&X_REQUEST_ID)
         {
-            described.headers.insert("x-request-id", id.clone());
+            described.headers.add(X_REQUEST_ID.clone(), id.clone());
         }
     }
 
@@ -212,9 +213,10 @@ impl Record {
         // Not of what is answered here.
         self.answered_after = (self.details == "via_upstream").then(|| self.started.elapsed());
         if let (Some(described), Some(reporting)) = (&mut self.described, &self.reporting)
-            && told(reporting, self.reporter).wants_response_headers()
+            && let wanted = &told(reporting, self.reporter).asks.response
+            && !wanted.is_none()
         {
-            described.response_headers = Some(headers.clone());
+            described.response_headers = Some(Kept::of(headers, wanted));
         }
     }
 
@@ -293,7 +295,7 @@ impl Record {
             None => inbound.then(|| ClusterName::Inbound(self.destination.port())),
         };
         Entry {
-            start: SystemTime::now().checked_sub(duration).unwrap_or(SystemTime::UNIX_EPOCH),
+            start: reporting::wall(self.started),
             duration,
             request: asked,
             protocol: Some(self.protocol),
@@ -326,7 +328,7 @@ impl Record {
     /// For who looks at one node: what was denied, and everything with `--log access=debug`.
     fn say(&self, entry: &Entry<'_>) {
         let asked = entry.request.as_ref();
-        let id = asked.and_then(|a| a.headers.get("x-request-id")).and_then(|v| v.to_str().ok());
+        let id = asked.and_then(|a| a.headers.get(&X_REQUEST_ID)).and_then(|v| v.to_str().ok());
         let (source, peer) = (self.source.as_ref(), self.peer.as_ref().map(ToString::to_string));
         macro_rules! say {
             ($level:ident, $what:literal) => {

@@ -1,6 +1,9 @@
 use std::collections::HashMap;
 
+use http::HeaderName;
+
 use super::*;
+use crate::report::kept::Wanted;
 
 #[derive(Default)]
 struct Known(HashMap<&'static str, &'static str>);
@@ -74,8 +77,15 @@ fn tags_have_a_value_in_any_case() {
         assert_eq!(Expression::parse(text).map(|e| e.tag(&known)), Ok(expected.to_owned()), "{text}");
     }
     assert_eq!(Expression::parse("'fixed'").ok().and_then(|e| e.constant()).as_deref(), Some("fixed"));
-    assert!(Expression::parse("has(response.headers.x) || false").is_ok_and(|e| e.asks_response_headers()));
-    assert!(!Expression::parse("response.code == 1").is_ok_and(|e| e.asks_response_headers()));
+    let asks = |text: &str| {
+        let mut asks = Asks::default();
+        Expression::parse(text).expect(text).asks(&mut asks);
+        (asks.request, asks.response)
+    };
+    let these = |names: &[&'static str]| Wanted::These(names.iter().copied().map(HeaderName::from_static).collect());
+    assert_eq!(asks("has(response.headers.x) || request.headers[':path'] == 'a'"), (these(&[]), these(&["x"])));
+    assert_eq!(asks("response.code == 1 ? request.id : request.useragent"), (these(&["x-request-id", "user-agent"]), these(&[])));
+    assert_eq!(asks("'a' in request.headers && request.referer == ''"), (Wanted::All, these(&[])));
 }
 
 #[test]

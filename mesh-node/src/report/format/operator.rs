@@ -2,14 +2,18 @@
 
 use std::{
     borrow::Cow,
-    cell::RefCell,
-    fmt::{self, Write as _},
+    fmt,
     net::{IpAddr, SocketAddr},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use super::{Entry, Piece};
-use crate::report::{attributes::HeadersOf, entry::Header};
+use crate::report::{
+    attributes::HeadersOf,
+    entry::{ClusterName, Header},
+    kept::Asks,
+    plain::rfc3339,
+};
 
 /// What stands for something of the request or connection.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,6 +69,7 @@ pub enum Operand<'a> {
     Text(Cow<'a, str>),
     /// What is written without being put together first.
     Shown(&'a dyn fmt::Display),
+    Cluster(ClusterName<'a>),
     Address(SocketAddr),
     Ip(IpAddr),
     Time(SystemTime),
@@ -77,6 +82,7 @@ impl Operand<'_> {
             Self::Number(n) => n.to_string(),
             Self::Text(text) => text.to_string(),
             Self::Shown(what) => what.to_string(),
+            Self::Cluster(cluster) => cluster.to_string(),
             Self::Address(address) => address.to_string(),
             Self::Ip(ip) => ip.to_string(),
             Self::Time(time) => rfc3339(*time),
@@ -198,10 +204,13 @@ fn parts(text: &str) -> Result<(&str, Option<&str>, Option<usize>), String> {
 }
 
 impl Operator {
-    pub(super) fn asks_response_headers(&self) -> bool {
-        matches!(self.what, What::Header(HeadersOf::Response, ..))
+    pub(super) fn asks(&self, all: &mut Asks) {
+        if let What::Header(whose, first, other) = &self.what {
+            std::iter::once(first).chain(other).for_each(|header| all.for_one(*whose, header));
+        }
     }
 
+    #[inline]
     pub(super) fn value<'e>(&self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
         let value = match &self.what {
             What::Plain(plain) => plain.value(entry),
@@ -222,6 +231,7 @@ impl Operator {
 const SERVICE_TIME: &str = "x-envoy-upstream-service-time";
 
 impl Plain {
+    #[inline]
     fn value<'e>(self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
         let text = |t: Option<&'e str>| t.filter(|t| !t.is_empty()).map(|t| Operand::Text(Cow::Borrowed(t)));
         let address = |a: Option<SocketAddr>| a.map(Operand::Address);
@@ -241,7 +251,7 @@ impl Plain {
             Self::Duration => number(u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX)),
             Self::UpstreamHost => address(entry.upstream_host),
             Self::UpstreamRemoteAddressWithoutPort => ip(entry.upstream_host),
-            Self::UpstreamCluster => entry.upstream_cluster.as_ref().map(|c| Operand::Shown(c)),
+            Self::UpstreamCluster => entry.upstream_cluster.map(Operand::Cluster),
             Self::UpstreamLocalAddress => address(entry.upstream_local),
             Self::DownstreamLocalAddress => address(entry.downstream_local),
             Self::DownstreamLocalAddressWithoutPort => ip(entry.downstream_local),
@@ -282,97 +292,4 @@ fn grpc_status_name(status: u32) -> &'static str {
         "Unauthenticated",
     ];
     usize::try_from(status).ok().and_then(|s| NAMES.get(s)).copied().unwrap_or("InvalidCode")
-}
-
-/// UTC with milliseconds, as Envoy writes it.
-pub fn rfc3339(time: SystemTime) -> String {
-    let mut text = String::with_capacity(24);
-    push_time(time, &mut text);
-    text
-}
-
-/// The same, behind a text. Of times of one second the second is put together once.
-pub(super) fn push_time(time: SystemTime, text: &mut String) {
-    thread_local! {
-        static LAST: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
-    }
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    LAST.with_borrow_mut(|(second, begun)| {
-        if *second != since.as_secs() {
-            *second = since.as_secs();
-            *begun = to_the_second(*second);
-        }
-        text.push_str(begun);
-    });
-    let millis = since.subsec_millis();
-    text.extend([millis / 100, millis / 10 % 10, millis % 10].map(digit));
-    text.push('Z');
-}
-
-fn to_the_second(since: u64) -> String {
-    let (days, seconds) = (since / 86_400, since % 86_400);
-    let (year, month, day) = civil(days);
-    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.")
-}
-
-fn digit(n: u32) -> char {
-    char::from_digit(n, 10).unwrap_or('0')
-}
-
-/// A number behind a text.
-pub(super) fn push_number(mut n: u64, text: &mut String) {
-    let mut digits = [b'0'; 20];
-    let mut at = digits.len();
-    loop {
-        at -= 1;
-        digits[at] += u8::try_from(n % 10).unwrap_or(0);
-        n /= 10;
-        if n == 0 {
-            break;
-        }
-    }
-    // Digits are text.
-    text.push_str(std::str::from_utf8(&digits[at..]).unwrap_or_default());
-}
-
-/// An address behind a text.
-pub(super) fn push_ip(ip: IpAddr, text: &mut String) {
-    match ip {
-        IpAddr::V4(v4) => {
-            for (i, part) in v4.octets().into_iter().enumerate() {
-                if i > 0 {
-                    text.push('.');
-                }
-                push_number(part.into(), text);
-            }
-        }
-        // A string takes any text.
-        IpAddr::V6(v6) => drop(write!(text, "{v6}")),
-    }
-}
-
-/// The same, with its port.
-pub(super) fn push_address(address: SocketAddr, text: &mut String) {
-    if address.is_ipv4() {
-        push_ip(address.ip(), text);
-    } else {
-        text.push('[');
-        push_ip(address.ip(), text);
-        text.push(']');
-    }
-    text.push(':');
-    push_number(address.port().into(), text);
-}
-
-/// Year, month and day of a day counted from 1970, in the Gregorian calendar: eras of 400 years that begin in March.
-fn civil(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
 }

@@ -1,0 +1,131 @@
+//! Headers that are kept until a request is over: those that somebody will ask about.
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::{attributes::HeadersOf, entry::Header};
+
+/// Which headers will be asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// Any.
+    All,
+    /// These; each is named once.
+    These(Vec<HeaderName>),
+}
+
+impl Default for Wanted {
+    fn default() -> Self {
+        Self::These(Vec::new())
+    }
+}
+
+impl Wanted {
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn one_more(&mut self, name: HeaderName) {
+        if let Self::These(names) = self
+            && !names.contains(&name)
+        {
+            names.push(name);
+        }
+    }
+}
+
+/// Which headers will be asked about, of requests and of responses.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Asks {
+    pub request: Wanted,
+    pub response: Wanted,
+}
+
+impl Asks {
+    /// One more header; a pseudo-header is no header.
+    pub(super) fn for_one(&mut self, whose: HeadersOf, header: &Header) {
+        if let Header::Named(name) = header {
+            self.of(whose).one_more(name.clone());
+        }
+    }
+
+    pub(super) fn for_all(&mut self, whose: HeadersOf) {
+        *self.of(whose) = Wanted::All;
+    }
+
+    fn of(&mut self, whose: HeadersOf) -> &mut Wanted {
+        match whose {
+            HeadersOf::Request => &mut self.request,
+            HeadersOf::Response => &mut self.response,
+        }
+    }
+}
+
+/// Headers as they were.
+#[derive(Debug, Clone)]
+pub enum Kept {
+    All(HeaderMap),
+    /// The first of each name that was wanted and there: few, so that looking through them is fastest.
+    Some(Vec<(HeaderName, HeaderValue)>),
+}
+
+impl Kept {
+    /// What is wanted of them.
+    pub fn of(headers: &HeaderMap, wanted: &Wanted) -> Self {
+        match wanted {
+            Wanted::All => Self::All(headers.clone()),
+            Wanted::These(names) => Self::Some(names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect()),
+        }
+    }
+
+    /// The first of this name.
+    pub fn get(&self, name: &HeaderName) -> Option<&HeaderValue> {
+        match self {
+            Self::All(all) => all.get(name),
+            Self::Some(some) => some.iter().find(|(n, _)| n == name).map(|(_, value)| value),
+        }
+    }
+
+    /// One more, where there is none of its name.
+    pub fn add(&mut self, name: HeaderName, value: HeaderValue) {
+        match self {
+            Self::All(all) => drop(all.entry(name).or_insert(value)),
+            Self::Some(some) => {
+                if !some.iter().any(|(n, _)| *n == name) {
+                    some.push((name, value));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wanted_is_kept() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [("a", "1"), ("b", "2"), ("a", "3")] {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        let [a, b, c] = ["a", "b", "c"].map(HeaderName::from_static);
+        let mut asks = Asks::default();
+        assert!(asks.request.is_none());
+        for name in ["c", "a", "a", ":path"] {
+            asks.for_one(HeadersOf::Request, &Header::named(name).expect("a name"));
+        }
+        assert_eq!((&asks.request, &asks.response), (&Wanted::These(vec![c.clone(), a.clone()]), &Wanted::default()));
+        let mut some = Kept::of(&headers, &asks.request);
+        assert_eq!((some.get(&a).map(HeaderValue::as_bytes), some.get(&b), some.get(&c)), (Some(&b"1"[..]), None, None));
+        asks.for_all(HeadersOf::Request);
+        asks.for_one(HeadersOf::Request, &Header::Named(b.clone()));
+        assert_eq!(asks.request, Wanted::All);
+        let mut all = Kept::of(&headers, &asks.request);
+        for kept in [&mut some, &mut all] {
+            kept.add(c.clone(), HeaderValue::from_static("4"));
+            kept.add(a.clone(), HeaderValue::from_static("5"));
+            assert_eq!([&a, &c].map(|n| kept.get(n).map(HeaderValue::as_bytes)), [Some(&b"1"[..]), Some(b"4")]);
+        }
+        assert!(all.get(&b).is_some());
+    }
+}
