@@ -2,18 +2,19 @@
 //!
 //! Label values are closed sets, or names of workloads and services of the mesh: bounded by the configuration.
 
-mod access;
 mod flags;
+mod lines;
 pub mod traffic;
 pub mod watch;
 
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, OnceLock, PoisonError, atomic::AtomicU64},
+    time::Duration,
 };
 
-pub use access::AccessLogs;
 pub use flags::{Flag, Flags};
+pub use lines::Lines;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -105,7 +106,7 @@ pub struct Metrics {
     pub cluster: Arc<str>,
     /// Istio's metrics of requests and connections.
     pub traffic: Arc<Traffic>,
-    pub access: AccessLogs,
+    pub access: Lines,
     /// Workloads that are looked at live.
     pub watch: Watch,
     pub failures: Family<FailureLabels, Counter>,
@@ -158,7 +159,7 @@ impl Metrics {
             registry: Registry::default(),
             cluster: cluster.into(),
             traffic: Arc::default(),
-            access: AccessLogs::new(access_lines.clone()),
+            access: Lines::new(access_lines.clone()),
             watch: Watch::default(),
             failures: Family::default(),
             connections: Family::default(),
@@ -205,6 +206,7 @@ impl Metrics {
         r.register("istio_build", "What this is", build);
         // The encoder appends _total to counters.
         r.register("mesh_access_log_lines", "Lines of access logs, by what became of them", self.access_lines.clone());
+        r.register("mesh_log_lines", "Lines of the process' own log, by what became of them", Out::get().counted.clone());
         r.register("mesh_trace_spans", "Spans of traces, by what became of them", self.trace_spans.clone());
         r.register("mesh_connections", "Connections established, by how they go", self.connections.clone());
         r.register("mesh_connection_failures", "Connections refused, failed or cut, by reason", self.failures.clone());
@@ -325,10 +327,52 @@ struct LogControl {
 
 static LOG: OnceLock<LogControl> = OnceLock::new();
 
+/// The process' own log, on its way to standard output. Who logs does not wait for who reads it.
+struct Out {
+    path: Arc<str>,
+    counted: Family<ResultLabels, Counter>,
+    lines: Lines,
+}
+
+impl Out {
+    fn get() -> &'static Self {
+        OUT.get_or_init(|| {
+            let counted = Family::default();
+            Self { path: "/dev/stdout".into(), lines: Lines::new(counted.clone()), counted }
+        })
+    }
+}
+
+static OUT: OnceLock<Out> = OnceLock::new();
+
+impl std::io::Write for &Out {
+    /// One event, with the end of its line.
+    fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
+        self.lines.write(&self.path, &String::from_utf8_lossy(event));
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Waits until what has been logged is written, a moment at most. Blocks.
+pub fn flush_log() {
+    if let Some(out) = OUT.get() {
+        out.lines.flush(Duration::from_millis(500));
+    }
+}
+
 /// Starts logging to standard output. `filter` is in the syntax of `RUST_LOG`.
 pub fn start_logging(filter: &str, json: bool) -> Result<(), String> {
     let parsed = log_filter_of(filter)?;
-    let builder = tracing_subscriber::fmt().with_env_filter(parsed).with_ansi(false).with_writer(std::io::stdout);
+    let builder = tracing_subscriber::fmt().with_env_filter(parsed).with_ansi(false).with_writer(Out::get);
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        flush_log();
+        told(panic);
+    }));
     let set: Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync> = if json {
         let builder = builder.json().with_filter_reloading();
         let handle = builder.reload_handle();

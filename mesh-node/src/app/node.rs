@@ -454,6 +454,7 @@ impl Reconciler {
     /// connections from here on is the fail mode's business.
     async fn stop(&mut self) {
         self.node.capture().withdraw();
+        crate::spawn::aside(|| self.node.direct.settle());
         self.node.direct.hand_over();
         let served = std::mem::take(&mut self.served);
         let pods = served.values().map(|s| s.pod.clone()).collect::<Vec<_>>();
@@ -465,8 +466,12 @@ impl Reconciler {
         let deadline = tokio::time::Instant::now() + STOP_GRACE;
         let metrics = self.node.proxy.metrics.clone();
         while metrics.open_connections.get() + metrics.http_active.get() > 0 && tokio::time::Instant::now() < deadline {
+            // What is kept for requests that do not come any more keeps nobody.
+            pods.iter().for_each(|p| p.clusters.retire());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        // What was let finish is told while its pods can still be asked for.
+        self.node.proxy.spans.flush(LOG_GRACE).await;
         pods.iter().for_each(|p| p.end(Cut::Shutdown));
         tokio::time::sleep(Duration::from_millis(50)).await;
         self.node.proxy.spans.flush(LOG_GRACE).await;

@@ -128,13 +128,9 @@ impl Direct {
         self.flows.iter().filter_map(Result::ok).map(|(cookie, flow)| clock.flow(cookie, &flow)).collect()
     }
 
-    /// Bytes a flow has sent and received until now, TCP's and those that passed it by. `netns`: the client's.
-    pub fn traffic(&self, netns: &Netns, flow: &DirectFlow) -> io::Result<(u64, u64)> {
-        let past = self.flows.get(&flow.cookie, 0).map_err(io::Error::other)?;
-        let (acked, received) = netns.enter(|| diag::traffic(flow.client, flow.endpoint, Some(flow.cookie)))??;
-        let mut now = Flow { seen: Flow::WAS_OPEN, ..past };
-        now.count(acked, received);
-        Ok((now.sent, now.received))
+    /// What of a flow passed TCP by, for [`traffic`].
+    pub fn past(&self, flow: &DirectFlow) -> io::Result<Past> {
+        self.flows.get(&flow.cookie, 0).map(Past).map_err(io::Error::other)
     }
 
     /// Whether a flow is there, over or not; another of the same socket is another.
@@ -147,6 +143,18 @@ impl Direct {
         // Nobody but user space removes one, and no other takes its place before.
         self.contains(flow) && self.flows.remove(&flow.cookie).is_ok()
     }
+}
+
+/// A flow as the hooks see it.
+#[derive(Debug, Clone, Copy)]
+pub struct Past(Flow);
+
+/// Bytes a flow has sent and received until now, TCP's and those that passed it by. `netns`: the client's.
+pub fn traffic(Past(past): Past, netns: &Netns, flow: &DirectFlow) -> io::Result<(u64, u64)> {
+    let (acked, received) = netns.enter(|| diag::traffic(flow.client, flow.endpoint, Some(flow.cookie)))??;
+    let mut now = Flow { seen: Flow::WAS_OPEN, ..past };
+    now.count(acked, received);
+    Ok((now.sent, now.received))
 }
 
 impl FlowEvents {

@@ -54,6 +54,9 @@ pub enum Failure {
     /// No node answers.
     #[error("{0}")]
     Absent(String),
+    /// One may be there, but does not answer as it should.
+    #[error("{0}")]
+    Broken(String),
     /// What was asked about is not there, or was asked wrongly.
     #[error("{0}")]
     Asked(String),
@@ -64,7 +67,7 @@ pub enum Failure {
 impl Failure {
     fn status(&self) -> u8 {
         match self {
-            Self::Absent(_) => 3,
+            Self::Absent(_) | Self::Broken(_) => 3,
             Self::Asked(_) => 4,
             Self::Other(_) => 1,
         }

@@ -285,12 +285,14 @@ impl CaArgs {
 impl MeshNode {
     /// Does what the command line asks for.
     pub fn run(self) -> anyhow::Result<()> {
-        match self.command {
+        let done = match self.command {
             Command::Run(args) => args.run(),
             Command::Ca(args) => args.run(),
             Command::Uninstall(args) => uninstall(&args),
             Command::Verify => verify(),
-        }
+        };
+        telemetry::flush_log();
+        done
     }
 }
 

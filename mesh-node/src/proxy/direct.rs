@@ -23,9 +23,10 @@ use super::{
     outcome::{Direction, Outcome, Party},
 };
 use crate::{
-    capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase},
+    capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase, direct::Past},
     config::Snapshot,
     id::ObjectName,
+    io::relay::Traffic,
     route::{Target, Workload},
     spawn,
 };
@@ -57,6 +58,8 @@ struct State {
     stay: Option<HashSet<u64>>,
     /// Another process sees to them now.
     handed_over: bool,
+    /// When this process came: what flows had carried before, another has counted.
+    since: Instant,
 }
 
 /// The pods this process serves, as the kernel knows them.
@@ -120,6 +123,7 @@ impl Direct {
             unjudged: None,
             stay: None,
             handed_over: false,
+            since: Instant::now(),
         });
         Arc::new(Self { proxy, enabled, state, again: Notify::new() })
     }
@@ -232,6 +236,12 @@ impl Direct {
         }
     }
 
+    /// Counts what the flows have carried, before others do.
+    pub fn settle(&self) {
+        self.measure();
+        self.proxy.open.count();
+    }
+
     /// Routes in force.
     pub fn routes(&self) -> usize {
         self.lock().kernel.routes()
@@ -252,9 +262,12 @@ impl Direct {
             (state, known.ends.as_ref().map(|e| e.source.clone()))
         };
         let all = self.lock().flows.values().map(one).collect::<Vec<_>>();
-        // The kernel is asked one by one, so that nothing else has to wait for all of them.
+        // The kernel is asked without the lock: what goes on does not wait for all of them.
         let ask = |(mut state, source): (DirectState, Option<Arc<ServedPod>>)| {
-            state.bytes = source.and_then(|pod| self.lock().kernel.traffic(&pod.netns, &state.flow).ok());
+            state.bytes = source.and_then(|pod| {
+                let past = self.lock().kernel.past(&state.flow).ok()?;
+                capture::direct::traffic(past, &pod.netns, &state.flow).ok()
+            });
             state
         };
         all.into_iter().map(ask).collect()
@@ -264,12 +277,11 @@ impl Direct {
     pub fn measure(&self) {
         let cookies = self.lock().flows.keys().copied().collect::<Vec<_>>();
         for cookie in cookies {
-            // One by one, so that nothing else has to wait for all of them.
-            let state = self.lock();
-            let Some(known) = state.flows.get(&cookie) else { continue };
-            let Some(ends) = &known.ends else { continue };
-            if let Ok((sent, received)) = state.kernel.traffic(&ends.source.netns, &known.flow) {
-                known.carried(sent, received);
+            // The kernel is asked without the lock: what goes on does not wait for all of them.
+            let asked = self.lock().measured(cookie);
+            let Some(Measured { past, source, flow, traffic }) = asked else { continue };
+            if let Ok(bytes) = capture::direct::traffic(past, &source.netns, &flow) {
+                carried(&traffic, bytes);
             }
         }
     }
@@ -284,7 +296,39 @@ fn served(proxy: &Proxy) -> Served {
     proxy.pods.all().iter().filter(|p| !p.is_draining() && !p.is_held()).filter_map(|p| Some((p.uid.clone(), p.cookie()?))).collect()
 }
 
+/// What has to be known to measure a flow.
+struct Measured {
+    past: Past,
+    source: Arc<ServedPod>,
+    flow: DirectFlow,
+    traffic: [Arc<Traffic>; 2],
+}
+
+fn carried(traffic: &[Arc<Traffic>; 2], (sent, received): (u64, u64)) {
+    for one in traffic {
+        one.sent.fetch_max(sent, Ordering::Relaxed);
+        one.received.fetch_max(received, Ordering::Relaxed);
+    }
+}
+
 impl State {
+    fn measured(&self, cookie: u64) -> Option<Measured> {
+        let known = self.flows.get(&cookie)?;
+        let source = known.ends.as_ref()?.source.clone();
+        let past = self.kernel.past(&known.flow).ok()?;
+        Some(Measured { past, source, flow: known.flow.clone(), traffic: known.outcomes.each_ref().map(|o| o.traffic.clone()) })
+    }
+
+    /// What a flow that was there before this process has carried is counted by others.
+    fn begins_with(&self, known: &Known) {
+        let Some(ends) = known.ends.as_ref().filter(|_| known.flow.begun < self.since) else { return };
+        let bytes = self.kernel.past(&known.flow).and_then(|past| capture::direct::traffic(past, &ends.source.netns, &known.flow));
+        if let Ok(bytes) = bytes {
+            carried(&known.outcomes.each_ref().map(|o| o.traffic.clone()), bytes);
+            known.outcomes.iter().for_each(Outcome::counted_by_others);
+        }
+    }
+
     /// Takes in what has happened to a flow.
     fn hear(&mut self, proxy: &Arc<Proxy>, snapshot: &Snapshot, flow: &DirectFlow) {
         if self.handed_over || self.stay.is_none() {
@@ -314,7 +358,9 @@ impl State {
                     // still here has ended without a word.
                     drop(self.flows.remove(&flow.cookie));
                     let ends = self.pods.ends(flow);
-                    self.flows.insert(flow.cookie, Known::new(proxy, snapshot, ends, flow));
+                    let known = Known::new(proxy, snapshot, ends, flow);
+                    self.begins_with(&known);
+                    self.flows.insert(flow.cookie, known);
                     self.check(proxy, snapshot, flow.cookie);
                 }
             }
@@ -457,16 +503,6 @@ impl Known {
             outbound.fail(Failure::Dial { to: flow.endpoint, source: problem() });
             inbound.fail(Failure::Application { to: flow.endpoint, source: problem() });
         }
-        for outcome in [&outbound, &inbound] {
-            outcome.traffic.sent.fetch_max(flow.sent, Ordering::Relaxed);
-            outcome.traffic.received.fetch_max(flow.received, Ordering::Relaxed);
-        }
-    }
-
-    fn carried(&self, sent: u64, received: u64) {
-        for outcome in &self.outcomes {
-            outcome.traffic.sent.fetch_max(sent, Ordering::Relaxed);
-            outcome.traffic.received.fetch_max(received, Ordering::Relaxed);
-        }
+        carried(&[outbound.traffic.clone(), inbound.traffic.clone()], (flow.sent, flow.received));
     }
 }

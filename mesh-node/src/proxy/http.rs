@@ -146,12 +146,21 @@ impl Connection {
         let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, protocol);
         let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
-        if expects_continue
-            && body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await.is_err()
-        {
-            record.of(self.proxy.config.load().workload(&self.pod.uid));
-            record.abandoned();
-            return Next::Close;
+        let mut ended = ended;
+        if expects_continue {
+            let going_on = body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new());
+            let gone = tokio::select! {
+                biased;
+                written = going_on => written.is_err().then_some(Next::Close),
+                _ = &mut ended => Some(Next::Abort),
+            };
+            if let Some(next) = gone {
+                record.of(self.proxy.config.load().workload(&self.pod.uid));
+                if next == Next::Close {
+                    record.abandoned();
+                }
+                return next;
+            }
         }
         let mut exchange = Exchange {
             down: &down,
@@ -185,7 +194,7 @@ impl Connection {
         record.malformed(&malformed, self.proxy.config.load().workload(&self.pod.uid));
         let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
         let reply = Reply::new(malformed.status, malformed.body);
-        let status = reply.start(false, malformed.close, &mut responder, |_| {}).ok();
+        let status = reply.start(false, malformed.close, &mut responder, |_, _| {}).ok();
         record.refused(status, responder.meter());
         // A client that does not take the answer gets none.
         let _ = responder.flush().await;
@@ -220,7 +229,7 @@ impl Connection {
             Ok(head) => head,
             Err(malformed) => {
                 record.malformed(&malformed, self.proxy.config.load().workload(&self.pod.uid));
-                let status = Reply::new(malformed.status, malformed.body).start(false, false, &mut responder, |_| {}).ok();
+                let status = Reply::new(malformed.status, malformed.body).start(false, false, &mut responder, |_, _| {}).ok();
                 record.refused(status, responder.meter());
                 // A client that does not take the answer gets none.
                 let _ = responder.flush().await;

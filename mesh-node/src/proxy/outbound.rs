@@ -263,7 +263,7 @@ async fn relay_local(
     local: Local,
     pod: &ServedPod,
     traffic: &Arc<Traffic>,
-    cut: impl Future<Output = Cut>,
+    cut: impl Future<Output = Cut> + Send,
 ) -> Result<(), Broken<Cut>> {
     let Local { admitted, pod: destination, mut outcome, client } = local;
     outcome.traffic = traffic.clone();

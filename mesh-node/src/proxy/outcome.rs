@@ -191,6 +191,14 @@ impl Outcome {
         self.handed_over = true;
     }
 
+    /// What it has carried until now is counted by others.
+    pub fn counted_by_others(&self) {
+        if let Some(open) = &self.opened {
+            open.counted[0].fetch_max(self.traffic.sent.load(Ordering::Relaxed), Ordering::Relaxed);
+            open.counted[1].fetch_max(self.traffic.received.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
     /// The connection did not go through, or broke.
     pub fn fail(&mut self, failure: Failure) {
         self.failure.get_or_insert(failure);

@@ -16,11 +16,12 @@ use crate::{
     report::{
         LogTo,
         entry::{Entry, X_REQUEST_ID},
+        format::short,
         plain::rfc3339,
     },
     route::Workload,
     telemetry::{
-        AccessLogs, Metrics,
+        Lines, Metrics,
         traffic::{Edge, EdgeKey, Peer, Reporter, ServiceNames, TagPlan},
     },
 };
@@ -110,7 +111,7 @@ impl EdgeSlot {
 }
 
 /// Writes the lines these logs want.
-pub fn log(access: &AccessLogs, logs: &[LogTo], entry: &Entry<'_>) {
+pub fn log(access: &Lines, logs: &[LogTo], entry: &Entry<'_>) {
     thread_local! {
         static LINE: RefCell<String> = const { RefCell::new(String::new()) };
     }
@@ -134,13 +135,14 @@ pub fn event(entry: &Entry<'_>, reporter: Reporter, edge: Option<&EdgeKey>) -> S
         "start": rfc3339(entry.start), "duration": u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX),
         "source": edge.map(|e| name(&e.source)), "destination": edge.map(|e| name(&e.destination)),
         "service": edge.map(|e| &*e.service.host).filter(|h| *h != UNKNOWN),
-        "client": entry.downstream_remote, "server": entry.upstream_host, "mutualTls": entry.mutual_tls,
-        "method": asked.map(|a| a.method), "authority": asked.map(|a| a.authority), "path": asked.map(|a| a.path),
+        "client": entry.downstream_remote, "server": entry.upstream_host,
+        "mutualTls": entry.mutual_tls || edge.is_some_and(|e| e.mutual_tls),
+        "method": asked.map(|a| a.method), "authority": asked.map(|a| short(a.authority)), "path": asked.map(|a| short(a.path)),
         "protocol": entry.protocol, "code": (entry.code != 0).then_some(entry.code), "grpcStatus": entry.grpc_status,
         "flags": &*entry.flags, "details": entry.details.filter(|d| !d.is_empty()), "error": entry.termination_details,
         "route": entry.route, "cluster": entry.upstream_cluster.map(|c| c.to_string()),
         "bytesReceived": entry.bytes_received, "bytesSent": entry.bytes_sent,
-        "requestId": id, "traceId": entry.trace.map(|trace| format!("{trace:032x}")),
+        "requestId": id.map(short), "traceId": entry.trace.map(|trace| format!("{trace:032x}")),
     })
     .to_string()
 }

@@ -9,11 +9,12 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header, uri::PathAndQuery};
 use prost::Message;
@@ -40,10 +41,11 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// Most spans that wait to be sent.
+/// Most spans that wait to be sent, and most bytes of them.
 const MOST_WAITING: usize = 16 * 1024;
-/// Most spans that are on their way to collectors, of all pods.
-const MOST_SENT: usize = 32 * 1024;
+const MOST_BYTES: usize = 32 * 1024 * 1024;
+/// Most bytes that are on their way to one collector, of all pods.
+const MOST_SENT: usize = 16 * 1024 * 1024;
 /// Most spans in one request to a collector, and most bytes of them: collectors take 4 MiB by default.
 const BATCH: usize = 512;
 const BATCH_BYTES: usize = 1024 * 1024;
@@ -55,22 +57,25 @@ const MOST_BATCHES: usize = 16;
 const IDLE: Duration = Duration::from_mins(1);
 /// How long a collector may take over gRPC.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long it waits before it tries once more what may go better then.
+/// How long it waits, if the collector does not say, before it tries once more what may go better then.
 const AGAIN: Duration = Duration::from_millis(300);
 /// Largest answer of a collector that is looked at, bytes.
 const MAX_ANSWER: usize = 64 * 1024;
-/// Requests of one pod to one collector under way.
+/// Requests of one pod to one collector under way: who sends does so one by one, and may be followed by another.
 const AT_ONCE: u32 = 2;
 
 const EXPORT: &str = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
 
 /// Spans that wait to be sent.
+#[derive(Default)]
 pub struct Spans {
     /// Made when there is a first one.
     waiting: OnceLock<ArrayQueue<Finished>>,
+    /// Bytes of them.
+    bytes: AtomicUsize,
     many: Notify,
-    /// Room for spans that are on their way.
-    room: Arc<Semaphore>,
+    /// Batches that are on their way.
+    under_way: Arc<AtomicUsize>,
 }
 
 /// A span, whose it is, and where it goes.
@@ -80,29 +85,33 @@ pub struct Finished {
     pub span: Span,
 }
 
-impl Default for Spans {
-    fn default() -> Self {
-        Self { waiting: OnceLock::new(), many: Notify::new(), room: Arc::new(Semaphore::new(MOST_SENT)) }
-    }
-}
-
 impl Spans {
     /// Puts a span on its way.
     pub fn push(&self, finished: Finished, metrics: &Metrics) {
         let waiting = self.waiting.get_or_init(|| ArrayQueue::new(MOST_WAITING));
-        if waiting.push(finished).is_err() {
+        let size = finished.span.size();
+        // Counted first, so that taking it out never counts below nothing.
+        let before = self.bytes.fetch_add(size, Ordering::Relaxed);
+        if before + size > MOST_BYTES || waiting.push(finished).is_err() {
+            self.bytes.fetch_sub(size, Ordering::Relaxed);
             metrics.spans("dropped", 1);
         }
-        if waiting.len() >= MOST_WAITING / 4 {
+        if waiting.len() >= MOST_WAITING / 4 || before >= MOST_BYTES / 4 {
             self.many.notify_one();
         }
+    }
+
+    fn pop(&self) -> Option<Finished> {
+        let finished = self.waiting.get()?.pop()?;
+        self.bytes.fetch_sub(finished.span.size(), Ordering::Relaxed);
+        Some(finished)
     }
 
     /// Has what waits sent, and waits until it is, at most this long.
     pub async fn flush(&self, most: Duration) {
         self.many.notify_one();
         let done = async {
-            while self.waiting.get().is_some_and(|w| !w.is_empty()) || self.room.available_permits() < MOST_SENT {
+            while self.waiting.get().is_some_and(|w| !w.is_empty()) || self.under_way.load(Ordering::Relaxed) > 0 {
                 sleep(Duration::from_millis(10)).await;
             }
         };
@@ -115,12 +124,35 @@ struct Batch {
     spans: Vec<Span>,
     /// Given back when they are sent, or lost.
     _room: OwnedSemaphorePermit,
+    _under_way: UnderWay,
+}
+
+struct UnderWay(Arc<AtomicUsize>);
+
+impl UnderWay {
+    fn begin(all: &Arc<AtomicUsize>) -> Self {
+        all.fetch_add(1, Ordering::Relaxed);
+        Self(all.clone())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A collector, as far as it has been tried.
-#[derive(Default)]
-struct Tried {
+struct Collector {
     failing: AtomicBool,
+    /// Bytes there is room for on the way to it.
+    room: Arc<Semaphore>,
+}
+
+impl Default for Collector {
+    fn default() -> Self {
+        Self { failing: AtomicBool::default(), room: Arc::new(Semaphore::new(MOST_SENT)) }
+    }
 }
 
 /// Who sends spans of one pod to one collector.
@@ -131,7 +163,7 @@ struct Sender {
 
 /// Sends spans for as long as the process runs.
 pub async fn export(proxy: Arc<Proxy>) {
-    let mut collectors: HashMap<Arc<Exporter>, Arc<Tried>> = HashMap::new();
+    let mut collectors: HashMap<Arc<Exporter>, Arc<Collector>> = HashMap::new();
     let mut senders: HashMap<(Arc<Exporter>, WorkloadUid), Sender> = HashMap::new();
     loop {
         tokio::select! {
@@ -140,23 +172,25 @@ pub async fn export(proxy: Arc<Proxy>) {
         }
         let mut waiting: HashMap<(Arc<Exporter>, WorkloadUid), Vec<Span>> = HashMap::new();
         for _ in 0..MOST_WAITING {
-            let Some(Finished { exporter, pod, span }) = proxy.spans.waiting.get().and_then(ArrayQueue::pop) else { break };
+            let Some(Finished { exporter, pod, span }) = proxy.spans.pop() else { break };
             waiting.entry((exporter, pod)).or_default().push(span);
         }
         let now = Instant::now();
         for ((exporter, pod), spans) in waiting {
-            let tried = collectors.entry(exporter.clone()).or_default().clone();
+            let collector = collectors.entry(exporter.clone()).or_default().clone();
             let sender = senders.entry((exporter.clone(), pod.clone())).or_insert_with(|| {
                 let (batches, receiver) = mpsc::channel(MOST_BATCHES);
-                tokio::spawn(send_all(proxy.clone(), exporter, pod, tried, receiver));
+                tokio::spawn(send_all(proxy.clone(), exporter, pod, collector.clone(), receiver));
                 Sender { batches, used: now }
             });
             sender.used = now;
             for spans in in_batches(spans) {
-                let count = u32::try_from(spans.len()).unwrap_or(u32::MAX);
-                let room = proxy.spans.room.clone().try_acquire_many_owned(count).ok();
-                if room.and_then(|room| sender.batches.try_send(Batch { spans, _room: room }).ok()).is_none() {
-                    proxy.metrics.spans("dropped", count as usize);
+                let count = spans.len();
+                let bytes = u32::try_from(spans.iter().map(Span::size).sum::<usize>()).unwrap_or(u32::MAX);
+                let room = collector.room.clone().try_acquire_many_owned(bytes).ok();
+                let batch = room.map(|room| Batch { spans, _room: room, _under_way: UnderWay::begin(&proxy.spans.under_way) });
+                if batch.is_none_or(|batch| sender.batches.try_send(batch).is_err()) {
+                    proxy.metrics.spans("dropped", count);
                 }
             }
         }
@@ -186,21 +220,28 @@ enum Sent {
     Taken(usize),
     /// Not taken, and it will not be otherwise.
     Failed(&'static str),
-    /// Not taken; it may be otherwise in a moment.
-    NotNow(&'static str),
+    /// Not taken; it may be otherwise in a moment, or after what the collector says.
+    NotNow(&'static str, Option<Duration>),
     /// There is nobody any more who could send them.
     PodGone,
 }
 
-async fn send_all(proxy: Arc<Proxy>, exporter: Arc<Exporter>, pod: WorkloadUid, tried: Arc<Tried>, mut batches: mpsc::Receiver<Batch>) {
-    while let Some(Batch { spans, _room }) = batches.recv().await {
+async fn send_all(
+    proxy: Arc<Proxy>,
+    exporter: Arc<Exporter>,
+    pod: WorkloadUid,
+    collector: Arc<Collector>,
+    mut batches: mpsc::Receiver<Batch>,
+) {
+    while let Some(Batch { spans, _room, _under_way }) = batches.recv().await {
         let count = spans.len();
         let patience = exporter.http.as_ref().map_or(PATIENCE, |http| http.timeout);
         let sent = async {
-            match send(&proxy, &exporter, &pod, spans.clone()).await {
-                Sent::NotNow(_) => {
-                    sleep(AGAIN).await;
-                    send(&proxy, &exporter, &pod, spans).await
+            let Some(message) = message(&proxy, &exporter, &pod, spans) else { return Sent::PodGone };
+            match send(&proxy, &exporter, &pod, message.clone()).await {
+                Sent::NotNow(_, wait) => {
+                    sleep(wait.unwrap_or(AGAIN)).await;
+                    send(&proxy, &exporter, &pod, message).await
                 }
                 sent => sent,
             }
@@ -209,12 +250,12 @@ async fn send_all(proxy: Arc<Proxy>, exporter: Arc<Exporter>, pod: WorkloadUid, 
             Sent::Taken(rejected) => {
                 proxy.metrics.spans("exported", count.saturating_sub(rejected));
                 proxy.metrics.spans("rejected", rejected.min(count));
-                tried.failing.store(false, Ordering::Relaxed);
+                collector.failing.store(false, Ordering::Relaxed);
             }
             Sent::PodGone => proxy.metrics.spans("failed", count),
-            Sent::Failed(why) | Sent::NotNow(why) => {
+            Sent::Failed(why) | Sent::NotNow(why, _) => {
                 proxy.metrics.spans("failed", count);
-                if !tried.failing.swap(true, Ordering::Relaxed) {
+                if !collector.failing.swap(true, Ordering::Relaxed) {
                     let (provider, service, port) = (&*exporter.name, &*exporter.service, exporter.port);
                     tracing::warn!(target: "traces", provider, service, port, why, "spans are lost until the collector takes them");
                 }
@@ -223,19 +264,20 @@ async fn send_all(proxy: Arc<Proxy>, exporter: Arc<Exporter>, pod: WorkloadUid, 
     }
 }
 
+/// Spans of one pod as a collector wants them; none when the pod is gone.
+fn message(proxy: &Proxy, exporter: &Exporter, pod: &WorkloadUid, spans: Vec<Span>) -> Option<Bytes> {
+    let snapshot = proxy.config.load();
+    let message = span::export(snapshot.workload(pod)?, &proxy.metrics.cluster, spans);
+    Some(if exporter.http.is_some() { message.encode_to_vec() } else { crate::grpc::frame(&message) }.into())
+}
+
 /// Sends spans of one pod.
-async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, spans: Vec<Span>) -> Sent {
+async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, body: Bytes) -> Sent {
     let Some(pod) = proxy.pods.by_uid(pod) else { return Sent::PodGone };
-    let (cluster, message) = {
-        let snapshot = proxy.config.load();
-        let Some(workload) = snapshot.workload(&pod.uid) else { return Sent::PodGone };
-        let Some(cluster) = snapshot.cluster_at(&exporter.service, exporter.port) else {
-            return Sent::Failed("there is no such service or port");
-        };
-        (cluster, span::export(workload, &proxy.metrics.cluster, spans))
+    let Some(cluster) = proxy.config.load().cluster_at(&exporter.service, exporter.port) else {
+        return Sent::Failed("there is no such service or port");
     };
     let Some(&address) = pod.addresses().first() else { return Sent::PodGone };
-    let body = if exporter.http.is_some() { message.encode_to_vec() } else { crate::grpc::frame(&message) };
     let Some(request) = question(exporter, body.len()) else { return Sent::Failed("its name, path or headers are not fit for HTTP") };
     let framing = Framing::Length(body.len() as u64);
     let http2 = exporter.http.is_none() || cluster.protocol.is_http2();
@@ -243,16 +285,18 @@ async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, spans:
     let call = Call { proxy, pod: &pod, client, cluster: &cluster, http2, at_once: AT_ONCE };
     let mut answer = Collected::up_to(MAX_ANSWER);
     let Some(answered) = Box::pin(call.run(&request, &mut Whole::of(body), framing, &mut answer)).await else {
-        return Sent::NotNow("it cannot be reached");
+        return Sent::NotNow("it cannot be reached", None);
     };
+    let wait = answered.headers.get(header::RETRY_AFTER).and_then(|v| v.to_str().ok()?.parse().ok()).map(Duration::from_secs);
     let response = match (answered.status.as_u16(), &exporter.http) {
         (200..300, Some(_)) => span::ExportResponse::decode(&*answer.data).ok(),
         // As OTLP says of what may be tried again.
-        (429 | 502..=504, _) => return Sent::NotNow("it answers with an error"),
+        (429 | 502..=504, _) => return Sent::NotNow("it answers with an error", wait),
         (200, None) => {
             match answer.trailers.get("grpc-status").or_else(|| answered.headers.get("grpc-status")).map(HeaderValue::as_bytes) {
                 Some(b"0") => crate::grpc::unframe(&answer.data),
-                Some(b"14") => return Sent::NotNow("it answers with an error"),
+                // Cancelled, deadline exceeded, aborted, out of range, unavailable and data loss.
+                Some(b"1" | b"4" | b"10" | b"11" | b"14" | b"15") => return Sent::NotNow("it answers with an error", wait),
                 _ => return Sent::Failed("it answers with an error"),
             }
         }

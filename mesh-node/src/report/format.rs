@@ -249,7 +249,7 @@ fn value(pieces: &[Piece], entry: &Entry<'_>, line: &mut String) {
 }
 
 /// As much of a value as is told.
-fn short(text: &str) -> &str {
+pub fn short(text: &str) -> &str {
     &text[..text.floor_char_boundary(LONGEST_VALUE)]
 }
 

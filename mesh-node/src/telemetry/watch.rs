@@ -11,6 +11,8 @@ use std::{
 
 /// Most events of one workload that are kept until they are fetched.
 const MOST_EVENTS: usize = 1000;
+/// Most bytes of them.
+const MOST_BYTES: usize = 1024 * 1024;
 /// Most workloads that can be looked at at once.
 const MOST_WORKLOADS: usize = 16;
 /// How long it goes on when nobody fetches.
@@ -26,6 +28,7 @@ pub struct Watch {
 #[derive(Debug)]
 struct Seen {
     events: VecDeque<Arc<str>>,
+    bytes: usize,
     /// The number of the first of them.
     first: u64,
     fetched: Instant,
@@ -64,11 +67,13 @@ impl Watch {
     pub fn tell(&self, workload: &str, event: String) {
         let mut all = self.lock();
         let Some(seen) = all.get_mut(workload) else { return };
-        if seen.events.len() == MOST_EVENTS {
-            seen.events.pop_front();
+        seen.bytes += event.len();
+        seen.events.push_back(event.into());
+        while seen.events.len() > MOST_EVENTS || seen.bytes > MOST_BYTES {
+            let Some(oldest) = seen.events.pop_front() else { break };
+            seen.bytes -= oldest.len();
             seen.first += 1;
         }
-        seen.events.push_back(event.into());
     }
 
     /// What a workload did since a time it was asked before, or, without that, from now on. None when too many are looked at.
@@ -77,6 +82,8 @@ impl Watch {
     }
 
     fn fetch_at(&self, workload: &str, from: Option<u64>, now: Instant) -> Option<Events> {
+        // Who was here before goes on counting; no count gets near the end of numbers.
+        let begins = from.unwrap_or(0).min(u64::MAX / 2);
         let mut all = self.lock();
         // Who has paused, and comes again, goes on where it was.
         if let Some(seen) = all.get_mut(workload) {
@@ -87,7 +94,7 @@ impl Watch {
             return None;
         }
         let seen =
-            all.entry(workload.to_owned()).or_insert_with(|| Seen { events: VecDeque::new(), first: from.unwrap_or(0), fetched: now });
+            all.entry(workload.to_owned()).or_insert_with(|| Seen { events: VecDeque::new(), bytes: 0, first: begins, fetched: now });
         let next = seen.first + seen.events.len() as u64;
         let from = from.unwrap_or(next).min(next);
         let lost = seen.first.saturating_sub(from);

@@ -1,7 +1,7 @@
 //! One HTTP request to a node's admin endpoint, over TCP or a socket in the file system.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::PathBuf,
@@ -64,9 +64,13 @@ impl Admin {
 
     fn ask(&self, method: &str, path: &str) -> Result<String, Failure> {
         let absent = |e: std::io::Error| {
-            Failure::Absent(format!("no mesh-node answers at {self}: {e}; is it running, and is --admin where it listens?"))
+            let text = format!("no mesh-node answers at {self}: {e}; is it running, and is --admin where it listens?");
+            match e.kind() {
+                ErrorKind::TimedOut | ErrorKind::WouldBlock => Failure::Broken(text),
+                _ => Failure::Absent(text),
+            }
         };
-        let broken = |e: std::io::Error| Failure::Absent(format!("mesh-node at {self} gave no complete answer: {e}"));
+        let broken = |e: std::io::Error| Failure::Broken(format!("mesh-node at {self} gave no complete answer: {e}"));
         let mut stream: Box<dyn Stream> = match self {
             Self::Address(address) => {
                 let stream = TcpStream::connect_timeout(address, TIMEOUT).map_err(absent)?;

@@ -102,6 +102,8 @@ pub fn drain(admin: &Admin, patience: Duration) -> Result<ExitCode, Failure> {
                 println!("stopped");
                 return Ok(ExitCode::SUCCESS);
             }
+            // Busy, or about to be gone.
+            Err(Failure::Broken(_)) => {}
             Err(other) => return Err(other),
         }
         sleep(EVERY);

@@ -17,7 +17,7 @@ use self::conversation::{Event, Exchange};
 use super::{
     body::{Broken, Closed, FrameSource, RequestBody, Responder, ResponseHead, drain},
     exchange::flag_of,
-    gate::{Gate, Pass, Refusal, append, refused},
+    gate::{Gate, Pass, Refusal, append},
     h2::{H2Sink, wire_request},
     meter::{Meter, grpc_status},
     record::{Flag, Record},
@@ -167,15 +167,13 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     deadlines: &mut Deadlines,
     judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
 ) -> Attempt {
-    let Entered { upstream, half_closed, pass } = match enter(plan, wanted, upload, responder, deadlines, judge).await {
+    let Entered { upstream, half_closed, admitted } = match enter(plan, wanted, upload, responder, deadlines, judge).await {
         Ok(entered) => entered,
         Err(ended) => return ended,
     };
+    let (pass, mut inbound) = admitted.map(|Admitted { gate, pass, record }| ((gate, pass), record)).unzip();
     // As the destination sees it.
-    let changed = pass.as_ref().and_then(|(_, pass)| pass.head.as_ref()).unwrap_or(plan.head);
-    let (mut inbound, onward) = pass.as_ref().map(|(gate, _)| gate.record(changed, wanted.protocol())).unzip();
-    let traced = onward.flatten().map(|onward| onward.on(changed));
-    let plan = &Plan { head: traced.as_ref().unwrap_or(changed), ..*plan };
+    let plan = &Plan { head: pass.as_ref().and_then(|(_, pass)| pass.head.as_ref()).unwrap_or(plan.head), ..*plan };
     if inbound.as_ref().is_some_and(|r| r.grpc) {
         upload.passed().count_messages();
     }
@@ -226,7 +224,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
 }
 
 /// Takes down how an attempt ended for the destination on this node.
-fn tell(mut record: Record, ended: &Attempt, up: &Meter, down: &Meter) {
+fn tell(mut record: Box<Record>, ended: &Attempt, up: &Meter, down: &Meter) {
     conclude(ended, &mut record);
     match ended {
         Attempt::Again => record.repeated(up),
@@ -239,7 +237,15 @@ struct Entered {
     upstream: Upstream,
     half_closed: bool,
     /// Of a destination on this node.
-    pass: Option<(Arc<Gate>, Pass)>,
+    admitted: Option<Admitted>,
+}
+
+/// A request that a destination on this node has let in.
+struct Admitted {
+    gate: Arc<Gate>,
+    pass: Pass,
+    /// Apart, so that connections do not carry its room.
+    record: Box<Record>,
 }
 
 /// Gets a connection, and past the gate of a destination on this node.
@@ -252,16 +258,28 @@ async fn enter<B: RequestBody, R: Responder>(
     judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
 ) -> Result<Entered, Attempt> {
     let (upstream, half_closed) = obtain(plan, wanted, upload, responder, deadlines).await?;
-    let Some(gate) = upstream.gate() else { return Ok(Entered { upstream, half_closed, pass: None }) };
-    match admit(&gate, plan.head, responder, deadlines).await? {
-        Ok(pass) => Ok(Entered { upstream, half_closed, pass: Some((gate, pass)) }),
-        Err(refusal) => {
+    let Some(gate) = upstream.gate() else { return Ok(Entered { upstream, half_closed, admitted: None }) };
+    let (record, onward) = gate.record(plan.head, wanted.protocol());
+    let mut record = Box::new(record);
+    let traced = onward.map(|onward| onward.on(plan.head));
+    let head = traced.as_ref().unwrap_or(plan.head);
+    let admitted = admit(&gate, head, responder, deadlines).await;
+    match admitted {
+        Ok(Ok(mut pass)) => {
+            pass.head = pass.head.or(traced);
+            Ok(Entered { upstream, half_closed, admitted: Some(Admitted { gate, pass, record }) })
+        }
+        Ok(Err(refusal)) => {
+            refusal.note(&mut record, &gate, head);
             if let Upstream::H1(connection) = upstream {
                 // Nothing was sent on it.
                 release(connection, wanted.cluster, wanted.endpoint);
             }
-            let mut record = refused(&gate, &refusal, plan.head, wanted.protocol());
             Err(answer_here(plan, refusal.reply, upload, responder, judge, &mut record).await)
+        }
+        Err(ended) => {
+            tell(record, &ended, &Meter::default(), &Meter::default());
+            Err(ended)
         }
     }
 }

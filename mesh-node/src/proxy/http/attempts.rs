@@ -235,10 +235,10 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             if again {
                 return Verdict { again, headers };
             }
-            record.details = Cow::Borrowed("via_upstream");
-            record.answered(status, &headers);
+            let took = began.elapsed();
+            (record.details, record.answered_after) = (Cow::Borrowed("via_upstream"), Some(took));
             if status != StatusCode::SWITCHING_PROTOCOLS {
-                let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
                 headers.insert(headers::SERVICE_TIME.clone(), took.into());
             }
             match forward.rule {
@@ -248,6 +248,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             if let Some(cookie) = hashed.cookie.take() {
                 headers.append(header::SET_COOKIE, cookie);
             }
+            record.answered(status, &headers);
             Verdict { again, headers }
         };
         attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await

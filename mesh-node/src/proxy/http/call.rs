@@ -1,15 +1,15 @@
 //! A request the proxy itself sends to a service on behalf of a pod: a mirror's copy, or a question to an authorizer.
 
-use std::{borrow::Cow, net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use http::{HeaderMap, StatusCode};
 
 use super::{
-    body::{FrameSink, FrameSource, pump},
+    body::{self, FrameSink, FrameSource, pump},
     clusters::{EndpointState, Limited},
-    gate::refused,
     h2::{H2Sink, wire_request},
-    meter::Meter,
+    meter::{Meter, Metered},
+    record::Flag,
     upstream::{UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::Framing,
 };
@@ -26,7 +26,7 @@ pub struct Call<'a> {
     pub client: SocketAddr,
     pub cluster: &'a Arc<Cluster>,
     pub http2: bool,
-    /// Such requests under way for one pod and service.
+    /// Most of the proxy's own requests under way for one pod and service.
     pub at_once: u32,
 }
 
@@ -35,6 +35,16 @@ pub struct Call<'a> {
 pub struct Answered {
     pub status: StatusCode,
     pub headers: HeaderMap,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, Copy)]
+enum Broken {
+    Upstream,
+    /// The request did not come to its end.
+    Caller,
+    /// The connection was cut here.
+    Cut,
 }
 
 impl Call<'_> {
@@ -48,7 +58,9 @@ impl Call<'_> {
     ) -> Option<Answered> {
         let Self { proxy, pod, client, cluster, http2, at_once } = self;
         let state = pod.clusters.of(cluster);
-        let _one = state.begin(Limited::Requests, Some((*at_once).min(cluster.policy.http.max_requests.unwrap_or(u32::MAX))))?;
+        // They have a limit of their own, and are requests as well.
+        let _call = state.begin(Limited::Calls, Some(*at_once))?;
+        let _request = state.begin(Limited::Requests, cluster.policy.http.max_requests)?;
         let (address, endpoint, _load) = {
             let snapshot = proxy.config.load();
             let source = snapshot.workload(&pod.uid)?;
@@ -72,22 +84,32 @@ impl Call<'_> {
         let wanted = Wanted { proxy, pod, client: *client, cluster, state: &state, endpoint: &endpoint, address, http2: *http2 };
         let upstream = acquire(&wanted).await.ok()?;
         // A destination on this node is as well protected from these requests as from others, and they are told of as well.
-        let Some(gate) = upstream.gate() else { return self.exchange(upstream, &endpoint, head, body, framing, sink).await };
+        let Some(gate) = upstream.gate() else { return self.exchange(upstream, &endpoint, head, body, framing, sink).await.ok() };
+        let (mut record, onward) = gate.record(head, wanted.protocol());
+        let traced = onward.map(|onward| onward.on(head));
+        let head = traced.as_ref().unwrap_or(head);
         let pass = match Box::pin(gate.admit(head)).await {
             Ok(pass) => pass,
             Err(refusal) => {
-                refused(&gate, &refusal, head, wanted.protocol()).refused(Some(refusal.reply.status), &Meter::default());
+                refusal.note(&mut record, &gate, head);
+                record.refused(Some(refusal.reply.status), &Meter::default());
                 return None;
             }
         };
-        let mut head = Cow::Borrowed(pass.head.as_ref().unwrap_or(head));
-        let (mut record, onward) = gate.record(&head, wanted.protocol());
-        if let Some(onward) = onward {
-            onward.write(&mut head.to_mut().headers);
+        let head = pass.head.as_ref().unwrap_or(head);
+        let (mut body, mut sink) = (Metered::new(body, head.is_grpc()), Metered::new(sink, head.is_grpc()));
+        let answered = self.exchange(upstream, &endpoint, head, &mut body, framing, &mut sink).await;
+        match &answered {
+            Ok(answered) => {
+                sink.meter.see_status(&answered.headers);
+                record.called(answered.status, &answered.headers);
+            }
+            Err(Broken::Caller) => record.abandoned(),
+            Err(Broken::Cut) => record.cut(),
+            Err(Broken::Upstream) => record.raise(Flag::UpstreamConnectionTermination),
         }
-        let answered = self.exchange(upstream, &endpoint, &head, body, framing, sink).await;
-        record.called(answered.as_ref().map(|a| (a.status, &a.headers)), framing);
-        answered
+        record.moved(&body.meter, &sink.meter);
+        answered.ok()
     }
 
     async fn exchange(
@@ -98,7 +120,7 @@ impl Call<'_> {
         body: &mut impl FrameSource,
         framing: Framing,
         sink: &mut impl FrameSink,
-    ) -> Option<Answered> {
+    ) -> Result<Answered, Broken> {
         match upstream {
             Upstream::H1(mut connection) => {
                 let answered = {
@@ -106,18 +128,19 @@ impl Call<'_> {
                     up.begin(head, framing, None);
                     tokio::select! {
                         answered = converse(body, &mut up, &mut source, head, sink) => answered,
-                        () = cut => None,
+                        () = cut => Err(Broken::Cut),
                     }
                 };
                 let (answered, clean) = answered?;
                 if clean {
                     release(connection, self.cluster, endpoint);
                 }
-                Some(answered)
+                Ok(answered)
             }
             Upstream::H2(mut send, _guard, _) => {
                 let empty = body.is_end();
-                let (response, stream) = send.send_request(wire_request(head)?, empty).ok()?;
+                let request = wire_request(head).ok_or(Broken::Caller)?;
+                let (response, stream) = send.send_request(request, empty).map_err(|_| Broken::Upstream)?;
                 let mut up = UpSink::H2(H2Sink::new(stream, empty));
                 let mut source = UpSource::H2 { response: Box::pin(response), body: None };
                 converse(body, &mut up, &mut source, head, sink).await.map(|(answered, _)| answered)
@@ -133,17 +156,20 @@ async fn converse(
     source: &mut UpSource<'_>,
     head: &RequestHead,
     sink: &mut impl FrameSink,
-) -> Option<(Answered, bool)> {
-    pump(body, up).await.ok()?;
+) -> Result<(Answered, bool), Broken> {
+    pump(body, up).await.map_err(|broken| match broken {
+        body::Broken::Source(_) => Broken::Caller,
+        body::Broken::Sink(_) => Broken::Upstream,
+    })?;
     loop {
-        let answered = source.head(&head.method).await.ok()?;
+        let answered = source.head(&head.method).await.map_err(|_| Broken::Upstream)?;
         if is_interim(answered.status) {
             continue;
         }
         if answered.status == StatusCode::SWITCHING_PROTOCOLS {
-            return None;
+            return Err(Broken::Upstream);
         }
-        pump(source, sink).await.ok()?;
-        return Some((Answered { status: answered.status, headers: answered.headers }, answered.keep_alive));
+        pump(source, sink).await.map_err(|_| Broken::Upstream)?;
+        return Ok((Answered { status: answered.status, headers: answered.headers }, answered.keep_alive));
     }
 }

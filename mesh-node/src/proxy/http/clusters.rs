@@ -37,6 +37,16 @@ impl Clusters {
         self.0.entries.load().iter().map(|(id, state)| (id.clone(), state.clone())).collect()
     }
 
+    /// Lets go of all connections that nothing goes on on, now or as soon as that is so.
+    pub fn retire(&self) {
+        for state in self.0.entries.load().values() {
+            for endpoint in state.endpoints.entries.load().values() {
+                while endpoint.idle.pop().is_some() {}
+                endpoint.h2.load().iter().for_each(|connection| connection.close());
+            }
+        }
+    }
+
     /// Forgets clusters that are no more, and lets go of idle connections that are dead or have been idle too long.
     pub fn tidy(&self, now: Instant, current: impl Fn(&ClusterId) -> Option<Arc<Cluster>>) {
         let gone = self.all().into_iter().filter(|(id, state)| match current(id) {
@@ -92,6 +102,8 @@ pub enum Limited {
     Pending,
     Requests,
     Retries,
+    /// The proxy's own requests: copies of others, questions, spans.
+    Calls,
 }
 
 #[derive(Debug)]
@@ -102,6 +114,7 @@ pub struct ClusterState {
     pending: AtomicU32,
     requests: AtomicU32,
     retries: AtomicU32,
+    calls: AtomicU32,
     endpoints: Table<SocketAddr, EndpointState>,
     /// Woken, all of them, when a connection ends: its place is anybody's.
     pub freed: Notify,
@@ -116,6 +129,7 @@ impl ClusterState {
             pending: AtomicU32::new(0),
             requests: AtomicU32::new(0),
             retries: AtomicU32::new(0),
+            calls: AtomicU32::new(0),
             endpoints: Table::default(),
             freed: Notify::new(),
         }
@@ -136,6 +150,7 @@ impl ClusterState {
             Limited::Pending => &self.pending,
             Limited::Requests => &self.requests,
             Limited::Retries => &self.retries,
+            Limited::Calls => &self.calls,
         }
     }
 

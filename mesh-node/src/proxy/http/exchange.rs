@@ -215,9 +215,14 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     /// Answers without the upstream.
     async fn reply(&mut self, reply: Reply, change: impl FnOnce(&mut HeaderMap)) -> End {
         let close = self.close || !self.body.is_end();
-        match reply.start(self.grpc, close, self.responder, change) {
-            Ok(status) => self.record.answered(status, &HeaderMap::new()),
-            Err(_) => return self.abandoned(),
+        let record = &mut *self.record;
+        let answered = |status, headers: &mut HeaderMap| {
+            change(headers);
+            record.answered(status, headers);
+        };
+        if reply.start(self.grpc, close, self.responder, answered).is_err() {
+            self.record.status = None;
+            return self.abandoned();
         }
         while !self.responder.is_flushed() {
             if self.responder.flush().await.is_err() {

@@ -121,6 +121,7 @@ impl Gate {
             && workload.reporting.server.wants_request()
         {
             record.peer.clone_from(&self.facts.peer);
+            record.local = self.facts.peer.as_ref().map(|_| workload.identity.clone());
         }
         record
     }
@@ -375,11 +376,4 @@ fn is_preflight(head: &RequestHead) -> bool {
     head.method == Method::OPTIONS
         && head.headers.get(header::ORIGIN).is_some_and(|o| !o.is_empty())
         && head.headers.get(header::ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|m| !m.is_empty())
-}
-
-/// Takes down a request that was refused, as the destination sees it.
-pub fn refused(gate: &Gate, refusal: &Refusal, head: &RequestHead, protocol: &'static str) -> Record {
-    let (mut record, _) = gate.record(head, protocol);
-    refusal.note(&mut record, gate, head);
-    record
 }

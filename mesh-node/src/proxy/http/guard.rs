@@ -3,7 +3,7 @@
 //!
 //! Nothing else is done to requests and responses; when the application's connection ends, so does the client's.
 
-use std::{borrow::Cow, io, sync::Arc};
+use std::{borrow::Cow, io, pin::Pin, sync::Arc};
 
 use ::h2::{SendStream, client::ResponseFuture};
 use bytes::Bytes;
@@ -27,15 +27,24 @@ use super::{
 };
 use crate::{
     io::relay::Traffic,
+    proxy::live::Cut,
     route::{request::RequestHead, retry::Reset},
 };
 
-/// Serves HTTP/1 to its end. `application`: none for a client that is not allowed in and is only told so. Both ends are the
-/// caller's: to be reset when this is given up before it is done.
-pub async fn serve_h1(gate: &Gate, client: &mut Transport, application: Option<&mut Transport>, traffic: &Traffic) -> Ends {
+/// Serves HTTP/1 to its end, or until it is cut. `application`: none for a client that is not allowed in and is only told so. Both
+/// ends are the caller's: to be reset when this is given up before it is done, or is cut.
+pub async fn serve_h1(
+    gate: &Gate,
+    client: &mut Transport,
+    application: Option<&mut Transport>,
+    traffic: &Traffic,
+    ending: impl Future<Output = Cut> + Send,
+) -> Result<Ends, Cut> {
     let (mut unread, mut read) = (Unread::default(), Unread::default());
     let application = application.map(|transport| (transport, &mut read));
-    if h1_loop(gate, client, &mut unread, application, traffic).await == Next::Abort { Ends::Reset } else { Ends::Closed }
+    let ending = std::pin::pin!(ending);
+    let next = h1_loop(gate, client, &mut unread, application, traffic, ending).await?;
+    Ok(if next == Next::Abort { Ends::Reset } else { Ends::Closed })
 }
 
 /// How the connections of the two ends are to end.
@@ -55,20 +64,28 @@ async fn h1_loop(
     unread: &mut Unread,
     mut application: Option<Application<'_>>,
     traffic: &Traffic,
-) -> Next {
+    mut ending: Pin<&mut (impl Future<Output = Cut> + Send)>,
+) -> Result<Next, Cut> {
     let (source, sink) = client.counted_halves(&traffic.sent, &traffic.received);
     let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
+    let mut draining = std::pin::pin!(gate.pod.draining());
     loop {
         let request = tokio::select! {
             biased;
+            cut = &mut ending => return Err(cut),
             request = read_request(&mut reader) => request,
             // It has closed, or says something nobody asked for.
             () = over(application.as_mut()) => Err(NoHead::Ended { partial: false }),
+            () = &mut draining => Err(NoHead::Ended { partial: false }),
         };
         let next = match request {
-            Ok(request) => h1_exchange(gate, request, &mut reader, &mut sink, application.as_mut()).await,
+            Ok(request) => h1_exchange(gate, request, &mut reader, &mut sink, application.as_mut(), ending.as_mut()).await?,
             Err(NoHead::Malformed(malformed)) => {
-                refuse_h1(gate, malformed, &mut reader, &mut sink).await;
+                tokio::select! {
+                    biased;
+                    cut = &mut ending => return Err(cut),
+                    () = refuse_h1(gate, malformed, &mut reader, &mut sink) => {}
+                }
                 if malformed.close { Next::Close } else { Next::Another }
             }
             Err(NoHead::Ended { .. }) => Next::Close,
@@ -76,12 +93,18 @@ async fn h1_loop(
         };
         match next {
             Next::Another if application.is_some() => {}
-            Next::Abort => return Next::Abort,
+            Next::Abort => return Ok(Next::Abort),
             Next::Another | Next::Close => {
-                if sink.shutdown().await.is_ok() {
-                    reader.linger().await;
-                }
-                return Next::Close;
+                let closed = async {
+                    if sink.shutdown().await.is_ok() {
+                        reader.linger().await;
+                    }
+                };
+                return tokio::select! {
+                    biased;
+                    cut = &mut ending => Err(cut),
+                    () = closed => Ok(Next::Close),
+                };
             }
         }
     }
@@ -101,19 +124,39 @@ async fn h1_exchange(
     reader: &mut Reader<'_>,
     sink: &mut H1Sink<'_>,
     application: Option<&mut Application<'_>>,
-) -> Next {
-    let WireRequest { mut head, minor, keep_alive, upgrade, expects_continue, .. } = request;
-    let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
-    let (mut record, onward) = gate.record(&head, protocol);
+    ending: Pin<&mut (impl Future<Output = Cut> + Send)>,
+) -> Result<Next, Cut> {
+    let protocol = if request.minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
+    let (mut record, onward) = gate.record(&request.head, protocol);
+    let mut request = request;
     if let Some(onward) = onward {
-        onward.write(&mut head.headers);
+        onward.write(&mut request.head.headers);
     }
-    let grpc = record.grpc;
-    let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
-    if grpc {
+    let mut responder = H1Responder::new(sink, request.minor, &request.head.method, request.keep_alive);
+    if record.grpc {
         reader.meter().count_messages();
         responder.meter().count_messages();
     }
+    let cut = tokio::select! {
+        biased;
+        cut = ending => cut,
+        next = h1_request(gate, request, reader, &mut responder, application, &mut record) => return Ok(next),
+    };
+    record.moved(reader.meter(), responder.meter());
+    record.cut();
+    Err(cut)
+}
+
+async fn h1_request(
+    gate: &Gate,
+    request: WireRequest,
+    reader: &mut Reader<'_>,
+    responder: &mut H1Responder<'_, '_>,
+    application: Option<&mut Application<'_>>,
+    record: &mut Record,
+) -> Next {
+    let WireRequest { head, upgrade, expects_continue, .. } = request;
+    let grpc = record.grpc;
     let admitted = tokio::select! {
         biased;
         admitted = gate.admit(&head) => admitted,
@@ -125,17 +168,17 @@ async fn h1_exchange(
     let pass = match admitted {
         Ok(pass) => pass,
         Err(refusal) => {
-            refusal.note(&mut record, gate, &head);
+            refusal.note(record, gate, &head);
             // After CONNECT a client may say what is no HTTP.
             let close = application.is_none() || !reader.is_end() || head.method == Method::CONNECT;
-            return refuse(refusal.reply, grpc, close, &mut responder, reader, &mut record).await;
+            return refuse(refusal.reply, grpc, close, responder, reader, record).await;
         }
     };
     let Some((transport, unread)) = application else { return Next::Abort };
     if head.method == Method::CONNECT {
         // What would follow is not HTTP; nobody asks an application's port for another connection.
         record.details = Cow::Borrowed("connect_not_allowed");
-        return refuse(Reply::new(StatusCode::NOT_FOUND, ""), grpc, true, &mut responder, reader, &mut record).await;
+        return refuse(Reply::new(StatusCode::NOT_FOUND, ""), grpc, true, responder, reader, record).await;
     }
     if expects_continue && responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
         record.abandoned();
@@ -144,20 +187,18 @@ async fn h1_exchange(
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
     let (sent, claims, to_client) = parts(&head, &pass);
-    let plan = Plan::once(sent, upgrade.as_ref());
+    let plan = Plan { close: gate.pod.is_draining(), ..Plan::once(sent, upgrade.as_ref()) };
     let cut = gate.denied_later(sent, claims);
     let (ended, clean) = {
         let mut upload = Upload::new(&mut *reader, false, &gate.proxy.replays);
-        attempt::exchange(&plan, up_sink, up_source, &mut upload, &mut responder, to_client, cut, &mut record).await
+        attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, to_client, cut, record).await
     };
     record.moved(reader.meter(), responder.meter());
-    match conclude(&ended, &mut record) {
+    match conclude(&ended, record) {
         Ended::Whole if clean && responder.keeps_alive() && reader.is_end() => Next::Another,
         Ended::Broken if !responder.has_started() || responder.would_look_complete() => Next::Abort,
         Ended::Whole | Ended::Broken => Next::Close,
-        Ended::Malformed(malformed) => {
-            refuse(Reply::new(malformed.status, malformed.body), grpc, true, &mut responder, reader, &mut record).await
-        }
+        Ended::Malformed(malformed) => refuse(Reply::new(malformed.status, malformed.body), grpc, true, responder, reader, record).await,
     }
 }
 
@@ -173,7 +214,7 @@ async fn refuse(
     reader: &Reader<'_>,
     record: &mut Record,
 ) -> Next {
-    let status = reply.start(grpc, close, responder, |_| {}).ok();
+    let status = reply.start(grpc, close, responder, |status, headers| record.answered(status, headers)).ok();
     record.refused(status, responder.meter());
     while !responder.is_flushed() {
         if responder.flush().await.is_err() {
@@ -187,7 +228,7 @@ async fn refuse(
 async fn refuse_h1(gate: &Gate, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
     let mut record = gate.unread("HTTP/1.1", &malformed);
     let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
-    let status = Reply::new(malformed.status, malformed.body).start(false, malformed.close, &mut responder, |_| {}).ok();
+    let status = Reply::new(malformed.status, malformed.body).start(false, malformed.close, &mut responder, |_, _| {}).ok();
     record.refused(status, responder.meter());
     // A client that does not take the answer gets none.
     let _ = responder.flush().await;
@@ -229,8 +270,33 @@ impl Streams {
     }
 }
 
-/// Serves HTTP/2. `application`: none for a client that is not allowed in and is only told so.
-pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Transport>, traffic: Arc<Traffic>) -> io::Result<()> {
+/// Serves HTTP/2, until it is cut. `application`: none for a client that is not allowed in and is only told so.
+pub async fn serve_h2(
+    gate: Arc<Gate>,
+    client: Transport,
+    application: Option<Transport>,
+    traffic: Arc<Traffic>,
+    ending: impl Future<Output = Cut> + Send,
+) -> Result<io::Result<()>, Cut> {
+    let cut = Arc::new(watch::Sender::new(false));
+    tokio::select! {
+        biased;
+        reason = ending => {
+            // What has not ended on its streams is told of as cut, before its ends go.
+            cut.send_replace(true);
+            Err(reason)
+        }
+        served = streams(gate, client, application, traffic, &cut) => Ok(served),
+    }
+}
+
+async fn streams(
+    gate: Arc<Gate>,
+    client: Transport,
+    application: Option<Transport>,
+    traffic: Arc<Traffic>,
+    cut: &Arc<watch::Sender<bool>>,
+) -> io::Result<()> {
     let opened = match application {
         Some(transport) => Some(h2::connect(transport).await.map_err(h2::into_io)?),
         None => None,
@@ -248,14 +314,17 @@ pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Tr
         }
     };
     let mut ended = over.subscribe();
+    let pod = gate.pod.clone();
     let draining = async move {
-        // The sender lives as long as this is waited for.
-        if ended.wait_for(|e| *e).await.is_err() {
-            std::future::pending::<()>().await;
+        tokio::select! {
+            // The sender lives as long as this is waited for.
+            _ = ended.wait_for(|e| *e) => {}
+            () = pod.draining() => {}
         }
     };
     let client = Counted::downstream(client, traffic);
-    let serving = h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), accepted))), draining);
+    let serving =
+        h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), accepted))), draining);
     let (mut drive, mut serving) = (std::pin::pin!(drive), std::pin::pin!(serving));
     tokio::select! {
         served = &mut serving => served.map_err(h2::into_io),
@@ -267,7 +336,7 @@ pub async fn serve_h2(gate: Arc<Gate>, client: Transport, application: Option<Tr
     }
 }
 
-async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accepted) {
+async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::Receiver<bool>, accepted: Accepted) {
     let (request, respond) = accepted;
     let (parts_of, stream) = request.into_parts();
     let mut body = H2Source::new(stream, &parts_of.headers);
@@ -285,14 +354,16 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accept
                 responder.meter().count_messages();
             }
             let end = tokio::select! {
-                end = h2_request(&gate, streams, &head, &mut body, &mut responder, &mut record) => end,
-                _ = gate.pod.ended() => {
-                    record.cut();
-                    Err(::h2::Reason::CANCEL)
-                }
+                biased;
+                // Without its sender, the connection is over, which its ends say.
+                Ok(_) = cut.wait_for(|c| *c) => None,
+                end = h2_request(&gate, streams, &head, &mut body, &mut responder, &mut record) => Some(end),
             };
             record.moved(body.meter(), responder.meter());
-            end
+            end.unwrap_or_else(|| {
+                record.cut();
+                Err(::h2::Reason::CANCEL)
+            })
         }
         Err(malformed) => {
             record = gate.unread("HTTP/2", &malformed);
@@ -310,7 +381,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, accepted: Accept
 }
 
 async fn answer(reply: Reply, grpc: bool, responder: &mut H2Responder, record: &mut Record) {
-    let status = reply.start(grpc, false, responder, |_| {}).ok();
+    let status = reply.start(grpc, false, responder, |status, headers| record.answered(status, headers)).ok();
     record.refused(status, responder.meter());
     while !responder.is_flushed() {
         if responder.flush().await.is_err() {
@@ -362,14 +433,17 @@ async fn h2_request(
     let empty = body.is_end();
     let opened = tokio::select! {
         biased;
-        opened = streams.open(request, empty) => opened,
-        () = gate.denied_later(sent, claims) => Err(::h2::Reason::REFUSED_STREAM),
-        _ = responder.gone() => Err(::h2::Reason::CANCEL),
+        opened = streams.open(request, empty) => opened.inspect_err(|_| record.raise(Flag::UpstreamConnectionTermination)),
+        () = gate.denied_later(sent, claims) => {
+            record.cut();
+            Err(::h2::Reason::REFUSED_STREAM)
+        }
+        _ = responder.gone() => {
+            record.abandoned();
+            Err(::h2::Reason::CANCEL)
+        }
     };
-    let (response, stream) = opened.inspect_err(|reason| match *reason {
-        ::h2::Reason::CANCEL => record.abandoned(),
-        _ => record.raise(Flag::UpstreamConnectionTermination),
-    })?;
+    let (response, stream) = opened?;
     let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
     let plan = Plan::once(sent, None);
     let mut upload = Upload::new(body, false, &gate.proxy.replays);

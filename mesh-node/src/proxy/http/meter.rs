@@ -1,8 +1,13 @@
 //! What has passed of a body: bytes, and for gRPC its messages and status.
 
+use std::io;
+
 use http::{HeaderMap, HeaderValue};
 
-use super::framing::Frame;
+use super::{
+    body::{BodyError, FrameSink, FrameSource},
+    framing::Frame,
+};
 
 /// Counts frames as they pass.
 #[derive(Debug, Default, Clone, Copy)]
@@ -78,6 +83,72 @@ impl Meter {
             };
         }
         self.messages_in = Some(place);
+    }
+}
+
+/// A source or sink whose frames are counted as they pass.
+pub struct Metered<'a, T> {
+    of: &'a mut T,
+    pub meter: Meter,
+}
+
+impl<'a, T> Metered<'a, T> {
+    pub fn new(of: &'a mut T, grpc: bool) -> Self {
+        let mut meter = Meter::default();
+        if grpc {
+            meter.count_messages();
+        }
+        Self { of, meter }
+    }
+
+    fn seen<E>(&mut self, frame: Result<Option<Frame>, E>) -> Result<Option<Frame>, E> {
+        if let Ok(Some(frame)) = &frame {
+            self.meter.see(frame);
+        }
+        frame
+    }
+}
+
+impl<T: FrameSource> FrameSource for Metered<'_, T> {
+    async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
+        let frame = self.of.frame().await;
+        self.seen(frame)
+    }
+
+    fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
+        let frame = self.of.buffered();
+        self.seen(frame)
+    }
+
+    fn is_end(&self) -> bool {
+        self.of.is_end()
+    }
+}
+
+impl<T: FrameSink> FrameSink for Metered<'_, T> {
+    fn push(&mut self, frame: Frame) {
+        self.meter.see(&frame);
+        self.of.push(frame);
+    }
+
+    fn end(&mut self) {
+        self.of.end();
+    }
+
+    fn has_ended(&self) -> bool {
+        self.of.has_ended()
+    }
+
+    fn is_flushed(&self) -> bool {
+        self.of.is_flushed()
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        self.of.flush().await
+    }
+
+    async fn broken(&mut self) -> io::Error {
+        self.of.broken().await
     }
 }
 

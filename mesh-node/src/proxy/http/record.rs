@@ -7,12 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_LENGTH, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, StatusCode, uri::PathAndQuery};
 
 use super::{
-    meter::{Meter, grpc_status},
+    meter::Meter,
     traced::{Onward, Traced},
-    wire::{Framing, Malformed},
+    wire::Malformed,
 };
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
@@ -66,6 +66,8 @@ pub struct Record {
     /// Time until the upstream answered.
     pub answered_after: Option<Duration>,
     pub peer: Option<SpiffeId>,
+    /// Who it was proved to.
+    pub local: Option<SpiffeId>,
     pub mutual_tls: bool,
     denied: bool,
     /// The trace it belongs to, if the workload's requests are traced.
@@ -122,6 +124,7 @@ impl Record {
             down: Meter::default(),
             answered_after: None,
             peer: None,
+            local: None,
             mutual_tls: false,
             denied: false,
             trace: None,
@@ -154,10 +157,10 @@ impl Record {
     /// Lets a trace go on through here, or begins one: what headers are to say of it where the request goes, if that is something
     /// else than they do.
     pub fn trace(&mut self, head: &RequestHead, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Option<Onward> {
-        let traces = told(&workload.reporting, self.reporter).traces.as_ref().filter(|t| t.reported)?;
-        let onward = Onward::of(&head.headers, traces.sampling);
+        let traces = told(&workload.reporting, self.reporter).traces.as_ref()?;
+        let onward = Onward::of(&head.headers, traces.sampling, traces.reported);
         self.trace = Some(onward.own.trace);
-        if onward.sampled {
+        if onward.reported {
             self.traced = Some(Box::new(Traced::new(&onward, &head.headers, workload, spans)));
             self.keep(head, &Wanted::All);
         }
@@ -207,11 +210,13 @@ impl Record {
         }
     }
 
-    /// Takes down the head of the response that goes to the client.
+    /// Takes down the head of the response as it goes to the client.
     pub fn answered(&mut self, status: StatusCode, headers: &HeaderMap) {
         self.status = Some(status);
         // Not of what is answered here.
-        self.answered_after = (self.details == "via_upstream").then(|| self.started.elapsed());
+        if self.answered_after.is_none() && self.described.is_some() && self.details == "via_upstream" {
+            self.answered_after = Some(self.started.elapsed());
+        }
         if let (Some(described), Some(reporting)) = (&mut self.described, &self.reporting)
             && let wanted = &told(reporting, self.reporter).asks.response
             && !wanted.is_none()
@@ -254,16 +259,10 @@ impl Record {
         self.details = Cow::Borrowed("downstream_remote_disconnect");
     }
 
-    /// It was one of the proxy's own, whose answer is not passed on: sizes are as far as they were announced.
-    pub fn called(&mut self, answered: Option<(StatusCode, &HeaderMap)>, framing: Framing) {
-        self.concluded = true;
-        self.up.bytes = if let Framing::Length(length) = framing { length } else { 0 };
-        let Some((status, headers)) = answered else { return self.raise(Flag::UpstreamConnectionTermination) };
+    /// It was one of the proxy's own, and this is its answer.
+    pub fn called(&mut self, status: StatusCode, headers: &HeaderMap) {
         self.details = Cow::Borrowed("via_upstream");
         self.answered(status, headers);
-        self.down.grpc_status = grpc_status(headers);
-        let length = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
-        self.down.bytes = length.unwrap_or(0);
     }
 
     /// Its connection was cut here: its pod is gone, a policy denies it, or the node stops.
@@ -308,7 +307,7 @@ impl Record {
             transport_failure: None,
             bytes_received: self.up.bytes,
             bytes_sent: self.down.bytes,
-            service_time: self.answered_after.filter(|_| self.endpoint.is_some()).map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
+            service_time: self.answered_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
             upstream_host: if inbound { Some(self.destination) } else { self.endpoint },
             upstream_cluster: cluster,
             upstream_local: None,
@@ -321,7 +320,7 @@ impl Record {
             mutual_tls: self.mutual_tls,
             trace: self.trace,
             peer: self.peer.as_ref(),
-            local: None,
+            local: self.local.as_ref(),
         }
     }
 

@@ -72,16 +72,16 @@ impl Reply {
         (status, headers, body.into_owned().into())
     }
 
-    /// Puts the answer on its way. `change` sees the headers last.
+    /// Puts the answer on its way. `change` sees the status and the headers last.
     pub fn start(
         self,
         grpc: bool,
         close: bool,
         responder: &mut impl Responder,
-        change: impl FnOnce(&mut HeaderMap),
+        change: impl FnOnce(StatusCode, &mut HeaderMap),
     ) -> std::io::Result<StatusCode> {
         let (status, mut headers, body) = self.into_parts(grpc);
-        change(&mut headers);
+        change(status, &mut headers);
         let length = body.len() as u64;
         let framing = if length == 0 { Framing::Empty } else { Framing::Length(length) };
         if length > 0 {

@@ -20,20 +20,28 @@ pub struct Onward {
     context: Context,
     pub own: Parent,
     pub sampled: bool,
+    /// A span is told.
+    pub reported: bool,
 }
 
 impl Onward {
-    /// Goes on with what headers say. Where nobody has decided, so many of a million are sampled.
-    pub fn of(headers: &HeaderMap, sampling: u32) -> Self {
+    /// Goes on with what headers say. Where nobody has decided, so many of a million are sampled. Where spans are not `reported`, what
+    /// comes after is caused by what came before.
+    pub fn of(headers: &HeaderMap, sampling: u32, reported: bool) -> Self {
         let context = Context::of(headers);
         let sampled = context.sampled.unwrap_or_else(|| fastrand::u32(..1_000_000) < sampling);
-        let own = Parent { trace: context.parent.map_or_else(|| fastrand::u128(1..), |p| p.trace), span: fastrand::u64(1..) };
-        Self { context, own, sampled }
+        let fresh = || Parent { trace: fastrand::u128(1..), span: fastrand::u64(1..) };
+        let own = match context.parent {
+            None => fresh(),
+            Some(parent) if reported => Parent { trace: parent.trace, ..fresh() },
+            Some(parent) => parent,
+        };
+        Self { context, own, sampled, reported: reported && sampled }
     }
 
     /// Headers say already all there is: that nothing is to be told of this trace.
     pub fn is_said(&self) -> bool {
-        !self.sampled && self.context.parent.is_some() && self.context.sampled.is_some()
+        !self.reported && self.context.parent.is_some() && self.context.sampled.is_some()
     }
 
     /// The request as it goes on.
@@ -47,6 +55,10 @@ impl Onward {
         self.context.write(self.own, self.sampled, headers);
     }
 }
+
+/// Statuses of gRPC that are an error of the server, as Envoy's spans have it: unknown, deadline exceeded, resource
+/// exhausted, unimplemented, internal, unavailable and data loss.
+const FAILURES: [u32; 7] = [2, 4, 8, 12, 13, 14, 15];
 
 /// The span of a request that is sampled.
 pub struct Traced {
@@ -82,7 +94,7 @@ impl Traced {
             None => format!("unknown:{port}/*"),
         };
         let place = Place { cluster: &metrics.cluster, workload: &self.workload };
-        let failed = entry.code == 0 || entry.code >= 500 || entry.grpc_status.is_some_and(|s| s != 0);
+        let failed = entry.code == 0 || entry.code >= 500 || entry.grpc_status.is_some_and(|s| FAILURES.contains(&s));
         let span = Span {
             own: self.own,
             state: self.state.clone(),

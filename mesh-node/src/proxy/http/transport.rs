@@ -242,6 +242,19 @@ impl AsyncWrite for Counted {
         polled
     }
 
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.transport).poll_write_vectored(cx, slices);
+        if let Poll::Ready(Ok(n)) = &polled {
+            this.count(true, *n);
+        }
+        polled
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.transport.is_write_vectored()
+    }
+
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().transport).poll_flush(cx)
     }
@@ -268,6 +281,19 @@ impl AsyncWrite for Transport {
             Self::Prefixed(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Tunnel(tunnel) => tunnel.poll_write(cx, buf),
         }
+    }
+
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Self::Prefixed(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            // It makes frames of its own: one piece at a time is as good.
+            Self::Tunnel(tunnel) => tunnel.poll_write(cx, slices.iter().find(|s| !s.is_empty()).map_or(&[], |s| &**s)),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        !matches!(self, Self::Tunnel(_))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

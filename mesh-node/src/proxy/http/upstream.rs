@@ -201,7 +201,8 @@ impl H2Upstream {
         !self.is_closed() && self.streams.load(Ordering::Acquire) < limit
     }
 
-    fn close(&self) {
+    /// Takes no more streams, and ends when those it has do.
+    pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.changed.notify_one();
     }

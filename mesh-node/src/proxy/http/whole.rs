@@ -13,7 +13,7 @@ use super::{
 pub struct Whole(Option<Bytes>);
 
 impl Whole {
-    pub fn of(data: Vec<u8>) -> Self {
+    pub fn of(data: impl Into<Bytes>) -> Self {
         Self(Some(data.into()))
     }
 }

@@ -70,11 +70,14 @@ enum Spoken {
 
 impl Inspection<'_> {
     /// Serves the connection to its end, or until policy, the end of the pod or `ended` wants it cut.
-    pub async fn run(self, mut downstream: Transport, ended: impl Future<Output = Cut>) -> Result<(), Failure> {
+    pub async fn run(self, mut downstream: Transport, ended: impl Future<Output = Cut> + Send) -> Result<(), Failure> {
         let Self { proxy, pod, admitted, client, traffic, requests } = self;
         let Admitted { application, mut registration, mut facts, .. } = admitted;
         let protocol = declared(proxy, pod, &facts);
         let note = registration.note();
+        // Where no policy asks about requests, an application may speak what it likes, and first.
+        let free = protocol.is_http() && is_free(proxy, pod, &facts);
+        let listened = Some(&application).filter(|_| free || !protocol.is_http());
         let ending = async {
             tokio::select! {
                 biased;
@@ -86,7 +89,7 @@ impl Inspection<'_> {
         let (spoken, read) = tokio::select! {
             biased;
             reason = &mut ending => Err(Failure::Cut(reason)),
-            found = look(&mut downstream, protocol, Some(&application), None) => Ok(found),
+            found = look(&mut downstream, protocol, listened, None) => Ok(found),
         }
         .inspect_err(|_| {
             downstream.reset_when_dropped();
@@ -94,7 +97,7 @@ impl Inspection<'_> {
         })?;
         let downstream = downstream.unread(read);
         let spoken = match spoken {
-            // Where no policy asks about requests, an application may speak what it likes.
+            // Not before: policies may have changed.
             Spoken::Unlike if is_free(proxy, pod, &facts) => Spoken::Opaque(Sni::Unread),
             Spoken::Unlike => Spoken::Http1,
             spoken => spoken,
@@ -149,41 +152,31 @@ async fn http1(
     gate: &Gate,
     mut downstream: Transport,
     application: TcpStream,
-    ending: impl Future<Output = Cut>,
+    ending: impl Future<Output = Cut> + Send,
     traffic: &Traffic,
 ) -> Result<(), Failure> {
     let mut application = Transport::Tcp(application);
-    let ended = tokio::select! {
-        biased;
-        reason = ending => Err(Failure::Cut(reason)),
-        ends = guard::serve_h1(gate, &mut downstream, Some(&mut application), traffic) => Ok(ends),
-    };
+    let ended = guard::serve_h1(gate, &mut downstream, Some(&mut application), traffic, ending).await;
     if !matches!(ended, Ok(Ends::Closed)) {
         downstream.reset();
         application.reset();
     }
-    ended.map(drop)
+    ended.map(drop).map_err(Failure::Cut)
 }
 
 async fn http2(
     gate: Gate,
     downstream: Transport,
     application: TcpStream,
-    ending: impl Future<Output = Cut>,
+    ending: impl Future<Output = Cut> + Send,
     traffic: Arc<Traffic>,
 ) -> Result<(), Failure> {
     let client = gate.client;
-    tokio::select! {
-        biased;
-        // What has not ended on its streams is seen to be cut.
-        reason = ending => Err(Failure::Cut(reason)),
-        served = guard::serve_h2(Arc::new(gate), downstream, Some(Transport::Tcp(application)), traffic) => {
-            if let Err(error) = served {
-                tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection into a pod ended");
-            }
-            Ok(())
-        }
+    let served = guard::serve_h2(Arc::new(gate), downstream, Some(Transport::Tcp(application)), traffic, ending).await;
+    if let Err(error) = served.map_err(Failure::Cut)? {
+        tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection into a pod ended");
     }
+    Ok(())
 }
 
 /// Whether a connection that was let in may be what it turned out to be: one that carries no requests.
@@ -231,12 +224,13 @@ pub async fn refuse(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: Facts, down
         match spoken {
             Spoken::Opaque(_) => downstream.reset(),
             Spoken::Http1 | Spoken::Unlike => {
-                if guard::serve_h1(&gate, &mut downstream, None, &Traffic::default()).await == Ends::Reset {
+                let ended = guard::serve_h1(&gate, &mut downstream, None, &Traffic::default(), pod.ended()).await;
+                if ended != Ok(Ends::Closed) {
                     downstream.reset();
                 }
             }
             // Ends with the connection, or by the clock.
-            Spoken::Http2 => drop(guard::serve_h2(Arc::new(gate), downstream, None, Arc::default()).await),
+            Spoken::Http2 => drop(guard::serve_h2(Arc::new(gate), downstream, None, Arc::default(), pod.ended()).await),
         }
     };
     // A client that is still there after that has been told.
@@ -253,8 +247,8 @@ fn declared(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> Protocol {
     }
 }
 
-/// Finds out what a connection carries; the bytes read for that are returned. An application that speaks first carries no
-/// HTTP.
+/// Finds out what a connection carries; the bytes read for that are returned. An application that speaks first, where one is listened
+/// to, carries no HTTP.
 async fn look(
     downstream: &mut Transport,
     declared: Protocol,
@@ -278,7 +272,7 @@ async fn look(
         let hello = begun.first() == Some(&TLS_HANDSHAKE);
         let speaks_first = async {
             match application {
-                Some(application) if read.is_empty() && !declared.is_http() => server_first(application).await,
+                Some(application) if read.is_empty() => server_first(application).await,
                 _ => std::future::pending().await,
             }
         };

@@ -1,4 +1,5 @@
-//! Access logs: lines on their way to files or standard output, each file written by a thread of its own.
+//! Lines of logs on their way to files or standard output, each file written by a thread of its own: access logs, and the log of the
+//! process.
 //!
 //! Who logs never waits for a file: a line is copied to the others that wait, or, where there is no room, dropped and counted. They
 //! are written together, a twentieth of a second after the first at the latest. A file that was moved away is opened anew; who
@@ -30,9 +31,9 @@ const ENOUGH: usize = 256 * 1024;
 const LOOK: Duration = Duration::from_secs(1);
 const UNUSED: Duration = Duration::from_mins(10);
 
-/// All access logs of the process.
+/// Logs, by the files they go to.
 #[derive(Debug)]
-pub struct AccessLogs {
+pub struct Lines {
     /// By name: few, so that looking through them is fastest.
     files: ArcSwap<Vec<(Arc<str>, Arc<Queue>)>>,
     opening: Mutex<()>,
@@ -93,7 +94,7 @@ fn find<'f>(files: &'f [(Arc<str>, Arc<Queue>)], path: &Arc<str>) -> Option<&'f 
     files.iter().find(|(name, _)| Arc::ptr_eq(name, path) || name == path).map(|(_, queue)| queue)
 }
 
-impl AccessLogs {
+impl Lines {
     /// Counts lines in `lines`: `written`, `dropped` and `failed`.
     pub fn new(lines: Family<ResultLabels, Counter>) -> Self {
         let dropped = lines.get_or_create(&ResultLabels { result: "dropped" }).clone();
@@ -131,9 +132,9 @@ impl AccessLogs {
             used: Instant::now(),
             told: false,
         };
-        let thread = std::thread::Builder::new().name("access-log".to_owned());
+        let thread = std::thread::Builder::new().name("log".to_owned());
         if let Err(error) = thread.spawn(move || writer.run()) {
-            tracing::error!(target: "app", %error, path = &**path, "no access log is written: its thread cannot be started");
+            eprintln!("mesh-node: no log is written to {path}: its thread cannot be started: {error}");
             return None;
         }
         files.push((path.clone(), queue.clone()));
@@ -176,13 +177,13 @@ impl Target {
 
     fn write(&mut self, batch: &[u8]) -> io::Result<()> {
         match self {
-            // With the lock of the process' other logs, so that lines stay whole.
-            Self::Stdout => {
+            // With the lock of others that write there, so that lines stay whole, and not for long.
+            Self::Stdout => pieces(batch).try_for_each(|piece| {
                 let mut out = io::stdout().lock();
-                out.write_all(batch)?;
+                out.write_all(piece)?;
                 out.flush()
-            }
-            Self::Stderr => io::stderr().lock().write_all(batch),
+            }),
+            Self::Stderr => pieces(batch).try_for_each(|piece| io::stderr().lock().write_all(piece)),
             Self::File { path, open } => {
                 let file = match open {
                     Some(file) => file,
@@ -204,6 +205,22 @@ impl Target {
             }
         }
     }
+}
+
+/// Whole lines of so many bytes; more if there is no end of a line among them.
+fn pieces(mut batch: &[u8]) -> impl Iterator<Item = &[u8]> {
+    const PIECE: usize = 64 * 1024;
+    std::iter::from_fn(move || {
+        let end = |range: &[u8]| range.iter().rposition(|b| *b == b'\n').map(|at| at + 1);
+        let cut = if batch.len() <= PIECE {
+            batch.len()
+        } else {
+            end(&batch[..PIECE]).or_else(|| batch.iter().position(|b| *b == b'\n').map(|at| at + 1)).unwrap_or(batch.len())
+        };
+        let (piece, rest) = batch.split_at(cut);
+        batch = rest;
+        (!piece.is_empty()).then_some(piece)
+    })
 }
 
 struct Writer {
@@ -263,7 +280,7 @@ impl Writer {
             Err(error) => {
                 self.failed.inc_by(lines);
                 if !self.told {
-                    tracing::error!(target: "app", %error, "an access log cannot be written");
+                    eprintln!("mesh-node: a log cannot be written: {error}");
                     self.told = true;
                 }
                 if let Target::File { open, .. } = &mut self.target {
@@ -278,7 +295,7 @@ impl Writer {
 mod tests {
     use super::*;
 
-    fn counted(logs: &AccessLogs, result: &'static str) -> u64 {
+    fn counted(logs: &Lines, result: &'static str) -> u64 {
         logs.lines.get_or_create(&ResultLabels { result }).get()
     }
 
@@ -287,7 +304,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("access.log");
         let name: Arc<str> = path.to_str().expect("UTF-8").into();
-        let logs = AccessLogs::new(Family::default());
+        let logs = Lines::new(Family::default());
         (0..1000).for_each(|i| logs.write(&name, &format!("{i}\n")));
         logs.flush(Duration::from_secs(5));
         let read = std::fs::read_to_string(&path).expect("a file");
@@ -304,8 +321,17 @@ mod tests {
     }
 
     #[test]
+    fn pieces_are_of_whole_lines() {
+        let line = |n: usize| format!("{}\n", "x".repeat(n));
+        let batch = [line(40_000), line(30_000), line(100_000), line(1), "end".to_owned()].concat();
+        let pieces = pieces(batch.as_bytes()).map(<[u8]>::len).collect::<Vec<_>>();
+        assert_eq!(pieces, [40_001, 30_001, 100_001, 5]);
+        assert_eq!(super::pieces(b"").count(), 0);
+    }
+
+    #[test]
     fn what_cannot_be_written_is_counted() {
-        let logs = AccessLogs::new(Family::default());
+        let logs = Lines::new(Family::default());
         let nowhere: Arc<str> = "/nowhere/at/all".into();
         logs.write(&nowhere, "x\n");
         logs.flush(Duration::from_secs(5));
@@ -323,7 +349,7 @@ mod tests {
         let path = directory.path().join("pipe");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).expect("a pipe");
         let name: Arc<str> = path.to_str().expect("UTF-8").into();
-        let logs = AccessLogs::new(Family::default());
+        let logs = Lines::new(Family::default());
         let line = "x".repeat(8 * 1024);
         let began = Instant::now();
         // What is being written waits no more: as much again comes in its place.
