@@ -8,6 +8,8 @@ pub mod publish;
 pub mod settings;
 pub mod snapshot;
 pub mod store;
+#[cfg(test)]
+pub mod testing;
 
 pub use publish::{Batch, Configuration, Publisher};
 pub use settings::{DestinationRequests, EnrolmentLabel, MeshSettings, OutboundPolicy, TrustedProxy};

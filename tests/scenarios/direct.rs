@@ -89,9 +89,9 @@ fn opaque_connections_go_directly_and_are_counted_and_logged_by_both_reporters()
         // Eight times "who\n", and the upload with its line.
         assert_eq!(counted(&bed, "istio_tcp_received_bytes_total", reporter), 8.0 * 4.0 + 1_000_007.0, "{reporter}");
     }
-    let log = bed.nodes()[0].access_log();
-    let uploads = log.iter().filter(|l| l.contains("bytes_sent=1000007") && l.contains("sa/client")).count();
-    assert_eq!(uploads, 2, "{log:#?}");
+    let log = || bed.nodes()[0].access_log();
+    let uploads = || log().iter().filter(|l| l.contains("bytes_sent=1000007") && l.contains("sa/client")).count();
+    wait_for("both lines", Duration::from_secs(5), || Ok(uploads() == 2)).unwrap_or_else(|_| panic!("{:#?}", log()));
     assert_eq!(indirect(&bed, "unused"), 0.0);
 }
 
@@ -172,7 +172,10 @@ fn a_pod_that_leaves_the_mesh_or_is_deleted_loses_them() {
     bed.relabel(&client, "istio.io/dataplane-mode", Some("none")).expect("relabelled");
     assert!(end(steady)["afterMilliseconds"].is_u64());
     wait_for("gone", Duration::from_secs(5), || Ok(connections(&bed).is_empty() && entries(&bed, "FLOWS") == 0)).expect("gone");
-    assert!(bed.nodes()[0].access_log().iter().any(|l| l.contains("not in the mesh any more")));
+    wait_for("it in the log", Duration::from_secs(5), || {
+        Ok(bed.nodes()[0].access_log().iter().any(|l| l.contains("not in the mesh any more")))
+    })
+    .expect("logged");
     bed.relabel(&client, "istio.io/dataplane-mode", None).expect("relabelled");
     bed.wait_captured(&client, true).expect("captured");
     let steady = start(&bed, &client, &["steady", &services[0], "20"]);

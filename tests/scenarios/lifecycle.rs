@@ -258,6 +258,29 @@ fn requests_under_way_are_answered_before_a_node_stops() {
     }
 }
 
+/// Clients that keep their connections are told to go elsewhere with an answer, at either end's node, and lose nothing.
+#[test]
+fn a_node_that_stops_tells_clients_of_http_to_go_elsewhere() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--fail-mode", "open"])).expect("bed");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    bed.kubectl_apply("web", service).expect("service");
+    let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), "v1".into()];
+    let server = PodSpec { command, port: Some(8080), ..PodSpec::new("web", 1) }.label("app", "web");
+    let [server] = bed.meshed([server]).expect("server");
+    let outside = bed.pod(&PodSpec::new("outside", 0).label("istio.io/dataplane-mode", "none")).expect("outside");
+    bed.settle().expect("settled");
+    let to = format!("{}/", server.address(8080));
+    let arguments = ["get", &to, "1", "--seconds", "4", "--pause-millis", "20"];
+    let asking = bed.command(&outside, &program("web"), &arguments).stdout(Stdio::piped()).spawn().expect("web");
+    std::thread::sleep(Duration::from_secs(1));
+    let began = std::time::Instant::now();
+    bed.node(1).stop().expect("stopped");
+    assert!(began.elapsed() < Duration::from_secs(3), "nothing was waited for: {:?}", began.elapsed());
+    let report = end(asking);
+    assert_eq!(report["errors"], serde_json::json!({}), "{report}");
+    assert!(report["statuses"]["200"].as_u64().is_some_and(|n| n > 100), "{report}");
+}
+
 #[test]
 fn uninstall_leaves_nothing_in_the_kernel() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

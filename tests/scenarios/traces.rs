@@ -213,8 +213,9 @@ fn a_collector_that_is_not_there_costs_a_counter() {
     }
     wait_for("spans that failed", Duration::from_secs(10), || Ok(scene.total("failed") >= 40.0)).expect("counted");
     let said = |node: &mesh_tests::bed::Node| node.log_text().lines().filter(|l| l.contains("spans are lost")).count();
+    wait_for("it to be said", Duration::from_secs(5), || Ok(scene.bed.nodes().iter().any(|n| said(n) == 1))).expect("said");
     // One for each node, not one for each batch.
-    assert!(scene.bed.nodes().iter().all(|n| said(n) <= 1) && scene.bed.nodes().iter().any(|n| said(n) == 1));
+    assert!(scene.bed.nodes().iter().all(|n| said(n) <= 1));
     assert!(scene.total("exported") < 0.5 && scene.spans().is_empty());
     // Sampling of some is of some.
     scene.trace("http", "50", "");
@@ -225,4 +226,92 @@ fn a_collector_that_is_not_there_costs_a_counter() {
     std::thread::sleep(Duration::from_secs(2));
     let traces = scene.spans().iter().filter(|s| s["kind"] == 3).count();
     assert!((10..51).contains(&traces), "{traces} of 60; {}", spans.len());
+}
+
+#[test]
+fn what_a_collector_does_not_take_is_tried_again_or_counted() {
+    let scene = with_web(false);
+    let next = |what: &str| std::fs::write(format!("{}.next", scene.file.path().display()), what).expect("written");
+    for provider in ["grpc", "http"] {
+        scene.trace(provider, "100", "");
+        let before = (scene.total("exported"), scene.total("rejected"), scene.total("failed"));
+        next("unavailable");
+        let first = format!("/{provider}-1");
+        scene.get(&format!("web:80{first}"), &[]);
+        // Both spans come, the one after the other or together, whichever was refused first.
+        let of = |spans: &[Value], path: &str| {
+            spans.iter().filter(|s| s["attributes"]["http.url"].as_str().is_some_and(|u| u.ends_with(path))).count()
+        };
+        scene.wait_spans("spans that were refused at first", |spans| of(spans, &first) == 2);
+        wait_for("them to be counted", Duration::from_secs(5), || Ok(scene.total("exported") >= before.0 + 2.0)).expect("counted");
+        next("rejects 1");
+        scene.get(&format!("web:80/{provider}-2"), &[]);
+        wait_for("one that is rejected", Duration::from_secs(5), || Ok(scene.total("rejected") >= before.1 + 1.0)).expect("counted");
+        wait_for("the other", Duration::from_secs(5), || Ok(scene.total("exported") >= before.0 + 3.0)).expect("counted");
+        assert!(scene.total("failed") < before.2 + 0.5, "nothing is lost");
+    }
+}
+
+#[test]
+fn a_trace_goes_on_where_no_spans_are_told_and_copies_make_none() {
+    let mut scene = with_web(false);
+    let echo = "apiVersion: v1\nkind: Service\nmetadata: {name: echo}\nspec: {selector: {app: echo}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    scene.bed.kubectl_apply("echo", echo).expect("service");
+    let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), "echo".into()];
+    let spec = PodSpec { command, port: Some(8080), ..PodSpec::new("echo", 1) }.label("app", "echo");
+    scene.bed.meshed([spec]).expect("echo");
+    let routes = "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: web, namespace: default}\nspec: {hosts: [web], http: [{route: [{destination: {host: web}}], mirror: {host: echo}}]}\n";
+    scene.bed.apply("mirror", routes).expect("applied");
+    scene.trace("http", "100", "");
+    let of = |spans: &[Value], path: &str| {
+        let is = |s: &&Value| s["attributes"]["http.url"].as_str().is_some_and(|u| u.ends_with(path));
+        spans.iter().filter(is).cloned().collect::<Vec<_>>()
+    };
+    scene.get("web:80/copied", &[]);
+    let copies = |scene: &Scene| {
+        let labels = ["destination_workload=\"echo\"", "reporter=\"destination\""];
+        scene.bed.nodes()[1].metric("istio_requests_total", &labels).unwrap_or(0.0)
+    };
+    wait_for("the copy", Duration::from_secs(10), || Ok(copies(&scene) >= 1.0)).expect("copied");
+    scene.wait_spans("both ends", |spans| of(spans, "/copied").len() == 2);
+    // Spans go out once a second.
+    std::thread::sleep(Duration::from_secs(2));
+    let spans = of(&scene.spans(), "/copied");
+    assert!(spans.len() == 2 && spans.iter().all(|s| s["name"].as_str().is_some_and(|n| n.starts_with("web."))), "{spans:#?}");
+    // The client's spans are not told: the server's are still of its trace, which the client's node has begun.
+    let quiet = "apiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {name: quiet, namespace: default}\nspec: {selector: {matchLabels: {app: client}}, tracing: [{disableSpanReporting: true}]}\n";
+    scene.bed.apply("quiet", quiet).expect("applied");
+    scene.bed.settle().expect("settled");
+    let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    scene.get("web:80/begun", &[]);
+    scene.get("web:80/continued", &[&format!("traceparent: 00-{trace}-{span}-01")]);
+    let both = |spans: &[Value]| !of(spans, "/begun").is_empty() && !of(spans, "/continued").is_empty();
+    scene.wait_spans("the server's", both);
+    std::thread::sleep(Duration::from_secs(2));
+    let (begun, continued) = (of(&scene.spans(), "/begun"), of(&scene.spans(), "/continued"));
+    assert!(begun.len() == 1 && begun[0]["kind"] == 2 && begun[0]["parent"] != "", "{begun:#?}");
+    assert!(continued.len() == 1 && continued[0]["kind"] == 2, "{continued:#?}");
+    assert_eq!((&continued[0]["trace"], &continued[0]["parent"]), (&trace.into(), &span.into()));
+}
+
+#[test]
+fn requests_that_are_denied_and_calls_of_grpc_are_spans_too() {
+    let scene = with_web(false);
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny, namespace: default}\nspec: {action: DENY, selector: {matchLabels: {app: web}}, rules: [{to: [{operation: {paths: [/secret]}}]}]}\n";
+    scene.bed.apply("deny", deny).expect("applied");
+    scene.trace("grpc", "100", "");
+    scene.get("web:80/secret", &[]);
+    scene.get("web:80/pkg.Service/Call", &["content-type: application/grpc"]);
+    let of = |spans: &[Value], path: &str| {
+        let is = |s: &&Value| s["attributes"]["http.url"].as_str().is_some_and(|u| u.ends_with(path));
+        spans.iter().filter(is).cloned().collect::<Vec<_>>()
+    };
+    let spans = scene.wait_spans("all", |spans| of(spans, "/secret").len() == 2 && of(spans, "/pkg.Service/Call").len() == 2);
+    for span in of(&spans, "/secret") {
+        // A denial is an answer, and no failure of the server.
+        assert_eq!((&span["attributes"]["http.status_code"], &span["attributes"]["error"]), (&"403".into(), &Value::Null), "{span:#}");
+    }
+    for span in of(&spans, "/pkg.Service/Call") {
+        assert_eq!(span["attributes"]["grpc.path"], "/pkg.Service/Call", "{span:#}");
+    }
 }

@@ -128,9 +128,13 @@ impl Direct {
         self.flows.iter().filter_map(Result::ok).map(|(cookie, flow)| clock.flow(cookie, &flow)).collect()
     }
 
-    /// What of a flow passed TCP by, for [`traffic`].
-    pub fn past(&self, flow: &DirectFlow) -> io::Result<Past> {
-        self.flows.get(&flow.cookie, 0).map(Past).map_err(io::Error::other)
+    /// Bytes an open flow has sent and received, TCP's and those that passed it by; none when it has ended. Asked after TCP was: what
+    /// of its ends TCP has counted among the bytes is known here then, and never more is told than it will have been.
+    pub fn traffic(&self, flow: &DirectFlow, tcp: ByTcp) -> Option<(u64, u64)> {
+        let past = self.flows.get(&flow.cookie, 0).ok().filter(|past| past.begun == flow.number && past.state != Flow::CLOSED)?;
+        let mut now = Flow { seen: past.seen | Flow::WAS_OPEN, ..past };
+        now.count(tcp.acked, tcp.received);
+        Some((now.sent, now.received))
     }
 
     /// Whether a flow is there, over or not; another of the same socket is another.
@@ -145,16 +149,17 @@ impl Direct {
     }
 }
 
-/// A flow as the hooks see it.
+/// What TCP has counted of a flow, for [`Direct::traffic`].
 #[derive(Debug, Clone, Copy)]
-pub struct Past(Flow);
+pub struct ByTcp {
+    acked: u64,
+    received: u64,
+}
 
-/// Bytes a flow has sent and received until now, TCP's and those that passed it by. `netns`: the client's.
-pub fn traffic(Past(past): Past, netns: &Netns, flow: &DirectFlow) -> io::Result<(u64, u64)> {
+/// Asks TCP what a flow has carried. `netns`: the client's.
+pub fn by_tcp(netns: &Netns, flow: &DirectFlow) -> io::Result<ByTcp> {
     let (acked, received) = netns.enter(|| diag::traffic(flow.client, flow.endpoint, Some(flow.cookie)))??;
-    let mut now = Flow { seen: Flow::WAS_OPEN, ..past };
-    now.count(acked, received);
-    Ok((now.sent, now.received))
+    Ok(ByTcp { acked, received })
 }
 
 impl FlowEvents {

@@ -23,10 +23,9 @@ use super::{
     outcome::{Direction, Outcome, Party},
 };
 use crate::{
-    capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase, direct::Past},
+    capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase},
     config::Snapshot,
     id::ObjectName,
-    io::relay::Traffic,
     route::{Target, Workload},
     spawn,
 };
@@ -265,8 +264,8 @@ impl Direct {
         // The kernel is asked without the lock: what goes on does not wait for all of them.
         let ask = |(mut state, source): (DirectState, Option<Arc<ServedPod>>)| {
             state.bytes = source.and_then(|pod| {
-                let past = self.lock().kernel.past(&state.flow).ok()?;
-                capture::direct::traffic(past, &pod.netns, &state.flow).ok()
+                let tcp = capture::direct::by_tcp(&pod.netns, &state.flow).ok()?;
+                self.lock().kernel.traffic(&state.flow, tcp)
             });
             state
         };
@@ -278,10 +277,12 @@ impl Direct {
         let cookies = self.lock().flows.keys().copied().collect::<Vec<_>>();
         for cookie in cookies {
             // The kernel is asked without the lock: what goes on does not wait for all of them.
-            let asked = self.lock().measured(cookie);
-            let Some(Measured { past, source, flow, traffic }) = asked else { continue };
-            if let Ok(bytes) = capture::direct::traffic(past, &source.netns, &flow) {
-                carried(&traffic, bytes);
+            let asked = self.lock().flows.get(&cookie).and_then(|k| Some((k.ends.as_ref()?.source.clone(), k.flow.clone())));
+            let Some((source, flow)) = asked else { continue };
+            let Ok(tcp) = capture::direct::by_tcp(&source.netns, &flow) else { continue };
+            let state = self.lock();
+            if let (Some(known), Some(bytes)) = (state.flows.get(&cookie), state.kernel.traffic(&flow, tcp)) {
+                known.carried(bytes);
             }
         }
     }
@@ -296,35 +297,13 @@ fn served(proxy: &Proxy) -> Served {
     proxy.pods.all().iter().filter(|p| !p.is_draining() && !p.is_held()).filter_map(|p| Some((p.uid.clone(), p.cookie()?))).collect()
 }
 
-/// What has to be known to measure a flow.
-struct Measured {
-    past: Past,
-    source: Arc<ServedPod>,
-    flow: DirectFlow,
-    traffic: [Arc<Traffic>; 2],
-}
-
-fn carried(traffic: &[Arc<Traffic>; 2], (sent, received): (u64, u64)) {
-    for one in traffic {
-        one.sent.fetch_max(sent, Ordering::Relaxed);
-        one.received.fetch_max(received, Ordering::Relaxed);
-    }
-}
-
 impl State {
-    fn measured(&self, cookie: u64) -> Option<Measured> {
-        let known = self.flows.get(&cookie)?;
-        let source = known.ends.as_ref()?.source.clone();
-        let past = self.kernel.past(&known.flow).ok()?;
-        Some(Measured { past, source, flow: known.flow.clone(), traffic: known.outcomes.each_ref().map(|o| o.traffic.clone()) })
-    }
-
     /// What a flow that was there before this process has carried is counted by others.
     fn begins_with(&self, known: &Known) {
         let Some(ends) = known.ends.as_ref().filter(|_| known.flow.begun < self.since) else { return };
-        let bytes = self.kernel.past(&known.flow).and_then(|past| capture::direct::traffic(past, &ends.source.netns, &known.flow));
-        if let Ok(bytes) = bytes {
-            carried(&known.outcomes.each_ref().map(|o| o.traffic.clone()), bytes);
+        let tcp = capture::direct::by_tcp(&ends.source.netns, &known.flow).ok();
+        if let Some(bytes) = tcp.and_then(|tcp| self.kernel.traffic(&known.flow, tcp)) {
+            known.carried(bytes);
             known.outcomes.iter().for_each(Outcome::counted_by_others);
         }
     }
@@ -503,6 +482,18 @@ impl Known {
             outbound.fail(Failure::Dial { to: flow.endpoint, source: problem() });
             inbound.fail(Failure::Application { to: flow.endpoint, source: problem() });
         }
-        carried(&[outbound.traffic.clone(), inbound.traffic.clone()], (flow.sent, flow.received));
+        carried(&[outbound, inbound], (flow.sent, flow.received));
+    }
+
+    /// It has carried so much, at least.
+    fn carried(&self, bytes: (u64, u64)) {
+        carried(&self.outcomes, bytes);
+    }
+}
+
+fn carried(outcomes: &[Outcome; 2], (sent, received): (u64, u64)) {
+    for outcome in outcomes {
+        outcome.traffic.sent.fetch_max(sent, Ordering::Relaxed);
+        outcome.traffic.received.fetch_max(received, Ordering::Relaxed);
     }
 }

@@ -94,7 +94,7 @@ impl Connection {
     async fn h1_loop(&self, transport: &mut Transport, unread: &mut Unread, traffic: &Traffic) -> Finished {
         let (source, sink) = transport.counted_halves(&traffic.sent, &traffic.received);
         let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
-        let mut draining = std::pin::pin!(self.pod.draining());
+        let mut draining = std::pin::pin!(self.pod.draining_idle());
         let mut ended = std::pin::pin!(self.pod.ended());
         loop {
             let request = tokio::select! {

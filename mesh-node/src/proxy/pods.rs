@@ -19,6 +19,9 @@ use super::{
 };
 use crate::{id::WorkloadUid, io::netns::Netns};
 
+/// How long a client's idle connection is kept while its pod drains.
+const LAST_REQUEST: std::time::Duration = std::time::Duration::from_millis(500);
+
 /// A pod whose listeners this process holds.
 #[derive(Debug)]
 pub struct ServedPod {
@@ -95,6 +98,12 @@ impl ServedPod {
     pub async fn draining(&self) {
         // The sender is this pod's own.
         let _ = self.draining.subscribe().wait_for(|d| *d).await;
+    }
+
+    /// The same for HTTP/1 connections that carry nothing: their clients have a moment to ask once more, and be told with the answer.
+    pub async fn draining_idle(&self) {
+        self.draining().await;
+        tokio::time::sleep(LAST_REQUEST).await;
     }
 
     /// Ends all of the pod's connections.

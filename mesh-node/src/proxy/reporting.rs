@@ -190,7 +190,43 @@ pub fn wall(at: Instant) -> SystemTime {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
+    use crate::config::testing::built;
+
+    fn pod(name: &str, labels: &[(&str, &str)]) -> Value {
+        let mut all = json!({"istio.io/dataplane-mode": "ambient"});
+        labels.iter().for_each(|(key, value)| all[key] = json!(value));
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "uid": name, "labels": all},
+            "spec": {"nodeName": "n1", "serviceAccountName": name}, "status": {"phase": "Running", "podIPs": [{"ip": if name == "a" { "10.0.0.1" } else { "10.0.0.2" }}]}})
+    }
+
+    #[test]
+    fn an_edge_is_current_for_as_long_as_it_would_be_made() {
+        let version = |v| [("app", "b"), ("version", v)];
+        let snapshot = built(&[pod("a", &[]), pod("b", &version("v1"))]);
+        let metrics = Metrics::new("cluster");
+        let [a, b] = ["10.0.0.1", "10.0.0.2"].map(|ip| snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a pod").clone());
+        let ends = |reporter, source, destination| Ends { reporter, source, destination, service: None };
+        let (from, to) = ((Some(&*a), Some(&a.identity)), (Some(&*b), Some(&b.identity)));
+        let edge = |ends: Ends<'_>, of: &Workload| ends.edge(&metrics, &of.reporting.server.tags).expect("room");
+        let (both, half) = (edge(ends(Reporter::Destination, from, to), &b), edge(ends(Reporter::Source, from, (None, None)), &a));
+        let nobody = edge(ends(Reporter::Destination, (None, None), (None, None)), &b);
+        let current = |edge: &Edge, pods: &[Value]| is_current(edge.key(), &built(pods), &metrics.cluster);
+        let same = [pod("a", &[]), pod("b", &version("v1"))];
+        assert!(current(&both, &same) && current(&half, &same));
+        assert!(!current(&nobody, &same), "nobody is told of for ever");
+        // Labels have changed, a pod is gone, or is told of with other tags.
+        let relabelled = [pod("a", &[]), pod("b", &version("v2"))];
+        assert!(!current(&both, &relabelled) && current(&half, &relabelled));
+        assert!(!current(&both, &same[..1]) && current(&half, &same[..1]));
+        assert!(!current(&half, &same[1..]));
+        let telemetry = json!({"apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "t", "namespace": "default"},
+            "spec": {"selector": {"matchLabels": {"app": "b"}}, "metrics": [{"overrides": [{"tagOverrides": {"x": {"value": "'y'"}}}]}]}});
+        let told_otherwise = [same[0].clone(), same[1].clone(), telemetry];
+        assert!(!current(&both, &told_otherwise) && current(&half, &told_otherwise));
+    }
 
     #[test]
     fn one_clock_is_told_by_the_other() {

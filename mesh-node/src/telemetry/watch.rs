@@ -129,9 +129,15 @@ mod tests {
         (0..MOST_EVENTS + 5).for_each(|i| watch.tell("a/b", i.to_string()));
         let second = watch.fetch("a/b", Some(1)).expect("room");
         assert_eq!((second.events.len(), second.lost, &*second.events[0]), (MOST_EVENTS, 5, "5"));
+        // Few large ones are as many as many small ones.
+        (0..5).for_each(|_| watch.tell("a/b", "x".repeat(MOST_BYTES / 3)));
+        let large = watch.fetch("a/b", Some(second.next)).expect("room");
+        assert_eq!((large.events.len(), large.lost), (3, 2));
+        assert!(watch.fetch("b/b", Some(u64::MAX)).is_some_and(|e| e.events.is_empty()));
+        watch.tell("b/b", "one".to_owned());
         // From the future: a node that has started anew.
         assert_eq!(watch.fetch("a/b", Some(1 << 40)).map(|e| e.events.len()), Some(0));
-        (1..MOST_WORKLOADS).for_each(|i| assert!(watch.fetch(&format!("x/{i}"), None).is_some()));
+        (2..MOST_WORKLOADS).for_each(|i| assert!(watch.fetch(&format!("x/{i}"), None).is_some()));
         assert!(watch.fetch("one/more", None).is_none() && watch.fetch("a/b", None).is_some());
         // Those nobody has fetched for a while hold no place.
         let later = Instant::now() + PATIENCE;

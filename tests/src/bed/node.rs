@@ -193,8 +193,9 @@ impl Node {
         Ok(lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     }
 
-    /// What mesh-node has logged.
+    /// What mesh-node has logged until now: its lines wait up to a twentieth of a second for others.
     pub fn log_text(&self) -> String {
+        std::thread::sleep(Duration::from_millis(100));
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 

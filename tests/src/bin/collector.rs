@@ -1,5 +1,7 @@
 //! A collector of spans: `collector FILE` takes OTLP over gRPC on port 4317 and over HTTP/1.1 on 4318, and appends a line of JSON
 //! to FILE for each span. Messages are read with the types OpenTelemetry publishes; nothing of mesh-node is in it.
+//!
+//! A file FILE.next says what the next request gets: `unavailable`, or `rejects N` of its spans. It is removed then.
 
 use std::{
     collections::BTreeMap,
@@ -7,13 +9,14 @@ use std::{
     fs::{File, OpenOptions},
     io::{BufRead, BufReader, Read, Write},
     net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
+    path::PathBuf,
     sync::{Arc, Mutex},
 };
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use opentelemetry_proto::tonic::{
-    collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse},
+    collector::trace::v1::{ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse},
     common::v1::{KeyValue, any_value::Value as Any},
 };
 use prost::Message;
@@ -21,11 +24,25 @@ use serde_json::{Value, json};
 
 const MAX_BODY: usize = 16 * 1024 * 1024;
 
-type Out = Arc<Mutex<File>>;
+type Out = Arc<Mutex<Store>>;
+
+/// Where spans go.
+struct Store {
+    file: File,
+    /// What says how the next request is answered.
+    next: PathBuf,
+}
+
+/// How a request is answered.
+enum Answer {
+    Taken(ExportTraceServiceResponse),
+    Unavailable,
+}
 
 fn main() -> Result<()> {
     let path = std::env::args().nth(1).context("usage: collector FILE")?;
-    let out: Out = Arc::new(Mutex::new(OpenOptions::new().create(true).append(true).open(path)?));
+    let (file, next) = (OpenOptions::new().create(true).append(true).open(&path)?, format!("{path}.next").into());
+    let out: Out = Arc::new(Mutex::new(Store { file, next }));
     let http = listen(4318)?;
     let shared = out.clone();
     std::thread::spawn(move || {
@@ -76,8 +93,13 @@ fn serve_http(stream: TcpStream, out: &Out) -> Result<()> {
         reader.read_exact(&mut body)?;
         ensure!(headers.get("content-type").is_some_and(|t| t == "application/x-protobuf"), "{headers:?}");
         let via = format!("http {} {}", line.split(' ').nth(1).unwrap_or_default(), headers.get("x-team").map_or("", |t| t));
-        take(&body, &via, out)?;
-        let answer = ExportTraceServiceResponse::default().encode_to_vec();
+        let answer = match take(&body, &via, out)? {
+            Answer::Taken(response) => response.encode_to_vec(),
+            Answer::Unavailable => {
+                write!(writer, "HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n")?;
+                continue;
+            }
+        };
         write!(writer, "HTTP/1.1 200 OK\r\ncontent-type: application/x-protobuf\r\ncontent-length: {}\r\n\r\n", answer.len())?;
         writer.write_all(&answer)?;
     }
@@ -99,11 +121,19 @@ async fn serve_grpc(stream: tokio::net::TcpStream, out: Out) -> Result<()> {
                     data.extend_from_slice(&chunk);
                 }
                 ensure!(data.len() >= 5 && data[0] == 0 && data.len() <= MAX_BODY, "no message");
-                take(&data[5..], &format!("grpc {path}"), &out)?;
+                let answer = take(&data[5..], &format!("grpc {path}"), &out)?;
                 let response = http::Response::builder().header("content-type", "application/grpc").body(())?;
                 let mut send = respond.send_response(response, false)?;
-                send.send_data(Bytes::from_static(&[0; 5]), false)?;
-                send.send_trailers(http::HeaderMap::from_iter([("grpc-status".parse()?, "0".parse()?)]))?;
+                let status = if let Answer::Taken(response) = answer {
+                    let mut message = vec![0];
+                    message.extend_from_slice(&u32::try_from(response.encoded_len())?.to_be_bytes());
+                    response.encode(&mut message)?;
+                    send.send_data(Bytes::from(message), false)?;
+                    "0"
+                } else {
+                    "14"
+                };
+                send.send_trailers(http::HeaderMap::from_iter([("grpc-status".parse()?, status.parse()?)]))?;
                 Ok(())
             }
             .await;
@@ -130,7 +160,7 @@ fn texts(attributes: &[KeyValue]) -> Value {
     attributes.iter().map(|kv| (kv.key.clone(), value(kv))).collect::<serde_json::Map<_, _>>().into()
 }
 
-fn take(message: &[u8], via: &str, out: &Out) -> Result<()> {
+fn take(message: &[u8], via: &str, out: &Out) -> Result<Answer> {
     let request = ExportTraceServiceRequest::decode(message)?;
     let mut lines = String::new();
     for group in &request.resource_spans {
@@ -147,6 +177,15 @@ fn take(message: &[u8], via: &str, out: &Out) -> Result<()> {
             }
         }
     }
-    out.lock().map_err(|_| anyhow::anyhow!("a writer panicked"))?.write_all(lines.as_bytes())?;
-    Ok(())
+    let mut store = out.lock().map_err(|_| anyhow::anyhow!("a writer panicked"))?;
+    let next = std::fs::read_to_string(&store.next).unwrap_or_default();
+    let mut response = ExportTraceServiceResponse::default();
+    if !next.is_empty() {
+        std::fs::remove_file(&store.next)?;
+        let Some(rejected) = next.trim().strip_prefix("rejects ") else { return Ok(Answer::Unavailable) };
+        let partial = ExportTracePartialSuccess { rejected_spans: rejected.parse()?, error_message: "no room".to_owned() };
+        response.partial_success = Some(partial);
+    }
+    store.file.write_all(lines.as_bytes())?;
+    Ok(Answer::Taken(response))
 }

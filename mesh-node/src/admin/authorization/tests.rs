@@ -1,30 +1,9 @@
 //! Decisions as they are explained.
 
-use std::time::Instant;
-
 use serde_json::json;
 
 use super::*;
-use crate::{
-    config::{
-        MeshSettings, Store, build,
-        store::{Change, Content, Origin},
-    },
-    id::TrustDomain,
-    resource::{self, Parsed},
-};
-
-fn built(documents: &[Value]) -> Snapshot {
-    let read = |document| match resource::parse(document, "default") {
-        Ok(Parsed::Object(named)) => *named,
-        other => panic!("{other:?}: {document}"),
-    };
-    let content = Content::Read { objects: documents.iter().map(read).collect(), rejections: Vec::new() };
-    let mut store = Store::default();
-    store.apply(Change { origin: Origin(Arc::new("m.yaml".into())), content });
-    let mesh = Arc::new(MeshSettings::new("n1", TrustDomain::parse("cluster.local").expect("valid")));
-    build::build(&store, &mesh, &Snapshot::empty(mesh.clone()), Instant::now()).0
-}
+use crate::config::testing::built;
 
 #[test]
 fn decisions_are_explained() {

@@ -68,7 +68,7 @@ async fn h1_loop(
 ) -> Result<Next, Cut> {
     let (source, sink) = client.counted_halves(&traffic.sent, &traffic.received);
     let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
-    let mut draining = std::pin::pin!(gate.pod.draining());
+    let mut draining = std::pin::pin!(gate.pod.draining_idle());
     loop {
         let request = tokio::select! {
             biased;
