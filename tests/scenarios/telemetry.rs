@@ -293,29 +293,36 @@ fn what_is_no_http_on_a_port_declared_to_carry_it_is_let_through_where_no_policy
 fn requests_that_come_to_no_end_say_so() {
     let mut scene = scene();
     scene.web(&["abort", "web:80/", "2"]);
-    for reporter in ["source", "destination"] {
-        let labels = ["response_flags=\"DC\"", &format!("reporter=\"{reporter}\"")];
-        scene.wait_total(2.0, "istio_requests_total", &labels);
-    }
-    // A download that is cut here: the server's pod leaves the mesh.
+    scene.wait_total(2.0, "istio_requests_total", &["response_flags=\"DC\"", "reporter=\"source\""]);
+    // Downloads at the destination's node: one is broken off by the client, one is cut here, by a policy.
     let outside = scene.bed.pod(&PodSpec::new("outside", 0).label("istio.io/dataplane-mode", "none")).expect("outside");
-    let far = scene.bed.meshed([web("v3", 1)]).expect("server");
+    let [server] = scene.bed.meshed([web("v3", 1)]).expect("server");
     scene.bed.settle().expect("settled");
-    let to = format!("{}/bytes/1000000000000", far[0].address(8080));
-    let mut reading = scene.bed.command(&outside, &program("web"), &["download", &to, "1000000000000"]).spawn().expect("web");
-    let labels = ["reporter=\"destination\"", "destination_version=\"v3\""];
+    let to = format!("{}/bytes/1000000000000", server.address(8080));
     let far = &scene.bed.nodes()[1];
-    wait_for("it to begin", Duration::from_secs(5), || {
-        let all = far.admin_json("/connections")?;
-        Ok(all.as_array().is_some_and(|all| all.iter().any(|c| c["receivedBytes"].as_u64().is_some_and(|n| n > 10_000_000))))
-    })
-    .unwrap_or_else(|_| panic!("{:#}", far.admin_json("/connections").expect("connections")));
-    scene.bed.namespace("default", &[]).expect("out of the mesh");
-    let bytes = || far.metric("istio_response_bytes_sum", &[labels[0], labels[1], "response_flags=\"DC\""]);
-    wait_for("it to be told", Duration::from_secs(10), || Ok(bytes().unwrap_or(0.0) > 1e7)).unwrap_or_else(|_| {
-        let all = far.admin("/metrics").expect("metrics");
-        panic!("{}", all.lines().filter(|l| l.contains("v3")).collect::<Vec<_>>().join("\n"))
-    });
-    reading.kill().expect("killed");
-    reading.wait().expect("ended");
+    let labels = ["reporter=\"destination\"", "destination_version=\"v3\"", "response_flags=\"DC\""];
+    let told = |metric: &str| far.metric(metric, &labels).unwrap_or(0.0);
+    for (n, cut) in [(1.0, false), (2.0, true)] {
+        let before = told("istio_response_bytes_sum");
+        let mut reading = scene.bed.command(&outside, &program("web"), &["download", &to, "1000000000000"]).spawn().expect("web");
+        wait_for("it to begin", Duration::from_secs(5), || {
+            let all = far.admin_json("/connections")?;
+            Ok(all.as_array().is_some_and(|all| all.iter().any(|c| c["receivedBytes"].as_u64().is_some_and(|n| n > 10_000_000))))
+        })
+        .unwrap_or_else(|_| panic!("{:#}", far.admin_json("/connections").expect("connections")));
+        if cut {
+            let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: cut, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"8080\"]}}]}]}\n";
+            scene.bed.apply("cut", deny).expect("applied");
+        } else {
+            reading.kill().expect("killed");
+        }
+        let is_told = || told("istio_requests_total") > n - 0.5 && told("istio_response_bytes_sum") > before + 1e7;
+        wait_for("it to be told", Duration::from_secs(10), || Ok(is_told())).unwrap_or_else(|_| {
+            let all = far.admin("/metrics").expect("metrics");
+            panic!("{n}: {}", all.lines().filter(|l| l.contains("v3")).collect::<Vec<_>>().join("\n"))
+        });
+        // It has ended already, where it was killed.
+        let _ = reading.kill();
+        reading.wait().expect("ended");
+    }
 }
