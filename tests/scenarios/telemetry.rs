@@ -294,33 +294,50 @@ fn requests_that_come_to_no_end_say_so() {
     let mut scene = scene();
     scene.web(&["abort", "web:80/", "2"]);
     scene.wait_total(2.0, "istio_requests_total", &["response_flags=\"DC\"", "reporter=\"source\""]);
-    // Downloads at the destination's node: one is broken off by the client, one is cut here, by a policy.
+    // Downloads at the destination's node: one is broken off by the client, two are cut here, by a policy and by a stop.
     let outside = scene.bed.pod(&PodSpec::new("outside", 0).label("istio.io/dataplane-mode", "none")).expect("outside");
     let [server] = scene.bed.meshed([web("v3", 1)]).expect("server");
-    scene.bed.settle().expect("settled");
+    let log = scene.bed.directory.join("access.log");
+    let mesh = format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    accessLogFile: {}\n    accessLogEncoding: JSON\n",
+        log.display()
+    );
+    scene.apply("mesh", &mesh);
     let to = format!("{}/bytes/1000000000000", server.address(8080));
-    let far = &scene.bed.nodes()[1];
     let labels = ["reporter=\"destination\"", "destination_version=\"v3\"", "response_flags=\"DC\""];
-    let told = |metric: &str| far.metric(metric, &labels).unwrap_or(0.0);
-    for (n, cut) in [(1.0, false), (2.0, true)] {
-        let before = told("istio_response_bytes_sum");
+    for (n, cut, details) in [
+        (1, "client", "downstream_remote_disconnect"),
+        (2, "policy", "downstream_local_disconnect"),
+        (3, "stop", "downstream_local_disconnect"),
+    ] {
+        let far = &scene.bed.nodes()[1];
         let mut reading = scene.bed.command(&outside, &program("web"), &["download", &to, "1000000000000"]).spawn().expect("web");
         wait_for("it to begin", Duration::from_secs(5), || {
             let all = far.admin_json("/connections")?;
             Ok(all.as_array().is_some_and(|all| all.iter().any(|c| c["receivedBytes"].as_u64().is_some_and(|n| n > 10_000_000))))
         })
         .unwrap_or_else(|_| panic!("{:#}", far.admin_json("/connections").expect("connections")));
-        if cut {
-            let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: cut, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"8080\"]}}]}]}\n";
-            scene.bed.apply("cut", deny).expect("applied");
-        } else {
-            reading.kill().expect("killed");
+        match cut {
+            "client" => reading.kill().expect("killed"),
+            "policy" => {
+                let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: cut, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"8080\"]}}]}]}\n";
+                scene.bed.apply("cut", deny).expect("applied");
+            }
+            _ => scene.bed.node(1).stop().expect("stopped"),
         }
-        let is_told = || told("istio_requests_total") > n - 0.5 && told("istio_response_bytes_sum") > before + 1e7;
-        wait_for("it to be told", Duration::from_secs(10), || Ok(is_told())).unwrap_or_else(|_| {
-            let all = far.admin("/metrics").expect("metrics");
-            panic!("{n}: {}", all.lines().filter(|l| l.contains("v3")).collect::<Vec<_>>().join("\n"))
-        });
+        let lines = || {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            let all = text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
+            all.filter(|l| l["upstream_cluster"] == "inbound|8080||" && l["response_flags"] == "DC").collect::<Vec<_>>()
+        };
+        wait_for("its line", Duration::from_secs(10), || Ok(lines().len() == n)).unwrap_or_else(|_| panic!("{:#?}", lines()));
+        let line = lines().pop().expect("a line");
+        assert!(line["bytes_sent"].as_u64().is_some_and(|n| n > 10_000_000) && line["response_code_details"] == details, "{cut}: {line:#}");
+        if cut != "stop" {
+            let told = scene.bed.nodes()[1].metric("istio_requests_total", &labels).unwrap_or(0.0);
+            assert!((told - n as f64).abs() < 0.5, "{told}");
+            scene.apply("cut", "");
+        }
         // It has ended already, where it was killed.
         let _ = reading.kill();
         reading.wait().expect("ended");

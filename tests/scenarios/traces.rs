@@ -285,13 +285,17 @@ fn a_trace_goes_on_where_no_spans_are_told_and_copies_make_none() {
     let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
     scene.get("web:80/begun", &[]);
     scene.get("web:80/continued", &[&format!("traceparent: 00-{trace}-{span}-01")]);
-    let both = |spans: &[Value]| !of(spans, "/begun").is_empty() && !of(spans, "/continued").is_empty();
-    scene.wait_spans("the server's", both);
+    // Nobody has decided about this one: the client's node does.
+    scene.get("web:80/decided", &[&format!("b3: {trace}-{span}")]);
+    let paths = ["/begun", "/continued", "/decided"];
+    scene.wait_spans("the server's", |spans| paths.iter().all(|path| !of(spans, path).is_empty()));
     std::thread::sleep(Duration::from_secs(2));
-    let (begun, continued) = (of(&scene.spans(), "/begun"), of(&scene.spans(), "/continued"));
+    let [begun, continued, decided] = paths.map(|path| of(&scene.spans(), path));
     assert!(begun.len() == 1 && begun[0]["kind"] == 2 && begun[0]["parent"] != "", "{begun:#?}");
-    assert!(continued.len() == 1 && continued[0]["kind"] == 2, "{continued:#?}");
-    assert_eq!((&continued[0]["trace"], &continued[0]["parent"]), (&trace.into(), &span.into()));
+    for spans in [continued, decided] {
+        assert!(spans.len() == 1 && spans[0]["kind"] == 2, "{spans:#?}");
+        assert_eq!((&spans[0]["trace"], &spans[0]["parent"]), (&trace.into(), &span.into()));
+    }
 }
 
 #[test]
