@@ -142,7 +142,11 @@ fn bookinfo_is_one_trace_of_every_hop() {
 }
 
 fn with_web(enrolled: bool) -> Scene {
-    let mut scene = scene(enrolled);
+    web_of(scene(enrolled))
+}
+
+/// Two servers, one on each node.
+fn web_of(mut scene: Scene) -> Scene {
     let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
     scene.bed.kubectl_apply("web", service).expect("service");
     for (name, node) in [("near", 0), ("far", 1)] {
@@ -226,6 +230,37 @@ fn a_collector_that_is_not_there_costs_a_counter() {
     std::thread::sleep(Duration::from_secs(2));
     let traces = scene.spans().iter().filter(|s| s["kind"] == 3).count();
     assert!((10..51).contains(&traces), "{traces} of 60; {}", spans.len());
+}
+
+/// Rotel, a collector that others have written, reads what the nodes send it.
+#[test]
+fn a_collector_of_others_understands_the_spans() {
+    let rotel = program("web").with_file_name("../tools/rotel/rotel/rotel-agent");
+    assert!(rotel.exists(), "{} is missing: cargo xtask test installs it", rotel.display());
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    bed.kubectl_apply("collector", COLLECTOR).expect("service");
+    let said = bed.directory.join("rotel.log");
+    let command = format!(
+        "exec {} start --otlp-grpc-endpoint [::]:4317 --otlp-http-endpoint [::]:4318 --exporter blackhole --debug-log traces --debug-log-verbosity detailed > {} 2>&1",
+        rotel.display(),
+        said.display()
+    );
+    let command = vec!["sh".into(), "-c".into(), command];
+    let collector = PodSpec { command, port: Some(4317), ..PodSpec::new("collector", 1) }.label("app", "collector");
+    let [client, _] = bed.meshed([PodSpec::new("client", 0).label("app", "client"), collector]).expect("pods");
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let scene = web_of(Scene { bed, client, file });
+    for (provider, trace) in [("grpc", "4bf92f3577b34da6a3ce929d0e0e4736"), ("http", "5bf92f3577b34da6a3ce929d0e0e4736")] {
+        scene.trace(provider, "0", ", customTags: {tenant: {literal: {value: acme}}}");
+        scene.get(&format!("web:80/{provider}"), &[&format!("traceparent: 00-{trace}-00f067aa0ba902b7-01")]);
+        let text = || std::fs::read_to_string(&said).unwrap_or_default();
+        let waited = wait_for("two spans", Duration::from_secs(10), || Ok(text().matches(trace).count() >= 2));
+        waited.unwrap_or_else(|_| panic!("{provider}: {}", text()));
+        for part in ["web.default.svc.cluster.local:80/*", "client.default", "tenant", "acme", "00f067aa0ba902b7"] {
+            assert!(text().contains(part), "{part}: {}", text());
+        }
+    }
+    wait_for("all to be counted", Duration::from_secs(5), || Ok(scene.total("exported") >= 4.0)).expect("counted");
 }
 
 #[test]

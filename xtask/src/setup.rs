@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -33,8 +34,14 @@ const RUNTIME: &[Package] = &[
     Package { file: "/usr/bin/python3", package: "python3", why: "a test and the demo use Python's plain sockets" },
 ];
 
-const TESTS: &[Package] =
-    &[Package { file: "/usr/bin/promtool", package: "prometheus", why: "a test has it read the nodes' metrics, rules and dashboards" }];
+const TESTS: &[Package] = &[
+    Package { file: "/usr/bin/promtool", package: "prometheus", why: "a test has it read the nodes' metrics, rules and dashboards" },
+    Package { file: "/usr/bin/script", package: "bsdutils", why: "a test runs meshctl on a terminal" },
+    Package { file: "/usr/bin/pip3", package: "python3-pip", why: "a collector of traces comes from Python's package index" },
+];
+
+/// A collector of traces that others have written, as a test's other end.
+const ROTEL: &str = "0.0.1a15";
 
 const BENCH: &[Package] = &[
     Package { file: "/usr/bin/wrk", package: "wrk", why: "the load of the benches" },
@@ -73,7 +80,28 @@ pub fn tools() -> PathBuf {
 
 /// What the tests need beyond [`run`].
 pub fn tests() -> Result<()> {
-    install(TESTS)
+    install(TESTS)?;
+    install_rotel()
+}
+
+fn install_rotel() -> Result<()> {
+    let directory = tools().join("rotel");
+    if directory.join(format!("rotel-{ROTEL}.dist-info")).exists() {
+        return Ok(());
+    }
+    println!("missing: rotel {ROTEL} (a test has it collect traces)");
+    let wheels = tools().join("wheels");
+    let mut command = Command::new("pip3");
+    command.args(["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest"]).arg(&wheels).arg(format!("rotel=={ROTEL}"));
+    steps::run("fetching rotel", &mut command)?;
+    let all = fs::read_dir(&wheels)?.filter_map(|entry| Some(entry.ok()?.path()));
+    let wheel = all.filter(|path| path.extension().is_some_and(|e| e == "whl")).find(|path| path.display().to_string().contains(ROTEL));
+    let wheel = wheel.context("pip has fetched no wheel")?;
+    // A wheel is an archive; nothing in it is run but its program.
+    let mut command = Command::new("python3");
+    command.args(["-m", "zipfile", "-e"]).arg(wheel).arg(&directory);
+    steps::run("unpacking rotel", &mut command)?;
+    fs::set_permissions(directory.join("rotel/rotel-agent"), fs::Permissions::from_mode(0o755)).context("rotel has no program in it")
 }
 
 /// What the benches need beyond [`run`].
