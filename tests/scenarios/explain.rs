@@ -296,3 +296,47 @@ fn manifests_are_analyzed_by_file_and_line() {
     );
     assert_eq!(run("/nowhere").0, Some(1));
 }
+
+/// Claims of a token and names in TLS are asked about without either.
+#[test]
+fn explanations_know_claims_and_names() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let pod = |name: &str, ip: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, uid: {name}, labels: {{app: {name}, istio.io/dataplane-mode: ambient}}}}\nspec: {{nodeName: n, serviceAccountName: {name}}}\nstatus: {{phase: Running, podIPs: [{{ip: {ip}}}]}}\n---\n"
+        )
+    };
+    let yaml = [
+        pod("client", "10.0.0.1"),
+        pod("web", "10.0.0.2"),
+        "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {clusterIP: 10.96.0.1, selector: {app: web}, ports: [{name: http, port: 80}, {name: tls, port: 443}]}\n---\n".to_owned(),
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nmetadata: {name: web-1, labels: {kubernetes.io/service-name: web}}\nendpoints: [{addresses: [10.0.0.2]}]\nports: [{name: http, port: 80}, {name: tls, port: 443}]\n---\n".to_owned(),
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: jwt}\nspec: {selector: {matchLabels: {app: web}}, jwtRules: [{issuer: us, jwksUri: http://issuer.example/}]}\n---\n".to_owned(),
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: admins}\nspec: {selector: {matchLabels: {app: web}}, rules: [{to: [{operation: {ports: [\"80\"]}}], when: [{key: \"request.auth.claims[group]\", values: [admin]}]}, {to: [{operation: {ports: [\"443\"]}}], when: [{key: connection.sni, values: [shop.example]}]}]}\n".to_owned(),
+    ];
+    std::fs::write(directory.path().join("all.yaml"), yaml.concat()).expect("written");
+    let explain = |to: &str, more: &[&str]| {
+        let dir = directory.path().display().to_string();
+        let mut command = std::process::Command::new(program("meshctl"));
+        let output = command.args(["explain", "--dir", &dir, "--from", "client", "--to", to, "-o", "json"]).args(more).output();
+        let output = output.expect("meshctl");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let endpoint = answer["destinations"][0]["endpoints"].get(0).or(answer["endpoints"].get(0)).cloned().unwrap_or_default();
+        (endpoint["decision"].as_str().unwrap_or_default().to_owned(), endpoint["reason"].as_str().unwrap_or_default().to_owned(), text)
+    };
+    for (to, more, decision, why) in [
+        ("web:80", &[][..], "denied", ""),
+        ("web:80", &["--claims", r#"{"iss": "us", "group": "admin"}"#], "allowed", "no policy denies it"),
+        ("web:80", &["--claims", r#"{"iss": "us", "group": "guest"}"#], "denied", ""),
+        ("web:80", &["--claims", r#"{"iss": "them", "group": "admin"}"#], "denied", "401"),
+        ("web:443", &[], "denied", ""),
+        ("web:443", &["--sni", "shop.example"], "allowed", "no policy denies it"),
+        ("web:443", &["--sni", "other.example"], "denied", ""),
+    ] {
+        let (got, reason, text) = explain(to, more);
+        assert!(got == decision && reason.contains(why), "{to} {more:?}: {text}");
+    }
+    let (_, _, text) = explain("web:80", &["--claims", "admin"]);
+    assert!(text.contains("claims: is not a JSON object"), "{text}");
+}

@@ -158,7 +158,14 @@ fn the_seed_s_telemetry_turns_on_istio_s_access_log() {
             line[18].ends_with(":80") && [scene.client.v4(), scene.client.v6()].iter().any(|a| line[19].contains(&a.to_string())),
             "{line:?}"
         );
+        // Through a tunnel there is no address of a connection to the application.
+        assert!(line[17] == "-" || line[17].parse::<std::net::SocketAddr>().is_ok(), "{line:?}");
         assert_eq!(line[20..], ["-", "default"].map(str::to_owned));
+    }
+    let inbound = [lines(0), lines(1)].concat().into_iter().filter(|l| l.iter().any(|p| p == "inbound|8080||")).collect::<Vec<_>>();
+    assert_eq!(inbound.len(), 4);
+    for line in inbound {
+        assert!(line[10].parse::<u64>().is_ok() && line[17].parse::<std::net::SocketAddr>().is_ok(), "{line:?}");
     }
     let written = scene.total("mesh_access_log_lines_total", &["result=\"written\""]);
     assert!(written >= 8.0 && scene.total("mesh_access_log_lines_total", &["result=\"dropped\""]) < 0.5, "{written}");

@@ -1,7 +1,8 @@
 //! The configuration as ztunnel's `/config_dump` has it, so that `istioctl ztunnel-config` can read it.
 //!
-//! Field names are ztunnel's; what there is no counterpart of (networks, waypoints) is left out. Rules of policies are counted,
-//! not written out: `meshctl explain` says what they do.
+//! Field names are ztunnel's; what there is no counterpart of (networks, waypoints) is left out.
+
+mod rules;
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -28,7 +29,7 @@ pub(super) fn dump(node: &Node) -> Value {
         "services": snapshot.services().iter().map(|s| service(s, &snapshot, cluster)).collect::<Vec<_>>(),
         "policies": snapshot.policies.iter().map(|p| json!({
             "namespace": &*p.name.namespace, "name": &*p.name.name, "scope": p.scope, "action": p.action,
-            "rules": vec![Value::Array(Vec::new()); p.rules],
+            "rules": rules::rules(&p.rules, &p.name.namespace), "dryRun": p.dry_run,
         })).collect::<Vec<_>>(),
         "certificates": node.proxy.identity.states().iter().map(certificate).collect::<Vec<_>>(),
         "workloadState": workload_state(node, &snapshot, cluster),

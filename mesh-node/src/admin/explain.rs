@@ -10,7 +10,7 @@ use super::{authorization, query};
 use crate::{
     config::{OutboundPolicy, Snapshot},
     detect::Protocol,
-    policy::{Facts, Request},
+    policy::{Facts, Request, Sni, Verified},
     proxy::http::gate::remote,
     route::{
         Cluster, Service, ServicePort, Target, Workload,
@@ -29,6 +29,16 @@ struct Question {
     method: Option<Method>,
     path: Option<PathAndQuery>,
     headers: HeaderMap,
+    claims: Option<String>,
+    sni: Option<Arc<str>>,
+}
+
+/// What is asked at an endpoint.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    question: &'a Question,
+    /// None of a connection.
+    head: Option<&'a RequestHead>,
 }
 
 /// Answers, or says which parameter is wrong.
@@ -48,7 +58,7 @@ pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> 
             answer["verdict"] = format!("{} has no port {}: the connection is reset", service.name, dialled.port()).into();
         }
         Target::Workload(workload) => {
-            answer["endpoints"] = json!([at_endpoint(snapshot, source, dialled, workload, None)]);
+            answer["endpoints"] = json!([at_endpoint(snapshot, source, dialled, workload, Asked { question: &question, head: None })]);
             answer["verdict"] = "straight to the pod, as a connection: no service is meant, so nothing is routed".into();
         }
         Target::Unknown if snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => {
@@ -73,7 +83,13 @@ impl Question {
                     let (key, text) = query::header(&value).ok_or_else(|| bad("`name: value`"))?;
                     question.headers.append(key, text);
                 }
-                _ => return Err(format!("{name}: is not known; from, to, method, path and header are")),
+                "claims" => {
+                    serde_json::from_str::<serde_json::Map<String, Value>>(&value)
+                        .map_err(|e| format!("claims: is not a JSON object: {e}"))?;
+                    question.claims = Some(value);
+                }
+                "sni" => question.sni = Some(value.into()),
+                _ => return Err(format!("{name}: is not known; from, to, method, path, header, claims and sni are")),
             }
         }
         if question.from.is_empty() || question.to.is_empty() {
@@ -110,14 +126,14 @@ impl Question {
             json!({"name": service.name.to_string(), "port": port.port, "protocol": format!("{protocol:?}").to_lowercase()});
         if matches!(protocol, Protocol::Tcp | Protocol::Tls) {
             let client = source.ips.first().copied().unwrap_or_else(|| dialled.ip());
-            let routed = port.routes.find_l4(L4Context { source, client, destination: dialled, sni: None }, 0);
+            let routed = port.routes.find_l4(L4Context { source, client, destination: dialled, sni: self.sni.as_deref() }, 0);
             let Some(cluster) = routed.unwrap_or(Some(&port.cluster)) else {
                 answer["verdict"] = "the route's destination does not exist: the connection is reset".into();
                 return Ok(());
             };
             answer["route"] =
                 json!({"from": Value::Null, "rule": if routed.is_some() { "a tcp or tls route" } else { "none: the service itself" }});
-            answer["endpoints"] = endpoints(snapshot, source, cluster, None);
+            answer["endpoints"] = endpoints(snapshot, source, cluster, Asked { question: self, head: None });
             answer["verdict"] = verdict(&answer["endpoints"]).into();
             return Ok(());
         }
@@ -126,9 +142,10 @@ impl Question {
             head = normal;
         }
         answer["request"] = json!({"method": head.method.as_str(), "host": head.host(), "path": head.target.as_str()});
+        let asked = Asked { question: self, head: Some(&head) };
         let Some(table) = &port.routes.http else {
             answer["route"] = json!({"from": Value::Null, "rule": "none: the service itself"});
-            answer["endpoints"] = endpoints(snapshot, source, &port.cluster, Some(&head));
+            answer["endpoints"] = endpoints(snapshot, source, &port.cluster, asked);
             answer["verdict"] = verdict(&answer["endpoints"]).into();
             return Ok(());
         };
@@ -138,7 +155,7 @@ impl Question {
             return Ok(());
         };
         let number = table.rules.iter().position(|r| std::ptr::eq(r, found.resolved)).map(|n| n + 1);
-        routed(snapshot, source, found.resolved, &head, answer);
+        routed(snapshot, source, found.resolved, asked, answer);
         answer["route"]["from"] = (*table.origin).into();
         answer["route"]["rule"] = json!(number);
         Ok(())
@@ -176,7 +193,7 @@ fn service_named<'s>(snapshot: &'s Snapshot, namespace: &str, text: &str) -> Res
 }
 
 /// Says what a rule does with a request.
-fn routed(snapshot: &Snapshot, source: &Arc<Workload>, resolved: &ResolvedRule, head: &RequestHead, answer: &mut Value) {
+fn routed(snapshot: &Snapshot, source: &Arc<Workload>, resolved: &ResolvedRule, asked: Asked<'_>, answer: &mut Value) {
     let rule: &Rule = &resolved.rule;
     answer["route"] = json!({
         "name": &*rule.name, "matches": rule.matches.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -197,7 +214,7 @@ fn routed(snapshot: &Snapshot, source: &Arc<Workload>, resolved: &ResolvedRule, 
                 let share = (u64::from(weighted.weight) * 100).checked_div(total).unwrap_or(0);
                 found.push(match cluster {
                     Some(cluster) => json!({"cluster": cluster.id.to_string(), "percent": share,
-                        "endpoints": endpoints(snapshot, source, cluster, Some(head))}),
+                        "endpoints": endpoints(snapshot, source, cluster, asked)}),
                     None => json!({"cluster": format!("{}{}", weighted.destination.host, weighted.destination.subset), "percent": share,
                         "endpoints": [], "problem": format!("does not exist: answered {}", rule.missing_status.as_u16())}),
                 });
@@ -210,10 +227,10 @@ fn routed(snapshot: &Snapshot, source: &Arc<Workload>, resolved: &ResolvedRule, 
 }
 
 /// The endpoints of a cluster, and what policy says at each.
-fn endpoints(snapshot: &Snapshot, source: &Arc<Workload>, cluster: &Cluster, head: Option<&RequestHead>) -> Value {
+fn endpoints(snapshot: &Snapshot, source: &Arc<Workload>, cluster: &Cluster, asked: Asked<'_>) -> Value {
     let one = |e: &crate::route::Endpoint| match snapshot.workload_by_ip(e.address.ip()) {
         Some(workload) => {
-            let mut one = at_endpoint(snapshot, source, e.address, workload, head);
+            let mut one = at_endpoint(snapshot, source, e.address, workload, asked);
             one["ready"] = e.ready.into();
             one
         }
@@ -224,11 +241,11 @@ fn endpoints(snapshot: &Snapshot, source: &Arc<Workload>, cluster: &Cluster, hea
     cluster.endpoints.iter().map(one).collect()
 }
 
-fn at_endpoint(snapshot: &Snapshot, source: &Workload, to: SocketAddr, workload: &Workload, head: Option<&RequestHead>) -> Value {
+fn at_endpoint(snapshot: &Snapshot, source: &Workload, to: SocketAddr, workload: &Workload, asked: Asked<'_>) -> Value {
     let own = source.ips.iter().find(|ip| ip.is_ipv4() == to.is_ipv4()).or(source.ips.first());
     let mut facts = Facts::new(workload.enrolled.then(|| source.identity.clone()), own.copied().unwrap_or_else(|| to.ip()), to);
     facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
-    let request = head.map(|head| Request::new(head, None, remote(snapshot, &facts, &head.headers)));
+    facts.sni = Sni::Read(asked.question.sni.clone());
     let same_node = workload.node == source.node;
     let mut one = json!({
         "address": to, "workload": workload.name.to_string(), "node": &*workload.node,
@@ -239,6 +256,16 @@ fn at_endpoint(snapshot: &Snapshot, source: &Workload, to: SocketAddr, workload:
         one["reason"] = "not in the mesh: no policy is asked".into();
         return one;
     }
+    let rules = &workload.policy.at(to.port()).authentication;
+    // Where no tokens are taken, none is looked at. That it is JSON is known.
+    let claims = asked.question.claims.as_ref().filter(|_| asked.head.is_some() && !rules.is_empty());
+    let verified = claims.and_then(|claims| Verified::assumed(rules, claims).ok().flatten());
+    if claims.is_some() && verified.is_none() {
+        one["decision"] = "denied".into();
+        one["reason"] = "answered 401: it takes no tokens of the issuer that the claims name".into();
+        return one;
+    }
+    let request = asked.head.map(|head| Request::new(head, verified.as_ref(), remote(snapshot, &facts, &head.headers)));
     let explanation = workload.policy.explain(&facts, request.as_ref(), |provider| snapshot.authorizers.contains_key(provider));
     one["decision"] = if explanation.denied.is_none() { "allowed" } else { "denied" }.into();
     one["reason"] = authorization::reason(&explanation).into();

@@ -189,6 +189,12 @@ struct Explain {
     /// A header; may be given several times.
     #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
     headers: Vec<String>,
+    /// Claims of the token it is taken to have, as JSON with the issuer in `iss`.
+    #[arg(long, value_name = "JSON")]
+    claims: Option<String>,
+    /// The server name of the application's own TLS.
+    #[arg(long)]
+    sni: Option<String>,
     /// Ask this directory of manifests instead of a node.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -257,6 +263,8 @@ impl Explain {
             all.push((if word.starts_with('/') { "path" } else { "method" }, word));
         }
         all.extend(self.headers.iter().map(|header| ("header", header.as_str())));
+        all.extend(self.claims.iter().map(|claims| ("claims", claims.as_str())));
+        all.extend(self.sni.iter().map(|sni| ("sni", sni.as_str())));
         query("", &all).trim_start_matches('?').to_owned()
     }
 

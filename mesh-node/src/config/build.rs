@@ -60,7 +60,7 @@ fn summary(named: &Named, policy: &AuthorizationPolicy, mesh: &MeshSettings) -> 
         (false, true) => "Global",
         (false, false) => "Namespace",
     };
-    PolicySummary { name, action: policy.action.title(), scope, rules: policy.rules.len(), dry_run: policy.dry_run }
+    PolicySummary { name, action: policy.action.title(), scope, rules: policy.rules.clone(), dry_run: policy.dry_run }
 }
 
 /// References into the store by kind.

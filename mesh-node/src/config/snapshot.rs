@@ -11,6 +11,7 @@ use super::settings::MeshSettings;
 use crate::{
     id::{ObjectName, WorkloadUid},
     resource::{
+        authorization::Rule,
         mesh_config::{Authorizer, Normalization},
         request_authentication::RemoteKeys,
     },
@@ -24,7 +25,7 @@ pub struct PolicySummary {
     pub action: &'static str,
     /// ztunnel's word: `Global`, `Namespace` or `WorkloadSelector`.
     pub scope: &'static str,
-    pub rules: usize,
+    pub rules: Arc<[Rule]>,
     pub dry_run: bool,
 }
 

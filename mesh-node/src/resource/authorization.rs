@@ -53,7 +53,7 @@ pub struct AuthorizationPolicy {
     pub action: Action,
     /// The name of the external authorizer among the mesh's extension providers, when the action is CUSTOM.
     pub provider: Option<Arc<str>>,
-    pub rules: Vec<Rule>,
+    pub rules: Arc<[Rule]>,
     /// Annotated `istio.io/dry-run: "true"`.
     pub dry_run: bool,
 }

@@ -20,6 +20,13 @@ pub struct Template {
     rest: Option<Arc<str>>,
 }
 
+impl std::fmt::Display for Template {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.segments.iter().try_for_each(|segment| write!(f, "/{}", segment.as_deref().unwrap_or("{*}")))?;
+        self.rest.iter().try_for_each(|rest| write!(f, "/{{**}}{rest}"))
+    }
+}
+
 impl PathPattern {
     /// Reads a pattern; the error says what is wrong with it.
     pub fn parse(text: &str) -> Result<Self, String> {

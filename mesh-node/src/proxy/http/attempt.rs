@@ -6,6 +6,7 @@ use std::{
     borrow::Cow,
     future::Future,
     io,
+    net::SocketAddr,
     pin::pin,
     sync::{Arc, LazyLock},
 };
@@ -158,7 +159,7 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     (ended, exchange.clean)
 }
 
-/// Makes one attempt.
+/// Makes one attempt; says also from where it was made.
 pub async fn attempt<B: RequestBody, R: Responder>(
     plan: &Plan<'_>,
     wanted: &Wanted<'_>,
@@ -166,11 +167,12 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     responder: &mut R,
     deadlines: &mut Deadlines,
     judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
-) -> Attempt {
+) -> (Attempt, Option<SocketAddr>) {
     let Entered { upstream, half_closed, admitted } = match enter(plan, wanted, upload, responder, deadlines, judge).await {
         Ok(entered) => entered,
-        Err(ended) => return ended,
+        Err(ended) => return (ended, None),
     };
+    let local = upstream.local();
     let (pass, mut inbound) = admitted.map(|Admitted { gate, pass, record }| ((gate, pass), record)).unzip();
     // As the destination sees it.
     let plan = &Plan { head: pass.as_ref().and_then(|(_, pass)| pass.head.as_ref()).unwrap_or(plan.head), ..*plan };
@@ -220,7 +222,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     if let Some(record) = inbound {
         tell(record, &ended, upload.passed(), responder.meter());
     }
-    ended
+    (ended, local)
 }
 
 /// Takes down how an attempt ended for the destination on this node.

@@ -251,7 +251,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             record.answered(status, &headers);
             Verdict { again, headers }
         };
-        attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await
+        let (ended, local) = attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await;
+        self.record.upstream_local = local;
+        ended
     }
 
     /// Whether another attempt is made when one is wanted; says in the record why not.

@@ -46,6 +46,8 @@ pub struct Gate {
     pub pod: Arc<ServedPod>,
     pub facts: Facts,
     pub client: SocketAddr,
+    /// This end of the connection to the application.
+    local: Option<SocketAddr>,
     /// The generation that was last found to ask nothing about requests on this connection.
     free: Arc<AtomicU64>,
     edge: Arc<EdgeSlot>,
@@ -77,7 +79,12 @@ pub struct Refusal {
 
 impl Gate {
     pub fn new(proxy: Arc<Proxy>, pod: Arc<ServedPod>, facts: Facts, client: SocketAddr) -> Self {
-        Self { proxy, pod, facts, client, free: Arc::new(AtomicU64::new(u64::MAX)), edge: Arc::default() }
+        Self { proxy, pod, facts, client, local: None, free: Arc::new(AtomicU64::new(u64::MAX)), edge: Arc::default() }
+    }
+
+    /// With the connection that was made to the application.
+    pub fn before(self, application: &tokio::net::TcpStream) -> Self {
+        Self { local: application.local_addr().ok(), ..self }
     }
 
     /// Begins the record of a request into the pod, and says what the request is to say of its trace, where that is something else
@@ -106,6 +113,7 @@ impl Gate {
         let metrics = &self.proxy.metrics;
         let mut record = Record::inbound(metrics, self.client, self.facts.destination, protocol);
         record.mutual_tls = self.facts.peer.is_some();
+        record.upstream_local = self.local;
         record.place(self.edge.get(snapshot.generation, || {
             let workload = snapshot.workload(&self.pod.uid)?;
             let client = snapshot.workload_by_ip(self.facts.source);

@@ -51,6 +51,8 @@ pub struct Record {
     pub route: Option<Arc<str>>,
     pub cluster: Option<Arc<Cluster>>,
     pub endpoint: Option<SocketAddr>,
+    /// This end of the connection it went on; none of a tunnel.
+    pub upstream_local: Option<SocketAddr>,
     /// Attempts begun, whether or not they reached the endpoint.
     pub attempts: u32,
     /// Where it is counted; none where nothing is to be, or there is no room.
@@ -115,6 +117,7 @@ impl Record {
             route: None,
             cluster: None,
             endpoint: None,
+            upstream_local: None,
             attempts: 0,
             edge: None,
             placed: false,
@@ -310,7 +313,7 @@ impl Record {
             service_time: self.answered_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
             upstream_host: if inbound { Some(self.destination) } else { self.endpoint },
             upstream_cluster: cluster,
-            upstream_local: None,
+            upstream_local: self.upstream_local,
             downstream_local: Some(self.destination),
             downstream_remote: Some(self.client),
             sni: None,

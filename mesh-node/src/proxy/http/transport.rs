@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, IoSlice},
+    net::SocketAddr,
     pin::Pin,
     sync::{
         Arc,
@@ -60,6 +61,15 @@ impl Transport {
         let (mut source, mut sink) = self.halves();
         (source.read, sink.written) = (Some(read), Some(written));
         (source, sink)
+    }
+
+    /// This end's address; none of a tunnel.
+    pub fn local(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(stream) => stream.local_addr().ok(),
+            Self::Prefixed(stream) => stream.get_ref().local_addr().ok(),
+            Self::Tunnel(_) => None,
+        }
     }
 
     /// Whether nothing has come and the other end has not closed: an idle connection can be used again.

@@ -148,6 +148,7 @@ pub struct H1Upstream {
     unread: Unread,
     hold: Option<LocalHold>,
     workload: Option<Peer>,
+    local: Option<SocketAddr>,
     requests: u32,
     made: Instant,
     idle_since: Instant,
@@ -183,6 +184,7 @@ pub struct H2Upstream {
     send: SendRequest<Bytes>,
     endpoint: Arc<EndpointState>,
     workload: Option<Peer>,
+    local: Option<SocketAddr>,
     streams: AtomicU32,
     requests: AtomicU32,
     closed: AtomicBool,
@@ -257,6 +259,14 @@ impl Upstream {
             Self::H2(_, _, gate) => gate.clone(),
         }
     }
+
+    /// This end of the connection; none of a tunnel.
+    pub fn local(&self) -> Option<SocketAddr> {
+        match self {
+            Self::H1(connection) => connection.local,
+            Self::H2(_, stream, _) => stream.0.local,
+        }
+    }
 }
 
 /// Gets a connection to an endpoint: an idle one, a new one, or, at the limit, the next that becomes free.
@@ -290,8 +300,8 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
 
 async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Box<H1Upstream>, Failure> {
     let (transport, hold) = dial(wanted).await?;
-    let (unread, idle_since) = (Unread::default(), Instant::now());
-    Ok(Box::new(H1Upstream { transport, unread, hold, workload, requests: 0, made: idle_since, idle_since, _slot: slot }))
+    let (unread, idle_since, local) = (Unread::default(), Instant::now(), transport.local());
+    Ok(Box::new(H1Upstream { transport, unread, hold, workload, local, requests: 0, made: idle_since, idle_since, _slot: slot }))
 }
 
 async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Failure> {
@@ -319,7 +329,7 @@ async fn dial_uncounted(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalH
             let outbound::LocalParts { admitted, pod, mut outcome, client } = local.into_parts();
             outcome.requests.store(true, Ordering::Relaxed);
             outcome.opened();
-            let gate = Gate::new((*proxy).clone(), pod.clone(), admitted.facts, client);
+            let gate = Gate::new((*proxy).clone(), pod.clone(), admitted.facts, client).before(&admitted.application);
             (Transport::Tcp(admitted.application), Some(LocalHold::new(admitted.registration, pod, outcome, gate)))
         }
     })
@@ -399,6 +409,7 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
 async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Arc<H2Upstream>, NoUpstream> {
     let (transport, hold) = dial(wanted).await.map_err(NoUpstream::Failed)?;
     let traffic = hold.as_ref().map(|h| h.outcome.traffic.clone()).unwrap_or_default();
+    let local = transport.local();
     let opened = super::h2::connect(Counted::upstream(transport, traffic)).await;
     let opened = opened.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
     let connection = Arc::new(H2Upstream {
@@ -406,6 +417,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         send: opened.send,
         endpoint: wanted.endpoint.clone(),
         workload,
+        local,
         streams: AtomicU32::new(0),
         requests: AtomicU32::new(0),
         closed: AtomicBool::new(false),

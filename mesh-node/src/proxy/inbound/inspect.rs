@@ -107,13 +107,13 @@ impl Inspection<'_> {
             Spoken::Http1 | Spoken::Unlike => {
                 note.carries(Carries::Requests);
                 requests.store(true, Ordering::Relaxed);
-                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
+                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application);
                 Box::pin(http1(&gate, downstream, application, ending, &traffic)).await
             }
             Spoken::Http2 => {
                 note.carries(Carries::Requests);
                 requests.store(true, Ordering::Relaxed);
-                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
+                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application);
                 Box::pin(http2(gate, downstream, application, ending, traffic)).await
             }
             Spoken::Opaque(name) => {
