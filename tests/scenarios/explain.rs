@@ -303,7 +303,7 @@ fn explanations_know_claims_and_names() {
     let directory = tempfile::tempdir().expect("a directory");
     let pod = |name: &str, ip: &str| {
         format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, uid: {name}, labels: {{app: {name}, istio.io/dataplane-mode: ambient}}}}\nspec: {{nodeName: n, serviceAccountName: {name}}}\nstatus: {{phase: Running, podIPs: [{{ip: {ip}}}]}}\n---\n"
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, uid: {name}, labels: {{app: {name}, istio.io/dataplane-mode: ambient}}}}\nspec: {{nodeName: n1, serviceAccountName: {name}}}\nstatus: {{phase: Running, podIPs: [{{ip: {ip}}}]}}\n---\n"
         )
     };
     let yaml = [
