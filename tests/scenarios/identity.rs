@@ -282,8 +282,10 @@ fn an_authority_that_is_away_is_missed_only_when_certificates_expire() {
     let life = 14;
     let mut authority = with_authority(&mut scene, life);
     wait_for("certificates of the authority", Duration::from_secs(10), || Ok(scene.ask() == "200")).expect("traffic");
-    let issued = std::fs::read_to_string(scene.bed.directory.join("logs/authority.log")).expect("a log");
-    assert!(issued.contains("certificate issued") && issued.contains("node=\"node2\""), "{issued}");
+    let issued = || std::fs::read_to_string(scene.bed.directory.join("logs/authority.log"));
+    let is_said = |log: &str| log.contains("certificate issued") && log.contains("node=\"node2\"");
+    wait_for("it in the authority's log", Duration::from_secs(5), || Ok(is_said(&issued()?)))
+        .unwrap_or_else(|_| panic!("{}", issued().expect("a log")));
     // A renewal has to have been missed for this to say anything.
     drop(authority.process.take());
     let load = scene.load(5);

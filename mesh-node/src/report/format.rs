@@ -6,7 +6,7 @@ mod operator;
 
 use std::{fmt::Write as _, sync::Arc};
 
-use self::operator::{Operand, Operator, parse};
+use self::operator::{Named, Operand, Operator, parse};
 use super::{entry::Entry, kept::Asks, plain};
 
 /// Longest line, bytes; the rest is cut off. Of JSON, values are left out from there on.
@@ -54,38 +54,84 @@ const X_FORWARDED_FOR: (&str, &str) = ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)
 /// What a line looks like.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Format {
-    Text(Arc<[Piece]>),
-    /// By key, in the order they are written.
-    Json(Arc<[(String, Vec<Piece>)]>),
+    Text(Arc<Program>),
+    /// An object, with its keys in the order they are written.
+    Json(Arc<Program>),
 }
 
-/// A part of a line.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Piece {
-    Text(String),
-    Operator(Operator),
+/// How a line is put together. All of it is close together in memory: it is gone through for each line, and between two lines
+/// much else is.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Program {
+    steps: Vec<Step>,
+    /// The texts, one behind the other.
+    texts: String,
+    headers: Vec<Named>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Step {
+    /// These bytes of the texts.
+    Text {
+        from: u32,
+        to: u32,
+    },
+    Value(Operator),
+    /// In JSON: so many of the next are one string.
+    Joined(u16),
+}
+
+impl Program {
+    fn add_text(&mut self, text: &str) -> Result<(), String> {
+        if !text.is_empty() {
+            let at = |n: usize| u32::try_from(n).map_err(|_| "is too long".to_owned());
+            let from = at(self.texts.len())?;
+            self.texts.push_str(text);
+            self.steps.push(Step::Text { from, to: at(self.texts.len())? });
+        }
+        Ok(())
+    }
+
+    fn text(&self, from: u32, to: u32) -> &str {
+        self.texts.get(from as usize..to as usize).unwrap_or_default()
+    }
 }
 
 impl Default for Format {
     fn default() -> Self {
         // Istio's own; a test reads it.
-        Self::text(TEXT).unwrap_or(Self::Text(Arc::from([])))
+        Self::text(TEXT).unwrap_or(Self::Text(Arc::default()))
     }
 }
 
 impl Format {
     /// A line of text. The error says what is wrong with it.
     pub fn text(format: &str) -> Result<Self, String> {
-        parse(format).map(|pieces| Self::Text(pieces.into()))
+        let mut program = Program::default();
+        parse(format, &mut program)?;
+        Ok(Self::Text(Arc::new(program)))
     }
 
     /// A JSON object of these keys and formats. A value that is one operator keeps its type; what has no value is null.
     pub fn json<'a>(fields: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self, String> {
-        let mut all = Vec::new();
+        let mut program = Program::default();
+        let mut before = String::from("{");
         for (key, format) in fields {
-            all.push((key.to_owned(), parse(format).map_err(|e| format!("{key}: {e}"))?));
+            quote(key, &mut before);
+            before.push(':');
+            program.add_text(&before).map_err(|e| format!("{key}: {e}"))?;
+            ",".clone_into(&mut before);
+            let first = program.steps.len();
+            parse(format, &mut program).map_err(|e| format!("{key}: {e}"))?;
+            let steps = program.steps.get(first..).unwrap_or_default();
+            if !matches!(steps, [Step::Value(_)]) {
+                let joined = u16::try_from(steps.len()).map_err(|_| format!("{key}: has too many operators"))?;
+                program.steps.insert(first, Step::Joined(joined));
+            }
         }
-        Ok(Self::Json(all.into()))
+        let end = if before == "{" { "{}\n" } else { "}\n" };
+        program.add_text(end)?;
+        Ok(Self::Json(Arc::new(program)))
     }
 
     /// Istio's JSON.
@@ -95,17 +141,8 @@ impl Format {
 
     /// Adds the headers it asks about.
     pub fn asks(&self, all: &mut Asks) {
-        let mut asks = |pieces: &[Piece]| {
-            for piece in pieces {
-                if let Piece::Operator(operator) = piece {
-                    operator.asks(all);
-                }
-            }
-        };
-        match self {
-            Self::Text(pieces) => asks(pieces),
-            Self::Json(fields) => fields.iter().for_each(|(_, pieces)| asks(pieces)),
-        }
+        let (Self::Text(program) | Self::Json(program)) = self;
+        program.headers.iter().for_each(|header| header.asks(all));
     }
 
     /// The line, with its end.
@@ -120,9 +157,13 @@ impl Format {
         line.clear();
         line.reserve(USUAL);
         match self {
-            Self::Text(pieces) => {
-                for piece in pieces.iter() {
-                    piece.write(entry, line);
+            Self::Text(program) => {
+                for step in &program.steps {
+                    match *step {
+                        Step::Text { from, to } => push_text(program.text(from, to), line),
+                        Step::Value(operator) => write(operator.value(entry, &program.headers), line),
+                        Step::Joined(_) => {}
+                    }
                 }
                 cut(line);
                 // One line each, whatever clients sent: operators are escaped, and formats that have no end get one.
@@ -130,24 +171,44 @@ impl Format {
                     line.push('\n');
                 }
             }
-            Self::Json(fields) => {
-                line.push('{');
-                for (i, (key, pieces)) in fields.iter().enumerate() {
-                    if i > 0 {
-                        line.push(',');
-                    }
-                    quote(key, line);
-                    line.push(':');
-                    if line.len() < LONGEST {
-                        value(pieces, entry, line);
-                    } else {
-                        line.push_str("null");
+            Self::Json(program) => {
+                let mut steps = program.steps.iter();
+                while let Some(step) = steps.next() {
+                    let room = line.len() < LONGEST;
+                    match *step {
+                        Step::Text { from, to } => line.push_str(program.text(from, to)),
+                        Step::Value(operator) if room => value(operator.value(entry, &program.headers), line),
+                        Step::Value(_) => line.push_str("null"),
+                        Step::Joined(n) => {
+                            let joined = steps.by_ref().take(n.into());
+                            if room {
+                                quote(&join(joined, program, entry), line);
+                            } else {
+                                joined.for_each(drop);
+                                line.push_str("null");
+                            }
+                        }
                     }
                 }
-                line.push_str("}\n");
             }
         }
     }
+}
+
+/// Texts and values as one text.
+fn join<'s>(steps: impl Iterator<Item = &'s Step>, program: &Program, entry: &Entry<'_>) -> String {
+    let mut text = String::new();
+    for step in steps {
+        match *step {
+            Step::Text { from, to } => text.push_str(program.text(from, to)),
+            Step::Value(operator) => match operator.value(entry, &program.headers) {
+                None => text.push('-'),
+                Some(operand) => push(&operand, &mut text),
+            },
+            Step::Joined(_) => {}
+        }
+    }
+    text
 }
 
 /// Cuts a line that is too long.
@@ -168,19 +229,15 @@ fn without_part_of_an_escape(text: &str) -> usize {
     if whole { text.len() } else { last }
 }
 
-impl Piece {
-    fn write(&self, entry: &Entry<'_>, line: &mut String) {
-        match self {
-            Self::Text(text) => push_text(text, line),
-            Self::Operator(operator) => match operator.value(entry) {
-                None => line.push('-'),
-                Some(Operand::Text(text)) => escape(&text, line),
-                // A string takes any text.
-                Some(Operand::Shown(what)) => drop(write!(Escaping(line, escape), "{what}")),
-                Some(Operand::Cluster(cluster)) => cluster.push(line, escape),
-                Some(plain) => push(&plain, line),
-            },
-        }
+/// A value in a line of text.
+fn write(value: Option<Operand<'_>>, line: &mut String) {
+    match value {
+        None => line.push('-'),
+        Some(Operand::Text(text)) => escape(&text, line),
+        // A string takes any text.
+        Some(Operand::Shown(what)) => drop(write!(Escaping(line, escape), "{what}")),
+        Some(Operand::Cluster(cluster)) => cluster.push(line, escape),
+        Some(plain) => push(&plain, line),
     }
 }
 
@@ -217,35 +274,22 @@ impl std::fmt::Write for Escaping<'_> {
 }
 
 /// The value of a field of JSON.
-fn value(pieces: &[Piece], entry: &Entry<'_>, line: &mut String) {
-    if let [Piece::Operator(operator)] = pieces {
-        return match operator.value(entry) {
-            None => line.push_str("null"),
-            Some(number @ Operand::Number(_)) => push(&number, line),
-            Some(Operand::Text(text)) => quote(&text, line),
-            Some(other) => {
-                line.push('"');
-                match other {
-                    // A string takes any text.
-                    Operand::Shown(what) => drop(write!(Escaping(line, json), "{what}")),
-                    Operand::Cluster(cluster) => cluster.push(line, json),
-                    plain => push(&plain, line),
-                }
-                line.push('"');
+fn value(value: Option<Operand<'_>>, line: &mut String) {
+    match value {
+        None => line.push_str("null"),
+        Some(number @ Operand::Number(_)) => push(&number, line),
+        Some(Operand::Text(text)) => quote(&text, line),
+        Some(other) => {
+            line.push('"');
+            match other {
+                // A string takes any text.
+                Operand::Shown(what) => drop(write!(Escaping(line, json), "{what}")),
+                Operand::Cluster(cluster) => cluster.push(line, json),
+                plain => push(&plain, line),
             }
-        };
-    }
-    let mut text = String::new();
-    for piece in pieces {
-        match piece {
-            Piece::Text(plain) => text.push_str(plain),
-            Piece::Operator(operator) => match operator.value(entry) {
-                None => text.push('-'),
-                Some(operand) => push(&operand, &mut text),
-            },
+            line.push('"');
         }
     }
-    quote(&text, line);
 }
 
 /// As much of a value as is told.

@@ -4,10 +4,11 @@ use std::{
     borrow::Cow,
     fmt,
     net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
     time::SystemTime,
 };
 
-use super::{Entry, Piece};
+use super::{Entry, Program, Step};
 use crate::report::{
     attributes::HeadersOf,
     entry::{ClusterName, Header},
@@ -15,12 +16,20 @@ use crate::report::{
     plain::rfc3339,
 };
 
-/// What stands for something of the request or connection.
-#[derive(Debug, Clone, PartialEq)]
+/// What stands for something of the request or connection. Small: a line goes through many of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Operator {
     what: What,
     /// Most characters of a text.
-    most: Option<usize>,
+    most: Option<NonZeroU16>,
+}
+
+/// A header, or another if it is not there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Named {
+    whose: HeadersOf,
+    name: Header,
+    other: Option<Header>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,11 +63,11 @@ enum Plain {
     TraceId,
 }
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum What {
     Plain(Plain),
-    /// A header, or another if it is not there.
-    Header(HeadersOf, Header, Option<Header>),
+    /// One of the program's headers.
+    Header(u16),
     /// A response header that is known without them.
     ServiceTime,
 }
@@ -124,9 +133,8 @@ const ALL: [(&str, Plain); 31] = [
     ("TRACE_ID", Plain::TraceId),
 ];
 
-/// Reads a format.
-pub(super) fn parse(format: &str) -> Result<Vec<Piece>, String> {
-    let mut pieces = Vec::new();
+/// Reads a format, and adds its steps.
+pub(super) fn parse(format: &str, program: &mut Program) -> Result<(), String> {
     let mut text = String::new();
     let mut rest = format;
     while let Some(at) = rest.find('%') {
@@ -138,17 +146,13 @@ pub(super) fn parse(format: &str) -> Result<Vec<Piece>, String> {
             continue;
         }
         let end = end_of_operator(rest).ok_or_else(|| format!("has an operator without its closing %: %{rest}"))?;
-        if !text.is_empty() {
-            pieces.push(Piece::Text(std::mem::take(&mut text)));
-        }
-        pieces.push(Piece::Operator(operator(&rest[..end])?));
+        program.add_text(&std::mem::take(&mut text))?;
+        let operator = operator(&rest[..end], program)?;
+        program.steps.push(Step::Value(operator));
         rest = &rest[end + 1..];
     }
     text.push_str(rest);
-    if !text.is_empty() {
-        pieces.push(Piece::Text(text));
-    }
-    Ok(pieces)
+    program.add_text(&text)
 }
 
 /// Where the closing % is: one in an argument is part of it.
@@ -162,7 +166,7 @@ fn end_of_operator(text: &str) -> Option<usize> {
     }
 }
 
-fn operator(text: &str) -> Result<Operator, String> {
+fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
     let (name, argument, most) = parts(text)?;
     if let Some((_, plain)) = ALL.iter().find(|(n, _)| *n == name) {
         if argument.is_some() && *plain != Plain::StartTime {
@@ -184,13 +188,17 @@ fn operator(text: &str) -> Result<Operator, String> {
     if whose == HeadersOf::Response && first.eq_ignore_ascii_case(SERVICE_TIME) {
         return Ok(Operator { what: What::ServiceTime, most });
     }
-    Ok(Operator { what: What::Header(whose, header(first)?, other.map(header).transpose()?), most })
+    let number = u16::try_from(program.headers.len()).map_err(|_| "names too many headers".to_owned())?;
+    program.headers.push(Named { whose, name: header(first)?, other: other.map(header).transpose()? });
+    Ok(Operator { what: What::Header(number), most })
 }
 
-fn parts(text: &str) -> Result<(&str, Option<&str>, Option<usize>), String> {
+fn parts(text: &str) -> Result<(&str, Option<&str>, Option<NonZeroU16>), String> {
     let (head, most) = match text.rsplit_once(':') {
         Some((head, length)) if head.ends_with(')') || !head.contains('(') => {
-            (head, Some(length.parse().map_err(|_| format!("%{text}% has a length that is not a number"))?))
+            let length: usize = length.parse().map_err(|_| format!("%{text}% has a length that is not a number"))?;
+            let length = u16::try_from(length).unwrap_or(u16::MAX);
+            (head, Some(NonZeroU16::new(length).ok_or_else(|| format!("%{text}% leaves nothing of the value"))?))
         }
         _ => (text, None),
     };
@@ -203,27 +211,28 @@ fn parts(text: &str) -> Result<(&str, Option<&str>, Option<usize>), String> {
     }
 }
 
-impl Operator {
+impl Named {
     pub(super) fn asks(&self, all: &mut Asks) {
-        if let What::Header(whose, first, other) = &self.what {
-            std::iter::once(first).chain(other).for_each(|header| all.for_one(*whose, header));
-        }
+        std::iter::once(&self.name).chain(&self.other).for_each(|header| all.for_one(self.whose, header));
     }
+}
 
+impl Operator {
     #[inline]
-    pub(super) fn value<'e>(&self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
-        let value = match &self.what {
+    pub(super) fn value<'e>(self, entry: &'e Entry<'_>, headers: &[Named]) -> Option<Operand<'e>> {
+        let value = match self.what {
             What::Plain(plain) => plain.value(entry),
             // A header's value is a text.
             What::ServiceTime => entry.service_time.map(|t| Operand::Text(Cow::Owned(t.to_string()))),
-            What::Header(whose, name, other) => {
+            What::Header(number) => {
+                let Named { whose, name, other } = headers.get(usize::from(number))?;
                 let found = entry.header_of(*whose, name).or_else(|| entry.header_of(*whose, other.as_ref()?));
                 found.map(Operand::Text)
             }
         }?;
         Some(match (value, self.most) {
             (value, None) | (value @ Operand::Number(_), _) => value,
-            (value, Some(most)) => Operand::Text(Cow::Owned(value.text().chars().take(most).collect())),
+            (value, Some(most)) => Operand::Text(Cow::Owned(value.text().chars().take(most.get().into()).collect())),
         })
     }
 }
