@@ -134,7 +134,7 @@ impl Lines {
         };
         let thread = std::thread::Builder::new().name("log".to_owned());
         if let Err(error) = thread.spawn(move || writer.run()) {
-            eprintln!("mesh-node: no log is written to {path}: its thread cannot be started: {error}");
+            complain(&format!("no log is written to {path}: its thread cannot be started: {error}"));
             return None;
         }
         files.push((path.clone(), queue.clone()));
@@ -205,6 +205,11 @@ impl Target {
             }
         }
     }
+}
+
+/// Says what a log cannot. Where that cannot be said either, nothing is left to say it with.
+fn complain(what: &str) {
+    let _ = writeln!(io::stderr(), "mesh-node: {what}");
 }
 
 /// Whole lines of so many bytes; more if there is no end of a line among them.
@@ -280,7 +285,7 @@ impl Writer {
             Err(error) => {
                 self.failed.inc_by(lines);
                 if !self.told {
-                    eprintln!("mesh-node: a log cannot be written: {error}");
+                    complain(&format!("a log cannot be written: {error}"));
                     self.told = true;
                 }
                 if let Target::File { open, .. } = &mut self.target {
