@@ -86,7 +86,10 @@ pub fn tests() -> Result<()> {
 
 fn install_rotel() -> Result<()> {
     let directory = tools().join("rotel");
-    if directory.join(format!("rotel-{ROTEL}.dist-info")).exists() {
+    let program = directory.join("rotel/rotel-agent");
+    // It can be run once all of it is there: that is the last step.
+    let runs = program.metadata().is_ok_and(|m| m.permissions().mode() & 0o100 != 0);
+    if runs && directory.join(format!("rotel-{ROTEL}.dist-info")).exists() {
         return Ok(());
     }
     println!("missing: rotel {ROTEL} (a test has it collect traces)");
@@ -101,7 +104,7 @@ fn install_rotel() -> Result<()> {
     let mut command = Command::new("python3");
     command.args(["-m", "zipfile", "-e"]).arg(wheel).arg(&directory);
     steps::run("unpacking rotel", &mut command)?;
-    fs::set_permissions(directory.join("rotel/rotel-agent"), fs::Permissions::from_mode(0o755)).context("rotel has no program in it")
+    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).context("rotel has no program in it")
 }
 
 /// What the benches need beyond [`run`].
