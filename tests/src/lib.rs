@@ -6,8 +6,10 @@
 
 pub mod bed;
 pub mod engine;
+pub mod envoy;
 pub mod pattern;
 pub mod peer;
+pub mod raw;
 pub mod scripted;
 
 pub use bed::{Bed, NodeOptions, Pod, PodSpec};

