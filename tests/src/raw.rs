@@ -145,7 +145,8 @@ pub async fn converse(stream: TcpStream, pieces: &[Vec<u8>], heads: &[bool]) -> 
         all.push(message.to_string());
         rest = &rest[used..];
         // Whether it ends at once or waits for the other end is the same to who was told.
-        closes = message.headers.iter().any(|(n, v)| n == "connection" && v == "close") && rest.is_empty();
+        let told = !message.complete || message.headers.iter().any(|(n, v)| n == "connection" && v == "close");
+        closes = told && rest.is_empty();
     }
     all.push(if closes && end != "RST" { "closes" } else { end }.to_owned());
     all.join("\n    ")
@@ -201,7 +202,7 @@ fn text(bytes: &[u8]) -> String {
 
 /// Headers that differ between runs, or between the proxies on purpose.
 const VARYING: &[&str] = &["date", "x-envoy-upstream-service-time", "x-request-id"];
-const LEFT_OUT: &[&str] = &["server", "content-length", "transfer-encoding", "date", "x-envoy-attempt-count"];
+const LEFT_OUT: &[&str] = &["server", "content-length", "transfer-encoding"];
 
 fn fields(block: &[u8]) -> Vec<(String, String)> {
     let mut all = Vec::new();

@@ -11,6 +11,7 @@ pub(super) mod authorizer;
 mod body;
 pub(super) mod call;
 pub mod clusters;
+mod date;
 mod exchange;
 pub mod framing;
 pub mod gate;
@@ -30,7 +31,6 @@ pub(super) mod whole;
 pub mod wire;
 
 use std::{
-    io,
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, atomic::Ordering},
@@ -53,7 +53,7 @@ use self::{
     record::Record,
     reply::Reply,
     transport::{Counted, Transport},
-    wire::{Malformed, WireRequest},
+    wire::{Refused, WireRequest},
 };
 use super::{Proxy, ServedPod, live::Cut, open::Listed};
 use crate::io::relay::{Prefixed, Traffic};
@@ -105,14 +105,20 @@ impl Connection {
             };
             let end = match request {
                 Ok(request) => self.h1_exchange(request, &mut reader, &mut sink, ended.as_mut()).await,
-                Err(NoHead::Malformed(malformed)) => {
+                Err(NoHead::Refused(refused)) => {
                     tokio::select! {
-                        () = self.refuse_h1(malformed, &mut reader, &mut sink) => {}
+                        () = self.refuse_h1(&refused, &mut reader, &mut sink) => {}
                         _ = &mut ended => return Finished::Cut,
                     }
-                    if malformed.close { Next::Close } else { Next::Another }
+                    if refused.malformed.close { Next::Close } else { Next::Another }
                 }
-                Err(NoHead::Ended { .. } | NoHead::Broken(_)) => return Finished::Closed,
+                Err(NoHead::Ended { partial } | NoHead::Broken { partial }) => {
+                    if partial {
+                        let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/1.1");
+                        record.cut_short(self.proxy.config.load().workload(&self.pod.uid));
+                    }
+                    return Finished::Closed;
+                }
             };
             match end {
                 Next::Another => {}
@@ -189,9 +195,10 @@ impl Connection {
         }
     }
 
-    async fn refuse_h1(&self, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
+    async fn refuse_h1(&self, refused: &Refused, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/1.1");
-        record.malformed(&malformed, self.proxy.config.load().workload(&self.pod.uid));
+        record.refused_as(refused, self.proxy.config.load().workload(&self.pod.uid));
+        let malformed = &refused.malformed;
         let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
         let reply = Reply::new(malformed.status, malformed.body);
         let status = reply.start(false, malformed.close, &mut responder, |_, _| {}).ok();
@@ -274,7 +281,7 @@ async fn read_request(reader: &mut Reader<'_>) -> Result<WireRequest, NoHead> {
     }
     match tokio::time::timeout(HEAD_TIMEOUT, reader.request()).await {
         Ok(request) => request,
-        Err(_) => Err(NoHead::Broken(io::ErrorKind::TimedOut.into())),
+        Err(_) => Err(NoHead::Broken { partial: true }),
     }
 }
 

@@ -57,7 +57,7 @@ pub struct Entry<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Asked<'a> {
     pub method: &'a str,
-    /// With its query, as the client sent it.
+    /// With its query, as the client sent it; empty where there is none.
     pub path: &'a str,
     pub authority: &'a str,
     pub scheme: &'static str,
@@ -146,8 +146,8 @@ impl Entry<'_> {
         let asked = self.request?;
         match header {
             Header::Method => Some(Cow::Borrowed(asked.method)),
-            Header::Path => Some(Cow::Borrowed(asked.path)),
-            Header::Authority => Some(Cow::Borrowed(asked.authority)),
+            Header::Path => Some(Cow::Borrowed(asked.path)).filter(|p| !p.is_empty()),
+            Header::Authority => Some(Cow::Borrowed(asked.authority)).filter(|a| !a.is_empty()),
             Header::Scheme => Some(Cow::Borrowed(asked.scheme)),
             Header::Named(name) => asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes())),
         }

@@ -187,14 +187,15 @@ pub fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 pub enum BadPath {
     /// It has a fragment, which no request target may have.
     Fragment,
-    /// It is not an absolute path, or climbs above the root.
+    /// It is not an absolute path.
     NotAbsolute,
-    /// Decoding it may make something that can be decoded again: what it means would depend on how often that is done.
-    Ambiguous,
+    /// It has a NUL, encoded.
+    Nul,
 }
 
-/// Normalises a path as RFC 3986 sections 5.2.4 and 6.2.2 do and Istio asks of Envoy by default: dot segments removed,
-/// percent-encoded unreserved characters decoded, `\` taken for `/`. Slashes are not merged and `%2f` stays.
+/// Normalises a path as Envoy does where Istio asks it to, which is the default: dot segments are removed (also with parameters after a
+/// `;`, and those above the root), percent-encoded unreserved characters decoded, `\` taken for `/`, and characters that no path may
+/// have encoded. Slashes are not merged and `%2f` stays. RFC 3986 sections 5.2.4 and 6.2.2.
 ///
 /// `None` means that the path is normal already, which most are.
 pub fn normalise_path(path: &str) -> Result<Option<String>, BadPath> {
@@ -204,64 +205,84 @@ pub fn normalise_path(path: &str) -> Result<Option<String>, BadPath> {
     if !path.starts_with('/') {
         return Err(BadPath::NotAbsolute);
     }
-    if !path.contains(['%', '\\']) && !path.contains("/.") {
+    if !path.bytes().any(|b| b == b'%' || is_illegal(b)) && !path.contains("/.") {
         return Ok(None);
     }
-    let decoded = decode_unreserved(path);
-    let mut out: Vec<&str> = Vec::new();
-    let mut segments = decoded[1..].split('/').peekable();
-    while let Some(segment) = segments.next() {
+    if path.contains("%00") {
+        return Err(BadPath::Nul);
+    }
+    let mut out: Vec<String> = Vec::new();
+    let mut segments = path[1..].split(['/', '\\']).peekable();
+    while let Some(raw) = segments.next() {
         let last = segments.peek().is_none();
-        match segment {
-            "." if last => out.push(""),
+        let segment = decode_unreserved(raw);
+        match raw.split_once(';').map_or(&*segment, |(name, _)| name) {
             "." => {}
-            ".." => {
-                out.pop().ok_or(BadPath::NotAbsolute)?;
-                if last {
-                    out.push("");
-                }
+            ".." => drop(out.pop()),
+            _ => {
+                out.push(segment);
+                continue;
             }
-            other => out.push(other),
+        }
+        if last {
+            out.push(String::new());
         }
     }
     let normal = format!("/{}", out.join("/"));
-    if normal != path && has_stray_percent(path) {
-        return Err(BadPath::Ambiguous);
-    }
     Ok((normal != path).then_some(normal))
 }
 
-/// Whether there is a percent sign that begins no escape: with what is decoded after it, it might.
-fn has_stray_percent(path: &str) -> bool {
-    let bytes = path.as_bytes();
-    let is_hex = |i: usize| bytes.get(i).is_some_and(u8::is_ascii_hexdigit);
-    bytes.iter().enumerate().any(|(i, b)| *b == b'%' && !(is_hex(i + 1) && is_hex(i + 2)))
+/// Characters that are not as they are in a path (beside `%`, which may be).
+fn is_illegal(byte: u8) -> bool {
+    matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}')
 }
 
-fn decode_unreserved(path: &str) -> String {
-    let mut out = String::with_capacity(path.len());
-    let mut rest = path;
-    while let Some(at) = rest.find(['%', '\\']) {
-        out.push_str(&rest[..at]);
-        rest = &rest[at..];
-        if let Some(after) = rest.strip_prefix('\\') {
-            out.push('/');
-            rest = after;
+/// A segment with what is unreserved decoded, and what is illegal encoded.
+fn decode_unreserved(segment: &str) -> String {
+    let bytes = segment.as_bytes();
+    let hex = |at: usize| bytes.get(at..at + 2).filter(|two| two.iter().all(u8::is_ascii_hexdigit));
+    let mut out = String::with_capacity(segment.len());
+    // Percent signs that begin no escape, by where they are now.
+    let mut strays = Vec::new();
+    let mut at = 0;
+    let mut plain = 0;
+    while at < bytes.len() {
+        let byte = bytes[at];
+        if byte != b'%' && !is_illegal(byte) {
+            at += 1;
             continue;
         }
-        let decoded = rest.get(1..3).and_then(|hex| u8::from_str_radix(hex, 16).ok()).map(char::from);
-        match decoded {
-            Some(c) if c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | '~') => {
-                out.push(c);
-                rest = &rest[3..];
-            }
-            _ => {
+        out.push_str(&segment[plain..at]);
+        let code = hex(at + 1).and_then(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok());
+        match code {
+            _ if byte != b'%' => {
                 out.push('%');
-                rest = &rest[1..];
+                out.extend([byte >> 4, byte & 0xf].map(|digit| char::from(b"0123456789ABCDEF"[usize::from(digit)])));
+                at += 1;
+            }
+            Some(code) if code.is_ascii_alphanumeric() || b"-._~".contains(&code) => {
+                out.push(char::from(code));
+                at += 3;
+            }
+            Some(_) => {
+                out.push_str(&segment[at..at + 3]);
+                at += 3;
+            }
+            None => {
+                strays.push(out.len());
+                out.push('%');
+                at += 1;
             }
         }
+        plain = at;
     }
-    out.push_str(rest);
+    out.push_str(&segment[plain..]);
+    // What has been decoded behind one must not make an escape of it.
+    for stray in strays.into_iter().rev() {
+        if out.as_bytes().get(stray + 1..stray + 3).is_some_and(|two| two.iter().all(u8::is_ascii_hexdigit)) {
+            out.insert_str(stray + 1, "25");
+        }
+    }
     out
 }
 
@@ -279,12 +300,26 @@ mod tests {
             ("/x%2f..%2fdirect/y", Ok(None)),
             ("/a/./b/.", Ok(Some("/a/b/"))),
             ("/a/b/..", Ok(Some("/a/"))),
-            ("/..", Err(BadPath::NotAbsolute)),
+            ("/..", Ok(Some("/"))),
+            ("/../../b", Ok(Some("/b"))),
+            ("/a//../b", Ok(Some("/a/b"))),
+            ("/a/..;x/b", Ok(Some("/b"))),
+            ("/a/.;", Ok(Some("/a/"))),
+            ("/a/%2e%2e;/b", Ok(Some("/a/..;/b"))),
+            ("/a/..:/b", Ok(None)),
+            ("/a/..%2fb", Ok(None)),
+            ("/%00", Err(BadPath::Nul)),
+            ("/\"<>^`{|}", Ok(Some("/%22%3C%3E%5E%60%7B%7C%7D"))),
+            ("/[a]'!$&()*+,=:@", Ok(None)),
+            ("/%2%65", Ok(Some("/%252e"))),
+            ("/%%41", Ok(Some("/%A"))),
+            ("/a%%2e", Ok(Some("/a%."))),
+            ("/%7e%2D%c3%A9", Ok(Some("/~-%c3%A9"))),
             ("/a/%2e%2e/b", Ok(Some("/b"))),
             ("/a\\b", Ok(Some("/a/b"))),
             ("/a%zz", Ok(None)),
             ("/a%", Ok(None)),
-            ("/a%%325e", Err(BadPath::Ambiguous)),
+            ("/a%%325e", Ok(Some("/a%2525e"))),
             ("/%252e%252e/b", Ok(None)),
             ("/direct/y#frag", Err(BadPath::Fragment)),
             ("relative", Err(BadPath::NotAbsolute)),

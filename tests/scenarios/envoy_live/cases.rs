@@ -222,7 +222,10 @@ const REQUESTS: &[(&str, &str)] = &[
     ("chunked-zeros", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n00005\r\nhello\r\n000\r\n\r\n"),
     ("chunked-trailers", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx-t: v\r\n\r\n"),
     ("chunked-trailer-bad", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx t: v\r\n\r\n"),
-    ("chunked-trailer-length", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\ncontent-length: 3\r\n\r\n"),
+    (
+        "chunked-trailer-length",
+        "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\ncontent-length: 3\r\n\r\n",
+    ),
     ("chunked-pieces", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5|\r\nhel|lo\r\n5\r\nworld\r\n|0\r\n\r\n"),
     ("chunked-cut", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhel|^"),
     ("chunked-bad-size", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\nhello\r\n0\r\n\r\n"),
@@ -233,11 +236,17 @@ const REQUESTS: &[(&str, &str)] = &[
     ("chunked-long", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhelloo\r\n0\r\n\r\n"),
     ("chunked-lf", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\nhello\n0\n\n"),
     ("chunked-and-length", "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
-    ("chunked-then-length", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
+    (
+        "chunked-then-length",
+        "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    ),
     ("coding-gzip-chunked", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
     ("coding-chunked-gzip", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, gzip\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
     ("coding-identity", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: identity\r\ncontent-length: 5\r\n\r\nhello"),
-    ("coding-chunked-twice", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
+    (
+        "coding-chunked-twice",
+        "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    ),
     ("coding-tab", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding:\tchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
     ("coding-xchunked", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
     ("coding-1.0", "POST /x HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
@@ -250,7 +259,10 @@ const REQUESTS: &[(&str, &str)] = &[
     ("pipelined-post", "POST /1 HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhelloGET /2 HTTP/1.1\r\nhost: a\r\n\r\n"),
     ("pipelined-garbage", "GET /1 HTTP/1.1\r\nhost: a\r\n\r\nthis is not HTTP\r\n\r\n"),
     ("pipelined-close", "GET /1 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\nGET /2 HTTP/1.1\r\nhost: a\r\n\r\n"),
-    ("one-after-another", "GET /1 HTTP/1.1\r\nhost: a\r\n\r\n|GET /2 HTTP/1.1\r\nhost: a\r\n\r\n|\r\n|POST /3 HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nhi"),
+    (
+        "one-after-another",
+        "GET /1 HTTP/1.1\r\nhost: a\r\n\r\n|GET /2 HTTP/1.1\r\nhost: a\r\n\r\n|\r\n|POST /3 HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nhi",
+    ),
     ("piece-by-piece", "GE|T /x HT|TP/1.1\r|\nhost|: a\r\n|\r\n"),
     ("head-cut", "GET /x HTTP/1.1\r\nhos|^"),
     ("head-waits", "GET /x HTTP/1.1\r\nhos"),
@@ -268,7 +280,11 @@ const ANSWERS: &[(&str, &str, End)] = &[
     ("processing", "HTTP/1.1 102 Processing\r\nx-p: 1\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("early-hints", "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("informational-199", "HTTP/1.1 199 Foo\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", End::Keep),
-    ("informational-many", "HTTP/1.1 100 A\r\n\r\nHTTP/1.1 103 B\r\n\r\nHTTP/1.1 100 C\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", End::Keep),
+    (
+        "informational-many",
+        "HTTP/1.1 100 A\r\n\r\nHTTP/1.1 103 B\r\n\r\nHTTP/1.1 100 C\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        End::Keep,
+    ),
     ("switching", "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: foo\r\n\r\nxyz", End::Keep),
     ("created", "HTTP/1.1 201 Created\r\nlocation: /y\r\ncontent-length: 0\r\n\r\n", End::Keep),
     ("no-content", "HTTP/1.1 204 No Content\r\n\r\n", End::Keep),
@@ -339,7 +355,11 @@ const ANSWERS: &[(&str, &str, End)] = &[
     ("nominated", "HTTP/1.1 200 OK\r\nconnection: x-a\r\nx-a: b\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("proxy-connection", "HTTP/1.1 200 OK\r\nproxy-connection: close\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("upgrade-offered", "HTTP/1.1 200 OK\r\nupgrade: h2c\r\nconnection: upgrade\r\ncontent-length: 2\r\n\r\nok", End::Keep),
-    ("upgrade-required", "HTTP/1.1 426 Upgrade Required\r\nupgrade: TLS/1.0\r\nconnection: Upgrade\r\ncontent-length: 2\r\n\r\nok", End::Keep),
+    (
+        "upgrade-required",
+        "HTTP/1.1 426 Upgrade Required\r\nupgrade: TLS/1.0\r\nconnection: Upgrade\r\ncontent-length: 2\r\n\r\nok",
+        End::Keep,
+    ),
     ("te", "HTTP/1.1 200 OK\r\nte: trailers\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("lf", "HTTP/1.1 200 OK\ncontent-length: 2\n\nok", End::Keep),
     ("fold", "HTTP/1.1 200 OK\r\nx-a: b\r\n c\r\ncontent-length: 2\r\n\r\nok", End::Keep),
@@ -352,13 +372,29 @@ const ANSWERS: &[(&str, &str, End)] = &[
     ("name-odd", "HTTP/1.1 200 OK\r\nx(a): b\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("name-pseudo", "HTTP/1.1 200 OK\r\n:status: 500\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("repeated", "HTTP/1.1 200 OK\r\nset-cookie: a=b\r\nset-cookie: c=d\r\nx-a: 1\r\nx-a: 2\r\ncontent-length: 2\r\n\r\nok", End::Keep),
-    ("own-headers", "HTTP/1.1 200 OK\r\nserver: mine\r\ndate: Tue, 15 Nov 1994 08:12:31 GMT\r\nvia: 1.1 b\r\ncontent-length: 2\r\n\r\nok", End::Keep),
-    ("envoy-headers", "HTTP/1.1 200 OK\r\nx-envoy-upstream-service-time: 77\r\nx-envoy-attempt-count: 3\r\nx-envoy-decorator-operation: op\r\ncontent-length: 2\r\n\r\nok", End::Keep),
-    ("envoy-degraded", "HTTP/1.1 200 OK\r\nx-envoy-degraded: true\r\nx-envoy-immediate-health-check-fail: true\r\ncontent-length: 2\r\n\r\nok", End::Keep),
+    (
+        "own-headers",
+        "HTTP/1.1 200 OK\r\nserver: mine\r\ndate: Tue, 15 Nov 1994 08:12:31 GMT\r\nvia: 1.1 b\r\ncontent-length: 2\r\n\r\nok",
+        End::Keep,
+    ),
+    (
+        "envoy-headers",
+        "HTTP/1.1 200 OK\r\nx-envoy-upstream-service-time: 77\r\nx-envoy-attempt-count: 3\r\nx-envoy-decorator-operation: op\r\ncontent-length: 2\r\n\r\nok",
+        End::Keep,
+    ),
+    (
+        "envoy-degraded",
+        "HTTP/1.1 200 OK\r\nx-envoy-degraded: true\r\nx-envoy-immediate-health-check-fail: true\r\ncontent-length: 2\r\n\r\nok",
+        End::Keep,
+    ),
     ("envoy-overloaded", "HTTP/1.1 503 Away\r\nx-envoy-overloaded: true\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("envoy-ratelimited", "HTTP/1.1 429 Slow\r\nx-envoy-ratelimited: true\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("request-id", "HTTP/1.1 200 OK\r\nx-request-id: theirs\r\ncontent-length: 2\r\n\r\nok", End::Keep),
-    ("grpc-trailers-only", "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 5\r\ngrpc-message: no\r\ncontent-length: 0\r\n\r\n", End::Keep),
+    (
+        "grpc-trailers-only",
+        "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 5\r\ngrpc-message: no\r\ncontent-length: 0\r\n\r\n",
+        End::Keep,
+    ),
     ("none-fin", "", End::Fin),
     ("none-reset", "", End::Reset),
     ("head-cut", "HTTP/1.1 200 OK\r\ncontent-le", End::Fin),
@@ -375,12 +411,28 @@ const ANSWERS: &[(&str, &str, End)] = &[
 
 /// Answers that a HEAD gets as well.
 const TO_HEAD: &[&str] = &[
-    "created", "no-content", "not-modified-length", "http-1.0", "to-end", "to-end-empty", "chunked", "chunked-empty", "chunked-trailers", "length-more", "length-cut",
-    "close", "close-open", "none-fin", "early-hints", "continue", "server-error",
+    "created",
+    "no-content",
+    "not-modified-length",
+    "http-1.0",
+    "to-end",
+    "to-end-empty",
+    "chunked",
+    "chunked-empty",
+    "chunked-trailers",
+    "length-more",
+    "length-cut",
+    "close",
+    "close-open",
+    "none-fin",
+    "early-hints",
+    "continue",
+    "server-error",
 ];
 
 /// Answers that a POST gets as well.
-const TO_POST: &[&str] = &["continue", "early-hints", "no-content", "none-fin", "none-reset", "garbage", "unavailable", "length-cut", "chunked", "switching"];
+const TO_POST: &[&str] =
+    &["continue", "early-hints", "no-content", "none-fin", "none-reset", "garbage", "unavailable", "length-cut", "chunked", "switching"];
 
 /// `@99` are 99 headers, `@50000b` one of so many bytes.
 fn generated(spec: &str) -> String {

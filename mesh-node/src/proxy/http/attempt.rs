@@ -204,8 +204,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         }
         Upstream::H2(mut send, guard, _) => 'sent: {
             let Some(request) = wire_request(plan.head) else {
-                let bad = Malformed { details: "invalid_host", ..Malformed::BAD_BODY };
-                break 'sent Attempt::Malformed(bad);
+                break 'sent Attempt::Malformed(Malformed::BAD_AUTHORITY);
             };
             let empty = upload.is_end();
             let Ok((response, stream)) = send.send_request(request, empty) else {

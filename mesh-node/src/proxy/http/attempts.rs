@@ -115,6 +115,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             self.upload.rewind();
             self.deadlines.attempt = None;
             headers::expect_within(&mut head.headers, self.time_left());
+            headers::count_attempt(&mut head.headers, self.number);
             let ended = self.attempt(&head, address, &endpoint).await;
             let again = match ended {
                 Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),

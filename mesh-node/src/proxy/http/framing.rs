@@ -121,10 +121,11 @@ impl Decoder {
             return Ok(None);
         }
         let mut line = std::mem::take(&mut self.line);
-        line.pop();
-        if line.last() == Some(&b'\r') {
-            line.pop();
+        // An end of line that others may not take for one is none.
+        if !line.ends_with(b"\r\n") {
+            return Err(Malformed::BAD_BODY);
         }
+        line.truncate(line.len() - 2);
         Ok(Some(line))
     }
 
@@ -292,6 +293,8 @@ mod tests {
             b"5\r\nhelloX\r\n",
             b"ffffffffffffffff\r\n",
             b"5\r;\r\nhello",
+            b"5\nhello\r\n0\r\n\r\n",
+            b"5\r\nhello\n0\r\n\r\n",
             b"0\r\nno colon\r\n\r\n",
             b"0\r\nbad name: 1\r\n\r\n",
         ] {

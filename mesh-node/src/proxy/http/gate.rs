@@ -20,7 +20,7 @@ use super::{
     record::{Flag, Record},
     reply::Reply,
     traced::Onward,
-    wire::Malformed,
+    wire::Refused,
 };
 use crate::{
     config::Snapshot,
@@ -100,13 +100,21 @@ impl Gate {
         (record, onward)
     }
 
-    /// The same of one that cannot be read.
-    pub fn unread(&self, protocol: &'static str, malformed: &Malformed) -> Record {
+    /// The same of one that is refused for what it says.
+    pub fn unread(&self, protocol: &'static str, refused: &Refused) -> Record {
         let snapshot = self.proxy.config.load();
         let mut record = self.begin(&snapshot, protocol);
-        record.malformed(malformed, snapshot.workload(&self.pod.uid));
+        record.refused_as(refused, snapshot.workload(&self.pod.uid));
         record.source = None;
         record
+    }
+
+    /// Takes down a request of which only the beginning came.
+    pub fn cut_short(&self) {
+        let snapshot = self.proxy.config.load();
+        let mut record = self.begin(&snapshot, "HTTP/1.1");
+        record.cut_short(snapshot.workload(&self.pod.uid));
+        record.source = None;
     }
 
     fn begin(&self, snapshot: &Snapshot, protocol: &'static str) -> Record {

@@ -23,7 +23,7 @@ use super::{
     transport::{Counted, Transport},
     upload::Upload,
     upstream::{UpSink, UpSource},
-    wire::{self, Malformed, WireRequest},
+    wire::{self, Malformed, Refused, WireRequest},
 };
 use crate::{
     io::relay::Traffic,
@@ -80,16 +80,26 @@ async fn h1_loop(
         };
         let next = match request {
             Ok(request) => h1_exchange(gate, request, &mut reader, &mut sink, application.as_mut(), ending.as_mut()).await?,
-            Err(NoHead::Malformed(malformed)) => {
+            Err(NoHead::Refused(refused)) => {
                 tokio::select! {
                     biased;
                     cut = &mut ending => return Err(cut),
-                    () = refuse_h1(gate, malformed, &mut reader, &mut sink) => {}
+                    () = refuse_h1(gate, &refused, &mut reader, &mut sink) => {}
                 }
-                if malformed.close { Next::Close } else { Next::Another }
+                if refused.malformed.close { Next::Close } else { Next::Another }
             }
-            Err(NoHead::Ended { .. }) => Next::Close,
-            Err(NoHead::Broken(_)) => Next::Abort,
+            Err(NoHead::Ended { partial }) => {
+                if partial {
+                    gate.cut_short();
+                }
+                Next::Close
+            }
+            Err(NoHead::Broken { partial }) => {
+                if partial {
+                    gate.cut_short();
+                }
+                Next::Abort
+            }
         };
         match next {
             Next::Another if application.is_some() => {}
@@ -225,8 +235,9 @@ async fn refuse(
     if !close && responder.keeps_alive() && reader.is_end() { Next::Another } else { Next::Close }
 }
 
-async fn refuse_h1(gate: &Gate, malformed: Malformed, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
-    let mut record = gate.unread("HTTP/1.1", &malformed);
+async fn refuse_h1(gate: &Gate, refused: &Refused, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
+    let mut record = gate.unread("HTTP/1.1", refused);
+    let malformed = &refused.malformed;
     let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
     let status = Reply::new(malformed.status, malformed.body).start(false, malformed.close, &mut responder, |_, _| {}).ok();
     record.refused(status, responder.meter());
@@ -366,7 +377,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
             })
         }
         Err(malformed) => {
-            record = gate.unread("HTTP/2", &malformed);
+            record = gate.unread("HTTP/2", &Refused { malformed, said: None });
             answer(Reply::new(malformed.status, malformed.body), false, &mut responder, &mut record).await;
             Ok(())
         }
@@ -427,7 +438,7 @@ async fn h2_request(
     }
     let (sent, claims, to_client) = parts(head, &pass);
     let Some(request) = wire_request(sent) else {
-        record.details = Cow::Borrowed("invalid_host");
+        record.details = Cow::Borrowed(Malformed::BAD_AUTHORITY.details);
         return Err(::h2::Reason::PROTOCOL_ERROR);
     };
     let empty = body.is_end();

@@ -3,14 +3,14 @@
 use std::{io, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, Method, StatusCode, header};
 
 use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
     framing::{Decoder, Encoder, Frame, Out},
     meter::Meter,
     transport::{TransportSink, TransportSource},
-    wire::{self, Framing, MAX_HEAD, Malformed},
+    wire::{self, Framing, MAX_HEAD, MAX_RESPONSE_HEAD, Malformed, Refused},
 };
 
 /// How long a client may take to read an answer after which the connection is closed, and what it may still send.
@@ -48,8 +48,10 @@ pub enum NoHead {
     Ended {
         partial: bool,
     },
-    Broken(io::Error),
-    Malformed(Malformed),
+    Broken {
+        partial: bool,
+    },
+    Refused(Box<Refused>),
 }
 
 impl<'a> Reader<'a> {
@@ -87,24 +89,24 @@ impl<'a> Reader<'a> {
     }
 
     /// The bytes of the next head. Nothing is lost when this is dropped.
-    async fn head(&mut self) -> Result<Bytes, NoHead> {
+    async fn head(&mut self, most: usize) -> Result<Bytes, NoHead> {
         loop {
             let empty = wire::leading_empty_lines(&self.unread.buffer);
             drop(self.unread.buffer.split_to(empty));
             if let Some(end) = wire::head_end(&self.unread.buffer) {
-                if end > MAX_HEAD {
-                    return Err(NoHead::Malformed(Malformed::TOO_LARGE));
+                if end > most {
+                    return Err(NoHead::Refused(Malformed::TOO_LARGE.into()));
                 }
                 return Ok(self.unread.buffer.split_to(end));
             }
-            if self.unread.buffer.len() > MAX_HEAD {
-                return Err(NoHead::Malformed(Malformed::TOO_LARGE));
+            if self.unread.buffer.len() > most {
+                return Err(NoHead::Refused(Malformed::TOO_LARGE.into()));
             }
             // A line that cannot begin a request need not be waited for to the end.
             match self.fill().await {
                 Ok(true) => {}
                 Ok(false) => return Err(NoHead::Ended { partial: !self.unread.buffer.is_empty() }),
-                Err(error) => return Err(NoHead::Broken(error)),
+                Err(_) => return Err(NoHead::Broken { partial: !self.unread.buffer.is_empty() }),
             }
         }
     }
@@ -121,23 +123,23 @@ impl<'a> Reader<'a> {
             match self.fill().await {
                 Ok(true) => {}
                 Ok(false) => return Err(NoHead::Ended { partial: false }),
-                Err(error) => return Err(NoHead::Broken(error)),
+                Err(_) => return Err(NoHead::Broken { partial: !self.unread.buffer.is_empty() }),
             }
         }
         Ok(())
     }
 
     pub async fn request(&mut self) -> Result<wire::WireRequest, NoHead> {
-        let bytes = self.head().await?;
-        let request = wire::request(&bytes).map_err(NoHead::Malformed)?;
+        let bytes = self.head(MAX_HEAD).await?;
+        let request = wire::request(&bytes).map_err(NoHead::Refused)?;
         self.begin_body(request.framing);
         self.meter = Meter::default();
         Ok(request)
     }
 
     pub async fn response(&mut self, method: &Method) -> Result<wire::WireResponse, NoHead> {
-        let bytes = self.head().await?;
-        let response = wire::response(&bytes, method).map_err(NoHead::Malformed)?;
+        let bytes = self.head(MAX_RESPONSE_HEAD).await?;
+        let response = wire::response(&bytes, method).map_err(|malformed| NoHead::Refused(malformed.into()))?;
         self.begin_body(response.framing);
         Ok(response)
     }
@@ -378,7 +380,13 @@ impl Responder for H1Responder<'_, '_> {
         let mut bytes = Vec::with_capacity(512);
         // A client of HTTP/1.0 that asked to keep the connection must be told that it is kept.
         let told = !self.keep_alive && !switching;
-        let written = if switching { Framing::Empty } else { framing };
+        // HEAD is told what GET would be: the body of an unknown length would go in chunks.
+        let unknown = self.head_request && self.minor == 1 && !headers.contains_key(header::CONTENT_LENGTH);
+        let written = match framing {
+            _ if switching => Framing::Empty,
+            Framing::Empty if unknown && !matches!(status.as_u16(), 204 | 304) => Framing::Chunked,
+            framing => framing,
+        };
         wire::write_response(status, &headers, written, told, &mut bytes);
         if self.minor == 0 && self.keep_alive {
             bytes.truncate(bytes.len() - 2);

@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
+    date,
     framing::{Frame, Out},
     meter::Meter,
     wire::{Framing, MAX_HEAD, MAX_HEADERS, checked_authority, path_and_query, strip_hop_by_hop},
@@ -305,6 +306,11 @@ impl Responder for H2Responder {
         self.meter.see_status(&headers);
         if let Framing::Length(n) = framing {
             headers.entry(header::CONTENT_LENGTH).or_insert_with(|| n.into());
+        }
+        if !headers.contains_key(header::DATE)
+            && let Ok(date) = date::now(HeaderValue::from_str)
+        {
+            headers.insert(header::DATE, date);
         }
         let empty = self.head_request || framing == Framing::Empty || matches!(status.as_u16(), 204 | 304);
         let mut response = Response::new(());

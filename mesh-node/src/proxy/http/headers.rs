@@ -30,6 +30,7 @@ const CONTROL: [&str; 17] = [
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub static SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 static EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
+static ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 pub static ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 
 /// Takes off and puts on what every forwarded request has so.
@@ -65,6 +66,12 @@ pub fn expect_within(headers: &mut HeaderMap, time: Option<Duration>) {
     if let Some(time) = time {
         headers.insert(EXPECTED_TIMEOUT.clone(), u64::try_from(time.as_millis()).unwrap_or(u64::MAX).into());
     }
+}
+
+/// Tells the endpoint which attempt this is, from 1.
+pub fn count_attempt(headers: &mut HeaderMap, number: u32) {
+    let value = if number == 1 { HeaderValue::from_static("1") } else { number.into() };
+    headers.insert(ATTEMPT_COUNT.clone(), value);
 }
 
 /// `grpc-timeout`: at most eight digits and a unit (the gRPC project's `PROTOCOL-HTTP2.md`).

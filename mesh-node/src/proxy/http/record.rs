@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, uri::PathAndQuery};
 use super::{
     meter::Meter,
     traced::{Onward, Traced},
-    wire::Malformed,
+    wire::{Malformed, Refused},
 };
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
@@ -82,11 +82,35 @@ pub struct Record {
 /// What logs and tags say of the request; kept only when there are any.
 struct Described {
     method: http::Method,
-    path: PathAndQuery,
+    path: Target,
     authority: HeaderValue,
     scheme: &'static str,
     headers: Kept,
     response_headers: Option<Kept>,
+}
+
+/// What a request was for.
+#[derive(Debug)]
+enum Target {
+    Path(PathAndQuery),
+    /// What could not be read, as it was written.
+    Unread(String),
+    /// That of CONNECT is the authority.
+    None,
+}
+
+impl Target {
+    fn of(head: &RequestHead) -> Self {
+        if head.method == http::Method::CONNECT { Self::None } else { Self::Path(head.target.clone()) }
+    }
+
+    fn as_str(&self) -> &str {
+        match self {
+            Self::Path(path) => path.as_str(),
+            Self::Unread(text) => text,
+            Self::None => "",
+        }
+    }
 }
 
 impl Record {
@@ -176,6 +200,27 @@ impl Record {
         self.source = source.cloned();
     }
 
+    /// Takes down a request of which only the beginning came.
+    pub fn cut_short(&mut self, source: Option<&Arc<Workload>>) {
+        self.of(source);
+        self.abandoned();
+    }
+
+    /// Takes down a request that is refused for what it says.
+    pub fn refused_as(&mut self, refused: &Refused, source: Option<&Arc<Workload>>) {
+        self.malformed(&refused.malformed, source);
+        if let Some((method, target, authority)) = &refused.said {
+            self.described = Some(Box::new(Described {
+                method: method.clone(),
+                path: Target::Unread(String::from_utf8_lossy(target).into_owned()),
+                authority: authority.clone().unwrap_or_else(|| HeaderValue::from_static("")),
+                scheme: "http",
+                headers: Kept::Some(Vec::new()),
+                response_headers: None,
+            }));
+        }
+    }
+
     /// Takes down a request that cannot be read.
     pub fn malformed(&mut self, malformed: &Malformed, source: Option<&Arc<Workload>>) {
         self.of(source);
@@ -188,7 +233,7 @@ impl Record {
     fn keep(&mut self, head: &RequestHead, wanted: &Wanted) {
         self.described = Some(Box::new(Described {
             method: head.method.clone(),
-            path: head.target.clone(),
+            path: Target::of(head),
             authority: head.authority.clone(),
             scheme: head.scheme.as_str(),
             headers: Kept::of(&head.headers, wanted),

@@ -7,13 +7,16 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
 
+use super::date;
 use crate::{
     detect,
-    route::request::{BadPath, RequestHead, Scheme, normalise_path},
+    route::request::{RequestHead, Scheme, normalise_path},
 };
 
 /// Largest head, bytes.
 pub const MAX_HEAD: usize = 60 * 1024;
+/// Largest head of a response, bytes: what an Envoy that is set to 60 KiB lets pass, as it looks at what it has read before it reads on.
+pub const MAX_RESPONSE_HEAD: usize = 80 * 1024;
 /// Most headers.
 pub const MAX_HEADERS: usize = 100;
 
@@ -44,11 +47,18 @@ impl Malformed {
         Self { status, body: "", details, protocol_error: false, close }
     }
 
+    /// A version of HTTP that is not served.
+    const LOW_VERSION: Self = Self { status: StatusCode::UPGRADE_REQUIRED, body: "Upgrade Required", ..Self::codec("low_version") };
+    /// An authority that could be taken for something else.
+    pub const BAD_AUTHORITY: Self = Self::codec("http.invalid_authority");
+
     pub const TOO_LARGE: Self = Self::too_large("http1.headers_too_large");
     pub const BAD_BODY: Self = Self::codec("http1.codec_error");
 }
 
 const CODEC: Malformed = Malformed::codec("http1.codec_error");
+const INVALID_CHARACTERS: Malformed = Malformed::codec("http1.invalid_characters");
+const INVALID_URL: Malformed = Malformed::codec("http1.invalid_url");
 
 /// Where a message's body ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +69,20 @@ pub enum Framing {
     Chunked,
     /// With the connection.
     UntilClose,
+}
+
+/// A request that is refused, with what it said so far.
+#[derive(Debug)]
+pub struct Refused {
+    pub malformed: Malformed,
+    /// Its method, the target as it was written, and its authority, once the head has been read.
+    pub said: Option<(Method, Bytes, Option<HeaderValue>)>,
+}
+
+impl From<Malformed> for Box<Refused> {
+    fn from(malformed: Malformed) -> Self {
+        Self::new(Refused { malformed, said: None })
+    }
 }
 
 /// A request as read from an HTTP/1 connection.
@@ -97,20 +121,30 @@ pub fn leading_empty_lines(bytes: &[u8]) -> usize {
 }
 
 /// Reads a request head, which must be whole.
-pub fn request(bytes: &Bytes) -> Result<WireRequest, Malformed> {
+pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
     let (line, rest) = first_line(bytes).ok_or(CODEC)?;
     let (method, target, minor) = request_line(bytes, line)?;
     let mut headers = headers(bytes, rest)?;
     let framing = request_framing(&headers, minor)?;
     without_leading_zeros(&mut headers);
     let connection = Connection::of(&headers);
+    if connection.forwarded {
+        return Err(Malformed::codec("http1.connection_header_rejected").into());
+    }
     let upgrade = if connection.upgrade { upgrade_of(&headers) } else { None };
-    let expects_continue = minor == 1 && headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
-    headers.remove(header::EXPECT);
+    let mut expects_continue = headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    if expects_continue {
+        headers.remove(header::EXPECT);
+        expects_continue = minor == 1;
+    }
     let keep_alive = !connection.close && (minor == 1 || connection.keep_alive);
-    let (authority, target) = target_of(&method, target, &mut headers, minor).map_err(|refused| {
+    let host = headers.get(header::HOST).cloned();
+    let (authority, target) = target_of(&method, &target, &mut headers, minor).map_err(|refused| {
         // What is refused is not read to its end: nothing of it may be taken for another request.
-        Malformed { close: refused.close || framing != Framing::Empty || !keep_alive, ..refused }
+        let malformed = Malformed { close: refused.close || framing != Framing::Empty || !keep_alive, ..refused };
+        // Envoy's log has nothing of what its codec refuses.
+        let said = (!malformed.protocol_error).then(|| (method.clone(), target.clone(), host));
+        Box::new(Refused { malformed, said })
     })?;
     strip_hop_by_hop(&mut headers);
     let head = RequestHead { method, scheme: Scheme::Http, authority, target, headers };
@@ -121,8 +155,10 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Malformed> {
 pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malformed> {
     let (line, rest) = first_line(bytes).ok_or(CODEC)?;
     let line = &bytes[line];
-    let (minor, rest_of_line) = match line {
-        [b'H', b'T', b'T', b'P', b'/', b'1', b'.', minor @ (b'0' | b'1'), b' ', rest @ ..] => (minor - b'0', rest),
+    let (keeps, rest_of_line) = match line {
+        [b'H', b'T', b'T', b'P', b'/', major, b'.', minor, b' ', rest @ ..] if major.is_ascii_digit() && minor.is_ascii_digit() => {
+            (!(*major == b'1' && *minor == b'0'), rest)
+        }
         _ => return Err(CODEC),
     };
     let code = rest_of_line.get(..3).filter(|_| matches!(rest_of_line.get(3), None | Some(b' '))).ok_or(CODEC)?;
@@ -130,7 +166,10 @@ pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malforme
     let mut headers = headers(bytes, rest)?;
     let framing = response_framing(&headers, status, method)?;
     let connection = Connection::of(&headers);
-    let keep_alive = framing != Framing::UntilClose && !connection.close && (minor == 1 || connection.keep_alive);
+    let keep_alive = framing != Framing::UntilClose && !connection.close && (keeps || connection.keep_alive);
+    if status == StatusCode::NO_CONTENT {
+        headers.remove(header::CONTENT_LENGTH);
+    }
     let upgrade = if status == StatusCode::SWITCHING_PROTOCOLS { headers.get(header::UPGRADE).cloned() } else { None };
     strip_hop_by_hop(&mut headers);
     if let Some(upgrade) = upgrade {
@@ -154,19 +193,29 @@ fn line_at(bytes: &[u8], start: usize) -> Option<(Range, usize)> {
     Some((start..trimmed, end + 1))
 }
 
+/// Method, target and minor version; there may be more than one space between them, as Envoy allows (RFC 9112 section 3).
 fn request_line(bytes: &Bytes, line: Range) -> Result<(Method, Bytes, u8), Malformed> {
     let text = &bytes[line.clone()];
-    let first = memchr::memchr(b' ', text).ok_or(CODEC)?;
-    let last = memchr::memrchr(b' ', text).filter(|last| *last > first).ok_or(CODEC)?;
-    let method = detect::method(&text[..first]).ok_or(CODEC)?;
-    let minor = match &text[last + 1..] {
+    let is_space = |b: &u8| matches!(b, b' ' | b'\t');
+    let method_end = text.iter().position(is_space).ok_or(CODEC)?;
+    let method = detect::method(&text[..method_end]).ok_or(CODEC)?;
+    let start = method_end + text[method_end..].iter().take_while(|b| is_space(b)).count();
+    let end = start + text[start..].iter().position(is_space).unwrap_or(text.len() - start);
+    let target = bytes.slice(line.start + start..line.start + end);
+    let minor = match text[end..].trim_ascii() {
         b"HTTP/1.1" => 1,
         b"HTTP/1.0" => 0,
+        b"" if target.starts_with(b"/") => return Err(Malformed::LOW_VERSION),
+        [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit() => {
+            return Err(Malformed::LOW_VERSION);
+        }
         _ => return Err(CODEC),
     };
-    let target = bytes.slice(line.start + first + 1..line.start + last);
-    if target.is_empty() || target.iter().any(|b| *b <= b' ' || *b == 0x7f) {
+    if target.is_empty() || !target.is_ascii() {
         return Err(CODEC);
+    }
+    if target.iter().any(u8::is_ascii_control) {
+        return Err(INVALID_CHARACTERS);
     }
     Ok((method, target, minor))
 }
@@ -200,7 +249,7 @@ fn headers(bytes: &Bytes, mut at: usize) -> Result<HeaderMap, Malformed> {
 }
 
 fn value(bytes: Bytes) -> Result<HeaderValue, Malformed> {
-    HeaderValue::from_maybe_shared(bytes).map_err(|_| Malformed::codec("http1.invalid_characters"))
+    HeaderValue::from_maybe_shared(bytes).map_err(|_| INVALID_CHARACTERS)
 }
 
 /// Lines that continue a header (RFC 9112 section 5.2), each joined with a space.
@@ -230,6 +279,8 @@ struct Connection {
     close: bool,
     keep_alive: bool,
     upgrade: bool,
+    /// It names headers that say where a request comes from, which are not the client's to take off.
+    forwarded: bool,
 }
 
 impl Connection {
@@ -239,6 +290,8 @@ impl Connection {
             found.close |= token.eq_ignore_ascii_case("close");
             found.keep_alive |= token.eq_ignore_ascii_case("keep-alive");
             found.upgrade |= token.eq_ignore_ascii_case("upgrade");
+            let forwarded = ["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"];
+            found.forwarded |= forwarded.iter().any(|name| token.eq_ignore_ascii_case(name));
         }
         found
     }
@@ -315,32 +368,38 @@ fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
 }
 
 /// Splits the request target from the authority: origin, absolute and authority form (RFC 9112 section 3.2).
-fn target_of(method: &Method, target: Bytes, headers: &mut HeaderMap, minor: u8) -> Result<(HeaderValue, PathAndQuery), Malformed> {
+fn target_of(method: &Method, target: &Bytes, headers: &mut HeaderMap, minor: u8) -> Result<(HeaderValue, PathAndQuery), Malformed> {
     let mut hosts = headers.get_all(header::HOST).iter();
     let host = match (hosts.next().cloned(), hosts.next()) {
         (Some(_), Some(_)) => return Err(CODEC),
-        (host, _) => host.filter(|h| !h.is_empty()),
+        (host, _) => host,
     };
     headers.remove(header::HOST);
-    let missing = Malformed::refused(StatusCode::BAD_REQUEST, "missing_host_header", true);
-    let root = || PathAndQuery::from_static("/");
     if method == Method::CONNECT {
-        let authority = HeaderValue::from_maybe_shared(target).map_err(|_| CODEC)?;
-        return Ok((checked_authority(authority)?, root()));
+        let authority = HeaderValue::from_maybe_shared(target.clone()).ok().filter(|_| !target.contains(&b'/')).ok_or(INVALID_URL)?;
+        return Ok((checked_authority(authority)?, PathAndQuery::from_static("/")));
     }
     if target.starts_with(b"/") {
+        let missing = Malformed::refused(StatusCode::BAD_REQUEST, "missing_host_header", true);
         // HTTP/1.0 knows no Host; there it may be missing.
         let host = if minor == 0 { host.unwrap_or_else(|| HeaderValue::from_static("")) } else { host.ok_or(missing)? };
-        return Ok((checked_authority(host)?, path_and_query(&target)?));
+        return Ok((checked_authority(host)?, path_and_query(target)?));
     }
-    if &*target == b"*" && method == Method::OPTIONS {
-        return Err(Malformed::refused(StatusCode::NOT_FOUND, "absolute_path_rejected", false));
+    if &**target == b"*" {
+        let is_options = method == Method::OPTIONS;
+        return Err(if is_options { Malformed::refused(StatusCode::NOT_FOUND, "absolute_path_rejected", false) } else { INVALID_URL });
     }
-    let after = target.strip_prefix(b"http://").or_else(|| target.strip_prefix(b"https://")).ok_or(CODEC)?;
+    let scheme = memchr::memmem::find(target, b"://").ok_or(CODEC)?;
+    if !["http", "https"].iter().any(|known| target[..scheme].eq_ignore_ascii_case(known.as_bytes())) {
+        return Err(Malformed::codec("http1.invalid_scheme"));
+    }
+    let after = &target[scheme + 3..];
     let end = after.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(after.len());
-    let authority = HeaderValue::from_bytes(&after[..end]).map_err(|_| CODEC)?;
+    // Who the client says it is, in front of an `@`, is for nobody (RFC 9110 section 4.2.4).
+    let host = memchr::memrchr(b'@', &after[..end]).map_or(0, |at| at + 1);
+    let authority = HeaderValue::from_bytes(&after[host..end]).map_err(|_| CODEC)?;
     if authority.is_empty() {
-        return Err(missing);
+        return Err(INVALID_URL);
     }
     let path = &after[end..];
     let path = if path.starts_with(b"/") { path.to_vec() } else { [b"/", path].concat() };
@@ -350,11 +409,7 @@ fn target_of(method: &Method, target: Bytes, headers: &mut HeaderMap, minor: u8)
 /// An authority that cannot be taken for something else: no user part, no white space, no list.
 pub fn checked_authority(authority: HeaderValue) -> Result<HeaderValue, Malformed> {
     let legal = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+;=:[]%".contains(b);
-    if authority.as_bytes().iter().all(legal) {
-        Ok(authority)
-    } else {
-        Err(Malformed::refused(StatusCode::BAD_REQUEST, "invalid_host", true))
-    }
+    if authority.as_bytes().iter().all(legal) { Ok(authority) } else { Err(Malformed::BAD_AUTHORITY) }
 }
 
 /// Path and query, the path normalised.
@@ -365,10 +420,9 @@ pub fn path_and_query(target: &Bytes) -> Result<PathAndQuery, Malformed> {
         return Err(bad);
     }
     let (path, query) = text.split_once('?').map_or((text, None), |(path, query)| (path, Some(query)));
-    let parsed = match normalise_path(path) {
-        Ok(None) => PathAndQuery::from_maybe_shared(target.clone()),
-        Ok(Some(normal)) => PathAndQuery::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
-        Err(BadPath::Fragment | BadPath::NotAbsolute | BadPath::Ambiguous) => return Err(bad),
+    let parsed = match normalise_path(path).map_err(|_| bad)? {
+        None => PathAndQuery::from_maybe_shared(target.clone()),
+        Some(normal) => PathAndQuery::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
     };
     parsed.map_err(|_| bad)
 }
@@ -406,7 +460,9 @@ pub fn write_request(head: &RequestHead, framing: Framing, upgrade: Option<&Head
             write_header(name, value, out);
         }
     }
-    let told_empty = framing == Framing::Empty && head.headers.contains_key(header::CONTENT_LENGTH);
+    // That there is none is said where one would be expected: some servers insist on it (411).
+    let unexpected = [Method::GET, Method::HEAD, Method::DELETE, Method::TRACE, Method::CONNECT].contains(&head.method);
+    let told_empty = framing == Framing::Empty && (!unexpected || head.headers.contains_key(header::CONTENT_LENGTH));
     write_framing(if told_empty { Framing::Length(0) } else { framing }, false, out);
     if let Some(upgrade) = upgrade {
         out.extend_from_slice(b"connection: upgrade\r\nupgrade: ");
@@ -424,6 +480,11 @@ pub fn write_response(status: StatusCode, headers: &HeaderMap, framing: Framing,
     out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
     out.extend_from_slice(b"\r\n");
     write_headers(headers, out);
+    if !status.is_informational() && !headers.contains_key(header::DATE) {
+        out.extend_from_slice(b"date: ");
+        date::now(|text| out.extend_from_slice(text.as_bytes()));
+        out.extend_from_slice(b"\r\n");
+    }
     write_framing(framing, headers.contains_key(header::CONTENT_LENGTH), out);
     if close {
         out.extend_from_slice(b"connection: close\r\n");

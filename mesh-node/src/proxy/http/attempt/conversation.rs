@@ -175,6 +175,12 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 }
                 // It was the client that closed first.
                 Event::Downloaded(Err(Broken::Source(error))) if !self.half_closed => {
+                    // What came before is the client's, as far as it takes it at once.
+                    tokio::select! {
+                        biased;
+                        _ = self.responder.flush() => {}
+                        () = std::future::ready(()) => {}
+                    }
                     return Answered::Truncated(self.source.broken_off(&error));
                 }
                 Event::Downloaded(Err(Broken::Source(_) | Broken::Sink(_)))

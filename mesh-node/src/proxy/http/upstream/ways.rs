@@ -121,8 +121,9 @@ impl UpSource<'_> {
         match self {
             Self::H1(reader) => reader.response(method).await.map_err(|no_head| {
                 Failed::new(match no_head {
-                    NoHead::Ended { .. } | NoHead::Broken(_) => Reset::ConnectionTermination,
-                    NoHead::Malformed(_) => Reset::ProtocolError,
+                    NoHead::Ended { partial: false } | NoHead::Broken { partial: false, .. } => Reset::ConnectionTermination,
+                    // As Envoy has it: a part of a head is a broken one.
+                    NoHead::Ended { .. } | NoHead::Broken { .. } | NoHead::Refused(_) => Reset::ProtocolError,
                 })
             }),
             Self::H2 { response, body } => {

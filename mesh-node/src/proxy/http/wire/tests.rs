@@ -5,7 +5,7 @@ use super::*;
 fn parse(text: &str) -> Result<WireRequest, Malformed> {
     let bytes = Bytes::copy_from_slice(text.as_bytes());
     assert_eq!(head_end(&bytes), Some(bytes.len()), "{text:?} is a whole head");
-    request(&bytes)
+    request(&bytes).map_err(|refused| refused.malformed)
 }
 
 fn refused(text: &str) -> (u16, &'static str) {
@@ -31,6 +31,39 @@ fn lines_may_end_with_lf_and_headers_may_be_folded() {
     assert_eq!(empty.head.headers["x-id"], "2");
     let absolute = parse("GET http://other.example:81?q HTTP/1.1\r\nhost: a\r\n\r\n").expect("valid");
     assert_eq!((absolute.head.host(), absolute.head.target.as_str()), ("other.example:81", "/?q"));
+}
+
+#[test]
+fn what_envoy_lets_pass_passes() {
+    for (text, host, target) in [
+        ("GET\t/a \t HTTP/1.1 \r\nhost: a\r\n\r\n", "a", "/a"),
+        ("GET HTTP://u:p@B.example/y HTTP/1.1\r\nhost: a\r\n\r\n", "B.example", "/y"),
+        ("GET /x HTTP/1.1\r\nhost:\r\n\r\n", "", "/x"),
+        ("GET /../{x} HTTP/1.1\r\nhost: a\r\n\r\n", "a", "/%7Bx%7D"),
+    ] {
+        let request = parse(text).expect(text);
+        assert_eq!((request.head.host(), request.head.target.as_str()), (host, target), "{text:?}");
+    }
+    let expecting = parse("GET /x HTTP/1.1\r\nhost: a\r\nexpect: other\r\n\r\n").expect("valid");
+    assert!(!expecting.expects_continue && expecting.head.headers["expect"] == "other");
+}
+
+#[test]
+fn a_request_that_is_refused_says_what_it_was() {
+    let of = |text: &'static str| request(&Bytes::from_static(text.as_bytes())).expect_err("refused").said;
+    let (method, target, host) = of("GET /a#b HTTP/1.1\r\nhost: c\r\n\r\n").expect("read");
+    assert_eq!((method, &*target, host), (Method::GET, &b"/a#b"[..], Some(HeaderValue::from_static("c"))));
+    assert!(of("FOO /a HTTP/1.1\r\nhost: c\r\n\r\n").is_none());
+}
+
+#[test]
+fn that_there_is_no_body_is_said_where_one_is_expected() {
+    for (method, expected) in [("POST", true), ("PUT", true), ("OPTIONS", true), ("GET", false), ("DELETE", false)] {
+        let request = parse(&format!("{method} / HTTP/1.1\r\nhost: a\r\n\r\n")).expect("valid");
+        let mut out = Vec::new();
+        write_request(&request.head, Framing::Empty, None, &mut out);
+        assert_eq!(String::from_utf8_lossy(&out).contains("content-length: 0\r\n"), expected, "{method}");
+    }
 }
 
 #[test]
@@ -77,10 +110,20 @@ fn ambiguous_or_broken_requests_are_refused_as_recorded() {
     let both = (400, "http1.content_length_and_chunked_not_allowed");
     for (text, expected) in [
         ("GET /x HTTP/1.1\r\n\r\n", (400, "missing_host_header")),
-        ("GET /x HTTP/1.1\r\nhost:\r\n\r\n", (400, "missing_host_header")),
+        ("GET * HTTP/1.1\r\nhost: a\r\n\r\n", (400, "http1.invalid_url")),
+        ("CONNECT /x HTTP/1.1\r\nhost: a\r\n\r\n", (400, "http1.invalid_url")),
+        ("GET http:///y HTTP/1.1\r\nhost: a\r\n\r\n", (400, "http1.invalid_url")),
+        ("GET ftp://a/y HTTP/1.1\r\nhost: a\r\n\r\n", (400, "http1.invalid_scheme")),
+        ("GET /\u{7f} HTTP/1.1\r\nhost: a\r\n\r\n", (400, "http1.invalid_characters")),
+        ("GET /\u{e9} HTTP/1.1\r\nhost: a\r\n\r\n", codec),
+        ("GET /x HTTP/1.2\r\nhost: a\r\n\r\n", (426, "low_version")),
+        ("GET /x\r\nhost: a\r\n\r\n", (426, "low_version")),
+        ("GET /x HTTP/1.10\r\nhost: a\r\n\r\n", codec),
+        ("GET /x FOO/1.1\r\nhost: a\r\n\r\n", codec),
+        ("GET /x HTTP/1.1\r\nhost: a\r\nconnection: X-Forwarded-For\r\n\r\n", (400, "http1.connection_header_rejected")),
         ("garbage\r\n\r\n", codec),
         ("GET  HTTP/1.1\r\nhost: a\r\n\r\n", codec),
-        ("GET / HTTP/2.0\r\nhost: a\r\n\r\n", codec),
+        ("GET / HTTP/2.0\r\nhost: a\r\n\r\n", (426, "low_version")),
         ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n", both),
         ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n", both),
         ("POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n", both),
@@ -96,13 +139,13 @@ fn ambiguous_or_broken_requests_are_refused_as_recorded() {
         ("GET / HTTP/1.1\r\nhost: a\r\nno colon\r\n\r\n", codec),
         ("GET / HTTP/1.1\r\n folded: first\r\nhost: a\r\n\r\n", codec),
         ("GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", codec),
-        ("GET / HTTP/1.1\r\nhost: a b\r\n\r\n", (400, "invalid_host")),
-        ("GET / HTTP/1.1\r\nhost: a@b\r\n\r\n", (400, "invalid_host")),
+        ("GET / HTTP/1.1\r\nhost: a b\r\n\r\n", (400, "http.invalid_authority")),
+        ("GET / HTTP/1.1\r\nhost: a@b\r\n\r\n", (400, "http.invalid_authority")),
         ("FOO / HTTP/1.1\r\nhost: a\r\n\r\n", codec),
         ("get / HTTP/1.1\r\nhost: a\r\n\r\n", codec),
         ("OPTIONS * HTTP/1.1\r\nhost: a\r\n\r\n", (404, "absolute_path_rejected")),
         ("GET /direct/y#frag HTTP/1.1\r\nhost: a\r\n\r\n", (400, "path_normalization_failed")),
-        ("GET /.. HTTP/1.1\r\nhost: a\r\n\r\n", (400, "path_normalization_failed")),
+        ("GET /%00 HTTP/1.1\r\nhost: a\r\n\r\n", (400, "path_normalization_failed")),
     ] {
         assert_eq!(refused(text), expected, "{text:?}");
     }
@@ -119,6 +162,7 @@ fn responses_end_where_they_must() {
         ("HTTP/1.1 200 OK\r\n\r\n", Method::GET, Framing::UntilClose, false),
         ("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n", Method::HEAD, Framing::Empty, true),
         ("HTTP/1.1 204 No Content\r\n\r\n", Method::GET, Framing::Empty, true),
+        ("HTTP/1.2 200 OK\r\ncontent-length: 0\r\n\r\n", Method::GET, Framing::Empty, true),
         ("HTTP/1.1 304 Not Modified\r\ncontent-length: 3\r\n\r\n", Method::GET, Framing::Empty, true),
         ("HTTP/1.1 100 Continue\r\n\r\n", Method::POST, Framing::Empty, true),
         ("HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n", Method::GET, Framing::Empty, false),
@@ -132,7 +176,7 @@ fn responses_end_where_they_must() {
         "nope\r\n\r\n",
         "HTTP/1.1 20 OK\r\n\r\n",
         "HTTP/1.1 2000 OK\r\n\r\n",
-        "HTTP/2.0 200 OK\r\n\r\n",
+        "HTTP/x.0 200 OK\r\n\r\n",
         "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
         "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
         "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n",
