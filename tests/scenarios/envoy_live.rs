@@ -51,6 +51,10 @@ fn format() -> Value {
         "at": "%DOWNSTREAM_LOCAL_ADDRESS%", "code": "%RESPONSE_CODE%", "flags": "%RESPONSE_FLAGS%", "details": "%RESPONSE_CODE_DETAILS%",
         "received": "%BYTES_RECEIVED%", "sent": "%BYTES_SENT%", "protocol": "%PROTOCOL%", "method": "%REQ(:METHOD)%",
         "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "authority": "%REQ(:AUTHORITY)%",
+        "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%", "flags_long": "%RESPONSE_FLAGS_LONG%", "upstream": "%UPSTREAM_PROTOCOL%",
+        "target": "%PATH%", "bare": "%PATH(NQ)%", "type": "%ACCESS_LOG_TYPE%", "tls": "%DOWNSTREAM_TLS_VERSION%", "agent": "%REQUEST_HEADER(user-agent)%",
+        "grpc": "%GRPC_STATUS%", "snake": "%GRPC_STATUS(SNAKE_STRING)%", "number": "%GRPC_STATUS(NUMBER)%", "etag": "%RESP(ETAG)%",
+        "since": "%START_TIME(%Y)%", "route": "%ROUTE_NAME%", "sni": "%REQUESTED_SERVER_NAME%",
         "terminated": "%CONNECTION_TERMINATION_DETAILS%", "transport": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
     })
 }

@@ -149,7 +149,7 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
         "access_log": [{"name": "file", "typed_config": {"@type": format!("{TYPES}.access_loggers.file.v3.FileAccessLog"),
             "path": path, "log_format": {"json_format": log}}}],
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "include_request_attempt_count": true,
-            "routes": [{"match": {"prefix": "/"}, "route": action}]}]},
+            "routes": [{"name": "default", "match": {"prefix": "/"}, "route": action}]}]},
         "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {"@type": format!("{TYPES}.filters.http.router.v3.Router")}}],
     });
     json!({"name": of.name, "address": any,

@@ -110,9 +110,7 @@ impl<'a> Builder<'a> {
                 parts.authorizers = m.authorizers.iter().map(|a| (a.name.clone(), a.clone())).collect();
                 parts.normalization = m.normalization.unwrap_or_default();
                 parts.observability = m.observability.clone();
-                if let Some(problem) = &m.problem {
-                    self.remark(Severity::Warning, named, problem);
-                }
+                m.problems.iter().for_each(|problem| self.remark(Severity::Warning, named, problem));
             }
             Object::MeshConfig(_) => {
                 let message = "metadata.namespace: is not the mesh's root namespace, so it counts for nothing; move it there";

@@ -28,6 +28,8 @@ pub struct Entry<'a> {
     pub code: u16,
     pub grpc_status: Option<u32>,
     pub flags: Cow<'a, str>,
+    /// By their long names.
+    pub flags_long: Cow<'a, str>,
     /// Envoy's bits for them.
     pub flag_bits: i64,
     pub details: Option<&'a str>,
@@ -37,6 +39,12 @@ pub struct Entry<'a> {
     pub bytes_sent: u64,
     /// Time the upstream took to answer, milliseconds.
     pub service_time: Option<u64>,
+    /// From the beginning to the first of an answer.
+    pub answered_after: Option<Duration>,
+    pub attempts: u32,
+    pub upstream_protocol: Option<&'a str>,
+    /// One request, and not a connection.
+    pub tells_a_request: bool,
     pub upstream_host: Option<SocketAddr>,
     pub upstream_cluster: Option<ClusterName<'a>>,
     pub upstream_local: Option<SocketAddr>,

@@ -3,10 +3,12 @@
 //! The defaults are Istio's. A line is written in one pass into one buffer; what comes from clients is escaped.
 
 mod operator;
+mod time;
 
 use std::{fmt::Write as _, sync::Arc};
 
 use self::operator::{Named, Operand, Operator, parse};
+use self::time::TimeFormat;
 use super::{entry::Entry, kept::Asks, plain};
 
 /// Longest line, bytes; the rest is cut off. Of JSON, values are left out from there on.
@@ -67,6 +69,9 @@ pub struct Program {
     /// The texts, one behind the other.
     texts: String,
     headers: Vec<Named>,
+    times: Vec<TimeFormat>,
+    /// Operators of Envoy's that nothing is known of here.
+    unknown: Vec<&'static str>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -139,6 +144,12 @@ impl Format {
         Self::json(JSON.into_iter().chain([X_FORWARDED_FOR])).unwrap_or_default()
     }
 
+    /// Operators of Envoy's that have no value here, whatever is told.
+    pub fn knows_nothing_of(&self) -> &[&'static str] {
+        let (Self::Text(program) | Self::Json(program)) = self;
+        &program.unknown
+    }
+
     /// Adds the headers it asks about.
     pub fn asks(&self, all: &mut Asks) {
         let (Self::Text(program) | Self::Json(program)) = self;
@@ -161,7 +172,7 @@ impl Format {
                 for step in &program.steps {
                     match *step {
                         Step::Text { from, to } => push_text(program.text(from, to), line),
-                        Step::Value(operator) => write(operator.value(entry, &program.headers), line),
+                        Step::Value(operator) => write(operator.value(entry, program), line),
                         Step::Joined(_) => {}
                     }
                 }
@@ -177,7 +188,7 @@ impl Format {
                     let room = line.len() < LONGEST;
                     match *step {
                         Step::Text { from, to } => line.push_str(program.text(from, to)),
-                        Step::Value(operator) if room => value(operator.value(entry, &program.headers), line),
+                        Step::Value(operator) if room => value(operator.value(entry, program), line),
                         Step::Value(_) => line.push_str("null"),
                         Step::Joined(n) => {
                             let joined = steps.by_ref().take(n.into());
@@ -201,7 +212,7 @@ fn join<'s>(steps: impl Iterator<Item = &'s Step>, program: &Program, entry: &En
     for step in steps {
         match *step {
             Step::Text { from, to } => text.push_str(program.text(from, to)),
-            Step::Value(operator) => match operator.value(entry, &program.headers) {
+            Step::Value(operator) => match operator.value(entry, program) {
                 None => text.push('-'),
                 Some(operand) => push(&operand, &mut text),
             },

@@ -24,7 +24,7 @@ pub struct MeshConfig {
     pub normalization: Option<Normalization>,
     pub observability: Observability,
     /// What is wrong with its telemetry, of which nothing is in force then.
-    pub problem: Option<String>,
+    pub problems: Vec<String>,
 }
 
 /// What is done to paths before anything looks at them. Istio's `MeshConfig.ProxyPathNormalization`.
@@ -182,14 +182,11 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
         providers.push((at, provider.all));
     }
     // What is wrong with telemetry must not take security with it.
-    let told = part(mesh, "data.mesh").and_then(|document| {
-        let providers = providers.iter().map(|(at, all)| part(all, at)).collect::<Result<_, _>>()?;
-        observability::read(document, providers)
-    });
-    let (observability, problem) = match told {
-        Ok(observability) => (observability, None),
+    let (observability, problems) = match part(mesh, "data.mesh") {
+        Ok(document) => observability::read(document, &providers),
         Err(error) => {
-            (Observability::default(), Some(format!("{}: {}; telemetry is as if nothing was configured", error.field, error.problem)))
+            let problem = format!("{}: {}; telemetry is as if nothing was configured", error.field, error.problem);
+            (Observability::default(), vec![problem])
         }
     };
     let normalization = document.path_normalization.and_then(|n| n.normalization);
@@ -206,7 +203,7 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
             return Err(FieldError::new("data.mesh.pathNormalization.normalization", problem));
         }
     };
-    Ok(MeshConfig { authorizers, normalization, observability, problem })
+    Ok(MeshConfig { authorizers, normalization, observability, problems })
 }
 
 /// A provider as one of its uses sees it.

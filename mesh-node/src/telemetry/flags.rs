@@ -47,6 +47,26 @@ impl Flag {
 }
 
 impl Flag {
+    fn long(self) -> &'static str {
+        match self {
+            Self::NoHealthyUpstream => "NoHealthyUpstream",
+            Self::UpstreamConnectionFailure => "UpstreamConnectionFailure",
+            Self::UpstreamOverflow => "UpstreamOverflow",
+            Self::NoRoute => "NoRouteFound",
+            Self::NoCluster => "NoClusterFound",
+            Self::RetriesExhausted => "UpstreamRetryLimitExceeded",
+            Self::UpstreamTimeout => "UpstreamRequestTimeout",
+            Self::UpstreamRemoteReset => "UpstreamRemoteReset",
+            Self::UpstreamConnectionTermination => "UpstreamConnectionTermination",
+            Self::UpstreamProtocolError => "UpstreamProtocolError",
+            Self::DownstreamDisconnect => "DownstreamConnectionTermination",
+            Self::DownstreamProtocolError => "DownstreamProtocolError",
+            Self::DelayInjected => "DelayInjected",
+            Self::FaultInjected => "FaultInjected",
+            Self::UnauthorizedExternally => "UnauthorizedExternalService",
+        }
+    }
+
     /// Its bit in Envoy's `response.flags`.
     fn bit(self) -> i64 {
         match self {
@@ -88,6 +108,15 @@ impl Flags {
             [None, ..] => Cow::Borrowed("-"),
             [Some(one), None, ..] => Cow::Borrowed(one.name()),
             _ => Cow::Owned(self.to_string()),
+        }
+    }
+
+    /// By Envoy's long names.
+    pub fn long(self) -> Cow<'static, str> {
+        match self.0 {
+            [None, ..] => Cow::Borrowed("-"),
+            [Some(one), None, ..] => Cow::Borrowed(one.long()),
+            all => Cow::Owned(all.iter().flatten().map(|f| f.long()).collect::<Vec<_>>().join(",")),
         }
     }
 

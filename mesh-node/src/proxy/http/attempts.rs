@@ -238,6 +238,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             }
             let took = began.elapsed();
             (record.details, record.answered_after) = (Cow::Borrowed("via_upstream"), Some(took));
+            record.answered_at = Some((*began + took).into_std());
             if status != StatusCode::SWITCHING_PROTOCOLS {
                 let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
                 headers.insert(headers::SERVICE_TIME.clone(), took.into());
@@ -254,6 +255,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         };
         let (ended, local) = attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await;
         self.record.upstream_local = local;
+        self.record.upstream_protocol = local.map(|_| wanted.protocol());
         ended
     }
 

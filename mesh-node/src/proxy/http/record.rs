@@ -11,6 +11,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, uri::PathAndQuery};
 
 use super::{
     meter::Meter,
+    reply::grpc_code,
     traced::{Onward, Traced},
     wire::{Malformed, Refused},
 };
@@ -55,6 +56,9 @@ pub struct Record {
     pub upstream_local: Option<SocketAddr>,
     /// Attempts begun, whether or not they reached the endpoint.
     pub attempts: u32,
+    /// When the first of the answer came.
+    pub answered_at: Option<Instant>,
+    pub upstream_protocol: Option<&'static str>,
     /// Where it is counted; none where nothing is to be, or there is no room.
     edge: Option<Arc<Edge>>,
     /// It is known where.
@@ -143,6 +147,8 @@ impl Record {
             endpoint: None,
             upstream_local: None,
             attempts: 0,
+            answered_at: None,
+            upstream_protocol: None,
             edge: None,
             placed: false,
             concluded: false,
@@ -324,6 +330,12 @@ impl Record {
         (self.up, self.concluded) = (*up, true);
     }
 
+    /// What gRPC has of it: where an answer says nothing, what its HTTP status means.
+    fn grpc_status(&self) -> Option<u32> {
+        let meant = || self.status.filter(|_| self.grpc).map(|status| u32::from(grpc_code(status)));
+        self.down.grpc_status.or_else(meant)
+    }
+
     fn entry<'a>(&'a self, duration: Duration) -> Entry<'a> {
         let text = |v: &'a HeaderValue| v.to_str().unwrap_or_default();
         let described = self.described.as_deref();
@@ -347,8 +359,13 @@ impl Record {
             request: asked,
             protocol: Some(self.protocol),
             code: self.status.map_or(0, |s| s.as_u16()),
-            grpc_status: self.down.grpc_status,
+            grpc_status: self.grpc_status(),
             flags: self.flags.text(),
+            flags_long: self.flags.long(),
+            answered_after: self.answered_at.map(|at| at.saturating_duration_since(self.started)),
+            attempts: if inbound { u32::from(self.details == "via_upstream") } else { self.attempts },
+            upstream_protocol: self.upstream_protocol.or((inbound && self.details == "via_upstream").then_some(self.protocol)),
+            tells_a_request: true,
             flag_bits: self.flags.bits(),
             details: Some(&self.details),
             termination_details: None,
@@ -412,7 +429,7 @@ impl Record {
         let lost = if self.placed { None } else { self.lost_edge() };
         let Some(edge) = self.edge.as_ref().or(lost.as_ref()) else { return };
         let (code, flags, grpc) = (self.status.map_or(0, |s| s.as_u16()), self.flags, self.grpc);
-        let key = HttpKey { grpc, code, grpc_status: self.down.grpc_status.filter(|_| grpc), flags, tags };
+        let key = HttpKey { grpc, code, grpc_status: self.grpc_status().filter(|_| grpc), flags, tags };
         let request = Request {
             duration,
             request_bytes: self.up.bytes,

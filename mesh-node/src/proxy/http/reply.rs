@@ -111,7 +111,7 @@ pub fn reason(reset: Reset) -> &'static str {
 }
 
 /// What an HTTP status means in gRPC (the gRPC project's `http-grpc-status-mapping.md`).
-fn grpc_code(status: StatusCode) -> u16 {
+pub fn grpc_code(status: StatusCode) -> u16 {
     match status.as_u16() {
         400 => 13,
         401 => 16,

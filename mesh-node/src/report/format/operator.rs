@@ -5,10 +5,10 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
-use super::{Entry, Program, Step};
+use super::{Entry, Program, Step, time::TimeFormat};
 use crate::report::{
     attributes::HeadersOf,
     entry::{ClusterName, Header},
@@ -58,14 +58,34 @@ enum Plain {
     RouteName,
     GrpcStatusNumber,
     GrpcStatus,
+    GrpcStatusSnake,
     PeerUriSan,
     LocalUriSan,
     TraceId,
+    AccessLogType,
+    EmitTime,
+    DownstreamTlsVersion,
+    UpstreamLocalAddressWithoutPort,
+    UpstreamLocalPort,
+    UpstreamRemotePort,
+    UpstreamProtocol,
+    UpstreamRequestAttemptCount,
+    ResponseFlagsLong,
+    ResponseDuration,
+    ResponseTxDuration,
+    Path,
+    PathWithoutQuery,
+    Nothing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum What {
     Plain(Plain),
+    /// When it began, or when it is told, in one of the program's formats.
+    Time {
+        began: bool,
+        format: u16,
+    },
     /// One of the program's headers.
     Header(u16),
     /// A response header that is known without them.
@@ -99,7 +119,7 @@ impl Operand<'_> {
     }
 }
 
-const ALL: [(&str, Plain); 31] = [
+const ALL: [(&str, Plain); 49] = [
     ("START_TIME", Plain::StartTime),
     ("PROTOCOL", Plain::Protocol),
     ("RESPONSE_CODE", Plain::ResponseCode),
@@ -131,6 +151,137 @@ const ALL: [(&str, Plain); 31] = [
     ("DOWNSTREAM_PEER_URI_SAN", Plain::PeerUriSan),
     ("DOWNSTREAM_LOCAL_URI_SAN", Plain::LocalUriSan),
     ("TRACE_ID", Plain::TraceId),
+    ("ACCESS_LOG_TYPE", Plain::AccessLogType),
+    ("EMIT_TIME", Plain::EmitTime),
+    ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS", Plain::DownstreamLocalAddress),
+    ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT", Plain::DownstreamLocalAddressWithoutPort),
+    ("DOWNSTREAM_DIRECT_LOCAL_PORT", Plain::DownstreamLocalPort),
+    ("DOWNSTREAM_DIRECT_REMOTE_PORT", Plain::DownstreamRemotePort),
+    ("DOWNSTREAM_TLS_VERSION", Plain::DownstreamTlsVersion),
+    ("UPSTREAM_HOST_NAME", Plain::UpstreamHost),
+    ("UPSTREAM_HOST_NAME_WITHOUT_PORT", Plain::UpstreamRemoteAddressWithoutPort),
+    ("UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Plain::UpstreamLocalAddressWithoutPort),
+    ("UPSTREAM_LOCAL_PORT", Plain::UpstreamLocalPort),
+    ("UPSTREAM_REMOTE_PORT", Plain::UpstreamRemotePort),
+    ("UPSTREAM_PROTOCOL", Plain::UpstreamProtocol),
+    ("UPSTREAM_REQUEST_ATTEMPT_COUNT", Plain::UpstreamRequestAttemptCount),
+    ("RESPONSE_FLAGS_LONG", Plain::ResponseFlagsLong),
+    ("RESPONSE_DURATION", Plain::ResponseDuration),
+    ("RESPONSE_TX_DURATION", Plain::ResponseTxDuration),
+    ("PATH", Plain::Path),
+];
+
+/// Operators of Envoy 1.40 that nothing is known of here: they have no value, as they often have none there.
+const NOTHING: [&str; 92] = [
+    "BYTES_RETRANSMITTED",
+    "CONNECTION_ID",
+    "CUSTOM_FLAGS",
+    "DOWNSTREAM_CX_RTT",
+    "DOWNSTREAM_DECOMPRESSED_HEADER_BYTES_RECEIVED",
+    "DOWNSTREAM_DECOMPRESSED_HEADER_BYTES_SENT",
+    "DOWNSTREAM_DETECTED_CLOSE_TYPE",
+    "DOWNSTREAM_DIRECT_LOCAL_ADDRESS_ENDPOINT_ID",
+    "DOWNSTREAM_HANDSHAKE_DURATION",
+    "DOWNSTREAM_HEADER_BYTES_RECEIVED",
+    "DOWNSTREAM_HEADER_BYTES_SENT",
+    "DOWNSTREAM_LOCAL_ADDRESS_ENDPOINT_ID",
+    "DOWNSTREAM_LOCAL_CLOSE_REASON",
+    "DOWNSTREAM_LOCAL_DNS_SAN",
+    "DOWNSTREAM_LOCAL_EMAIL_SAN",
+    "DOWNSTREAM_LOCAL_IP_SAN",
+    "DOWNSTREAM_LOCAL_OTHERNAME_SAN",
+    "DOWNSTREAM_LOCAL_SUBJECT",
+    "DOWNSTREAM_PEER_CERT",
+    "DOWNSTREAM_PEER_CERT_V_END",
+    "DOWNSTREAM_PEER_CERT_V_START",
+    "DOWNSTREAM_PEER_CHAIN_FINGERPRINTS_1",
+    "DOWNSTREAM_PEER_CHAIN_FINGERPRINTS_256",
+    "DOWNSTREAM_PEER_CHAIN_SERIALS",
+    "DOWNSTREAM_PEER_DNS_SAN",
+    "DOWNSTREAM_PEER_EMAIL_SAN",
+    "DOWNSTREAM_PEER_FINGERPRINT_1",
+    "DOWNSTREAM_PEER_FINGERPRINT_256",
+    "DOWNSTREAM_PEER_IP_SAN",
+    "DOWNSTREAM_PEER_ISSUER",
+    "DOWNSTREAM_PEER_ISSUER_FINGERPRINT_256",
+    "DOWNSTREAM_PEER_ISSUER_SERIAL",
+    "DOWNSTREAM_PEER_OTHERNAME_SAN",
+    "DOWNSTREAM_PEER_SERIAL",
+    "DOWNSTREAM_PEER_SUBJECT",
+    "DOWNSTREAM_TLS_CIPHER",
+    "DOWNSTREAM_TLS_GROUP",
+    "DOWNSTREAM_TLS_SESSION_ID",
+    "DOWNSTREAM_TRANSPORT_FAILURE_REASON",
+    "DOWNSTREAM_WIRE_BYTES_RECEIVED",
+    "DOWNSTREAM_WIRE_BYTES_SENT",
+    "EMIT_TIME_LOCAL",
+    "FILTER_CHAIN_NAME",
+    "HOSTNAME",
+    "LISTENER_NAME",
+    "LOCAL_REPLY_BODY",
+    "REQUEST_DURATION",
+    "REQUEST_HEADERS_BYTES",
+    "REQUEST_TX_DURATION",
+    "RESPONSE_HEADERS_BYTES",
+    "RESPONSE_TRAILERS_BYTES",
+    "ROUTE_RESOLUTION_COUNT",
+    "ROUTE_RESOLUTION_TIME_US",
+    "SPAN_ID",
+    "START_TIME_LOCAL",
+    "STREAM_ID",
+    "TLS_JA3_FINGERPRINT",
+    "TLS_JA4_FINGERPRINT",
+    "UNIQUE_ID",
+    "UPSTREAM_CONNECTION_ID",
+    "UPSTREAM_CONNECTION_IDS_ATTEMPTED",
+    "UPSTREAM_CONNECTION_POOL_READY_DURATION",
+    "UPSTREAM_DECOMPRESSED_HEADER_BYTES_RECEIVED",
+    "UPSTREAM_DECOMPRESSED_HEADER_BYTES_SENT",
+    "UPSTREAM_DETECTED_CLOSE_TYPE",
+    "UPSTREAM_HEADER_BYTES_RECEIVED",
+    "UPSTREAM_HEADER_BYTES_SENT",
+    "UPSTREAM_HOSTS_ATTEMPTED",
+    "UPSTREAM_HOSTS_ATTEMPTED_WITHOUT_PORT",
+    "UPSTREAM_HOST_NAMES_ATTEMPTED",
+    "UPSTREAM_HOST_NAMES_ATTEMPTED_WITHOUT_PORT",
+    "UPSTREAM_LOCAL_CLOSE_REASON",
+    "UPSTREAM_LOCAL_DNS_SAN",
+    "UPSTREAM_LOCAL_IP_SAN",
+    "UPSTREAM_LOCAL_URI_SAN",
+    "UPSTREAM_PEER_CERT",
+    "UPSTREAM_PEER_CERT_V_END",
+    "UPSTREAM_PEER_CERT_V_START",
+    "UPSTREAM_PEER_DNS_SAN",
+    "UPSTREAM_PEER_IP_SAN",
+    "UPSTREAM_PEER_ISSUER",
+    "UPSTREAM_PEER_SUBJECT",
+    "UPSTREAM_PEER_URI_SAN",
+    "UPSTREAM_REMOTE_ADDRESS_ENDPOINT_ID",
+    "UPSTREAM_SERVER_NAME",
+    "UPSTREAM_TLS_CIPHER",
+    "UPSTREAM_TLS_GROUP",
+    "UPSTREAM_TLS_SESSION_ID",
+    "UPSTREAM_TLS_VERSION",
+    "UPSTREAM_WIRE_BYTES_RECEIVED",
+    "UPSTREAM_WIRE_BYTES_SENT",
+    "VIRTUAL_CLUSTER_NAME",
+];
+
+/// Operators of which the argument may be anything.
+const WITH_ARGUMENTS: [&str; 13] = [
+    "CLUSTER_METADATA",
+    "COALESCE",
+    "COMMON_DURATION",
+    "DYNAMIC_METADATA",
+    "ENVIRONMENT",
+    "FILTER_STATE",
+    "METADATA",
+    "QUERY_PARAM",
+    "QUERY_PARAMS",
+    "RESPONSE_TRAILER",
+    "TRAILER",
+    "UPSTREAM_FILTER_STATE",
+    "UPSTREAM_METADATA",
 ];
 
 /// Reads a format, and adds its steps.
@@ -168,29 +319,59 @@ fn end_of_operator(text: &str) -> Option<usize> {
 
 fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
     let (name, argument, most) = parts(text)?;
-    if let Some((_, plain)) = ALL.iter().find(|(n, _)| *n == name) {
-        if argument.is_some() && *plain != Plain::StartTime {
-            return Err(format!("%{text}% has an argument that {name} does not take"));
+    let what = match (name, argument) {
+        ("REQ" | "REQUEST_HEADER", argument) => header(text, argument, HeadersOf::Request, program)?,
+        ("RESP" | "RESPONSE_HEADER", argument) => header(text, argument, HeadersOf::Response, program)?,
+        ("START_TIME" | "EMIT_TIME", Some(format)) if !format.is_empty() => {
+            let format = TimeFormat::parse(format).map_err(|e| format!("%{text}%: {e}"))?;
+            let number = u16::try_from(program.times.len()).map_err(|_| "has too many formats of time".to_owned())?;
+            program.times.push(format);
+            What::Time { began: name == "START_TIME", format: number }
         }
-        if argument.is_some_and(|a| !a.is_empty()) {
-            return Err(format!("%{text}% has a format of time; mesh-node writes RFC 3339 with milliseconds, leave the format out"));
-        }
-        return Ok(Operator { what: What::Plain(*plain), most });
-    }
-    let whose = match name {
-        "REQ" => HeadersOf::Request,
-        "RESP" => HeadersOf::Response,
-        _ => return Err(format!("%{text}% is not an operator known here; known are REQ, RESP and {}", ALL.map(|(n, _)| n).join(", "))),
+        _ => What::Plain(plain(text, name, argument)?),
     };
+    if what == What::Plain(Plain::Nothing) {
+        let known = NOTHING.iter().chain(&WITH_ARGUMENTS).find(|n| **n == name);
+        program.unknown.extend(known.filter(|n| !program.unknown.contains(*n)));
+    }
+    Ok(Operator { what, most })
+}
+
+/// An operator without an argument, or with one of few.
+fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<Plain, String> {
+    let argument = argument.filter(|a| !a.is_empty());
+    let plain = ALL.iter().find(|(n, _)| *n == name).map(|(_, plain)| *plain);
+    Ok(match (plain, argument) {
+        (Some(Plain::GrpcStatus), Some("CAMEL_STRING")) => Plain::GrpcStatus,
+        (Some(Plain::GrpcStatus), Some("SNAKE_STRING")) => Plain::GrpcStatusSnake,
+        (Some(Plain::GrpcStatus), Some("NUMBER")) => Plain::GrpcStatusNumber,
+        (Some(Plain::Path), Some(options)) => {
+            match options.split(':').find(|o| !["NQ", "WQ", "ORIG", "PATH", "ORIG_OR_PATH"].contains(o)) {
+                None if options.starts_with("NQ") => Plain::PathWithoutQuery,
+                None => Plain::Path,
+                Some(other) => return Err(format!("%{text}%: {other:?} is none of NQ, WQ, ORIG, PATH, ORIG_OR_PATH")),
+            }
+        }
+        (Some(plain), None) => plain,
+        (Some(_), Some(_)) => return Err(format!("%{text}% has an argument that {name} does not take")),
+        (None, _) if NOTHING.contains(&name) || WITH_ARGUMENTS.contains(&name) => Plain::Nothing,
+        (None, _) => {
+            let known = ALL.map(|(n, _)| n).join(", ");
+            return Err(format!("%{text}% is not an operator of Envoy's; those that have a value here are REQ, RESP and {known}"));
+        }
+    })
+}
+
+fn header(text: &str, argument: Option<&str>, whose: HeadersOf, program: &mut Program) -> Result<What, String> {
     let names = argument.filter(|a| !a.is_empty()).ok_or_else(|| format!("%{text}% names no header"))?;
     let (first, other) = names.split_once('?').map_or((names, None), |(first, other)| (first, Some(other)));
     let header = |name: &str| Header::named(name).ok_or_else(|| format!("%{text}%: {name:?} is not the name of a header"));
     if whose == HeadersOf::Response && first.eq_ignore_ascii_case(SERVICE_TIME) {
-        return Ok(Operator { what: What::ServiceTime, most });
+        return Ok(What::ServiceTime);
     }
     let number = u16::try_from(program.headers.len()).map_err(|_| "names too many headers".to_owned())?;
     program.headers.push(Named { whose, name: header(first)?, other: other.map(header).transpose()? });
-    Ok(Operator { what: What::Header(number), most })
+    Ok(What::Header(number))
 }
 
 fn parts(text: &str) -> Result<(&str, Option<&str>, Option<NonZeroU16>), String> {
@@ -219,13 +400,17 @@ impl Named {
 
 impl Operator {
     #[inline]
-    pub(super) fn value<'e>(self, entry: &'e Entry<'_>, headers: &[Named]) -> Option<Operand<'e>> {
+    pub(super) fn value<'e>(self, entry: &'e Entry<'_>, program: &Program) -> Option<Operand<'e>> {
         let value = match self.what {
             What::Plain(plain) => plain.value(entry),
+            What::Time { began, format } => {
+                let time = if began { entry.start } else { SystemTime::now() };
+                Some(Operand::Text(Cow::Owned(program.times.get(usize::from(format))?.text(time))))
+            }
             // A header's value is a text.
             What::ServiceTime => entry.service_time.map(|t| Operand::Text(Cow::Owned(t.to_string()))),
             What::Header(number) => {
-                let Named { whose, name, other } = headers.get(usize::from(number))?;
+                let Named { whose, name, other } = program.headers.get(usize::from(number))?;
                 let found = entry.header_of(*whose, name).or_else(|| entry.header_of(*whose, other.as_ref()?));
                 found.map(Operand::Text)
             }
@@ -247,6 +432,7 @@ impl Plain {
         let ip = |a: Option<SocketAddr>| a.map(|a| Operand::Ip(a.ip()));
         let port = |a: Option<SocketAddr>| a.map(|a| Operand::Number(a.port().into()));
         let number = |n: u64| Some(Operand::Number(n));
+        let millis = |d: Duration| number(u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
         match self {
             Self::StartTime => Some(Operand::Time(entry.start)),
             Self::Protocol => text(entry.protocol),
@@ -257,7 +443,7 @@ impl Plain {
             Self::UpstreamTransportFailureReason => text(entry.transport_failure),
             Self::BytesReceived => number(entry.bytes_received),
             Self::BytesSent => number(entry.bytes_sent),
-            Self::Duration => number(u64::try_from(entry.duration.as_millis()).unwrap_or(u64::MAX)),
+            Self::Duration => millis(entry.duration),
             Self::UpstreamHost => address(entry.upstream_host),
             Self::UpstreamRemoteAddressWithoutPort => ip(entry.upstream_host),
             Self::UpstreamCluster => entry.upstream_cluster.map(Operand::Cluster),
@@ -272,11 +458,38 @@ impl Plain {
             Self::RouteName => text(entry.route),
             Self::GrpcStatusNumber => entry.grpc_status.map(|s| Operand::Number(s.into())),
             Self::GrpcStatus => entry.grpc_status.map(|s| Operand::Text(Cow::Borrowed(grpc_status_name(s)))),
+            Self::GrpcStatusSnake => entry.grpc_status.map(|s| Operand::Text(Cow::Owned(snake(grpc_status_name(s))))),
+            Self::AccessLogType => text(Some(if entry.tells_a_request { "DownstreamEnd" } else { "TcpConnectionEnd" })),
+            Self::EmitTime => Some(Operand::Time(SystemTime::now())),
+            Self::DownstreamTlsVersion => text(entry.mutual_tls.then_some("TLSv1.3")),
+            Self::UpstreamLocalAddressWithoutPort => ip(entry.upstream_local),
+            Self::UpstreamLocalPort => port(entry.upstream_local),
+            Self::UpstreamRemotePort => port(entry.upstream_host),
+            Self::UpstreamProtocol => text(entry.upstream_protocol),
+            Self::UpstreamRequestAttemptCount => number(entry.attempts.into()),
+            Self::ResponseFlagsLong => text(Some(&entry.flags_long)),
+            Self::ResponseDuration => entry.answered_after.and_then(millis),
+            Self::ResponseTxDuration => entry.answered_after.and_then(|after| millis(entry.duration.saturating_sub(after))),
+            Self::Path => text(entry.request.map(|r| r.path)),
+            Self::PathWithoutQuery => text(entry.request.and_then(|r| r.path.split('?').next())),
+            Self::Nothing => None,
             Self::PeerUriSan => entry.peer.map(|p| Operand::Shown(p)),
             Self::LocalUriSan => entry.local.map(|p| Operand::Shown(p)),
             Self::TraceId => entry.trace.map(|trace| Operand::Text(Cow::Owned(format!("{trace:032x}")))),
         }
     }
+}
+
+/// `DeadlineExceeded` as `DEADLINE_EXCEEDED`.
+pub(super) fn snake(camel: &str) -> String {
+    let mut out = String::new();
+    for (i, c) in camel.chars().enumerate() {
+        if c.is_uppercase() && i > 0 && camel != "OK" {
+            out.push('_');
+        }
+        out.push(c.to_ascii_uppercase());
+    }
+    out
 }
 
 /// The gRPC project's names of its status codes.

@@ -13,7 +13,7 @@ use super::{
     },
     *,
 };
-use crate::id::ObjectName;
+use crate::{id::ObjectName, report::format::operator::snake};
 
 fn headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
@@ -34,6 +34,11 @@ fn entry(headers: &Kept) -> Entry<'_> {
         code: 503,
         grpc_status: None,
         flags: Cow::Borrowed("UH"),
+        flags_long: Cow::Borrowed("NoHealthyUpstream"),
+        answered_after: Some(Duration::from_micros(2_100)),
+        attempts: 2,
+        upstream_protocol: Some("HTTP/2"),
+        tells_a_request: true,
         flag_bits: 2,
         details: Some("no_healthy_upstream"),
         termination_details: None,
@@ -92,6 +97,12 @@ fn operators_take_alternatives_and_lengths() {
         ("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%", "fd00::1 4242\n"),
         ("%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%", "-\n"),
         ("plain\n", "plain\n"),
+        ("%START_TIME(%s.%3f)% %START_TIME(%H:%M)%", "1795552496.789 20:34\n"),
+        ("%UPSTREAM_REQUEST_ATTEMPT_COUNT% %UPSTREAM_PROTOCOL% %ACCESS_LOG_TYPE%", "2 HTTP/2 DownstreamEnd\n"),
+        ("%RESPONSE_FLAGS_LONG% %RESPONSE_DURATION% %RESPONSE_TX_DURATION%", "NoHealthyUpstream 2 10\n"),
+        ("%PATH% %PATH(NQ)% %PATH(WQ:ORIG)%", "/a?b=c /a /a?b=c\n"),
+        ("%REQUEST_HEADER(user-agent)% %DYNAMIC_METADATA(a:b)% %HOSTNAME%", "curl/8 - -\n"),
+        ("%DOWNSTREAM_TLS_VERSION% %GRPC_STATUS(SNAKE_STRING)%", "- -\n"),
     ] {
         assert_eq!(Format::text(format).map(|f| f.line(&entry)).as_deref(), Ok(expected), "{format}");
     }
@@ -100,12 +111,20 @@ fn operators_take_alternatives_and_lengths() {
 }
 
 #[test]
+fn operators_without_a_value_here_are_told() {
+    let format = Format::text("%HOSTNAME% %PROTOCOL% %FILTER_STATE(x:PLAIN)% %HOSTNAME%").expect("valid");
+    assert_eq!(format.knows_nothing_of(), ["HOSTNAME", "FILTER_STATE"]);
+    assert_eq!((snake("DeadlineExceeded"), snake("OK"), snake("Unknown")), ("DEADLINE_EXCEEDED".into(), "OK".into(), "UNKNOWN".into()));
+}
+
+#[test]
 fn formats_that_cannot_be_read_say_why() {
     for (format, part) in [
         ("%FOO%", "%FOO% is not an operator"),
         ("%REQ%", "names no header"),
         ("%REQ(a", "closing %"),
-        ("%START_TIME(%Y)%", "format of time"),
+        ("%START_TIME(%Q)%", "is not known in times"),
+        ("%PATH(XX)%", "is none of NQ"),
         ("%PROTOCOL(x)%", "does not take"),
         ("%REQ(a):x%", "not a number"),
         ("%PROTOCOL", "closing %"),

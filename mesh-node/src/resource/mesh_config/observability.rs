@@ -157,39 +157,56 @@ struct HttpHeader {
     value: String,
 }
 
-/// Reads what the configuration says of telemetry.
-pub(super) fn read(document: Document, providers: Vec<ProviderSpec>) -> Result<Observability, FieldError> {
+/// Reads what the configuration says of telemetry, and what is wrong with it: each costs only itself.
+pub(super) fn read(document: Document, providers: &[(String, Value)]) -> (Observability, Vec<String>) {
     let mut found = Observability { logs: Vec::new(), ..Observability::default() };
-    for (i, spec) in providers.into_iter().enumerate() {
-        provider(spec, &format!("data.mesh.extensionProviders[{i}]"), &mut found)?;
+    let mut problems = Vec::new();
+    let mut wrong = |error: FieldError, instead: &str| problems.push(format!("{}: {}; {instead}", error.field, error.problem));
+    for (at, all) in providers {
+        if let Err(error) = super::part(all, at).and_then(|spec| provider(spec, at, &mut found)) {
+            wrong(error, "the provider is left out");
+        }
     }
-    let format = mesh_format(document.access_log_format.as_deref(), document.access_log_encoding.as_deref())?;
+    let format = mesh_format(document.access_log_format.as_deref(), document.access_log_encoding.as_deref());
+    let format = format.unwrap_or_else(|error| {
+        wrong(error, "the mesh's log has Istio's format");
+        Format::default()
+    });
+    let file = document.access_log_file.filter(|f| !f.is_empty());
+    let file = file.map(|file| log_path(file, "data.mesh.accessLogFile")).transpose().unwrap_or_else(|error| {
+        wrong(error, "the mesh has no log of its own");
+        None
+    });
+    let own = |path: Arc<str>| Arc::new(AccessLog { name: ENVOY.into(), path, format: format.clone() });
     if !found.logs.iter().any(|l| &*l.name == ENVOY) {
-        let path = document.access_log_file.clone().filter(|f| !f.is_empty()).unwrap_or_else(|| STDOUT.to_owned());
-        found.logs.push(Arc::new(AccessLog {
-            name: ENVOY.into(),
-            path: log_path(path, "data.mesh.accessLogFile")?,
-            format: format.clone(),
-        }));
+        found.logs.push(own(file.clone().unwrap_or_else(|| STDOUT.into())));
     }
-    if let Some(file) = document.access_log_file.filter(|f| !f.is_empty()) {
-        found.everywhere = Some(Arc::new(AccessLog { name: ENVOY.into(), path: log_path(file, "data.mesh.accessLogFile")?, format }));
-    }
+    found.everywhere = file.map(own);
     let defaults = document.default_providers.unwrap_or_default();
     let names = |all: Option<Vec<String>>| all.unwrap_or_default().into_iter().map(Into::into).collect();
     found.default_logs = names(defaults.access_logging);
     found.default_traces = names(defaults.tracing);
     found.default_metrics = names(defaults.metrics);
-    if let Some(percent) = document.default_config.and_then(|c| c.tracing).and_then(|t| t.sampling) {
-        if !(0.0..=100.0).contains(&percent) {
-            let problem = format!("{percent} is not a percentage; use 0 to 100");
-            return Err(FieldError::new("data.mesh.defaultConfig.tracing.sampling", problem));
+    match document.default_config.and_then(|c| c.tracing).and_then(|t| t.sampling) {
+        Some(percent) if (0.0..=100.0).contains(&percent) => {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and a million")]
+            let sampling = (percent * 10_000.0).round() as u32;
+            found.sampling = Some(sampling);
         }
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and a million")]
-        let sampling = (percent * 10_000.0).round() as u32;
-        found.sampling = Some(sampling);
+        Some(percent) => {
+            let problem = format!("{percent} is not a percentage; use 0 to 100");
+            wrong(FieldError::new("data.mesh.defaultConfig.tracing.sampling", problem), "the default is used");
+        }
+        None => {}
     }
-    Ok(found)
+    for log in &found.logs {
+        let nothing = log.format.knows_nothing_of();
+        if !nothing.is_empty() {
+            let names = nothing.join(", ");
+            problems.push(format!("the format of access log {:?}: nothing is known here of {names}; they are always -", log.name));
+        }
+    }
+    (found, problems)
 }
 
 /// The format of the mesh's own log.

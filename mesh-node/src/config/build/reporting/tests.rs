@@ -56,14 +56,24 @@ fn without_telemetry_metrics_are_as_they_are_and_nothing_is_logged() {
 }
 
 #[test]
-fn a_mistake_in_telemetry_leaves_the_rest_of_the_mesh_s_configuration_in_force() {
+fn a_mistake_in_telemetry_costs_nothing_else() {
     let wrong = json!({"pathNormalization": {"normalization": "DECODE_AND_MERGE_SLASHES"}, "accessLogFormat": "%NONSENSE%",
         "extensionProviders": [{"name": "z", "envoyExtAuthzGrpc": {"service": "authz.shop.svc.cluster.local", "port": 9000}},
-            {"name": "l", "envoyFileAccessLog": {"unknown": 1}}]});
-    let (reporting, statuses) = built(&[mesh_config(&wrong)]);
-    assert_eq!(*reporting, Reporting::default());
+            {"name": "l", "envoyFileAccessLog": {"unknown": 1}},
+            {"name": "k", "envoyFileAccessLog": {"path": "/k", "logFormat": {"text": "%HOSTNAME% %PROTOCOL%"}}}]});
+    let documents = [mesh_config(&wrong), telemetry("istio-system", "m", &json!({"accessLogging": [{"providers": [{"name": "k"}]}]}))];
+    let (reporting, statuses) = built(&documents);
+    assert_eq!(names(&reporting.client), ["k"]);
     let all = statuses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-    assert!(all.contains("warning: ConfigMap istio-system/istio: data.mesh.") && all.contains("telemetry is as if nothing"), "{all}");
+    for part in [
+        "warning: ConfigMap istio-system/istio: data.mesh.accessLogFormat: %NONSENSE% is not an operator",
+        "the mesh's log has Istio's format",
+        "data.mesh.extensionProviders[1].envoyFileAccessLog.unknown: unknown field",
+        "the provider is left out",
+        "access log \"k\": nothing is known here of HOSTNAME; they are always -",
+    ] {
+        assert!(all.contains(part), "{part}: {all}");
+    }
 }
 
 #[test]

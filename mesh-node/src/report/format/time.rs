@@ -1,0 +1,145 @@
+//! Formats of times in access logs: those of `strftime`, in UTC, and Envoy's fractions of a second.
+
+use std::{
+    fmt::Write as _,
+    time::{Duration, SystemTime},
+};
+
+use crate::report::plain::civil;
+
+/// How a time is written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TimeFormat(Vec<Part>);
+
+#[derive(Debug, Clone, PartialEq)]
+enum Part {
+    Text(String),
+    /// A conversion of `strftime`.
+    Field(char),
+    /// So many digits of the fraction of the second.
+    Fraction(usize),
+}
+
+const FIELDS: &str = "YmdeHMSsyjbBaAzZTFDRIpn%";
+const MONTHS: [&str; 12] =
+    ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"];
+const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+
+impl TimeFormat {
+    /// Reads a format. The error says what it has that is not known.
+    pub fn parse(format: &str) -> Result<Self, String> {
+        let mut parts = Vec::new();
+        let mut text = String::new();
+        let mut rest = format.chars();
+        while let Some(c) = rest.next() {
+            if c != '%' {
+                text.push(c);
+                continue;
+            }
+            let what = rest.next();
+            let part = match what {
+                Some('f') => Part::Fraction(9),
+                Some(digit @ '1'..='9') if rest.next() == Some('f') => Part::Fraction(digit.to_digit(10).unwrap_or(3) as usize),
+                Some(c) if FIELDS.contains(c) => Part::Field(c),
+                other => {
+                    let other = other.map(String::from).unwrap_or_default();
+                    return Err(format!(
+                        "%{other} is not known in times; known are %f, %1f to %9f, and %{}",
+                        FIELDS.split("").collect::<Vec<_>>().join(" %").trim_start_matches(" %").trim_end_matches(" %")
+                    ));
+                }
+            };
+            if !text.is_empty() {
+                parts.push(Part::Text(std::mem::take(&mut text)));
+            }
+            parts.push(part);
+        }
+        if !text.is_empty() {
+            parts.push(Part::Text(text));
+        }
+        Ok(Self(parts))
+    }
+
+    pub fn text(&self, time: SystemTime) -> String {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        let mut out = String::with_capacity(32);
+        for part in &self.0 {
+            match part {
+                Part::Text(text) => out.push_str(text),
+                Part::Fraction(digits) => {
+                    let nanos = format!("{:09}", since.subsec_nanos());
+                    out.push_str(nanos.get(..*digits).unwrap_or(&nanos));
+                }
+                Part::Field(field) => push(*field, since.as_secs(), &mut out),
+            }
+        }
+        out
+    }
+}
+
+fn push(field: char, since: u64, out: &mut String) {
+    let (days, seconds) = (since / 86_400, since % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    let short = |name: &'static str| name.get(..3).unwrap_or(name);
+    let of = |names: &[&'static str], n: u64| usize::try_from(n).ok().and_then(|n| names.get(n)).copied().unwrap_or_default();
+    let clock = (hour + 11) % 12 + 1;
+    // A string takes any text.
+    let _ = match field {
+        'Y' => write!(out, "{year:04}"),
+        'y' => write!(out, "{:02}", year % 100),
+        'm' => write!(out, "{month:02}"),
+        'd' => write!(out, "{day:02}"),
+        'e' => write!(out, "{day:2}"),
+        'H' => write!(out, "{hour:02}"),
+        'I' => write!(out, "{clock:02}"),
+        'p' => write!(out, "{}", if hour < 12 { "AM" } else { "PM" }),
+        'M' => write!(out, "{minute:02}"),
+        'S' => write!(out, "{second:02}"),
+        's' => write!(out, "{since}"),
+        'j' => write!(out, "{:03}", days - first_of(year, days) + 1),
+        'b' => write!(out, "{}", short(of(&MONTHS, month - 1))),
+        'B' => write!(out, "{}", of(&MONTHS, month - 1)),
+        'a' => write!(out, "{}", short(of(&DAYS, days % 7))),
+        'A' => write!(out, "{}", of(&DAYS, days % 7)),
+        'z' => write!(out, "+0000"),
+        'Z' => write!(out, "UTC"),
+        'T' => write!(out, "{hour:02}:{minute:02}:{second:02}"),
+        'R' => write!(out, "{hour:02}:{minute:02}"),
+        'F' => write!(out, "{year:04}-{month:02}-{day:02}"),
+        'D' => write!(out, "{month:02}/{day:02}/{:02}", year % 100),
+        'n' => write!(out, "\n"),
+        _ => write!(out, "%"),
+    };
+}
+
+/// The first day of the year that this day is in.
+fn first_of(year: u64, day: u64) -> u64 {
+    (0..366).map_while(|n| day.checked_sub(n)).take_while(|d| civil(*d).0 == year).last().unwrap_or(day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_as_strftime_does() {
+        let time = SystemTime::UNIX_EPOCH + Duration::new(1_709_251_199, 45_678_901);
+        for (format, expected) in [
+            ("%Y-%m-%dT%H:%M:%S.%3fZ", "2024-02-29T23:59:59.045Z"),
+            ("%s.%6f", "1709251199.045678"),
+            ("%F %T %z", "2024-02-29 23:59:59 +0000"),
+            ("%a, %d %b %Y %I:%M:%S %p", "Thu, 29 Feb 2024 11:59:59 PM"),
+            ("%A %e %B %y %j %R %D %Z %f", "Thursday 29 February 24 060 23:59 02/29/24 UTC 045678901"),
+            ("100%%", "100%"),
+            ("", ""),
+        ] {
+            assert_eq!(TimeFormat::parse(format).expect(format).text(time), expected);
+        }
+        for bad in ["%", "%Q", "%3", "%3s"] {
+            let error = TimeFormat::parse(bad).expect_err(bad);
+            assert!(error.contains("is not known in times; known are"), "{error}");
+        }
+        assert_eq!(TimeFormat::parse("%j").expect("known").text(SystemTime::UNIX_EPOCH), "001");
+    }
+}
