@@ -1,7 +1,7 @@
 //! The same bytes to a real Envoy and to this proxy, the same bytes from the upstream behind them, and what comes out of both ends
 //! and the access log compared. Where they differ on purpose, `corpora/envoy_differences.json` says why.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use mesh_tests::{
     engine::{Engine, service},
@@ -40,6 +40,8 @@ struct Wanted {
 
 #[path = "envoy_live/cases.rs"]
 mod cases;
+#[path = "envoy_live/http2.rs"]
+mod http2;
 
 fn vip(index: usize) -> SocketAddr {
     SocketAddr::from(([10, 98, u8::try_from(index / 200).expect("few cases"), u8::try_from(index % 200 + 1).expect("small")], 80))
@@ -122,17 +124,21 @@ async fn of_envoy(cases: &[Case]) -> Side {
     side
 }
 
+/// Has everything logged to a file.
+fn logging(path: &Path, format: &Value) -> Vec<Value> {
+    let provider = json!({"extensionProviders": [{"name": "file", "envoyFileAccessLog": {"path": path, "logFormat": {"labels": format}}}]});
+    vec![
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": provider}}),
+        json!({"apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "all", "namespace": "istio-system"},
+            "spec": {"accessLogging": [{"providers": [{"name": "file"}]}]}}),
+    ]
+}
+
 async fn of_mesh(cases: &[Case]) -> Side {
     let (reached, addresses) = upstreams(cases).await;
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("access.log");
-    let provider =
-        json!({"extensionProviders": [{"name": "file", "envoyFileAccessLog": {"path": path, "logFormat": {"labels": format()}}}]});
-    let mut documents = vec![
-        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": provider}}),
-        json!({"apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "all", "namespace": "istio-system"},
-            "spec": {"accessLogging": [{"providers": [{"name": "file"}]}]}}),
-    ];
+    let mut documents = logging(&path, &format());
     for (i, address) in addresses.iter().enumerate() {
         documents.extend(service(&format!("case-{i}"), &vip(i).ip().to_string(), "http", &[*address]));
     }
@@ -164,20 +170,34 @@ async fn a_real_envoy_makes_the_same_of_it() {
     let all = cases::all().into_iter().filter(|c| only.as_ref().is_none_or(|o| c.name.contains(o))).collect::<Vec<_>>();
     let envoy = of_envoy(&all).await;
     let mesh = of_mesh(&all).await;
-    let wanted: Vec<Wanted> = serde_json::from_str(include_str!("../corpora/envoy_differences.json")).expect("a list");
-    let wanted = wanted.iter().flat_map(|w| w.cases.iter().map(move |c| (c.as_str(), w.why.as_str()))).collect::<BTreeMap<_, _>>();
+    let compared = all.iter().zip(envoy.outcomes.iter().zip(&mesh.outcomes)).map(|(case, (envoy, mesh))| (&*case.name, envoy, mesh));
+    judge(include_str!("../corpora/envoy_differences.json"), &compared.collect::<Vec<_>>(), only.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_http2() {
+    let only = std::env::var("CASE").ok();
+    let all = http2::compared(only.as_deref()).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+    judge(include_str!("../corpora/envoy_http2_differences.json"), &compared, only.is_none());
+}
+
+/// Fails for every case that differs and is not listed, and for every one that is listed and does not.
+fn judge(listed: &str, compared: &[(&str, &Outcome, &Outcome)], all: bool) {
+    let listed: Vec<Wanted> = serde_json::from_str(listed).expect("a list");
+    let wanted = listed.iter().flat_map(|w| w.cases.iter().map(move |c| (c.as_str(), w.why.as_str()))).collect::<BTreeMap<_, _>>();
     let mut failures = Vec::new();
-    for (case, (envoy, mesh)) in all.iter().zip(envoy.outcomes.iter().zip(&mesh.outcomes)) {
+    for (name, envoy, mesh) in compared {
         let different = differences(envoy, mesh);
-        match wanted.get(&*case.name) {
-            Some(why) if different.is_empty() => failures.push(format!("{} is alike, and should differ: {why}", case.name)),
+        match wanted.get(name) {
+            Some(why) if different.is_empty() => failures.push(format!("{name} is alike, and should differ: {why}")),
             None if !different.is_empty() => {
-                failures.push(format!("{}\n{}", case.name, different.into_values().collect::<Vec<_>>().join("\n")));
+                failures.push(format!("{name}\n{}", different.into_values().collect::<Vec<_>>().join("\n")));
             }
             _ => {}
         }
     }
-    let known = |name: &&str| cases::all().iter().any(|c| c.name == **name);
-    failures.extend(wanted.keys().filter(|name| !known(name)).map(|name| format!("{name} is not among the cases")));
-    assert!(failures.is_empty(), "{} of {} cases differ:\n{}", failures.len(), all.len(), failures.join("\n\n"));
+    let known = |name: &&&str| compared.iter().any(|(n, ..)| n == *name);
+    failures.extend(wanted.keys().filter(|name| all && !known(name)).map(|name| format!("{name} is not among the cases")));
+    assert!(failures.is_empty(), "{} of {} cases differ:\n{}", failures.len(), compared.len(), failures.join("\n\n"));
 }

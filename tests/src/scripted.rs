@@ -241,13 +241,23 @@ async fn answer(
         "rsti" => return respond.send_reset(h2::Reason::INTERNAL_ERROR),
         _ => {}
     }
+    let head = request.method() == http::Method::HEAD || now == "204";
     let mut body = request.into_body();
     while let Some(Ok(data)) = body.data().await {
         let _ = body.flow_control().release_capacity(data.len());
     }
+    let (now, extra) = now.split_once('+').unwrap_or((now, ""));
     let (status, delay) = now.split_once('/').unwrap_or((now, "0"));
     tokio::time::sleep(Duration::from_millis(delay.parse().unwrap_or(0))).await;
-    let response = http::Response::builder().status(status).body(()).expect("a response");
+    let mut response = http::Response::builder().status(status);
+    if let Some((name, value)) = extra.split_once('=') {
+        response = response.header(name, value);
+    }
+    let response = response.body(()).expect("a response");
+    if head {
+        let _ = respond.send_response(response, true);
+        return;
+    }
     if let Ok(mut send) = respond.send_response(response, false) {
         let _ = send.send_data(format!("{name} {status} #{number}\n").into(), true);
     }

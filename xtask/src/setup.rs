@@ -40,8 +40,6 @@ const TESTS: &[Package] = &[
     Package { file: "/usr/bin/pip3", package: "python3-pip", why: "a collector of traces comes from Python's package index" },
 ];
 
-/// A collector of traces that others have written, as a test's other end.
-
 const BENCH: &[Package] = &[
     Package { file: "/usr/bin/wrk", package: "wrk", why: "the load of the benches" },
     Package { file: "/usr/sbin/nginx", package: "nginx-light", why: "the server of the benches" },

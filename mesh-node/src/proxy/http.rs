@@ -201,7 +201,10 @@ impl Connection {
         let malformed = &refused.malformed;
         let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
         let reply = Reply::new(malformed.status, malformed.body);
-        let status = reply.start(false, malformed.close, &mut responder, |_, _| {}).ok();
+        if refused.is_grpc() {
+            responder.meter().count_messages();
+        }
+        let status = reply.start(refused.is_grpc(), malformed.close, &mut responder, |_, _| {}).ok();
         record.refused(status, responder.meter());
         // A client that does not take the answer gets none.
         let _ = responder.flush().await;
@@ -234,9 +237,13 @@ impl Connection {
         let head = h2::request_head(http::Request::from_parts(parts, ()));
         let head = match head {
             Ok(head) => head,
-            Err(malformed) => {
-                record.malformed(&malformed, self.proxy.config.load().workload(&self.pod.uid));
-                let status = Reply::new(malformed.status, malformed.body).start(false, false, &mut responder, |_, _| {}).ok();
+            Err(refused) => {
+                record.refused_as(&refused, self.proxy.config.load().workload(&self.pod.uid));
+                let reply = Reply::new(refused.malformed.status, refused.malformed.body);
+                if refused.is_grpc() {
+                    responder.meter().count_messages();
+                }
+                let status = reply.start(refused.is_grpc(), false, &mut responder, |_, _| {}).ok();
                 record.refused(status, responder.meter());
                 // A client that does not take the answer gets none.
                 let _ = responder.flush().await;

@@ -239,7 +239,10 @@ async fn refuse_h1(gate: &Gate, refused: &Refused, reader: &mut Reader<'_>, sink
     let mut record = gate.unread("HTTP/1.1", refused);
     let malformed = &refused.malformed;
     let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
-    let status = Reply::new(malformed.status, malformed.body).start(false, malformed.close, &mut responder, |_, _| {}).ok();
+    if refused.is_grpc() {
+        responder.meter().count_messages();
+    }
+    let status = Reply::new(malformed.status, malformed.body).start(refused.is_grpc(), malformed.close, &mut responder, |_, _| {}).ok();
     record.refused(status, responder.meter());
     // A client that does not take the answer gets none.
     let _ = responder.flush().await;
@@ -376,9 +379,13 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
                 Err(::h2::Reason::CANCEL)
             })
         }
-        Err(malformed) => {
-            record = gate.unread("HTTP/2", &Refused { malformed, said: None });
-            answer(Reply::new(malformed.status, malformed.body), false, &mut responder, &mut record).await;
+        Err(refused) => {
+            record = gate.unread("HTTP/2", &refused);
+            let reply = Reply::new(refused.malformed.status, refused.malformed.body);
+            if refused.is_grpc() {
+                responder.meter().count_messages();
+            }
+            answer(reply, refused.is_grpc(), &mut responder, &mut record).await;
             Ok(())
         }
     };

@@ -17,7 +17,7 @@ use super::{
     date,
     framing::{Frame, Out},
     meter::Meter,
-    wire::{Framing, MAX_HEAD, MAX_HEADERS, checked_authority, path_and_query, strip_hop_by_hop},
+    wire::{Framing, MAX_HEAD, MAX_HEADERS, Malformed, Refused, Said, checked_authority, path_and_query, strip_hop_by_hop},
 };
 use crate::route::request::{RequestHead, Scheme};
 
@@ -330,28 +330,31 @@ impl Responder for H2Responder {
 }
 
 /// Turns a request of HTTP/2 into the common form.
-pub fn request_head(request: Request<()>) -> Result<RequestHead, super::wire::Malformed> {
-    use super::wire::Malformed;
+pub fn request_head(request: Request<()>) -> Result<RequestHead, Box<Refused>> {
     let (parts, ()) = request.into_parts();
     let mut headers = parts.headers;
-    let missing =
-        Malformed { status: StatusCode::BAD_REQUEST, body: "", details: "missing_host_header", protocol_error: false, close: false };
     if headers.len() > MAX_HEADERS {
-        return Err(Malformed { details: "http2.too_many_headers", close: false, ..Malformed::TOO_LARGE });
+        return Err(Malformed { details: "http2.too_many_headers", close: false, ..Malformed::TOO_LARGE }.into());
     }
     let host = headers.remove(header::HOST);
-    let authority = match parts.uri.authority() {
-        Some(authority) => HeaderValue::from_str(authority.as_str()).map_err(|_| missing)?,
-        None => host.ok_or(missing)?,
-    };
-    let target = match parts.uri.path_and_query() {
-        Some(target) => path_and_query(&Bytes::copy_from_slice(target.as_str().as_bytes())).map_err(|m| Malformed { close: false, ..m })?,
-        None => http::uri::PathAndQuery::from_static("/"),
+    let authority = parts.uri.authority().map_or(host, |authority| HeaderValue::from_str(authority.as_str()).ok());
+    let target = parts.uri.path_and_query().map(|target| Bytes::copy_from_slice(target.as_str().as_bytes()));
+    let missing = Malformed { close: false, ..Malformed::MISSING_HOST };
+    let read = authority.clone().ok_or(missing).and_then(checked_authority).and_then(|authority| {
+        let root = || Ok(http::uri::PathAndQuery::from_static("/"));
+        Ok((authority, target.as_ref().map_or_else(root, path_and_query)?))
+    });
+    let (authority, target) = match read {
+        Ok(read) => read,
+        Err(malformed) => {
+            let said = Said { method: parts.method, target: target.unwrap_or_default(), authority, headers };
+            return Err(Box::new(Refused { malformed: Malformed { close: false, ..malformed }, said: Some(said) }));
+        }
     };
     let scheme = if parts.uri.scheme() == Some(&http::uri::Scheme::HTTPS) { Scheme::Https } else { Scheme::Http };
     strip_hop_by_hop(&mut headers);
     join_cookies(&mut headers);
-    Ok(RequestHead { method: parts.method, scheme, authority: checked_authority(authority)?, target, headers })
+    Ok(RequestHead { method: parts.method, scheme, authority, target, headers })
 }
 
 /// HTTP/2 may split cookies over several fields; HTTP/1 must not (RFC 9113 section 8.2.3).

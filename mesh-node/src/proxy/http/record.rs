@@ -13,7 +13,7 @@ use super::{
     meter::Meter,
     reply::grpc_code,
     traced::{Onward, Traced},
-    wire::{Malformed, Refused},
+    wire::{Malformed, Refused, Said},
 };
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
@@ -215,13 +215,14 @@ impl Record {
     /// Takes down a request that is refused for what it says.
     pub fn refused_as(&mut self, refused: &Refused, source: Option<&Arc<Workload>>) {
         self.malformed(&refused.malformed, source);
-        if let Some((method, target, authority)) = &refused.said {
+        self.grpc = refused.is_grpc();
+        if let Some(Said { method, target, authority, headers }) = &refused.said {
             self.described = Some(Box::new(Described {
                 method: method.clone(),
                 path: Target::Unread(String::from_utf8_lossy(target).into_owned()),
                 authority: authority.clone().unwrap_or_else(|| HeaderValue::from_static("")),
                 scheme: "http",
-                headers: Kept::Some(Vec::new()),
+                headers: Kept::All(headers.clone()),
                 response_headers: None,
             }));
         }

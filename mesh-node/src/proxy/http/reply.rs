@@ -60,7 +60,9 @@ impl Reply {
         if grpc {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(HeaderName::from_static("grpc-status"), grpc_status.unwrap_or_else(|| grpc_code(status)).into());
-            if let Ok(message) = HeaderValue::from_str(&grpc_message(&body)) {
+            if !body.is_empty()
+                && let Ok(message) = HeaderValue::from_str(&grpc_message(&body))
+            {
                 headers.insert(HeaderName::from_static("grpc-message"), message);
             }
             return (StatusCode::OK, headers, Bytes::new());

@@ -10,7 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::
 use super::date;
 use crate::{
     detect,
-    route::request::{RequestHead, Scheme, normalise_path},
+    route::request::{RequestHead, Scheme, is_grpc, normalise_path},
 };
 
 /// Largest head, bytes.
@@ -49,6 +49,7 @@ impl Malformed {
 
     /// A version of HTTP that is not served.
     const LOW_VERSION: Self = Self { status: StatusCode::UPGRADE_REQUIRED, body: "Upgrade Required", ..Self::codec("low_version") };
+    pub const MISSING_HOST: Self = Self::refused(StatusCode::BAD_REQUEST, "missing_host_header", true);
     /// An authority that could be taken for something else.
     pub const BAD_AUTHORITY: Self = Self::codec("http.invalid_authority");
 
@@ -75,8 +76,24 @@ pub enum Framing {
 #[derive(Debug)]
 pub struct Refused {
     pub malformed: Malformed,
-    /// Its method, the target as it was written, and its authority, once the head has been read.
-    pub said: Option<(Method, Bytes, Option<HeaderValue>)>,
+    /// Once its head has been read.
+    pub said: Option<Said>,
+}
+
+/// What a head says.
+#[derive(Debug)]
+pub struct Said {
+    pub method: Method,
+    /// As it was written.
+    pub target: Bytes,
+    pub authority: Option<HeaderValue>,
+    pub headers: HeaderMap,
+}
+
+impl Refused {
+    pub fn is_grpc(&self) -> bool {
+        self.said.as_ref().is_some_and(|said| is_grpc(&said.headers))
+    }
 }
 
 impl From<Malformed> for Box<Refused> {
@@ -139,13 +156,16 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
     }
     let keep_alive = !connection.close && (minor == 1 || connection.keep_alive);
     let host = headers.get(header::HOST).cloned();
-    let (authority, target) = target_of(&method, &target, &mut headers, minor).map_err(|refused| {
-        // What is refused is not read to its end: nothing of it may be taken for another request.
-        let malformed = Malformed { close: refused.close || framing != Framing::Empty || !keep_alive, ..refused };
-        // Envoy's log has nothing of what its codec refuses.
-        let said = (!malformed.protocol_error).then(|| (method.clone(), target.clone(), host));
-        Box::new(Refused { malformed, said })
-    })?;
+    let (authority, target) = match target_of(&method, &target, &mut headers, minor) {
+        Ok(found) => found,
+        Err(refused) => {
+            // What is refused is not read to its end: nothing of it may be taken for another request.
+            let malformed = Malformed { close: refused.close || framing != Framing::Empty || !keep_alive, ..refused };
+            // Envoy's log has nothing of what its codec refuses.
+            let said = (!malformed.protocol_error).then_some(Said { method, target, authority: host, headers });
+            return Err(Box::new(Refused { malformed, said }));
+        }
+    };
     strip_hop_by_hop(&mut headers);
     let head = RequestHead { method, scheme: Scheme::Http, authority, target, headers };
     Ok(WireRequest { head, minor, framing, keep_alive, upgrade, expects_continue })
@@ -380,9 +400,8 @@ fn target_of(method: &Method, target: &Bytes, headers: &mut HeaderMap, minor: u8
         return Ok((checked_authority(authority)?, PathAndQuery::from_static("/")));
     }
     if target.starts_with(b"/") {
-        let missing = Malformed::refused(StatusCode::BAD_REQUEST, "missing_host_header", true);
         // HTTP/1.0 knows no Host; there it may be missing.
-        let host = if minor == 0 { host.unwrap_or_else(|| HeaderValue::from_static("")) } else { host.ok_or(missing)? };
+        let host = if minor == 0 { host.unwrap_or_else(|| HeaderValue::from_static("")) } else { host.ok_or(Malformed::MISSING_HOST)? };
         return Ok((checked_authority(host)?, path_and_query(target)?));
     }
     if &**target == b"*" {

@@ -43,10 +43,8 @@ impl TimeFormat {
                 Some(c) if FIELDS.contains(c) => Part::Field(c),
                 other => {
                     let other = other.map(String::from).unwrap_or_default();
-                    return Err(format!(
-                        "%{other} is not known in times; known are %f, %1f to %9f, and %{}",
-                        FIELDS.split("").collect::<Vec<_>>().join(" %").trim_start_matches(" %").trim_end_matches(" %")
-                    ));
+                    let known = FIELDS.chars().map(|c| format!("%{c}")).collect::<Vec<_>>().join(" ");
+                    return Err(format!("%{other} is not known in times; known are %f, %1f to %9f, {known}"));
                 }
             };
             if !text.is_empty() {
@@ -93,7 +91,7 @@ fn push(field: char, since: u64, out: &mut String) {
         'e' => write!(out, "{day:2}"),
         'H' => write!(out, "{hour:02}"),
         'I' => write!(out, "{clock:02}"),
-        'p' => write!(out, "{}", if hour < 12 { "AM" } else { "PM" }),
+        'p' => out.write_str(if hour < 12 { "AM" } else { "PM" }),
         'M' => write!(out, "{minute:02}"),
         'S' => write!(out, "{second:02}"),
         's' => write!(out, "{since}"),
@@ -108,7 +106,7 @@ fn push(field: char, since: u64, out: &mut String) {
         'R' => write!(out, "{hour:02}:{minute:02}"),
         'F' => write!(out, "{year:04}-{month:02}-{day:02}"),
         'D' => write!(out, "{month:02}/{day:02}/{:02}", year % 100),
-        'n' => write!(out, "\n"),
+        'n' => out.write_char('\n'),
         _ => write!(out, "%"),
     };
 }

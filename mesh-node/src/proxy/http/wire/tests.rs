@@ -51,8 +51,9 @@ fn what_envoy_lets_pass_passes() {
 #[test]
 fn a_request_that_is_refused_says_what_it_was() {
     let of = |text: &'static str| request(&Bytes::from_static(text.as_bytes())).expect_err("refused").said;
-    let (method, target, host) = of("GET /a#b HTTP/1.1\r\nhost: c\r\n\r\n").expect("read");
-    assert_eq!((method, &*target, host), (Method::GET, &b"/a#b"[..], Some(HeaderValue::from_static("c"))));
+    let said = of("GET /a#b HTTP/1.1\r\nhost: c\r\nx-id: 1\r\n\r\n").expect("read");
+    assert_eq!((said.method, &*said.target, said.authority), (Method::GET, &b"/a#b"[..], Some(HeaderValue::from_static("c"))));
+    assert_eq!(said.headers["x-id"], "1");
     assert!(of("FOO /a HTTP/1.1\r\nhost: c\r\n\r\n").is_none());
 }
 
