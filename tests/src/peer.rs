@@ -52,6 +52,17 @@ impl Certificate {
     }
 
     fn make(&self, ca: &Path) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+        let (leaf, key) = self.signed(ca)?;
+        Ok((vec![leaf.der().clone()], PrivateKeyDer::Pkcs8(key.serialize_der().into())))
+    }
+
+    /// Certificate and key in PEM.
+    pub fn pem(&self, ca: &Path) -> Result<(String, String)> {
+        let (leaf, key) = self.signed(ca)?;
+        Ok((leaf.pem(), key.serialize_pem()))
+    }
+
+    fn signed(&self, ca: &Path) -> Result<(rcgen::Certificate, KeyPair)> {
         let key =
             if self.foreign_root { KeyPair::generate()? } else { KeyPair::from_pem(&std::fs::read_to_string(ca.join("root-key.pem"))?)? };
         let issuer = Issuer::from_ca_cert_pem(&std::fs::read_to_string(ca.join("root-cert.pem"))?, key)?;
@@ -60,7 +71,7 @@ impl Certificate {
         (params.not_before, params.not_after) = (self.lifetime.0.into(), self.lifetime.1.into());
         let leaf_key = KeyPair::generate()?;
         let leaf = params.signed_by(&leaf_key, &issuer)?;
-        Ok((vec![leaf.der().clone()], PrivateKeyDer::Pkcs8(leaf_key.serialize_der().into())))
+        Ok((leaf, leaf_key))
     }
 }
 

@@ -404,7 +404,7 @@ impl Operator {
         let value = match self.what {
             What::Plain(plain) => plain.value(entry),
             What::Time { began, format } => {
-                let time = if began { entry.start } else { SystemTime::now() };
+                let time = if began { entry.start } else { entry.start + entry.duration };
                 Some(Operand::Text(Cow::Owned(program.times.get(usize::from(format))?.text(time))))
             }
             // A header's value is a text.
@@ -460,7 +460,7 @@ impl Plain {
             Self::GrpcStatus => entry.grpc_status.map(|s| Operand::Text(Cow::Borrowed(grpc_status_name(s)))),
             Self::GrpcStatusSnake => entry.grpc_status.map(|s| Operand::Text(Cow::Owned(snake(grpc_status_name(s))))),
             Self::AccessLogType => text(Some(if entry.tells_a_request { "DownstreamEnd" } else { "TcpConnectionEnd" })),
-            Self::EmitTime => Some(Operand::Time(SystemTime::now())),
+            Self::EmitTime => Some(Operand::Time(entry.start + entry.duration)),
             Self::DownstreamTlsVersion => text(entry.mutual_tls.then_some("TLSv1.3")),
             Self::UpstreamLocalAddressWithoutPort => ip(entry.upstream_local),
             Self::UpstreamLocalPort => port(entry.upstream_local),
