@@ -3,12 +3,7 @@
 
 use std::{fs, path::Path, process::Stdio, time::Duration};
 
-use mesh_tests::{
-    Bed, NodeOptions, Pod, PodSpec,
-    bed::wait_for,
-    envoy::installed,
-    peer::Certificate,
-};
+use mesh_tests::{Bed, NodeOptions, Pod, PodSpec, bed::wait_for, envoy::installed, peer::Certificate};
 use serde_json::{Value, json};
 
 const TYPES: &str = "type.googleapis.com/envoy.extensions";
@@ -133,7 +128,9 @@ fn a_real_envoy_reaches_a_pod_and_is_who_its_certificate_says() {
             "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: deny, namespace: default}}\nspec: {{action: DENY, rules: [{{from: [{{source: {{principals: [{principal}]}}}}]}}]}}\n"
         )
     };
-    let asks = |bed: &Bed| bed.probe(&outsider, &["ask", "127.0.0.1:9000", "hello"]).map(|r| r["answer"].as_str().is_some_and(|a| a.contains("hello")));
+    let asks = |bed: &Bed| {
+        bed.probe(&outsider, &["ask", "127.0.0.1:9000", "hello"]).map(|r| r["answer"].as_str().is_some_and(|a| a.contains("hello")))
+    };
     bed.apply("policy", &policy("cluster.local/ns/default/sa/somebody")).expect("applied");
     bed.settle().expect("settled");
     assert!(asks(&bed).expect("a report"));

@@ -33,8 +33,8 @@ pub struct Listener {
     pub upstream: SocketAddr,
     /// Prior knowledge of HTTP/2 towards the upstream.
     pub http2: bool,
-    /// Merged into the route's action.
-    pub action: Value,
+    /// In place of Istio's default route.
+    pub routes: Option<Value>,
 }
 
 /// Where `cargo xtask test` puts Envoy.
@@ -134,14 +134,13 @@ fn configuration(listeners: &[Listener], log: &Value, path: &Path) -> Value {
 const TYPES: &str = "type.googleapis.com/envoy.extensions";
 
 fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
-    let mut action = json!({"cluster": of.name, "timeout": "0s", "retry_policy": {
+    let action = json!({"cluster": of.name, "timeout": "0s", "retry_policy": {
         "retry_on": "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes", "num_retries": 2,
         "retry_host_predicate": [{"name": "envoy.retry_host_predicates.previous_hosts", "typed_config":
             {"@type": format!("{TYPES}.retry.host.previous_hosts.v3.PreviousHostsPredicate")}}],
         "host_selection_retry_max_attempts": "5"}});
-    if let (Some(action), Some(more)) = (action.as_object_mut(), of.action.as_object()) {
-        action.extend(more.clone());
-    }
+    let default = || json!([{"name": "default", "match": {"prefix": "/"}, "route": action}]);
+    let routes = of.routes.clone().unwrap_or_else(default);
     let manager = json!({
         "@type": format!("{TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager"),
         "stat_prefix": "outbound", "use_remote_address": false, "normalize_path": true, "stream_idle_timeout": "0s",
@@ -149,8 +148,10 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
         "access_log": [{"name": "file", "typed_config": {"@type": format!("{TYPES}.access_loggers.file.v3.FileAccessLog"),
             "path": path, "log_format": {"json_format": log}}}],
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "include_request_attempt_count": true,
-            "routes": [{"name": "default", "match": {"prefix": "/"}, "route": action}]}]},
-        "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {"@type": format!("{TYPES}.filters.http.router.v3.Router")}}],
+            "routes": routes}]},
+        "http_filters": [
+            {"name": "envoy.filters.http.cors", "typed_config": {"@type": format!("{TYPES}.filters.http.cors.v3.Cors")}},
+            {"name": "envoy.filters.http.router", "typed_config": {"@type": format!("{TYPES}.filters.http.router.v3.Router")}}],
     });
     json!({"name": of.name, "address": any,
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}]})

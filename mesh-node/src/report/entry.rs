@@ -67,6 +67,8 @@ pub struct Asked<'a> {
     pub method: &'a str,
     /// With its query, as the client sent it; empty where there is none.
     pub path: &'a str,
+    /// The same as it went on.
+    pub sent_path: &'a str,
     pub authority: &'a str,
     pub scheme: &'static str,
     pub headers: &'a Kept,
@@ -154,7 +156,7 @@ impl Entry<'_> {
         let asked = self.request?;
         match header {
             Header::Method => Some(Cow::Borrowed(asked.method)),
-            Header::Path => Some(Cow::Borrowed(asked.path)).filter(|p| !p.is_empty()),
+            Header::Path => Some(Cow::Borrowed(asked.sent_path)).filter(|p| !p.is_empty()),
             Header::Authority => Some(Cow::Borrowed(asked.authority)).filter(|a| !a.is_empty()),
             Header::Scheme => Some(Cow::Borrowed(asked.scheme)),
             Header::Named(name) => asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes())),
@@ -169,7 +171,7 @@ impl Entry<'_> {
 impl Attributes for Entry<'_> {
     fn attribute(&self, attribute: Attribute) -> Option<Value<'_>> {
         let text = |t: &'static str| self.request_header(t).map(Value::Text);
-        let path = || self.request.map(|r| r.path);
+        let path = || self.request.map(|r| r.sent_path);
         let plain = |t: Option<&'_ str>| t.map(|t| Value::Text(Cow::Owned(t.to_owned())));
         let shown = |d: Option<&dyn fmt::Display>| d.map(|d| Value::Text(Cow::Owned(d.to_string())));
         let ip = |a: Option<SocketAddr>| a.map(|a| Value::Text(Cow::Owned(a.to_string())));

@@ -1,6 +1,6 @@
 //! What a route does to a request's target and headers, and the targets of redirects.
 
-use http::{HeaderValue, uri::PathAndQuery};
+use http::{HeaderName, HeaderValue, uri::PathAndQuery};
 
 use super::{
     matching::PathMatch,
@@ -47,6 +47,8 @@ fn substitute(template: &str, captures: &regex::bytes::Captures<'_>) -> Vec<u8> 
     out
 }
 
+static ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-host");
+
 /// Applies a rule, and the destination it picked, to a request that is forwarded. Whether the original path is to be told
 /// upstream is for the caller: it is returned when it was changed.
 pub fn request(head: &mut RequestHead, rule: &Rule, matched: Option<&PathMatch>, destination: Option<&Weighted>) -> Option<HeaderValue> {
@@ -58,7 +60,8 @@ pub fn request(head: &mut RequestHead, rule: &Rule, matched: Option<&PathMatch>,
     let authority = rewrite.and_then(|r| r.authority.as_ref()).or(rule.headers.authority.as_ref());
     let authority = authority.or_else(|| destination.and_then(|d| d.authority.as_ref()));
     if let Some(authority) = authority {
-        head.authority = authority.clone();
+        let original = std::mem::replace(&mut head.authority, authority.clone());
+        head.headers.insert(ORIGINAL_HOST.clone(), original);
     }
     let original = HeaderValue::from_str(head.target.as_str()).ok();
     let new = path(rewrite?.path.as_ref()?, matched, head.path());
@@ -81,14 +84,14 @@ pub fn location(redirect: &Redirect, matched: Option<&PathMatch>, head: &Request
         RedirectPort::Port(port) => Some(port),
         RedirectPort::FromRequest => Some(port),
         RedirectPort::FromScheme => None,
-        RedirectPort::Keep if given.is_some() || scheme != head.scheme.as_str() => None,
-        RedirectPort::Keep => own_port,
+        RedirectPort::Keep if given.is_some() => None,
+        // The old scheme's own port does not go with the new one.
+        RedirectPort::Keep => own_port.filter(|p| scheme == head.scheme.as_str() || *p != well_known(head.scheme.as_str())),
     };
-    let well_known = if scheme == "https" { 443 } else { 80 };
     let printed = match redirect.port {
         // As the client wrote it.
         RedirectPort::Keep => printed,
-        _ => printed.filter(|p| *p != well_known),
+        _ => printed.filter(|p| *p != well_known(scheme)),
     };
     let path = redirect.path.as_ref().map_or_else(|| head.path().to_owned(), |p| self::path(p, matched, head.path()));
     let query = head.query().filter(|_| !path.contains('?'));
@@ -102,6 +105,10 @@ pub fn location(redirect: &Redirect, matched: Option<&PathMatch>, head: &Request
         location += query;
     }
     location
+}
+
+fn well_known(scheme: &str) -> u16 {
+    if scheme == "https" { 443 } else { 80 }
 }
 
 /// Host and port of an authority; an IPv6 address keeps its brackets.
@@ -164,6 +171,8 @@ mod tests {
         let plain = Redirect { scheme: None, authority: None, port: RedirectPort::Keep, path: None, status: StatusCode::MOVED_PERMANENTLY };
         let cases = [
             (Redirect { scheme: Some("https".into()), ..plain.clone() }, "/a/b?q=1", "svc.example", "https://svc.example/a/b?q=1"),
+            (Redirect { scheme: Some("https".into()), ..plain.clone() }, "/a", "svc.example:80", "https://svc.example/a"),
+            (Redirect { scheme: Some("https".into()), ..plain.clone() }, "/a", "svc.example:8080", "https://svc.example:8080/a"),
             (Redirect { authority: Some("o.example".into()), ..plain.clone() }, "/a/b?q=1", "svc.example:80", "http://o.example/a/b?q=1"),
             (
                 Redirect { path: Some(PathRewrite::Full("/n".into())), ..plain.clone() },

@@ -18,8 +18,8 @@ fn heads(request: &str) -> Vec<bool> {
     request.split("\r\n").filter(|l| l.contains(" HTTP/1.")).map(|l| l.starts_with("HEAD ")).collect()
 }
 
-fn case(name: String, request: &str, answer: &str, end: End) -> Case {
-    Case { name, request: pieces(request), heads: heads(request), answer: Answer { pieces: pieces(answer), end } }
+pub fn case(name: String, request: &str, answer: &str, end: End) -> Case {
+    Case { name, request: pieces(request), heads: heads(request), answer: Answer { pieces: pieces(answer), end }, routes: None }
 }
 
 /// First lines, with everything else as usual.

@@ -159,6 +159,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     /// Takes down who asks for what, and lets its trace go on.
     fn begin(&mut self, head: &mut RequestHead, source: &Arc<Workload>) {
         self.record.source = Some(source.clone());
+        // Before routes see it, as with Envoy.
+        headers::prepare(head);
         self.record.describe(head, source);
         if let Some(onward) = self.record.trace(head, source, &self.down.proxy.spans) {
             onward.write(&mut head.headers);
@@ -288,6 +290,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             (header::ACCESS_CONTROL_ALLOW_METHODS, &cors.methods),
             (header::ACCESS_CONTROL_ALLOW_HEADERS, &cors.headers),
             (header::ACCESS_CONTROL_MAX_AGE, &cors.max_age),
+            (header::ACCESS_CONTROL_EXPOSE_HEADERS, &cors.expose),
         ] {
             if let Some(value) = value {
                 headers.insert(name, value.clone());
@@ -313,11 +316,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         original: Option<HeaderValue>,
         mirrors: Vec<Arc<Cluster>>,
     ) -> End {
-        headers::prepare(&mut head);
-        self.record.sent(&head.headers);
         if let Some(original) = original {
             head.headers.insert(headers::ORIGINAL_PATH.clone(), original);
         }
+        self.record.sent(&head);
         self.record.cluster = Some(forward.cluster.clone());
         let state = self.down.pod.clusters.of(&forward.cluster);
         let Some(_request) = state.begin(Limited::Requests, forward.cluster.policy.http.max_requests) else {

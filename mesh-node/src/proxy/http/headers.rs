@@ -39,7 +39,8 @@ pub fn prepare(head: &mut RequestHead) {
         CONTROL.iter().for_each(|name| drop(head.headers.remove(*name)));
     }
     if !head.headers.contains_key(&X_FORWARDED_PROTO) {
-        head.headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static(head.scheme.as_str()));
+        // How it came here, whatever the client says that it is for: applications' TLS is not ended here.
+        head.headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));
     }
     if !head.headers.contains_key(&X_REQUEST_ID)
         && let Ok(id) = HeaderValue::from_str(&request_id(fastrand::u128(..)))

@@ -87,6 +87,8 @@ pub struct Record {
 struct Described {
     method: http::Method,
     path: Target,
+    /// What it became.
+    sent: Option<PathAndQuery>,
     authority: HeaderValue,
     scheme: &'static str,
     headers: Kept,
@@ -220,6 +222,7 @@ impl Record {
             self.described = Some(Box::new(Described {
                 method: method.clone(),
                 path: Target::Unread(String::from_utf8_lossy(target).into_owned()),
+                sent: None,
                 authority: authority.clone().unwrap_or_else(|| HeaderValue::from_static("")),
                 scheme: "http",
                 headers: Kept::All(headers.clone()),
@@ -241,6 +244,7 @@ impl Record {
         self.described = Some(Box::new(Described {
             method: head.method.clone(),
             path: Target::of(head),
+            sent: None,
             authority: head.authority.clone(),
             scheme: head.scheme.as_str(),
             headers: Kept::of(&head.headers, wanted),
@@ -256,13 +260,18 @@ impl Record {
         }
     }
 
-    /// Takes down what the request became on its way, such as the id it was given.
-    pub fn sent(&mut self, headers: &HeaderMap) {
-        if let Some(described) = &mut self.described
-            && let Some(id) = headers.get(&X_REQUEST_ID)
-        {
-            described.headers.add(X_REQUEST_ID.clone(), id.clone());
+    /// Takes down what the request became on its way: logs tell that, as Envoy's do.
+    pub fn sent(&mut self, head: &RequestHead) {
+        let Some(described) = &mut self.described else { return };
+        described.authority = head.authority.clone();
+        if !matches!(described.path, Target::None) {
+            described.sent = Some(head.target.clone());
         }
+        let wanted = self.reporting.as_ref().map(|r| &told(r, self.reporter).asks.request);
+        described.headers = match (&described.headers, wanted) {
+            (Kept::Some(_), Some(wanted)) => Kept::of(&head.headers, wanted),
+            _ => Kept::All(head.headers.clone()),
+        };
     }
 
     /// Takes down the head of the response as it goes to the client.
@@ -343,6 +352,7 @@ impl Record {
         let asked = described.map(|d| Asked {
             method: d.method.as_str(),
             path: d.path.as_str(),
+            sent_path: d.sent.as_ref().map_or_else(|| d.path.as_str(), PathAndQuery::as_str),
             authority: text(&d.authority),
             scheme: d.scheme,
             headers: &d.headers,

@@ -156,6 +156,12 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
     }
     let keep_alive = !connection.close && (minor == 1 || connection.keep_alive);
     let host = headers.get(header::HOST).cloned();
+    let said_scheme = match target.first() {
+        Some(b'h' | b'H') if method != Method::CONNECT => {
+            Some(if target.get(4).is_some_and(|b| b.eq_ignore_ascii_case(&b's')) { Scheme::Https } else { Scheme::Http })
+        }
+        _ => None,
+    };
     let (authority, target) = match target_of(&method, &target, &mut headers, minor) {
         Ok(found) => found,
         Err(refused) => {
@@ -167,7 +173,8 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
         }
     };
     strip_hop_by_hop(&mut headers);
-    let head = RequestHead { method, scheme: Scheme::Http, authority, target, headers };
+    let scheme = said_scheme.unwrap_or_else(|| forwarded_scheme(&headers));
+    let head = RequestHead { method, scheme, authority, target, headers };
     Ok(WireRequest { head, minor, framing, keep_alive, upgrade, expects_continue })
 }
 
@@ -385,6 +392,12 @@ fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
         return Err(CODEC);
     }
     Ok(digits.iter().try_fold(0_u64, |n, d| n.checked_mul(10)?.checked_add(u64::from(d - b'0'))))
+}
+
+/// What a proxy before this one was asked with, where the request itself does not say.
+fn forwarded_scheme(headers: &HeaderMap) -> Scheme {
+    let https = headers.get("x-forwarded-proto").is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"));
+    if https { Scheme::Https } else { Scheme::Http }
 }
 
 /// Splits the request target from the authority: origin, absolute and authority form (RFC 9112 section 3.2).

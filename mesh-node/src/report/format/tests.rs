@@ -29,7 +29,7 @@ fn entry(headers: &Kept) -> Entry<'_> {
     Entry {
         start: SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_552_496_789),
         duration: Duration::from_micros(12_900),
-        request: Some(Asked { method: "GET", path: "/a?b=c", authority: "reviews:9080", scheme: "http", headers }),
+        request: Some(Asked { method: "GET", path: "/a?b=c", sent_path: "/a?b=c", authority: "reviews:9080", scheme: "http", headers }),
         protocol: Some("HTTP/1.1"),
         code: 503,
         grpc_status: None,

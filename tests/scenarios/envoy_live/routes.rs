@@ -1,0 +1,308 @@
+//! What routes do to requests and answers: rules of a `VirtualService`, and what Istio makes of them for Envoy.
+
+use serde_json::{Value, json};
+
+use super::{Case, End, cases::case};
+
+const ANSWER: &str =
+    "HTTP/1.1 200 OK\r\nx-up: 1\r\nx-rm: gone\r\nx-add: up\r\nserver: app\r\nlocation: http://up/\r\ncontent-length: 2\r\n\r\nok";
+
+/// A rule that leads to the upstream.
+fn rule(more: Value) -> Value {
+    let mut rule = json!({"route": [{"destination": {"host": "@host"}}]});
+    rule.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    rule
+}
+
+/// A route to the upstream with this match, and more in its action and beside it.
+fn route(matched: Value, action: Value, more: Value) -> Value {
+    let mut to = json!({"cluster": "@cluster", "timeout": "0s"});
+    to.as_object_mut().expect("an object").extend(action.as_object().expect("an object").clone());
+    let mut route = json!({"match": matched, "route": to});
+    route.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    route
+}
+
+fn all_paths() -> Value {
+    json!({"prefix": "/"})
+}
+
+fn set(name: &str, value: &str) -> Value {
+    json!({"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"})
+}
+
+fn add(name: &str, value: &str) -> Value {
+    json!({"header": {"key": name, "value": value}, "append_action": "APPEND_IF_EXISTS_OR_ADD"})
+}
+
+fn redirect(to: Value) -> Value {
+    json!({"match": all_paths(), "redirect": to})
+}
+
+/// Rules, routes, and requests by their paths and further headers.
+type Of = (&'static str, Value, Value, &'static [&'static str]);
+
+fn rewrites() -> Vec<Of> {
+    let paths: &[&str] = &["/a", "/a/", "/a/b", "/ab", "/a?q=1", "/a/b?q=/a", "/a//b", "/A/b", "/a/../a/b", "/a%2fb"];
+    let prefix = |uri: &str, rewritten: &str, name: &'static str| {
+        (
+            name,
+            json!([rule(json!({"match": [{"uri": {"prefix": uri}}], "rewrite": {"uri": rewritten}})), rule(json!({}))]),
+            json!([
+                route(json!({"prefix": uri}), json!({"prefix_rewrite": rewritten}), json!({})),
+                route(all_paths(), json!({}), json!({}))
+            ]),
+            paths,
+        )
+    };
+    let regex = |pattern: &str, rewritten: &str, name: &'static str| {
+        (
+            name,
+            json!([rule(
+                json!({"match": [{"uri": {"prefix": "/"}}], "rewrite": {"uriRegexRewrite": {"match": pattern, "rewrite": rewritten}}})
+            )]),
+            json!([route(all_paths(), json!({"regex_rewrite": {"pattern": {"regex": pattern}, "substitution": rewritten}}), json!({}))]),
+            paths,
+        )
+    };
+    vec![
+        prefix("/a", "/", "prefix-to-root"),
+        prefix("/a", "/x", "prefix-to-x"),
+        prefix("/a/", "/", "prefix-slash-to-root"),
+        prefix("/a/", "/x/y", "prefix-slash-to-xy"),
+        prefix("/", "/x", "root-to-x"),
+        (
+            "exact",
+            json!([rule(json!({"match": [{"uri": {"exact": "/a"}}], "rewrite": {"uri": "/x?y=1"}})), rule(json!({}))]),
+            json!([route(json!({"path": "/a"}), json!({"prefix_rewrite": "/x?y=1"}), json!({})), route(all_paths(), json!({}), json!({}))]),
+            paths,
+        ),
+        (
+            "ignoring-case",
+            json!([rule(json!({"match": [{"uri": {"prefix": "/a"}, "ignoreUriCase": true}], "rewrite": {"uri": "/x"}})), rule(json!({}))]),
+            json!([
+                route(json!({"prefix": "/a", "case_sensitive": false}), json!({"prefix_rewrite": "/x"}), json!({})),
+                route(all_paths(), json!({}), json!({}))
+            ]),
+            paths,
+        ),
+        regex("/a/(.*)", r"/x/\1", "regex-group"),
+        regex("^/a", "/x", "regex-anchored"),
+        regex("a", "z", "regex-every"),
+        regex("(/[^/]*)(/.*)?", r"\2\1", "regex-swapped"),
+        regex("/b$", "", "regex-end"),
+        (
+            "authority",
+            json!([rule(json!({"rewrite": {"authority": "other.example:81"}}))]),
+            json!([route(all_paths(), json!({"host_rewrite_literal": "other.example:81"}), json!({}))]),
+            &["/a", "/a|host: b"],
+        ),
+    ]
+}
+
+fn redirects() -> Vec<Of> {
+    let paths: &[&str] = &[
+        "/a",
+        "/a/b?c=d",
+        "/?x",
+        "/a|host: b:8080",
+        "/a|host: [::1]:8080",
+        "/a|x-forwarded-proto: https",
+        "/a|host: b:80",
+        "/a|host: b:443",
+        "/a|host: b:443\r\nx-forwarded-proto: https",
+    ];
+    let of = |name: &'static str, istio: Value, envoy: Value| (name, json!([{"redirect": istio}]), json!([redirect(envoy)]), paths);
+    vec![
+        of("uri", json!({"uri": "/new"}), json!({"path_redirect": "/new"})),
+        of("uri-with-query", json!({"uri": "/new?y=1"}), json!({"path_redirect": "/new?y=1"})),
+        of("authority", json!({"authority": "other.example"}), json!({"host_redirect": "other.example"})),
+        of("scheme", json!({"scheme": "https"}), json!({"scheme_redirect": "https"})),
+        of("port", json!({"port": 8443}), json!({"port_redirect": 8443})),
+        of("scheme-and-port", json!({"scheme": "https", "port": 8443}), json!({"scheme_redirect": "https", "port_redirect": 8443})),
+        of("code-302", json!({"uri": "/n", "redirectCode": 302}), json!({"path_redirect": "/n", "response_code": "FOUND"})),
+        of("code-303", json!({"uri": "/n", "redirectCode": 303}), json!({"path_redirect": "/n", "response_code": "SEE_OTHER"})),
+        of("code-307", json!({"uri": "/n", "redirectCode": 307}), json!({"path_redirect": "/n", "response_code": "TEMPORARY_REDIRECT"})),
+        of("code-308", json!({"uri": "/n", "redirectCode": 308}), json!({"path_redirect": "/n", "response_code": "PERMANENT_REDIRECT"})),
+        of(
+            "all",
+            json!({"uri": "/n", "authority": "o.example", "scheme": "https", "port": 444}),
+            json!({"path_redirect": "/n", "host_redirect": "o.example", "scheme_redirect": "https", "port_redirect": 444}),
+        ),
+    ]
+}
+
+fn headers() -> Vec<Of> {
+    let paths: &[&str] = &["/a", "/a|x-add: mine\r\nx-set: mine\r\nx-rm: mine", "/a|X-Add: 1\r\nx-add: 2\r\nx-rm: 1\r\nX-RM: 2"];
+    let request = json!({"set": {"x-set": "s"}, "add": {"x-add": "a"}, "remove": ["x-rm"]});
+    vec![
+        (
+            "of-requests",
+            json!([rule(json!({"headers": {"request": request}}))]),
+            json!([route(
+                all_paths(),
+                json!({}),
+                json!({"request_headers_to_add": [add("x-add", "a"), set("x-set", "s")], "request_headers_to_remove": ["x-rm"]})
+            )]),
+            paths,
+        ),
+        (
+            "of-answers",
+            json!([rule(json!({"headers": {"response": request}}))]),
+            json!([route(
+                all_paths(),
+                json!({}),
+                json!({"response_headers_to_add": [add("x-add", "a"), set("x-set", "s")], "response_headers_to_remove": ["x-rm"]})
+            )]),
+            paths,
+        ),
+        (
+            "of-hosts",
+            json!([rule(json!({"headers": {"request": {"set": {"Host": "h.example"}}}}))]),
+            json!([route(all_paths(), json!({"host_rewrite_literal": "h.example"}), json!({}))]),
+            paths,
+        ),
+        (
+            "of-a-direct-response",
+            json!([{"directResponse": {"status": 418, "body": {"string": "tea"}}, "headers": {"response": request}}]),
+            json!([{"match": all_paths(), "direct_response": {"status": 418, "body": {"inline_string": "tea"}},
+                "response_headers_to_add": [add("x-add", "a"), set("x-set", "s")], "response_headers_to_remove": ["x-rm"]}]),
+            paths,
+        ),
+    ]
+}
+
+fn matches() -> Vec<Of> {
+    let paths: &[&str] = &[
+        "/a",
+        "/a/b",
+        "/ab",
+        "/A",
+        "/a?x=1",
+        "/a?x=",
+        "/a?x",
+        "/a?x=12&y",
+        "/a?y=1&x=1",
+        "/a|x-v: 1",
+        "/a|x-v: 12",
+        "/a|x-v:",
+        "/a|x-v: 2\r\nx-v: 1",
+        "/a|host: b.example",
+    ];
+    let of = |name: &'static str, istio: Value, envoy: Value| {
+        let direct = |body: &str| json!({"status": 200, "body": {"string": body}});
+        let answer = |body: &str| json!({"status": 200, "body": {"inline_string": body}});
+        (
+            name,
+            json!([{"match": [istio], "directResponse": direct("first")}, {"directResponse": direct("second")}]),
+            json!([{"match": envoy, "direct_response": answer("first")}, {"match": all_paths(), "direct_response": answer("second")}]),
+            paths,
+        )
+    };
+    let header = |value: Value| json!({"prefix": "/", "headers": [value]});
+    let query = |value: Value| json!({"prefix": "/", "query_parameters": [value]});
+    vec![
+        of("exact", json!({"uri": {"exact": "/a"}}), json!({"path": "/a"})),
+        of("prefix", json!({"uri": {"prefix": "/a/"}}), json!({"prefix": "/a/"})),
+        of("regex", json!({"uri": {"regex": "/a.?"}}), json!({"safe_regex": {"regex": "/a.?"}})),
+        of("header-exact", json!({"headers": {"x-v": {"exact": "1"}}}), header(json!({"name": "x-v", "string_match": {"exact": "1"}}))),
+        of("header-prefix", json!({"headers": {"x-v": {"prefix": "1"}}}), header(json!({"name": "x-v", "string_match": {"prefix": "1"}}))),
+        of(
+            "header-regex",
+            json!({"headers": {"x-v": {"regex": "1?"}}}),
+            header(json!({"name": "x-v", "string_match": {"safe_regex": {"regex": "1?"}}})),
+        ),
+        of("header-present", json!({"headers": {"x-v": {}}}), header(json!({"name": "x-v", "present_match": true}))),
+        of(
+            "header-without",
+            json!({"withoutHeaders": {"x-v": {"exact": "1"}}}),
+            header(json!({"name": "x-v", "string_match": {"exact": "1"}, "invert_match": true, "treat_missing_header_as_empty": true})),
+        ),
+        of(
+            "header-absent",
+            json!({"withoutHeaders": {"x-v": {}}}),
+            header(json!({"name": "x-v", "present_match": true, "invert_match": true})),
+        ),
+        of("query-exact", json!({"queryParams": {"x": {"exact": "1"}}}), query(json!({"name": "x", "string_match": {"exact": "1"}}))),
+        of(
+            "query-regex",
+            json!({"queryParams": {"x": {"regex": "1.*"}}}),
+            query(json!({"name": "x", "string_match": {"safe_regex": {"regex": "1.*"}}})),
+        ),
+        of(
+            "authority",
+            json!({"authority": {"exact": "b.example"}}),
+            header(json!({"name": ":authority", "string_match": {"exact": "b.example"}})),
+        ),
+        of("method", json!({"method": {"exact": "POST"}}), header(json!({"name": ":method", "string_match": {"exact": "POST"}}))),
+        of("scheme", json!({"scheme": {"exact": "http"}}), header(json!({"name": ":scheme", "string_match": {"exact": "http"}}))),
+    ]
+}
+
+fn cors() -> Vec<Of> {
+    let requests: &[&str] = &[
+        "/a",
+        "/a|origin: http://good.example",
+        "/a|origin: http://bad.example",
+        "/a|origin: http://x.good.example",
+        "/a|Origin: HTTP://good.example",
+        "OPTIONS /a|origin: http://good.example",
+        "OPTIONS /a|origin: http://good.example\r\naccess-control-request-method: PUT",
+        "OPTIONS /a|origin: http://bad.example\r\naccess-control-request-method: PUT",
+        "OPTIONS /a|origin: http://good.example\r\naccess-control-request-method: PUT\r\naccess-control-request-headers: x-y",
+    ];
+    let of = |name: &'static str, istio: Value, mut envoy: Value| {
+        envoy["@type"] = "type.googleapis.com/envoy.extensions.filters.http.cors.v3.CorsPolicy".into();
+        envoy["filter_enabled"] = json!({"default_value": {"numerator": 100}});
+        (
+            name,
+            json!([rule(json!({"corsPolicy": istio}))]),
+            json!([route(all_paths(), json!({}), json!({"typed_per_filter_config": {"envoy.filters.http.cors": envoy}}))]),
+            requests,
+        )
+    };
+    vec![
+        of(
+            "exact",
+            json!({"allowOrigins": [{"exact": "http://good.example"}], "allowMethods": ["GET", "PUT"], "allowHeaders": ["x-a", "x-b"],
+                "exposeHeaders": ["x-e"], "maxAge": "10s", "allowCredentials": true}),
+            json!({"allow_origin_string_match": [{"exact": "http://good.example"}], "allow_methods": "GET,PUT", "allow_headers": "x-a,x-b",
+                "expose_headers": "x-e", "max_age": "10", "allow_credentials": true, "forward_not_matching_preflights": true}),
+        ),
+        of(
+            "all",
+            json!({"allowOrigins": [{"exact": "*"}]}),
+            json!({"allow_origin_string_match": [{"exact": "*"}], "forward_not_matching_preflights": true}),
+        ),
+        of(
+            "regex",
+            json!({"allowOrigins": [{"regex": r"http://.*good\.example"}], "allowMethods": ["PUT"]}),
+            json!({"allow_origin_string_match": [{"safe_regex": {"regex": r"http://.*good\.example"}}], "allow_methods": "PUT", "forward_not_matching_preflights": true}),
+        ),
+        of(
+            "unmatched-preflights-ignored",
+            json!({"allowOrigins": [{"prefix": "http://good"}], "unmatchedPreflights": "IGNORE"}),
+            json!({"allow_origin_string_match": [{"prefix": "http://good"}], "forward_not_matching_preflights": false}),
+        ),
+    ]
+}
+
+pub fn all() -> Vec<Case> {
+    let mut all = Vec::new();
+    for (group, of) in [("rewrite", rewrites()), ("redirect", redirects()), ("headers", headers()), ("match", matches()), ("cors", cors())]
+    {
+        for (name, rules, routes, requests) in of {
+            for (i, request) in requests.iter().enumerate() {
+                let (line, more) = request.split_once('|').unwrap_or((request, ""));
+                let (method, path) = line.split_once(' ').unwrap_or(("GET", line));
+                let host = if more.starts_with("host:") { "" } else { "host: a.example\r\n" };
+                let more = if more.is_empty() { String::new() } else { format!("{more}\r\n") };
+                let text = format!("{method} {path} HTTP/1.1\r\n{host}{more}\r\n");
+                let mut case = case(format!("{group}-{name}-{i}"), &text, ANSWER, End::Keep);
+                case.routes = Some((rules.clone(), routes.clone()));
+                all.push(case);
+            }
+        }
+    }
+    all
+}
