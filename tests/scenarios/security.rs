@@ -536,8 +536,9 @@ fn authorizer() -> SocketAddr {
                         } else {
                             None
                         };
+                        let trace = head.split("traceparent: ").nth(1).and_then(|t| t.lines().next()).unwrap_or("none");
                         format!(
-                            "HTTP/1.1 200 OK\r\nx-user: alice\r\nx-line: {line}\r\nset-cookie: a=1\r\ncontent-length: 2\r\n{}\r\nok",
+                            "HTTP/1.1 200 OK\r\nx-user: alice\r\nx-trace: {trace}\r\nx-line: {line}\r\nset-cookie: a=1\r\ncontent-length: 2\r\n{}\r\nok",
                             token.unwrap_or_default()
                         )
                     } else {
@@ -632,6 +633,35 @@ async fn an_authorizer_over_http_decides() {
     for (n, (token, expected)) in [(issuer.token(&claims(&json!({}))), "200"), ("abc".to_owned(), "401")].into_iter().enumerate() {
         let got = ask(&engine, "node", upstream, &get("/a", &format!("token-{n}"), &format!("x-pass: 1\r\nx-token: {token}\r\n"))).await;
         assert_eq!(got.status, expected, "{token}: {got:?}");
+    }
+}
+
+/// Its question belongs to the trace of the request, and so does what the application does for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_authorizer_is_told_the_trace() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let mesh = mesh_config(&json!({"extensionProviders": [
+        {"name": "h", "envoyExtAuthzHttp": {"service": "authz.default.svc.cluster.local", "port": 80, "headersToUpstreamOnAllow": ["x-trace"], "includeRequestHeadersInCheck": ["x-pass"]}},
+        {"name": "otel", "opentelemetry": {"service": "nobody.default.svc.cluster.local", "port": 4317}}]}));
+    let custom = json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": "h"}, "rules": [{}]});
+    let telemetry = json!({"apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "all", "namespace": "istio-system"},
+        "spec": {"tracing": [{"providers": [{"name": "otel"}], "randomSamplingPercentage": 100}]}});
+    let mut documents = served(upstream, &[mesh, security("AuthorizationPolicy", "custom", &custom), telemetry]);
+    documents.extend(service("authz", "10.99.0.3", "http", &[authorizer()]));
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    for way in ["outside", "node"] {
+        let headers = format!("x-pass: 1\r\ntraceparent: 00-{trace}-00f067aa0ba902b7-01\r\n");
+        let got = ask(&engine, way, upstream, &get("/a", &format!("trace-{way}"), &headers)).await;
+        assert_eq!(got.status, "200", "{way}: {got:?}");
+        let attempts = seen.of(&format!("trace-{way}"));
+        let header = |name: &str| attempts[0].headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone()).unwrap_or_default();
+        let (asked, went_on) = (header("x-trace"), header("traceparent"));
+        for told in [&asked, &went_on] {
+            assert!(told.starts_with(&format!("00-{trace}-")) && told.ends_with("-01"), "{way}: {asked} {went_on}");
+            assert!(!told.contains("00f067aa0ba902b7"), "{way}: of a span of its own: {told}");
+        }
     }
 }
 

@@ -120,6 +120,15 @@ async fn listening(admin: &str) -> Result<HashMap<String, SocketAddr>> {
     Ok(lines.filter_map(|(name, address)| Some((name.to_owned(), address.trim().parse().ok()?))).collect())
 }
 
+/// A configuration with one hop from a port of loopback to an upstream, and no access log: what a sidecar is to its pod's requests.
+pub fn hop(port: u16, upstream: SocketAddr) -> Value {
+    let of = Listener { name: "hop".to_owned(), upstream, http2: false, routes: None };
+    let at = json!({"socket_address": {"address": "127.0.0.1", "port_value": port}});
+    let mut listener = listener(&of, &json!({}), Path::new("/dev/null"), &at);
+    listener["filter_chains"][0]["filters"][0]["typed_config"]["access_log"] = json!([]);
+    json!({"static_resources": {"listeners": [listener], "clusters": [cluster(&of)]}})
+}
+
 fn configuration(listeners: &[Listener], log: &Value, path: &Path) -> Value {
     let any = json!({"socket_address": {"address": "127.0.0.1", "port_value": 0}});
     json!({
@@ -159,10 +168,9 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
 
 fn cluster(of: &Listener) -> Value {
     let protocol = if of.http2 { json!({"http2_protocol_options": {}}) } else { json!({"http_protocol_options": {}}) };
-    let port = of.upstream.port();
     json!({"name": of.name, "connect_timeout": "10s", "type": "STATIC",
         "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": format!("{TYPES}.upstreams.http.v3.HttpProtocolOptions"), "explicit_http_config": protocol}},
         "load_assignment": {"cluster_name": of.name, "endpoints": [{"lb_endpoints": [{"endpoint":
-            {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}}}]}]}})
+            {"address": {"socket_address": {"address": of.upstream.ip(), "port_value": of.upstream.port()}}}}]}]}})
 }

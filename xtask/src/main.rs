@@ -46,8 +46,8 @@ enum Command {
     /// Measure ratios of meshed to plain connections in the test bed, in one run (wrk, nginx, iperf3).
     Bench {
         /// `accel`: pods of one node without a mesh, with acceleration off, and on. `telemetry`: with metrics and access log off, with
-        /// metrics, and with both.
-        #[arg(value_parser = ["accel", "telemetry"])]
+        /// metrics, and with both. `envoy`: one HTTP hop through mesh-node and through a real Envoy.
+        #[arg(value_parser = ["accel", "telemetry", "envoy"])]
         what: Option<String>,
         /// Rounds of each measurement; the median counts.
         #[arg(long, default_value_t = 3)]

