@@ -159,6 +159,7 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "include_request_attempt_count": true,
             "routes": routes}]},
         "http_filters": [
+            {"name": "envoy.filters.http.fault", "typed_config": {"@type": format!("{TYPES}.filters.http.fault.v3.HTTPFault")}},
             {"name": "envoy.filters.http.cors", "typed_config": {"@type": format!("{TYPES}.filters.http.cors.v3.Cors")}},
             {"name": "envoy.filters.http.router", "typed_config": {"@type": format!("{TYPES}.filters.http.router.v3.Router")}}],
     });

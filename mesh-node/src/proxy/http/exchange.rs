@@ -1,5 +1,5 @@
-//! One request from its head to the end of its response, in the order things happen: route, CORS, fault, redirect or direct
-//! response, pick a cluster, rewrite, mirror, then attempts until one is answered.
+//! One request from its head to the end of its response, in the order things happen (that of Istio's filters): route, fault, CORS, redirect or
+//! direct response, pick a cluster, rewrite, mirror, then attempts until one is answered.
 
 use std::{
     borrow::Cow,
@@ -123,14 +123,14 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let (resolved, path) = (found.resolved, found.path);
         let rule = &*resolved.rule;
         self.record.route = Some(if rule.name.is_empty() { table.origin.clone() } else { rule.name.clone() });
+        if let Some(end) = self.fault(rule).await {
+            return end;
+        }
         let cors = match rule.cors.as_ref().map(|cors| Self::cors(cors, &head)) {
             Some(Preflight::Answer(headers)) => return self.preflight(headers).await,
             Some(Preflight::Pass(answer)) => answer,
             None => None,
         };
-        if let Some(end) = self.fault(rule, cors.as_ref()).await {
-            return end;
-        }
         match &rule.action {
             Action::Redirect(redirect) => {
                 let location = rewrite::location(redirect, path, &head, self.down.original.port());
@@ -247,7 +247,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     /// Delays and aborts, each by its own dice.
-    async fn fault(&mut self, rule: &Rule, cors: Option<&CorsAnswer>) -> Option<End> {
+    async fn fault(&mut self, rule: &Rule) -> Option<End> {
         if let Some((delay, share)) = rule.fault.delay
             && share.hit(fastrand::u32(..))
         {
@@ -267,7 +267,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             Abort::Http(status) => Reply::new(status, "fault filter abort"),
             Abort::Grpc(code) => Reply { grpc_status: Some(code), ..Reply::new(StatusCode::OK, "fault filter abort") },
         };
-        Some(self.reply(reply, |headers| cors_headers(headers, cors)).await)
+        Some(self.reply(reply, |_| {}).await)
     }
 
     fn cors(cors: &Cors, head: &RequestHead) -> Preflight {

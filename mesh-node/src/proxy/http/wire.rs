@@ -4,6 +4,8 @@
 //! Ambiguity about where a message ends is never passed on: `content-length` beside `transfer-encoding`, repeated lengths
 //! and unknown codings are refused.
 
+use std::io::Write as _;
+
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
 
@@ -540,7 +542,10 @@ fn write_header(name: &HeaderName, value: &HeaderValue, out: &mut Vec<u8>) {
 fn write_framing(framing: Framing, has_length: bool, out: &mut Vec<u8>) {
     match framing {
         Framing::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
-        Framing::Length(n) if !has_length => out.extend_from_slice(format!("content-length: {n}\r\n").as_bytes()),
+        Framing::Length(n) if !has_length => {
+            // A vector takes any text.
+            let _ = write!(out, "content-length: {n}\r\n");
+        }
         Framing::Empty | Framing::Length(_) | Framing::UntilClose => {}
     }
 }
