@@ -209,6 +209,8 @@ async fn h1_request(
         Ended::Broken if !responder.has_started() || responder.would_look_complete() => Next::Abort,
         Ended::Whole | Ended::Broken => Next::Close,
         Ended::Malformed(malformed) => refuse(Reply::new(malformed.status, malformed.body), grpc, true, responder, reader, record).await,
+        // An application that ends its connection ends the client's; one that says what is no HTTP, the client could not read either.
+        Ended::Unreadable => refuse(Reply::reset(Reset::ProtocolError, false), grpc, true, responder, reader, record).await,
     }
 }
 
@@ -253,6 +255,8 @@ enum Ended {
     Whole,
     Broken,
     Malformed(Malformed),
+    /// There was an answer that is no HTTP.
+    Unreadable,
 }
 
 /// Takes down how a request that was let in ended.
@@ -261,6 +265,7 @@ fn conclude(ended: &Attempt, record: &mut Record) -> Ended {
     match ended {
         Attempt::Answered(Answered::Whole) => Ended::Whole,
         Attempt::Malformed(malformed) => Ended::Malformed(*malformed),
+        Attempt::Failed(failed) if failed.reset == Reset::ProtocolError => Ended::Unreadable,
         _ => Ended::Broken,
     }
 }
@@ -474,6 +479,6 @@ async fn h2_request(
     };
     match conclude(&ended, record) {
         Ended::Whole => Ok(()),
-        Ended::Broken | Ended::Malformed(_) => Err(reason),
+        Ended::Broken | Ended::Malformed(_) | Ended::Unreadable => Err(reason),
     }
 }
