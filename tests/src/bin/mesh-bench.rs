@@ -164,6 +164,11 @@ spec: {selector: {app: near}, ports: [{name: http, port: 80, targetPort: 8080}]}
 ---
 apiVersion: v1
 kind: Service
+metadata: {name: far}
+spec: {selector: {app: far}, ports: [{name: http, port: 80, targetPort: 8080}]}
+---
+apiVersion: v1
+kind: Service
 metadata: {name: opaque}
 spec: {selector: {app: near}, ports: [{name: tcp, port: 8080, targetPort: 8080}, {name: tcp-bulk, port: 8081, targetPort: 8081}]}
 ---
@@ -309,6 +314,8 @@ fn telemetry(bench: &Bench) -> Result<()> {
         ("metrics", "metrics: [{providers: [{name: prometheus}]}]"),
         ("metrics and log", "accessLogging: [{providers: [{name: file}]}]"),
     ];
+    // On one node, it tells of a request as both ends; of two each tells once.
+    const PLACES: [(&str, &str); 2] = [("one node", "http://near/"), ("two nodes", "http://far/")];
     let mut bed = Bed::ambient(&NodeOptions::default().quiet())?;
     let config = bed.directory.join("nginx.conf");
     std::fs::write(&config, NGINX)?;
@@ -320,9 +327,13 @@ fn telemetry(bench: &Bench) -> Result<()> {
     );
     bed.apply("mesh", &mesh)?;
     let command = format!("exec nginx -c {0} -g \"pid {0}.$$;\"", config.display());
-    let server = PodSpec { command: vec!["sh".into(), "-c".into(), command], port: Some(8080), ..PodSpec::new("near", 0) };
-    let [client, _server] = bed.meshed([PodSpec::new("client", 0), server])?;
-    let mut results: BTreeMap<(u32, &str), Vec<f64>> = BTreeMap::new();
+    let server = |name: &str, node| PodSpec {
+        command: vec!["sh".into(), "-c".into(), command.clone()],
+        port: Some(8080),
+        ..PodSpec::new(name, node)
+    };
+    let [client, ..] = bed.meshed([PodSpec::new("client", 0), server("near", 0), server("far", 1)])?;
+    let mut results: BTreeMap<(&str, u32, &str), Vec<f64>> = BTreeMap::new();
     for round in 0..bench.rounds {
         for (way, spec) in WAYS {
             let yaml = format!(
@@ -330,23 +341,28 @@ fn telemetry(bench: &Bench) -> Result<()> {
             );
             bed.apply("telemetry", &yaml)?;
             bed.settle()?;
-            for connections in [1, 16, 64] {
-                results.entry((connections, way)).or_default().push(wrk(&bed, &client, "http://near/", connections, bench.seconds, false)?);
+            for (place, url) in PLACES {
+                for connections in [1, 16, 64] {
+                    results.entry((place, connections, way)).or_default().push(wrk(&bed, &client, url, connections, bench.seconds, false)?);
+                }
             }
             std::fs::OpenOptions::new().write(true).truncate(true).create(true).open(&log)?;
         }
         eprintln!("round {} of {} done", round + 1, bench.rounds);
     }
     println!(
-        "{:<16} {:>12} {:>12} {:>16} {:>14} {:>22}",
+        "{:<26} {:>12} {:>12} {:>16} {:>14} {:>22}",
         "requests/s", "off", "metrics", "metrics and log", "metrics/off", "metrics and log/off"
     );
-    for connections in [1, 16, 64] {
-        let [off, metrics, both] = WAYS.map(|(way, _)| median(&results[&(connections, way)]));
-        let what = format!("{connections} connections");
-        println!("{what:<16} {off:>12.0} {metrics:>12.0} {both:>16.0} {:>14.2} {:>22.2}", metrics / off, both / off);
+    for ((place, _), connections) in PLACES.into_iter().flat_map(|place| [1, 16, 64].map(|n| (place, n))) {
+        let [off, metrics, both] = WAYS.map(|(way, _)| median(&results[&(place, connections, way)]));
+        let what = format!("{place}, {connections} connections");
+        println!("{what:<26} {off:>12.0} {metrics:>12.0} {both:>16.0} {:>14.2} {:>22.2}", metrics / off, both / off);
     }
-    let count = |result: &str| bed.nodes()[0].metric("mesh_access_log_lines_total", &[&format!("result=\"{result}\"")]);
+    let count = |result: &str| {
+        let of = |node: usize| bed.nodes()[node].metric("mesh_access_log_lines_total", &[&format!("result=\"{result}\"")]);
+        Ok::<_, anyhow::Error>(of(0)? + of(1)?)
+    };
     println!("lines of the access log: {:.0} written, {:.0} dropped", count("written")?, count("dropped")?);
     Ok(())
 }
