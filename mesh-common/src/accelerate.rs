@@ -46,6 +46,9 @@ pub enum Why {
     SlowReader = 3,
     /// The node process wants it so.
     Asked = 4,
+    /// The owner has asked for something of the socket that redirected messages do not have: TLS in the kernel, which would not be
+    /// applied, or word of when a message was sent, which would never come.
+    Special = 5,
 }
 
 /// A socket of a pair, as its storage has it.
@@ -82,6 +85,8 @@ pub struct End {
 pub struct Facts {
     /// Both sockets are non-blocking.
     pub nonblocking: bool,
+    /// See [`Why::Special`].
+    pub special: bool,
     /// Bytes the receiver has not read.
     pub queued: u32,
     /// Nothing of this direction is in flight or unread on TCP. Asked for only on TCP.
@@ -105,6 +110,9 @@ pub enum Step {
 pub fn step(end: &mut End, size: u32, facts: &Facts) -> Step {
     if !facts.nonblocking {
         return leave(end, Why::Blocking);
+    }
+    if facts.special {
+        return leave(end, Why::Special);
     }
     if size > MAX_MESSAGE {
         end.large += 1;
@@ -159,10 +167,17 @@ pub struct KernelLayout {
     pub snd_una: u32,
     pub rcv_nxt: u32,
     pub copied_seq: u32,
+    /// Of `struct inet_connection_sock`.
+    pub ulp: u32,
+    /// Of `struct sock`: of the eight bytes of flags, the four where `SOCK_ZEROCOPY` is, and that flag.
+    pub flags: u32,
+    pub zerocopy: u32,
+    /// Of `struct sock`; and which bits of the four bytes are the field's.
+    pub timestamping: u32,
+    pub timestamping_mask: u32,
     /// Of `struct sk_psock`.
     pub references: u32,
     pub queue: u32,
-    pub pad: u32,
 }
 
 /// What the node process asks of `mesh_pair` about one socket.
@@ -223,7 +238,8 @@ pub struct PairReply {
     pub bytes: u64,
     /// Whether neither end has said it is done.
     pub established: u32,
-    pub pad: u32,
+    /// See [`Why::Special`].
+    pub special: u32,
 }
 
 impl PairReply {
@@ -244,7 +260,7 @@ pub struct Event {
 }
 
 const _: () = assert!(size_of::<End>() == 88);
-const _: () = assert!(size_of::<KernelLayout>() == 48);
+const _: () = assert!(size_of::<KernelLayout>() == 64);
 const _: () = assert!(size_of::<PairRequest>() == 80);
 const _: () = assert!(size_of::<PairReply>() == 80);
 const _: () = assert!(size_of::<Event>() == 16);
@@ -267,7 +283,7 @@ mod pod {
 mod tests {
     use super::*;
 
-    const FREE: Facts = Facts { nonblocking: true, queued: 0, quiet: false };
+    const FREE: Facts = Facts { nonblocking: true, special: false, queued: 0, quiet: false };
 
     fn joined() -> End {
         End { way: Way::REDIRECT, ..End::default() }
@@ -311,8 +327,11 @@ mod tests {
             assert_eq!(step(&mut end, 1, &Facts { nonblocking: false, ..FREE }), Step::Leave);
             assert_eq!((end.way, end.why), (Way::LEFT, Why::Blocking as u32));
         }
+        let mut special = joined();
+        assert_eq!(step(&mut special, 1, &Facts { special: true, ..FREE }), Step::Leave);
+        assert_eq!((special.way, special.why), (Way::LEFT, Why::Special as u32));
         let mut slow = joined();
-        let full = Facts { queued: MAX_QUEUED, quiet: true, nonblocking: true };
+        let full = Facts { queued: MAX_QUEUED, quiet: true, ..FREE };
         assert!((0..MAX_TURNS).all(|_| step(&mut slow, 1, &full) == Step::Turned));
         assert_eq!((step(&mut slow, 1, &full), slow.why), (Step::Leave, Why::SlowReader as u32));
     }

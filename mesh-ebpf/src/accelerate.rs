@@ -40,9 +40,13 @@ static KERNEL_LAYOUT: Global<KernelLayout> = Global::new(KernelLayout {
     snd_una: 0,
     rcv_nxt: 0,
     copied_seq: 0,
+    ulp: 0,
+    flags: 0,
+    zerocopy: 0,
+    timestamping: 0,
+    timestamping_mask: 0,
     references: 0,
     queue: 0,
-    pad: 0,
 });
 
 /// Bits of `sk_user_data` that are not the pointer's.
@@ -98,6 +102,7 @@ fn facts(end: &End) -> Facts {
     let layout = KERNEL_LAYOUT.load();
     Facts {
         nonblocking: nonblocking(end.own_flags) && nonblocking(end.peer_flags),
+        special: special(&layout, end.own_socket),
         queued: word(end.peer_socket, layout.rmem_alloc),
         quiet: end.way == Way::TCP
             && word(end.own_socket, layout.snd_una) == word(end.own_socket, layout.write_seq)
@@ -125,6 +130,15 @@ fn word(base: u64, offset: u32) -> u32 {
 fn nonblocking(flags: u64) -> bool {
     // SAFETY: the helper checks the address.
     flags != 0 && unsafe { bpf_probe_read_kernel(flags as *const u32) }.is_ok_and(|flags| flags & O_NONBLOCK != 0)
+}
+
+/// Whether a socket has TLS in the kernel, or is to say when its messages were sent; true when it cannot
+/// be read.
+#[inline(always)]
+fn special(layout: &KernelLayout, sk: u64) -> bool {
+    pointer(sk, layout.ulp) != 0
+        || word(sk, layout.flags) & layout.zerocopy != 0
+        || word(sk, layout.timestamping) & layout.timestamping_mask != 0
 }
 
 /// A pointer in kernel memory; zero when it cannot be read.
@@ -296,6 +310,7 @@ fn tell_of(reply: &mut PairReply, end: &End) {
     let own = unsafe { (&raw const end.own_socket).read_volatile() };
     reply.socket = own;
     reply.nonblocking = u32::from(nonblocking(flags(&layout, own)));
+    reply.special = u32::from(special(&layout, own));
     (reply.way, reply.why) = (end.way, end.why);
     (reply.messages, reply.bytes) = (end.messages, end.bytes);
     let psock = pointer(own, layout.user_data) & !USER_DATA_FLAGS;

@@ -171,6 +171,27 @@ fn accelerated_connections_survive_the_death_of_the_process_and_end_with_a_pod()
 }
 
 #[test]
+fn a_program_that_sends_without_a_copy_is_told_when_that_is_done() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", "proxy"])).expect("bed");
+    let mut plain = echo("plain", 0);
+    plain.labels.insert("mesh-node.io/acceleration".into(), "off".into());
+    let [client, near, plain] = bed.meshed([PodSpec::new("client", 0), echo("near", 0), plain]).expect("pods");
+    let reached =
+        |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
+    for to in [plain.address(9000), plain.address6(9000)] {
+        let report = end(start(&bed, &client, "soak", &["zerocopy", &to, "200000"]));
+        assert_eq!((&report["read"], &report["told"]), (&200_000.into(), &report["sent"]), "{report}");
+    }
+    assert_eq!((reached(&bed, "accelerated"), reached(&bed, "special")), (0.0, 2.0));
+    // Asked for in the midst of a conversation, it is had as soon as the connection has left.
+    let report = end(start(&bed, &client, "soak", &["zerocopy", &near.address(9000), "400000", "--late"]));
+    assert_eq!((&report["read"], &report["sent"]), (&400_000.into(), &400.into()), "{report}");
+    assert!(report["told"].as_u64() > Some(350), "{report}");
+    assert!(reached(&bed, "accelerated") > 0.0);
+    assert_eq!(reached(&bed, "special"), 3.0);
+}
+
+#[test]
 fn a_program_that_changes_its_mind_about_blocking_is_learned() {
     for same_node in ["proxy", "direct"] {
         let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", same_node])).expect("bed");

@@ -48,7 +48,12 @@ const MAX_UNFIT: usize = 4096;
 pub fn kernel_layout() -> Result<KernelLayout, String> {
     let bytes = std::fs::read(BTF).map_err(|e| format!("the kernel's BTF cannot be read ({BTF}: {e})"))?;
     let btf = Btf::parse(&bytes).map_err(|e| format!("the kernel's BTF cannot be used: {e}"))?;
-    let at = |structure: &str, path: &[&str]| btf.offset(structure, path).map_err(|e| format!("this kernel is not known: {e}"));
+    let unknown = |e: String| format!("this kernel is not known: {e}");
+    let at = |structure: &str, path: &[&str]| btf.offset(structure, path).map_err(unknown);
+    let zerocopy = btf.enumerator("sock_flags", "SOCK_ZEROCOPY").map_err(unknown)?;
+    // Of eight bytes, the half that a bit is in.
+    let half = if cfg!(target_endian = "little") { zerocopy / 32 } else { 1 - zerocopy / 32 };
+    let (timestamping, size) = btf.field("sock", &["sk_tsflags"]).map_err(unknown)?;
     Ok(KernelLayout {
         rmem_alloc: at("sock", &["sk_backlog", "rmem_alloc", "counter"])?,
         socket: at("sock", &["sk_socket"])?,
@@ -59,9 +64,13 @@ pub fn kernel_layout() -> Result<KernelLayout, String> {
         snd_una: at("tcp_sock", &["snd_una"])?,
         rcv_nxt: at("tcp_sock", &["rcv_nxt"])?,
         copied_seq: at("tcp_sock", &["copied_seq"])?,
+        ulp: at("inet_connection_sock", &["icsk_ulp_ops"])?,
+        flags: at("sock", &["__sk_common", "skc_flags"])? + 4 * half,
+        zerocopy: 1 << (zerocopy % 32),
+        timestamping,
+        timestamping_mask: if size < 4 && cfg!(target_endian = "little") { (1 << (8 * size)) - 1 } else { u32::MAX },
         references: at("sk_psock", &["refcnt", "refs", "counter"])?,
         queue: at("sk_psock", &["ingress_msg", "next"])?,
-        pad: 0,
     })
 }
 
@@ -86,6 +95,8 @@ pub enum State {
     Bulk,
     /// The reader fell behind too often.
     SlowReader,
+    /// One of the sockets has TLS in the kernel, or its owner asks to be told when messages were sent.
+    Special,
     /// A program of the pod has made a socket blocking in the midst of a conversation: it will do so again.
     Unfit,
     /// No memory or no room in the kernel.
@@ -105,6 +116,7 @@ impl State {
             Self::Blocking => "blocking",
             Self::Bulk => "bulk",
             Self::SlowReader => "slow_reader",
+            Self::Special => "special",
             Self::Unfit => "unfit",
             Self::Full => "full",
             Self::Gone => "gone",
@@ -116,6 +128,7 @@ impl State {
         match why {
             w if w == Why::Blocking as u32 => Self::Blocking,
             w if w == Why::SlowReader as u32 => Self::SlowReader,
+            w if w == Why::Special as u32 => Self::Special,
             _ => Self::Bulk,
         }
     }
@@ -188,6 +201,7 @@ fn tuple_ip(ip: IpAddr) -> [u8; 16] {
 /// Two sockets of this node that are each other's peers, to be accelerated when they are seen to be fit.
 #[derive(Debug, Clone)]
 pub struct Pair {
+    /// The proxy's, unless the two are of a direct connection.
     pub one: Place,
     pub other: Place,
     /// The direct connection they are, by the cookie of the first socket; 0 when they are of none.
@@ -195,7 +209,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Two sockets of one network namespace, by the addresses of one of them.
+    /// The proxy's socket and an application's in one network namespace, by the addresses of the proxy's.
     pub fn within(netns: &Arc<Netns>, local: SocketAddr, remote: SocketAddr) -> Self {
         let place = |local, remote| Place { netns: netns.clone(), local, remote };
         Self { one: place(local, remote), other: place(remote, local), flow: 0 }
@@ -527,6 +541,10 @@ impl Accelerator {
         if one.nonblocking == 0 || other.nonblocking == 0 {
             self.set(id, State::Blocking);
             // One that has talked like that is not waited for: it would be a program that changes its mind.
+            return Ok(young);
+        }
+        if one.special != 0 || other.special != 0 {
+            self.set(id, State::Special);
             return Ok(young);
         }
         if young {

@@ -5,9 +5,10 @@ use std::collections::HashMap;
 const MAGIC: u16 = 0xeb9f;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
+const ENUM: u32 = 6;
 const MODIFIERS: [u32; 5] = [8, 9, 10, 11, 18];
 
-/// The kernel's types, as far as they are needed: structures and what stands for them.
+/// The kernel's types, as far as they are needed: structures, enumerations and what stands for them.
 pub struct Btf<'b> {
     bytes: &'b [u8],
     strings: usize,
@@ -33,7 +34,7 @@ impl<'b> Btf<'b> {
             let index = btf.types.len();
             btf.types.push(at);
             let info = word(at + 4)?;
-            if kind(info) == STRUCT {
+            if matches!(kind(info), STRUCT | ENUM) {
                 btf.by_name.entry(btf.string(word(at)?)?).or_insert(index);
             }
             at += 12 + trailing(info)?;
@@ -44,6 +45,11 @@ impl<'b> Btf<'b> {
     /// The offset in bytes of a field of a structure, given as a path of member names: `["sk_backlog", "rmem_alloc"]`.
     /// Members of anonymous structures and unions count as the structure's own.
     pub fn offset(&self, structure: &str, path: &[&str]) -> Found<u32> {
+        self.field(structure, path).map(|(offset, _)| offset)
+    }
+
+    /// The offset of a field likewise, and its size in bytes.
+    pub fn field(&self, structure: &str, path: &[&str]) -> Found<(u32, u32)> {
         let mut at = *self.by_name.get(structure.as_bytes()).ok_or_else(|| format!("there is no struct {structure}"))?;
         let mut offset = 0;
         for name in path {
@@ -54,7 +60,23 @@ impl<'b> Btf<'b> {
         if offset % 8 != 0 {
             return Err(format!("{structure}.{} is a bit field", path.join(".")));
         }
-        Ok(offset / 8)
+        // Of a pointer there is none here, but its type.
+        let size = self.types.get(at).map_or(Ok(0), |at| read(self.bytes, at + 8))?;
+        Ok((offset / 8, size))
+    }
+
+    /// The number an enumeration gives to a name.
+    pub fn enumerator(&self, enumeration: &str, name: &str) -> Found<u32> {
+        let none = || format!("there is no {name} in enum {enumeration}");
+        let at = self.by_name.get(enumeration.as_bytes()).and_then(|index| self.types.get(*index)).ok_or_else(none)?;
+        let info = read(self.bytes, at + 4)?;
+        for i in 0..(info & 0xffff) as usize {
+            let one = at + 12 + i * 8;
+            if kind(info) == ENUM && self.string(read(self.bytes, one)?)? == name.as_bytes() {
+                return read(self.bytes, one + 4);
+            }
+        }
+        Err(none())
     }
 
     /// A member's offset in bits, and its type's number.
@@ -135,6 +157,10 @@ mod tests {
         assert!(btf.offset("sock", &["sk_backlog", "rmem_alloc"]).expect("found") >= backlog);
         // Through anonymous unions and structures.
         assert!(btf.offset("sock", &["__sk_common", "skc_daddr"]).is_ok());
+        assert_eq!(btf.field("sock", &["sk_backlog", "rmem_alloc", "counter"]).map(|(_, size)| size), Ok(4));
+        assert_eq!(btf.enumerator("sock_flags", "SOCK_DEAD"), Ok(0));
+        assert!(btf.enumerator("sock_flags", "SOCK_ZEROCOPY").is_ok_and(|bit| bit > 0 && bit < 64));
+        assert!(btf.enumerator("sock_flags", "NO_SUCH").is_err() && btf.enumerator("sock", "NO_SUCH").is_err());
         assert_eq!(btf.offset("sock", &["no_such"]), Err("struct sock has no no_such".into()));
         assert_eq!(btf.offset("no_such", &["x"]), Err("there is no struct no_such".into()));
         for cut in [0, 3, 23, 24, 100, 5000] {

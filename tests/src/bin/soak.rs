@@ -5,14 +5,17 @@
 use std::{
     io::{self, Read, Write},
     net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use mesh_tests::pattern;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::{
+    epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags},
+    socket::{ControlMessageOwned, MsgFlags, recvmsg, send},
+};
 use serde_json::json;
 
 #[derive(Parser)]
@@ -37,6 +40,14 @@ enum Command {
     /// Exchange BYTES in turns, the first half of them without blocking and the rest with a socket that was made blocking; print how
     /// much came back.
     Flip { to: SocketAddr, bytes: u64 },
+    /// Exchange BYTES in turns, sending without a copy (`MSG_ZEROCOPY`), the first half only if not --late; print how many of those
+    /// sends were made, and of how many the kernel has said that they are done.
+    Zerocopy {
+        to: SocketAddr,
+        bytes: u64,
+        #[arg(long)]
+        late: bool,
+    },
     /// Send BYTES on each of CONNECTIONS and check what comes back; with --turns no message before the last one came back.
     Run {
         to: SocketAddr,
@@ -63,6 +74,10 @@ fn main() -> Result<()> {
         }
         Command::Flip { to, bytes } => {
             println!("{}", flip(to, bytes).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
+            Ok(())
+        }
+        Command::Zerocopy { to, bytes, late } => {
+            println!("{}", zerocopy(to, bytes, late).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
             Ok(())
         }
         Command::Run { to, connections, bytes, turns } => {
@@ -331,6 +346,58 @@ fn flip(to: SocketAddr, bytes: u64) -> Result<serde_json::Value> {
     stream.shutdown(Shutdown::Write)?;
     anyhow::ensure!(stream.read(&mut buffer)? == 0, "more than was sent");
     Ok(json!({"read": done}))
+}
+
+fn allow_zerocopy(stream: &TcpStream) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: a descriptor that lives on, an integer and its size.
+    let ret = unsafe { libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ZEROCOPY, (&raw const on).cast(), 4) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn zerocopy(to: SocketAddr, bytes: u64, late: bool) -> Result<serde_json::Value> {
+    let mut stream = TcpStream::connect(to)?;
+    stream.set_nodelay(true)?;
+    stream.set_nonblocking(true)?;
+    let (mut done, mut sent, mut piece, mut buffer) = (0, None, [0; 500], [0; 500]);
+    while done < bytes {
+        if sent.is_none() && (!late || done >= bytes / 2) {
+            allow_zerocopy(&stream)?;
+            sent = Some(0_u64);
+        }
+        pattern::fill(&mut piece, done);
+        let flags = if sent.is_some() { MsgFlags::from_bits_retain(libc::MSG_ZEROCOPY) } else { MsgFlags::empty() };
+        anyhow::ensure!(send(stream.as_raw_fd(), &piece, flags)? == piece.len(), "no room for {} bytes", piece.len());
+        sent = sent.map(|n| n + 1);
+        let mut got = 0;
+        while got < piece.len() {
+            match stream.read(&mut buffer[got..]) {
+                Ok(0) => anyhow::bail!("ended at {done}"),
+                Ok(n) => got += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(1)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        anyhow::ensure!(buffer == piece, "bytes after {done} are wrong");
+        done += got as u64;
+    }
+    let (mut told, patience) = (0, Instant::now() + Duration::from_secs(2));
+    while sent.is_some_and(|sent| told < sent) && Instant::now() < patience {
+        let mut control = nix::cmsg_space!([u8; 64]);
+        match recvmsg::<()>(stream.as_raw_fd(), &mut [], Some(&mut control), MsgFlags::MSG_ERRQUEUE) {
+            Ok(message) => {
+                for one in message.cmsgs()? {
+                    if let ControlMessageOwned::Ipv4RecvErr(error, _) | ControlMessageOwned::Ipv6RecvErr(error, _) = one {
+                        // From one send to another.
+                        told += u64::from(error.ee_data - error.ee_info) + 1;
+                    }
+                }
+            }
+            Err(nix::Error::EAGAIN) => std::thread::sleep(Duration::from_millis(5)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(json!({"read": done, "sent": sent, "told": told}))
 }
 
 fn flood(to: SocketAddr, after: u64) -> Result<serde_json::Value> {
