@@ -45,6 +45,10 @@ fn digit(n: u32) -> char {
 
 /// A number behind a text.
 pub fn push_number(mut n: u64, text: &mut String) {
+    if n < 10 {
+        text.push(char::from(b'0' + u8::try_from(n).unwrap_or(0)));
+        return;
+    }
     let mut digits = [b'0'; 20];
     let mut at = digits.len();
     loop {
@@ -88,26 +92,33 @@ fn push_v6(ip: Ipv6Addr, text: &mut String) {
             (first, length) = (i + 1 - run, run);
         }
     }
-    let push = |groups: &[u16], text: &mut String| {
-        for (i, group) in groups.iter().enumerate() {
-            if i > 0 {
-                text.push(':');
-            }
-            push_hex(*group, text);
-        }
-    };
     if length < 2 {
-        return push(&groups, text);
+        (first, length) = (groups.len(), 0);
     }
-    push(&groups[..first], text);
-    text.push_str("::");
-    push(&groups[first + length..], text);
-}
-
-fn push_hex(n: u16, text: &mut String) {
-    for shift in [12, 8, 4, 0].into_iter().skip_while(|shift| *shift > 0 && n >> shift == 0) {
-        text.push(char::from_digit(u32::from(n >> shift & 0xf), 16).unwrap_or('0'));
+    // Eight groups of four digits, and what is between them.
+    let (mut digits, mut n) = ([0_u8; 40], 0);
+    let mut push = |byte: u8| {
+        digits[n] = byte;
+        n += 1;
+    };
+    for (i, group) in groups.into_iter().enumerate() {
+        if i == first {
+            push(b':');
+        }
+        if (first..first + length).contains(&i) {
+            continue;
+        }
+        if i > 0 {
+            push(b':');
+        }
+        let significant = (16 - (group | 1).leading_zeros()).div_ceil(4);
+        (0..significant).rev().for_each(|digit| push(b"0123456789abcdef"[usize::from(group >> (4 * digit) & 0xf)]));
     }
+    if length > 0 && first + length == groups.len() {
+        push(b':');
+    }
+    // Digits are text.
+    text.push_str(std::str::from_utf8(&digits[..n]).unwrap_or_default());
 }
 
 /// The same, with its port.

@@ -324,7 +324,7 @@ fn telemetry(bench: &Bench) -> Result<()> {
         ..PodSpec::new(name, node)
     };
     let [client, ..] = bed.meshed([PodSpec::new("client", 0), server("near", 0), server("far", 1)])?;
-    let mut results: BTreeMap<(&str, u32, &str), Vec<f64>> = BTreeMap::new();
+    let mut results: BTreeMap<(&str, u32, &str), Vec<(f64, f64)>> = BTreeMap::new();
     for round in 0..bench.rounds {
         for (way, spec) in WAYS {
             let yaml = format!(
@@ -334,7 +334,10 @@ fn telemetry(bench: &Bench) -> Result<()> {
             bed.settle()?;
             for (place, url) in PLACES {
                 for connections in [1, 16, 64] {
-                    results.entry((place, connections, way)).or_default().push(wrk(&bed, &client, url, connections, bench.seconds, false)?);
+                    let before = ticks(&bed)?;
+                    let rate = wrk(&bed, &client, url, connections, bench.seconds, false)?;
+                    let cpu = (ticks(&bed)? - before) * 10.0 / (rate * f64::from(bench.seconds) / 1000.0);
+                    results.entry((place, connections, way)).or_default().push((rate, cpu));
                 }
             }
             std::fs::OpenOptions::new().write(true).truncate(true).create(true).open(&log)?;
@@ -342,13 +345,16 @@ fn telemetry(bench: &Bench) -> Result<()> {
         eprintln!("round {} of {} done", round + 1, bench.rounds);
     }
     println!(
-        "{:<26} {:>12} {:>12} {:>16} {:>14} {:>22}",
-        "requests/s", "off", "metrics", "metrics and log", "metrics/off", "metrics and log/off"
+        "{:<26} {:>12} {:>12} {:>16} {:>14} {:>22} {:>30}",
+        "requests/s; CPU", "off", "metrics", "metrics and log", "metrics/off", "metrics and log/off", "ms CPU of 1,000 requests"
     );
     for ((place, _), connections) in PLACES.into_iter().flat_map(|place| [1, 16, 64].map(|n| (place, n))) {
-        let [off, metrics, both] = WAYS.map(|(way, _)| median(&results[&(place, connections, way)]));
+        let of = |value: fn(&(f64, f64)) -> f64| {
+            WAYS.map(|(way, _)| median(&results[&(place, connections, way)].iter().map(value).collect::<Vec<_>>()))
+        };
+        let ([off, metrics, both], cpu) = (of(|r| r.0), of(|r| r.1).map(|ms| format!("{ms:.1}")).join(", "));
         let what = format!("{place}, {connections} connections");
-        println!("{what:<26} {off:>12.0} {metrics:>12.0} {both:>16.0} {:>14.2} {:>22.2}", metrics / off, both / off);
+        println!("{what:<26} {off:>12.0} {metrics:>12.0} {both:>16.0} {:>14.2} {:>22.2} {cpu:>30}", metrics / off, both / off);
     }
     let count = |result: &str| {
         let of = |node: usize| bed.nodes()[node].metric("mesh_access_log_lines_total", &[&format!("result=\"{result}\"")]);

@@ -76,6 +76,12 @@ impl<'s> Forward<'s> {
     fn as_dialled(cluster: Arc<Cluster>, snapshot: &'s Snapshot, source: &'s Arc<Workload>, dialled: &'s ObjectName) -> Self {
         Self { cluster, rule: None, destination: None, cors: None, snapshot, source, dialled }
     }
+
+    /// Whether the route says to.
+    fn changes_headers(&self) -> bool {
+        let changes = self.rule.map(|r| &r.headers.request).into_iter().chain(self.destination.map(|d| &d.headers.request));
+        changes.into_iter().any(|changes| !changes.is_empty())
+    }
 }
 
 /// What CORS adds to a response.
@@ -316,10 +322,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         original: Option<HeaderValue>,
         mirrors: Vec<Arc<Cluster>>,
     ) -> End {
+        let changed = original.is_some() || forward.changes_headers();
         if let Some(original) = original {
             head.headers.insert(headers::ORIGINAL_PATH.clone(), original);
         }
-        self.record.sent(&head);
+        self.record.sent(&head, changed);
         self.record.cluster = Some(forward.cluster.clone());
         let state = self.down.pod.clusters.of(&forward.cluster);
         let Some(_request) = state.begin(Limited::Requests, forward.cluster.policy.http.max_requests) else {

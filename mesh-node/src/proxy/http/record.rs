@@ -78,6 +78,8 @@ pub struct Record {
     denied: bool,
     /// The trace it belongs to, if the workload's requests are traced.
     trace: Option<u128>,
+    /// Headers are to say of it something else than they did.
+    retraced: bool,
     traced: Option<Box<Traced>>,
     /// The name of the workload, if somebody looks at it.
     watched: Option<String>,
@@ -163,6 +165,7 @@ impl Record {
             mutual_tls: false,
             denied: false,
             trace: None,
+            retraced: false,
             traced: None,
             watched: None,
         }
@@ -199,7 +202,8 @@ impl Record {
             self.traced = Some(Box::new(Traced::new(&onward, &head.headers, workload, spans)));
             self.keep(head, &Wanted::All);
         }
-        (!onward.is_said()).then_some(onward)
+        self.retraced = !onward.is_said();
+        self.retraced.then_some(onward)
     }
 
     /// Takes down whose request it is, where there is no more to say of it.
@@ -260,12 +264,21 @@ impl Record {
         }
     }
 
-    /// Takes down what the request became on its way: logs tell that, as Envoy's do.
-    pub fn sent(&mut self, head: &RequestHead) {
+    /// Takes down what the request became on its way: logs tell that, as Envoy's do. `changed`: its headers are not all what they were.
+    pub fn sent(&mut self, head: &RequestHead, changed: bool) {
         let Some(described) = &mut self.described else { return };
-        described.authority = head.authority.clone();
-        if !matches!(described.path, Target::None) {
+        let renamed = described.authority != head.authority;
+        if renamed {
+            described.authority = head.authority.clone();
+        }
+        if let Target::Path(path) = &described.path
+            && *path != head.target
+        {
             described.sent = Some(head.target.clone());
+        }
+        // With another authority comes a header that says so.
+        if !changed && !renamed && !self.retraced {
+            return;
         }
         let wanted = self.reporting.as_ref().map(|r| &told(r, self.reporter).asks.request);
         described.headers = match (&described.headers, wanted) {

@@ -399,7 +399,7 @@ impl Named {
 }
 
 impl Operator {
-    #[inline]
+    #[inline(always)]
     pub(super) fn value<'e>(self, entry: &'e Entry<'_>, program: &Program) -> Option<Operand<'e>> {
         let value = match self.what {
             What::Plain(plain) => plain.value(entry),
@@ -425,7 +425,7 @@ impl Operator {
 const SERVICE_TIME: &str = "x-envoy-upstream-service-time";
 
 impl Plain {
-    #[inline]
+    #[inline(always)]
     fn value<'e>(self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
         let text = |t: Option<&'e str>| t.filter(|t| !t.is_empty()).map(|t| Operand::Text(Cow::Borrowed(t)));
         let address = |a: Option<SocketAddr>| a.map(Operand::Address);
