@@ -1,10 +1,11 @@
 //! JSON Web Tokens: read, checked and verified with a set of keys. Pure; time and keys are arguments.
 //!
 //! RFC 7515 (signatures), 7517 (keys), 7518 (algorithms), 7519 (claims). What is accepted, in which order it is checked and
-//! the words of every refusal are Envoy's `jwt_authn`, as recorded. Only asymmetric algorithms exist here, so neither `none`
-//! nor a public key used as an HMAC secret can verify anything.
+//! the words of every refusal are Envoy's `jwt_authn`; a test compares them with a real one. Only asymmetric algorithms verify
+//! anything here: neither `none` nor a public key used as an HMAC secret does.
 
 mod keys;
+mod object;
 mod token;
 
 use std::time::{Duration, SystemTime};
@@ -30,7 +31,7 @@ pub enum Fault {
     Algorithm,
     #[error("Jwt header [alg] is not supported")]
     UnknownAlgorithm,
-    #[error("Jwt header [kid] field must be a string")]
+    #[error("Jwt header [kid] field is not a string")]
     KeyId,
     #[error("Jwt header [crit] names an extension that is not supported")]
     Critical,
@@ -38,19 +39,21 @@ pub enum Fault {
     PayloadBase64,
     #[error("Jwt payload is an invalid JSON")]
     PayloadJson,
-    #[error("Jwt payload [iss] field must be a string")]
+    #[error("Jwt payload [iss] field is not a string")]
     Issuer,
-    #[error("Jwt payload [sub] field must be a string")]
+    #[error("Jwt payload [sub] field is not a string")]
     Subject,
-    #[error("Jwt payload [iat] field must be an integer")]
+    #[error("Jwt payload [iat] field is not an integer")]
     IssuedAt,
-    #[error("Jwt payload [nbf] field must be an integer")]
+    #[error("Jwt payload [nbf] field is not an integer")]
     NotBefore,
-    #[error("Jwt payload [exp] field must be an integer")]
+    #[error("Jwt payload [exp] field is not an integer")]
     Expiry,
-    #[error("Jwt payload [jti] field must be a string")]
+    #[error("Jwt payload [{0}] field is not a positive 64 bit integer")]
+    Range(&'static str),
+    #[error("Jwt payload [jti] field is not a string")]
     Id,
-    #[error("Jwt payload [aud] field must be a string or string list")]
+    #[error("Jwt payload [aud] field is not a string or string list")]
     AudienceType,
     #[error("Jwt signature is an invalid Base64url encoded")]
     SignatureBase64,

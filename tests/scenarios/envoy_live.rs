@@ -23,6 +23,8 @@ struct Case {
     answer: Answer,
     /// Rules of a `VirtualService` for `@host`, and the same for Envoy with `@cluster`.
     routes: Option<(Value, Value)>,
+    /// Envoy's filters before the usual ones.
+    filters: Vec<Value>,
 }
 
 /// What one proxy made of it.
@@ -44,8 +46,12 @@ struct Wanted {
 mod cases;
 #[path = "envoy_live/http2.rs"]
 mod http2;
+#[path = "envoy_live/policies.rs"]
+mod policies;
 #[path = "envoy_live/routes.rs"]
 mod routes;
+#[path = "envoy_live/tokens.rs"]
+mod tokens;
 
 fn vip(index: usize) -> SocketAddr {
     SocketAddr::from(([10, 98, u8::try_from(index / 200).expect("few cases"), u8::try_from(index % 200 + 1).expect("small")], 80))
@@ -98,7 +104,8 @@ struct Side {
 }
 
 async fn run(cases: &[Case], reached: &[Reached], addresses: Vec<SocketAddr>, engine: Option<(Arc<Engine>, Way)>) -> Side {
-    let room = Arc::new(Semaphore::new(8));
+    // Of those about policies nothing depends on when what comes.
+    let room = Arc::new(Semaphore::new(if cases.iter().all(|c| c.filters.is_empty()) { 8 } else { 24 }));
     let mut tasks = Vec::new();
     for (case, address) in cases.iter().cloned().zip(addresses) {
         let (room, engine) = (room.clone(), engine.clone());
@@ -134,7 +141,7 @@ async fn of_envoy(cases: &[Case]) -> Side {
     let (reached, addresses) = upstreams(cases).await;
     let listener = |(case, upstream): (&Case, &SocketAddr)| {
         let routes = case.routes.as_ref().map(|(_, routes)| named(routes, "@cluster", &case.name));
-        Listener { name: case.name.clone(), upstream: *upstream, http2: false, routes }
+        Listener { name: case.name.clone(), upstream: *upstream, http2: false, routes, filters: case.filters.clone() }
     };
     let listeners = cases.iter().zip(&addresses).map(listener).collect::<Vec<_>>();
     let envoy = Envoy::start(&listeners, &format()).await.expect("Envoy");
@@ -158,7 +165,7 @@ fn logging(path: &Path, format: &Value) -> Vec<Value> {
     ]
 }
 
-async fn of_mesh(cases: &[Case], way: Way) -> Side {
+async fn of_mesh(cases: &[Case], way: Way, policies: &[Value]) -> Side {
     let (reached, addresses) = upstreams(cases).await;
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("access.log");
@@ -171,9 +178,8 @@ async fn of_mesh(cases: &[Case], way: Way) -> Side {
         }
     }
     if way == Way::In {
-        // Who asks about requests has them read.
-        let policy = json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]});
-        documents.extend([server_pod(), security("AuthorizationPolicy", "p", &policy)]);
+        documents.push(server_pod());
+        documents.extend_from_slice(policies);
     }
     let engine = Arc::new(Engine::start(&documents).await.expect("engine"));
     let at = if way == Way::In { addresses } else { (0..cases.len()).map(vip).collect() };
@@ -224,6 +230,39 @@ async fn a_real_envoy_makes_the_same_of_http2() {
     report(&listed.judge(&compared), compared.len());
 }
 
+/// Into a pod with policies. Logs are compared in what they say of the answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_policies() {
+    let _turn = TURN.lock().await;
+    let only = std::env::var("CASE").ok();
+    let listed = Listed::read(include_str!("../corpora/envoy_policies_differences.json"));
+    let (mut cases, mut mesh) = (Vec::new(), Vec::new());
+    for group in policies::all() {
+        let with_filters = |c: Case| Case { filters: group.filters.clone(), ..c };
+        let own =
+            group.cases.into_iter().filter(|c| only.as_ref().is_none_or(|o| c.name.contains(o))).map(with_filters).collect::<Vec<_>>();
+        if !own.is_empty() {
+            mesh.extend(of_mesh(&own, Way::In, &group.policies).await.outcomes);
+        }
+        cases.extend(own);
+    }
+    listed.check(only.is_none(), |name| cases.iter().any(|c| c.name == name));
+    let mut envoy = of_envoy(&cases).await.outcomes;
+    envoy.iter_mut().chain(&mut mesh).for_each(of_the_answer);
+    let all = cases.iter().zip(envoy.iter().zip(&mesh)).map(|(case, (envoy, mesh))| (&*case.name, envoy, mesh));
+    report(&listed.judge(&all.collect::<Vec<_>>()), cases.len());
+}
+
+fn of_the_answer(outcome: &mut Outcome) {
+    let log = std::mem::take(&mut outcome.log);
+    of_either_end(outcome);
+    let lines = log.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    outcome.log = lines.map(|line| format!("{} {} {}", line["code"], line["flags"], line["details"])).collect();
+}
+
+/// One after the other: what comes when is a part of what is compared.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 /// What does not depend on which end of the mesh reads it.
 fn of_either_end(outcome: &mut Outcome) {
     let added = ["x-envoy-", "x-forwarded-proto=", "x-request-id=", "connection=close;"];
@@ -237,8 +276,6 @@ fn of_either_end(outcome: &mut Outcome) {
 }
 
 async fn compare(cases: Vec<Case>, way: Way, listed: &str) {
-    // One after the other: what comes when is a part of what is compared.
-    static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
     let all = cases.into_iter().filter(|c| only.as_ref().is_none_or(|o| c.name.contains(o))).collect::<Vec<_>>();
@@ -252,7 +289,10 @@ async fn compare(cases: Vec<Case>, way: Way, listed: &str) {
 }
 
 async fn compared(cases: &[Case], way: Way, listed: &Listed) -> Vec<(String, String)> {
-    let (mut envoy, mut mesh) = (of_envoy(cases).await, of_mesh(cases, way).await);
+    // Who asks about requests has them read.
+    let policy =
+        security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
+    let (mut envoy, mut mesh) = (of_envoy(cases).await, of_mesh(cases, way, &[policy]).await);
     if way == Way::In {
         envoy.outcomes.iter_mut().chain(&mut mesh.outcomes).for_each(of_either_end);
     }

@@ -170,7 +170,7 @@ fn rows(issuer: &Issuer) -> Vec<Row> {
             .bearer(&with(&json!({"aud": "svc-b"})))
             .refused(403, "Audiences in Jwt are not allowed"),
         Row::jwt("j_algnone", &jw).bearer(&no_algorithm).refused(401, form),
-        Row::jwt("hmac with a public key", &jw).bearer(&hmac).refused(401, "Jwt header [alg] is not supported"),
+        Row::jwt("hmac with a public key", &jw).bearer(&hmac).refused(401, "Jwks doesn't have key to match kid or alg from Jwt"),
         Row::jwt("j_miss_allow_missing", &jw),
         Row::jwt("j_basic (Istio lets it pass)", &jw).header("authorization", "Basic abc").saw("authorization", "Basic abc"),
         Row::jwt("lower case scheme", &jw).header("authorization", &format!("bearer {good}")),

@@ -35,6 +35,8 @@ pub struct Listener {
     pub http2: bool,
     /// In place of Istio's default route.
     pub routes: Option<Value>,
+    /// Filters before the others.
+    pub filters: Vec<Value>,
 }
 
 /// Where `cargo xtask test` puts Envoy.
@@ -116,13 +118,13 @@ async fn listening(admin: &str) -> Result<HashMap<String, SocketAddr>> {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).await?;
     let text = raw::body(&bytes).context("no answer")?;
-    let lines = text.lines().filter_map(|l| l.split_once("::"));
+    let lines = text.lines().filter_map(|l| l.rsplit_once("::"));
     Ok(lines.filter_map(|(name, address)| Some((name.to_owned(), address.trim().parse().ok()?))).collect())
 }
 
 /// A configuration with one hop from a port of loopback to an upstream, and no access log: what a sidecar is to its pod's requests.
 pub fn hop(port: u16, upstream: SocketAddr) -> Value {
-    let of = Listener { name: "hop".to_owned(), upstream, http2: false, routes: None };
+    let of = Listener { name: "hop".to_owned(), upstream, http2: false, routes: None, filters: Vec::new() };
     let at = json!({"socket_address": {"address": "127.0.0.1", "port_value": port}});
     let mut listener = listener(&of, &json!({}), Path::new("/dev/null"), &at);
     listener["filter_chains"][0]["filters"][0]["typed_config"]["access_log"] = json!([]);
@@ -150,6 +152,11 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
         "host_selection_retry_max_attempts": "5"}});
     let default = || json!([{"name": "default", "match": {"prefix": "/"}, "route": action}]);
     let routes = of.routes.clone().unwrap_or_else(default);
+    let usual = [
+        json!({"name": "envoy.filters.http.fault", "typed_config": {"@type": format!("{TYPES}.filters.http.fault.v3.HTTPFault")}}),
+        json!({"name": "envoy.filters.http.cors", "typed_config": {"@type": format!("{TYPES}.filters.http.cors.v3.Cors")}}),
+        json!({"name": "envoy.filters.http.router", "typed_config": {"@type": format!("{TYPES}.filters.http.router.v3.Router")}}),
+    ];
     let manager = json!({
         "@type": format!("{TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager"),
         "stat_prefix": "outbound", "use_remote_address": false, "normalize_path": true, "stream_idle_timeout": "0s",
@@ -158,10 +165,7 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
             "path": path, "log_format": {"json_format": log}}}],
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "include_request_attempt_count": true,
             "routes": routes}]},
-        "http_filters": [
-            {"name": "envoy.filters.http.fault", "typed_config": {"@type": format!("{TYPES}.filters.http.fault.v3.HTTPFault")}},
-            {"name": "envoy.filters.http.cors", "typed_config": {"@type": format!("{TYPES}.filters.http.cors.v3.Cors")}},
-            {"name": "envoy.filters.http.router", "typed_config": {"@type": format!("{TYPES}.filters.http.router.v3.Router")}}],
+        "http_filters": of.filters.iter().chain(&usual).collect::<Vec<_>>(),
     });
     json!({"name": of.name, "address": any,
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}]})

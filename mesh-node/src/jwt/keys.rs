@@ -13,7 +13,7 @@ use super::Fault;
 /// Most keys of a set that are looked at.
 const MAX_KEYS: usize = 100;
 
-/// A signature algorithm of RFC 7518 and 8037. Symmetric ones are left out on purpose.
+/// A signature algorithm of RFC 7518 and 8037.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Algorithm {
     Rs256,
@@ -26,6 +26,8 @@ pub(super) enum Algorithm {
     Es384,
     Es512,
     EdDsa,
+    /// Symmetric: known, and on purpose no key is for it.
+    Hmac,
 }
 
 impl Algorithm {
@@ -41,6 +43,7 @@ impl Algorithm {
             "ES384" => Self::Es384,
             "ES512" => Self::Es512,
             "EdDSA" => Self::EdDsa,
+            "HS256" | "HS384" | "HS512" => Self::Hmac,
             _ => return None,
         })
     }
@@ -53,7 +56,7 @@ impl Algorithm {
             Self::Ps256 => &RSA_PSS_2048_8192_SHA256,
             Self::Ps384 => &RSA_PSS_2048_8192_SHA384,
             Self::Ps512 => &RSA_PSS_2048_8192_SHA512,
-            Self::Es256 | Self::Es384 | Self::Es512 | Self::EdDsa => return None,
+            Self::Es256 | Self::Es384 | Self::Es512 | Self::EdDsa | Self::Hmac => return None,
         })
     }
 }

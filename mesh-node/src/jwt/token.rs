@@ -3,13 +3,21 @@
 use base64::{Engine as _, alphabet::URL_SAFE, engine::DecodePaddingMode, engine::GeneralPurpose, engine::GeneralPurposeConfig};
 use serde_json::{Map, Value};
 
-use super::{Fault, Keys, keys::Algorithm};
+use super::{Fault, Keys, keys::Algorithm, object};
 
 /// Longest token looked at, bytes. A request's whole head is bounded by little more.
 pub const MAX_TOKEN: usize = 32 * 1024;
 
 const BASE64: GeneralPurpose =
     GeneralPurpose::new(&URL_SAFE, GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent));
+
+/// Padding may be left out, but not in part.
+fn decode(text: &str, fault: Fault) -> Result<Vec<u8>, Fault> {
+    if text.ends_with('=') && !text.len().is_multiple_of(4) {
+        return Err(fault);
+    }
+    BASE64.decode(text).map_err(|_| fault)
+}
 
 /// A token as it was read: nothing in it may be believed before it is verified.
 #[derive(Debug, Clone)]
@@ -36,8 +44,7 @@ impl Token {
         if header.is_empty() || payload.is_empty() || signature.is_empty() || text.len() > MAX_TOKEN {
             return Err(Fault::Form);
         }
-        let header_json: Map<String, Value> =
-            serde_json::from_slice(&BASE64.decode(header).map_err(|_| Fault::HeaderBase64)?).map_err(|_| Fault::HeaderJson)?;
+        let header_json = object::parse(&decode(header, Fault::HeaderBase64)?).ok_or(Fault::HeaderJson)?;
         let algorithm = header_json.get("alg").and_then(Value::as_str).ok_or(Fault::Algorithm)?;
         let algorithm = Algorithm::named(algorithm).ok_or(Fault::UnknownAlgorithm)?;
         let key_id = match header_json.get("kid") {
@@ -49,8 +56,7 @@ impl Token {
         if header_json.contains_key("crit") {
             return Err(Fault::Critical);
         }
-        let decoded = BASE64.decode(payload).map_err(|_| Fault::PayloadBase64)?;
-        let claims: Map<String, Value> = serde_json::from_slice(&decoded).map_err(|_| Fault::PayloadJson)?;
+        let claims = object::parse(&decode(payload, Fault::PayloadBase64)?).ok_or(Fault::PayloadJson)?;
         check_text(&claims, "iss", Fault::Issuer)?;
         check_text(&claims, "sub", Fault::Subject)?;
         time(&claims, "iat", Fault::IssuedAt)?;
@@ -65,7 +71,7 @@ impl Token {
         if !audiences {
             return Err(Fault::AudienceType);
         }
-        let signature_bytes = BASE64.decode(signature).map_err(|_| Fault::SignatureBase64)?;
+        let signature_bytes = decode(signature, Fault::SignatureBase64)?;
         let signed = text[..header.len() + 1 + payload.len()].to_owned();
         let payload = payload.trim_end_matches('=').to_owned();
         Ok(Self { algorithm, key_id, payload, claims, signed, signature: signature_bytes, not_before, expiry })
@@ -101,13 +107,14 @@ fn check_text(claims: &Map<String, Value>, name: &str, fault: Fault) -> Result<(
     claims.get(name).is_none_or(Value::is_string).then_some(()).ok_or(fault)
 }
 
-/// A time in seconds; some issuers write a fraction, which is cut off. Negative and unbounded ones are no times.
-fn time(claims: &Map<String, Value>, name: &str, fault: Fault) -> Result<Option<u64>, Fault> {
+/// A time in seconds; some issuers write a fraction, which is cut off.
+fn time(claims: &Map<String, Value>, name: &'static str, fault: Fault) -> Result<Option<u64>, Fault> {
     let Some(value) = claims.get(name) else { return Ok(None) };
     if let Some(seconds) = value.as_u64() {
         return Ok(Some(seconds));
     }
+    let seconds = value.as_f64().ok_or(fault)?;
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "in range: checked just before")]
-    let cut = value.as_f64().filter(|s| (0.0..9e15).contains(s)).map(|s| s as u64);
-    cut.map(Some).ok_or(fault)
+    let cut = (0.0..9.2e18).contains(&seconds).then_some(seconds as u64);
+    cut.map(Some).ok_or(Fault::Range(name))
 }

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::{
     jwt::{Expected, Fault, Keys, Token},
     resource::request_authentication::{JwtRule, Location},
-    route::request::{RequestHead, cookie, query_parameter, without_parameter},
+    route::request::{RequestHead, cookie, decoded_parameter, without_parameter},
 };
 
 /// Claims that hold words separated by spaces, whatever the rule says (RFC 8693 section 4.2).
@@ -83,20 +83,26 @@ pub struct Found<'a> {
 
 /// All tokens at the places a rule names.
 pub fn locate<'a>(rule: &'a JwtRule, head: &RequestHead) -> Vec<Found<'a>> {
-    let at = |location: &'a Location| {
-        let text = match location {
-            Location::Header(name, prefix) => token_in_header(&head.headers, name, prefix),
-            Location::Parameter(name) => head.query().and_then(|q| query_parameter(q, name)).map(str::to_owned),
-            Location::Cookie(name) => cookie(&head.headers, name).map(str::to_owned),
-        };
-        text.filter(|t| !t.is_empty()).map(|text| Found { location, text })
-    };
-    rule.locations.iter().filter_map(at).collect()
+    rule.locations.iter().flat_map(|location| locate_at(location, head)).collect()
 }
 
-/// Repeated headers count as one, joined by commas, as Envoy reads them: no token can be hidden behind another.
-fn token_in_header(headers: &HeaderMap, name: &HeaderName, prefix: &str) -> Option<String> {
+fn locate_at<'a>(location: &'a Location, head: &RequestHead) -> Vec<Found<'a>> {
+    let texts = match location {
+        Location::Header(name, prefix) => tokens_in_header(&head.headers, name, prefix).unwrap_or_default(),
+        // One without a value is a token that is none.
+        Location::Parameter(name) => head.query().and_then(|q| decoded_parameter(q, name)).into_iter().collect(),
+        Location::Cookie(name) => cookie(&head.headers, name).map(str::to_owned).into_iter().collect(),
+    };
+    texts.into_iter().map(|text| Found { location, text }).collect()
+}
+
+/// Every value of a header is a token; with a prefix, repeated headers count as one, joined by commas. As Envoy reads them: no token
+/// can be hidden behind another.
+fn tokens_in_header(headers: &HeaderMap, name: &HeaderName, prefix: &str) -> Option<Vec<String>> {
     let mut all = headers.get_all(name).iter();
+    if prefix.is_empty() {
+        return Some(all.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()).collect());
+    }
     let first = all.next()?;
     let value = all.fold(first.as_bytes().to_vec(), |mut joined, next| {
         joined.push(b',');
@@ -104,9 +110,10 @@ fn token_in_header(headers: &HeaderMap, name: &HeaderName, prefix: &str) -> Opti
         joined
     });
     let value = String::from_utf8(value).ok()?;
-    // Envoy looks for the prefix anywhere in the value; what follows it is the token.
-    let at = value.find(prefix)?;
-    Some(value[at + prefix.len()..].trim().to_owned())
+    // Envoy looks for the prefix anywhere in the value; what follows it is the token, from the first character that may be in one.
+    let (_, after) = value.split_once(prefix)?;
+    let token = after.trim_start_matches(|c: char| !c.is_ascii_alphanumeric() && !matches!(c, '-' | '_' | '.'));
+    Some(vec![token.trim_end().to_owned()])
 }
 
 /// What became of the tokens of a request.
@@ -138,21 +145,55 @@ impl Authenticated {
                 }
             }
         }
-        if any_invalid { Err(Refused { fault: told }) } else { Ok(Self::default()) }
+        if !any_invalid {
+            return Ok(Self::default());
+        }
+        if rules.len() > 1 {
+            // No rule takes all of them; each may be taken by its own.
+            match verify_each(rules, head, now) {
+                Ok(Some(claims)) => return Ok(Self { claims: Some(claims) }),
+                Err(fault) if matches!(told, Fault::Missing | Fault::UnknownIssuer) => told = fault,
+                Ok(None) | Err(_) => {}
+            }
+        }
+        Err(Refused { fault: told })
     }
+}
+
+/// Every token, wherever a rule may have it, must be one that the rule of its issuer takes; the first of them is returned.
+fn verify_each(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead, now: SystemTime) -> Result<Option<Verified>, Fault> {
+    let mut locations: Vec<&Location> = Vec::new();
+    for location in rules.iter().flat_map(|(rule, _)| &rule.locations) {
+        if !locations.contains(&location) {
+            locations.push(location);
+        }
+    }
+    let mut first = None;
+    for found in locations.into_iter().flat_map(|location| locate_at(location, head)) {
+        let token = Token::parse(&found.text)?;
+        let own = rules.iter().find(|(rule, _)| *rule.issuer == *token.issuer() && rule.locations.contains(found.location));
+        let (rule, keys) = own.ok_or(Fault::UnknownIssuer)?;
+        accept(&token, rule, keys.as_deref(), now)?;
+        first.get_or_insert_with(|| Verified { token, rule: (*rule).clone() });
+    }
+    Ok(first)
 }
 
 /// All tokens at a rule's places must be its valid ones; the first of them is returned.
 fn verify(rule: &JwtRule, keys: Option<&Keys>, head: &RequestHead, now: SystemTime) -> Result<Option<Token>, Fault> {
-    let expected = Expected { issuer: rule.issuer.to_string(), audiences: rule.audiences.clone() };
     let mut first = None;
     for found in locate(rule, head) {
         let token = Token::parse(&found.text)?;
-        expected.check(&token, now)?;
-        token.verify(keys.ok_or(Fault::NoKeys)?)?;
+        accept(&token, rule, keys, now)?;
         first.get_or_insert(token);
     }
     Ok(first)
+}
+
+fn accept(token: &Token, rule: &JwtRule, keys: Option<&Keys>, now: SystemTime) -> Result<(), Fault> {
+    let expected = Expected { issuer: rule.issuer.to_string(), audiences: rule.audiences.clone() };
+    expected.check(token, now)?;
+    token.verify(keys.ok_or(Fault::NoKeys)?)
 }
 
 /// Makes of a request what the application gets: headers only the proxy may write are taken off, the token is, unless it is
@@ -174,6 +215,8 @@ pub fn strip(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &mut Req
     for out in &rule.claim_headers {
         let text = claim(token, &out.claim).and_then(|value| match value {
             Value::Array(_) | Value::Object(_) => Some(STANDARD.encode(value.to_string())),
+            // As Envoy writes it.
+            Value::Number(n) if n.is_f64() => n.as_f64().map(|n| format!("{n:.6}")),
             other => claim_text(other),
         });
         if let Some(value) = text.and_then(|t| HeaderValue::from_bytes(t.as_bytes()).ok()) {

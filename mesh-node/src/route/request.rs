@@ -1,5 +1,7 @@
 //! The head of an HTTP request as routing sees it, whatever version it came in.
 
+use std::borrow::Cow;
+
 use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 
 use crate::resource::mesh_config::Normalization;
@@ -67,10 +69,18 @@ pub fn query_parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-/// A target without a query parameter, wherever it stands; `None` if it has none.
+/// The first value of a query parameter, with its escapes decoded and those of names.
+pub fn decoded_parameter(query: &str, name: &str) -> Option<String> {
+    query.split('&').find_map(|pair| {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (decode_once(key) == name).then(|| decode_once(value).into_owned())
+    })
+}
+
+/// A target without a query parameter, wherever it stands and however it is written; `None` if it has none.
 pub fn without_parameter(target: &PathAndQuery, name: &str) -> Option<PathAndQuery> {
     let query = target.query()?;
-    let is_it = |pair: &&str| pair.split_once('=').map_or(*pair, |(key, _)| key) == name;
+    let is_it = |pair: &&str| decode_once(pair.split_once('=').map_or(*pair, |(key, _)| key)) == name;
     if !query.split('&').any(|pair| is_it(&pair)) {
         return None;
     }
@@ -124,24 +134,32 @@ fn read(text: &str, parameters: bool, merged: bool) -> String {
     format!("/{}", out.join("/"))
 }
 
+/// Text with its escapes decoded; what is no escape stays.
+fn decode_once(text: &str) -> Cow<'_, str> {
+    if !text.contains('%') {
+        return Cow::Borrowed(text);
+    }
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let hex = (*first == b'%').then(|| after.get(..2)).flatten().filter(|h| h.iter().all(u8::is_ascii_hexdigit));
+        let decoded = hex.and_then(|h| std::str::from_utf8(h).ok()).and_then(|h| u8::from_str_radix(h, 16).ok());
+        if let Some(byte) = decoded {
+            bytes.push(byte);
+            rest = &after[2..];
+        } else {
+            bytes.push(*first);
+            rest = after;
+        }
+    }
+    Cow::Owned(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 /// Every escape decoded, as often as that changes something: an application may do it twice.
 fn decode_all(path: &str) -> String {
     let mut text = path.to_owned();
     for _ in 0..4 {
-        let mut bytes = Vec::with_capacity(text.len());
-        let mut rest = text.as_bytes();
-        while let Some((first, after)) = rest.split_first() {
-            let hex = (*first == b'%').then(|| after.get(..2)).flatten();
-            let decoded = hex.and_then(|h| std::str::from_utf8(h).ok()).and_then(|h| u8::from_str_radix(h, 16).ok());
-            if let Some(byte) = decoded {
-                bytes.push(byte);
-                rest = &after[2..];
-            } else {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-        let next = String::from_utf8_lossy(&bytes).into_owned();
+        let next = decode_once(&text).into_owned();
         if next == text {
             break;
         }
@@ -365,6 +383,14 @@ mod tests {
         assert_eq!(query_parameter("a=1&b&c=x=y", "c"), Some("x=y"));
         assert_eq!(query_parameter("a=1&b", "b"), Some(""));
         assert_eq!(query_parameter("ab=1", "a"), None);
+        for (query, expected) in
+            [("a=x%2Ey", Some("x.y")), ("%61=1", Some("1")), ("b&a", Some("")), ("a=%+1%zz%", Some("%+1%zz%")), ("b=a", None)]
+        {
+            assert_eq!(decoded_parameter(query, "a").as_deref(), expected, "{query}");
+        }
+        let without = |target: &'static str| without_parameter(&PathAndQuery::from_static(target), "a").map(|t| t.to_string());
+        assert_eq!(without("/x?%61=1&b=2").as_deref(), Some("/x?b=2"));
+        assert_eq!(without("/x?b=2"), None);
         let mut headers = HeaderMap::new();
         headers.append("cookie", HeaderValue::from_static("a=1; session=\"x\""));
         headers.append("cookie", HeaderValue::from_static("b=2"));

@@ -19,7 +19,14 @@ fn heads(request: &str) -> Vec<bool> {
 }
 
 pub fn case(name: String, request: &str, answer: &str, end: End) -> Case {
-    Case { name, request: pieces(request), heads: heads(request), answer: Answer { pieces: pieces(answer), end }, routes: None }
+    Case {
+        name,
+        request: pieces(request),
+        heads: heads(request),
+        answer: Answer { pieces: pieces(answer), end },
+        routes: None,
+        filters: Vec::new(),
+    }
 }
 
 /// First lines, with everything else as usual.

@@ -324,7 +324,7 @@ fn telemetry(bench: &Bench) -> Result<()> {
         ..PodSpec::new(name, node)
     };
     let [client, ..] = bed.meshed([PodSpec::new("client", 0), server("near", 0), server("far", 1)])?;
-    let mut results: BTreeMap<(&str, u32, &str), Vec<(f64, f64)>> = BTreeMap::new();
+    let mut results = BTreeMap::<(&str, u32, &str), Vec<(f64, f64)>>::new();
     for round in 0..bench.rounds {
         for (way, spec) in WAYS {
             let yaml = format!(
