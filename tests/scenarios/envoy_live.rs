@@ -42,6 +42,8 @@ struct Wanted {
     cases: Vec<String>,
 }
 
+#[path = "envoy_live/authorizers.rs"]
+mod authorizers;
 #[path = "envoy_live/cases.rs"]
 mod cases;
 #[path = "envoy_live/http2.rs"]
@@ -141,7 +143,7 @@ async fn of_envoy(cases: &[Case]) -> Side {
     let (reached, addresses) = upstreams(cases).await;
     let listener = |(case, upstream): (&Case, &SocketAddr)| {
         let routes = case.routes.as_ref().map(|(_, routes)| named(routes, "@cluster", &case.name));
-        Listener { name: case.name.clone(), upstream: *upstream, http2: false, routes, filters: case.filters.clone() }
+        Listener { name: case.name.clone(), upstream: *upstream, http2: false, routes, filters: case.filters.clone(), authorizer: None }
     };
     let listeners = cases.iter().zip(&addresses).map(listener).collect::<Vec<_>>();
     let envoy = Envoy::start(&listeners, &format()).await.expect("Envoy");
@@ -251,6 +253,18 @@ async fn a_real_envoy_makes_the_same_of_policies() {
     envoy.iter_mut().chain(&mut mesh).for_each(of_the_answer);
     let all = cases.iter().zip(envoy.iter().zip(&mesh)).map(|(case, (envoy, mesh))| (&*case.name, envoy, mesh));
     report(&listed.judge(&all.collect::<Vec<_>>()), cases.len());
+}
+
+/// What authorizers are asked, and what they say.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_authorizers() {
+    let _turn = TURN.lock().await;
+    let only = std::env::var("CASE").ok();
+    let all = authorizers::compared(only.as_deref()).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+    let listed = Listed::read(include_str!("../corpora/envoy_authorizers_differences.json"));
+    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
+    report(&listed.judge(&compared), compared.len());
 }
 
 fn of_the_answer(outcome: &mut Outcome) {

@@ -37,6 +37,8 @@ pub struct Listener {
     pub routes: Option<Value>,
     /// Filters before the others.
     pub filters: Vec<Value>,
+    /// One more cluster, for them.
+    pub authorizer: Option<(String, SocketAddr)>,
 }
 
 /// Where `cargo xtask test` puts Envoy.
@@ -124,7 +126,7 @@ async fn listening(admin: &str) -> Result<HashMap<String, SocketAddr>> {
 
 /// A configuration with one hop from a port of loopback to an upstream, and no access log: what a sidecar is to its pod's requests.
 pub fn hop(port: u16, upstream: SocketAddr) -> Value {
-    let of = Listener { name: "hop".to_owned(), upstream, http2: false, routes: None, filters: Vec::new() };
+    let of = Listener { name: "hop".to_owned(), upstream, http2: false, routes: None, filters: Vec::new(), authorizer: None };
     let at = json!({"socket_address": {"address": "127.0.0.1", "port_value": port}});
     let mut listener = listener(&of, &json!({}), Path::new("/dev/null"), &at);
     listener["filter_chains"][0]["filters"][0]["typed_config"]["access_log"] = json!([]);
@@ -137,7 +139,7 @@ fn configuration(listeners: &[Listener], log: &Value, path: &Path) -> Value {
         "admin": {"address": any},
         "static_resources": {
             "listeners": listeners.iter().map(|l| listener(l, log, path, &any)).collect::<Vec<_>>(),
-            "clusters": listeners.iter().map(cluster).collect::<Vec<_>>(),
+            "clusters": listeners.iter().map(cluster).chain(listeners.iter().filter_map(authorizer)).collect::<Vec<_>>(),
         }
     })
 }
@@ -169,6 +171,11 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
     });
     json!({"name": of.name, "address": any,
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}]})
+}
+
+fn authorizer(of: &Listener) -> Option<Value> {
+    let (name, upstream) = of.authorizer.clone()?;
+    Some(cluster(&Listener { name, upstream, http2: false, routes: None, filters: Vec::new(), authorizer: None }))
 }
 
 fn cluster(of: &Listener) -> Value {

@@ -197,9 +197,9 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
     if status == StatusCode::OK {
         let names = headers.keys().filter(|n| any(&check.to_upstream, n) && is_end_to_end(n)).cloned().collect::<Vec<_>>();
         for name in names {
-            head.headers.remove(&name);
-            for value in headers.get_all(&name) {
-                head.headers.append(name.clone(), value.clone());
+            // Of several the last, as with Envoy.
+            if let Some(value) = headers.get_all(&name).iter().next_back() {
+                head.headers.insert(name, value.clone());
             }
         }
         let to_client = headers.iter().filter(|(n, _)| any(&check.to_downstream_on_allow, n) && is_end_to_end(n));
@@ -210,6 +210,9 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
         headers.keys().filter(|n| !check.to_downstream_on_deny.is_empty() && !always.contains(n) && !any(&check.to_downstream_on_deny, n));
     let gone = gone.cloned().chain([header::CONTENT_LENGTH, header::TRANSFER_ENCODING]).collect::<Vec<_>>();
     gone.iter().for_each(|n| drop(headers.remove(n)));
+    if body.data.is_empty() {
+        headers.remove(header::CONTENT_TYPE);
+    }
     let mut reply = Reply::new(status, String::from_utf8_lossy(&body.data).into_owned());
     reply.headers = headers;
     // A gRPC client is told in gRPC.
