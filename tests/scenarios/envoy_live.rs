@@ -271,7 +271,15 @@ fn of_the_answer(outcome: &mut Outcome) {
     let log = std::mem::take(&mut outcome.log);
     of_either_end(outcome);
     let lines = log.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    outcome.log = lines.map(|line| format!("{} {} {}", line["code"], line["flags"], line["details"])).collect();
+    let told = ["code", "flags", "details", "protocol", "method", "path", "authority", "received", "sent", "grpc"];
+    let of = |line: &Value, field: &str| match &line[field] {
+        // How much of a body nobody wants has come depends on when it is asked.
+        _ if field == "received" && line["details"] != "via_upstream" => String::new(),
+        // A host that is empty is none here.
+        Value::String(text) if text.is_empty() => "null".into(),
+        value => value.to_string(),
+    };
+    outcome.log = lines.map(|line| told.map(|field| of(&line, field)).join(" ")).collect();
 }
 
 /// One after the other: what comes when is a part of what is compared.
@@ -308,7 +316,7 @@ async fn compared(cases: &[Case], way: Way, listed: &Listed) -> Vec<(String, Str
         security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
     let (mut envoy, mut mesh) = (of_envoy(cases).await, of_mesh(cases, way, &[policy]).await);
     if way == Way::In {
-        envoy.outcomes.iter_mut().chain(&mut mesh.outcomes).for_each(of_either_end);
+        envoy.outcomes.iter_mut().chain(&mut mesh.outcomes).for_each(of_the_answer);
     }
     let all = cases.iter().zip(envoy.outcomes.iter().zip(&mesh.outcomes)).map(|(case, (envoy, mesh))| (&*case.name, envoy, mesh));
     listed.judge(&all.collect::<Vec<_>>())

@@ -378,6 +378,11 @@ fn of_claims(issuer: &Issuer) -> Group {
             cases.push(named_request(NAME, &format!("{at}, {name}"), "GET", &format!("/{at}"), &format!("authorization: Bearer {token}")));
         }
     }
+    // Neither who is let in nor who is not has the token logged.
+    let token = issuer.token(&claims(&json!({})));
+    for at in ["sub", "list"] {
+        cases.push(named_request(NAME, &format!("{at}, parameter"), "GET", &format!("/{at}?a=b&access_token={token}"), ""));
+    }
     let policy = json!({"action": "ALLOW", "rules": rules.collect::<Vec<_>>()});
     Group {
         policies: vec![authentication(&[rule("iss-a", &jwks, &none)]), security("AuthorizationPolicy", "p", &policy)],

@@ -75,6 +75,8 @@ pub struct Refusal {
     pub reply: Reply,
     pub details: String,
     pub flag: Option<Flag>,
+    /// What had become of the request by then, if that is something else.
+    pub head: Option<RequestHead>,
 }
 
 impl Gate {
@@ -188,7 +190,11 @@ impl Gate {
         let judged = changed.as_ref().unwrap_or(head);
         let request = Request::new(judged, claims.as_ref(), self.remote(&snapshot, &judged.headers));
         observe(&self.proxy, &self.facts, &governing.observed(&self.facts, Some(&request)), Some(judged));
-        policy.request(&self.facts, &request).map_err(|denial| self.denied(&denial))?;
+        if let Err(denial) = policy.request(&self.facts, &request) {
+            let mut refusal = self.denied(&denial);
+            refusal.head = changed;
+            return Err(refusal);
+        }
         Ok(Pass { head: changed, claims, to_client })
     }
 
@@ -322,7 +328,7 @@ pub fn append(headers: &mut HeaderMap, more: &HeaderMap) {
 
 impl Refusal {
     pub fn new(reply: Reply, details: impl Into<String>) -> Box<Self> {
-        Box::new(Self { reply, details: details.into(), flag: None })
+        Box::new(Self { reply, details: details.into(), flag: None, head: None })
     }
 }
 
@@ -330,6 +336,9 @@ impl Refusal {
     /// Takes it down in the record of the request at a gate.
     pub fn note(&self, record: &mut Record, gate: &Gate, head: &RequestHead) {
         record.denied(head);
+        if let Some(changed) = &self.head {
+            record.became(changed);
+        }
         record.peer.clone_from(&gate.facts.peer);
         record.details = self.details.clone().into();
         self.flag.into_iter().for_each(|flag| record.raise(flag));

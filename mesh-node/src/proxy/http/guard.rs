@@ -187,7 +187,8 @@ async fn h1_request(
     let Some((transport, unread)) = application else { return Next::Abort };
     if head.method == Method::CONNECT {
         // What would follow is not HTTP; nobody asks an application's port for another connection.
-        record.details = Cow::Borrowed("connect_not_allowed");
+        record.raise(Flag::NoRoute);
+        record.details = Cow::Borrowed("route_not_found");
         return refuse(Reply::new(StatusCode::NOT_FOUND, ""), grpc, true, responder, reader, record).await;
     }
     if expects_continue && responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
@@ -196,7 +197,7 @@ async fn h1_request(
     }
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
-    let (sent, claims, to_client) = parts(&head, &pass);
+    let (sent, claims, to_client) = parts(&head, &pass, record);
     let plan = Plan { close: gate.pod.is_draining(), ..Plan::once(sent, upgrade.as_ref()) };
     let cut = gate.denied_later(sent, claims);
     let (ended, clean) = {
@@ -214,7 +215,14 @@ async fn h1_request(
     }
 }
 
-fn parts<'a>(head: &'a RequestHead, pass: &'a Pass) -> (&'a RequestHead, Option<&'a crate::policy::Verified>, &'a HeaderMap) {
+fn parts<'a>(
+    head: &'a RequestHead,
+    pass: &'a Pass,
+    record: &mut Record,
+) -> (&'a RequestHead, Option<&'a crate::policy::Verified>, &'a HeaderMap) {
+    if let Some(changed) = &pass.head {
+        record.became(changed);
+    }
     (pass.head.as_ref().unwrap_or(head), pass.claims.as_ref(), &pass.to_client)
 }
 
@@ -444,11 +452,12 @@ async fn h2_request(
         return Err(::h2::Reason::REFUSED_STREAM);
     };
     if head.method == Method::CONNECT {
-        record.details = Cow::Borrowed("connect_not_allowed");
+        record.raise(Flag::NoRoute);
+        record.details = Cow::Borrowed("route_not_found");
         answer(Reply::new(StatusCode::NOT_FOUND, ""), grpc, responder, record).await;
         return Ok(());
     }
-    let (sent, claims, to_client) = parts(head, &pass);
+    let (sent, claims, to_client) = parts(head, &pass, record);
     let Some(request) = wire_request(sent) else {
         record.details = Cow::Borrowed(Malformed::BAD_AUTHORITY.details);
         return Err(::h2::Reason::PROTOCOL_ERROR);

@@ -264,6 +264,20 @@ impl Record {
         }
     }
 
+    /// Takes down what the gate has made of the request: a token in its path is told to nobody once it is taken off.
+    pub fn became(&mut self, head: &RequestHead) {
+        let Some(described) = &mut self.described else { return };
+        described.path = Target::of(head);
+        described.authority = head.authority.clone();
+        described.headers = match &described.headers {
+            Kept::Some(_) => {
+                let wanted = self.reporting.as_ref().map(|r| &told(r, self.reporter).asks.request);
+                Kept::of(&head.headers, wanted.unwrap_or(&Wanted::All))
+            }
+            Kept::All(_) => Kept::All(head.headers.clone()),
+        };
+    }
+
     /// Takes down what the request became on its way: logs tell that, as Envoy's do. `changed`: its headers are not all what they were.
     pub fn sent(&mut self, head: &RequestHead, changed: bool) {
         let Some(described) = &mut self.described else { return };
