@@ -7,8 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, HeaderValue, StatusCode, uri::PathAndQuery};
+use http::{HeaderMap, StatusCode};
 
+mod described;
+
+use self::described::Described;
 use super::{
     meter::Meter,
     reply::grpc_code,
@@ -24,7 +27,7 @@ use crate::{
     },
     report::{
         Reporting, Told,
-        entry::{Asked, ClusterName, Entry, X_REQUEST_ID},
+        entry::{ClusterName, Entry, X_REQUEST_ID},
         kept::{Kept, Wanted},
     },
     route::{Cluster, Workload, request::RequestHead},
@@ -83,42 +86,6 @@ pub struct Record {
     traced: Option<Box<Traced>>,
     /// The name of the workload, if somebody looks at it.
     watched: Option<String>,
-}
-
-/// What logs and tags say of the request; kept only when there are any.
-struct Described {
-    method: http::Method,
-    path: Target,
-    /// What it became.
-    sent: Option<PathAndQuery>,
-    authority: HeaderValue,
-    scheme: &'static str,
-    headers: Kept,
-    response_headers: Option<Kept>,
-}
-
-/// What a request was for.
-#[derive(Debug)]
-enum Target {
-    Path(PathAndQuery),
-    /// What could not be read, as it was written.
-    Unread(String),
-    /// That of CONNECT is the authority.
-    None,
-}
-
-impl Target {
-    fn of(head: &RequestHead) -> Self {
-        if head.method == http::Method::CONNECT { Self::None } else { Self::Path(head.target.clone()) }
-    }
-
-    fn as_str(&self) -> &str {
-        match self {
-            Self::Path(path) => path.as_str(),
-            Self::Unread(text) => text,
-            Self::None => "",
-        }
-    }
 }
 
 impl Record {
@@ -223,15 +190,7 @@ impl Record {
         self.malformed(&refused.malformed, source);
         self.grpc = refused.is_grpc();
         if let Some(Said { method, target, authority, headers }) = &refused.said {
-            self.described = Some(Box::new(Described {
-                method: method.clone(),
-                path: Target::Unread(String::from_utf8_lossy(target).into_owned()),
-                sent: None,
-                authority: authority.clone().unwrap_or_else(|| HeaderValue::from_static("")),
-                scheme: "http",
-                headers: Kept::All(headers.clone()),
-                response_headers: None,
-            }));
+            self.described = Some(Box::new(Described::unread(method, target, authority.as_ref(), headers)));
         }
     }
 
@@ -245,15 +204,7 @@ impl Record {
     }
 
     fn keep(&mut self, head: &RequestHead, wanted: &Wanted) {
-        self.described = Some(Box::new(Described {
-            method: head.method.clone(),
-            path: Target::of(head),
-            sent: None,
-            authority: head.authority.clone(),
-            scheme: head.scheme.as_str(),
-            headers: Kept::of(&head.headers, wanted),
-            response_headers: None,
-        }));
+        self.described = Some(Box::new(Described::of(head, wanted)));
     }
 
     /// Takes down that the request is not let in: that is logged in any case.
@@ -266,39 +217,18 @@ impl Record {
 
     /// Takes down what the gate has made of the request: a token in its path is told to nobody once it is taken off.
     pub fn became(&mut self, head: &RequestHead) {
-        let Some(described) = &mut self.described else { return };
-        described.path = Target::of(head);
-        described.authority = head.authority.clone();
-        described.headers = match &described.headers {
-            Kept::Some(_) => {
-                let wanted = self.reporting.as_ref().map(|r| &told(r, self.reporter).asks.request);
-                Kept::of(&head.headers, wanted.unwrap_or(&Wanted::All))
-            }
-            Kept::All(_) => Kept::All(head.headers.clone()),
-        };
+        let wanted = self.reporting.as_ref().map(|r| &told(r, self.reporter).asks.request);
+        if let Some(described) = &mut self.described {
+            described.became(head, wanted);
+        }
     }
 
     /// Takes down what the request became on its way: logs tell that, as Envoy's do. `changed`: its headers are not all what they were.
     pub fn sent(&mut self, head: &RequestHead, changed: bool) {
-        let Some(described) = &mut self.described else { return };
-        let renamed = described.authority != head.authority;
-        if renamed {
-            described.authority = head.authority.clone();
-        }
-        if let Target::Path(path) = &described.path
-            && *path != head.target
-        {
-            described.sent = Some(head.target.clone());
-        }
-        // With another authority comes a header that says so.
-        if !changed && !renamed && !self.retraced {
-            return;
-        }
         let wanted = self.reporting.as_ref().map(|r| &told(r, self.reporter).asks.request);
-        described.headers = match (&described.headers, wanted) {
-            (Kept::Some(_), Some(wanted)) => Kept::of(&head.headers, wanted),
-            _ => Kept::All(head.headers.clone()),
-        };
+        if let Some(described) = &mut self.described {
+            described.sent(head, wanted, changed || self.retraced);
+        }
     }
 
     /// Takes down the head of the response as it goes to the client.
@@ -373,17 +303,9 @@ impl Record {
         self.down.grpc_status.or_else(meant)
     }
 
-    fn entry<'a>(&'a self, duration: Duration) -> Entry<'a> {
-        let text = |v: &'a HeaderValue| v.to_str().unwrap_or_default();
+    fn entry(&self, duration: Duration) -> Entry<'_> {
         let described = self.described.as_deref();
-        let asked = described.map(|d| Asked {
-            method: d.method.as_str(),
-            path: d.path.as_str(),
-            sent_path: d.sent.as_ref().map_or_else(|| d.path.as_str(), PathAndQuery::as_str),
-            authority: text(&d.authority),
-            scheme: d.scheme,
-            headers: &d.headers,
-        });
+        let asked = described.map(Described::asked);
         let inbound = self.reporter == Reporter::Destination;
         let cluster = match &self.cluster {
             Some(cluster) => {
