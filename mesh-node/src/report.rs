@@ -14,7 +14,13 @@ use std::{sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue};
 
-use self::{entry::Entry, expression::Expression, format::Format, kept::Asks};
+use self::{
+    attributes::HeadersOf,
+    entry::{Entry, Header},
+    expression::Expression,
+    format::Format,
+    kept::Asks,
+};
 use crate::telemetry::traffic::{TagPlan, Tags};
 
 /// Longest value of a metric's tag that is made of a request or connection, bytes; the rest is cut off.
@@ -47,6 +53,9 @@ impl Told {
         let filters = logs.iter().filter_map(|l| l.filter.as_deref());
         filters.chain(values.iter().map(|v| &**v)).for_each(|expression| expression.asks(&mut asks));
         logs.iter().for_each(|l| l.log.format.asks(&mut asks));
+        if traces.is_some() {
+            asks.for_one(HeadersOf::Response, &Header::Named(span::GRPC_MESSAGE.clone()));
+        }
         Self { tags: Arc::new(tags), values, logs, traces, asks }
     }
 

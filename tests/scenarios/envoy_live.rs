@@ -27,6 +27,14 @@ struct Case {
     filters: Vec<Value>,
 }
 
+impl Case {
+    /// With more behind the head.
+    fn with_body(mut self, body: &str) -> Self {
+        self.request.last_mut().expect("a request").extend_from_slice(body.as_bytes());
+        self
+    }
+}
+
 /// What one proxy made of it.
 #[derive(Debug, PartialEq, Eq, Default)]
 struct Outcome {
@@ -52,6 +60,8 @@ mod http2;
 mod policies;
 #[path = "envoy_live/routes.rs"]
 mod routes;
+#[path = "envoy_live/spans.rs"]
+mod spans;
 #[path = "envoy_live/tokens.rs"]
 mod tokens;
 
@@ -143,7 +153,7 @@ async fn of_envoy(cases: &[Case]) -> Side {
     let (reached, addresses) = upstreams(cases).await;
     let listener = |(case, upstream): (&Case, &SocketAddr)| {
         let routes = case.routes.as_ref().map(|(_, routes)| named(routes, "@cluster", &case.name));
-        Listener { name: case.name.clone(), upstream: *upstream, http2: false, routes, filters: case.filters.clone(), authorizer: None }
+        Listener { routes, filters: case.filters.clone(), ..Listener::to(case.name.clone(), *upstream) }
     };
     let listeners = cases.iter().zip(&addresses).map(listener).collect::<Vec<_>>();
     let envoy = Envoy::start(&listeners, &format()).await.expect("Envoy");
@@ -264,6 +274,19 @@ async fn a_real_envoy_makes_the_same_of_authorizers() {
     let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
     let listed = Listed::read(include_str!("../corpora/envoy_authorizers_differences.json"));
     listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
+    report(&listed.judge(&compared), compared.len());
+}
+
+/// What is told of requests to a collector.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_says_the_same_in_spans() {
+    let _turn = TURN.lock().await;
+    let only = std::env::var("CASE").ok();
+    let all = spans::compared(only.as_deref()).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+    let listed = Listed::read(include_str!("../corpora/envoy_spans_differences.json"));
+    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
+    assert!(all.iter().filter(|c| !c.envoy.log.is_empty()).count() * 2 > all.len(), "hardly any spans");
     report(&listed.judge(&compared), compared.len());
 }
 

@@ -37,8 +37,17 @@ pub struct Listener {
     pub routes: Option<Value>,
     /// Filters before the others.
     pub filters: Vec<Value>,
-    /// One more cluster, for them.
-    pub authorizer: Option<(String, SocketAddr)>,
+    /// One more cluster, for them or for spans.
+    pub beside: Option<Box<Listener>>,
+    /// Where spans go.
+    pub tracing: Option<Value>,
+}
+
+impl Listener {
+    /// One that leads to an upstream of HTTP/1.
+    pub fn to(name: String, upstream: SocketAddr) -> Self {
+        Self { name, upstream, http2: false, routes: None, filters: Vec::new(), beside: None, tracing: None }
+    }
 }
 
 /// Where `cargo xtask test` puts Envoy.
@@ -126,7 +135,7 @@ async fn listening(admin: &str) -> Result<HashMap<String, SocketAddr>> {
 
 /// A configuration with one hop from a port of loopback to an upstream, and no access log: what a sidecar is to its pod's requests.
 pub fn hop(port: u16, upstream: SocketAddr) -> Value {
-    let of = Listener { name: "hop".to_owned(), upstream, http2: false, routes: None, filters: Vec::new(), authorizer: None };
+    let of = Listener::to("hop".to_owned(), upstream);
     let at = json!({"socket_address": {"address": "127.0.0.1", "port_value": port}});
     let mut listener = listener(&of, &json!({}), Path::new("/dev/null"), &at);
     listener["filter_chains"][0]["filters"][0]["typed_config"]["access_log"] = json!([]);
@@ -139,7 +148,7 @@ fn configuration(listeners: &[Listener], log: &Value, path: &Path) -> Value {
         "admin": {"address": any},
         "static_resources": {
             "listeners": listeners.iter().map(|l| listener(l, log, path, &any)).collect::<Vec<_>>(),
-            "clusters": listeners.iter().map(cluster).chain(listeners.iter().filter_map(authorizer)).collect::<Vec<_>>(),
+            "clusters": listeners.iter().chain(listeners.iter().filter_map(|l| l.beside.as_deref())).map(cluster).collect::<Vec<_>>(),
         }
     })
 }
@@ -159,7 +168,7 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
         json!({"name": "envoy.filters.http.cors", "typed_config": {"@type": format!("{TYPES}.filters.http.cors.v3.Cors")}}),
         json!({"name": "envoy.filters.http.router", "typed_config": {"@type": format!("{TYPES}.filters.http.router.v3.Router")}}),
     ];
-    let manager = json!({
+    let mut manager = json!({
         "@type": format!("{TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager"),
         "stat_prefix": "outbound", "use_remote_address": false, "normalize_path": true, "stream_idle_timeout": "0s",
         "upgrade_configs": [{"upgrade_type": "websocket"}], "server_name": "istio-envoy",
@@ -169,13 +178,11 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
             "routes": routes}]},
         "http_filters": of.filters.iter().chain(&usual).collect::<Vec<_>>(),
     });
-    json!({"name": of.name, "address": any,
+    if let Some(tracing) = &of.tracing {
+        manager["tracing"] = tracing.clone();
+    }
+    json!({"name": of.name, "address": any, "traffic_direction": "OUTBOUND",
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}]})
-}
-
-fn authorizer(of: &Listener) -> Option<Value> {
-    let (name, upstream) = of.authorizer.clone()?;
-    Some(cluster(&Listener { name, upstream, http2: false, routes: None, filters: Vec::new(), authorizer: None }))
 }
 
 fn cluster(of: &Listener) -> Value {

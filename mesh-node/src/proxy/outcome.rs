@@ -244,6 +244,7 @@ impl Outcome {
             protocol: None,
             code: 0,
             grpc_status: None,
+            grpc_said: false,
             flags: Cow::Borrowed(self.failure.as_ref().map_or("-", Failure::response_flag)),
             flags_long: Cow::Borrowed(self.failure.as_ref().map_or("-", Failure::response_flag)),
             answered_after: None,

@@ -27,6 +27,8 @@ pub struct Entry<'a> {
     /// 0 when there was no response.
     pub code: u16,
     pub grpc_status: Option<u32>,
+    /// That is what an answer said, and not what its HTTP status means.
+    pub grpc_said: bool,
     pub flags: Cow<'a, str>,
     /// By their long names.
     pub flags_long: Cow<'a, str>,

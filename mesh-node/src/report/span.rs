@@ -16,8 +16,13 @@ use super::{
 };
 use crate::route::Workload;
 
-/// Longest value of an attribute, bytes, unless the provider says otherwise; the rest is cut off. Envoy's default.
+/// Longest path in a span, bytes, unless the provider says otherwise; the rest is cut off. Envoy's default.
 pub const LONGEST: usize = 256;
+/// Longest value of an attribute, likewise.
+const MOST_VALUE: usize = 4096;
+
+/// What an answer of gRPC says of its status.
+pub static GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
 /// Which side of a request a span is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +45,7 @@ pub struct Span {
     pub name: String,
     pub start: SystemTime,
     pub end: SystemTime,
+    /// Its status: an error of the kind of span it is.
     pub failed: bool,
     pub attributes: Vec<(Cow<'static, str>, String)>,
 }
@@ -55,7 +61,7 @@ pub struct Place<'a> {
 pub fn attributes(entry: &Entry<'_>, failed: bool, place: Place<'_>, traces: &Traces) -> Vec<(Cow<'static, str>, String)> {
     let mut all: Vec<(Cow<'static, str>, String)> = Vec::with_capacity(32);
     let short = |mut value: String| {
-        value.truncate(value.floor_char_boundary(traces.exporter.longest));
+        value.truncate(value.floor_char_boundary(MOST_VALUE));
         value
     };
     let mut put = |name: &'static str, value: String| all.push((Cow::Borrowed(name), short(value)));
@@ -65,15 +71,22 @@ pub fn attributes(entry: &Entry<'_>, failed: bool, place: Place<'_>, traces: &Tr
     if let Some(asked) = &entry.request {
         let header = |name: &HeaderName| asked.headers.get(name).map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
         put("http.method", asked.method.to_owned());
-        put("http.url", format!("{}://{}{}", asked.scheme, asked.authority, asked.path));
-        put("user_agent", header(&USER_AGENT).unwrap_or_default());
+        // Of the whole, the path is what has a bound, as with Envoy.
+        let path = &asked.path[..asked.path.floor_char_boundary(traces.exporter.longest)];
+        put("http.url", format!("{}://{}{path}", asked.scheme, asked.authority));
+        put("user_agent", header(&USER_AGENT).unwrap_or_else(|| "-".to_owned()));
         put("guid:x-request-id", header(&X_REQUEST_ID).unwrap_or_default());
-        if header(&CONTENT_TYPE).is_some_and(|t| t.starts_with("application/grpc")) {
+        if let Some(kind) = header(&CONTENT_TYPE).filter(|t| t.starts_with("application/grpc")) {
             put("grpc.path", asked.path.to_owned());
             put("grpc.authority", asked.authority.to_owned());
+            put("grpc.content_type", kind);
         }
-        if let Some(status) = entry.grpc_status {
+        if let Some(status) = entry.grpc_status.filter(|_| entry.grpc_said) {
             put("grpc.status_code", status.to_string());
+            let message = entry.response_headers.and_then(|h| h.get(&GRPC_MESSAGE));
+            if let Some(message) = message.filter(|m| !m.is_empty()) {
+                put("grpc.message", String::from_utf8_lossy(message.as_bytes()).into_owned());
+            }
         }
     }
     put("http.protocol", entry.protocol.unwrap_or_default().to_owned());

@@ -173,14 +173,9 @@ async fn of_envoy(all: &[Asked]) -> Vec<Outcome> {
         config["http_service"]["server_uri"] =
             json!({"uri": "http://authz.default.svc.cluster.local", "cluster": "@authorizer", "timeout": "2s"});
         let name = format!("{}, authorizer", one.case.name);
-        Listener {
-            name: one.case.name.clone(),
-            upstream: *upstream,
-            http2: false,
-            routes: None,
-            filters: vec![named(&json!({"name": "envoy.filters.http.ext_authz", "typed_config": config}), "@authorizer", &name)],
-            authorizer: Some((name, *authorizer)),
-        }
+        let filters = vec![named(&json!({"name": "envoy.filters.http.ext_authz", "typed_config": config}), "@authorizer", &name)];
+        let beside = Some(Box::new(Listener::to(name, *authorizer)));
+        Listener { filters, beside, ..Listener::to(one.case.name.clone(), *upstream) }
     };
     let listeners = all.iter().zip(&addresses).zip(&authorizers).map(listener).collect::<Vec<_>>();
     let envoy = Envoy::start(&listeners, &format()).await.expect("Envoy");

@@ -175,14 +175,7 @@ pub async fn compared(only: Option<&str>) -> Vec<Compared> {
     let h2 = scripted::http2("up", &seen).await.expect("an upstream");
     let mut format = format();
     format["id"] = json!("%REQ(X-ID)%");
-    let listener = |name: &str, upstream, http2| Listener {
-        name: name.to_owned(),
-        upstream,
-        http2,
-        routes: None,
-        filters: Vec::new(),
-        authorizer: None,
-    };
+    let listener = |name: &str, upstream, http2| Listener { http2, ..Listener::to(name.to_owned(), upstream) };
     let envoy = Envoy::start(&[listener("http1", h1, false), listener("http2", h2, true)], &format).await.expect("Envoy");
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("access.log");

@@ -320,6 +320,7 @@ impl Record {
             protocol: Some(self.protocol),
             code: self.status.map_or(0, |s| s.as_u16()),
             grpc_status: self.grpc_status(),
+            grpc_said: self.down.grpc_status.is_some(),
             flags: self.flags.text(),
             flags_long: self.flags.long(),
             answered_after: self.answered_at.map(|at| at.saturating_duration_since(self.started)),

@@ -60,6 +60,12 @@ impl Onward {
 /// exhausted, unimplemented, internal, unavailable and data loss.
 const FAILURES: [u32; 7] = [2, 4, 8, 12, 13, 14, 15];
 
+/// Whether it is an error of a span, beside what is a failure of the server in any case: to who asked, every answer that is not what
+/// was asked for (OpenTelemetry's conventions for HTTP and gRPC).
+fn is_error(kind: Kind, entry: &Entry<'_>) -> bool {
+    kind == Kind::Client && (entry.code >= 400 || entry.grpc_said && entry.grpc_status.is_some_and(|s| s != 0))
+}
+
 /// The span of a request that is sampled.
 pub struct Traced {
     own: Parent,
@@ -103,7 +109,7 @@ impl Traced {
             name,
             start: entry.start,
             end: entry.start + entry.duration,
-            failed,
+            failed: failed || is_error(kind, entry),
             attributes: span::attributes(entry, failed, place, traces),
         };
         self.spans.push(Finished { exporter: traces.exporter.clone(), pod: self.workload.uid.clone(), span }, metrics);

@@ -33,6 +33,7 @@ fn entry(headers: &Kept) -> Entry<'_> {
         protocol: Some("HTTP/1.1"),
         code: 503,
         grpc_status: None,
+        grpc_said: false,
         flags: Cow::Borrowed("UH"),
         flags_long: Cow::Borrowed("NoHealthyUpstream"),
         answered_after: Some(Duration::from_micros(2_100)),
