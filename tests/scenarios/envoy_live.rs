@@ -282,12 +282,17 @@ async fn a_real_envoy_makes_the_same_of_authorizers() {
 async fn a_real_envoy_says_the_same_in_spans() {
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
-    let all = spans::compared(only.as_deref()).await;
-    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
     let listed = Listed::read(include_str!("../corpora/envoy_spans_differences.json"));
-    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
-    assert!(all.iter().filter(|c| !c.envoy.log.is_empty()).count() * 2 > all.len(), "hardly any spans");
-    report(&listed.judge(&compared), compared.len());
+    let (mut failures, mut names) = (Vec::new(), Vec::new());
+    for way in [Way::Out, Way::In] {
+        let all = spans::compared(only.as_deref(), way).await;
+        let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+        assert!(all.iter().filter(|c| !c.envoy.log.is_empty()).count() * 2 > all.len(), "hardly any spans");
+        failures.extend(listed.judge(&compared));
+        names.extend(all.into_iter().map(|c| c.name));
+    }
+    listed.check(only.is_none(), |name| names.iter().any(|n| n == name));
+    report(&failures, names.len());
 }
 
 fn of_the_answer(outcome: &mut Outcome) {

@@ -41,12 +41,14 @@ pub struct Listener {
     pub beside: Option<Box<Listener>>,
     /// Where spans go.
     pub tracing: Option<Value>,
+    /// Into a pod: its spans are a server's.
+    pub inbound: bool,
 }
 
 impl Listener {
     /// One that leads to an upstream of HTTP/1.
     pub fn to(name: String, upstream: SocketAddr) -> Self {
-        Self { name, upstream, http2: false, routes: None, filters: Vec::new(), beside: None, tracing: None }
+        Self { name, upstream, http2: false, routes: None, filters: Vec::new(), beside: None, tracing: None, inbound: false }
     }
 }
 
@@ -181,7 +183,7 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
     if let Some(tracing) = &of.tracing {
         manager["tracing"] = tracing.clone();
     }
-    json!({"name": of.name, "address": any, "traffic_direction": "OUTBOUND",
+    json!({"name": of.name, "address": any, "traffic_direction": if of.inbound { "INBOUND" } else { "OUTBOUND" },
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}]})
 }
 

@@ -10,13 +10,13 @@ use std::{
 
 use mesh_tests::{
     bed::program,
-    engine::{Engine, service},
+    engine::{Engine, security, server_pod, service},
     envoy::{Envoy, Listener, lines_of},
 };
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use super::{Case, End, Outcome, cases::case, format, run, upstreams, vip};
+use super::{Case, End, Outcome, Way, cases::case, format, run, upstreams, vip};
 
 const COLLECTOR: &str = "127.0.0.1:4317";
 const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7";
@@ -93,13 +93,13 @@ fn all() -> Vec<Case> {
 }
 
 /// Compares those whose names have `only` in them.
-pub async fn compared(only: Option<&str>) -> Vec<Compared> {
+pub async fn compared(only: Option<&str>, way: Way) -> Vec<Compared> {
     let cases = all().into_iter().filter(|c| only.is_none_or(|o| c.name.contains(o))).collect::<Vec<_>>();
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("spans");
     let _collector = Collector::start(&file);
-    of_envoy(&cases).await;
-    of_mesh(&cases).await;
+    of_envoy(&cases, way).await;
+    of_mesh(&cases, way).await;
     let mut spans = Vec::new();
     // Both send about once a second; of one whose request is not sampled there are none.
     for _ in 0..8 {
@@ -112,7 +112,8 @@ pub async fn compared(only: Option<&str>) -> Vec<Compared> {
         let own = own.filter(|s| (s["resource"]["service.name"] == "envoy") == by_envoy);
         Outcome { log: own.map(told).collect(), ..Outcome::default() }
     };
-    cases.iter().map(|c| Compared { name: c.name.clone(), envoy: of(c, true), mesh: of(c, false) }).collect()
+    let name = |c: &Case| if way == Way::In { format!("{}, into a pod", c.name) } else { c.name.clone() };
+    cases.iter().map(|c| Compared { name: name(c), envoy: of(c, true), mesh: of(c, false) }).collect()
 }
 
 /// A span, without what is different by nature.
@@ -136,7 +137,7 @@ fn told(span: &Value) -> String {
     json!({"kind": span["kind"], "status": span["status"].as_i64().unwrap_or(0), "state": span["state"], "continued": continued, "parent": parent, "attributes": attributes}).to_string()
 }
 
-async fn of_envoy(cases: &[Case]) {
+async fn of_envoy(cases: &[Case], way: Way) {
     let (reached, addresses) = upstreams(cases).await;
     let collector: SocketAddr = COLLECTOR.parse().expect("an address");
     let listener = |(one, upstream): (&Case, &SocketAddr)| {
@@ -148,7 +149,12 @@ async fn of_envoy(cases: &[Case]) {
         let tracing = json!({"client_sampling": all, "random_sampling": all, "overall_sampling": all, "verbose": false,
             "provider": {"name": "envoy.tracers.opentelemetry", "typed_config": provider}});
         let beside = Listener { http2: true, ..Listener::to(name, collector) };
-        Listener { tracing: Some(tracing), beside: Some(Box::new(beside)), ..Listener::to(one.name.clone(), *upstream) }
+        Listener {
+            tracing: Some(tracing),
+            beside: Some(Box::new(beside)),
+            inbound: way == Way::In,
+            ..Listener::to(one.name.clone(), *upstream)
+        }
     };
     let listeners = cases.iter().zip(&addresses).map(listener).collect::<Vec<_>>();
     let envoy = Envoy::start(&listeners, &format()).await.expect("Envoy");
@@ -158,7 +164,7 @@ async fn of_envoy(cases: &[Case]) {
     sleep(Duration::from_secs(6)).await;
 }
 
-async fn of_mesh(cases: &[Case]) {
+async fn of_mesh(cases: &[Case], way: Way) {
     let (reached, addresses) = upstreams(cases).await;
     let mesh =
         json!({"extensionProviders": [{"name": "otel", "opentelemetry": {"service": "collector.default.svc.cluster.local", "port": 80}}]});
@@ -171,10 +177,15 @@ async fn of_mesh(cases: &[Case]) {
     for (i, address) in addresses.iter().enumerate() {
         documents.extend(service(&format!("case-{i}"), &vip(i).ip().to_string(), "http", &[*address]));
     }
+    if way == Way::In {
+        // Who asks about requests has them read.
+        let policy = json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]});
+        documents.extend([server_pod(), security("AuthorizationPolicy", "p", &policy)]);
+    }
     let engine = Arc::new(Engine::start(&documents).await.expect("engine"));
     engine.proxy.pods.insert(engine.pod.clone());
     tokio::spawn(mesh_node::proxy::traces::export(engine.proxy.clone()));
-    let at = (0..cases.len()).map(vip).collect();
-    run(cases, &reached, at, Some((engine.clone(), super::Way::Out))).await;
+    let at = if way == Way::In { addresses } else { (0..cases.len()).map(vip).collect() };
+    run(cases, &reached, at, Some((engine.clone(), way))).await;
     engine.proxy.spans.flush(Duration::from_secs(5)).await;
 }
