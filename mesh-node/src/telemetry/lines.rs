@@ -26,7 +26,7 @@ const FILES: usize = 32;
 /// How long lines wait for more, so that who writes them is not woken for each.
 const GATHER: Duration = Duration::from_millis(50);
 /// So many bytes do not wait longer.
-const ENOUGH: usize = 256 * 1024;
+const ENOUGH: usize = 1024 * 1024;
 /// How often it is looked whether a file is still where it was, and how long a file may be out of use.
 const LOOK: Duration = Duration::from_secs(1);
 const UNUSED: Duration = Duration::from_mins(10);
