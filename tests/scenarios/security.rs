@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 use mesh_tests::{
     engine::{Engine, Line, NEAR_CLIENT, SERVER, security, server_pod, service, virtual_service},
     scripted::{self, Seen},
-    token::{Issuer, now},
+    token::{self, Issuer, now},
     wire::{Got, exchange},
 };
 use serde_json::{Value, json};
@@ -98,15 +98,7 @@ impl Row {
 }
 
 fn claims(more: &Value) -> Value {
-    let mut all = json!({"iss": ISSUER, "sub": "alice", "aud": "svc-a", "exp": now() + 600, "iat": now()});
-    for (name, value) in more.as_object().expect("an object") {
-        if value.is_null() {
-            all.as_object_mut().expect("an object").remove(name);
-        } else {
-            all[name] = value.clone();
-        }
-    }
-    all
+    token::changed(json!({"iss": ISSUER, "sub": "alice", "aud": "svc-a", "exp": now() + 600, "iat": now()}), more)
 }
 
 #[expect(clippy::too_many_lines, reason = "a table")]

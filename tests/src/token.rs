@@ -18,6 +18,18 @@ pub fn now() -> i64 {
     i64::try_from(since.as_secs()).expect("in range")
 }
 
+/// Claims with others in place of theirs; null takes one away.
+pub fn changed(mut all: Value, more: &Value) -> Value {
+    for (name, value) in more.as_object().expect("an object") {
+        if value.is_null() {
+            all.as_object_mut().expect("an object").remove(name);
+        } else {
+            all[name] = value.clone();
+        }
+    }
+    all
+}
+
 /// Has an RSA key `rsa1` and a P-256 key `ec1`.
 pub struct Issuer {
     rsa: RsaKeyPair,
