@@ -64,12 +64,12 @@ fn a_connection_of_messages_is_accelerated_and_says_so_and_a_pod_can_opt_out() {
     off.labels.insert("mesh-node.io/acceleration".into(), "off".into());
     let [client, near, opted_out] = bed.meshed([PodSpec::new("client", 0), echo("near", 0), off]).expect("pods");
     let accelerated = |bed: &Bed| states(bed, 0).iter().filter(|s| *s == "accelerated").count();
-    let talk = start(&bed, &client, "soak", &["run", &near.address(9000), "4", "600000", "--turns"]);
+    let talk = start(&bed, &client, "soak", &["run", &near.address(9000), "4", "600000", "--turns", "--stay", "3"]);
     wait_for("both hops of four connections", Duration::from_secs(10), || Ok(accelerated(&bed) == 8 && entered(&bed, 0) == 16))
         .expect("accelerated");
     assert!(bed.nodes()[0].metric("mesh_acceleration_total", &["state=\"accelerated\""]).expect("a metric") >= 8.0);
     assert_eq!(end(talk)["done"], 4);
-    let talk = start(&bed, &client, "soak", &["run", &opted_out.address(9000), "4", "600000", "--turns"]);
+    let talk = start(&bed, &client, "soak", &["run", &opted_out.address(9000), "4", "600000", "--turns", "--stay", "3"]);
     // The client's own hop is, the other pod's is not.
     wait_for("one hop of four connections", Duration::from_secs(10), || Ok(accelerated(&bed) == 4)).expect("accelerated");
     std::thread::sleep(Duration::from_millis(200));
@@ -130,7 +130,7 @@ fn two_applications_exchange_messages_with_nobody_between_and_all_are_counted() 
     let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
     let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
     let accelerated = |bed: &Bed| states(bed, 0).iter().filter(|s| *s == "accelerated").count();
-    let talk = |bed: &Bed, to: &str| start(bed, &client, "soak", &["run", to, "4", &BYTES.to_string(), "--turns"]);
+    let talk = |bed: &Bed, to: &str| start(bed, &client, "soak", &["run", to, "4", &BYTES.to_string(), "--turns", "--stay", "3"]);
     let talks = [talk(&bed, &near.address(9000)), talk(&bed, &near.address6(9000))];
     wait_for("eight pairs", Duration::from_secs(10), || Ok(accelerated(&bed) == 8 && entered(&bed, 0) == 16)).expect("accelerated");
     let found = bed.nodes()[0].admin_json("/direct").expect("direct");
@@ -208,7 +208,7 @@ fn a_program_that_changes_its_mind_about_blocking_is_learned() {
         // Through the proxy the server's own hop still is; nothing of the client's.
         let server_hops = if same_node == "proxy" { 1.0 } else { 0.0 };
         assert_eq!(reached(&bed, "accelerated"), before + server_hops, "{same_node}");
-        let talk = end(start(&bed, &other, "soak", &["run", &near.address(9000), "1", "200000", "--turns"]));
+        let talk = end(start(&bed, &other, "soak", &["run", &near.address(9000), "1", "200000", "--turns", "--stay", "2"]));
         assert_eq!(talk["done"], 1);
         assert!(reached(&bed, "accelerated") > before + server_hops, "{same_node}: other pods are as they were");
     }

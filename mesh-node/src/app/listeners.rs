@@ -36,7 +36,7 @@ impl Listeners {
     /// Listens in a pod's network namespace.
     pub fn bind(netns: &Netns) -> io::Result<Self> {
         Ok(Self {
-            outbound: socket::listen(netns, OUTBOUND_PORT)?,
+            outbound: socket::listen_locally(netns, OUTBOUND_PORT)?,
             inbound: socket::listen(netns, INBOUND_PORT)?,
             hbone: socket::listen(netns, HBONE_PORT)?,
         })

@@ -20,6 +20,11 @@ const BACKLOG: i32 = 4096;
 /// Keepalive of every connection: a peer that vanished is noticed after 180 s + 9 x 180 s, as ztunnel's.
 const KEEPALIVE: Duration = Duration::from_mins(3);
 const KEEPALIVE_PROBES: u32 = 9;
+/// Bytes a socket of the proxy accepts to send beyond what is under way: what a peer that does not read makes the kernel hold.
+const UNSENT: u32 = 128 * 1024;
+/// Bytes a socket of the proxy has the kernel receive ahead of it, from a peer on this node, for which that is many round trips. Left to
+/// itself the kernel goes to `tcp_rmem`'s most, and all of that stays when the proxy may read no more because its other end does not.
+const AHEAD: usize = 128 * 1024;
 /// `IP_BIND_ADDRESS_NO_PORT`: binding an address leaves the choice of port to `connect`, which knows the four-tuple.
 const IP_BIND_ADDRESS_NO_PORT: libc::c_int = 24;
 /// `IPV6_TRANSPARENT` and `IP_TRANSPARENT`.
@@ -30,11 +35,22 @@ const IP_TRANSPARENT: libc::c_int = 19;
 ///
 /// `SO_REUSEPORT` lets a new process listen before the old one has stopped.
 pub fn listen(netns: &Netns, port: u16) -> io::Result<TcpListener> {
-    let socket = netns.enter(|| match listening(Domain::IPV6, (Ipv6Addr::UNSPECIFIED, port).into()) {
+    TcpListener::from_std(listen_within(netns, port)?.into())
+}
+
+/// Listens as [`listen`] does, for programs of the pod itself.
+pub fn listen_locally(netns: &Netns, port: u16) -> io::Result<TcpListener> {
+    let socket = listen_within(netns, port)?;
+    // Before any window is told: connections have it from here.
+    socket.set_recv_buffer_size(AHEAD)?;
+    TcpListener::from_std(socket.into())
+}
+
+fn listen_within(netns: &Netns, port: u16) -> io::Result<Socket> {
+    netns.enter(|| match listening(Domain::IPV6, (Ipv6Addr::UNSPECIFIED, port).into()) {
         Err(error) if is_no_ipv6(&error) => listening(Domain::IPV4, (Ipv4Addr::UNSPECIFIED, port).into()),
         other => other,
-    })??;
-    TcpListener::from_std(socket.into())
+    })?
 }
 
 fn is_no_ipv6(error: &io::Error) -> bool {
@@ -72,9 +88,18 @@ const TRIES: usize = 32;
 
 /// Connects from inside a namespace. The timeout is the caller's.
 pub async fn connect(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
+    connect_with(netns, to, source, None).await
+}
+
+/// Connects as [`connect`] does, to a program of the pod itself.
+pub async fn connect_locally(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
+    connect_with(netns, to, source, Some(AHEAD)).await
+}
+
+async fn connect_with(netns: &Netns, to: SocketAddr, source: Source, ahead: Option<usize>) -> io::Result<TcpStream> {
     let mut tries = 0;
     loop {
-        let connected = connect_once(netns, to, source).await;
+        let connected = connect_once(netns, to, source, ahead).await;
         tries += 1;
         match connected {
             Err(error) if is_taken(&error) && tries < TRIES && matches!(source, Source::Neighbour(_)) => {}
@@ -88,8 +113,11 @@ fn is_taken(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }
 
-async fn connect_once(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
+async fn connect_once(netns: &Netns, to: SocketAddr, source: Source, ahead: Option<usize>) -> io::Result<TcpStream> {
     let socket = netns.enter(|| connecting(to, source))??;
+    if let Some(bytes) = ahead {
+        socket.set_recv_buffer_size(bytes)?;
+    }
     // SAFETY: the descriptor is a socket we own and give away.
     let socket = unsafe { TcpSocket::from_raw_fd(socket.into_raw_fd()) };
     let stream = socket.connect(to).await?;
@@ -128,9 +156,11 @@ fn set_option(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::R
     if ret == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Settings of every connection of the data path: no Nagle delay on top of the application's own, and keepalive.
+/// Settings of every connection of the data path: no Nagle delay on top of the application's own, a bound for what waits to be sent, and
+/// keepalive.
 pub fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE).with_retries(KEEPALIVE_PROBES);
     SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }

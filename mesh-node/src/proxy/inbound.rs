@@ -99,7 +99,7 @@ async fn connect_application(pod: &ServedPod, to: SocketAddr, source: Source, _p
         Source::Client(client) | Source::Neighbour(client) if client.is_ipv4() != to.is_ipv4() => Source::Own,
         source => source,
     };
-    match timeout(CONNECT_TIMEOUT, socket::connect(&pod.netns, to, source)).await {
+    match timeout(CONNECT_TIMEOUT, socket::connect_locally(&pod.netns, to, source)).await {
         Ok(connected) => connected.map_err(|source| Failure::Application { to, source }),
         Err(_) => Err(Failure::Application { to, source: io::ErrorKind::TimedOut.into() }),
     }

@@ -48,13 +48,16 @@ enum Command {
         #[arg(long)]
         late: bool,
     },
-    /// Send BYTES on each of CONNECTIONS and check what comes back; with --turns no message before the last one came back.
+    /// Send BYTES on each of CONNECTIONS and check what comes back; with --turns no message before the last one came back. Then end, or
+    /// with --stay not before so many seconds have passed.
     Run {
         to: SocketAddr,
         connections: usize,
         bytes: u64,
         #[arg(long)]
         turns: bool,
+        #[arg(long, default_value_t = 0.0)]
+        stay: f64,
     },
 }
 
@@ -80,11 +83,21 @@ fn main() -> Result<()> {
             println!("{}", zerocopy(to, bytes, late).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
             Ok(())
         }
-        Command::Run { to, connections, bytes, turns } => {
-            println!("{}", run(to, connections, bytes, turns)?);
+        Command::Run { to, connections, bytes, turns, stay } => {
+            let talk = Talk { bytes, turns, stay: Duration::from_secs_f64(stay) };
+            println!("{}", run(to, connections, &talk)?);
             Ok(())
         }
     }
+}
+
+/// What a client says on a connection.
+struct Talk {
+    bytes: u64,
+    /// No message before the last one came back.
+    turns: bool,
+    /// Between the last byte and the end.
+    stay: Duration,
 }
 
 /// One end of a connection.
@@ -208,7 +221,8 @@ impl Conn {
     }
 
     /// Sends and checks a little.
-    fn converse(&mut self, total: u64, turns: bool) -> Result<bool> {
+    fn converse(&mut self, talk: &Talk) -> Result<bool> {
+        let &Talk { bytes: total, turns, stay } = talk;
         if self.readable {
             let at = self.read;
             let got = self.take(if turns { 4096 } else { 64 * 1024 })?;
@@ -222,7 +236,7 @@ impl Conn {
             pattern::fill(&mut piece, self.written);
             self.give(&piece)?;
         }
-        if self.written == total && !self.shut {
+        if self.written == total && !self.shut && self.last.elapsed() >= stay {
             self.stream.shutdown(Shutdown::Write)?;
             self.shut = true;
         }
@@ -276,7 +290,8 @@ fn serve(port: u16, stall_after: u64) -> Result<()> {
     }
 }
 
-fn run(to: SocketAddr, connections: usize, bytes: u64, turns: bool) -> Result<serde_json::Value> {
+fn run(to: SocketAddr, connections: usize, talk: &Talk) -> Result<serde_json::Value> {
+    let bytes = talk.bytes;
     let epoll = Epoll::new(EpollCreateFlags::empty())?;
     let mut all = Vec::new();
     for token in 0..connections {
@@ -300,7 +315,7 @@ fn run(to: SocketAddr, connections: usize, bytes: u64, turns: bool) -> Result<se
                 busy = true;
                 continue;
             }
-            let outcome = conn.converse(bytes, turns);
+            let outcome = conn.converse(talk);
             let (read, written) = (conn.read, conn.written);
             match outcome {
                 Err(error) => errors.push(format!("{i}: {error:#} (read {read}, written {written})")),
