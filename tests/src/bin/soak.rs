@@ -63,6 +63,8 @@ enum Command {
 
 /// What an echoing connection keeps at most.
 const ROOM: usize = 256 * 1024;
+/// What a flood has its own socket keep.
+const OWN_BUFFER: usize = 64 * 1024;
 /// How long a server stalls.
 const STALLED: Duration = Duration::from_secs(6);
 /// A connection without any progress for so long has lost something.
@@ -417,6 +419,8 @@ fn zerocopy(to: SocketAddr, bytes: u64, late: bool) -> Result<serde_json::Value>
 
 fn flood(to: SocketAddr, after: u64) -> Result<serde_json::Value> {
     let mut stream = TcpStream::connect(to)?;
+    // Left to itself it would be what the kernel grows it to: megabytes, and not of the way to the server.
+    socket2::SockRef::from(&stream).set_send_buffer_size(OWN_BUFFER)?;
     stream.set_nodelay(true)?;
     stream.set_nonblocking(true)?;
     let (mut written, mut read, mut piece, mut buffer) = (0_u64, 0_u64, [0; 512], [0; 4096]);
