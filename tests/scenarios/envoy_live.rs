@@ -54,6 +54,8 @@ struct Wanted {
 mod authorizers;
 #[path = "envoy_live/cases.rs"]
 mod cases;
+#[path = "envoy_live/framed.rs"]
+mod framed;
 #[path = "envoy_live/http2.rs"]
 mod http2;
 #[path = "envoy_live/policies.rs"]
@@ -233,6 +235,11 @@ async fn a_destination_makes_the_same_of_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_frames() {
+    compare(framed::all(), Way::Out, include_str!("../corpora/envoy_frames_differences.json")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_http2() {
     let only = std::env::var("CASE").ok();
     let all = http2::compared(only.as_deref()).await;
@@ -325,6 +332,22 @@ fn of_either_end(outcome: &mut Outcome) {
     outcome.log.clear();
 }
 
+/// Of frames what becomes of requests: a stream error and the end of the connection are the same to the one that is malformed, in whatever
+/// words; what was asked again then says only which it was.
+fn of_requests(outcome: &mut Outcome) {
+    let text = std::mem::take(&mut outcome.client);
+    let lines = text.lines().map(str::trim).filter(|l| l.contains(": [") || *l == "PING").collect::<Vec<_>>();
+    let is_refused = !lines.iter().any(|l| l.starts_with("1: "));
+    // A request that could not be read has no status.
+    outcome.log.retain(|line| !line.contains("\"code\":0,"));
+    let kept = if is_refused { Vec::new() } else { lines };
+    if is_refused {
+        outcome.upstream.retain(|u| !u.contains("/again"));
+        outcome.log.retain(|l| !l.contains("/again"));
+    }
+    outcome.client = kept.join("\n    ");
+}
+
 async fn compare(cases: Vec<Case>, way: Way, listed: &str) {
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
@@ -343,8 +366,11 @@ async fn compared(cases: &[Case], way: Way, listed: &Listed) -> Vec<(String, Str
     let policy =
         security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
     let (mut envoy, mut mesh) = (of_envoy(cases).await, of_mesh(cases, way, &[policy]).await);
-    if way == Way::In {
-        envoy.outcomes.iter_mut().chain(&mut mesh.outcomes).for_each(of_the_answer);
+    let outcomes = envoy.outcomes.iter_mut().chain(&mut mesh.outcomes);
+    if cases.iter().any(|c| c.request.first().is_some_and(|piece| piece.starts_with(mesh_tests::frames::PREFACE))) {
+        outcomes.for_each(of_requests);
+    } else if way == Way::In {
+        outcomes.for_each(of_the_answer);
     }
     let all = cases.iter().zip(envoy.outcomes.iter().zip(&mesh.outcomes)).map(|(case, (envoy, mesh))| (&*case.name, envoy, mesh));
     listed.judge(&all.collect::<Vec<_>>())

@@ -7,6 +7,7 @@
 pub mod bed;
 pub mod engine;
 pub mod envoy;
+pub mod frames;
 pub mod pattern;
 pub mod peer;
 pub mod raw;

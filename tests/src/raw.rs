@@ -15,6 +15,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use crate::frames;
+
 /// How the upstream ends after its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -99,9 +101,9 @@ async fn serve(mut stream: TcpStream, answer: &Answer, reached: &Reached) -> io:
 /// Sends pieces with a pause between them; what came back, in text, and how it ended.
 pub async fn converse(stream: TcpStream, pieces: &[Vec<u8>], heads: &[bool]) -> String {
     let (mut reader, mut writer) = stream.into_split();
-    let pieces = pieces.to_vec();
+    let to_send = pieces.to_vec();
     let sending = tokio::spawn(async move {
-        for (i, piece) in pieces.iter().enumerate() {
+        for (i, piece) in to_send.iter().enumerate() {
             if i > 0 {
                 sleep(PAUSE).await;
             }
@@ -131,6 +133,9 @@ pub async fn converse(stream: TcpStream, pieces: &[Vec<u8>], heads: &[bool]) -> 
         }
     };
     drop(writer);
+    if pieces.first().is_some_and(|first| first.starts_with(frames::PREFACE)) {
+        return frames::told(&read, end);
+    }
     let mut all = Vec::new();
     let mut rest = &read[..];
     let mut heads = heads.iter();
