@@ -235,7 +235,7 @@ impl Connection {
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/2");
         let down = self.downstream(true);
         let head = h2::request_head(http::Request::from_parts(parts, ()));
-        let head = match head {
+        let (head, expects_continue) = match head {
             Ok(head) => head,
             Err(refused) => {
                 record.refused_as(&refused, self.proxy.config.load().workload(&self.pod.uid));
@@ -250,6 +250,10 @@ impl Connection {
                 return;
             }
         };
+        if expects_continue {
+            // A client that is gone is noticed when it is answered.
+            let _ = body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await;
+        }
         let mut exchange = Exchange {
             down: &down,
             body: &mut body,
@@ -270,7 +274,7 @@ impl Connection {
         // Of one that is complete although the client still sends, h2 says so itself when both ends are dropped: after the answer,
         // which a reset from here could overtake (RFC 9113 section 8.1).
         if !responder.is_complete() {
-            responder.reset(::h2::Reason::INTERNAL_ERROR);
+            responder.reset(::h2::Reason::INTERNAL_ERROR).await;
         }
     }
 

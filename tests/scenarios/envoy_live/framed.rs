@@ -141,8 +141,10 @@ const LISTS: &[(&str, &[Field])] = &[
     ("options-star", &[(":method", "OPTIONS"), (":scheme", "http"), (":authority", "a.example"), (":path", "*")]),
 ];
 
-/// Bodies, frame by frame, of a POST with these fields; and trailers.
-const BODIES: &[(&str, &[Field], &[&str], Option<&[Field]>)] = &[
+/// A POST: its name, fields of its own, its body frame by frame, and trailers.
+type Post = (&'static str, &'static [Field], &'static [&'static str], Option<&'static [Field]>);
+
+const BODIES: &[Post] = &[
     ("plain", &[], &["hello"], None),
     ("pieces", &[], &["he", "", "llo"], None),
     ("empty", &[], &[""], None),
@@ -300,9 +302,9 @@ fn sent() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         ("data-after-end", begun([[get(1), frame(DATA, END_STREAM, 1, b"x")].concat()])),
         ("headers-after-end", begun([[get(1), get(1)].concat()])),
         ("trailers-open", begun([[post(1, &[]), headers(1, &[("x-t", "1")], 0)].concat()])),
-        ("reset-in-body", begun([post(1, &[]), frame(DATA, 0, 1, b"he"), frame(RST_STREAM, 0, 1, &[0, 0, 0, 8]), get(3)])),
-        ("window-zero-stream", begun([[post(1, &[]), frame(WINDOW_UPDATE, 0, 1, &[0; 4])].concat(), get(3)])),
-        ("window-overflow-stream", begun([[post(1, &[]), frame(WINDOW_UPDATE, 0, 1, &[0x7f, 0xff, 0xff, 0xff])].concat(), get(3)])),
+        ("reset-in-body", begun([post(1, &[]), frame(DATA, 0, 1, b"he"), frame(RST_STREAM, 0, 1, &[0, 0, 0, 8]), again(3)])),
+        ("window-zero-stream", begun([[post(1, &[]), frame(WINDOW_UPDATE, 0, 1, &[0; 4])].concat(), again(3)])),
+        ("window-overflow-stream", begun([[post(1, &[]), frame(WINDOW_UPDATE, 0, 1, &[0x7f, 0xff, 0xff, 0xff])].concat(), again(3)])),
         ("end-in-body", begun([post(1, &[]), frame(DATA, 0, 1, b"he"), Vec::new()])),
         ("end-after", begun([get(1), Vec::new()])),
         ("end-at-once", begun([[get(1), Vec::new()].concat(), Vec::new()])),

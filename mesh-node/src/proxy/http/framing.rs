@@ -15,6 +15,8 @@ pub enum Frame {
     Trailers(HeaderMap),
 }
 
+/// What says how a message is framed or routed may not come after it (RFC 9110 section 6.5.1).
+const UNTRAILED: [&str; 7] = ["content-length", "transfer-encoding", "host", "connection", "trailer", "te", "upgrade"];
 /// Longest line of a chunk's size with its extensions, bytes, and most trailers in all.
 const CHUNK_LINE: usize = 4 * 1024;
 const TRAILERS: usize = 16 * 1024;
@@ -134,12 +136,19 @@ impl Decoder {
         let colon = memchr::memchr(b':', line).filter(|_| self.trailer_bytes <= TRAILERS).ok_or(Malformed::BAD_BODY)?;
         let name = HeaderName::from_bytes(&line[..colon]).map_err(|_| Malformed::BAD_BODY)?;
         let value = HeaderValue::from_bytes(line[colon + 1..].trim_ascii()).map_err(|_| Malformed::BAD_BODY)?;
-        // Nothing that says how the message is framed or routed may come after it (RFC 9110 section 6.5.1).
-        if !["content-length", "transfer-encoding", "host", "connection", "trailer", "te", "upgrade"].contains(&name.as_str()) {
+        if !UNTRAILED.contains(&name.as_str()) {
             self.trailers.append(name, value);
         }
         Ok(())
     }
+}
+
+/// Trailers of HTTP/2 without what may not be among them.
+pub fn checked_trailers(mut trailers: HeaderMap) -> HeaderMap {
+    for name in UNTRAILED {
+        trailers.remove(name);
+    }
+    trailers
 }
 
 fn take(buffer: &mut Bytes, left: u64) -> (Bytes, u64) {

@@ -370,7 +370,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
     let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
     let mut record;
     let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
-        Ok(mut head) => {
+        Ok((mut head, expects_continue)) => {
             let (begun, onward) = gate.record(&head, "HTTP/2");
             record = begun;
             if let Some(onward) = onward {
@@ -384,7 +384,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
                 biased;
                 // Without its sender, the connection is over, which its ends say.
                 Ok(_) = cut.wait_for(|c| *c) => None,
-                end = h2_request(&gate, streams, &head, &mut body, &mut responder, &mut record) => Some(end),
+                end = h2_request(&gate, streams, (&head, expects_continue), &mut body, &mut responder, &mut record) => Some(end),
             };
             record.moved(body.meter(), responder.meter());
             end.unwrap_or_else(|| {
@@ -403,8 +403,8 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
         }
     };
     match end {
-        Err(reason) if !responder.is_complete() => responder.reset(reason),
-        _ if !responder.is_complete() => responder.reset(::h2::Reason::INTERNAL_ERROR),
+        Err(reason) if !responder.is_complete() => responder.reset(reason).await,
+        _ if !responder.is_complete() => responder.reset(::h2::Reason::INTERNAL_ERROR).await,
         // Whatever the client still sends is not wanted: h2 says so itself when both ends are dropped, after the answer, which a
         // reset from here could overtake (RFC 9113 section 8.1).
         _ => {}
@@ -424,7 +424,7 @@ async fn answer(reply: Reply, grpc: bool, responder: &mut H2Responder, record: &
 async fn h2_request(
     gate: &Gate,
     streams: Option<Streams>,
-    head: &RequestHead,
+    (head, expects_continue): (&RequestHead, bool),
     body: &mut H2Source,
     responder: &mut H2Responder,
     record: &mut Record,
@@ -456,6 +456,10 @@ async fn h2_request(
         record.details = Cow::Borrowed("route_not_found");
         answer(Reply::new(StatusCode::NOT_FOUND, ""), grpc, responder, record).await;
         return Ok(());
+    }
+    if expects_continue {
+        // A client that is gone is noticed when it is answered.
+        let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;
     }
     let (sent, claims, to_client) = parts(head, &pass, record);
     let Some(request) = wire_request(sent) else {

@@ -9,15 +9,17 @@ use std::{
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, uri::PathAndQuery};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
     date,
-    framing::{Frame, Out},
+    framing::{Frame, Out, checked_trailers},
     meter::Meter,
-    wire::{Framing, MAX_HEAD, MAX_HEADERS, Malformed, Refused, Said, checked_authority, path_and_query, strip_hop_by_hop},
+    wire::{
+        Framing, MAX_HEAD, MAX_HEADERS, Malformed, Refused, Said, checked_authority, path_and_query, strip_hop_by_hop, take_expectation,
+    },
 };
 use crate::route::request::{RequestHead, Scheme};
 
@@ -31,6 +33,10 @@ const SEND_BUFFER: usize = 256 * 1024;
 /// connection ends: a flood of resets must not cost more than it pays (CVE-2023-44487).
 const RESET_STREAMS: usize = 200;
 const RESET_MEMORY: Duration = Duration::from_secs(5);
+/// Fields of which there may be only one (RFC 9110 sections 7.2 and 8.6).
+const AMBIGUOUS: Malformed = Malformed::codec("http2.violation.of.messaging.rule");
+/// Between the last of an answer that is cut and the reset of its stream.
+const BEFORE_RESET: Duration = Duration::from_millis(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The receiving direction of a stream.
@@ -86,7 +92,7 @@ impl FrameSource for H2Source {
             None => {
                 let trailers = poll_fn(|cx| self.stream.poll_trailers(cx)).await.map_err(|e| BodyError::Cut(into_io(e)))?;
                 self.ended = true;
-                let frame = trailers.map(Frame::Trailers);
+                let frame = trailers.map(|trailers| Frame::Trailers(checked_trailers(trailers)));
                 if let Some(frame) = &frame {
                     self.meter.see(frame);
                 }
@@ -239,8 +245,12 @@ impl H2Responder {
         Self { respond, sink: None, head_request, ended: false, meter: Meter::default() }
     }
 
-    /// Ends the stream unfinished.
-    pub fn reset(&mut self, reason: Reason) {
+    /// Ends the stream unfinished. What has been said on it so far is let go first, as far as the client takes it: a reset drops what
+    /// the library has not written yet.
+    pub async fn reset(&mut self, reason: Reason) {
+        if self.sink.is_some() {
+            tokio::time::sleep(BEFORE_RESET).await;
+        }
         self.respond.send_reset(reason);
     }
 
@@ -329,21 +339,18 @@ impl Responder for H2Responder {
     }
 }
 
-/// Turns a request of HTTP/2 into the common form.
-pub fn request_head(request: Request<()>) -> Result<RequestHead, Box<Refused>> {
+/// Turns a request of HTTP/2 into the common form; and whether its client waits to be told to go on.
+pub fn request_head(request: Request<()>) -> Result<(RequestHead, bool), Box<Refused>> {
     let (parts, ()) = request.into_parts();
     let mut headers = parts.headers;
     if headers.len() > MAX_HEADERS {
         return Err(Malformed { details: "http2.too_many_headers", close: false, ..Malformed::TOO_LARGE }.into());
     }
+    let ambiguous = is_ambiguous(&headers);
     let host = headers.remove(header::HOST);
     let authority = parts.uri.authority().map_or(host, |authority| HeaderValue::from_str(authority.as_str()).ok());
     let target = parts.uri.path_and_query().map(|target| Bytes::copy_from_slice(target.as_str().as_bytes()));
-    let missing = Malformed { close: false, ..Malformed::MISSING_HOST };
-    let read = authority.clone().ok_or(missing).and_then(checked_authority).and_then(|authority| {
-        let root = || Ok(http::uri::PathAndQuery::from_static("/"));
-        Ok((authority, target.as_ref().map_or_else(root, path_and_query)?))
-    });
+    let read = if ambiguous { Err(AMBIGUOUS) } else { place(&parts.method, authority.clone(), target.as_ref()) };
     let (authority, target) = match read {
         Ok(read) => read,
         Err(malformed) => {
@@ -352,16 +359,38 @@ pub fn request_head(request: Request<()>) -> Result<RequestHead, Box<Refused>> {
         }
     };
     let scheme = if parts.uri.scheme() == Some(&http::uri::Scheme::HTTPS) { Scheme::Https } else { Scheme::Http };
+    let expects_continue = take_expectation(&mut headers);
     strip_hop_by_hop(&mut headers);
     join_cookies(&mut headers);
-    Ok(RequestHead { method: parts.method, scheme, authority, target, headers })
+    Ok((RequestHead { method: parts.method, scheme, authority, target, headers }, expects_continue))
+}
+
+/// Whose resource, and which.
+fn place(method: &Method, authority: Option<HeaderValue>, target: Option<&Bytes>) -> Result<(HeaderValue, PathAndQuery), Malformed> {
+    if method == Method::OPTIONS && target.is_some_and(|target| &**target == b"*") {
+        return Err(Malformed::NO_RESOURCE);
+    }
+    let authority = checked_authority(authority.ok_or(Malformed::MISSING_HOST)?)?;
+    Ok((authority, target.map_or_else(|| Ok(PathAndQuery::from_static("/")), path_and_query)?))
+}
+
+/// Whether a request says twice, or not at all although it seems to, whom it is for or how long it is.
+fn is_ambiguous(headers: &HeaderMap) -> bool {
+    let twice = |name| headers.get_all(name).iter().nth(1).is_some();
+    twice(header::HOST) || twice(header::CONTENT_LENGTH) || headers.get(header::CONTENT_LENGTH).is_some_and(HeaderValue::is_empty)
 }
 
 /// HTTP/2 may split cookies over several fields; HTTP/1 must not (RFC 9113 section 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
     let mut all = headers.get_all(header::COOKIE).iter();
     if let (Some(_), Some(_)) = (all.next(), all.next()) {
-        let joined = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>().join(&b"; "[..]);
+        let joined = headers
+            .get_all(header::COOKIE)
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .filter(|cookie| !cookie.is_empty())
+            .collect::<Vec<_>>()
+            .join(&b"; "[..]);
         if let Ok(value) = HeaderValue::from_bytes(&joined) {
             headers.insert(header::COOKIE, value);
         }

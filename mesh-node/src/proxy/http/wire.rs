@@ -36,7 +36,7 @@ pub struct Malformed {
 }
 
 impl Malformed {
-    const fn codec(details: &'static str) -> Self {
+    pub const fn codec(details: &'static str) -> Self {
         Self { status: StatusCode::BAD_REQUEST, body: "Bad Request", details, protocol_error: true, close: true }
     }
 
@@ -54,6 +54,9 @@ impl Malformed {
     pub const MISSING_HOST: Self = Self::refused(StatusCode::BAD_REQUEST, "missing_host_header", true);
     /// An authority that could be taken for something else.
     pub const BAD_AUTHORITY: Self = Self::codec("http.invalid_authority");
+
+    /// OPTIONS of the server as a whole.
+    pub const NO_RESOURCE: Self = Self::refused(StatusCode::NOT_FOUND, "absolute_path_rejected", false);
 
     pub const TOO_LARGE: Self = Self::too_large("http1.headers_too_large");
     pub const BAD_BODY: Self = Self::codec("http1.codec_error");
@@ -151,11 +154,7 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
         return Err(Malformed::codec("http1.connection_header_rejected").into());
     }
     let upgrade = if connection.upgrade { upgrade_of(&headers) } else { None };
-    let mut expects_continue = headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
-    if expects_continue {
-        headers.remove(header::EXPECT);
-        expects_continue = minor == 1;
-    }
+    let expects_continue = take_expectation(&mut headers) && minor == 1;
     let keep_alive = !connection.close && (minor == 1 || connection.keep_alive);
     let host = headers.get(header::HOST).cloned();
     let said_scheme = match target.first() {
@@ -178,6 +177,15 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
     let scheme = said_scheme.unwrap_or_else(|| forwarded_scheme(&headers));
     let head = RequestHead { method, scheme, authority, target, headers };
     Ok(WireRequest { head, minor, framing, keep_alive, upgrade, expects_continue })
+}
+
+/// Whether the client waits to be told to go on, which is between it and this proxy.
+pub fn take_expectation(headers: &mut HeaderMap) -> bool {
+    let expects = headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    if expects {
+        headers.remove(header::EXPECT);
+    }
+    expects
 }
 
 /// Reads a response head, which must be whole.
@@ -421,7 +429,7 @@ fn target_of(method: &Method, target: &Bytes, headers: &mut HeaderMap, minor: u8
     }
     if &**target == b"*" {
         let is_options = method == Method::OPTIONS;
-        return Err(if is_options { Malformed::refused(StatusCode::NOT_FOUND, "absolute_path_rejected", false) } else { INVALID_URL });
+        return Err(if is_options { Malformed::NO_RESOURCE } else { INVALID_URL });
     }
     let scheme = memchr::memmem::find(target, b"://").ok_or(CODEC)?;
     if !["http", "https"].iter().any(|known| target[..scheme].eq_ignore_ascii_case(known.as_bytes())) {
