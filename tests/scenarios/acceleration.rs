@@ -229,3 +229,41 @@ fn a_program_that_changes_its_mind_about_blocking_is_learned() {
         assert!(reached(&bed, "accelerated") > before + server_hops, "{same_node}: other pods are as they were");
     }
 }
+
+#[test]
+fn io_uring_is_as_on_tcp() {
+    for same_node in ["proxy", "direct"] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", same_node])).expect("bed");
+        let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
+        let reached =
+            |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
+        let talk = |bed: &Bed, more: &[&str]| {
+            let to = near.address(9000);
+            end(start(bed, &client, "soak", &[&["uring", &to, "1000000"], more].concat()))
+        };
+        let report = talk(&bed, &[]);
+        assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
+        assert!(reached(&bed, "accelerated") > 0.0, "{same_node}");
+        let report = talk(&bed, &["--blocking"]);
+        assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
+        assert!(reached(&bed, "blocking") > 0.0, "{same_node}");
+    }
+}
+
+#[test]
+fn servers_that_share_a_port_are_accelerated_each() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
+    let serve = format!("{} serve 9000 --shared", program("soak").display());
+    let mut shared = echo("near", 0);
+    shared.command = ["sh", "-c", &format!("{serve} & exec {serve}")].map(Into::into).to_vec();
+    let [client, near] = bed.meshed([PodSpec::new("client", 0), shared]).expect("pods");
+    let talk = start(&bed, &client, "soak", &["run", &near.address(9000), "20", "100000", "--turns", "--stay", "5"]);
+    let accelerated = |bed: &Bed| states(bed, 0).iter().filter(|s| *s == "accelerated").count();
+    wait_for("twenty pairs", Duration::from_secs(10), || Ok(accelerated(&bed) == 20 && entered(&bed, 0) == 40)).expect("accelerated");
+    let output = bed.command(&near, "ss".as_ref(), &["-tnpH", "state", "established"]).output().expect("ss");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let owners = text.lines().filter_map(|l| l.split_once("pid=")?.1.split(',').next()).collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(owners.len(), 2, "both have some: {text}");
+    assert_eq!(end(talk)["done"], 20);
+    wait_for("empty maps", Duration::from_secs(5), || Ok(entered(&bed, 0) == 0 && states(&bed, 0).is_empty())).expect("nothing left");
+}

@@ -18,6 +18,9 @@ use nix::sys::{
 };
 use serde_json::json;
 
+#[path = "soak/uring.rs"]
+mod uring;
+
 #[derive(Parser)]
 #[command(about = "Random messages with random pauses, every byte checked")]
 struct Arguments {
@@ -33,6 +36,9 @@ enum Command {
         /// Read no more from a connection after so many bytes, for some seconds.
         #[arg(long)]
         stall_after: Option<u64>,
+        /// Share the port with other servers (`SO_REUSEPORT`).
+        #[arg(long)]
+        shared: bool,
     },
     /// Exchange AFTER bytes in turns with a server that then reads no more, and send as long as that is taken; print how much was.
     /// Then wait for the server to read on, and check that all of it comes back.
@@ -47,6 +53,14 @@ enum Command {
         bytes: u64,
         #[arg(long)]
         late: bool,
+    },
+    /// Exchange BYTES in turns through `io_uring`; print how much came back.
+    Uring {
+        to: SocketAddr,
+        bytes: u64,
+        /// With a socket that blocks.
+        #[arg(long)]
+        blocking: bool,
     },
     /// Send BYTES on each of CONNECTIONS and check what comes back; with --turns no message before the last one came back. Then end, or
     /// with --stay not before so many seconds have passed.
@@ -72,7 +86,7 @@ const STALL: Duration = Duration::from_secs(20);
 
 fn main() -> Result<()> {
     match Arguments::parse().command {
-        Command::Serve { port, stall_after } => serve(port, stall_after.unwrap_or(u64::MAX)),
+        Command::Serve { port, stall_after, shared } => serve(port, stall_after.unwrap_or(u64::MAX), shared),
         Command::Flood { to, after } => {
             println!("{}", flood(to, after).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
             Ok(())
@@ -83,6 +97,11 @@ fn main() -> Result<()> {
         }
         Command::Zerocopy { to, bytes, late } => {
             println!("{}", zerocopy(to, bytes, late).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
+            Ok(())
+        }
+        Command::Uring { to, bytes, blocking } => {
+            let report = uring::talk(to, bytes, blocking);
+            println!("{}", report.unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
             Ok(())
         }
         Command::Run { to, connections, bytes, turns, stay } => {
@@ -256,8 +275,13 @@ fn size(turns: bool) -> usize {
     }
 }
 
-fn serve(port: u16, stall_after: u64) -> Result<()> {
-    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
+fn serve(port: u16, stall_after: u64, shared: bool) -> Result<()> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(shared)?;
+    socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+    socket.listen(1024)?;
+    let listener = TcpListener::from(socket);
     listener.set_nonblocking(true)?;
     let epoll = Epoll::new(EpollCreateFlags::empty())?;
     epoll.add(listener.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, u64::MAX))?;
