@@ -78,6 +78,8 @@ pub struct End {
     /// What was redirected.
     pub messages: u64,
     pub bytes: u64,
+    /// What its owner has received, by `recv` and its kin, since this was made.
+    pub received: u64,
 }
 
 /// What the kernel knows when a message is sent.
@@ -240,6 +242,11 @@ pub struct PairReply {
     pub established: u32,
     /// See [`Why::Special`].
     pub special: u32,
+    /// As in [`End`].
+    pub received: u64,
+    /// How far what came by TCP has been taken, by whatever means: a sequence number.
+    pub copied_seq: u32,
+    pub pad: u32,
 }
 
 impl PairReply {
@@ -259,10 +266,10 @@ pub struct Event {
     pub why: u32,
 }
 
-const _: () = assert!(size_of::<End>() == 88);
+const _: () = assert!(size_of::<End>() == 96);
 const _: () = assert!(size_of::<KernelLayout>() == 64);
 const _: () = assert!(size_of::<PairRequest>() == 80);
-const _: () = assert!(size_of::<PairReply>() == 80);
+const _: () = assert!(size_of::<PairReply>() == 96);
 const _: () = assert!(size_of::<Event>() == 16);
 
 #[cfg(feature = "user")]

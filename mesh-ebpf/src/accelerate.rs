@@ -16,8 +16,8 @@ use aya_ebpf::{
             bpf_getsockopt, bpf_map_update_elem, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release, bpf_sk_storage_get, bpf_tcp_sock,
         },
     },
-    macros::{classifier, sk_msg},
-    programs::{SkMsgContext, TcContext},
+    macros::{btf_tracepoint, classifier, sk_msg},
+    programs::{BtfTracePointContext, SkMsgContext, TcContext},
 };
 use mesh_common::{
     accelerate::{End, Event, Facts, KernelLayout, O_NONBLOCK, PairReply, PairRequest, Step, Way, Why, step},
@@ -53,6 +53,9 @@ static KERNEL_LAYOUT: Global<KernelLayout> = Global::new(KernelLayout {
 const USER_DATA_FLAGS: u64 = 7;
 const SOL_SOCKET: i32 = 1;
 const SO_RCVLOWAT: i32 = 18;
+const MSG_OOB: i32 = 1;
+const MSG_PEEK: i32 = 2;
+const MSG_ERRQUEUE: i32 = 0x2000;
 /// The request in a packet: behind an Ethernet header.
 const AT: usize = 14;
 
@@ -193,6 +196,25 @@ pub extern "C" fn mesh_wake(iteration: *mut TcpIteration) -> i32 {
     0
 }
 
+/// Counts what the owner of a socket that was looked at receives: one who takes more than that reads by other means, which see nothing of
+/// what is redirected.
+#[btf_tracepoint(function = "sock_recv_length")]
+pub fn mesh_received(ctx: BtfTracePointContext) -> i32 {
+    let (sk, received, flags): (*mut c_void, i32, i32) = (ctx.arg(0), ctx.arg(1), ctx.arg(2));
+    if received <= 0 || flags & (MSG_OOB | MSG_PEEK | MSG_ERRQUEUE) != 0 {
+        return 0;
+    }
+    // SAFETY: the socket is the kernel's own argument, and the storage is checked for null. Two that receive at once may be counted as one:
+    // then less was received than taken, and nothing is redirected.
+    unsafe {
+        let end: *mut End = bpf_sk_storage_get((&raw const ENDS).cast_mut().cast(), sk, core::ptr::null_mut(), 0).cast();
+        if !end.is_null() {
+            (*end).received += u64::from(received.unsigned_abs());
+        }
+    }
+    0
+}
+
 /// What is done about one socket for the node process, which runs this by `BPF_PROG_TEST_RUN` from inside the socket's network
 /// namespace. It is attached nowhere.
 #[classifier]
@@ -312,7 +334,8 @@ fn tell_of(reply: &mut PairReply, end: &End) {
     reply.nonblocking = u32::from(nonblocking(flags(&layout, own)));
     reply.special = u32::from(special(&layout, own));
     (reply.way, reply.why) = (end.way, end.why);
-    (reply.messages, reply.bytes) = (end.messages, end.bytes);
+    (reply.messages, reply.bytes, reply.received) = (end.messages, end.bytes, end.received);
+    reply.copied_seq = word(own, layout.copied_seq);
     let psock = pointer(own, layout.user_data) & !USER_DATA_FLAGS;
     if psock != 0 {
         reply.references = word(psock, layout.references);

@@ -134,7 +134,8 @@ fn acceleration(loaded: &mut object::Loaded) -> Result<accelerate::Parts, Captur
     sys::attach_to_map(sockets.as_fd(), program.as_fd(), sys::SK_MSG_VERDICT)
         .map_err(CaptureError::io("attach the program of acceleration"))?;
     let wake = sys::iterator(loaded.program(object::WAKE)?).map_err(CaptureError::io("make an iterator over sockets"))?;
-    Ok(accelerate::Parts { pair, wake, sockets, events: loaded.take("EVENTS", RingBuf::try_from)? })
+    let received = sys::trace(loaded.program(object::RECEIVED)?).map_err(CaptureError::io("count what applications receive"))?;
+    Ok(accelerate::Parts { pair, wake, received, sockets, events: loaded.take("EVENTS", RingBuf::try_from)? })
 }
 
 impl Capture {

@@ -251,6 +251,23 @@ fn io_uring_is_as_on_tcp() {
 }
 
 #[test]
+fn who_reads_by_other_means_is_left_to_tcp() {
+    for same_node in ["proxy", "direct"] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", same_node])).expect("bed");
+        let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
+        let reached =
+            |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
+        for to in [near.address(9000), near.address6(9000)] {
+            let report = end(start(&bed, &client, "soak", &["splice", &to, "1000000"]));
+            assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
+        }
+        assert_eq!(reached(&bed, "spliced"), 2.0, "{same_node}");
+        // Through the proxy the server's own hop is.
+        assert_eq!(reached(&bed, "accelerated"), if same_node == "proxy" { 2.0 } else { 0.0 }, "{same_node}");
+    }
+}
+
+#[test]
 fn servers_that_share_a_port_are_accelerated_each() {
     let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
     let serve = format!("{} serve 9000 --shared", program("soak").display());

@@ -41,6 +41,8 @@ const MESSAGES: u32 = 2;
 /// Most bytes the messages of a pair have on average.
 const MEAN_MESSAGE: u64 = 8 * 1024;
 
+/// Looks after which a socket of which more is taken than received is said to be read by other means.
+const ODD: u32 = 3;
 /// Most pods that are remembered as unfit.
 const MAX_UNFIT: usize = 4096;
 
@@ -95,6 +97,8 @@ pub enum State {
     Bulk,
     /// The reader fell behind too often.
     SlowReader,
+    /// The owner of one of the sockets takes what comes by other means than `recv` and its kin, such as `splice`.
+    Spliced,
     /// One of the sockets has TLS in the kernel, or its owner asks to be told when messages were sent.
     Special,
     /// A program of the pod has made a socket blocking in the midst of a conversation: it will do so again.
@@ -116,6 +120,7 @@ impl State {
             Self::Blocking => "blocking",
             Self::Bulk => "bulk",
             Self::SlowReader => "slow_reader",
+            Self::Spliced => "spliced",
             Self::Special => "special",
             Self::Unfit => "unfit",
             Self::Full => "full",
@@ -141,6 +146,8 @@ struct Kernel {
     /// An iterator over TCP sockets.
     wake: OwnedFd,
     sockets: OwnedFd,
+    /// Counts what applications receive, for as long as this is open.
+    _received: OwnedFd,
 }
 
 impl Kernel {
@@ -294,6 +301,7 @@ impl Offers {
 pub(super) struct Parts {
     pub pair: OwnedFd,
     pub wake: OwnedFd,
+    pub received: OwnedFd,
     pub sockets: OwnedFd,
     pub events: RingBuf<MapData>,
 }
@@ -315,6 +323,38 @@ struct Entry {
     pair: Pair,
     phase: Phase,
     wait: Duration,
+    /// How much had been taken from either socket, and how much of that was received, when it was last looked.
+    taken: Option<[(u32, u64); 2]>,
+    /// How often the two were apart.
+    odd: u32,
+}
+
+/// What a look tells of how a pair's owners read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reads {
+    /// Everything since the last look was received, by both.
+    Received,
+    /// One of them has taken nothing since, or it is the first look.
+    Unknown,
+    /// One of them has taken more, or less.
+    Otherwise,
+}
+
+impl Entry {
+    /// Compares with the last look.
+    fn reads(&mut self, now: [&PairReply; 2]) -> Reads {
+        let now = now.map(|reply| (reply.copied_seq, reply.received));
+        let Some(before) = self.taken.replace(now) else { return Reads::Unknown };
+        let since = now.iter().zip(before).map(|((copied, received), (copied_then, received_then))| {
+            (u64::from(copied.wrapping_sub(copied_then)), received.wrapping_sub(received_then))
+        });
+        since.fold(Reads::Received, |all, (taken, received)| match all {
+            Reads::Otherwise => all,
+            _ if taken != received => Reads::Otherwise,
+            _ if taken == 0 => Reads::Unknown,
+            _ => all,
+        })
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -333,7 +373,7 @@ enum Phase {
 impl Accelerator {
     /// With the programs and maps of an opened capture. `changed` hears of every change of a pair's state.
     pub(super) fn new(parts: Parts, changed: impl Fn(State) + Send + 'static) -> Result<(Self, Offers), CaptureError> {
-        let Parts { pair, wake, sockets, events } = parts;
+        let Parts { pair, wake, received, sockets, events } = parts;
         let (sender, messages) = mpsc::unbounded_channel();
         let known = Arc::new(Known::default());
         // Keys must not meet those of an earlier process, whose pairs may still be there.
@@ -343,7 +383,7 @@ impl Accelerator {
         // SAFETY: the ring owns its descriptor for as long as it lives, and always returns that one.
         let events = unsafe { AsyncFd::register(events) };
         let events = events.map_err(|e| CaptureError::io("watch the events of acceleration")(e.into_parts().1))?;
-        let kernel = Arc::new(Kernel { pair, wake, sockets });
+        let kernel = Arc::new(Kernel { pair, wake, sockets, _received: received });
         proof::prove(&kernel, next).map_err(CaptureError::Unsupported)?;
         let offers = Offers { sender, next: Arc::new(AtomicU64::new(next + 1)), known: known.clone(), kernel: kernel.clone() };
         let accelerator = Self {
@@ -397,7 +437,7 @@ impl Accelerator {
         match message {
             Message::Offer(id, pair) => {
                 self.known.lock().insert(id, ((*pair).clone(), State::Young));
-                self.entries.insert(id, Entry { pair: *pair, phase: Phase::Outside, wait: FIRST_LOOK });
+                self.entries.insert(id, Entry { pair: *pair, phase: Phase::Outside, wait: FIRST_LOOK, taken: None, odd: 0 });
                 self.due.insert((Instant::now() + FIRST_LOOK, id));
             }
             Message::Withdraw(id) => {
@@ -555,6 +595,19 @@ impl Accelerator {
         if mean(one.bytes_received, one.segments_in) > MEAN_MESSAGE || mean(one.bytes_acked, one.segments_out) > MEAN_MESSAGE {
             self.set(id, State::Bulk);
             return Ok(true);
+        }
+        match entry.reads([&one, &other]) {
+            Reads::Received => {}
+            Reads::Unknown => {
+                self.set(id, State::Young);
+                return Ok(true);
+            }
+            Reads::Otherwise => {
+                // Between being taken and being counted there is a moment, which a look can meet.
+                entry.odd += 1;
+                self.set(id, if entry.odd < ODD { State::Young } else { State::Spliced });
+                return Ok(true);
+            }
         }
         let done = self.kernel.join(id, &entry.pair)?;
         if entry.pair.flow != 0 {

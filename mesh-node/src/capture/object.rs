@@ -44,13 +44,16 @@ pub const PAIR: &str = "mesh_pair";
 /// The program that goes through a namespace's TCP sockets.
 pub const WAKE: &str = "mesh_wake";
 
+/// The program that counts what applications receive.
+pub const RECEIVED: &str = "mesh_received";
+
 /// The programs without which there is no capture.
 fn programs() -> impl Iterator<Item = &'static str> {
     CGROUP_HOOKS.iter().map(|h| h.program).chain([STEER])
 }
 
 /// Those that only acceleration needs: a kernel that does not take them can still capture.
-const ACCELERATION: [&str; 3] = [ACCELERATE, PAIR, WAKE];
+const ACCELERATION: [&str; 4] = [ACCELERATE, PAIR, WAKE, RECEIVED];
 
 /// Maps that are pinned. Socket storage and counters too: what a socket is must survive the process.
 const MAPS: [&str; 15] = [
@@ -114,6 +117,7 @@ fn load_program(program: &mut Program) -> Result<(), aya::programs::ProgramError
         Program::SkMsg(p) => p.load(),
         Program::SchedClassifier(p) => p.load(),
         Program::Iter(p) => p.load("tcp", &Btf::from_sys_fs()?),
+        Program::BtfTracePoint(p) => p.load("sock_recv_length", &Btf::from_sys_fs()?),
         _ => Err(aya::programs::ProgramError::UnexpectedProgramType),
     }
 }

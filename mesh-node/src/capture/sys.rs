@@ -20,6 +20,7 @@ pub const CGROUP_INET6_GETPEERNAME: u32 = 30;
 pub const SK_LOOKUP: u32 = 36;
 pub const SK_MSG_VERDICT: u32 = 7;
 const TRACE_ITER: u32 = 28;
+const TRACE_RAW_TP: u32 = 23;
 
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
@@ -153,6 +154,11 @@ pub fn plain<T: aya::Pod>(bytes: &[u8]) -> Option<T> {
 /// Makes an iterator of a program: each opening of it goes through everything once.
 pub fn iterator(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     link_create_at(program, 0, TRACE_ITER)
+}
+
+/// Has a program run at its tracepoint for as long as what is returned is open.
+pub fn trace(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    link_create_at(program, 0, TRACE_RAW_TP)
 }
 
 /// Runs an iterator once, in the network namespace of this thread.

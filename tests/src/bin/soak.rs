@@ -18,6 +18,8 @@ use nix::sys::{
 };
 use serde_json::json;
 
+#[path = "soak/splice.rs"]
+mod splice;
 #[path = "soak/uring.rs"]
 mod uring;
 
@@ -54,6 +56,8 @@ enum Command {
         #[arg(long)]
         late: bool,
     },
+    /// Exchange BYTES in turns, reading with `splice` alone; print how much came back.
+    Splice { to: SocketAddr, bytes: u64 },
     /// Exchange BYTES in turns through `io_uring`; print how much came back.
     Uring {
         to: SocketAddr,
@@ -97,6 +101,10 @@ fn main() -> Result<()> {
         }
         Command::Zerocopy { to, bytes, late } => {
             println!("{}", zerocopy(to, bytes, late).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
+            Ok(())
+        }
+        Command::Splice { to, bytes } => {
+            println!("{}", splice::talk(to, bytes).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
             Ok(())
         }
         Command::Uring { to, bytes, blocking } => {

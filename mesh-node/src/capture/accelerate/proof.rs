@@ -41,6 +41,9 @@ pub fn prove(kernel: &Kernel, id: u64) -> Result<(), String> {
     }
     let mut got = [0; 1000];
     reader.read_exact(&mut got).map_err(problem)?;
+    if kernel.look(&pair.other).map_err(problem)?.received != message.len() as u64 {
+        return Err(failed("what is received cannot be counted"));
+    }
     let mut written = 0;
     loop {
         match writer.write(&pattern(written)) {
