@@ -268,6 +268,27 @@ fn who_reads_by_other_means_is_left_to_tcp() {
 }
 
 #[test]
+fn programs_in_go_cannot_tell() {
+    let built = tempfile::tempdir().expect("a directory");
+    let talk = built.path().join("talk");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/programs/talk.go");
+    let mut go = std::process::Command::new("go");
+    go.args(["build", "-o"]).arg(&talk).arg(source).env("GO111MODULE", "off").env("GOCACHE", built.path().join("cache"));
+    assert!(go.status().expect("go").success(), "{source} is built");
+    for same_node in ["proxy", "direct"] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", same_node])).expect("bed");
+        let serve = PodSpec { command: vec![talk.display().to_string(), "serve".into()], ..echo("near", 0) };
+        let [client, near] = bed.meshed([PodSpec::new("client", 0), serve]).expect("pods");
+        let run = bed.command(&client, &talk, &["run", &near.v4().to_string()]).output().expect("ended");
+        assert_eq!(String::from_utf8_lossy(&run.stdout), "done\n", "{same_node}");
+        for state in ["accelerated", "spliced"] {
+            let reached = bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]);
+            assert!(reached.is_ok_and(|n| n > 0.0), "{same_node}: {state}");
+        }
+    }
+}
+
+#[test]
 fn servers_that_share_a_port_are_accelerated_each() {
     let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
     let serve = format!("{} serve 9000 --shared", program("soak").display());
