@@ -261,7 +261,7 @@ fn who_reads_by_other_means_is_left_to_tcp() {
             let report = end(start(&bed, &client, "soak", &["splice", &to, "1000000"]));
             assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
         }
-        assert_eq!(reached(&bed, "spliced"), 2.0, "{same_node}");
+        assert!(reached(&bed, "spliced") >= 2.0, "{same_node}");
         // Through the proxy the server's own hop is.
         assert_eq!(reached(&bed, "accelerated"), if same_node == "proxy" { 2.0 } else { 0.0 }, "{same_node}");
     }

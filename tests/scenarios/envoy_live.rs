@@ -54,6 +54,8 @@ struct Wanted {
 mod authorizers;
 #[path = "envoy_live/cases.rs"]
 mod cases;
+#[path = "envoy_live/checks.rs"]
+mod checks;
 #[path = "envoy_live/framed.rs"]
 mod framed;
 #[path = "envoy_live/http2.rs"]

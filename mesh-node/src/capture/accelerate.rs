@@ -599,7 +599,9 @@ impl Accelerator {
         match entry.reads([&one, &other]) {
             Reads::Received => {}
             Reads::Unknown => {
-                self.set(id, State::Young);
+                if entry.odd < ODD {
+                    self.set(id, State::Young);
+                }
                 return Ok(true);
             }
             Reads::Otherwise => {

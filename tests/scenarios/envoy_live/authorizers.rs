@@ -10,15 +10,26 @@ use mesh_tests::{
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use super::{Case, End, Outcome, Way, about, cases::case, format, logging, named, of_the_answer, run, upstreams};
+use super::{
+    Case, End, Outcome, Way, about,
+    cases::case,
+    checks::{self, Says},
+    format, logging, named, of_the_answer, run, upstreams,
+};
 
 /// A case, and the authorizer's part in it.
 pub struct Asked {
     case: Case,
-    answer: Answer,
+    says: Authorizer,
     /// Of the provider in the mesh configuration, and of Envoy's filter.
     provider: Value,
     filter: Value,
+}
+
+/// What an authorizer answers, and in which protocol.
+enum Authorizer {
+    Http(Answer),
+    Grpc(Says),
 }
 
 /// What both make of all.
@@ -114,7 +125,7 @@ fn all() -> Vec<Asked> {
     for set in sets() {
         let asked = |name: String, request: &str, answer: Answer| Asked {
             case: case(name, request, OK, End::Keep),
-            answer,
+            says: Authorizer::Http(answer),
             provider: set.provider.clone(),
             filter: set.filter.clone(),
         };
@@ -130,6 +141,33 @@ fn all() -> Vec<Asked> {
         all.push(asked(format!("{}: two cookies", set.name), cookies, with(ANSWERS[0].1, End::Keep)));
         for (name, end) in [("ends", End::Fin), ("resets", End::Reset)] {
             all.push(asked(format!("{}: {name}", set.name), REQUESTS[0].1, Answer { pieces: Vec::new(), end }));
+        }
+    }
+    all.extend(over_grpc());
+    all
+}
+
+/// The same of gRPC: all answers to the first request, and all requests allowed and denied.
+fn over_grpc() -> Vec<Asked> {
+    const OK: &str = "HTTP/1.1 200 OK\r\nx-theirs-0: t\r\nx-theirs-1: t\r\nx-theirs-2: t\r\nx-theirs-3: t\r\nx-theirs-4: t\r\nx-theirs-5: t\r\ncontent-length: 2\r\n\r\nok";
+    let sets = [
+        ("grpc", json!({}), json!({})),
+        ("grpc open", json!({"failOpen": true}), json!({"failure_mode_allow": true})),
+        ("grpc 503", json!({"statusOnError": "503"}), json!({"status_on_error": {"code": "ServiceUnavailable"}})),
+    ];
+    let mut all = Vec::new();
+    for (set, provider, mut filter) in sets {
+        filter["grpc_service"] = json!({"timeout": "2s"});
+        for (answered, says) in checks::answers() {
+            let every = set == "grpc" && ["allowed", "denied with all", "unavailable"].contains(&answered);
+            for (sent, request) in if every { checks::REQUESTS } else { &checks::REQUESTS[..1] } {
+                all.push(Asked {
+                    case: case(format!("{set}: {sent}, {answered}"), request, OK, End::Keep),
+                    says: Authorizer::Grpc(says.clone()),
+                    provider: provider.clone(),
+                    filter: filter.clone(),
+                });
+            }
         }
     }
     all
@@ -148,7 +186,11 @@ async fn authorizers(all: &[Asked]) -> (Vec<Reached>, Vec<SocketAddr>) {
     let (mut reached, mut addresses) = (Vec::new(), Vec::new());
     for asked in all {
         let seen = Reached::default();
-        addresses.push(upstream(asked.answer.clone(), seen.clone()).await.expect("an authorizer"));
+        let address = match &asked.says {
+            Authorizer::Http(answer) => upstream(answer.clone(), seen.clone()).await,
+            Authorizer::Grpc(says) => checks::authorizer(says.clone(), seen.clone()).await,
+        };
+        addresses.push(address.expect("an authorizer"));
         reached.push(seen);
     }
     (reached, addresses)
@@ -170,11 +212,16 @@ async fn of_envoy(all: &[Asked]) -> Vec<Outcome> {
         let mut config =
             json!({"@type": "type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthz", "transport_api_version": "V3"});
         config.as_object_mut().expect("an object").extend(one.filter.as_object().expect("an object").clone());
-        config["http_service"]["server_uri"] =
-            json!({"uri": "http://authz.default.svc.cluster.local", "cluster": "@authorizer", "timeout": "2s"});
+        let http2 = matches!(one.says, Authorizer::Grpc(_));
+        if http2 {
+            config["grpc_service"]["envoy_grpc"] = json!({"cluster_name": "@authorizer", "authority": "authz.default.svc.cluster.local"});
+        } else {
+            config["http_service"]["server_uri"] =
+                json!({"uri": "http://authz.default.svc.cluster.local", "cluster": "@authorizer", "timeout": "2s"});
+        }
         let name = format!("{}, authorizer", one.case.name);
         let filters = vec![named(&json!({"name": "envoy.filters.http.ext_authz", "typed_config": config}), "@authorizer", &name)];
-        let beside = Some(Box::new(Listener::to(name, *authorizer)));
+        let beside = Some(Box::new(Listener { http2, ..Listener::to(name, *authorizer) }));
         Listener { filters, beside, ..Listener::to(one.case.name.clone(), *upstream) }
     };
     let listeners = all.iter().zip(&addresses).zip(&authorizers).map(listener).collect::<Vec<_>>();
@@ -201,10 +248,14 @@ async fn of_mesh(all: &[Asked]) -> Vec<Outcome> {
     documents.push(server_pod());
     for (i, ((one, authorizer), at)) in all.iter().zip(&authorizers).zip(&addresses).enumerate() {
         let name = format!("authz-{i}");
-        let mut http = json!({"service": format!("{name}.default.svc.cluster.local"), "port": 80, "timeout": "2s"});
-        http.as_object_mut().expect("an object").extend(one.provider.as_object().expect("an object").clone());
-        providers.push(json!({"name": name, "envoyExtAuthzHttp": http}));
-        documents.extend(service(&name, &super::vip(i).ip().to_string(), "http", &[*authorizer]));
+        let (provider, protocol) = match one.says {
+            Authorizer::Http(_) => ("envoyExtAuthzHttp", "http"),
+            Authorizer::Grpc(_) => ("envoyExtAuthzGrpc", "grpc"),
+        };
+        let mut settings = json!({"service": format!("{name}.default.svc.cluster.local"), "port": 80, "timeout": "2s"});
+        settings.as_object_mut().expect("an object").extend(one.provider.as_object().expect("an object").clone());
+        providers.push(json!({"name": name, provider: settings}));
+        documents.extend(service(&name, &super::vip(i).ip().to_string(), protocol, &[*authorizer]));
         let rule = json!({"to": [{"operation": {"ports": [at.port().to_string()]}}]});
         let policy =
             json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": name}, "rules": [rule]});

@@ -16,9 +16,10 @@ use tokio::time::{Instant, sleep_until};
 
 use self::conversation::{Event, Exchange};
 use super::{
+    authorizer::ToClient,
     body::{Broken, Closed, FrameSource, RequestBody, Responder, ResponseHead, drain},
     exchange::flag_of,
-    gate::{Gate, Pass, Refusal, append},
+    gate::{Gate, Pass, Refusal},
     h2::{H2Sink, wire_request},
     meter::{Meter, grpc_status},
     record::{Flag, Record},
@@ -142,14 +143,14 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     source: UpSource<'_>,
     upload: &mut Upload<'_, B>,
     responder: &mut R,
-    add: &HeaderMap,
+    add: &ToClient,
     cut: impl Future<Output = ()> + Send,
     record: &mut Record,
 ) -> (Attempt, bool) {
     let mut deadlines = Deadlines::default();
     let mut judge = |status: StatusCode, mut headers: HeaderMap, _: bool| {
         record.details = Cow::Borrowed("via_upstream");
-        append(&mut headers, add);
+        add.apply(&mut headers);
         record.answered(status, &headers);
         Verdict { again: false, headers }
     };
@@ -182,7 +183,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
     let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
         if let Some(more) = to_client {
-            append(&mut headers, more);
+            more.apply(&mut headers);
         }
         if let Some(record) = &mut inbound {
             record.details = Cow::Borrowed("via_upstream");

@@ -3,6 +3,7 @@
 //! The question goes from the protected pod through the mesh like any request of its own. Nobody is asked about requests to an
 //! authorizer: it would be asked about the question.
 
+mod changes;
 mod proto;
 
 use std::{net::SocketAddr, sync::Arc};
@@ -10,6 +11,8 @@ use std::{net::SocketAddr, sync::Arc};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use tokio::time::timeout;
 
+use self::changes::How;
+pub use self::changes::ToClient;
 use super::{
     call::{Answered, Call},
     gate::{Gate, Refusal},
@@ -43,7 +46,7 @@ const DENIED: &str = "ext_authz_denied";
 pub enum Answer {
     /// It may pass, with the changes made to it.
     Allowed {
-        to_client: HeaderMap,
+        to_client: ToClient,
     },
     Denied(Box<Refusal>),
 }
@@ -51,7 +54,7 @@ pub enum Answer {
 /// Asks one authorizer about a request, and changes the request as it says.
 pub async fn ask(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Arc<str>, head: &mut RequestHead) -> Answer {
     let asked = match whom(gate, snapshot, provider) {
-        Whom::Nobody => return Answer::Allowed { to_client: HeaderMap::new() },
+        Whom::Nobody => return Answer::Allowed { to_client: ToClient::default() },
         Whom::Unknown => return refused(StatusCode::FORBIDDEN, format!("{ERROR}{{unknown_provider_{provider}}}")),
         Whom::Away(authorizer) => return unanswered(authorizer),
         Whom::Found(authorizer, cluster) => {
@@ -146,7 +149,7 @@ fn is_authorizer(snapshot: &Snapshot, address: SocketAddr) -> bool {
 /// What becomes of a request nobody could be asked about.
 fn unanswered(authorizer: &Authorizer) -> Answer {
     if authorizer.fail_open {
-        return Answer::Allowed { to_client: HeaderMap::new() };
+        return Answer::Allowed { to_client: ToClient::default() };
     }
     refused(authorizer.status_on_error, ERROR.to_owned())
 }
@@ -202,8 +205,11 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
                 head.headers.insert(name, value.clone());
             }
         }
-        let to_client = headers.iter().filter(|(n, _)| any(&check.to_downstream_on_allow, n) && is_end_to_end(n));
-        return Some(Answer::Allowed { to_client: to_client.map(|(n, v)| (n.clone(), v.clone())).collect() });
+        let mut to_client = ToClient::default();
+        for (name, value) in headers.iter().filter(|(n, _)| any(&check.to_downstream_on_allow, n) && is_end_to_end(n)) {
+            to_client.push(name.clone(), value.clone(), How::Append);
+        }
+        return Some(Answer::Allowed { to_client });
     }
     let always = [header::WWW_AUTHENTICATE, header::LOCATION];
     let gone =

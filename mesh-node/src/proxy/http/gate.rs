@@ -16,7 +16,7 @@ use std::{
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 
 use super::{
-    authorizer::{self, Answer},
+    authorizer::{self, Answer, ToClient},
     record::{Flag, Record},
     reply::Reply,
     traced::Onward,
@@ -65,8 +65,8 @@ pub struct Pass {
     /// What the application gets, if that is something else.
     pub head: Option<RequestHead>,
     pub claims: Option<Verified>,
-    /// Headers of an external authorizer for the client.
-    pub to_client: HeaderMap,
+    /// What external authorizers have for the client.
+    pub to_client: ToClient,
 }
 
 /// A request that may not.
@@ -170,7 +170,7 @@ impl Gate {
         // A route may have made another path of it.
         let mut changed = renormalised(head, snapshot.normalization).map_err(|_| bad_path())?;
         let mut told = self.authenticate(governing, changed.as_ref().unwrap_or(head)).await;
-        let mut to_client = HeaderMap::new();
+        let mut to_client = ToClient::default();
         if !governing.authorization.custom.is_empty() && !self.facts.node {
             let claims = told.as_ref().ok().and_then(|a| a.claims.as_ref());
             let seen = changed.as_ref().unwrap_or(head);
@@ -263,7 +263,7 @@ impl Gate {
         governing: &Governing,
         head: &RequestHead,
         claims: Option<&Verified>,
-        to_client: &mut HeaderMap,
+        to_client: &mut ToClient,
     ) -> Result<Option<RequestHead>, Box<Refusal>> {
         let mut changed: Option<RequestHead> = None;
         for provider in governing.authorizers() {
@@ -278,7 +278,7 @@ impl Gate {
             match authorizer::ask(self, snapshot, provider, &mut seen).await {
                 Answer::Allowed { to_client: more } => {
                     changed = Some(seen);
-                    append(to_client, &more);
+                    to_client.extend(more);
                 }
                 Answer::Denied(refusal) => {
                     self.proxy.metrics.policy_decision(policy, "denied");
@@ -320,12 +320,6 @@ fn bad_path() -> Box<Refusal> {
 }
 
 /// Adds headers to those there are.
-pub fn append(headers: &mut HeaderMap, more: &HeaderMap) {
-    for (name, value) in more {
-        headers.append(name.clone(), value.clone());
-    }
-}
-
 impl Refusal {
     pub fn new(reply: Reply, details: impl Into<String>) -> Box<Self> {
         Box::new(Self { reply, details: details.into(), flag: None, head: None })

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::{
     Next,
     attempt::{self, Answered, Attempt, Plan},
+    authorizer::ToClient,
     body::{FrameSink, FrameSource, RequestBody, Responder},
     gate::{Gate, Pass},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
@@ -219,7 +220,7 @@ fn parts<'a>(
     head: &'a RequestHead,
     pass: &'a Pass,
     record: &mut Record,
-) -> (&'a RequestHead, Option<&'a crate::policy::Verified>, &'a HeaderMap) {
+) -> (&'a RequestHead, Option<&'a crate::policy::Verified>, &'a ToClient) {
     if let Some(changed) = &pass.head {
         record.became(changed);
     }

@@ -69,7 +69,7 @@ impl Reply {
         }
         let status = if grpc_status.is_some() { StatusCode::OK } else { status };
         if !body.is_empty() {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+            headers.entry(header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
         }
         (status, headers, body.into_owned().into())
     }

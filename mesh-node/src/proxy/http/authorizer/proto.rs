@@ -3,10 +3,17 @@
 
 use std::{collections::HashMap, net::SocketAddr, time::SystemTime};
 
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Method, StatusCode};
 use prost::Message;
 
-use super::super::reply::Reply;
+use super::{
+    super::{
+        reply::Reply,
+        wire::{checked_authority, path_and_query},
+    },
+    changes::{How, ToClient, lengthen, text, with_parameters},
+};
 use crate::{
     policy::{Facts, Sni},
     route::request::RequestHead,
@@ -134,6 +141,18 @@ struct Allowed {
     headers_to_remove: Vec<String>,
     #[prost(message, repeated, tag = "6")]
     response_headers_to_add: Vec<HeaderOption>,
+    #[prost(message, repeated, tag = "7")]
+    query_parameters_to_set: Vec<Parameter>,
+    #[prost(string, repeated, tag = "8")]
+    query_parameters_to_remove: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Parameter {
+    #[prost(string, tag = "1")]
+    key: String,
+    #[prost(string, tag = "2")]
+    value: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -196,7 +215,7 @@ fn attributes(facts: &Facts, client: SocketAddr) -> Attributes {
 pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckRequest {
     let mut headers: HashMap<String, String> = HashMap::new();
     for name in head.headers.keys() {
-        let values = head.headers.get_all(name).iter().map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
+        let values = head.headers.get_all(name).iter().map(|v| text(v.as_bytes()));
         headers.insert(name.as_str().to_owned(), values.collect::<Vec<_>>().join(","));
     }
     for (name, value) in
@@ -205,7 +224,6 @@ pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckR
         headers.insert(name.to_owned(), value.to_owned());
     }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let length = head.headers.get(http::header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
     let http = HttpRequest {
         id: headers.get("x-request-id").cloned().unwrap_or_default(),
         method: head.method.to_string(),
@@ -213,7 +231,8 @@ pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckR
         path: head.target.to_string(),
         host: head.host().to_owned(),
         scheme: head.scheme.as_str().to_owned(),
-        size: length.unwrap_or(-1),
+        // Of the body, of which nothing is asked for.
+        size: 0,
         protocol: "HTTP/1.1".to_owned(),
     };
     let time = Timestamp { seconds: i64::try_from(now.as_secs()).unwrap_or(0), nanos: i32::try_from(now.subsec_nanos()).unwrap_or(0) };
@@ -223,49 +242,99 @@ pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckR
 
 /// What an answer comes to.
 pub enum Outcome {
-    Allowed { to_client: HeaderMap },
+    Allowed { to_client: ToClient },
     Denied(Box<Reply>),
 }
 
 /// Changes the request as the answer says.
 pub fn apply(response: &CheckResponse, head: &mut RequestHead) -> Outcome {
     if response.is_ok() {
-        let Some(ok) = &response.ok else { return Outcome::Allowed { to_client: HeaderMap::new() } };
+        let Some(ok) = &response.ok else { return Outcome::Allowed { to_client: ToClient::default() } };
         for name in &ok.headers_to_remove {
             // Neither pseudo headers nor the host can be taken away.
             if name != "host" {
                 head.headers.remove(name);
             }
         }
-        change(&ok.headers, &mut head.headers);
-        let mut to_client = HeaderMap::new();
-        change(&ok.response_headers_to_add, &mut to_client);
+        ok.headers.iter().for_each(|option| change(option, head));
+        if !ok.query_parameters_to_set.is_empty() || !ok.query_parameters_to_remove.is_empty() {
+            let set = ok.query_parameters_to_set.iter().map(|p| (&*p.key, &*p.value));
+            if let Some(target) = with_parameters(&head.target, set, ok.query_parameters_to_remove.iter().map(|name| &**name)) {
+                head.target = target;
+            }
+        }
+        let mut to_client = ToClient::default();
+        for option in &ok.response_headers_to_add {
+            if let Some((name, value)) = option.field() {
+                to_client.push(name, value, option.how());
+            }
+        }
         return Outcome::Allowed { to_client };
     }
     let denied = response.denied.clone().unwrap_or_default();
     let status = denied.status.as_ref().and_then(|s| u16::try_from(s.code).ok()).and_then(|s| StatusCode::from_u16(s).ok());
     let status = status.filter(|s| s.as_u16() >= 200).unwrap_or(StatusCode::FORBIDDEN);
     let mut reply = Reply::new(status, denied.body);
-    change(&denied.headers, &mut reply.headers);
+    // All of one name that are not to be appended: there would be nothing to append them to.
+    for option in denied.headers.iter().filter(|o| !o.appends()) {
+        if let Some((name, value)) = option.field() {
+            reply.headers.append(name, value);
+        }
+    }
     Outcome::Denied(Box::new(reply))
 }
 
-fn change(options: &[HeaderOption], headers: &mut HeaderMap) {
-    for option in options {
-        let Some(header) = &option.header else { continue };
-        let value = if header.raw_value.is_empty() { header.value.as_bytes() } else { &header.raw_value };
-        let name = HeaderName::from_bytes(header.key.as_bytes());
-        let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(value)) else { continue };
-        // How a message is framed is not an authorizer's business.
-        if !super::is_end_to_end(&name) {
-            continue;
+impl HeaderOption {
+    fn appends(&self) -> bool {
+        self.append.as_ref().is_some_and(|a| a.value)
+    }
+
+    fn value(&self) -> &[u8] {
+        self.header.as_ref().map_or(&[][..], |h| if h.raw_value.is_empty() { h.value.as_bytes() } else { &h.raw_value })
+    }
+
+    /// The header, if it is one, and an authorizer's business, which it is not how a message is framed.
+    fn field(&self) -> Option<(HeaderName, HeaderValue)> {
+        let name = HeaderName::from_bytes(self.header.as_ref()?.key.as_bytes()).ok()?;
+        let value = HeaderValue::from_bytes(self.value()).ok()?;
+        super::is_end_to_end(&name).then_some((name, value))
+    }
+
+    /// In an answer; in requests Envoy looks at no more than whether it is to be appended.
+    fn how(&self) -> How {
+        match (self.append.as_ref().map(|a| a.value), self.append_action) {
+            (Some(false), _) | (None, 2) => How::Set,
+            (None, 1) => How::IfAbsent,
+            (None, 3) => How::IfPresent,
+            _ => How::Append,
         }
-        match (option.append.as_ref().map(|a| a.value), option.append_action) {
-            (Some(true), _) => drop(headers.append(name, value)),
-            // ADD_IF_ABSENT, OVERWRITE_IF_EXISTS.
-            (None, 1) if headers.contains_key(&name) => {}
-            (None, 3) if !headers.contains_key(&name) => {}
-            _ => drop(headers.insert(name, value)),
+    }
+}
+
+/// Changes a header of a request, or what HTTP/2 has among them; what cannot be read is left out.
+fn change(option: &HeaderOption, head: &mut RequestHead) {
+    let bytes = option.value();
+    match option.header.as_ref().map(|h| h.key.to_ascii_lowercase()).as_deref() {
+        Some(":path") => {
+            if let Ok(target) = path_and_query(&Bytes::copy_from_slice(bytes)) {
+                head.target = target;
+            }
         }
+        Some(":authority" | "host") => {
+            let authority = HeaderValue::from_bytes(bytes).ok().and_then(|value| checked_authority(value).ok());
+            if let Some(authority) = authority.filter(|a| !a.is_empty()) {
+                head.authority = authority;
+            }
+        }
+        Some(":method") => {
+            if let Ok(method) = Method::from_bytes(bytes) {
+                head.method = method;
+            }
+        }
+        _ => match option.field() {
+            Some((name, value)) if option.appends() => lengthen(&mut head.headers, &name, &value),
+            Some((name, value)) => drop(head.headers.insert(name, value)),
+            None => {}
+        },
     }
 }

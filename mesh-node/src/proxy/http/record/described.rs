@@ -74,6 +74,9 @@ impl Described {
 
     pub(super) fn became(&mut self, head: &RequestHead, wanted: Option<&Wanted>) {
         (self.path, self.authority) = (Target::of(head), head.authority.clone());
+        if self.method != head.method {
+            self.method = head.method.clone();
+        }
         self.keep_again(head, wanted);
     }
 
