@@ -327,7 +327,12 @@ fn change(option: &HeaderOption, head: &mut RequestHead) {
             }
         }
         Some(":method") => {
-            if let Ok(method) = Method::from_bytes(bytes) {
+            // Where an answer ends, and what follows it, depends on these two: they are the client's.
+            let fixed = |method: &Method| *method == Method::HEAD || *method == Method::CONNECT;
+            if let Ok(method) = Method::from_bytes(bytes)
+                && !fixed(&method)
+                && !fixed(&head.method)
+            {
                 head.method = method;
             }
         }
@@ -336,5 +341,29 @@ fn change(option: &HeaderOption, head: &mut RequestHead) {
             Some((name, value)) => drop(head.headers.insert(name, value)),
             None => {}
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderMap;
+
+    use super::*;
+    use crate::route::request::Scheme;
+
+    #[test]
+    fn a_method_that_answers_are_read_by_is_not_changed() {
+        for (from, to, expected) in [("GET", "PUT", "PUT"), ("GET", "HEAD", "GET"), ("GET", "CONNECT", "GET"), ("HEAD", "GET", "HEAD")] {
+            let mut head = RequestHead {
+                method: from.parse().expect("a method"),
+                scheme: Scheme::Http,
+                authority: HeaderValue::from_static("a"),
+                target: http::uri::PathAndQuery::from_static("/"),
+                headers: HeaderMap::new(),
+            };
+            let header = Some(Header { key: ":method".into(), value: to.into(), raw_value: Vec::new() });
+            change(&HeaderOption { header, append: None, append_action: 0 }, &mut head);
+            assert_eq!(head.method, expected, "{from} to {to}");
+        }
     }
 }
