@@ -52,6 +52,8 @@ struct Wanted {
 
 #[path = "envoy_live/authorizers.rs"]
 mod authorizers;
+#[path = "envoy_live/bodies.rs"]
+mod bodies;
 #[path = "envoy_live/cases.rs"]
 mod cases;
 #[path = "envoy_live/checks.rs"]

@@ -243,13 +243,15 @@ async fn answer(
     }
     let head = request.method() == http::Method::HEAD || now == "204";
     let mut body = request.into_body();
+    let mut received = 0;
     while let Some(Ok(data)) = body.data().await {
+        received += data.len();
         let _ = body.flow_control().release_capacity(data.len());
     }
     let (now, extra) = now.split_once('+').unwrap_or((now, ""));
     let (status, delay) = now.split_once('/').unwrap_or((now, "0"));
     tokio::time::sleep(Duration::from_millis(delay.parse().unwrap_or(0))).await;
-    let mut response = http::Response::builder().status(status);
+    let mut response = http::Response::builder().status(status).header("x-received", received);
     if let Some((name, value)) = extra.split_once('=') {
         response = response.header(name, value);
     }

@@ -50,14 +50,30 @@ pub struct Authorizer {
     /// What cannot be asked passes.
     pub fail_open: bool,
     pub status_on_error: StatusCode,
+    /// How much of a request's body it is shown, if any.
+    pub body: Option<BodyInCheck>,
     pub check: Check,
 }
+
+/// What an authorizer is shown of a body. Envoy's `BufferSettings`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BodyInCheck {
+    /// Bytes of it.
+    pub most: usize,
+    /// Of a longer body its beginning is shown; otherwise the request is refused.
+    pub partial: bool,
+    /// Over gRPC it is shown as bytes, and not as text.
+    pub as_bytes: bool,
+}
+
+/// Most of a body that may be asked for, bytes.
+const MOST_OF_BODY: u32 = 16 * 1024 * 1024;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Check {
     /// Envoy's `envoy.service.auth.v3.Authorization`.
     Grpc,
-    /// The request without its body; any answer of 200 allows.
+    /// The request; any answer of 200 allows.
     Http(HttpCheck),
 }
 
@@ -115,7 +131,7 @@ struct GrpcSpec {
     #[serde(default, rename = "clearRouteCache")]
     _clear_route_cache: bool,
     status_on_error: Option<String>,
-    include_request_body_in_check: Option<Value>,
+    include_request_body_in_check: Option<BodySpec>,
 }
 
 #[derive(Deserialize)]
@@ -131,7 +147,7 @@ struct HttpSpec {
     #[serde(default, rename = "clearRouteCache")]
     _clear_route_cache: bool,
     status_on_error: Option<String>,
-    include_request_body_in_check: Option<Value>,
+    include_request_body_in_check: Option<BodySpec>,
     path_prefix: Option<String>,
     #[serde(default, alias = "includeHeadersInCheck")]
     include_request_headers_in_check: Option<Vec<String>>,
@@ -145,6 +161,17 @@ struct HttpSpec {
     headers_to_downstream_on_deny: Option<Vec<String>>,
 }
 
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct BodySpec {
+    #[serde(default)]
+    max_request_bytes: u32,
+    #[serde(default)]
+    allow_partial_message: bool,
+    #[serde(default)]
+    pack_as_bytes: bool,
+}
+
 /// What both kinds have.
 struct Common {
     service: String,
@@ -152,7 +179,7 @@ struct Common {
     timeout: Option<Time>,
     fail_open: bool,
     status_on_error: Option<String>,
-    include_request_body_in_check: Option<Value>,
+    include_request_body_in_check: Option<BodySpec>,
 }
 
 /// How long an authorizer may take, unless the provider says otherwise: Istio's default.
@@ -264,9 +291,8 @@ fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldE
     if name.is_empty() {
         return Err(FieldError::new(format!("{at}.name"), "is missing; policies refer to providers by name"));
     }
-    if common.include_request_body_in_check.is_some() {
-        return Err(FieldError::new(format!("{at}.includeRequestBodyInCheck"), "is not honoured by this version of mesh-node; remove it"));
-    }
+    let body =
+        common.include_request_body_in_check.map(|body| body_in_check(&body, &format!("{at}.includeRequestBodyInCheck"))).transpose()?;
     if common.service.is_empty() {
         return Err(FieldError::new(
             format!("{at}.service"),
@@ -286,6 +312,41 @@ fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldE
         timeout: common.timeout.map_or(TIMEOUT, |t| t.0),
         fail_open: common.fail_open,
         status_on_error,
+        body,
         check,
     }))
+}
+
+fn body_in_check(spec: &BodySpec, at: &str) -> Result<BodyInCheck, FieldError> {
+    let BodySpec { max_request_bytes: most, allow_partial_message: partial, pack_as_bytes: as_bytes } = *spec;
+    if !(1..=MOST_OF_BODY).contains(&most) {
+        let problem = format!("{most} is not between 1 and {MOST_OF_BODY}; say how many bytes of a request's body the authorizer is shown");
+        return Err(FieldError::new(format!("{at}.maxRequestBytes"), problem));
+    }
+    Ok(BodyInCheck { most: most as usize, partial, as_bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn how_much_of_a_body_is_shown_is_bounded() {
+        let of = |body: Value| {
+            let grpc = json!({"service": "a.default.svc.cluster.local", "port": 80, "includeRequestBodyInCheck": body});
+            let spec = serde_json::from_value::<ProviderSpec>(json!({"name": "a", "envoyExtAuthzGrpc": grpc})).expect("a provider");
+            authorizer(spec, "at").map(|a| a.expect("an authorizer").body).map_err(|e| format!("{}: {}", e.field, e.problem))
+        };
+        let body = |most, partial, as_bytes| Ok(Some(BodyInCheck { most, partial, as_bytes }));
+        assert_eq!(of(Value::Null), Ok(None));
+        assert_eq!(of(json!({"maxRequestBytes": 1})), body(1, false, false));
+        let all = json!({"maxRequestBytes": 16_777_216, "allowPartialMessage": true, "packAsBytes": true});
+        assert_eq!(of(all), body(16 * 1024 * 1024, true, true));
+        for wrong in [json!({}), json!({"maxRequestBytes": 0}), json!({"maxRequestBytes": 16_777_217, "packAsBytes": true})] {
+            let error = of(wrong.clone()).expect_err("refused");
+            assert!(error.starts_with("at.envoyExtAuthzGrpc.includeRequestBodyInCheck.maxRequestBytes: "), "{wrong}: {error}");
+        }
+    }
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::{
-    Case, End, Outcome, Way, about,
+    Case, End, Outcome, Way, about, bodies,
     cases::case,
     checks::{self, Says},
     format, logging, named, of_the_answer, run, upstreams,
@@ -144,6 +144,38 @@ fn all() -> Vec<Asked> {
         }
     }
     all.extend(over_grpc());
+    all.extend(with_bodies(OK));
+    all
+}
+
+/// The same with bodies shown, allowed and denied.
+fn with_bodies(ok: &str) -> Vec<Asked> {
+    let mut all = Vec::new();
+    let over_http = |answer: usize| Authorizer::Http(Answer { pieces: vec![ANSWERS[answer].1.as_bytes().to_vec()], end: End::Keep });
+    let answers = checks::answers();
+    let over_grpc = |name: &str| {
+        let (_, says) = answers.iter().find(|(n, _)| *n == name).expect("an answer");
+        Authorizer::Grpc(says.clone())
+    };
+    for (set, provider, filter) in bodies::settings() {
+        for (sent, request) in bodies::REQUESTS {
+            let authorizers = [
+                ("http allows", over_http(0)),
+                ("http denies", over_http(9)),
+                ("grpc allows", over_grpc("allowed")),
+                ("grpc denies", over_grpc("denied")),
+            ];
+            for (how, says) in authorizers {
+                let mut filter = filter.clone();
+                match says {
+                    Authorizer::Http(_) => filter["http_service"] = json!({}),
+                    Authorizer::Grpc(_) => filter["grpc_service"] = json!({"timeout": "2s"}),
+                }
+                let case = case(format!("body, {set}: {sent}, {how}"), request, ok, End::Keep);
+                all.push(Asked { case, says, provider: provider.clone(), filter });
+            }
+        }
+    }
     all
 }
 

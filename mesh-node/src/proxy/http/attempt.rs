@@ -265,7 +265,7 @@ async fn enter<B: RequestBody, R: Responder>(
     let mut record = Box::new(record);
     let traced = onward.map(|onward| onward.on(plan.head));
     let head = traced.as_ref().unwrap_or(plan.head);
-    let admitted = admit(&gate, head, responder, deadlines).await;
+    let admitted = admit(&gate, (head, wanted.protocol()), upload, responder, deadlines).await;
     match admitted {
         Ok(Ok(mut pass)) => {
             pass.head = pass.head.or(traced);
@@ -276,6 +276,9 @@ async fn enter<B: RequestBody, R: Responder>(
             if let Upstream::H1(connection) = upstream {
                 // Nothing was sent on it.
                 release(connection, wanted.cluster, wanted.endpoint);
+            }
+            if refusal.gone {
+                return Err(Attempt::Abandoned);
             }
             Err(answer_here(plan, refusal.reply, upload, responder, judge, &mut record).await)
         }
@@ -346,16 +349,17 @@ async fn first(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
 }
 
 /// Asks the gate of a destination on this node, as long as the client waits and time lasts.
-async fn admit<R: Responder>(
+async fn admit<B: RequestBody, R: Responder>(
     gate: &Gate,
-    head: &RequestHead,
+    (head, protocol): (&RequestHead, &'static str),
+    upload: &mut Upload<'_, B>,
     responder: &mut R,
     deadlines: &Deadlines,
 ) -> Result<Result<Pass, Box<Refusal>>, Attempt> {
     tokio::select! {
         biased;
         // Almost always at once.
-        pass = gate.admit(head) => Ok(pass),
+        pass = gate.admit(head, protocol, upload) => Ok(pass),
         up = deadlines.passed() => Err(Attempt::TimeUp(up)),
         error = responder.gone() => Err(gone(&error)),
     }

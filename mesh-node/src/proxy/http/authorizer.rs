@@ -8,12 +8,14 @@ mod proto;
 
 use std::{net::SocketAddr, sync::Arc};
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use tokio::time::timeout;
 
 use self::changes::How;
 pub use self::changes::ToClient;
 use super::{
+    body::{Beginning, BodyError, Preview, Unseen},
     call::{Answered, Call},
     gate::{Gate, Refusal},
     record::Flag,
@@ -25,7 +27,7 @@ use crate::{
     config::Snapshot,
     report::trace,
     resource::{
-        mesh_config::{Authorizer, Check, HttpCheck},
+        mesh_config::{Authorizer, BodyInCheck, Check, HttpCheck},
         strings::StringMatch,
     },
     route::{
@@ -41,6 +43,9 @@ const AT_ONCE: u32 = 4096;
 /// Envoy's details of what becomes of a question.
 const ERROR: &str = "ext_authz_error";
 const DENIED: &str = "ext_authz_denied";
+const INVALID: &str = "ext_authz_invalid";
+/// Says whether an authorizer is shown only the beginning of a body.
+const PARTIAL_BODY: &str = "x-envoy-auth-partial-body";
 
 /// What an authorizer says.
 pub enum Answer {
@@ -52,22 +57,79 @@ pub enum Answer {
 }
 
 /// Asks one authorizer about a request, and changes the request as it says.
-pub async fn ask(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Arc<str>, head: &mut RequestHead) -> Answer {
+pub async fn ask(
+    gate: &Gate,
+    snapshot: &Arc<Snapshot>,
+    provider: &Arc<str>,
+    (head, protocol): (&mut RequestHead, &'static str),
+    body: &mut impl Preview,
+) -> Answer {
     let asked = match whom(gate, snapshot, provider) {
         Whom::Nobody => return Answer::Allowed { to_client: ToClient::default() },
         Whom::Unknown => return refused(StatusCode::FORBIDDEN, format!("{ERROR}{{unknown_provider_{provider}}}")),
         Whom::Away(authorizer) => return unanswered(authorizer),
         Whom::Found(authorizer, cluster) => {
+            // Clients may take their time over it: the authorizer's begins after that.
+            let shown = match show(gate, authorizer, body).await {
+                Ok(shown) => shown,
+                Err(refusal) => return Answer::Denied(refusal),
+            };
             let answer = async {
                 match &authorizer.check {
-                    Check::Http(check) => ask_http(gate, &cluster, check, head).await,
-                    Check::Grpc => ask_grpc(gate, &cluster, authorizer, head).await,
+                    Check::Http(check) => ask_http(gate, &cluster, check, head, shown).await,
+                    Check::Grpc => ask_grpc(gate, &cluster, authorizer, (head, protocol), shown).await,
                 }
             };
             in_time(gate, authorizer, answer, |answer| matches!(answer, Answer::Allowed { .. })).await.ok_or(authorizer)
         }
     };
     asked.unwrap_or_else(unanswered)
+}
+
+/// As much of a request's body as an authorizer is shown.
+pub struct Shown {
+    data: Bytes,
+    /// What has come of it, bytes.
+    received: usize,
+    as_bytes: bool,
+    /// There is more of it.
+    partial: bool,
+}
+
+/// Reads what the authorizer is to be shown of the body; none where it is shown none, or there is none.
+async fn show(gate: &Gate, authorizer: &Authorizer, body: &mut impl Preview) -> Result<Option<Shown>, Box<Refusal>> {
+    let Some(BodyInCheck { most, partial, as_bytes }) = authorizer.body.filter(|_| !body.is_empty()) else { return Ok(None) };
+    let Beginning { mut data, whole } =
+        body.preview(if partial { most } else { most + 1 }).await.map_err(|unseen| unshown(gate, &unseen))?;
+    if data.len() > most && !partial {
+        return Err(Refusal::new(Reply::new(StatusCode::PAYLOAD_TOO_LARGE, "Payload Too Large"), "request_payload_too_large"));
+    }
+    let more = data.len() > most || !whole;
+    let received = data.len();
+    data.truncate(most);
+    Ok(Some(Shown { data: data.freeze(), received, as_bytes, partial: more }))
+}
+
+/// What becomes of a request whose body could not be shown.
+fn unshown(gate: &Gate, unseen: &Unseen) -> Box<Refusal> {
+    match unseen {
+        Unseen::Broken(BodyError::Malformed(malformed)) => {
+            let mut refusal = Refusal::new(Reply::new(malformed.status, malformed.body), malformed.details);
+            refusal.flag = malformed.protocol_error.then_some(Flag::DownstreamProtocolError);
+            refusal
+        }
+        Unseen::Broken(BodyError::Truncated | BodyError::Cut(_)) => {
+            let mut refusal = Refusal::new(Reply::new(StatusCode::BAD_REQUEST, ""), "");
+            refusal.gone = true;
+            refusal
+        }
+        Unseen::NoRoom => {
+            gate.proxy.metrics.overflow("kept_bodies");
+            let mut refusal = Refusal::new(Reply::new(StatusCode::SERVICE_UNAVAILABLE, ""), "overload");
+            refusal.flag = Some(Flag::UpstreamOverflow);
+            refusal
+        }
+    }
 }
 
 /// Asks one authorizer about a connection that carries no requests, as Envoy's network filter does; an error is a detail of
@@ -168,7 +230,7 @@ fn call<'a>(gate: &'a Gate, cluster: &'a Arc<Cluster>, http2: bool) -> Call<'a> 
     Call { proxy: &gate.proxy, pod: &gate.pod, client: gate.client, cluster, http2, at_once: AT_ONCE }
 }
 
-async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: &mut RequestHead) -> Option<Answer> {
+async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: &mut RequestHead, shown: Option<Shown>) -> Option<Answer> {
     let mut headers = HeaderMap::new();
     for (name, value) in &head.headers {
         let sent = name == header::AUTHORIZATION || any(&check.request_headers, name);
@@ -180,7 +242,15 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
         headers.insert(name.clone(), value.clone());
     }
     trace::copy(&head.headers, &mut headers);
-    headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+    let length = shown.as_ref().map_or(0, |s| s.data.len());
+    headers.insert(header::CONTENT_LENGTH, length.into());
+    let (framing, mut sent) = match shown {
+        Some(shown) => {
+            headers.insert(PARTIAL_BODY, HeaderValue::from_static(shown.partial_text()));
+            (Framing::Length(length as u64), Whole::of(shown.data))
+        }
+        None => (Framing::Empty, Whole::default()),
+    };
     let target = format!("{}{}", check.path_prefix, head.target.as_str());
     let question = RequestHead {
         method: head.method.clone(),
@@ -191,7 +261,7 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
     };
     let mut body = Collected::up_to(MAX_ANSWER);
     let http2 = cluster.protocol.is_http2();
-    let answered = Box::pin(call(gate, cluster, http2).run(&question, &mut Whole::default(), Framing::Empty, &mut body)).await?;
+    let answered = Box::pin(call(gate, cluster, http2).run(&question, &mut sent, framing, &mut body)).await?;
     let Answered { status, mut headers } = answered;
     // Envoy takes a server's own failure for one to answer.
     if body.over || status.is_server_error() {
@@ -226,6 +296,12 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
     Some(Answer::Denied(refusal(reply, DENIED.to_owned())))
 }
 
+impl Shown {
+    fn partial_text(&self) -> &'static str {
+        if self.partial { "true" } else { "false" }
+    }
+}
+
 /// How a message is framed is not an authorizer's business.
 fn is_end_to_end(name: &HeaderName) -> bool {
     ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::HOST, header::UPGRADE, header::TE].contains(name)
@@ -236,12 +312,19 @@ fn any(patterns: &[StringMatch], name: &HeaderName) -> bool {
     patterns.iter().any(|p| p.matches(name.as_str()))
 }
 
-async fn ask_grpc(gate: &Gate, cluster: &Arc<Cluster>, authorizer: &Authorizer, head: &mut RequestHead) -> Option<Answer> {
-    let question = proto::question(&gate.facts, gate.client, head);
+async fn ask_grpc(
+    gate: &Gate,
+    cluster: &Arc<Cluster>,
+    authorizer: &Authorizer,
+    (head, protocol): (&mut RequestHead, &'static str),
+    shown: Option<Shown>,
+) -> Option<Answer> {
+    let question = proto::question(&gate.facts, gate.client, (head, protocol), shown);
     let response = check(gate, cluster, authorizer, head.scheme, Some(&head.headers), &question).await?;
     Some(match proto::apply(&response, head) {
         proto::Outcome::Allowed { to_client } => Answer::Allowed { to_client },
         proto::Outcome::Denied(reply) => Answer::Denied(refusal(*reply, DENIED.to_owned())),
+        proto::Outcome::Invalid => refused(StatusCode::INTERNAL_SERVER_ERROR, INVALID.to_owned()),
     })
 }
 

@@ -4,6 +4,7 @@
 
 use std::{future::Future, io};
 
+use bytes::BytesMut;
 use http::{HeaderMap, StatusCode};
 
 use super::{
@@ -115,6 +116,31 @@ pub async fn fill(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> R
             None => sink.end(),
         }
     }
+}
+
+/// The beginning of a body.
+#[derive(Debug)]
+pub struct Beginning {
+    pub data: BytesMut,
+    /// There is no more of it.
+    pub whole: bool,
+}
+
+/// Why the beginning of a body cannot be shown.
+#[derive(Debug)]
+pub enum Unseen {
+    Broken(BodyError),
+    /// Too much is kept already.
+    NoRoom,
+}
+
+/// A body that can be looked at before any of it goes on.
+pub trait Preview: Send {
+    /// Reads until there are `enough` bytes or there is no more. What has been read still goes on later.
+    fn preview(&mut self, enough: usize) -> impl Future<Output = Result<Beginning, Unseen>> + Send;
+
+    /// Whether there is no body.
+    fn is_empty(&self) -> bool;
 }
 
 /// What a client did after its request.

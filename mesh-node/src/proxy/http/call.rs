@@ -10,6 +10,7 @@ use super::{
     h2::{H2Sink, wire_request},
     meter::{Meter, Metered},
     record::Flag,
+    upload::Upload,
     upstream::{UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::Framing,
 };
@@ -88,16 +89,19 @@ impl Call<'_> {
         let (mut record, onward) = gate.record(head, wanted.protocol());
         let traced = onward.map(|onward| onward.on(head));
         let head = traced.as_ref().unwrap_or(head);
-        let pass = match Box::pin(gate.admit(head)).await {
+        let mut body = Upload::new(body, false, &proxy.replays);
+        let pass = match Box::pin(gate.admit(head, wanted.protocol(), &mut body)).await {
             Ok(pass) => pass,
             Err(refusal) => {
                 refusal.note(&mut record, &gate, head);
-                record.refused(Some(refusal.reply.status), &Meter::default());
+                if !refusal.gone {
+                    record.refused(Some(refusal.reply.status), &Meter::default());
+                }
                 return None;
             }
         };
         let head = pass.head.as_ref().unwrap_or(head);
-        let (mut body, mut sink) = (Metered::new(body, head.is_grpc()), Metered::new(sink, head.is_grpc()));
+        let (mut body, mut sink) = (Metered::new(&mut body, head.is_grpc()), Metered::new(sink, head.is_grpc()));
         let answered = self.exchange(upstream, &endpoint, head, &mut body, framing, &mut sink).await;
         match &answered {
             Ok(answered) => {

@@ -17,6 +17,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 
 use super::{
     authorizer::{self, Answer, ToClient},
+    body::Preview,
     record::{Flag, Record},
     reply::Reply,
     traced::Onward,
@@ -75,6 +76,8 @@ pub struct Refusal {
     pub reply: Reply,
     pub details: String,
     pub flag: Option<Flag>,
+    /// There is nobody to tell: the client left before its request was whole.
+    pub gone: bool,
     /// What had become of the request by then, if that is something else.
     pub head: Option<RequestHead>,
 }
@@ -144,8 +147,16 @@ impl Gate {
         record
     }
 
+    /// Whether an authorizer may be shown bodies.
+    pub fn shows_bodies(&self) -> bool {
+        let snapshot = self.proxy.config.load();
+        let shown = |provider| snapshot.authorizers.get(provider).is_some_and(|a| a.body.is_some());
+        let workload = snapshot.workload(&self.pod.uid);
+        workload.is_some_and(|w| w.policy.at(self.facts.destination.port()).authorizers().any(shown))
+    }
+
     /// Judges a request.
-    pub async fn admit(&self, head: &RequestHead) -> Result<Pass, Box<Refusal>> {
+    pub async fn admit(&self, head: &RequestHead, protocol: &'static str, body: &mut impl Preview) -> Result<Pass, Box<Refusal>> {
         let snapshot = {
             let snapshot = self.proxy.config.load();
             if self.free.load(Ordering::Relaxed) == snapshot.generation {
@@ -174,7 +185,7 @@ impl Gate {
         if !governing.authorization.custom.is_empty() && !self.facts.node {
             let claims = told.as_ref().ok().and_then(|a| a.claims.as_ref());
             let seen = changed.as_ref().unwrap_or(head);
-            if let Some(rewritten) = self.ask_authorizers(&snapshot, governing, seen, claims, &mut to_client).await? {
+            if let Some(rewritten) = self.ask_authorizers(&snapshot, governing, (seen, protocol), body, claims, &mut to_client).await? {
                 // What an authorizer wrote counts like what a client did.
                 let rewritten = renormalised(&rewritten, snapshot.normalization).map_err(|_| bad_path())?.unwrap_or(rewritten);
                 told = self.authenticate(governing, &rewritten).await;
@@ -261,7 +272,8 @@ impl Gate {
         &self,
         snapshot: &Arc<Snapshot>,
         governing: &Governing,
-        head: &RequestHead,
+        (head, protocol): (&RequestHead, &'static str),
+        body: &mut impl Preview,
         claims: Option<&Verified>,
         to_client: &mut ToClient,
     ) -> Result<Option<RequestHead>, Box<Refusal>> {
@@ -275,7 +287,7 @@ impl Gate {
             };
             let Some(policy) = policy else { continue };
             let mut seen = changed.take().unwrap_or_else(|| head.clone());
-            match authorizer::ask(self, snapshot, provider, &mut seen).await {
+            match authorizer::ask(self, snapshot, provider, (&mut seen, protocol), body).await {
                 Answer::Allowed { to_client: more } => {
                     changed = Some(seen);
                     to_client.extend(more);
@@ -322,13 +334,16 @@ fn bad_path() -> Box<Refusal> {
 /// Adds headers to those there are.
 impl Refusal {
     pub fn new(reply: Reply, details: impl Into<String>) -> Box<Self> {
-        Box::new(Self { reply, details: details.into(), flag: None, head: None })
+        Box::new(Self { reply, details: details.into(), flag: None, gone: false, head: None })
     }
 }
 
 impl Refusal {
     /// Takes it down in the record of the request at a gate.
     pub fn note(&self, record: &mut Record, gate: &Gate, head: &RequestHead) {
+        if self.gone {
+            return record.abandoned();
+        }
         record.denied(head);
         if let Some(changed) = &self.head {
             record.became(changed);

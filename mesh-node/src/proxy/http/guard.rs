@@ -166,11 +166,19 @@ async fn h1_request(
     application: Option<&mut Application<'_>>,
     record: &mut Record,
 ) -> Next {
-    let WireRequest { head, upgrade, expects_continue, .. } = request;
+    let WireRequest { head, upgrade, mut expects_continue, .. } = request;
     let grpc = record.grpc;
+    if expects_continue && gate.shows_bodies() {
+        expects_continue = false;
+        if responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
+            record.abandoned();
+            return Next::Close;
+        }
+    }
+    let mut upload = Upload::new(&mut *reader, false, &gate.proxy.replays);
     let admitted = tokio::select! {
         biased;
-        admitted = gate.admit(&head) => admitted,
+        admitted = gate.admit(&head, record.protocol, &mut upload) => admitted,
         _ = responder.gone() => {
             record.abandoned();
             return Next::Abort;
@@ -179,7 +187,12 @@ async fn h1_request(
     let pass = match admitted {
         Ok(pass) => pass,
         Err(refusal) => {
+            drop(upload);
             refusal.note(record, gate, &head);
+            record.up = *reader.meter();
+            if refusal.gone {
+                return Next::Close;
+            }
             // After CONNECT a client may say what is no HTTP.
             let close = application.is_none() || !reader.is_end() || head.method == Method::CONNECT;
             return refuse(refusal.reply, grpc, close, responder, reader, record).await;
@@ -187,6 +200,7 @@ async fn h1_request(
     };
     let Some((transport, unread)) = application else { return Next::Abort };
     if head.method == Method::CONNECT {
+        drop(upload);
         // What would follow is not HTTP; nobody asks an application's port for another connection.
         record.raise(Flag::NoRoute);
         record.details = Cow::Borrowed("route_not_found");
@@ -201,10 +215,8 @@ async fn h1_request(
     let (sent, claims, to_client) = parts(&head, &pass, record);
     let plan = Plan { close: gate.pod.is_draining(), ..Plan::once(sent, upgrade.as_ref()) };
     let cut = gate.denied_later(sent, claims);
-    let (ended, clean) = {
-        let mut upload = Upload::new(&mut *reader, false, &gate.proxy.replays);
-        attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, to_client, cut, record).await
-    };
+    let (ended, clean) = attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, to_client, cut, record).await;
+    drop(upload);
     record.moved(reader.meter(), responder.meter());
     match conclude(&ended, record) {
         Ended::Whole if clean && responder.keeps_alive() && reader.is_end() => Next::Another,
@@ -422,18 +434,48 @@ async fn answer(reply: Reply, grpc: bool, responder: &mut H2Responder, record: &
     }
 }
 
+/// Opens a stream to the application, as long as the client waits and nothing denies the request meanwhile.
+async fn open(
+    gate: &Gate,
+    streams: Streams,
+    (request, empty): (http::Request<()>, bool),
+    (sent, claims): (&RequestHead, Option<&crate::policy::Verified>),
+    responder: &mut H2Responder,
+    record: &mut Record,
+) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
+    tokio::select! {
+        biased;
+        opened = streams.open(request, empty) => opened.inspect_err(|_| record.raise(Flag::UpstreamConnectionTermination)),
+        () = gate.denied_later(sent, claims) => {
+            record.cut();
+            Err(::h2::Reason::REFUSED_STREAM)
+        }
+        _ = responder.gone() => {
+            record.abandoned();
+            Err(::h2::Reason::CANCEL)
+        }
+    }
+}
+
 async fn h2_request(
     gate: &Gate,
     streams: Option<Streams>,
-    (head, expects_continue): (&RequestHead, bool),
+    (head, mut expects_continue): (&RequestHead, bool),
     body: &mut H2Source,
     responder: &mut H2Responder,
     record: &mut Record,
 ) -> Result<(), ::h2::Reason> {
     let grpc = head.is_grpc();
+    if expects_continue && gate.shows_bodies() {
+        // A client that is gone is noticed when it is answered.
+        let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;
+        expects_continue = false;
+    }
+    let empty = body.is_end();
+    let mut upload = Upload::new(body, false, &gate.proxy.replays);
     let admitted = tokio::select! {
         biased;
-        admitted = gate.admit(head) => admitted,
+        admitted = gate.admit(head, record.protocol, &mut upload) => admitted,
         _ = responder.gone() => {
             record.abandoned();
             return Err(::h2::Reason::CANCEL);
@@ -443,6 +485,9 @@ async fn h2_request(
         Ok(pass) => pass,
         Err(refusal) => {
             refusal.note(record, gate, head);
+            if refusal.gone {
+                return Err(::h2::Reason::CANCEL);
+            }
             answer(refusal.reply, grpc, responder, record).await;
             return Ok(());
         }
@@ -467,23 +512,10 @@ async fn h2_request(
         record.details = Cow::Borrowed(Malformed::BAD_AUTHORITY.details);
         return Err(::h2::Reason::PROTOCOL_ERROR);
     };
-    let empty = body.is_end();
-    let opened = tokio::select! {
-        biased;
-        opened = streams.open(request, empty) => opened.inspect_err(|_| record.raise(Flag::UpstreamConnectionTermination)),
-        () = gate.denied_later(sent, claims) => {
-            record.cut();
-            Err(::h2::Reason::REFUSED_STREAM)
-        }
-        _ = responder.gone() => {
-            record.abandoned();
-            Err(::h2::Reason::CANCEL)
-        }
-    };
+    let opened = open(gate, streams, (request, empty), (sent, claims), responder, record).await;
     let (response, stream) = opened?;
     let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
     let plan = Plan::once(sent, None);
-    let mut upload = Upload::new(body, false, &gate.proxy.replays);
     let cut = gate.denied_later(sent, claims);
     let (ended, _) = attempt::exchange(&plan, sink, source, &mut upload, responder, to_client, cut, record).await;
     let reason = match &ended {

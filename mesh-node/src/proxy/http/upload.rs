@@ -5,10 +5,11 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
+use bytes::BytesMut;
 use tokio::sync::mpsc;
 
 use super::{
-    body::{BodyError, Closed, FrameSource, RequestBody},
+    body::{Beginning, BodyError, Closed, FrameSource, Preview, RequestBody, Unseen},
     framing::Frame,
     meter::Meter,
     wire::Framing,
@@ -76,15 +77,11 @@ pub enum Copied {
     End,
 }
 
-impl<'a, B: RequestBody> Upload<'a, B> {
+impl<'a, B: FrameSource> Upload<'a, B> {
     pub fn new(live: &'a mut B, keep: bool, replays: &Replays) -> Self {
         let (kept, mirrors) = (Vec::new(), Vec::new());
         let passed = Meter::default();
         Self { live, kept, kept_bytes: 0, at: 0, keeping: keep, lost: false, replays: replays.clone(), mirrors, passed }
-    }
-
-    pub fn framing(&self) -> Framing {
-        self.live.framing()
     }
 
     /// Copies every frame to a mirror, as long as it keeps up.
@@ -125,15 +122,6 @@ impl<'a, B: RequestBody> Upload<'a, B> {
     /// Whether the client has sent the whole request.
     pub fn is_received(&self) -> bool {
         self.live.is_end()
-    }
-
-    pub async fn closed(&mut self) -> Closed {
-        self.live.closed().await
-    }
-
-    pub fn become_raw(&mut self) {
-        self.keeping = false;
-        self.live.become_raw();
     }
 
     /// Reads on while the request cannot be sent yet, as far as may be kept.
@@ -209,7 +197,60 @@ impl<'a, B: RequestBody> Upload<'a, B> {
     }
 }
 
-impl<B: RequestBody> FrameSource for Upload<'_, B> {
+impl<B: RequestBody> Upload<'_, B> {
+    pub fn framing(&self) -> Framing {
+        self.live.framing()
+    }
+
+    pub async fn closed(&mut self) -> Closed {
+        self.live.closed().await
+    }
+
+    pub fn become_raw(&mut self) {
+        self.keeping = false;
+        self.live.become_raw();
+    }
+}
+
+impl<B: FrameSource> Preview for Upload<'_, B> {
+    async fn preview(&mut self, enough: usize) -> Result<Beginning, Unseen> {
+        let mut data = BytesMut::new();
+        let mut add = |frame: &Frame| {
+            if let Frame::Data(more) = frame {
+                data.extend_from_slice(more);
+            }
+            data.len()
+        };
+        let mut seen = self.kept.iter().map(&mut add).last().unwrap_or(0);
+        while !self.live.is_end() {
+            // Beyond that only whether it was all, if that is known.
+            let next = if seen < enough { self.live.frame().await } else { self.live.buffered() };
+            let Some(frame) = next.map_err(Unseen::Broken)? else { break };
+            self.copy(&frame);
+            let charged = self.charge(&frame, false);
+            if charged == 0 {
+                return Err(Unseen::NoRoom);
+            }
+            self.kept_bytes += charged;
+            self.kept.push(compact(&frame));
+            let full = seen >= enough;
+            seen = add(&frame);
+            if full {
+                break;
+            }
+        }
+        if self.live.is_end() {
+            self.finish_mirrors();
+        }
+        Ok(Beginning { data, whole: self.live.is_end() })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.kept.is_empty() && self.live.is_end()
+    }
+}
+
+impl<B: FrameSource> FrameSource for Upload<'_, B> {
     async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
         if let Some(frame) = self.again() {
             self.passed.see(&frame);
@@ -346,6 +387,49 @@ mod tests {
             drop(upload);
             assert_eq!(used(&replays), 0);
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_shown_of_a_body_goes_on_whole() {
+        for (left, size, enough, shown, whole) in [
+            (0, 1, 10, 0, true),
+            (3, 3, 10, 9, true),
+            (5, 3, 10, 15, false),
+            (4, 3, 10, 12, true),
+            (2, 5, 10, 10, true),
+            (100, 16 * 1024, 1, 32 * 1024, false),
+        ] {
+            for keep in [false, true] {
+                let replays = Replays::default();
+                let mut body = Frames { left, size, meter: Meter::default() };
+                let mut upload = Upload::new(&mut body, keep, &replays);
+                assert_eq!(upload.is_empty(), left == 0);
+                for again in [false, true] {
+                    let beginning = upload.preview(enough).await.expect("shown");
+                    let more = if again && !whole { size } else { 0 };
+                    assert!(beginning.whole || beginning.whole == whole, "{left} of {size}");
+                    assert!((shown..=shown + more).contains(&beginning.data.len()), "{left} of {size}: {}", beginning.data.len());
+                }
+                assert_eq!(all(&mut upload).await, left * size);
+                drop(upload);
+                assert_eq!(used(&replays), 0, "given back");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_shown_where_there_is_no_room() {
+        let replays = Replays::default();
+        let mut first = Frames { left: REPLAY_ALL / 65_536, size: 65_536 - size_of::<Frame>(), meter: Meter::default() };
+        let mut full = Upload::new(&mut first, false, &replays);
+        full.preview(usize::MAX).await.expect("shown");
+        let mut body = Frames { left: 1, size: 1, meter: Meter::default() };
+        let mut upload = Upload::new(&mut body, false, &replays);
+        assert!(matches!(upload.preview(1).await, Err(Unseen::NoRoom)));
+        drop((full, upload));
+        assert_eq!(used(&replays), 0, "given back");
+        let mut body = Frames { left: 1, size: 1, meter: Meter::default() };
+        assert!(Upload::new(&mut body, false, &replays).preview(1).await.is_ok());
     }
 
     #[tokio::test]

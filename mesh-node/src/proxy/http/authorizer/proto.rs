@@ -12,6 +12,7 @@ use super::{
         reply::Reply,
         wire::{checked_authority, path_and_query},
     },
+    PARTIAL_BODY, Shown,
     changes::{How, ToClient, lengthen, text, with_parameters},
 };
 use crate::{
@@ -99,6 +100,10 @@ struct HttpRequest {
     size: i64,
     #[prost(string, tag = "10")]
     protocol: String,
+    #[prost(string, tag = "11")]
+    body: String,
+    #[prost(bytes = "bytes", tag = "12")]
+    raw_body: Bytes,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -212,7 +217,7 @@ fn attributes(facts: &Facts, client: SocketAddr) -> Attributes {
 }
 
 /// What is asked about a request.
-pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckRequest {
+pub fn question(facts: &Facts, client: SocketAddr, (head, protocol): (&RequestHead, &'static str), shown: Option<Shown>) -> CheckRequest {
     let mut headers: HashMap<String, String> = HashMap::new();
     for name in head.headers.keys() {
         let values = head.headers.get_all(name).iter().map(|v| text(v.as_bytes()));
@@ -223,6 +228,16 @@ pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckR
     {
         headers.insert(name.to_owned(), value.to_owned());
     }
+    let (mut body, mut raw_body, mut size) = (String::new(), Bytes::new(), 0);
+    if let Some(shown) = shown {
+        headers.insert(PARTIAL_BODY.to_owned(), shown.partial_text().to_owned());
+        size = i64::try_from(shown.received).unwrap_or(i64::MAX);
+        if shown.as_bytes {
+            raw_body = shown.data;
+        } else {
+            body = text(&shown.data);
+        }
+    }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let http = HttpRequest {
         id: headers.get("x-request-id").cloned().unwrap_or_default(),
@@ -231,9 +246,11 @@ pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckR
         path: head.target.to_string(),
         host: head.host().to_owned(),
         scheme: head.scheme.as_str().to_owned(),
-        // Of the body, of which nothing is asked for.
-        size: 0,
-        protocol: "HTTP/1.1".to_owned(),
+        // Of the body, as far as it has come.
+        size,
+        protocol: protocol.to_owned(),
+        body,
+        raw_body,
     };
     let time = Timestamp { seconds: i64::try_from(now.as_secs()).unwrap_or(0), nanos: i32::try_from(now.subsec_nanos()).unwrap_or(0) };
     let request = Some(Request { time: Some(time), http: Some(http) });
@@ -242,8 +259,12 @@ pub fn question(facts: &Facts, client: SocketAddr, head: &RequestHead) -> CheckR
 
 /// What an answer comes to.
 pub enum Outcome {
-    Allowed { to_client: ToClient },
+    Allowed {
+        to_client: ToClient,
+    },
     Denied(Box<Reply>),
+    /// It would make something of the request that is no request.
+    Invalid,
 }
 
 /// Changes the request as the answer says.
@@ -256,7 +277,9 @@ pub fn apply(response: &CheckResponse, head: &mut RequestHead) -> Outcome {
                 head.headers.remove(name);
             }
         }
-        ok.headers.iter().for_each(|option| change(option, head));
+        if !ok.headers.iter().all(|option| change(option, head)) {
+            return Outcome::Invalid;
+        }
         if !ok.query_parameters_to_set.is_empty() || !ok.query_parameters_to_remove.is_empty() {
             let set = ok.query_parameters_to_set.iter().map(|p| (&*p.key, &*p.value));
             if let Some(target) = with_parameters(&head.target, set, ok.query_parameters_to_remove.iter().map(|name| &**name)) {
@@ -311,28 +334,25 @@ impl HeaderOption {
     }
 }
 
-/// Changes a header of a request, or what HTTP/2 has among them; what cannot be read is left out.
-fn change(option: &HeaderOption, head: &mut RequestHead) {
+/// Changes a header of a request, or what HTTP/2 has among them; says whether what it is about can be that. What is no header is
+/// left out.
+fn change(option: &HeaderOption, head: &mut RequestHead) -> bool {
     let bytes = option.value();
     match option.header.as_ref().map(|h| h.key.to_ascii_lowercase()).as_deref() {
         Some(":path") => {
-            if let Ok(target) = path_and_query(&Bytes::copy_from_slice(bytes)) {
-                head.target = target;
-            }
+            let Ok(target) = path_and_query(&Bytes::copy_from_slice(bytes)) else { return false };
+            head.target = target;
         }
         Some(":authority" | "host") => {
             let authority = HeaderValue::from_bytes(bytes).ok().and_then(|value| checked_authority(value).ok());
-            if let Some(authority) = authority.filter(|a| !a.is_empty()) {
-                head.authority = authority;
-            }
+            let Some(authority) = authority.filter(|a| !a.is_empty()) else { return false };
+            head.authority = authority;
         }
         Some(":method") => {
             // Where an answer ends, and what follows it, depends on these two: they are the client's.
             let fixed = |method: &Method| *method == Method::HEAD || *method == Method::CONNECT;
-            if let Ok(method) = Method::from_bytes(bytes)
-                && !fixed(&method)
-                && !fixed(&head.method)
-            {
+            let Ok(method) = Method::from_bytes(bytes) else { return false };
+            if !fixed(&method) && !fixed(&head.method) {
                 head.method = method;
             }
         }
@@ -342,6 +362,7 @@ fn change(option: &HeaderOption, head: &mut RequestHead) {
             None => {}
         },
     }
+    true
 }
 
 #[cfg(test)]
@@ -362,8 +383,36 @@ mod tests {
                 headers: HeaderMap::new(),
             };
             let header = Some(Header { key: ":method".into(), value: to.into(), raw_value: Vec::new() });
-            change(&HeaderOption { header, append: None, append_action: 0 }, &mut head);
+            assert!(change(&HeaderOption { header, append: None, append_action: 0 }, &mut head));
             assert_eq!(head.method, expected, "{from} to {to}");
+        }
+    }
+
+    #[test]
+    fn what_would_be_no_request_is_not_made_of_one() {
+        for (key, value, valid) in [
+            (":path", "/b?c", true),
+            (":path", "/a b", false),
+            (":path", "", false),
+            ("Host", "b.example", true),
+            (":authority", "a b", false),
+            ("host", "", false),
+            (":method", "PUT", true),
+            (":method", "P T", false),
+            ("x-a", "1", true),
+            ("x a", "1", true),
+        ] {
+            let mut head = RequestHead {
+                method: Method::GET,
+                scheme: Scheme::Http,
+                authority: HeaderValue::from_static("a"),
+                target: http::uri::PathAndQuery::from_static("/"),
+                headers: HeaderMap::new(),
+            };
+            let header = Some(Header { key: key.into(), value: value.into(), raw_value: Vec::new() });
+            let ok = Allowed { headers: vec![HeaderOption { header, append: None, append_action: 0 }], ..Allowed::default() };
+            let outcome = apply(&CheckResponse { status: None, denied: None, ok: Some(ok) }, &mut head);
+            assert_eq!(matches!(outcome, Outcome::Allowed { .. }), valid, "{key}: {value:?}");
         }
     }
 }
