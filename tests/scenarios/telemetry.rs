@@ -176,10 +176,12 @@ fn telemetry_filters_logs_and_changes_tags() {
     let scene = scene();
     let log = tempfile::Builder::new().prefix("access").suffix(".log").tempfile().expect("a file");
     let path = log.path().display();
+    let peers = tempfile::Builder::new().prefix("peers").suffix(".log").tempfile().expect("a file");
     scene.apply(
         "mesh",
         &format!(
-            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {path}, logFormat: {{labels: {{}}}}}}\n"
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {path}, logFormat: {{labels: {{}}}}}}\n    - name: peers\n      envoyFileAccessLog: {{path: {}, logFormat: {{labels: {{peer: '%DOWNSTREAM_PEER_URI_SAN%', local: '%DOWNSTREAM_LOCAL_URI_SAN%'}}}}}}\n",
+            peers.path().display()
         ),
     );
     scene.apply(
@@ -202,6 +204,20 @@ spec:
         team: {value: "'shop'"}
     - match: {metric: RESPONSE_SIZE}
       disabled: true
+---
+apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: {name: server, namespace: default}
+spec:
+  selector: {matchLabels: {app: web}}
+  accessLogging:
+  - providers: [{name: peers}]
+    match: {mode: SERVER}
+  metrics:
+  - overrides:
+    - match: {metric: REQUEST_DURATION, mode: SERVER}
+      tagOverrides:
+        peer: {value: "connection.uri_san_peer_certificate"}
 "#,
     );
     assert!(scene.bed.nodes()[0].admin_json("/status").expect("status")["remarks"].as_array().is_some_and(Vec::is_empty));
@@ -224,6 +240,16 @@ spec:
         assert_eq!((&line["upstream_cluster"], &line["method"]), (&"outbound|80||web.default.svc.cluster.local".into(), &"GET".into()));
         assert!(line["x_forwarded_for"].is_null() && line["duration"].is_u64() && line["start_time"].is_string(), "{line}");
     }
+    let of = |who: &str| format!("spiffe://cluster.local/ns/default/sa/{who}");
+    let read = || std::fs::read_to_string(peers.path()).expect("the log");
+    wait_for("five lines", Duration::from_secs(5), || Ok(read().lines().count() == 5)).expect("lines");
+    for line in read().lines() {
+        let line: Value = serde_json::from_str(line).expect("JSON");
+        assert_eq!(line["peer"], of("client"), "{line}");
+        assert!(line["local"].as_str().is_some_and(|l| l.starts_with(&of("")) && l != of("client")), "{line}");
+    }
+    let peer = format!("peer=\"{}\"", of("client"));
+    scene.wait_total(5.0, "istio_request_duration_milliseconds_count", &["reporter=\"destination\"", &peer]);
     // A narrower scope that says nothing of a provider that is not there.
     scene.apply(
         "bad",

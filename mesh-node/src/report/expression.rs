@@ -146,7 +146,10 @@ fn asks(node: &Node, all: &mut Asks) {
     let one = |whose, name: &str, all: &mut Asks| Header::named(name).iter().for_each(|header| all.for_one(whose, header));
     match node {
         Node::Literal(_) => {}
-        Node::Attribute(attribute) => attribute.request_header().iter().for_each(|name| one(HeadersOf::Request, name, all)),
+        Node::Attribute(attribute) => {
+            attribute.request_header().iter().for_each(|name| one(HeadersOf::Request, name, all));
+            all.identities |= matches!(attribute, Attribute::ConnectionPeer | Attribute::ConnectionLocal);
+        }
         Node::Headers(whose) => all.for_all(*whose),
         Node::Header(whose, name) => one(*whose, name, all),
         Node::List(nodes) | Node::Call(_, nodes) => nodes.iter().for_each(|n| asks(n, all)),

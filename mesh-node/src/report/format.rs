@@ -150,10 +150,11 @@ impl Format {
         &program.unknown
     }
 
-    /// Adds the headers it asks about.
+    /// Adds what it asks about.
     pub fn asks(&self, all: &mut Asks) {
         let (Self::Text(program) | Self::Json(program)) = self;
         program.headers.iter().for_each(|header| header.asks(all));
+        all.identities |= program.steps.iter().any(|step| matches!(step, Step::Value(operator) if operator.asks_for_identities()));
     }
 
     /// The line, with its end.

@@ -2,7 +2,10 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::{attributes::HeadersOf, entry::Header};
+use super::{
+    attributes::HeadersOf,
+    entry::{Header, X_REQUEST_ID},
+};
 
 /// Which headers will be asked about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,16 +31,19 @@ impl Wanted {
         if let Self::These(names) = self
             && !names.contains(&name)
         {
-            names.push(name);
+            // What is cloned for each request is better a name that costs nothing to clone.
+            names.push(if name == X_REQUEST_ID { X_REQUEST_ID.clone() } else { name });
         }
     }
 }
 
-/// Which headers will be asked about, of requests and of responses.
+/// Which headers will be asked about, of requests and of responses, and what else is not kept unless it is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Asks {
     pub request: Wanted,
     pub response: Wanted,
+    /// Who the two ends of a connection have proved to be.
+    pub identities: bool,
 }
 
 impl Asks {

@@ -18,7 +18,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use super::{
     authorizer::{self, Answer, ToClient},
     body::Preview,
-    record::{Flag, Record},
+    record::{Flag, Record, is_traced},
     reply::Reply,
     traced::Onward,
     wire::Refused,
@@ -139,7 +139,7 @@ impl Gate {
             ends.edge(metrics, &workload.reporting.server.tags)
         }));
         if let Some(workload) = snapshot.workload(&self.pod.uid)
-            && workload.reporting.server.wants_request()
+            && (workload.reporting.server.asks.identities || is_traced())
         {
             record.peer.clone_from(&self.facts.peer);
             record.local = self.facts.peer.as_ref().map(|_| workload.identity.clone());

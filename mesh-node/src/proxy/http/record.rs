@@ -409,7 +409,8 @@ fn told(reporting: &Reporting, reporter: Reporter) -> &Told {
     }
 }
 
-fn is_traced() -> bool {
+/// Whether everything is in the node's own log.
+pub fn is_traced() -> bool {
     tracing::enabled!(target: "access", tracing::Level::DEBUG)
 }
 

@@ -85,6 +85,13 @@ fn tags_have_a_value_in_any_case() {
     let these = |names: &[&'static str]| Wanted::These(names.iter().copied().map(HeaderName::from_static).collect());
     assert_eq!(asks("has(response.headers.x) || request.headers[':path'] == 'a'"), (these(&[]), these(&["x"])));
     assert_eq!(asks("response.code == 1 ? request.id : request.useragent"), (these(&["x-request-id", "user-agent"]), these(&[])));
+    let identities = |text: &str| {
+        let mut asks = Asks::default();
+        Expression::parse(text).expect(text).asks(&mut asks);
+        asks.identities
+    };
+    assert!(identities("has(connection.uri_san_peer_certificate)") && identities("connection.uri_san_local_certificate == 'a' || true"));
+    assert!(!identities("connection.mtls && request.method == 'GET'"));
     assert_eq!(asks("'a' in request.headers && request.referer == ''"), (Wanted::All, these(&[])));
 }
 

@@ -289,6 +289,10 @@ impl Named {
 }
 
 impl Operator {
+    pub(super) fn asks_for_identities(self) -> bool {
+        matches!(self.what, What::Plain(Plain::PeerUriSan | Plain::LocalUriSan))
+    }
+
     #[inline(always)]
     pub(super) fn value<'e>(self, entry: &'e Entry<'_>, program: &Program) -> Option<Operand<'e>> {
         let value = match self.what {
