@@ -43,6 +43,13 @@ struct Outcome {
     log: Vec<String>,
 }
 
+/// What both make of one case.
+struct Compared {
+    name: String,
+    envoy: Outcome,
+    mesh: Outcome,
+}
+
 /// Cases in which this proxy differs on purpose.
 #[derive(Deserialize)]
 struct Wanted {
@@ -50,6 +57,8 @@ struct Wanted {
     cases: Vec<String>,
 }
 
+#[path = "envoy_live/answered.rs"]
+mod answered;
 #[path = "envoy_live/authorizers.rs"]
 mod authorizers;
 #[path = "envoy_live/bodies.rs"]
@@ -241,6 +250,17 @@ async fn a_destination_makes_the_same_of_bytes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_frames() {
     compare(framed::all(), Way::Out, include_str!("../corpora/envoy_frames_differences.json")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_answers_in_frames() {
+    let _turn = TURN.lock().await;
+    let only = std::env::var("CASE").ok();
+    let all = answered::compared(only.as_deref()).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+    let listed = Listed::read(include_str!("../corpora/envoy_answers_differences.json"));
+    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
+    report(&listed.judge(&compared), compared.len());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

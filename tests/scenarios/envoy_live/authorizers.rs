@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::{
-    Case, End, Outcome, Way, about, bodies,
+    Case, Compared, End, Outcome, Way, about, bodies,
     cases::case,
     checks::{self, Says},
     format, logging, named, of_the_answer, run, upstreams,
@@ -30,13 +30,6 @@ pub struct Asked {
 enum Authorizer {
     Http(Answer),
     Grpc(Says),
-}
-
-/// What both make of all.
-pub struct Compared {
-    pub name: String,
-    pub envoy: Outcome,
-    pub mesh: Outcome,
 }
 
 struct Set {

@@ -162,12 +162,6 @@ fn by_id(lines: &[Value], id: &str) -> Vec<String> {
     found
 }
 
-pub struct Compared {
-    pub name: String,
-    pub envoy: Outcome,
-    pub mesh: Outcome,
-}
-
 /// Every exchange with both kinds of upstreams, through both proxies.
 pub async fn compared(only: Option<&str>) -> Vec<Compared> {
     let seen = Seen::default();

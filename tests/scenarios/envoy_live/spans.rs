@@ -16,17 +16,10 @@ use mesh_tests::{
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use super::{Case, End, Outcome, Way, cases::case, format, run, upstreams, vip};
+use super::{Case, Compared, End, Outcome, Way, cases::case, format, run, upstreams, vip};
 
 const COLLECTOR: &str = "127.0.0.1:4317";
 const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7";
-
-/// What both say of one case.
-pub struct Compared {
-    pub name: String,
-    pub envoy: Outcome,
-    pub mesh: Outcome,
-}
 
 /// Ended with this.
 struct Collector(Child);

@@ -208,8 +208,11 @@ pub async fn attempt<B: RequestBody, R: Responder>(
                 break 'sent Attempt::Malformed(Malformed::BAD_AUTHORITY);
             };
             let empty = upload.is_end();
-            let Ok((response, stream)) = send.send_request(request, empty) else {
-                break 'sent Attempt::Failed(Failed::new(Reset::ConnectionTermination));
+            let (response, stream) = match send.send_request(request, empty) {
+                Ok(opened) => opened,
+                // The connection is over, and nothing was sent on it.
+                Err(error) if error.is_go_away() || error.is_io() => break 'sent Attempt::Failed(Failed::new(Reset::RefusedStream)),
+                Err(_) => break 'sent Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
             };
             let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };

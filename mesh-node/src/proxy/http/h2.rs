@@ -374,8 +374,8 @@ fn place(method: &Method, authority: Option<HeaderValue>, target: Option<&Bytes>
     Ok((authority, target.map_or_else(|| Ok(PathAndQuery::from_static("/")), path_and_query)?))
 }
 
-/// Whether a request says twice, or not at all although it seems to, whom it is for or how long it is.
-fn is_ambiguous(headers: &HeaderMap) -> bool {
+/// Whether a message says twice, or not at all although it seems to, whom it is for or how long it is.
+pub fn is_ambiguous(headers: &HeaderMap) -> bool {
     let twice = |name| headers.get_all(name).iter().nth(1).is_some();
     twice(header::HOST) || twice(header::CONTENT_LENGTH) || headers.get(header::CONTENT_LENGTH).is_some_and(HeaderValue::is_empty)
 }
@@ -466,6 +466,12 @@ where
 /// The reason of a stream's or connection's end, if HTTP/2 gave one.
 pub fn reason(error: &io::Error) -> Option<Reason> {
     error.get_ref()?.downcast_ref::<h2::Error>()?.reason()
+}
+
+/// Whether the other end has said that it will do nothing about this stream: with the connection's end it named the last one it would
+/// do anything about, and streams it has begun go on.
+pub fn is_unprocessed(error: &io::Error) -> bool {
+    error.get_ref().and_then(|e| e.downcast_ref::<h2::Error>()).is_some_and(|error| error.is_go_away() && error.is_remote())
 }
 
 /// Whether the other end gave the whole connection up, or it was lost. A connection given up here, because of what came on

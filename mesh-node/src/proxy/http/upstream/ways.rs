@@ -5,9 +5,10 @@ use std::{
     future::{Future, poll_fn},
     io,
     pin::Pin,
+    task::{Context, Poll},
 };
 
-use h2::{Reason, client::ResponseFuture};
+use h2::{Reason, RecvStream, client::ResponseFuture};
 use http::{HeaderValue, Method, StatusCode};
 
 use super::super::{
@@ -45,8 +46,10 @@ impl Failed {
 
     fn of_h2(error: &io::Error) -> Self {
         Self::new(match ours::reason(error) {
+            _ if ours::is_unprocessed(error) => Reset::RefusedStream,
             _ if ours::is_connection(error) => Reset::ConnectionTermination,
             Some(Reason::REFUSED_STREAM) => Reset::RefusedStream,
+            Some(Reason::PROTOCOL_ERROR) => Reset::ProtocolError,
             _ if ours::is_remote(error) => Reset::RemoteReset,
             _ => Reset::ProtocolError,
         })
@@ -115,6 +118,17 @@ impl FrameSink for UpSink<'_> {
     }
 }
 
+/// The next head of a response: with a body the final one, without it one before that.
+fn next_head(
+    response: &mut Pin<Box<ResponseFuture>>,
+    cx: &mut Context<'_>,
+) -> Poll<Result<http::Response<Option<RecvStream>>, ::h2::Error>> {
+    if let Poll::Ready(Some(interim)) = response.as_mut().get_mut().poll_informational(cx) {
+        return Poll::Ready(interim.map(|head| head.map(|()| None)));
+    }
+    response.as_mut().poll(cx).map_ok(|head| head.map(Some))
+}
+
 impl UpSource<'_> {
     /// The next head of a response, informational ones among them. Nothing is lost when this is dropped.
     pub async fn head(&mut self, method: &Method) -> Result<WireResponse, Failed> {
@@ -127,9 +141,18 @@ impl UpSource<'_> {
                 })
             }),
             Self::H2 { response, body } => {
-                let answered = poll_fn(|cx| response.as_mut().poll(cx)).await.map_err(|e| Failed::of_h2(&ours::into_io(e)))?;
+                let answered = poll_fn(|cx| next_head(response, cx)).await.map_err(|e| Failed::of_h2(&ours::into_io(e)))?;
                 let (mut parts, stream) = answered.into_parts();
                 wire::strip_hop_by_hop(&mut parts.headers);
+                let Some(stream) = stream else {
+                    return Ok(WireResponse { status: parts.status, headers: parts.headers, framing: Framing::Empty, keep_alive: true });
+                };
+                if ours::is_ambiguous(&parts.headers) {
+                    return Err(Failed::new(Reset::ProtocolError));
+                }
+                if parts.status == StatusCode::NO_CONTENT {
+                    parts.headers.remove(http::header::CONTENT_LENGTH);
+                }
                 let source = H2Source::new(stream, &parts.headers);
                 let mut framing = source.framing();
                 if method == Method::HEAD || matches!(parts.status.as_u16(), 204 | 304) {
