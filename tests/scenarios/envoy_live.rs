@@ -264,6 +264,17 @@ async fn a_real_envoy_makes_the_same_of_answers_in_frames() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_destination_makes_the_same_of_frames() {
+    let _turn = TURN.lock().await;
+    let only = std::env::var("CASE").ok();
+    let all = answered::compared_into_a_pod(only.as_deref()).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+    let listed = Listed::read(include_str!("../corpora/envoy_inbound_frames_differences.json"));
+    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
+    report(&listed.judge(&compared), compared.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_http2() {
     let only = std::env::var("CASE").ok();
     let all = http2::compared(only.as_deref()).await;

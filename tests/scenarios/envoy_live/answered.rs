@@ -1,9 +1,9 @@
 //! Upstreams of HTTP/2 that answer in frames, right and wrong, and what a client of HTTP/1 is told of it.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_tests::{
-    engine::{Engine, service},
+    engine::{Engine, security, server_pod, service},
     envoy::{Envoy, Listener, lines_of},
     frames::{
         ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PADDED, PING, PREFACE, PUSH_PROMISE, RST_STREAM, SETTINGS,
@@ -11,13 +11,14 @@ use mesh_tests::{
     },
     raw::Reached,
 };
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     time::sleep,
 };
 
-use super::{Case, Compared, End, Side, Way, about, cases, format, logging, run, vip};
+use super::{Case, Compared, End, Side, Way, about, cases, format, framed, logging, of_requests, of_the_answer, run, vip};
 
 type Field = (&'static str, &'static str);
 
@@ -26,8 +27,7 @@ type Says = Arc<dyn Fn(u32) -> Vec<Vec<u8>> + Send + Sync>;
 
 #[derive(Clone)]
 struct Answered {
-    name: String,
-    request: &'static str,
+    case: Case,
     says: Says,
     end: End,
 }
@@ -263,7 +263,8 @@ fn large(stream: u32, bytes: usize) -> Vec<u8> {
 
 fn all() -> Vec<Answered> {
     let mut all = Vec::new();
-    let mut push = |name: String, request, says: Says, end| all.push(Answered { name, request, says, end });
+    let mut push =
+        |name: String, request, says: Says, end| all.push(Answered { case: cases::case(name, request, "", End::Keep), says, end });
     for (name, fields) in HEADS {
         push(format!("head-{name}"), GET, says(|s| vec![[head(s, fields, 0), data(s, b"ok", END_STREAM)].concat()]), End::Keep);
     }
@@ -282,7 +283,18 @@ fn all() -> Vec<Answered> {
     all
 }
 
-/// Starts an upstream. What reached it is each request's path, and what it was told of streams that were given up.
+/// Fields, sorted, without what differs from run to run.
+fn told(fields: &[(Vec<u8>, Vec<u8>)]) -> String {
+    let one = |(name, value): &(Vec<u8>, Vec<u8>)| {
+        let varies = [&b"x-request-id"[..], b"x-envoy-expected-rq-timeout-ms"].contains(&&name[..]);
+        format!("{}={}; ", name.escape_ascii(), if varies { "*".to_owned() } else { value.escape_ascii().to_string() })
+    };
+    let mut all = fields.iter().map(one).collect::<Vec<_>>();
+    all.sort();
+    format!("[{}]", all.concat())
+}
+
+/// Starts an upstream. What reached it is each request, with its fields sorted.
 async fn upstream(says: Says, end: End, reached: Reached) -> std::io::Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
@@ -299,16 +311,26 @@ async fn serve(mut stream: TcpStream, says: Says, end: End, reached: Reached) ->
     let mut read = vec![0; PREFACE.len()];
     stream.read_exact(&mut read).await?;
     stream.write_all(&frame(SETTINGS, 0, 0, &[])).await?;
+    let (mut decoder, mut block, mut requests) = (loona_hpack::Decoder::new(), Vec::new(), HashMap::<u32, String>::new());
     loop {
         let mut head = [0; 9];
         stream.read_exact(&mut head).await?;
         let mut payload = vec![0; usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])];
         stream.read_exact(&mut payload).await?;
         let id = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+        if [HEADERS, CONTINUATION].contains(&head[3]) {
+            block.extend_from_slice(&payload);
+            if head[4] & END_HEADERS != 0 {
+                let fields = decoder.decode(&std::mem::take(&mut block)).unwrap_or_default();
+                *requests.entry(id).or_default() += &told(&fields);
+            }
+        } else if head[3] == DATA {
+            *requests.entry(id).or_default() += &payload.escape_ascii().to_string();
+        }
         match (head[3], head[4]) {
             (SETTINGS, flags) if flags & ACK == 0 => stream.write_all(&frame(SETTINGS, ACK, 0, &[])).await?,
             (HEADERS | DATA, flags) if flags & END_STREAM != 0 => {
-                reached.lock().expect("lock").push("a request".to_owned());
+                reached.lock().expect("lock").push(requests.remove(&id).unwrap_or_default());
                 for piece in says(id) {
                     if piece.is_empty() {
                         sleep(Duration::from_millis(60)).await;
@@ -332,19 +354,36 @@ async fn serve(mut stream: TcpStream, says: Says, end: End, reached: Reached) ->
 
 /// What both make of all whose names have `only` in them.
 pub async fn compared(only: Option<&str>) -> Vec<Compared> {
-    let all = all().into_iter().filter(|a| only.is_none_or(|o| a.name.contains(o))).collect::<Vec<_>>();
-    let compared = both(&all).await;
+    twice(all(), Way::Out, only).await
+}
+
+/// The same of requests in frames into a pod, to an application that speaks HTTP/2.
+pub async fn compared_into_a_pod(only: Option<&str>) -> Vec<Compared> {
+    let ok = says(|s| vec![[head(s, &[OK], 0), data(s, b"ok", END_STREAM)].concat()]);
+    let requests = framed::all().into_iter().filter(|c| !c.name.starts_with("answer-"));
+    twice(requests.map(|case| Answered { case, says: ok.clone(), end: End::Keep }).collect(), Way::In, only).await
+}
+
+async fn twice(all: Vec<Answered>, way: Way, only: Option<&str>) -> Vec<Compared> {
+    let all = all.into_iter().filter(|a| only.is_none_or(|o| a.case.name.contains(o))).collect::<Vec<_>>();
+    let compared = both(&all, way).await;
     // What only a busy machine made different is not so again.
     let differ = |c: &Compared| c.envoy != c.mesh;
     let again = all.iter().zip(&compared).filter(|(_, c)| differ(c)).map(|(a, _)| a.clone()).collect::<Vec<_>>();
-    let mut second = both(&again).await.into_iter();
+    let mut second = both(&again, way).await.into_iter();
     compared.into_iter().map(|c| if differ(&c) { second.next().expect("one for each") } else { c }).collect()
 }
 
-async fn both(all: &[Answered]) -> Vec<Compared> {
-    let cases = all.iter().map(|a| cases::case(a.name.clone(), a.request, "", End::Keep)).collect::<Vec<_>>();
-    let (envoy, mesh) = (of_envoy(&cases, all).await, of_mesh(&cases, all).await);
-    let names = all.iter().map(|a| a.name.clone());
+async fn both(all: &[Answered], way: Way) -> Vec<Compared> {
+    let cases = all.iter().map(|a| a.case.clone()).collect::<Vec<_>>();
+    let (mut envoy, mut mesh) = (of_envoy(&cases, all).await, of_mesh(&cases, all, way).await);
+    if way == Way::In {
+        envoy.outcomes.iter_mut().chain(&mut mesh.outcomes).for_each(|outcome| {
+            of_requests(outcome);
+            of_the_answer(outcome);
+        });
+    }
+    let names = cases.into_iter().map(|c| c.name);
     names.zip(envoy.outcomes.into_iter().zip(mesh.outcomes)).map(|(name, (envoy, mesh))| Compared { name, envoy, mesh }).collect()
 }
 
@@ -373,7 +412,7 @@ async fn of_envoy(cases: &[Case], all: &[Answered]) -> Side {
     side
 }
 
-async fn of_mesh(cases: &[Case], all: &[Answered]) -> Side {
+async fn of_mesh(cases: &[Case], all: &[Answered], way: Way) -> Side {
     let (reached, addresses) = upstreams(all).await;
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("access.log");
@@ -381,9 +420,14 @@ async fn of_mesh(cases: &[Case], all: &[Answered]) -> Side {
     for (i, address) in addresses.iter().enumerate() {
         documents.extend(service(&format!("case-{i}"), &vip(i).ip().to_string(), "http2", &[*address]));
     }
+    if way == Way::In {
+        // Who asks about requests has them read.
+        let policy = json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]});
+        documents.extend([server_pod(), security("AuthorizationPolicy", "p", &policy)]);
+    }
     let engine = Arc::new(Engine::start(&documents).await.expect("engine"));
-    let at = (0..cases.len()).map(vip).collect::<Vec<_>>();
-    let mut side = run(cases, &reached, at.clone(), Some((engine, Way::Out))).await;
+    let at = if way == Way::In { addresses } else { (0..cases.len()).map(vip).collect() };
+    let mut side = run(cases, &reached, at.clone(), Some((engine, way))).await;
     sleep(Duration::from_millis(500)).await;
     let lines = lines_of(&path);
     for (outcome, at) in side.outcomes.iter_mut().zip(at) {
