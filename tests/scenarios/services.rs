@@ -10,6 +10,9 @@ use tokio::{
     net::TcpListener,
 };
 
+#[path = "services/gateway_api.rs"]
+mod gateway_api;
+
 /// A server that answers HTTP with its name and what it got, and anything else with its name alone.
 async fn named(name: &'static str) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
