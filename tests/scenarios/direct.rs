@@ -90,7 +90,9 @@ fn opaque_connections_go_directly_and_are_counted_and_logged_by_both_reporters()
         assert_eq!(counted(&bed, "istio_tcp_received_bytes_total", reporter), 8.0 * 4.0 + 1_000_007.0, "{reporter}");
     }
     let log = || bed.nodes()[0].access_log();
-    let uploads = || log().iter().filter(|l| l.contains("bytes_sent=1000007") && l.contains("sa/client")).count();
+    let of = |l: &String, direction: &str, bytes: &str| l.contains(direction) && l.contains(bytes) && l.contains("sa/client");
+    let told = |l: &String| of(l, "outbound", "bytes_sent=1000007") || of(l, "inbound", "bytes_recv=1000007");
+    let uploads = || log().iter().filter(|l| told(l)).count();
     wait_for("both lines", Duration::from_secs(5), || Ok(uploads() == 2)).unwrap_or_else(|_| panic!("{:#?}", log()));
     assert_eq!(indirect(&bed, "unused"), 0.0);
 }

@@ -492,3 +492,36 @@ async fn cors_is_answered_for_the_application() {
     let answer = ask("OPTIONS", "http://bad", true).await;
     assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("access-control") && !answer.contains("a OPTIONS"), "{answer}");
 }
+
+/// A client that says nothing at first, and then something that is no request, has one connection to the server all the while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_hesitates_is_connected_once() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let address = listener.local_addr().expect("an address");
+    let accepted = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = accepted.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            tokio::spawn(async move {
+                let mut buffer = [0; 64];
+                while let Ok(n @ 1..) = stream.read(&mut buffer).await {
+                    if stream.write_all(&buffer[..n]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    let engine = Engine::start(&service("any-web", "10.97.0.6", "any", &[address])).await.expect("engine");
+    let mut stream = engine.connect(vip(6)).await.expect("connected");
+    // Long enough that the server is connected, so that it could speak first.
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    for said in ["hello world", "and more"] {
+        stream.write_all(said.as_bytes()).await.expect("written");
+        let mut echo = vec![0; said.len()];
+        stream.read_exact(&mut echo).await.expect("an echo");
+        assert_eq!(echo, said.as_bytes());
+    }
+    assert_eq!(accepted.load(std::sync::atomic::Ordering::Relaxed), 1);
+}

@@ -25,7 +25,7 @@ use crate::{
     resource::{
         AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Named, Object, PeerAuthentication, Pod, ReferenceGrant,
         RequestAuthentication, Telemetry, VirtualService, kube,
-        mesh_config::{Authorizer, Normalization, Observability},
+        mesh_config::{Authorizer, ClientCert, Normalization, Observability},
         selector::Labels,
     },
     route::Workload,
@@ -47,6 +47,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     snapshot.remote_keys = policies.finish(&mut builder);
     snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers);
     snapshot.normalization = builder.parts.normalization;
+    snapshot.client_cert = builder.parts.client_cert;
     services::build(&mut builder, previous, &mut snapshot, now);
     builder.statuses.sort();
     (snapshot, builder.statuses)
@@ -76,6 +77,7 @@ struct Parts<'a> {
     request_authentications: Vec<(&'a Named, &'a RequestAuthentication)>,
     authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
     normalization: Normalization,
+    client_cert: ClientCert,
     observability: Observability,
     telemetries: Vec<(&'a Named, &'a Telemetry)>,
     virtual_services: Vec<(&'a Named, &'a VirtualService)>,
@@ -109,6 +111,7 @@ impl<'a> Builder<'a> {
             Object::MeshConfig(m) if named.key.name.namespace == self.mesh.root_namespace => {
                 parts.authorizers = m.authorizers.iter().map(|a| (a.name.clone(), a.clone())).collect();
                 parts.normalization = m.normalization.unwrap_or_default();
+                parts.client_cert = m.client_cert;
                 parts.observability = m.observability.clone();
                 m.problems.iter().for_each(|problem| self.remark(Severity::Warning, named, problem));
             }

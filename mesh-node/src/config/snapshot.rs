@@ -12,7 +12,7 @@ use crate::{
     id::{ObjectName, WorkloadUid},
     resource::{
         authorization::Rule,
-        mesh_config::{Authorizer, Normalization},
+        mesh_config::{Authorizer, ClientCert, Normalization},
         request_authentication::RemoteKeys,
     },
     route::{Cluster, ClusterId, Service, Target, Workload},
@@ -46,6 +46,7 @@ pub struct Snapshot {
     /// External authorizers by name.
     pub authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
     pub normalization: Normalization,
+    pub client_cert: ClientCert,
     /// Authorization policies in force, for inspection.
     pub policies: Vec<PolicySummary>,
     pub(super) workloads: HashMap<WorkloadUid, Arc<Workload>>,
@@ -71,6 +72,7 @@ impl Snapshot {
             remote_keys: BTreeSet::new(),
             authorizers: HashMap::new(),
             normalization: Normalization::default(),
+            client_cert: ClientCert::default(),
             policies: Vec::new(),
             workloads: HashMap::new(),
             by_workload: HashMap::new(),

@@ -314,6 +314,11 @@ impl Outcome {
             None => (self.destination.address, None),
         };
         let (duration, error) = (format!("{}ms", self.started.elapsed().as_millis()), self.failure.as_ref().map(|f| chain(f)));
+        // As ztunnel tells it: what this end sent to the other, and what it received from it.
+        let (out, back) = match self.direction {
+            Direction::Outbound => (sent, received),
+            Direction::Inbound => (received, sent),
+        };
         let (source, destination, dst, hbone) = (&self.source, &self.destination, address(dst), address(hbone));
         tracing::info!(
             name: "connection complete",
@@ -321,7 +326,7 @@ impl Outcome {
             { src.addr = address(source.address), src.workload = name(source), src.namespace = namespace(source), src.identity = identity(source),
               dst.addr = dst, dst.hbone_addr = hbone, dst.service = service,
               dst.workload = name(destination), dst.namespace = namespace(destination), dst.identity = identity(destination),
-              direction = self.direction.name(), bytes_sent = sent, bytes_recv = received, duration, error },
+              direction = self.direction.name(), bytes_sent = out, bytes_recv = back, duration, error },
             "connection complete"
         );
     }

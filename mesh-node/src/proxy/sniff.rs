@@ -2,7 +2,7 @@
 //!
 //! A port that declares its protocol is believed. Otherwise the first bytes tell. A client that sends nothing at first may
 //! be waiting for the server to speak: after [`CLIENT_FIRST`] the connection is established as an opaque one, so that the
-//! server can; whoever speaks first then decides.
+//! server can; whoever speaks first then decides. That connection is kept unless the client sends a request or names a server, which may lead elsewhere.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -58,7 +58,7 @@ pub(super) async fn begin(
     if looks == Looks::Opaque {
         return Begun::Opaque { downstream, read: Bytes::new(), sni: None, established: None };
     }
-    let mut read = BytesMut::new();
+    let (mut read, mut kept) = (BytesMut::new(), None);
     if looks == Looks::Any {
         let first = tokio::select! {
             biased;
@@ -70,7 +70,7 @@ pub(super) async fn begin(
             // Closed at once, and half of it perhaps only: what the server says to that is its own business.
             Some(_) => return Begun::Opaque { downstream, read: Bytes::new(), sni: None, established: None },
             None => match server_first(proxy, pod, &mut downstream, &mut read, (client, original)).await {
-                First::Client => {}
+                First::Client(established) => kept = established,
                 First::Server(established) => {
                     return Begun::Opaque { downstream, read: Bytes::new(), sni: None, established: Some(established) };
                 }
@@ -86,20 +86,21 @@ pub(super) async fn begin(
         Some(found) if found == Detected::Http1 || looks == Looks::Http => Begun::Http { downstream, read, http2: false },
         Some(Detected::Tls(sni)) => Begun::Opaque { downstream, read, sni, established: None },
         None if read.is_empty() => Begun::Gone,
-        Some(_) | None => Begun::Opaque { downstream, read, sni: None, established: None },
+        Some(_) | None => Begun::Opaque { downstream, read, sni: None, established: kept },
     }
 }
 
 /// Who spoke first.
 enum First {
-    Client,
+    /// On this connection, if it is no request, and names no server: those may lead elsewhere.
+    Client(Option<Box<Established>>),
     Server(Box<Established>),
     /// The server cannot be reached.
     Neither,
 }
 
-/// Connects the server, so that it can speak. A connection it says nothing on before the client does is given up: the
-/// client's request decides where it goes.
+/// Connects the server, so that it can speak. A connection it says nothing on before the client does is given up where a client's
+/// request decides where it goes.
 async fn server_first(
     proxy: &Arc<Proxy>,
     pod: &Arc<ServedPod>,
@@ -115,7 +116,7 @@ async fn server_first(
     let Some(mut established) = established else {
         // Either the client has spoken, or the server cannot be reached: what the client says may lead elsewhere.
         return match timeout(WHOLE, downstream.read_buf(read)).await {
-            Ok(Ok(n)) if n > 0 => First::Client,
+            Ok(Ok(n)) if n > 0 => First::Client(None),
             // It will say nothing; what the server says is still for it.
             Ok(Ok(_)) => match opaque.establish(downstream).await {
                 Some(established) => First::Server(Box::new(established)),
@@ -127,7 +128,7 @@ async fn server_first(
     tokio::select! {
         biased;
         n = downstream.read_buf(read) => match n {
-            Ok(n) if n > 0 => First::Client,
+            Ok(n) if n > 0 => First::Client(Some(Box::new(established))),
             // Closed, or half of it: what the server says to that is its own business.
             _ => First::Server(Box::new(established)),
         },

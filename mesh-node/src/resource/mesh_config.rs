@@ -22,6 +22,7 @@ pub struct MeshConfig {
     /// External authorizers; other providers are for other purposes.
     pub authorizers: Vec<Arc<Authorizer>>,
     pub normalization: Option<Normalization>,
+    pub client_cert: ClientCert,
     pub observability: Observability,
     /// What is wrong with its telemetry, of which nothing is in force then.
     pub problems: Vec<String>,
@@ -37,6 +38,25 @@ pub enum Normalization {
     MergeSlashes,
     /// And `%2f` and `%5c` are decoded before that.
     DecodeAndMergeSlashes,
+}
+
+/// What becomes of `x-forwarded-client-cert` on requests into pods. Istio's `ProxyConfig.ProxyHeaders.forwardedClientCert`, and Envoy's
+/// `forward_client_cert_details`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ClientCert {
+    /// It says who the client has proved to be and nothing else; behind what a trusted proxy says.
+    #[default]
+    Verified,
+    /// It is taken off.
+    Sanitize,
+    /// It stays as it is where the client has proved who it is.
+    ForwardOnly,
+    /// Who the client is goes behind what it says.
+    AppendForward,
+    /// Who the client is takes the place of what it says.
+    SanitizeSet,
+    /// It stays as it is.
+    AlwaysForwardOnly,
 }
 
 /// Somebody who is asked whether a request may pass.
@@ -95,6 +115,19 @@ struct Document {
     #[serde(default)]
     extension_providers: Option<Vec<Provider>>,
     path_normalization: Option<NormalizationSpec>,
+    default_config: Option<ProxyConfig>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ProxyConfig {
+    proxy_headers: Option<ProxyHeaders>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ProxyHeaders {
+    forwarded_client_cert: Option<String>,
 }
 
 /// A provider, looked at for each of its uses.
@@ -230,7 +263,25 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
             return Err(FieldError::new("data.mesh.pathNormalization.normalization", problem));
         }
     };
-    Ok(MeshConfig { authorizers, normalization, observability, problems })
+    let headers = document.default_config.and_then(|c| c.proxy_headers);
+    let client_cert = client_cert(headers.and_then(|h| h.forwarded_client_cert).as_deref())?;
+    Ok(MeshConfig { authorizers, normalization, client_cert, observability, problems })
+}
+
+fn client_cert(mode: Option<&str>) -> Result<ClientCert, FieldError> {
+    Ok(match mode {
+        None | Some("" | "UNDEFINED") => ClientCert::Verified,
+        Some("SANITIZE") => ClientCert::Sanitize,
+        Some("FORWARD_ONLY") => ClientCert::ForwardOnly,
+        Some("APPEND_FORWARD") => ClientCert::AppendForward,
+        Some("SANITIZE_SET") => ClientCert::SanitizeSet,
+        Some("ALWAYS_FORWARD_ONLY") => ClientCert::AlwaysForwardOnly,
+        Some(other) => {
+            let known = "SANITIZE, FORWARD_ONLY, APPEND_FORWARD, SANITIZE_SET, ALWAYS_FORWARD_ONLY";
+            let at = "data.mesh.defaultConfig.proxyHeaders.forwardedClientCert";
+            return Err(FieldError::new(at, format!("{other:?} is none of {known}")));
+        }
+    })
 }
 
 /// A provider as one of its uses sees it.

@@ -48,8 +48,12 @@ impl PathPattern {
                 ("{*}" | "{**}", Some(_)) => return bad("nothing but plain segments may follow {**}"),
                 ("{*}", None) => segments.push(None),
                 ("{**}", None) => rest = Some(String::new()),
+                // As in `{**}.txt`.
+                (other, None) if other.strip_prefix("{**}").is_some_and(|tail| !tail.contains(['{', '}'])) => {
+                    rest = other.strip_prefix("{**}").map(str::to_owned);
+                }
                 (other, _) if other.contains(['{', '}']) => {
-                    return bad("{*} and {**} must be whole segments, and nothing else may be in braces");
+                    return bad("{*} and {**} must be whole segments, but for an end as in {**}.txt, and nothing else may be in braces");
                 }
                 (other, Some(rest)) => {
                     rest.push('/');
@@ -133,6 +137,10 @@ mod tests {
             ("/foo/{**}", "/foo", false),
             ("/foo/{**}", "/foobar", false),
             ("/{**}/bar", "/a/b/bar", true),
+            ("/foo/{*}/bar/{**}.txt", "/foo/1/bar/x/y.txt", true),
+            ("/foo/{*}/bar/{**}.txt", "/foo/1/bar/.txt", true),
+            ("/foo/{*}/bar/{**}.txt", "/foo/1/bar/y.txt/x", false),
+            ("/foo/{*}/bar/{**}.txt", "/foo/1/bar.txt", false),
             ("/{**}/bar", "/bar", false),
             ("/{*}/x/{**}/end", "/a/x/b/c/end", true),
             ("/{*}/x/{**}/end", "/a/y/b/c/end", false),

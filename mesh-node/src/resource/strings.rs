@@ -16,10 +16,10 @@ impl StringMatch {
     pub fn parse(text: &str) -> Self {
         if text == "*" {
             Self::Present
-        } else if let Some(rest) = text.strip_suffix('*') {
-            Self::Prefix(rest.into())
         } else if let Some(rest) = text.strip_prefix('*') {
             Self::Suffix(rest.into())
+        } else if let Some(rest) = text.strip_suffix('*') {
+            Self::Prefix(rest.into())
         } else {
             Self::Exact(text.into())
         }
@@ -58,6 +58,9 @@ mod tests {
             ("abc*", "abcd", true),
             ("abc*", "xabc", false),
             ("*abc", "xabc", true),
+            // Of two stars the first counts.
+            ("*abc*", "xabc*", true),
+            ("*abc*", "xabcx", false),
             ("*abc", "abcd", false),
             ("*", "x", true),
             ("*", "", false),

@@ -82,6 +82,8 @@ pub fn location(redirect: &Redirect, matched: Option<&PathMatch>, head: &Request
     let host = given.unwrap_or(host);
     let printed = match redirect.port {
         RedirectPort::Port(port) => Some(port),
+        // The scheme's own needs not be said; if the client said one, that stays.
+        RedirectPort::FromRequest if port == well_known(scheme) && given.is_none() => own_port.filter(|_| scheme == head.scheme.as_str()),
         RedirectPort::FromRequest => Some(port),
         RedirectPort::FromScheme => None,
         RedirectPort::Keep if given.is_some() => None,
@@ -91,6 +93,7 @@ pub fn location(redirect: &Redirect, matched: Option<&PathMatch>, head: &Request
     let printed = match redirect.port {
         // As the client wrote it.
         RedirectPort::Keep => printed,
+        RedirectPort::FromRequest if given.is_none() && port == well_known(scheme) => printed,
         _ => printed.filter(|p| *p != well_known(scheme)),
     };
     let path = redirect.path.as_ref().map_or_else(|| head.path().to_owned(), |p| self::path(p, matched, head.path()));
@@ -167,6 +170,27 @@ mod tests {
     }
 
     #[test]
+    fn the_port_a_request_came_to_is_said_where_it_is_not_the_schemes() {
+        let redirect = |scheme: Option<&str>| Redirect {
+            scheme: scheme.map(Into::into),
+            authority: None,
+            port: RedirectPort::FromRequest,
+            path: None,
+            status: StatusCode::MOVED_PERMANENTLY,
+        };
+        for (scheme, host, port, expected) in [
+            (None, "b", 80, "http://b/a"),
+            (None, "b:80", 80, "http://b:80/a"),
+            (None, "b", 8080, "http://b:8080/a"),
+            (None, "b:80", 8080, "http://b:8080/a"),
+            (Some("https"), "b", 80, "https://b:80/a"),
+            (Some("https"), "b:80", 443, "https://b/a"),
+        ] {
+            assert_eq!(location(&redirect(scheme), None, &head("/a", host), port), expected, "{scheme:?} {host} {port}");
+        }
+    }
+
+    #[test]
     fn redirects_point_where_recorded() {
         let plain = Redirect { scheme: None, authority: None, port: RedirectPort::Keep, path: None, status: StatusCode::MOVED_PERMANENTLY };
         let cases = [
@@ -183,6 +207,7 @@ mod tests {
             (Redirect { path: Some(PathRewrite::Full("/n?z=2".into())), ..plain.clone() }, "/a?q=1", "s:81", "http://s:81/n?z=2"),
             (Redirect { port: RedirectPort::Port(8443), ..plain.clone() }, "/a", "svc.example", "http://svc.example:8443/a"),
             (Redirect { port: RedirectPort::FromRequest, ..plain.clone() }, "/a", "svc.example", "http://svc.example:9080/a"),
+            (Redirect { port: RedirectPort::FromRequest, ..plain.clone() }, "/a", "svc.example:80", "http://svc.example:9080/a"),
             (
                 Redirect { scheme: Some("https".into()), port: RedirectPort::Port(443), ..plain.clone() },
                 "/a",

@@ -44,9 +44,10 @@ pub fn authorizer() -> SocketAddr {
                     } else if has("x-pass:") || body.starts_with("pass") {
                         let token = said("x-token").map(|t| format!("authorization: Bearer {t}\r\n"));
                         let trace = said("traceparent").unwrap_or("none");
+                        let cert = said("x-forwarded-client-cert").unwrap_or("none");
                         let partial = said("x-envoy-auth-partial-body").unwrap_or("none");
                         format!(
-                            "HTTP/1.1 200 OK\r\nx-user: alice\r\nx-trace: {trace}\r\nx-line: {line}\r\nx-body: {body} {partial}\r\nset-cookie: a=1\r\ncontent-length: 2\r\n{}\r\nok",
+                            "HTTP/1.1 200 OK\r\nx-user: alice\r\nx-trace: {trace}\r\nx-line: {line}\r\nx-cert: {cert}\r\nx-body: {body} {partial}\r\nset-cookie: a=1\r\ncontent-length: 2\r\n{}\r\nok",
                             token.unwrap_or_default()
                         )
                     } else {

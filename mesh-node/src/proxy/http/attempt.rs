@@ -124,6 +124,8 @@ pub struct Plan<'a> {
     pub close: bool,
     /// Client and application share their connections' fate: what ends the one ends the other.
     pub tied: bool,
+    /// What `x-forwarded-client-cert` says beside the head's own headers.
+    pub client_cert: Option<&'a HeaderValue>,
 }
 
 static NO_RETRY: LazyLock<RetryPolicy> = LazyLock::new(|| RetryPolicy { attempts: 0, ..default_policy() });
@@ -131,7 +133,7 @@ static NO_RETRY: LazyLock<RetryPolicy> = LazyLock::new(|| RetryPolicy { attempts
 impl<'a> Plan<'a> {
     /// For a request that is passed on as it is, once, however long it takes.
     pub fn once(head: &'a RequestHead, upgrade: Option<&'a HeaderValue>) -> Self {
-        Self { head, upgrade, policy: &NO_RETRY, timeout: None, close: false, tied: true }
+        Self { head, upgrade, policy: &NO_RETRY, timeout: None, close: false, tied: true, client_cert: None }
     }
 }
 
@@ -176,7 +178,9 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let local = upstream.local();
     let (pass, mut inbound) = admitted.map(|Admitted { gate, pass, record }| ((gate, pass), record)).unzip();
     // As the destination sees it.
-    let plan = &Plan { head: pass.as_ref().and_then(|(_, pass)| pass.head.as_ref()).unwrap_or(plan.head), ..*plan };
+    let passed = pass.as_ref().map(|(_, pass)| pass);
+    let head = passed.and_then(|pass| pass.head.as_ref()).unwrap_or(plan.head);
+    let plan = &Plan { head, client_cert: passed.and_then(|pass| pass.client_cert.as_ref()), ..*plan };
     if inbound.as_ref().is_some_and(|r| r.grpc) {
         upload.passed().count_messages();
     }
@@ -204,7 +208,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             ended
         }
         Upstream::H2(mut send, guard, _) => 'sent: {
-            let Some(request) = wire_request(plan.head) else {
+            let Some(request) = wire_request(plan.head, plan.client_cert) else {
                 break 'sent Attempt::Malformed(Malformed::BAD_AUTHORITY);
             };
             let empty = upload.is_end();

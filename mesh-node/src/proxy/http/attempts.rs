@@ -224,7 +224,15 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             address,
             http2: http2 && self.upgrade.is_none(),
         };
-        let plan = Plan { head, upgrade: self.upgrade, policy: self.policy, timeout: self.timeout, close: self.close, tied: false };
+        let plan = Plan {
+            head,
+            upgrade: self.upgrade,
+            policy: self.policy,
+            timeout: self.timeout,
+            close: self.close,
+            tied: false,
+            client_cert: None,
+        };
         let Self { responder, record, upload, deadlines, policy, forward, hashed, began, number, retry, .. } = self;
         let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
             let grpc = headers.get("grpc-status").map(|s| http_status_of_grpc(s.as_bytes()));

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::{
     body::{self, FrameSink, FrameSource, pump},
@@ -85,7 +85,7 @@ impl Call<'_> {
         let wanted = Wanted { proxy, pod, client: *client, cluster, state: &state, endpoint: &endpoint, address, http2: *http2 };
         let upstream = acquire(&wanted).await.ok()?;
         // A destination on this node is as well protected from these requests as from others, and they are told of as well.
-        let Some(gate) = upstream.gate() else { return self.exchange(upstream, &endpoint, head, body, framing, sink).await.ok() };
+        let Some(gate) = upstream.gate() else { return self.exchange(upstream, &endpoint, (head, None), body, framing, sink).await.ok() };
         let (mut record, onward) = gate.record(head, wanted.protocol());
         let traced = onward.map(|onward| onward.on(head));
         let head = traced.as_ref().unwrap_or(head);
@@ -100,8 +100,8 @@ impl Call<'_> {
                 return None;
             }
         };
-        let head = pass.head.as_ref().unwrap_or(head);
-        let (mut body, mut sink) = (Metered::new(&mut body, head.is_grpc()), Metered::new(sink, head.is_grpc()));
+        let head = (pass.head.as_ref().unwrap_or(head), pass.client_cert.as_ref());
+        let (mut body, mut sink) = (Metered::new(&mut body, head.0.is_grpc()), Metered::new(sink, head.0.is_grpc()));
         let answered = self.exchange(upstream, &endpoint, head, &mut body, framing, &mut sink).await;
         match &answered {
             Ok(answered) => {
@@ -120,7 +120,7 @@ impl Call<'_> {
         &self,
         upstream: Upstream,
         endpoint: &EndpointState,
-        head: &RequestHead,
+        (head, client_cert): (&RequestHead, Option<&HeaderValue>),
         body: &mut impl FrameSource,
         framing: Framing,
         sink: &mut impl FrameSink,
@@ -129,7 +129,7 @@ impl Call<'_> {
             Upstream::H1(mut connection) => {
                 let answered = {
                     let (mut up, mut source, cut) = connection.halves();
-                    up.begin(head, framing, None);
+                    up.begin(head, framing, None, client_cert);
                     tokio::select! {
                         answered = converse(body, &mut up, &mut source, head, sink) => answered,
                         () = cut => Err(Broken::Cut),
@@ -143,7 +143,7 @@ impl Call<'_> {
             }
             Upstream::H2(mut send, _guard, _) => {
                 let empty = body.is_end();
-                let request = wire_request(head).ok_or(Broken::Caller)?;
+                let request = wire_request(head, client_cert).ok_or(Broken::Caller)?;
                 let (response, stream) = send.send_request(request, empty).map_err(|_| Broken::Upstream)?;
                 let mut up = UpSink::H2(H2Sink::new(stream, empty));
                 let mut source = UpSource::H2 { response: Box::pin(response), body: None };

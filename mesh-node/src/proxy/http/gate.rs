@@ -7,7 +7,7 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::SystemTime,
@@ -18,6 +18,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use super::{
     authorizer::{self, Answer, ToClient},
     body::Preview,
+    headers::CLIENT_CERT,
     record::{Flag, Record, is_traced},
     reply::Reply,
     traced::Onward,
@@ -31,7 +32,10 @@ use crate::{
         Proxy, ServedPod,
         reporting::{EdgeSlot, Ends},
     },
-    resource::request_authentication::{JwtRule, KeySource},
+    resource::{
+        mesh_config::ClientCert,
+        request_authentication::{JwtRule, KeySource},
+    },
     route::request::{RequestHead, renormalised},
     telemetry::traffic::Reporter,
 };
@@ -52,6 +56,8 @@ pub struct Gate {
     /// The generation that was last found to ask nothing about requests on this connection.
     free: Arc<AtomicU64>,
     edge: Arc<EdgeSlot>,
+    /// Who the two ends of the connection are, as `x-forwarded-client-cert` has it.
+    ends: Arc<OnceLock<Option<HeaderValue>>>,
 }
 
 impl fmt::Debug for Gate {
@@ -66,6 +72,8 @@ pub struct Pass {
     /// What the application gets, if that is something else.
     pub head: Option<RequestHead>,
     pub claims: Option<Verified>,
+    /// What the application is told of the client, beside the headers.
+    pub client_cert: Option<HeaderValue>,
     /// What external authorizers have for the client.
     pub to_client: ToClient,
 }
@@ -84,7 +92,16 @@ pub struct Refusal {
 
 impl Gate {
     pub fn new(proxy: Arc<Proxy>, pod: Arc<ServedPod>, facts: Facts, client: SocketAddr) -> Self {
-        Self { proxy, pod, facts, client, local: None, free: Arc::new(AtomicU64::new(u64::MAX)), edge: Arc::default() }
+        Self {
+            proxy,
+            pod,
+            facts,
+            client,
+            local: None,
+            free: Arc::new(AtomicU64::new(u64::MAX)),
+            edge: Arc::default(),
+            ends: Arc::default(),
+        }
     }
 
     /// With the connection that was made to the application.
@@ -160,7 +177,7 @@ impl Gate {
         let snapshot = {
             let snapshot = self.proxy.config.load();
             if self.free.load(Ordering::Relaxed) == snapshot.generation {
-                return Ok(Pass::default());
+                return Ok(self.unasked(&snapshot, head));
             }
             snapshot.clone()
         };
@@ -171,7 +188,7 @@ impl Gate {
         match policy.connection(&self.facts) {
             Ok(Verdict::Allowed(_)) => {
                 self.free.store(snapshot.generation, Ordering::Relaxed);
-                return Ok(Pass::default());
+                return Ok(self.unasked(&snapshot, head));
             }
             Ok(_) => {}
             // No request can change that.
@@ -180,6 +197,14 @@ impl Gate {
         let governing = policy.at(self.facts.destination.port());
         // A route may have made another path of it.
         let mut changed = renormalised(head, snapshot.normalization).map_err(|_| bad_path())?;
+        // Nobody is asked about what a client says of itself there.
+        match self.told(&snapshot, changed.as_ref().unwrap_or(head)) {
+            Told::AsItIs => {}
+            Told::Also(value) | Told::Only(Some(value)) => {
+                changed.get_or_insert_with(|| head.clone()).headers.insert(CLIENT_CERT.clone(), value);
+            }
+            Told::Only(None) => drop(changed.get_or_insert_with(|| head.clone()).headers.remove(&CLIENT_CERT)),
+        }
         let mut told = self.authenticate(governing, changed.as_ref().unwrap_or(head)).await;
         let mut to_client = ToClient::default();
         if !governing.authorization.custom.is_empty() && !self.facts.node {
@@ -206,7 +231,46 @@ impl Gate {
             refusal.head = changed;
             return Err(refusal);
         }
-        Ok(Pass { head: changed, claims, to_client })
+        Ok(Pass { head: changed, claims, client_cert: None, to_client })
+    }
+
+    /// What passes without being asked about.
+    fn unasked(&self, snapshot: &Snapshot, head: &RequestHead) -> Pass {
+        match self.told(snapshot, head) {
+            Told::AsItIs => Pass::default(),
+            Told::Also(value) => Pass { client_cert: Some(value), ..Pass::default() },
+            Told::Only(value) => {
+                let mut head = head.clone();
+                head.headers.remove(&CLIENT_CERT);
+                Pass { head: Some(head), client_cert: value, ..Pass::default() }
+            }
+        }
+    }
+
+    /// What the application is told of who the client is.
+    fn told(&self, snapshot: &Snapshot, head: &RequestHead) -> Told {
+        let said = head.headers.get(&CLIENT_CERT);
+        let own = || self.ends.get_or_init(|| self.ends(snapshot)).clone();
+        let set = |own: Option<HeaderValue>| match (said, own) {
+            (None, Some(own)) => Told::Also(own),
+            (None, None) => Told::AsItIs,
+            (Some(_), own) => Told::Only(own),
+        };
+        let proved = self.facts.peer.is_some();
+        match snapshot.client_cert {
+            ClientCert::AlwaysForwardOnly => Told::AsItIs,
+            ClientCert::ForwardOnly if proved => Told::AsItIs,
+            ClientCert::Verified if self.facts.proxy => said.map_or_else(|| set(own()), |_| appended(head, own())),
+            ClientCert::AppendForward if proved && said.is_some() => appended(head, own()),
+            ClientCert::Verified | ClientCert::SanitizeSet | ClientCert::AppendForward => set(own()),
+            ClientCert::Sanitize | ClientCert::ForwardOnly => set(None),
+        }
+    }
+
+    /// None where the client has not proved who it is.
+    fn ends(&self, snapshot: &Snapshot) -> Option<HeaderValue> {
+        let (peer, workload) = (self.facts.peer.as_ref()?, snapshot.workload(&self.pod.uid)?);
+        HeaderValue::from_str(&format!("By={};URI={peer}", workload.identity)).ok()
     }
 
     fn denied(&self, denial: &Denial) -> Box<Refusal> {
@@ -300,6 +364,23 @@ impl Gate {
         }
         Ok(changed)
     }
+}
+
+/// What an application is told of who the client is.
+enum Told {
+    /// What the request says itself.
+    AsItIs,
+    /// This, of which the request says nothing.
+    Also(HeaderValue),
+    /// This, and not what the request says.
+    Only(Option<HeaderValue>),
+}
+
+/// What the request says, and one element more.
+fn appended(head: &RequestHead, own: Option<HeaderValue>) -> Told {
+    let Some(own) = own else { return Told::AsItIs };
+    let all = head.headers.get_all(&CLIENT_CERT).iter().map(HeaderValue::as_bytes).chain([own.as_bytes()]).collect::<Vec<_>>();
+    HeaderValue::from_bytes(&all.join(&b","[..])).map_or(Told::AsItIs, |value| Told::Only(Some(value)))
 }
 
 /// The end user's address: what the last proxy that is trusted says, else the client's own. `None`: the proxy says

@@ -213,7 +213,7 @@ async fn h1_request(
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
     let (sent, claims, to_client) = parts(&head, &pass, record);
-    let plan = Plan { close: gate.pod.is_draining(), ..Plan::once(sent, upgrade.as_ref()) };
+    let plan = Plan { close: gate.pod.is_draining(), client_cert: pass.client_cert.as_ref(), ..Plan::once(sent, upgrade.as_ref()) };
     let cut = gate.denied_later(sent, claims);
     let (ended, clean) = attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, to_client, cut, record).await;
     drop(upload);
@@ -508,7 +508,7 @@ async fn h2_request(
         let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;
     }
     let (sent, claims, to_client) = parts(head, &pass, record);
-    let Some(request) = wire_request(sent) else {
+    let Some(request) = wire_request(sent, pass.client_cert.as_ref()) else {
         record.details = Cow::Borrowed(Malformed::BAD_AUTHORITY.details);
         return Err(::h2::Reason::PROTOCOL_ERROR);
     };

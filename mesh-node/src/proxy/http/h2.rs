@@ -16,6 +16,7 @@ use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
     date,
     framing::{Frame, Out, checked_trailers},
+    headers::CLIENT_CERT,
     meter::Meter,
     wire::{
         Framing, MAX_HEAD, MAX_HEADERS, Malformed, Refused, Said, checked_authority, path_and_query, strip_hop_by_hop, take_expectation,
@@ -489,7 +490,7 @@ pub fn is_remote(error: &io::Error) -> bool {
 }
 
 /// The request as HTTP/2 sends it; `None` when the authority is none.
-pub fn wire_request(head: &RequestHead) -> Option<Request<()>> {
+pub fn wire_request(head: &RequestHead, client_cert: Option<&HeaderValue>) -> Option<Request<()>> {
     let mut parts = http::uri::Parts::default();
     parts.scheme = Some(match head.scheme {
         Scheme::Http => http::uri::Scheme::HTTP,
@@ -502,5 +503,8 @@ pub fn wire_request(head: &RequestHead) -> Option<Request<()>> {
     *request.uri_mut() = http::Uri::from_parts(parts).ok()?;
     *request.version_mut() = http::Version::HTTP_2;
     *request.headers_mut() = head.headers.clone();
+    if let Some(value) = client_cert {
+        request.headers_mut().insert(CLIENT_CERT.clone(), value.clone());
+    }
     Some(request)
 }

@@ -31,6 +31,8 @@ static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-prot
 pub static SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 static EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 static ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+/// Who the client has proved to be: by a proxy's word, so what others say in it is taken off.
+pub static CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 pub static ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 
 /// Takes off and puts on what every forwarded request has so.
@@ -38,6 +40,7 @@ pub fn prepare(head: &mut RequestHead) {
     if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-")) {
         CONTROL.iter().for_each(|name| drop(head.headers.remove(*name)));
     }
+    head.headers.remove(&CLIENT_CERT);
     if !head.headers.contains_key(&X_FORWARDED_PROTO) {
         // How it came here, whatever the client says that it is for: applications' TLS is not ended here.
         head.headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));

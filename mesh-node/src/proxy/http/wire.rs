@@ -9,7 +9,7 @@ use std::io::Write as _;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
 
-use super::date;
+use super::{date, headers::CLIENT_CERT};
 use crate::{
     detect,
     route::request::{RequestHead, Scheme, is_grpc, normalise_path},
@@ -489,7 +489,13 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
 }
 
 /// Writes a request head.
-pub fn write_request(head: &RequestHead, framing: Framing, upgrade: Option<&HeaderValue>, out: &mut Vec<u8>) {
+pub fn write_request(
+    head: &RequestHead,
+    framing: Framing,
+    upgrade: Option<&HeaderValue>,
+    client_cert: Option<&HeaderValue>,
+    out: &mut Vec<u8>,
+) {
     out.extend_from_slice(head.method.as_str().as_bytes());
     out.push(b' ');
     out.extend_from_slice(head.target.as_str().as_bytes());
@@ -501,6 +507,9 @@ pub fn write_request(head: &RequestHead, framing: Framing, upgrade: Option<&Head
         if ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE].contains(name) {
             write_header(name, value, out);
         }
+    }
+    if let Some(value) = client_cert {
+        write_header(&CLIENT_CERT, value, out);
     }
     // That there is none is said where one would be expected: some servers insist on it (411).
     let unexpected = [Method::GET, Method::HEAD, Method::DELETE, Method::TRACE, Method::CONNECT].contains(&head.method);

@@ -49,7 +49,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         cut: impl Future<Output = ()> + Send,
     ) -> Attempt {
         let mut cut = pin!(cut);
-        self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade);
+        self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade, self.plan.client_cert);
         let (mut uploaded, mut no_more_up) = (false, false);
         let response = loop {
             arm(self.plan, self.deadlines, self.upload.is_received());

@@ -58,10 +58,10 @@ impl Failed {
 
 impl UpSink<'_> {
     /// Puts an HTTP/1 request's head on its way.
-    pub fn begin(&mut self, head: &RequestHead, framing: Framing, upgrade: Option<&HeaderValue>) {
+    pub fn begin(&mut self, head: &RequestHead, framing: Framing, upgrade: Option<&HeaderValue>, client_cert: Option<&HeaderValue>) {
         if let Self::H1(sink) = self {
             let mut bytes = Vec::with_capacity(512);
-            wire::write_request(head, framing, upgrade, &mut bytes);
+            wire::write_request(head, framing, upgrade, client_cert, &mut bytes);
             sink.begin(bytes, framing);
         }
     }

@@ -62,7 +62,7 @@ fn that_there_is_no_body_is_said_where_one_is_expected() {
     for (method, expected) in [("POST", true), ("PUT", true), ("OPTIONS", true), ("GET", false), ("DELETE", false)] {
         let request = parse(&format!("{method} / HTTP/1.1\r\nhost: a\r\n\r\n")).expect("valid");
         let mut out = Vec::new();
-        write_request(&request.head, Framing::Empty, None, &mut out);
+        write_request(&request.head, Framing::Empty, None, None, &mut out);
         assert_eq!(String::from_utf8_lossy(&out).contains("content-length: 0\r\n"), expected, "{method}");
     }
 }
@@ -191,7 +191,7 @@ fn what_is_written_is_read_back() {
     let text = "PUT /p?q HTTP/1.1\r\nhost: svc\r\nx-b: 2\r\nx-a: 1\r\nx-a: 3\r\ntransfer-encoding: chunked\r\n\r\n";
     let first = parse(text).expect("valid");
     let mut out = Vec::new();
-    write_request(&first.head, first.framing, None, &mut out);
+    write_request(&first.head, first.framing, None, None, &mut out);
     let again = parse(std::str::from_utf8(&out).expect("text")).expect("valid");
     assert_eq!((first.head.headers, first.head.target, first.framing), (again.head.headers, again.head.target, again.framing));
 }
