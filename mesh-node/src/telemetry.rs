@@ -4,6 +4,7 @@
 
 mod flags;
 mod lines;
+mod process;
 pub mod traffic;
 pub mod watch;
 
@@ -23,7 +24,11 @@ use prometheus_client::{
 
 use tracing_subscriber::EnvFilter;
 
-use self::{traffic::Traffic, watch::Watch};
+use self::{
+    process::Process,
+    traffic::{Reporter, Traffic},
+    watch::Watch,
+};
 
 /// Why a connection was refused or cut, by direction.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -47,6 +52,11 @@ pub struct HandshakeLabels {
 }
 
 /// What a policy decided, other than to let pass. `none`: no policy allowed it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReporterLabels {
+    pub reporter: &'static str,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PolicyLabels {
     /// `namespace/name`.
@@ -112,6 +122,7 @@ pub struct Metrics {
     pub failures: Family<FailureLabels, Counter>,
     pub connections: Family<PathLabels, Counter>,
     pub handshake_failures: Family<HandshakeLabels, Counter>,
+    pub revoked: Family<ReporterLabels, Counter>,
     pub http_active: Gauge,
     pub policy_decisions: Family<PolicyLabels, Counter>,
     pub jwks_fetches: Family<ResultLabels, Counter>,
@@ -164,6 +175,7 @@ impl Metrics {
             failures: Family::default(),
             connections: Family::default(),
             handshake_failures: Family::default(),
+            revoked: Family::default(),
             http_active: Gauge::default(),
             policy_decisions: Family::default(),
             jwks_fetches: Family::default(),
@@ -201,6 +213,7 @@ impl Metrics {
     fn register(&mut self) {
         let r = &mut self.registry;
         r.register_collector(Box::new(self.traffic.clone()));
+        r.register_collector(Box::new(Process));
         let build = Family::<Vec<(&'static str, &'static str)>, Gauge>::default();
         build.get_or_create(&vec![("component", "mesh-node"), ("tag", env!("CARGO_PKG_VERSION"))]).set(1);
         r.register("istio_build", "What this is", build);
@@ -211,6 +224,8 @@ impl Metrics {
         r.register("mesh_connections", "Connections established, by how they go", self.connections.clone());
         r.register("mesh_connection_failures", "Connections refused, failed or cut, by reason", self.failures.clone());
         r.register("mesh_tls_handshake_failures", "TLS handshakes with mesh peers that failed, by reason", self.handshake_failures.clone());
+        let help = "Connections with mesh peers refused or cut because a certificate has been revoked";
+        r.register("istio_crl_policy_rejections", help, self.revoked.clone());
         r.register("mesh_http_active_requests", "HTTP requests under way", self.http_active.clone());
         r.register(
             "mesh_policy_decisions",
@@ -314,6 +329,10 @@ impl Metrics {
 
     pub fn handshake_failure(&self, side: &'static str, reason: &'static str) {
         self.handshake_failures.get_or_create(&HandshakeLabels { side, reason }).inc();
+        if reason.starts_with("revoked") {
+            let reporter = if side == "client" { Reporter::Source } else { Reporter::Destination };
+            self.revoked.get_or_create(&ReporterLabels { reporter: reporter.name() }).inc();
+        }
     }
 }
 

@@ -198,6 +198,8 @@ fn a_revoked_peer_is_cut_and_refused() {
     assert_ne!(scene.ask(), "200");
     let node = &scene.bed.nodes()[0];
     let refused = node.metric("mesh_tls_handshake_failures_total", &["side=\"server\"", "reason=\"revoked\""]).expect("metric");
+    let as_istio = node.metric("istio_crl_policy_rejections_total", &["reporter=\"destination\""]).expect("metric");
+    assert!(as_istio > 0.5, "{as_istio}");
     let cut = node.metric("mesh_tls_handshake_failures_total", &["reason=\"revoked_later\""]).expect("metric");
     assert!(refused > 0.5 && cut > 0.5, "refused {refused}, cut {cut}");
     // Taken off the list, it is as good as before.

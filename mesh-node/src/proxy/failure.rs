@@ -44,7 +44,7 @@ pub enum Failure {
     Tls { kind: HandshakeFailure, source: io::Error },
     #[error("no tunnel")]
     Tunnel(#[from] TunnelError),
-    #[error("not authorized")]
+    #[error("connection closed due to policy rejection")]
     Denied(#[from] Denial),
     #[error("not an HBONE request")]
     BadRequest(#[from] BadRequest),
