@@ -321,7 +321,7 @@ fn endpoint_here(snapshot: &Snapshot, host: &str, port: u16, own: impl Fn(Socket
 /// The answer to a CONNECT that cannot be served, as ztunnel gives it.
 fn status(failure: &Failure) -> StatusCode {
     match failure {
-        Failure::BadRequest(_) | Failure::ForeignAuthority(_) | Failure::ReservedPort(_) => StatusCode::BAD_REQUEST,
+        Failure::BadRequest(_) | Failure::ForeignAuthority(_) => StatusCode::BAD_REQUEST,
         Failure::Denied(_) => StatusCode::UNAUTHORIZED,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }

@@ -16,7 +16,7 @@ use prometheus_client::{
 #[derive(Debug)]
 pub struct Process;
 
-/// Fields of `/proc/self/stat` behind the command, by their numbers in proc_pid_stat(5).
+/// Fields of `/proc/self/stat` behind the command, by their numbers in `proc_pid_stat(5)`.
 struct Stat<'s>(Vec<&'s str>);
 
 impl Stat<'_> {
