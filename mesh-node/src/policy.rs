@@ -26,7 +26,7 @@ pub use index::RuleSet;
 use matching::{Seen, Truth, View};
 
 use crate::{
-    id::SpiffeId,
+    id::{ObjectName, SpiffeId},
     resource::{paths::PathPattern, request_authentication::JwtRule},
     route::request::{RequestHead, other_readings},
 };
@@ -44,6 +44,8 @@ pub struct Facts {
     /// It is a proxy whose word about its clients' addresses counts.
     pub proxy: bool,
     pub sni: Sni,
+    /// The service the client has dialled, as far as it says so.
+    pub dialled: Option<ObjectName>,
 }
 
 /// The server name in the application's own TLS.
@@ -58,7 +60,7 @@ pub enum Sni {
 impl Facts {
     /// A connection from another pod, or from outside.
     pub fn new(peer: Option<SpiffeId>, source: IpAddr, destination: SocketAddr) -> Self {
-        Self { peer, source, destination, node: false, proxy: false, sni: Sni::default() }
+        Self { peer, source, destination, node: false, proxy: false, sni: Sni::default(), dialled: None }
     }
 }
 

@@ -47,6 +47,8 @@ pub struct Workload {
     pub protocols: BTreeMap<u16, Protocol>,
     /// Services of its namespace that lead to its ports.
     pub services: BTreeMap<u16, PortOf>,
+    /// All of them, where there are several for a port.
+    pub shared: BTreeMap<u16, Vec<ObjectName>>,
     /// What is told of its traffic.
     pub reporting: Arc<Reporting>,
     /// Ports its probes and hooks name.
@@ -56,6 +58,13 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// The service that was meant by who has come to a port: the one that was dialled, as far as that leads here.
+    pub fn service_at(&self, port: u16, dialled: Option<&ObjectName>) -> Option<&ObjectName> {
+        let first = &self.services.get(&port)?.service;
+        let meant = dialled.and_then(|dialled| self.shared.get(&port)?.iter().find(|service| *service == dialled));
+        Some(meant.unwrap_or(first))
+    }
+
     /// What a port of its carries.
     pub fn protocol(&self, port: u16) -> Protocol {
         self.protocols.get(&port).copied().unwrap_or_default()

@@ -171,6 +171,36 @@ fn the_seed_s_telemetry_turns_on_istio_s_access_log() {
     assert!(written >= 8.0 && scene.total("mesh_access_log_lines_total", &["result=\"dropped\""]) < 0.5, "{written}");
 }
 
+/// Where several services lead to a port, the destination counts for the one that was dialled, too.
+#[test]
+fn a_destination_knows_which_service_was_dialled() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    for name in ["also", "web", "zebra"] {
+        let service = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: web}}, ports: [{{name: http, port: 80, targetPort: 8080}}]}}\n"
+        );
+        bed.kubectl_apply(name, &service).expect("service");
+    }
+    let [client] = bed.meshed([PodSpec::new("client", 0).label("app", "client").label("version", "v9")]).expect("client");
+    bed.meshed([web("v1", 0), web("v2", 1)]).expect("servers");
+    bed.settle().expect("settled");
+    let scene = Scene { bed, client };
+    for (name, count) in [("web", 12), ("zebra", 10), ("also", 8)] {
+        let report = scene.web(&["get", &format!("{name}:80/"), &count.to_string()]);
+        assert_eq!(report["statuses"]["200"], count, "{report}");
+        for reporter in ["source", "destination"] {
+            let labels = [format!("reporter=\"{reporter}\""), format!("destination_service_name=\"{name}\"")];
+            let labels = labels.iter().map(String::as_str).collect::<Vec<_>>();
+            scene.wait_total(f64::from(count), "istio_requests_total", &labels);
+        }
+        let opened = || {
+            scene
+                .total("istio_tcp_connections_opened_total", &["reporter=\"destination\"", &format!("destination_service_name=\"{name}\"")])
+        };
+        wait_for("connections", Duration::from_secs(5), || Ok(opened() > 0.5)).unwrap_or_else(|_| panic!("{name}: {}", opened()));
+    }
+}
+
 #[test]
 fn telemetry_filters_logs_and_changes_tags() {
     let scene = scene();

@@ -210,6 +210,7 @@ impl<'a> Builder<'a> {
         Ok(Workload {
             protocols: policies::protocols(&attached, &name.namespace),
             services: policies::services(&attached, &name.namespace),
+            shared: policies::shared(&attached, &name.namespace),
             reporting: reports.of(name, &pod.labels, &attached),
             probes: pod.probes.clone(),
             accelerate: pod.accelerate,

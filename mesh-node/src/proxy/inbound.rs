@@ -26,7 +26,7 @@ use crate::{
         headers::{Authority, ConnectRequest},
         server::{self, Offer},
     },
-    id::{SpiffeId, canonical},
+    id::{ObjectName, SpiffeId, canonical},
     io::{
         relay::relay,
         socket::{self, Source, reset_on_close, tune},
@@ -292,7 +292,9 @@ async fn answer(connection: &HboneConnection, offer: &Offer, outcome: &mut Outco
     let request = offer.request.as_ref().map_err(|e| Failure::BadRequest(e.clone()))?;
     let destination = destination(connection, request)?;
     outcome.destination.address = Some(destination);
-    let facts = Facts::new(Some(connection.peer.clone()), connection.client.ip(), destination);
+    let mut facts = Facts::new(Some(connection.peer.clone()), connection.client.ip(), destination);
+    facts.dialled = request.forwarded.as_ref().and_then(|f| service_of(f.host.as_deref()?));
+    outcome.dialled.clone_from(&facts.dialled);
     admit(&connection.proxy, &connection.pod, facts, Source::Client(connection.client.ip()), outcome).await
 }
 
@@ -305,16 +307,22 @@ fn destination(connection: &HboneConnection, request: &ConnectRequest) -> Result
         Authority::Host { name, port } => {
             let snapshot = connection.proxy.config.load();
             let found = endpoint_here(&snapshot, name, *port, own);
-            found.ok_or_else(|| Failure::NoEndpoint(crate::id::ObjectName::new("", name)))
+            found.ok_or_else(|| Failure::NoEndpoint(ObjectName::new("", name)))
         }
     }
 }
 
-/// The endpoint of a service, by its cluster name, that is this pod.
-fn endpoint_here(snapshot: &Snapshot, host: &str, port: u16, own: impl Fn(SocketAddr) -> bool) -> Option<SocketAddr> {
+/// The service a host names: `name.namespace.svc` and the cluster's domain.
+fn service_of(host: &str) -> Option<ObjectName> {
     let mut labels = host.split('.');
     let (name, namespace, svc) = (labels.next()?, labels.next()?, labels.next()?);
-    let service = snapshot.services().iter().find(|s| svc == "svc" && &*s.name.name == name && &*s.name.namespace == namespace)?;
+    (svc == "svc").then(|| ObjectName::new(namespace, name))
+}
+
+/// The endpoint of a service, by its cluster name, that is this pod.
+fn endpoint_here(snapshot: &Snapshot, host: &str, port: u16, own: impl Fn(SocketAddr) -> bool) -> Option<SocketAddr> {
+    let name = service_of(host)?;
+    let service = snapshot.services().iter().find(|s| s.name == name)?;
     service.port(port)?.cluster.endpoints.iter().map(|e| e.address).find(|a| own(*a))
 }
 

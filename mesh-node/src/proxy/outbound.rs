@@ -523,7 +523,7 @@ impl<'d> Dial<'d> {
         let Self { proxy, pod, client, service, .. } = self;
         Ok(match way {
             Way::Plain(to, _) => Stream::Tcp(connect(pod, to, self.timeout).await?),
-            Way::Local(to, workload) => Stream::Local(Box::new(hand_over(proxy, pod, *client, to, source, &workload).await?)),
+            Way::Local(to, workload) => Stream::Local(Box::new(hand_over(proxy, pod, *client, to, (source, *service), &workload).await?)),
             Way::Tunnel(to, workload) => {
                 let forwarded = Forwarded {
                     client: SocketAddr::new(client_address(pod, *client, to), client.port()),
@@ -546,14 +546,16 @@ async fn hand_over(
     pod: &ServedPod,
     client: SocketAddr,
     to: SocketAddr,
-    source: &Workload,
+    (source, service): (&Workload, Option<&ObjectName>),
     workload: &Workload,
 ) -> Result<Local, Failure> {
     let destination = proxy.pods.by_uid(&workload.uid).ok_or(Failure::NotServedYet)?;
     let mut outcome = Outcome::new(proxy, Direction::Inbound);
     let client_ip = client_address(pod, client, to);
     outcome.source.address = Some(SocketAddr::new(client_ip, client.port()));
-    let facts = Facts::new(Some(source.identity.clone()), client_ip, to);
+    let mut facts = Facts::new(Some(source.identity.clone()), client_ip, to);
+    facts.dialled = service.cloned();
+    outcome.dialled.clone_from(&facts.dialled);
     match inbound::admit(proxy, &destination, facts, Source::Neighbour(client_ip), &mut outcome).await {
         Ok(admitted) => Ok(Local { admitted, pod: destination, outcome, client: SocketAddr::new(client_ip, client.port()) }),
         Err(failure) => {

@@ -70,6 +70,8 @@ pub struct Outcome {
     /// The address dialled when it is not the destination's own: the HBONE port.
     pub tunnel: Option<SocketAddr>,
     pub service: Option<ObjectName>,
+    /// The one that was dialled, as far as the client says so.
+    pub dialled: Option<ObjectName>,
     pub traffic: Arc<Traffic>,
     /// It goes past the proxy.
     pub direct: bool,
@@ -96,6 +98,7 @@ impl Outcome {
             destination: Party::default(),
             tunnel: None,
             service: None,
+            dialled: None,
             traffic: Arc::default(),
             direct: false,
             requests: Arc::default(),
@@ -161,12 +164,8 @@ impl Outcome {
     fn service(&self) -> Option<&ObjectName> {
         self.service.as_ref().or_else(|| {
             let Party { address, workload, .. } = &self.destination;
-            workload
-                .as_ref()
-                .filter(|_| self.direction == Direction::Inbound)?
-                .services
-                .get(&address.as_ref()?.port())
-                .map(|of| &of.service)
+            let workload = workload.as_ref().filter(|_| self.direction == Direction::Inbound)?;
+            workload.service_at(address.as_ref()?.port(), self.dialled.as_ref())
         })
     }
 
@@ -306,7 +305,7 @@ impl Outcome {
         let name = |p: &Party| p.workload.as_ref().map(|w| w.name.name.to_string());
         let namespace = |p: &Party| p.workload.as_ref().map(|w| w.name.namespace.to_string());
         let identity = |p: &Party| p.identity.as_ref().map(ToString::to_string);
-        let service = self.service.as_ref().map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace));
+        let service = self.service().map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace));
         let address = |a: Option<SocketAddr>| a.map(|a| a.to_string());
         // What the other end dialled: through a tunnel, the HBONE address, with the application's beside it.
         let (dst, hbone) = match self.tunnel {

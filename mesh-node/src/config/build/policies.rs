@@ -320,6 +320,19 @@ pub(super) fn protocols(attached: &[Attached], namespace: &str) -> BTreeMap<u16,
     found
 }
 
+/// The services that lead to ports several lead to.
+pub(super) fn shared(attached: &[Attached], namespace: &str) -> BTreeMap<u16, Vec<ObjectName>> {
+    let mut found: BTreeMap<u16, Vec<ObjectName>> = BTreeMap::new();
+    for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
+        let all = found.entry(a.port).or_default();
+        if !all.contains(&a.service) {
+            all.push(a.service.clone());
+        }
+    }
+    found.retain(|_, all| all.len() > 1);
+    found
+}
+
 /// The services that lead to a workload's ports, of its own namespace: the first by name where there are several.
 pub(super) fn services(attached: &[Attached], namespace: &str) -> BTreeMap<u16, PortOf> {
     let mut found: BTreeMap<u16, PortOf> = BTreeMap::new();

@@ -151,7 +151,7 @@ impl Gate {
                 reporter: Reporter::Destination,
                 source: (client.map(|c| &**c), self.facts.peer.as_ref()),
                 destination: (Some(workload), self.facts.peer.as_ref().map(|_| &workload.identity)),
-                service: workload.services.get(&self.facts.destination.port()).map(|of| &of.service),
+                service: workload.service_at(self.facts.destination.port(), self.facts.dialled.as_ref()),
             };
             ends.edge(metrics, &workload.reporting.server.tags)
         }));
