@@ -22,6 +22,7 @@ use std::{
 
 pub use authentication::{Authenticated, Found, Refused, Verified, claim_text, locate, strip};
 pub use compile::{Authorization, CompiledPolicy, TrustDomains, effective_mtls};
+use http::{HeaderName, HeaderValue};
 pub use index::RuleSet;
 use matching::{Seen, Truth, View};
 
@@ -72,6 +73,8 @@ pub struct Request<'a> {
     pub claims: Option<&'a Verified>,
     /// The end user's address, if whoever has to tell it does.
     pub remote: Option<IpAddr>,
+    /// A header the application gets beside those of the head.
+    pub also: Option<(&'static HeaderName, &'a HeaderValue)>,
     /// How an application may read the path, beside as it is written. Istio compares the path as written; an application
     /// that merges slashes, decodes `%2f` or drops `;parameters` sees another one, and a policy that only knew the first could
     /// be walked around.
@@ -80,7 +83,13 @@ pub struct Request<'a> {
 
 impl<'a> Request<'a> {
     pub fn new(head: &'a RequestHead, claims: Option<&'a Verified>, remote: Option<IpAddr>) -> Self {
-        Self { head, claims, remote, readings: other_readings(head.path()) }
+        Self { head, claims, remote, also: None, readings: other_readings(head.path()) }
+    }
+
+    /// Every value of a header.
+    fn header(&self, name: &HeaderName) -> impl Iterator<Item = &HeaderValue> {
+        let also = self.also.filter(|(other, _)| *other == name).map(|(_, value)| value);
+        self.head.headers.get_all(name).iter().chain(also)
     }
 
     /// The path as a pattern sees it. Patterns that are written for paths as they are sent see those.

@@ -664,6 +664,16 @@ async fn applications_are_told_who_the_client_is() {
     engine.apply(&served(upstream, &[denies])).await.expect("applied");
     let got = ask(&engine, "outside", upstream, &get("/a", "d", &format!("x-forwarded-client-cert: {forged}\r\n"))).await;
     assert_eq!(got.status, "200", "a forged header is none");
+    let clients =
+        json!({"action": "DENY", "rules": [{"when": [{"key": "request.headers[x-forwarded-client-cert]", "values": ["*sa/client"]}]}]});
+    engine.apply(&served(upstream, &[security("AuthorizationPolicy", "c", &clients)])).await.expect("applied");
+    for (way, expected) in [("outside", "200"), ("node", "403")] {
+        assert_eq!(
+            ask(&engine, way, upstream, &get("/a", "c", "")).await.status,
+            expected,
+            "{way}: policies see what the application would"
+        );
+    }
     // An authorizer sees what the application would.
     let custom = json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": "h"}, "rules": [{}]});
     let provider = json!({"name": "h", "envoyExtAuthzHttp": {"service": "authz.default.svc.cluster.local", "port": 80,

@@ -2,7 +2,8 @@
 //!
 //! A port that declares its protocol is believed. Otherwise the first bytes tell. A client that sends nothing at first may
 //! be waiting for the server to speak: after [`CLIENT_FIRST`] the connection is established as an opaque one, so that the
-//! server can; whoever speaks first then decides. That connection is kept unless the client sends a request or names a server, which may lead elsewhere.
+//! server can; whoever speaks first then decides. That connection is kept unless the client sends a request or names a server, which
+//! may lead elsewhere.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 

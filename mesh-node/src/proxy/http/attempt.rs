@@ -375,7 +375,7 @@ async fn admit<B: RequestBody, R: Responder>(
 /// Completes when a request that was let in is denied by a later configuration.
 async fn denied_later(pass: Option<&(Arc<Gate>, Pass)>, head: &RequestHead) {
     match pass {
-        Some((gate, pass)) => gate.denied_later(head, pass.claims.as_ref()).await,
+        Some((gate, pass)) => gate.denied_later(head, pass).await,
         None => std::future::pending().await,
     }
 }

@@ -197,9 +197,11 @@ impl Gate {
         let governing = policy.at(self.facts.destination.port());
         // A route may have made another path of it.
         let mut changed = renormalised(head, snapshot.normalization).map_err(|_| bad_path())?;
-        // Nobody is asked about what a client says of itself there.
+        // Nobody is asked about what a client says of itself there. Authorizers see it among the headers.
+        let (mut client_cert, asks) = (None, !governing.authorization.custom.is_empty());
         match self.told(&snapshot, changed.as_ref().unwrap_or(head)) {
             Told::AsItIs => {}
+            Told::Also(value) if !asks => client_cert = Some(value),
             Told::Also(value) | Told::Only(Some(value)) => {
                 changed.get_or_insert_with(|| head.clone()).headers.insert(CLIENT_CERT.clone(), value);
             }
@@ -224,14 +226,15 @@ impl Gate {
             changed = Some(stripped);
         }
         let judged = changed.as_ref().unwrap_or(head);
-        let request = Request::new(judged, claims.as_ref(), self.remote(&snapshot, &judged.headers));
+        let mut request = Request::new(judged, claims.as_ref(), self.remote(&snapshot, &judged.headers));
+        request.also = client_cert.as_ref().map(|value| (&CLIENT_CERT, value));
         observe(&self.proxy, &self.facts, &governing.observed(&self.facts, Some(&request)), Some(judged));
         if let Err(denial) = policy.request(&self.facts, &request) {
             let mut refusal = self.denied(&denial);
             refusal.head = changed;
             return Err(refusal);
         }
-        Ok(Pass { head: changed, claims, client_cert: None, to_client })
+        Ok(Pass { head: changed, claims, client_cert, to_client })
     }
 
     /// What passes without being asked about.
@@ -279,7 +282,7 @@ impl Gate {
     }
 
     /// Completes when a later configuration denies a request that was let in.
-    pub async fn denied_later(&self, head: &RequestHead, claims: Option<&Verified>) {
+    pub async fn denied_later(&self, head: &RequestHead, pass: &Pass) {
         let mut config = self.proxy.config.clone();
         let mut judged = u64::MAX;
         loop {
@@ -290,7 +293,8 @@ impl Gate {
                 {
                     judged = snapshot.generation;
                     if self.free.load(Ordering::Relaxed) != judged {
-                        let request = Request::new(head, claims, self.remote(&snapshot, &head.headers));
+                        let mut request = Request::new(head, pass.claims.as_ref(), self.remote(&snapshot, &head.headers));
+                        request.also = pass.client_cert.as_ref().map(|value| (&CLIENT_CERT, value));
                         if workload.policy.request(&self.facts, &request).is_err() {
                             return;
                         }

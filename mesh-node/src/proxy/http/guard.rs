@@ -13,7 +13,6 @@ use tokio::sync::watch;
 use super::{
     Next,
     attempt::{self, Answered, Attempt, Plan},
-    authorizer::ToClient,
     body::{FrameSink, FrameSource, RequestBody, Responder},
     gate::{Gate, Pass},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
@@ -212,10 +211,10 @@ async fn h1_request(
     }
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
-    let (sent, claims, to_client) = parts(&head, &pass, record);
+    let sent = went_on(&head, &pass, record);
     let plan = Plan { close: gate.pod.is_draining(), client_cert: pass.client_cert.as_ref(), ..Plan::once(sent, upgrade.as_ref()) };
-    let cut = gate.denied_later(sent, claims);
-    let (ended, clean) = attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, to_client, cut, record).await;
+    let cut = gate.denied_later(sent, &pass);
+    let (ended, clean) = attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, &pass.to_client, cut, record).await;
     drop(upload);
     record.moved(reader.meter(), responder.meter());
     match conclude(&ended, record) {
@@ -228,15 +227,12 @@ async fn h1_request(
     }
 }
 
-fn parts<'a>(
-    head: &'a RequestHead,
-    pass: &'a Pass,
-    record: &mut Record,
-) -> (&'a RequestHead, Option<&'a crate::policy::Verified>, &'a ToClient) {
+/// The request as the application gets it.
+fn went_on<'a>(head: &'a RequestHead, pass: &'a Pass, record: &mut Record) -> &'a RequestHead {
     if let Some(changed) = &pass.head {
         record.became(changed);
     }
-    (pass.head.as_ref().unwrap_or(head), pass.claims.as_ref(), &pass.to_client)
+    pass.head.as_ref().unwrap_or(head)
 }
 
 async fn refuse(
@@ -439,14 +435,14 @@ async fn open(
     gate: &Gate,
     streams: Streams,
     (request, empty): (http::Request<()>, bool),
-    (sent, claims): (&RequestHead, Option<&crate::policy::Verified>),
+    (sent, pass): (&RequestHead, &Pass),
     responder: &mut H2Responder,
     record: &mut Record,
 ) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
     tokio::select! {
         biased;
         opened = streams.open(request, empty) => opened.inspect_err(|_| record.raise(Flag::UpstreamConnectionTermination)),
-        () = gate.denied_later(sent, claims) => {
+        () = gate.denied_later(sent, pass) => {
             record.cut();
             Err(::h2::Reason::REFUSED_STREAM)
         }
@@ -507,17 +503,17 @@ async fn h2_request(
         // A client that is gone is noticed when it is answered.
         let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;
     }
-    let (sent, claims, to_client) = parts(head, &pass, record);
+    let sent = went_on(head, &pass, record);
     let Some(request) = wire_request(sent, pass.client_cert.as_ref()) else {
         record.details = Cow::Borrowed(Malformed::BAD_AUTHORITY.details);
         return Err(::h2::Reason::PROTOCOL_ERROR);
     };
-    let opened = open(gate, streams, (request, empty), (sent, claims), responder, record).await;
+    let opened = open(gate, streams, (request, empty), (sent, &pass), responder, record).await;
     let (response, stream) = opened?;
     let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
     let plan = Plan::once(sent, None);
-    let cut = gate.denied_later(sent, claims);
-    let (ended, _) = attempt::exchange(&plan, sink, source, &mut upload, responder, to_client, cut, record).await;
+    let cut = gate.denied_later(sent, &pass);
+    let (ended, _) = attempt::exchange(&plan, sink, source, &mut upload, responder, &pass.to_client, cut, record).await;
     let reason = match &ended {
         Attempt::Failed(failed) if failed.reset == Reset::RefusedStream => ::h2::Reason::REFUSED_STREAM,
         Attempt::Malformed(_) => ::h2::Reason::PROTOCOL_ERROR,
