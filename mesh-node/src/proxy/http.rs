@@ -43,7 +43,7 @@ use tokio::net::TcpStream;
 
 pub use clusters::Clusters;
 pub use record::Flags;
-pub use upload::Replays;
+pub use upload::{Replays, Share};
 
 use self::{
     body::{FrameSink, RequestBody, Responder},

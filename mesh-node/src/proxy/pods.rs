@@ -13,7 +13,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, watch};
 
 use super::{
-    http::Clusters,
+    http::{Clusters, Share},
     limits::{HANDSHAKES, Slot},
     live::Cut,
 };
@@ -34,6 +34,8 @@ pub struct ServedPod {
     held: AtomicBool,
     /// What it has under way to other services.
     pub clusters: Clusters,
+    /// What its requests keep of bodies.
+    pub kept: Share,
     handshakes: Arc<Semaphore>,
     /// What the kernel says of who is at the other end.
     origins: OnceLock<Box<dyn Origins>>,
@@ -55,6 +57,7 @@ impl ServedPod {
             draining: watch::Sender::new(false),
             held: AtomicBool::new(false),
             clusters: Clusters::default(),
+            kept: Share::default(),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
             origins: OnceLock::new(),
             cookie: OnceLock::new(),

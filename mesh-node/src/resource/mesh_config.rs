@@ -87,7 +87,7 @@ pub struct BodyInCheck {
 }
 
 /// Most of a body that may be asked for, bytes.
-const MOST_OF_BODY: u32 = 16 * 1024 * 1024;
+const MOST_OF_BODY: u32 = 8 * 1024 * 1024;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Check {
@@ -393,9 +393,9 @@ mod tests {
         let body = |most, partial, as_bytes| Ok(Some(BodyInCheck { most, partial, as_bytes }));
         assert_eq!(of(Value::Null), Ok(None));
         assert_eq!(of(json!({"maxRequestBytes": 1})), body(1, false, false));
-        let all = json!({"maxRequestBytes": 16_777_216, "allowPartialMessage": true, "packAsBytes": true});
-        assert_eq!(of(all), body(16 * 1024 * 1024, true, true));
-        for wrong in [json!({}), json!({"maxRequestBytes": 0}), json!({"maxRequestBytes": 16_777_217, "packAsBytes": true})] {
+        let all = json!({"maxRequestBytes": 8_388_608, "allowPartialMessage": true, "packAsBytes": true});
+        assert_eq!(of(all), body(8 * 1024 * 1024, true, true));
+        for wrong in [json!({}), json!({"maxRequestBytes": 0}), json!({"maxRequestBytes": 8_388_609, "packAsBytes": true})] {
             let error = of(wrong.clone()).expect_err("refused");
             assert!(error.starts_with("at.envoyExtAuthzGrpc.includeRequestBodyInCheck.maxRequestBytes: "), "{wrong}: {error}");
         }

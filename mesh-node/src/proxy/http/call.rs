@@ -89,7 +89,7 @@ impl Call<'_> {
         let (mut record, onward) = gate.record(head, wanted.protocol());
         let traced = onward.map(|onward| onward.on(head));
         let head = traced.as_ref().unwrap_or(head);
-        let mut body = Upload::new(body, false, &proxy.replays);
+        let mut body = Upload::new(body, false, &proxy.replays.of(&pod.kept));
         let pass = match Box::pin(gate.admit(head, wanted.protocol(), &mut body)).await {
             Ok(pass) => pass,
             Err(refusal) => {

@@ -339,7 +339,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let client = if self.grpc { headers::grpc_timeout(&head.headers) } else { None };
         let client = client.map(|t| timeout.map_or(t, |most| t.min(most)));
         let hashed = Hashed::of(&forward.cluster, &head, self.down);
-        let replays = self.down.proxy.replays.clone();
+        let replays = self.down.proxy.replays.of(&self.down.pod.kept);
         let keep = policy.attempts > 0 && self.upgrade.is_none();
         let mut upload = Upload::new(self.body, keep, &replays);
         for cluster in mirrors {

@@ -174,7 +174,7 @@ async fn h1_request(
             return Next::Close;
         }
     }
-    let mut upload = Upload::new(&mut *reader, false, &gate.proxy.replays);
+    let mut upload = Upload::new(&mut *reader, false, &gate.proxy.replays.of(&gate.pod.kept));
     let admitted = tokio::select! {
         biased;
         admitted = gate.admit(&head, record.protocol, &mut upload) => admitted,
@@ -468,7 +468,7 @@ async fn h2_request(
         expects_continue = false;
     }
     let empty = body.is_end();
-    let mut upload = Upload::new(body, false, &gate.proxy.replays);
+    let mut upload = Upload::new(body, false, &gate.proxy.replays.of(&gate.pod.kept));
     let admitted = tokio::select! {
         biased;
         admitted = gate.admit(head, record.protocol, &mut upload) => admitted,

@@ -19,6 +19,8 @@ use super::{
 const REPLAY_EACH: usize = 1024 * 1024;
 /// Most that is kept of all bodies of the node, bytes.
 const REPLAY_ALL: usize = 64 * 1024 * 1024;
+/// Most that one pod's requests keep of it, bytes.
+const REPLAY_SHARE: usize = REPLAY_ALL / 4;
 /// Frames a mirror may be behind before it is given up.
 pub const MIRROR_BEHIND: usize = 64;
 
@@ -43,14 +45,45 @@ fn compact(frame: &Frame) -> Frame {
     }
 }
 
-/// What all requests of the node keep for other attempts, bytes.
+/// What requests keep of bodies, bytes: those of one pod, and all of the node.
 #[derive(Debug, Clone, Default)]
-pub struct Replays(Arc<AtomicUsize>);
+pub struct Replays {
+    own: Share,
+    all: Arc<AtomicUsize>,
+}
+
+/// What the requests of one pod keep of bodies, bytes.
+#[derive(Debug, Clone, Default)]
+pub struct Share(Arc<AtomicUsize>);
 
 impl Replays {
+    /// The part of a pod, which leaves the others theirs.
+    pub fn of(&self, own: &Share) -> Self {
+        Self { own: own.clone(), all: self.all.clone() }
+    }
+
     fn take(&self, n: usize) -> bool {
-        let up = |used: usize| used.checked_add(n).filter(|used| *used <= REPLAY_ALL);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, up).is_ok()
+        let up = |most: usize| move |used: usize| used.checked_add(n).filter(|used| *used <= most);
+        let take = |of: &AtomicUsize, most| of.fetch_update(Ordering::Relaxed, Ordering::Relaxed, up(most)).is_ok();
+        if !take(&self.own.0, REPLAY_SHARE) {
+            return false;
+        }
+        let taken = take(&self.all, REPLAY_ALL);
+        if !taken {
+            self.own.0.fetch_sub(n, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    /// Takes it whether or not there is room.
+    fn force(&self, n: usize) {
+        self.own.0.fetch_add(n, Ordering::Relaxed);
+        self.all.fetch_add(n, Ordering::Relaxed);
+    }
+
+    fn give_back(&self, n: usize) {
+        self.own.0.fetch_sub(n, Ordering::Relaxed);
+        self.all.fetch_sub(n, Ordering::Relaxed);
     }
 }
 
@@ -116,7 +149,7 @@ impl<'a, B: FrameSource> Upload<'a, B> {
     fn forget(&mut self) {
         self.kept = Vec::new();
         self.at = 0;
-        self.replays.0.fetch_sub(std::mem::take(&mut self.kept_bytes), Ordering::Relaxed);
+        self.replays.give_back(std::mem::take(&mut self.kept_bytes));
     }
 
     /// Whether the client has sent the whole request.
@@ -163,7 +196,7 @@ impl<'a, B: FrameSource> Upload<'a, B> {
             return n;
         }
         if forced {
-            self.replays.0.fetch_add(n, Ordering::Relaxed);
+            self.replays.force(n);
             return n;
         }
         0
@@ -288,7 +321,7 @@ impl<B: FrameSource> FrameSource for Upload<'_, B> {
 
 impl<B> Drop for Upload<'_, B> {
     fn drop(&mut self) {
-        self.replays.0.fetch_sub(self.kept_bytes, Ordering::Relaxed);
+        self.replays.give_back(self.kept_bytes);
     }
 }
 
@@ -350,7 +383,8 @@ mod tests {
     }
 
     fn used(replays: &Replays) -> usize {
-        replays.0.load(Ordering::Relaxed)
+        assert!(replays.own.0.load(Ordering::Relaxed) <= replays.all.load(Ordering::Relaxed));
+        replays.all.load(Ordering::Relaxed)
     }
 
     #[tokio::test]
@@ -419,17 +453,26 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_is_shown_where_there_is_no_room() {
-        let replays = Replays::default();
-        let mut first = Frames { left: REPLAY_ALL / 65_536, size: 65_536 - size_of::<Frame>(), meter: Meter::default() };
-        let mut full = Upload::new(&mut first, false, &replays);
-        full.preview(usize::MAX).await.expect("shown");
-        let mut body = Frames { left: 1, size: 1, meter: Meter::default() };
-        let mut upload = Upload::new(&mut body, false, &replays);
-        assert!(matches!(upload.preview(1).await, Err(Unseen::NoRoom)));
-        drop((full, upload));
-        assert_eq!(used(&replays), 0, "given back");
-        let mut body = Frames { left: 1, size: 1, meter: Meter::default() };
-        assert!(Upload::new(&mut body, false, &replays).preview(1).await.is_ok());
+        let all = Replays::default();
+        let owners = [(); 5].map(|()| Share::default());
+        let mut bodies =
+            [(); 4].map(|()| Frames { left: REPLAY_SHARE / 65_536, size: 65_536 - size_of::<Frame>(), meter: Meter::default() });
+        let mut held = Vec::new();
+        for (body, owner) in bodies.iter_mut().zip(&owners) {
+            let mut full = Upload::new(body, false, &all.of(owner));
+            full.preview(usize::MAX).await.expect("shown");
+            held.push(full);
+            // There is none for the same owner any more; for another as long as there is any.
+            for (other, room) in [(owner, false), (&owners[4], held.len() < 4)] {
+                let mut body = Frames { left: 1, size: 1, meter: Meter::default() };
+                let shown = Upload::new(&mut body, false, &all.of(other)).preview(1).await;
+                assert_eq!(shown.is_ok(), room, "{} are held", held.len());
+                assert!(room || matches!(shown, Err(Unseen::NoRoom)));
+            }
+        }
+        held.clear();
+        assert_eq!(used(&all), 0, "given back");
+        assert!(owners.iter().all(|owner| used(&all.of(owner)) == 0 && owner.0.load(Ordering::Relaxed) == 0));
     }
 
     #[tokio::test]
