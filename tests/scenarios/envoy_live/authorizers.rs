@@ -224,7 +224,11 @@ async fn authorizers(all: &[Asked]) -> (Vec<Reached>, Vec<SocketAddr>) {
 /// What an authorizer was asked, beside what reached the upstream.
 fn with_questions(outcomes: &mut [Outcome], asked: &[Reached]) {
     for (outcome, asked) in outcomes.iter_mut().zip(asked) {
-        outcome.upstream.extend(asked.lock().expect("lock").iter().map(|question| format!("authorizer: {question}")));
+        // A question is a request of the protected pod's, and the authorizer's pod is told so.
+        let told = |word: &&str| !word.starts_with("x-forwarded-client-cert=By=");
+        let questions = asked.lock().expect("lock");
+        let questions = questions.iter().map(|question| question.split(' ').filter(told).collect::<Vec<_>>().join(" "));
+        outcome.upstream.extend(questions.map(|question| format!("authorizer: {question}")));
         of_the_answer(outcome);
     }
 }
