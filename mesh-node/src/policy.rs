@@ -20,9 +20,10 @@ use std::{
     sync::Arc,
 };
 
+use http::{HeaderName, HeaderValue};
+
 pub use authentication::{Authenticated, Found, Refused, Verified, claim_text, locate, strip};
 pub use compile::{Authorization, CompiledPolicy, TrustDomains, effective_mtls};
-use http::{HeaderName, HeaderValue};
 pub use index::RuleSet;
 use matching::{Seen, Truth, View};
 

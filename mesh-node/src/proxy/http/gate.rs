@@ -496,3 +496,26 @@ fn is_preflight(head: &RequestHead) -> bool {
         && head.headers.get(header::ORIGIN).is_some_and(|o| !o.is_empty())
         && head.headers.get(header::ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|m| !m.is_empty())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::route::request::Scheme;
+
+    #[test]
+    fn what_a_trusted_proxy_says_of_clients_stays_before_who_it_is_itself() {
+        let mut head = RequestHead {
+            method: Method::GET,
+            scheme: Scheme::Http,
+            authority: HeaderValue::from_static("a"),
+            target: http::uri::PathAndQuery::from_static("/"),
+            headers: HeaderMap::new(),
+        };
+        for value in ["URI=one", "URI=two"] {
+            head.headers.append(CLIENT_CERT.clone(), HeaderValue::from_static(value));
+        }
+        let told = appended(&head, Some(HeaderValue::from_static("By=b;URI=c")));
+        assert!(matches!(told, Told::Only(Some(value)) if value == "URI=one,URI=two,By=b;URI=c"));
+        assert!(matches!(appended(&head, None), Told::AsItIs), "who it is itself is not known");
+    }
+}
