@@ -260,13 +260,22 @@ fn who_reads_by_other_means_is_left_to_tcp() {
         let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
         let reached =
             |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
+        let mut talks = 0.0;
         for to in [near.address(9000), near.address6(9000)] {
-            let report = end(start(&bed, &client, "soak", &["splice", &to, "1000000"]));
-            assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
+            // The server pauses at random, and who is looked at in a pause is not seen to take anything: it may take another talk.
+            let before = reached(&bed, "spliced");
+            for _ in 0..5 {
+                let report = end(start(&bed, &client, "soak", &["splice", &to, "1000000"]));
+                assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
+                talks += 1.0;
+                if reached(&bed, "spliced") > before {
+                    break;
+                }
+            }
+            assert!(reached(&bed, "spliced") > before, "{same_node}: {to}");
         }
-        assert!(reached(&bed, "spliced") >= 2.0, "{same_node}");
         // Through the proxy the server's own hop is.
-        assert_eq!(reached(&bed, "accelerated"), if same_node == "proxy" { 2.0 } else { 0.0 }, "{same_node}");
+        assert_eq!(reached(&bed, "accelerated"), if same_node == "proxy" { talks } else { 0.0 }, "{same_node}");
     }
 }
 
