@@ -88,7 +88,7 @@ impl Credentials {
             let found = found.iter().map(ToString::to_string).collect();
             return Err(TlsError::WrongIdentity { wanted: identity, found });
         }
-        let Leaf { not_before, not_after, serial } = Leaf::read(leaf)?;
+        let Described { not_before, not_after, serial, .. } = Described::read(leaf)?;
         let provider = provider(trust.key_exchange());
         let key = Arc::new(CertifiedKey::from_der(chain, key, &provider)?);
         let server = Arc::new(server_config(&provider, key.clone(), trust.clone())?);
@@ -130,9 +130,9 @@ impl Credentials {
         now >= self.not_after
     }
 
-    /// The chain as PEM, leaf first.
-    pub fn chain_pem(&self) -> Vec<String> {
-        self.key.cert.iter().map(|der| pem(der)).collect()
+    /// The certificates of the chain, leaf first.
+    pub fn chain(&self) -> Vec<Described> {
+        self.key.cert.iter().filter_map(|der| Described::read(der).ok()).collect()
     }
 
     /// The leaf certificate.
@@ -147,20 +147,31 @@ fn pem(der: &[u8]) -> String {
     format!("-----BEGIN CERTIFICATE-----\n{lines}\n-----END CERTIFICATE-----\n")
 }
 
-/// What a certificate says of itself.
-struct Leaf {
-    not_before: SystemTime,
-    not_after: SystemTime,
-    serial: String,
+/// What a certificate says of itself, for people.
+#[derive(Debug, Clone)]
+pub struct Described {
+    pub pem: String,
+    /// As hexadecimal octets, with colons between them.
+    pub serial: String,
+    /// As a decimal number.
+    pub serial_number: String,
+    pub not_before: SystemTime,
+    pub not_after: SystemTime,
 }
 
-impl Leaf {
-    fn read(der: &CertificateDer<'_>) -> Result<Self, TlsError> {
+impl Described {
+    pub(crate) fn read(der: &[u8]) -> Result<Self, TlsError> {
         let (_, parsed) = x509_parser::parse_x509_certificate(der).map_err(|e| TlsError::Certificate(e.to_string()))?;
         let time =
             |t: x509_parser::time::ASN1Time| SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(t.timestamp()).unwrap_or_default());
         let validity = parsed.validity();
-        Ok(Self { not_before: time(validity.not_before), not_after: time(validity.not_after), serial: parsed.raw_serial_as_string() })
+        Ok(Self {
+            pem: pem(der),
+            serial: parsed.raw_serial_as_string(),
+            serial_number: parsed.serial.to_string(),
+            not_before: time(validity.not_before),
+            not_after: time(validity.not_after),
+        })
     }
 }
 

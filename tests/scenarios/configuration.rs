@@ -244,6 +244,12 @@ fn the_configuration_is_dumped_as_ztunnel_does() {
         (&certificate["state"], &certificate["identity"]),
         (&"Available".into(), &"spiffe://cluster.local/ns/default/sa/client".into())
     );
+    for one in [&certificate["certChain"][0], &certificate["rootCerts"][0]] {
+        // A decimal number, as istioctl takes it.
+        let serial = one["serialNumber"].as_str().expect("a number");
+        assert!(!serial.is_empty() && serial.bytes().all(|b| b.is_ascii_digit()), "{one}");
+        assert!(one["validFrom"].is_string() && one["expirationTime"].is_string(), "{one}");
+    }
     let pem = certificate["certChain"][0]["pem"].as_str().expect("a certificate");
     let pem = base64::Engine::decode(&base64::prelude::BASE64_STANDARD, pem).expect("base64");
     assert!(pem.starts_with(b"-----BEGIN CERTIFICATE-----\n"));

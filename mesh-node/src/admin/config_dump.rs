@@ -4,7 +4,7 @@
 
 mod rules;
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
@@ -16,6 +16,7 @@ use crate::{
     proxy::{open::Open, outcome::Direction},
     report::plain::rfc3339,
     route::{Service, Workload},
+    tls::Described,
 };
 
 pub(super) fn dump(node: &Node) -> Value {
@@ -84,16 +85,12 @@ fn service(s: &Arc<Service>, snapshot: &Snapshot, cluster: &str) -> Value {
 }
 
 fn certificate(c: &CertificateState) -> Value {
-    let time = |t: Option<SystemTime>| t.map(rfc3339);
-    let chain = c.credentials.as_ref().map(|c| c.chain_pem()).unwrap_or_default();
-    let one = |pem: &String, first: bool| {
-        let encoded = BASE64_STANDARD.encode(pem);
-        if first {
-            json!({"pem": encoded, "serialNumber": c.serial, "validFrom": time(c.not_before), "expirationTime": time(c.not_after)})
-        } else {
-            json!({"pem": encoded})
-        }
+    let one = |c: &Described| {
+        json!({"pem": BASE64_STANDARD.encode(&c.pem), "serialNumber": c.serial_number,
+            "validFrom": rfc3339(c.not_before), "expirationTime": rfc3339(c.not_after)})
     };
+    let all = |certificates: Vec<Described>| certificates.iter().map(one).collect::<Vec<_>>();
+    let credentials = c.credentials.as_ref();
     let state = match (&c.serial, &c.error) {
         (Some(_), _) => json!("Available"),
         (None, Some(error)) => json!(format!("Unavailable: {error}")),
@@ -101,8 +98,8 @@ fn certificate(c: &CertificateState) -> Value {
     };
     json!({
         "identity": c.identity.to_string(), "state": state,
-        "certChain": chain.iter().enumerate().map(|(i, pem)| one(pem, i == 0)).collect::<Vec<_>>(),
-        "rootCerts": [],
+        "certChain": all(credentials.map(|c| c.chain()).unwrap_or_default()),
+        "rootCerts": all(credentials.map(|c| c.trust().described()).unwrap_or_default()),
     })
 }
 

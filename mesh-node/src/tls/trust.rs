@@ -14,7 +14,7 @@ use webpki::{
     RevocationOptionsBuilder, UnknownStatusPolicy,
 };
 
-use super::{KeyExchange, TlsError};
+use super::{Described, KeyExchange, TlsError};
 use crate::{id::SpiffeId, policy::TrustDomains};
 
 /// What peers are verified with.
@@ -95,6 +95,11 @@ impl Trust {
     /// How many roots are trusted.
     pub fn roots(&self) -> usize {
         self.store.load().anchors.len()
+    }
+
+    /// The roots that are trusted.
+    pub fn described(&self) -> Vec<Described> {
+        self.store.load().certificates.iter().filter_map(|der| Described::read(der).ok()).collect()
     }
 
     /// Verifies a chain, the peer's own certificate first.
