@@ -33,7 +33,7 @@ fuzz_target!(|data: &[u8]| {
     if let Some(end) = wire::head_end(&bytes) {
         if let Ok(first) = wire::request(&bytes.slice(..end)) {
             let mut out = Vec::new();
-            wire::write_request(&first.head, first.framing, None, &mut out);
+            wire::write_request(&first.head, first.framing, None, None, &mut out);
             // There has to be room for a length of nothing.
             let room = first.head.headers.len() + 2 <= wire::MAX_HEADERS && end + 30 <= wire::MAX_HEAD;
             if first.head.method != http::Method::CONNECT && !first.head.authority.is_empty() && room {

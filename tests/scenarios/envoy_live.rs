@@ -73,6 +73,8 @@ mod framed;
 mod http2;
 #[path = "envoy_live/policies.rs"]
 mod policies;
+#[path = "envoy_live/random.rs"]
+mod random;
 #[path = "envoy_live/routes.rs"]
 mod routes;
 #[path = "envoy_live/spans.rs"]
@@ -238,6 +240,11 @@ async fn a_real_envoy_makes_the_same_of_bytes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_routes() {
     compare(routes::all(), Way::Out, include_str!("../corpora/envoy_routes_differences.json")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_routes_at_random() {
+    compare(random::all(), Way::Out, include_str!("../corpora/envoy_random_differences.json")).await;
 }
 
 /// The destination's node reads requests as Envoy does as well; what a client's node adds it does not, and a client's connection lasts as

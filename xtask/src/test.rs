@@ -22,7 +22,21 @@ pub fn run(quick: bool) -> Result<()> {
     step("formatting of the eBPF programs", ebpf.current_dir(root().join("mesh-ebpf")))?;
     layers::run()?;
     step("building", &mut cargo(&["build", "--locked", "--workspace", "--all-targets"]))?;
-    step("clippy", &mut cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    step(
+        "clippy",
+        &mut cargo(&[
+            "clippy",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--features",
+            "mesh-tests/fuzz",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ]),
+    )?;
     step("unit tests", &mut cargo(&["test", "--locked", "-p", "mesh-common", "-p", "mesh-node", "-p", "xtask"]))?;
     if !quick {
         ebpf::verify()?;

@@ -201,7 +201,8 @@ fn rule(document: &RuleDocument, at: &str) -> Result<Rule> {
         if filters.redirect.is_some() || filters.rewrite.is_some() || !filters.mirrors.is_empty() || filters.cors.is_some() {
             return Err(FieldError::new(format!("{at}.filters"), "only header modifiers are supported on a backend"));
         }
-        Ok(Weighted { weight: r.weight.unwrap_or(1), destination: destination(r, &at)?, headers: filters.headers, authority: None })
+        let (weight, destination, alone) = (r.weight.unwrap_or(1), destination(r, &at)?, document.backend_refs.len() == 1);
+        Ok(Weighted { weight, destination, headers: filters.headers, alone, authority: None })
     });
     let backends = backends.collect::<Result<Vec<_>>>()?;
     let action = match filters.redirect {

@@ -52,10 +52,10 @@ static ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-hos
 /// Applies a rule, and the destination it picked, to a request that is forwarded. Whether the original path is to be told
 /// upstream is for the caller: it is returned when it was changed.
 pub fn request(head: &mut RequestHead, rule: &Rule, matched: Option<&PathMatch>, destination: Option<&Weighted>) -> Option<HeaderValue> {
-    rule.headers.request.apply(&mut head.headers);
     if let Some(destination) = destination {
         destination.headers.request.apply(&mut head.headers);
     }
+    rule.headers.request.apply(&mut head.headers);
     let rewrite = rule.rewrite.as_ref();
     let authority = rewrite.and_then(|r| r.authority.as_ref()).or(rule.headers.authority.as_ref());
     let authority = authority.or_else(|| destination.and_then(|d| d.authority.as_ref()));

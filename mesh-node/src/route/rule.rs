@@ -60,6 +60,9 @@ pub struct Weighted {
     pub weight: u32,
     pub destination: Destination,
     pub headers: HeaderOperations,
+    /// It is the only one of its rule as written: what it does to headers is done together with what the rule does. Of several, the one
+    /// that is picked comes before the rule, as Istio has Envoy do it.
+    pub alone: bool,
     /// Replaces the authority for this destination; the rule's own rewrite wins.
     pub authority: Option<HeaderValue>,
 }
@@ -73,7 +76,7 @@ pub struct HeaderOperations {
     pub authority: Option<HeaderValue>,
 }
 
-/// Removed first, then set (replaced), then added (appended); by name in order.
+/// Removed first, then set (replaced), then added (appended); each in order.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct HeaderChanges {
     pub set: Vec<(HeaderName, HeaderValue)>,
@@ -86,6 +89,13 @@ impl HeaderChanges {
         self.set.is_empty() && self.add.is_empty() && self.remove.is_empty()
     }
 
+    /// As one with others: Envoy removes, sets and adds each of a list at once.
+    fn join(&mut self, mut others: Self) {
+        self.set.append(&mut others.set);
+        self.add.append(&mut others.add);
+        self.remove.append(&mut others.remove);
+    }
+
     pub fn apply(&self, headers: &mut http::HeaderMap) {
         for name in &self.remove {
             headers.remove(name);
@@ -95,6 +105,19 @@ impl HeaderChanges {
         }
         for (name, value) in &self.add {
             headers.append(name, value.clone());
+        }
+    }
+}
+
+impl Rule {
+    /// Makes what a destination that is alone does to headers the rule's own.
+    pub fn settle(&mut self) {
+        if let Action::Forward(all) = &mut self.action
+            && let [only] = all.as_mut_slice()
+            && only.alone
+        {
+            self.headers.request.join(std::mem::take(&mut only.headers.request));
+            self.headers.response.join(std::mem::take(&mut only.headers.response));
         }
     }
 }

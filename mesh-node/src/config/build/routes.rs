@@ -232,7 +232,8 @@ struct Resolver<'r, 'a> {
 }
 
 impl Resolver<'_, '_> {
-    fn http(&self, named: &Named, namespace: &str, rule: Rule) -> ResolvedRule {
+    fn http(&self, named: &Named, namespace: &str, mut rule: Rule) -> ResolvedRule {
+        rule.settle();
         let destinations = match &rule.action {
             Action::Forward(all) => all.iter().map(|d| self.cluster(named, namespace, &d.destination)).collect(),
             _ => Vec::new(),

@@ -10,7 +10,7 @@ use super::{
     attempt::{Answered, Attempt, Deadlines, Plan, TimeUp, Verdict, attempt},
     body::{RequestBody, Responder},
     clusters::{ClusterState, EndpointState, Slot},
-    exchange::{End, Forward, cors_headers, decorate, flag_of},
+    exchange::{End, Forward, flag_of},
     headers,
     record::{Flag, Record},
     reply::{http_status_of_grpc, reason},
@@ -251,10 +251,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
                 headers.insert(headers::SERVICE_TIME.clone(), took.into());
             }
-            match forward.rule {
-                Some(rule) => decorate(&mut headers, rule, forward.destination, forward.cors.as_ref()),
-                None => cors_headers(&mut headers, forward.cors.as_ref()),
-            }
+            forward.decorate(&mut headers);
             if let Some(cookie) = hashed.cookie.take() {
                 headers.append(header::SET_COOKIE, cookie);
             }

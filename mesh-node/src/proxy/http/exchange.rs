@@ -82,6 +82,12 @@ impl<'s> Forward<'s> {
         let changes = self.rule.map(|r| &r.headers.request).into_iter().chain(self.destination.map(|d| &d.headers.request));
         changes.into_iter().any(|changes| !changes.is_empty())
     }
+
+    /// Changes an answer's headers as destination, rule and CORS say.
+    pub(super) fn decorate(&self, headers: &mut HeaderMap) {
+        respond_as(headers, self.rule, self.destination);
+        cors_headers(headers, self.cors.as_ref());
+    }
 }
 
 /// What CORS adds to a response.
@@ -129,22 +135,24 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let (resolved, path) = (found.resolved, found.path);
         let rule = &*resolved.rule;
         self.record.route = Some(if rule.name.is_empty() { table.origin.clone() } else { rule.name.clone() });
-        if let Some(end) = self.fault(rule).await {
+        let picked = if let Action::Forward(all) = &rule.action { pick_destination(resolved, all) } else { None };
+        if let Some(end) = self.fault(rule, picked.as_ref().map(|(_, destination)| *destination)).await {
             return end;
         }
-        let cors = match rule.cors.as_ref().map(|cors| Self::cors(cors, &head)) {
-            Some(Preflight::Answer(headers)) => return self.preflight(headers).await,
-            Some(Preflight::Pass(answer)) => answer,
-            None => None,
-        };
         match &rule.action {
             Action::Redirect(redirect) => {
                 let location = rewrite::location(redirect, path, &head, self.down.original.port());
-                self.redirect(rule, redirect.status, &location, cors.as_ref()).await
+                self.redirect(rule, redirect.status, &location).await
             }
-            Action::Respond(response) => self.respond(rule, response, cors.as_ref()).await,
-            Action::Forward(all) => {
-                let Some((cluster, destination)) = pick_destination(resolved, all) else { return self.missing(rule).await };
+            Action::Respond(response) => self.respond(rule, response).await,
+            Action::Forward(_) => {
+                // Of what is answered here Envoy takes no notice of CORS.
+                let cors = match rule.cors.as_ref().map(|cors| Self::cors(cors, &head)) {
+                    Some(Preflight::Answer(headers)) => return self.preflight(headers).await,
+                    Some(Preflight::Pass(answer)) => answer,
+                    None => None,
+                };
+                let Some((cluster, destination)) = picked else { return self.missing(rule).await };
                 let forward = Forward {
                     cluster,
                     rule: Some(rule),
@@ -174,11 +182,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     /// Answers with what the route says.
-    async fn respond(&mut self, rule: &Rule, response: &DirectResponse, cors: Option<&CorsAnswer>) -> End {
+    async fn respond(&mut self, rule: &Rule, response: &DirectResponse) -> End {
         let mut reply = Reply::new(response.status, "");
         reply.verbatim = Some(response.body.clone());
         self.record.details = Cow::Borrowed("direct_response");
-        self.reply(reply, |headers| decorate(headers, rule, None, cors)).await
+        self.reply(reply, |headers| rule.headers.response.apply(headers)).await
     }
 
     /// A path that cannot be normalised.
@@ -211,13 +219,13 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         self.reply(Reply::new(status, ""), |_| {}).await
     }
 
-    async fn redirect(&mut self, rule: &Rule, status: StatusCode, location: &str, cors: Option<&CorsAnswer>) -> End {
+    async fn redirect(&mut self, rule: &Rule, status: StatusCode, location: &str) -> End {
         let mut reply = Reply::new(status, "");
         if let Ok(location) = HeaderValue::from_str(location) {
             reply.headers.insert(header::LOCATION, location);
         }
         self.record.details = Cow::Borrowed("direct_response");
-        self.reply(reply, |headers| decorate(headers, rule, None, cors)).await
+        self.reply(reply, |headers| rule.headers.response.apply(headers)).await
     }
 
     /// Answers without the upstream.
@@ -253,7 +261,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     /// Delays and aborts, each by its own dice.
-    async fn fault(&mut self, rule: &Rule) -> Option<End> {
+    async fn fault(&mut self, rule: &Rule, destination: Option<&Weighted>) -> Option<End> {
         if let Some((delay, share)) = rule.fault.delay
             && share.hit(fastrand::u32(..))
         {
@@ -273,7 +281,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             Abort::Http(status) => Reply::new(status, "fault filter abort"),
             Abort::Grpc(code) => Reply { grpc_status: Some(code), ..Reply::new(StatusCode::OK, "fault filter abort") },
         };
-        Some(self.reply(reply, |_| {}).await)
+        // What goes nowhere has no say in it, as with Envoy.
+        let rule = Some(rule).filter(|rule| matches!(rule.action, Action::Forward(_)));
+        Some(self.reply(reply, |headers| respond_as(headers, rule, destination)).await)
     }
 
     fn cors(cors: &Cors, head: &RequestHead) -> Preflight {
@@ -332,7 +342,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let Some(_request) = state.begin(Limited::Requests, forward.cluster.policy.http.max_requests) else {
             self.record.attempts = 1;
             self.record.overflow("requests");
-            return self.failed(&Failed::new(Reset::Overflow), false, None, forward.cors.as_ref()).await;
+            return self.failed(&Failed::new(Reset::Overflow), false, &forward).await;
         };
         let policy = forward.rule.and_then(|r| r.retries.as_ref()).unwrap_or(&DEFAULT_RETRIES);
         let timeout = forward.rule.and_then(|r| r.timeout);
@@ -367,12 +377,12 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             Outcome::Ended(end) => return end,
             Outcome::Failed(failure) => failure,
         };
-        self.fail(failure, forward.rule, forward.cors.as_ref()).await
+        self.fail(failure, &forward).await
     }
 
-    async fn fail(&mut self, failure: Unanswered, rule: Option<&Rule>, cors: Option<&CorsAnswer>) -> End {
+    async fn fail(&mut self, failure: Unanswered, forward: &Forward<'_>) -> End {
         let (reply, details) = match failure {
-            Unanswered::Reset(failed, retried) => return self.failed(&failed, retried, rule, cors).await,
+            Unanswered::Reset(failed, retried) => return self.failed(&failed, retried, forward).await,
             Unanswered::NoEndpoint => {
                 self.record.raise(Flag::NoHealthyUpstream);
                 (Reply::new(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream"), "no_healthy_upstream")
@@ -395,10 +405,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             }
         };
         self.record.details = Cow::Borrowed(details);
-        self.reply(reply, |headers| decorate_reply(headers, rule, cors)).await
+        self.reply(reply, |headers| forward.decorate(headers)).await
     }
 
-    async fn failed(&mut self, failed: &Failed, retried: bool, rule: Option<&Rule>, cors: Option<&CorsAnswer>) -> End {
+    async fn failed(&mut self, failed: &Failed, retried: bool, forward: &Forward<'_>) -> End {
         self.record.raise(flag_of(failed.reset));
         let words = reason(failed.reset).replace(' ', "_");
         self.record.details = match (failed.reset, &*failed.detail) {
@@ -406,7 +416,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             (_, "") => format!("upstream_reset_before_response_started{{{words}}}").into(),
             (_, detail) => format!("upstream_reset_before_response_started{{{words}|{detail}}}").into(),
         };
-        self.reply(Reply::reset(failed.reset, retried), |headers| decorate_reply(headers, rule, cors)).await
+        self.reply(Reply::reset(failed.reset, retried), |headers| forward.decorate(headers)).await
     }
 }
 
@@ -434,23 +444,17 @@ fn pick_destination<'s>(resolved: &ResolvedRule, all: &'s [Weighted]) -> Option<
     Some((resolved.destinations.get(picked)?.clone()?, all.get(picked)?))
 }
 
-/// Changes a response's headers as its route, destination and CORS say.
-pub(super) fn decorate(headers: &mut HeaderMap, rule: &Rule, destination: Option<&Weighted>, cors: Option<&CorsAnswer>) {
+/// Changes an answer's headers as destination and rule say.
+fn respond_as(headers: &mut HeaderMap, rule: Option<&Rule>, destination: Option<&Weighted>) {
     if let Some(destination) = destination {
         destination.headers.response.apply(headers);
     }
-    rule.headers.response.apply(headers);
-    cors_headers(headers, cors);
-}
-
-fn decorate_reply(headers: &mut HeaderMap, rule: Option<&Rule>, cors: Option<&CorsAnswer>) {
-    match rule {
-        Some(rule) => decorate(headers, rule, None, cors),
-        None => cors_headers(headers, cors),
+    if let Some(rule) = rule {
+        rule.headers.response.apply(headers);
     }
 }
 
-pub(super) fn cors_headers(headers: &mut HeaderMap, cors: Option<&CorsAnswer>) {
+fn cors_headers(headers: &mut HeaderMap, cors: Option<&CorsAnswer>) {
     let Some(cors) = cors else { return };
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, cors.origin.clone());
     if cors.credentials {

@@ -91,7 +91,7 @@ fn action(route: HttpRoute, at: &str, delegated: bool) -> Result<Action> {
 /// A single destination takes everything whatever its weight; of several, some must weigh something.
 pub(super) fn weights(mut all: Vec<(Option<u32>, Weighted)>, at: &str) -> Result<Vec<Weighted>> {
     if let [(_, only)] = all.as_mut_slice() {
-        only.weight = 1;
+        (only.weight, only.alone) = (1, true);
         return Ok(all.into_iter().map(|(_, d)| d).collect());
     }
     if all.iter().all(|(w, _)| w.unwrap_or(0) == 0) {
@@ -105,7 +105,7 @@ fn weighted(document: &doc::HttpDestination, at: &str) -> Result<(Option<u32>, W
     let headers = document.headers.as_ref().map(|h| header_operations(h, &format!("{at}.headers"))).transpose()?.unwrap_or_default();
     let destination = destination(&document.destination, &format!("{at}.destination"))?;
     let authority = headers.authority.clone();
-    Ok((weight, Weighted { weight: weight.unwrap_or(0), destination, headers, authority }))
+    Ok((weight, Weighted { weight: weight.unwrap_or(0), destination, headers, alone: false, authority }))
 }
 
 pub(super) fn weight(weight: i64, at: &str) -> Result<u32> {

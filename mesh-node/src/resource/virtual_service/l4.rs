@@ -45,7 +45,7 @@ fn rule(route: &L4Route, at: &str) -> Result<L4Rule, FieldError> {
         let at = format!("{at}.route[{i}]");
         let weight = d.weight.map(|w| weight(w, &format!("{at}.weight"))).transpose()?;
         let destination = destination(&d.destination, &format!("{at}.destination"))?;
-        Ok((weight, Weighted { weight: 0, destination, headers: HeaderOperations::default(), authority: None }))
+        Ok((weight, Weighted { weight: 0, destination, headers: HeaderOperations::default(), alone: false, authority: None }))
     });
     let destinations = destinations.collect::<Result<Vec<_>, FieldError>>()?;
     Ok(L4Rule { matches, destinations: weights(destinations, &format!("{at}.route"))? })
