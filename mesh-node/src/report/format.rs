@@ -194,7 +194,7 @@ impl Format {
                         Step::Joined(n) => {
                             let joined = steps.by_ref().take(n.into());
                             if room {
-                                quote(&join(joined, program, entry), line);
+                                quote(&join(joined, program, entry, "-"), line);
                             } else {
                                 joined.for_each(drop);
                                 line.push_str("null");
@@ -207,14 +207,46 @@ impl Format {
     }
 }
 
-/// Texts and values as one text.
-fn join<'s>(steps: impl Iterator<Item = &'s Step>, program: &Program, entry: &Entry<'_>) -> String {
+/// A text with operators in it that is not a line: the value of a header. What has no value is left out of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Template {
+    program: Arc<Program>,
+    asks: Arc<Asks>,
+}
+
+impl Template {
+    /// The error says what is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let (mut program, mut asks) = (Program::default(), Asks::default());
+        parse(text, &mut program)?;
+        program.headers.iter().for_each(|header| header.asks(&mut asks));
+        Ok(Self { program: Arc::new(program), asks: Arc::new(asks) })
+    }
+
+    /// The text, if there are no operators in it.
+    pub fn plain(&self) -> Option<&str> {
+        let is_text = |step: &Step| matches!(step, Step::Text { .. });
+        self.program.steps.iter().all(is_text).then_some(&*self.program.texts)
+    }
+
+    /// What it asks about.
+    pub fn asks(&self) -> &Asks {
+        &self.asks
+    }
+
+    pub fn text(&self, entry: &Entry<'_>) -> String {
+        join(self.program.steps.iter(), &self.program, entry, "")
+    }
+}
+
+/// Texts and values as one text; `nothing` is what stands for what has no value.
+fn join<'s>(steps: impl Iterator<Item = &'s Step>, program: &Program, entry: &Entry<'_>, nothing: &str) -> String {
     let mut text = String::new();
     for step in steps {
         match *step {
             Step::Text { from, to } => text.push_str(program.text(from, to)),
             Step::Value(operator) => match operator.value(entry, program) {
-                None => text.push('-'),
+                None => text.push_str(nothing),
                 Some(operand) => push(&operand, &mut text),
             },
             Step::Joined(_) => {}

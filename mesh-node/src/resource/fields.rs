@@ -6,6 +6,7 @@ use http::{HeaderName, HeaderValue};
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use super::envelope::FieldError;
+use crate::{report::format::Template, route::rule::HeaderText};
 
 /// A duration as Istio writes it: `1h`, `1m`, `1s`, `1ms`, and sums such as `1m30s`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +87,19 @@ pub fn header_value(text: &str, at: &str) -> Result<HeaderValue, FieldError> {
     HeaderValue::from_str(text).map_err(|_| FieldError::new(at, format!("{text:?} is not a header value: use visible ASCII")))
 }
 
+/// What a header is written with, in which Envoy's operators tell of the request. None of what is empty, with which none is written.
+pub fn header_text(text: &str, at: &str) -> Result<Option<HeaderText>, FieldError> {
+    if !text.contains('%') {
+        return if text.is_empty() { Ok(None) } else { header_value(text, at).map(|value| Some(HeaderText::Plain(value))) };
+    }
+    let template = Template::parse(text);
+    let template = template.map_err(|e| FieldError::new(at, format!("{text:?} {e}; a percent sign of its own is written %%")))?;
+    match template.plain() {
+        Some(plain) => header_value(plain, at).map(|value| Some(HeaderText::Plain(value))),
+        None => header_value(text, at).map(|_| Some(HeaderText::Told(template))),
+    }
+}
+
 /// A port number.
 pub fn port(number: u32, at: &str) -> Result<u16, FieldError> {
     u16::try_from(number).ok().filter(|p| *p != 0).ok_or_else(|| FieldError::new(at, format!("{number} is not a port; use 1 to 65535")))
@@ -94,6 +108,27 @@ pub fn port(number: u32, at: &str) -> Result<u16, FieldError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_of_headers_are_plain_or_tell() {
+        let plain = |text: &str| match header_text(text, "at") {
+            Ok(Some(HeaderText::Plain(value))) => value.to_str().expect("ASCII").to_owned(),
+            other => panic!("{text}: {other:?}"),
+        };
+        assert_eq!((plain("a b"), plain("100%%")), ("a b".to_owned(), "100%".to_owned()));
+        assert!(matches!(header_text("", "at"), Ok(None)));
+        assert!(matches!(header_text("<%REQ(x-a)%>", "at"), Ok(Some(HeaderText::Told(_)))));
+        for (text, words) in [
+            ("100%", "without its closing %: %; a percent sign of its own is written %%"),
+            ("%NO_SUCH%", "%NO_SUCH% is not an operator of Envoy's"),
+            ("%REQ()%", "names no header"),
+            ("a\nb", "is not a header value"),
+            ("%REQ(x)%\n", "is not a header value"),
+        ] {
+            let error = format!("{:?}", header_text(text, "at").expect_err(text));
+            assert!(error.contains(words), "{text}: {error}");
+        }
+    }
 
     #[test]
     fn durations_are_read_as_istio_writes_them() {

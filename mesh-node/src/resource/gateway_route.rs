@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::{
     envelope::FieldError,
-    fields::{self, Time, end_to_end_header, header_name, header_value, port},
+    fields::{self, Time, end_to_end_header, header_name, header_text, header_value, port},
 };
 use crate::route::{
     matching::{HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, TextMatch},
@@ -303,12 +303,13 @@ fn modifier(document: &Modifier, at: &str) -> Result<(HeaderChanges, Option<http
         let mut out = Vec::new();
         for (i, pair) in all.iter().enumerate() {
             let at = format!("{at}.{field}[{i}]");
-            let value = header_value(&pair.value, &format!("{at}.value"))?;
+            let value = format!("{at}.value");
             if pair.name.eq_ignore_ascii_case("host") {
-                authority.get_or_insert(value);
-            } else {
-                out.push((end_to_end_header(&pair.name, &format!("{at}.name"))?, value));
+                authority.get_or_insert(header_value(&pair.value, &value)?);
+                continue;
             }
+            let name = end_to_end_header(&pair.name, &format!("{at}.name"))?;
+            out.extend(header_text(&pair.value, &value)?.map(|text| (name, text)));
         }
         Ok::<_, FieldError>(out)
     };

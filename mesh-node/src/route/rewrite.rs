@@ -1,12 +1,13 @@
 //! What a route does to a request's target and headers, and the targets of redirects.
 
-use http::{HeaderName, HeaderValue, uri::PathAndQuery};
+use http::{HeaderMap, HeaderName, HeaderValue, uri::PathAndQuery};
 
 use super::{
     matching::PathMatch,
     request::RequestHead,
     rule::{PathRewrite, Redirect, RedirectPort, Rule, Weighted},
 };
+use crate::report::{entry::Asked, format::Template, kept::Kept};
 
 /// The path a rewrite makes of a path (without query).
 pub fn path(rewrite: &PathRewrite, matched: Option<&PathMatch>, path: &str) -> String {
@@ -51,11 +52,23 @@ static ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-hos
 
 /// Applies a rule, and the destination it picked, to a request that is forwarded. Whether the original path is to be told
 /// upstream is for the caller: it is returned when it was changed.
-pub fn request(head: &mut RequestHead, rule: &Rule, matched: Option<&PathMatch>, destination: Option<&Weighted>) -> Option<HeaderValue> {
+pub fn request(
+    head: &mut RequestHead,
+    rule: &Rule,
+    matched: Option<&PathMatch>,
+    destination: Option<&Weighted>,
+    tell: impl Fn(&Template, Asked<'_>) -> Option<HeaderValue>,
+) -> Option<HeaderValue> {
+    let RequestHead { method, scheme, authority, target, headers } = &mut *head;
+    let tell = |template: &Template, headers: &HeaderMap| {
+        let (path, kept) = (target.as_str(), Kept::of(headers, &template.asks().request));
+        let authority = authority.to_str().unwrap_or_default();
+        tell(template, Asked { method: method.as_str(), path, sent_path: path, authority, scheme: scheme.as_str(), headers: &kept })
+    };
     if let Some(destination) = destination {
-        destination.headers.request.apply(&mut head.headers);
+        destination.headers.request.apply(headers, &tell);
     }
-    rule.headers.request.apply(&mut head.headers);
+    rule.headers.request.apply(headers, &tell);
     let rewrite = rule.rewrite.as_ref();
     let authority = rewrite.and_then(|r| r.authority.as_ref()).or(rule.headers.authority.as_ref());
     let authority = authority.or_else(|| destination.and_then(|d| d.authority.as_ref()));

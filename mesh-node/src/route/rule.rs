@@ -6,6 +6,8 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, StatusCode};
 
+use crate::report::format::Template;
+
 use super::{
     matching::{HttpMatch, TextMatch},
     retry::RetryPolicy,
@@ -79,10 +81,21 @@ pub struct HeaderOperations {
 /// Removed first, then set (replaced), then added (appended); each in order.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct HeaderChanges {
-    pub set: Vec<(HeaderName, HeaderValue)>,
-    pub add: Vec<(HeaderName, HeaderValue)>,
+    pub set: Vec<(HeaderName, HeaderText)>,
+    pub add: Vec<(HeaderName, HeaderText)>,
     pub remove: Vec<HeaderName>,
 }
+
+/// What a header is written with.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HeaderText {
+    Plain(HeaderValue),
+    /// What is told of the request; where that is nothing, no header is written.
+    Told(Template),
+}
+
+/// What a template comes to, with the headers as they are.
+pub type Tell<'t> = &'t dyn Fn(&Template, &http::HeaderMap) -> Option<HeaderValue>;
 
 impl HeaderChanges {
     pub fn is_empty(&self) -> bool {
@@ -96,15 +109,32 @@ impl HeaderChanges {
         self.remove.append(&mut others.remove);
     }
 
-    pub fn apply(&self, headers: &mut http::HeaderMap) {
+    /// Whether it tells of the request.
+    pub fn tells(&self) -> bool {
+        self.set.iter().chain(&self.add).any(|(_, text)| matches!(text, HeaderText::Told(_)))
+    }
+
+    /// Everything that is told is told of the headers after the removals.
+    pub fn apply(&self, headers: &mut http::HeaderMap, tell: Tell<'_>) {
         for name in &self.remove {
             headers.remove(name);
         }
-        for (name, value) in &self.set {
-            headers.insert(name, value.clone());
+        let all = self.set.iter().chain(&self.add);
+        let told = all.filter_map(|(_, text)| if let HeaderText::Told(template) = text { Some(tell(template, headers)) } else { None });
+        let mut told = if self.tells() { told.collect() } else { Vec::new() }.into_iter();
+        let mut value = |text: &HeaderText| match text {
+            HeaderText::Plain(value) => Some(value.clone()),
+            HeaderText::Told(_) => told.next().flatten(),
+        };
+        for (name, text) in &self.set {
+            if let Some(value) = value(text) {
+                headers.insert(name, value);
+            }
         }
-        for (name, value) in &self.add {
-            headers.append(name, value.clone());
+        for (name, text) in &self.add {
+            if let Some(value) = value(text) {
+                headers.append(name, value);
+            }
         }
     }
 }

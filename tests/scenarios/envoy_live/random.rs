@@ -119,7 +119,7 @@ fn operations(rng: &mut Rng) -> (Value, Vec<Value>, Vec<Value>) {
         let mut all = Map::new();
         for name in ["X-Both", "x-add", "x-set", "x-v"] {
             if chance(rng, 25) {
-                let value = pick(rng, &["1", "two", "a b", "a,b"]);
+                let value = pick(rng, &["1", "two", "a b", "a,b", "%REQ(x-v)%", "%REQ(:METHOD)% %REQ(x-w?x-add):2%", "%RESP(x-up)%"]);
                 all.insert(name.to_owned(), value.into());
                 envoy.push(json!({"header": {"key": name, "value": value}, "append_action": action}));
             }

@@ -172,6 +172,66 @@ fn headers() -> Vec<Of> {
     ]
 }
 
+/// Values that tell of the request, each in a header of its own.
+fn told() -> Vec<Of> {
+    let paths: &[&str] = &["/a?b=c", "/a|x-v: 1\r\nx-v: 2\r\nx-w: w", "/a|x-v:\r\nx-w: lonely"];
+    let values = [
+        ("x-01", "plain"),
+        ("x-02", "%REQ(X-V)%"),
+        ("x-03", "<%REQ(x-v)%>"),
+        ("x-04", "%REQ(x-none?x-w)%"),
+        ("x-05", "%REQ(x-w):3%"),
+        ("x-06", "100%%"),
+        ("x-07", "%PROTOCOL%"),
+        ("x-08", ""),
+        ("x-09", "%REQ(:METHOD)% %REQ(:PATH)% %REQ(:AUTHORITY)%"),
+        ("x-10", "%RESPONSE_CODE%"),
+        ("x-11", "%ROUTE_NAME%"),
+        ("x-12", "%START_TIME(%Y)%"),
+        ("x-13", "%REQUESTED_SERVER_NAME%"),
+        ("x-14", "%REQ(x-none)%"),
+        ("x-15", "a%REQ(x-none)%b"),
+        ("x-16", "%RESP(x-up)%"),
+        ("x-17", "%RESPONSE_FLAGS%"),
+        ("x-18", "%RESPONSE_CODE_DETAILS%"),
+        ("x-19", "%REQ(x-w)%%REQ(x-w)%"),
+        ("x-20", "%UPSTREAM_PROTOCOL%"),
+        ("x-21", "%DOWNSTREAM_TLS_VERSION%"),
+        ("x-22", "%PATH(NQ)%"),
+        ("x-23", "%BYTES_SENT%"),
+        ("x-24", "%GRPC_STATUS%"),
+        ("x-v", "%REQ(x-none)%"),
+        ("x-up", "%RESP(x-none)%"),
+        ("x-w", "%REQ(x-w)%%REQ(x-v)%"),
+    ];
+    let all = || values.iter().map(|(name, value)| ((*name).to_owned(), Value::from(*value))).collect::<serde_json::Map<_, _>>();
+    let theirs = |one: fn(&str, &str) -> Value| values.iter().map(|(name, value)| one(name, value)).collect::<Vec<_>>();
+    let of = |name: &'static str, istio: Value, mut more: Value| {
+        more["name"] = "its-name".into();
+        (name, json!([rule(json!({"name": "its-name", "headers": istio}))]), json!([route(all_paths(), json!({}), more)]), paths)
+    };
+    vec![
+        of("set-in-requests", json!({"request": {"set": all()}}), json!({"request_headers_to_add": theirs(set)})),
+        of(
+            "added-to-requests",
+            json!({"request": {"add": all(), "remove": ["x-v"]}}),
+            json!({"request_headers_to_add": theirs(add), "request_headers_to_remove": ["x-v"]}),
+        ),
+        of("set-in-answers", json!({"response": {"set": all()}}), json!({"response_headers_to_add": theirs(set)})),
+        of(
+            "added-to-answers",
+            json!({"response": {"add": all(), "remove": ["x-up"]}, "request": {"set": {"x-w": "changed"}}}),
+            json!({"response_headers_to_add": theirs(add), "response_headers_to_remove": ["x-up"], "request_headers_to_add": [set("x-w", "changed")]}),
+        ),
+        (
+            "in-a-direct-response",
+            json!([{"directResponse": {"status": 200, "body": {"string": "here"}}, "headers": {"response": {"set": all()}}}]),
+            json!([{"match": all_paths(), "direct_response": {"status": 200, "body": {"inline_string": "here"}}, "response_headers_to_add": theirs(set)}]),
+            paths,
+        ),
+    ]
+}
+
 fn matches() -> Vec<Of> {
     let paths: &[&str] = &[
         "/a",
@@ -431,6 +491,7 @@ pub fn all() -> Vec<Case> {
         ("rewrite", rewrites()),
         ("redirect", redirects()),
         ("headers", headers()),
+        ("told", told()),
         ("match", matches()),
         ("cors", cors()),
         ("fault", faults()),

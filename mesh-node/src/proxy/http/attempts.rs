@@ -247,11 +247,12 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             let took = began.elapsed();
             (record.details, record.answered_after) = (Cow::Borrowed("via_upstream"), Some(took));
             record.answered_at = Some((*began + took).into_std());
+            record.upstream_protocol = Some(wanted.protocol());
             if status != StatusCode::SWITCHING_PROTOCOLS {
                 let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
                 headers.insert(headers::SERVICE_TIME.clone(), took.into());
             }
-            forward.decorate(&mut headers);
+            forward.decorate(&mut headers, record, Some(status));
             if let Some(cookie) = hashed.cookie.take() {
                 headers.append(header::SET_COOKIE, cookie);
             }

@@ -16,7 +16,7 @@ use super::{
     body::{RequestBody, Responder},
     clusters::Limited,
     gate, headers, mirror,
-    record::{Flag, Record},
+    record::{Described, Flag, Record},
     reply::{Reply, reason},
     upload::Upload,
     upstream::Failed,
@@ -25,13 +25,14 @@ use crate::{
     config::Snapshot,
     id::ObjectName,
     policy::Verified,
+    report::{entry::Asked, format::Template, kept::Wanted},
     route::{
         Cluster, Target, Workload,
         matching::Context,
         request::{RequestHead, renormalised},
         retry::{Reset, RetryPolicy, default_policy},
         rewrite,
-        rule::{Abort, Action, Cors, DirectResponse, Rule, Weighted, pick_weighted},
+        rule::{Abort, Action, Cors, DirectResponse, Rule, Tell, Weighted, pick_weighted},
         table::ResolvedRule,
     },
 };
@@ -69,12 +70,14 @@ pub(super) struct Forward<'s> {
     pub(super) source: &'s Arc<Workload>,
     /// The service whose address the client dialled.
     pub(super) dialled: &'s ObjectName,
+    /// What was asked for, where answers are told of that.
+    pub(super) asked: Option<Box<Described>>,
 }
 
 impl<'s> Forward<'s> {
     /// Where no route says anything.
     fn as_dialled(cluster: Arc<Cluster>, snapshot: &'s Snapshot, source: &'s Arc<Workload>, dialled: &'s ObjectName) -> Self {
-        Self { cluster, rule: None, destination: None, cors: None, snapshot, source, dialled }
+        Self { cluster, rule: None, destination: None, cors: None, snapshot, source, dialled, asked: None }
     }
 
     /// Whether the route says to.
@@ -84,8 +87,11 @@ impl<'s> Forward<'s> {
     }
 
     /// Changes an answer's headers as destination, rule and CORS say.
-    pub(super) fn decorate(&self, headers: &mut HeaderMap) {
-        respond_as(headers, self.rule, self.destination);
+    pub(super) fn decorate(&self, headers: &mut HeaderMap, record: &Record, status: Option<StatusCode>) {
+        let tell = |template: &Template, headers: &HeaderMap| {
+            record.tell(template, self.asked.as_deref().map(Described::asked), Some((status, headers)))
+        };
+        respond_as(headers, self.rule, self.destination, &tell);
         cors_headers(headers, self.cors.as_ref());
     }
 }
@@ -134,17 +140,17 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         };
         let (resolved, path) = (found.resolved, found.path);
         let rule = &*resolved.rule;
-        self.record.route = Some(if rule.name.is_empty() { table.origin.clone() } else { rule.name.clone() });
+        self.record.routed(&rule.name, &table.origin);
         let picked = if let Action::Forward(all) = &rule.action { pick_destination(resolved, all) } else { None };
-        if let Some(end) = self.fault(rule, picked.as_ref().map(|(_, destination)| *destination)).await {
+        if let Some(end) = self.fault(rule, picked.as_ref().map(|(_, destination)| *destination), &head).await {
             return end;
         }
         match &rule.action {
             Action::Redirect(redirect) => {
                 let location = rewrite::location(redirect, path, &head, self.down.original.port());
-                self.redirect(rule, redirect.status, &location).await
+                self.redirect(rule, redirect.status, &location, &head).await
             }
-            Action::Respond(response) => self.respond(rule, response).await,
+            Action::Respond(response) => self.respond(rule, response, &head).await,
             Action::Forward(_) => {
                 // Of what is answered here Envoy takes no notice of CORS.
                 let cors = match rule.cors.as_ref().map(|cors| Self::cors(cors, &head)) {
@@ -153,6 +159,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     None => None,
                 };
                 let Some((cluster, destination)) = picked else { return self.missing(rule).await };
+                let tell = |template: &Template, asked: Asked<'_>| self.record.tell(template, Some(asked), None);
+                let original = rewrite::request(&mut head, rule, path, Some(destination), tell);
                 let forward = Forward {
                     cluster,
                     rule: Some(rule),
@@ -161,9 +169,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     snapshot: &snapshot,
                     source,
                     dialled: &service.name,
+                    asked: asked_of(&head, rule, Some(destination)),
                 };
                 let mirrors = Self::mirrors(resolved);
-                let original = rewrite::request(&mut head, rule, path, Some(destination));
                 self.forward_rewritten(head, forward, original, mirrors).await
             }
             Action::Delegate { .. } => self.missing(rule).await,
@@ -182,17 +190,17 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     /// Answers with what the route says.
-    async fn respond(&mut self, rule: &Rule, response: &DirectResponse) -> End {
+    async fn respond(&mut self, rule: &Rule, response: &DirectResponse, head: &RequestHead) -> End {
         let mut reply = Reply::new(response.status, "");
         reply.verbatim = Some(response.body.clone());
         self.record.details = Cow::Borrowed("direct_response");
-        self.reply(reply, |headers| rule.headers.response.apply(headers)).await
+        self.reply_as(reply, head, Some(rule), None).await
     }
 
     /// A path that cannot be normalised.
     async fn bad_path(&mut self) -> End {
         self.record.details = Cow::Borrowed("path_normalization_failed");
-        self.reply(Reply::new(StatusCode::BAD_REQUEST, ""), |_| {}).await
+        self.reply(Reply::new(StatusCode::BAD_REQUEST, ""), |_, _| {}).await
     }
 
     /// Claims to route by: of a token that the destination's `RequestAuthentication` accepts. One it does not accept gives none,
@@ -208,7 +216,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     async fn missing(&mut self, rule: &Rule) -> End {
         if rule.missing_status == StatusCode::INTERNAL_SERVER_ERROR {
             self.record.details = Cow::Borrowed("direct_response");
-            return self.reply(Reply::new(rule.missing_status, ""), |_| {}).await;
+            return self.reply(Reply::new(rule.missing_status, ""), |_, _| {}).await;
         }
         self.refuse(rule.missing_status, Flag::NoCluster, "cluster_not_found").await
     }
@@ -216,24 +224,36 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     async fn refuse(&mut self, status: StatusCode, flag: Flag, details: &'static str) -> End {
         self.record.raise(flag);
         self.record.details = Cow::Borrowed(details);
-        self.reply(Reply::new(status, ""), |_| {}).await
+        self.reply(Reply::new(status, ""), |_, _| {}).await
     }
 
-    async fn redirect(&mut self, rule: &Rule, status: StatusCode, location: &str) -> End {
+    async fn redirect(&mut self, rule: &Rule, status: StatusCode, location: &str, head: &RequestHead) -> End {
         let mut reply = Reply::new(status, "");
         if let Ok(location) = HeaderValue::from_str(location) {
             reply.headers.insert(header::LOCATION, location);
         }
         self.record.details = Cow::Borrowed("direct_response");
-        self.reply(reply, |headers| rule.headers.response.apply(headers)).await
+        self.reply_as(reply, head, Some(rule), None).await
+    }
+
+    /// Answers as a rule and a destination say.
+    async fn reply_as(&mut self, reply: Reply, head: &RequestHead, rule: Option<&Rule>, destination: Option<&Weighted>) -> End {
+        let asked = rule.and_then(|rule| asked_of(head, rule, destination));
+        let change = |record: &Record, headers: &mut HeaderMap| {
+            let tell = |template: &Template, headers: &HeaderMap| {
+                record.tell(template, asked.as_deref().map(Described::asked), Some((None, headers)))
+            };
+            respond_as(headers, rule, destination, &tell);
+        };
+        self.reply(reply, change).await
     }
 
     /// Answers without the upstream.
-    async fn reply(&mut self, reply: Reply, change: impl FnOnce(&mut HeaderMap)) -> End {
+    async fn reply(&mut self, reply: Reply, change: impl FnOnce(&Record, &mut HeaderMap)) -> End {
         let close = self.close || !self.body.is_end();
         let record = &mut *self.record;
         let answered = |status, headers: &mut HeaderMap| {
-            change(headers);
+            change(record, headers);
             record.answered(status, headers);
         };
         if reply.start(self.grpc, close, self.responder, answered).is_err() {
@@ -257,11 +277,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let mut reply = Reply::new(StatusCode::OK, "");
         reply.headers = headers;
         self.record.details = Cow::Borrowed("cors_response");
-        self.reply(reply, |_| {}).await
+        self.reply(reply, |_, _| {}).await
     }
 
     /// Delays and aborts, each by its own dice.
-    async fn fault(&mut self, rule: &Rule, destination: Option<&Weighted>) -> Option<End> {
+    async fn fault(&mut self, rule: &Rule, destination: Option<&Weighted>, head: &RequestHead) -> Option<End> {
         if let Some((delay, share)) = rule.fault.delay
             && share.hit(fastrand::u32(..))
         {
@@ -283,7 +303,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         };
         // What goes nowhere has no say in it, as with Envoy.
         let rule = Some(rule).filter(|rule| matches!(rule.action, Action::Forward(_)));
-        Some(self.reply(reply, |headers| respond_as(headers, rule, destination)).await)
+        Some(self.reply_as(reply, head, rule, destination).await)
     }
 
     fn cors(cors: &Cors, head: &RequestHead) -> Preflight {
@@ -405,7 +425,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             }
         };
         self.record.details = Cow::Borrowed(details);
-        self.reply(reply, |headers| forward.decorate(headers)).await
+        self.reply(reply, |record, headers| forward.decorate(headers, record, None)).await
     }
 
     async fn failed(&mut self, failed: &Failed, retried: bool, forward: &Forward<'_>) -> End {
@@ -416,7 +436,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             (_, "") => format!("upstream_reset_before_response_started{{{words}}}").into(),
             (_, detail) => format!("upstream_reset_before_response_started{{{words}|{detail}}}").into(),
         };
-        self.reply(Reply::reset(failed.reset, retried), |headers| forward.decorate(headers)).await
+        self.reply(Reply::reset(failed.reset, retried), |record, headers| forward.decorate(headers, record, None)).await
     }
 }
 
@@ -445,13 +465,19 @@ fn pick_destination<'s>(resolved: &ResolvedRule, all: &'s [Weighted]) -> Option<
 }
 
 /// Changes an answer's headers as destination and rule say.
-fn respond_as(headers: &mut HeaderMap, rule: Option<&Rule>, destination: Option<&Weighted>) {
+fn respond_as(headers: &mut HeaderMap, rule: Option<&Rule>, destination: Option<&Weighted>, tell: Tell<'_>) {
     if let Some(destination) = destination {
-        destination.headers.response.apply(headers);
+        destination.headers.response.apply(headers, tell);
     }
     if let Some(rule) = rule {
-        rule.headers.response.apply(headers);
+        rule.headers.response.apply(headers, tell);
     }
+}
+
+/// What is asked for, if answers are to be told of that.
+fn asked_of(head: &RequestHead, rule: &Rule, destination: Option<&Weighted>) -> Option<Box<Described>> {
+    let tells = rule.headers.response.tells() || destination.is_some_and(|d| d.headers.response.tells());
+    tells.then(|| Box::new(Described::of(head, &Wanted::All)))
 }
 
 fn cors_headers(headers: &mut HeaderMap, cors: Option<&CorsAnswer>) {

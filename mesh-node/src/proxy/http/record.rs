@@ -7,11 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 
 mod described;
 
-use self::described::Described;
+pub use self::described::Described;
 use super::{
     meter::Meter,
     reply::grpc_code,
@@ -27,7 +27,8 @@ use crate::{
     },
     report::{
         Reporting, Told,
-        entry::{ClusterName, Entry, X_REQUEST_ID},
+        entry::{Asked, ClusterName, Entry, X_REQUEST_ID},
+        format::Template,
         kept::{Kept, Wanted},
     },
     route::{Cluster, Workload, request::RequestHead},
@@ -52,7 +53,9 @@ pub struct Record {
     pub flags: Flags,
     pub details: Cow<'static, str>,
     pub status: Option<StatusCode>,
-    pub route: Option<Arc<str>>,
+    /// The rule's name, or whose it is.
+    route: Option<Arc<str>>,
+    route_is_named: bool,
     pub cluster: Option<Arc<Cluster>>,
     pub endpoint: Option<SocketAddr>,
     /// This end of the connection it went on; none of a tunnel.
@@ -114,6 +117,7 @@ impl Record {
             details: Cow::Borrowed(""),
             status: None,
             route: None,
+            route_is_named: false,
             cluster: None,
             endpoint: None,
             upstream_local: None,
@@ -136,6 +140,12 @@ impl Record {
             traced: None,
             watched: None,
         }
+    }
+
+    /// Takes down the rule, by its name or, if it has none, by the object it stands in.
+    pub fn routed(&mut self, name: &Arc<str>, origin: &Arc<str>) {
+        self.route_is_named = !name.is_empty();
+        self.route = Some(if self.route_is_named { name } else { origin }.clone());
     }
 
     /// Takes down what was asked for, before anything changes it, as far as it will be told.
@@ -348,6 +358,21 @@ impl Record {
             peer: self.peer.as_ref(),
             local: self.local.as_ref(),
         }
+    }
+
+    /// What is written into a header: of a request, as it was asked for and with what is known of it, or of its answer. None of nothing.
+    pub fn tell(
+        &self,
+        template: &Template,
+        asked: Option<Asked<'_>>,
+        answer: Option<(Option<StatusCode>, &HeaderMap)>,
+    ) -> Option<HeaderValue> {
+        let headers = answer.map(|(_, headers)| Kept::of(headers, &template.asks().response));
+        let code = answer.and_then(|(status, _)| status).map_or(0, |s| s.as_u16());
+        // Whose rule it is is nobody's business but the operator's.
+        let route = self.route.as_deref().filter(|_| self.route_is_named);
+        let entry = Entry { request: asked, response_headers: headers.as_ref(), code, route, ..self.entry(self.started.elapsed()) };
+        HeaderValue::from_str(&template.text(&entry)).ok().filter(|value| !value.is_empty())
     }
 
     /// For who looks at one node: what was denied, and everything with `--log access=debug`.

@@ -10,7 +10,7 @@ use crate::{
     resource::{
         authorization::bracketed,
         envelope::FieldError,
-        fields::{self, Percent, end_to_end_header, header_name, header_value, port, positive},
+        fields::{self, Percent, end_to_end_header, header_name, header_text, header_value, port, positive},
     },
     route::{
         matching::{ClaimMatch, HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, SourceMatch, TextMatch, compile},
@@ -223,9 +223,10 @@ fn header_changes(operations: &doc::HeaderOperations, at: &str) -> Result<Header
         let all = all.iter().filter(|(name, _)| !name.starts_with(':') && !is_host(name));
         let pair = |(name, value): (&String, &String)| {
             let at = format!("{at}.{field}.{name}");
-            Ok((end_to_end_header(name, &at)?, header_value(value, &at)?))
+            Ok((end_to_end_header(name, &at)?, header_text(value, &at)?))
         };
-        all.map(pair).collect::<Result<Vec<_>>>()
+        let all = all.map(pair).collect::<Result<Vec<_>>>()?;
+        Ok(all.into_iter().filter_map(|(name, text)| Some((name, text?))).collect::<Vec<_>>())
     };
     let remove = operations.remove.iter().enumerate().filter(|(_, name)| !name.starts_with(':') && !is_host(name));
     let remove = remove.map(|(i, name)| end_to_end_header(name, &format!("{at}.remove[{i}]"))).collect::<Result<_>>()?;

@@ -10,8 +10,8 @@ use crate::{
     route::request::RequestHead,
 };
 
-/// Kept only when somebody will ask.
-pub(super) struct Described {
+/// What was asked for. Kept only when somebody will ask about it.
+pub struct Described {
     method: Method,
     path: Target,
     /// What it became.
@@ -47,7 +47,7 @@ impl Target {
 }
 
 impl Described {
-    pub(super) fn of(head: &RequestHead, wanted: &Wanted) -> Self {
+    pub fn of(head: &RequestHead, wanted: &Wanted) -> Self {
         Self {
             method: head.method.clone(),
             path: Target::of(head),
@@ -103,7 +103,7 @@ impl Described {
         };
     }
 
-    pub(super) fn asked(&self) -> Asked<'_> {
+    pub fn asked(&self) -> Asked<'_> {
         Asked {
             method: self.method.as_str(),
             path: self.path.as_str(),
