@@ -29,7 +29,7 @@ fuzz_target!(|data: &[u8]| {
                 let _ = rewrite::location(redirect, Some(path), &request.head, 80);
             }
             let mut head = request.head.clone();
-            let _ = rewrite::request(&mut head, rule, Some(path), None);
+            let _ = rewrite::request(&mut head, rule, Some(path), None, |_, _| None);
             assert!(head.path().starts_with('/'), "{}", head.path());
         }
     }
