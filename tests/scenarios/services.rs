@@ -212,6 +212,14 @@ async fn gateway_routes_go_by_their_own_precedence() {
             {"matches": [{"path": {"value": "/a"}, "headers": [{"name": "X-H", "value": "1"}]}], "backendRefs": backend("c")},
             {"matches": [{"path": {"value": "/a"}, "method": "PUT"}], "backendRefs": backend("web")},
             {"matches": [{"path": {"value": "/redirect"}}], "filters": [{"type": "RequestRedirect", "requestRedirect": {"statusCode": 301, "port": 8080}}]},
+            {"matches": [{"path": {"type": "RegularExpression", "value": "/r.*"}}], "backendRefs": backend("b")},
+            {"matches": [{"path": {"type": "RegularExpression", "value": "/r[0-9].*"}}], "backendRefs": backend("c")},
+            {"matches": [{"path": {"value": "/slash/"}}], "backendRefs": backend("b")},
+            {"matches": [{"path": {"value": "/slash"}, "method": "GET"}], "backendRefs": backend("c")},
+            {"matches": [{"path": {"value": "/twice"}, "queryParams": [{"name": "q", "value": "1"}, {"name": "q", "value": "2"}],
+                "headers": [{"name": "x-h", "value": "1"}, {"name": "X-H", "value": "2"}]}],
+                "filters": [{"type": "RequestRedirect", "requestRedirect": {"hostname": "x"}},
+                    {"type": "ResponseHeaderModifier", "responseHeaderModifier": {"set": [{"name": "x-a", "value": "1"}, {"name": "X-A", "value": "2"}]}}]},
             {"matches": [{"path": {"value": "/none"}}]},
             {"matches": [{"path": {"value": "/foreign"}}], "backendRefs": [{"name": "d", "namespace": "other", "port": 80}]},
             {"matches": [{"path": {"value": "/kind"}}], "backendRefs": [{"kind": "Other", "group": "x", "name": "d"}]},
@@ -235,6 +243,11 @@ async fn gateway_routes_go_by_their_own_precedence() {
         ("/a/long/x", "", "c"),
         ("/a", "x-h: 1\r\n", "c"),
         ("/second", "", "c"),
+        ("/rx", "", "b"),
+        ("/r1", "", "c"),
+        ("/slash/x", "", "c"),
+        ("/twice?q=1", "x-h: 1\r\n", "302"),
+        ("/twice?q=2", "x-h: 1\r\n", "404"),
         ("/redirect", "", "301"),
         ("/none", "", "500"),
         ("/foreign", "", "500"),
@@ -243,6 +256,8 @@ async fn gateway_routes_go_by_their_own_precedence() {
     ] {
         assert_eq!(get(&engine, vip(1), path, headers).await, expected, "{path} {headers}");
     }
+    let twice = say(&engine, vip(1), b"GET /twice?q=1 HTTP/1.1\r\nhost: web\r\nx-h: 1\r\n\r\n").await;
+    assert!(twice.contains("x-a: 1\r\n") && !twice.contains("x-a: 2\r\n"), "{twice}");
     let grant = json!({"apiVersion": "gateway.networking.k8s.io/v1beta1", "kind": "ReferenceGrant", "metadata": {"name": "g", "namespace": "other"},
         "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "default"}], "to": [{"group": "", "kind": "Service"}]}});
     engine.apply(&[services(), foreign, vec![first, grant]].concat()).await.expect("applied");

@@ -72,8 +72,9 @@ impl GatewayRoute {
 pub fn precedence(matched: &HttpMatch) -> (u8, usize, bool, usize, usize) {
     let (kind, length) = match &matched.path {
         Some(PathMatch::Exact { path, .. }) => (3, path.len()),
-        Some(PathMatch::Segments(path) | PathMatch::Prefix { path, .. }) => (2, path.len()),
-        Some(PathMatch::Regex(_)) => (1, 0),
+        Some(PathMatch::Segments(path) | PathMatch::Prefix { path, .. }) => (2, path.trim_end_matches('/').len()),
+        // As Istio orders them.
+        Some(PathMatch::Regex(pattern)) => (1, pattern.text().len()),
         None => (0, 0),
     };
     (kind, length, matched.method.is_some(), matched.headers.len(), matched.query.len())
@@ -120,12 +121,14 @@ fn http_match(document: &Match, at: &str) -> Result<HttpMatch> {
         Some(Method::Name(name)) => Some(TextMatch::Exact(name.as_str().into())),
         Some(Method::Grpc(_)) => return Err(FieldError::new(format!("{at}.method"), "is the name of an HTTP method, such as GET")),
     };
-    let query = document
-        .query_params
-        .iter()
-        .enumerate()
-        .map(|(i, q)| Ok(QueryMatch { name: q.name.as_str().into(), value: text(q, &format!("{at}.queryParams[{i}]"))? }));
-    let query = query.collect::<Result<_>>()?;
+    let mut query: Vec<QueryMatch> = Vec::new();
+    for (i, parameter) in document.query_params.iter().enumerate() {
+        let value = text(parameter, &format!("{at}.queryParams[{i}]"))?;
+        // Of several for one name only the first counts.
+        if !query.iter().any(|q| *q.name == *parameter.name) {
+            query.push(QueryMatch { name: parameter.name.as_str().into(), value });
+        }
+    }
     Ok(HttpMatch { path: Some(path), method, headers: headers(&document.headers, at)?, query, ..HttpMatch::default() })
 }
 
@@ -309,7 +312,11 @@ fn modifier(document: &Modifier, at: &str) -> Result<(HeaderChanges, Option<http
                 continue;
             }
             let name = end_to_end_header(&pair.name, &format!("{at}.name"))?;
-            out.extend(header_text(&pair.value, &value)?.map(|text| (name, text)));
+            let text = header_text(&pair.value, &value)?;
+            // Of several for one name only the first counts.
+            if !out.iter().any(|(n, _)| *n == name) {
+                out.extend(text.map(|text| (name, text)));
+            }
         }
         Ok::<_, FieldError>(out)
     };

@@ -27,6 +27,11 @@ impl Pattern {
         Ok(Self { text: text.into(), whole: compile(&format!("^(?:{text})$"))? })
     }
 
+    /// As it was written.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     pub fn matches(&self, value: &[u8]) -> bool {
         self.whole.is_match(value)
     }
