@@ -62,13 +62,13 @@ pub(super) fn path(matcher: Value) -> Value {
     json!({"url_path": {"path": matcher}})
 }
 
-fn header(name: &str, matcher: Value) -> Value {
+pub(super) fn header(name: &str, matcher: Value) -> Value {
     let mut all = json!({"name": name});
     all.as_object_mut().expect("an object").extend(matcher.as_object().expect("an object").clone());
     json!({"header": all})
 }
 
-fn exactly(value: &str) -> Value {
+pub(super) fn exactly(value: &str) -> Value {
     json!({"string_match": {"exact": value}})
 }
 

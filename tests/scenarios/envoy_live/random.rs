@@ -11,12 +11,12 @@ const ANSWER: &str = "HTTP/1.1 200 OK\r\nx-up: 1\r\nx-rm: gone\r\nx-add: up\r\nx
 const ROUTES: u64 = 30;
 const REQUESTS: usize = 6;
 
-fn pick<'a, T: ?Sized>(rng: &mut Rng, of: &[&'a T]) -> &'a T {
+pub fn pick<'a, T: ?Sized>(rng: &mut Rng, of: &[&'a T]) -> &'a T {
     of[rng.usize(..of.len())]
 }
 
 /// Whether it happens, so many times of a hundred.
-fn chance(rng: &mut Rng, of_a_hundred: u32) -> bool {
+pub fn chance(rng: &mut Rng, of_a_hundred: u32) -> bool {
     rng.u32(..100) < of_a_hundred
 }
 
@@ -325,7 +325,7 @@ fn request(rng: &mut Rng) -> String {
     text + "\r\n"
 }
 
-fn number(name: &str, usual: u64) -> u64 {
+pub fn number(name: &str, usual: u64) -> u64 {
     std::env::var(name).map_or(usual, |v| v.parse().expect("a number"))
 }
 
