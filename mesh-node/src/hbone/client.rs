@@ -1,7 +1,8 @@
 //! The client end of one HBONE connection.
 
 use std::{
-    future::Future,
+    future::{Future, poll_fn},
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -18,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, RESET_MEMORY, RESET_STREAMS,
+    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, LastOfAll, MAX_FRAME, POOL_STREAMS, RESET_MEMORY, RESET_STREAMS,
     SEND_BUFFER, STREAM_WINDOW, Tunnel, keepalive, tunnel::Held,
 };
 
@@ -172,8 +173,10 @@ where
         shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();
         std::future::pending::<()>().await;
     };
+    let mut turn = LastOfAll::default();
+    let run = poll_fn(|cx| turn.poll(cx, |cx| Pin::new(&mut connection).poll(cx)));
     tokio::select! {
-        result = &mut connection => if let Err(error) = result {
+        result = run => if let Err(error) = result {
             tracing::debug!(target: "hbone", %error, "connection ended");
         },
         () = lost => tracing::debug!(target: "hbone", "the peer stopped answering pings"),

@@ -1,6 +1,6 @@
 //! The server end of one HBONE connection.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS,
+    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, LastOfAll, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS,
     STREAM_WINDOW, Tunnel,
     headers::{BadRequest, ConnectRequest, parse},
     keepalive,
@@ -76,7 +76,7 @@ where
         }
     };
     let (mut lost, mut drain) = (std::pin::pin!(lost), std::pin::pin!(drain));
-    let mut draining = false;
+    let (mut draining, mut turn) = (false, LastOfAll::default());
     loop {
         tokio::select! {
             biased;
@@ -84,7 +84,7 @@ where
                 draining = true;
                 connection.graceful_shutdown();
             }
-            accepted = connection.accept() => {
+            accepted = poll_fn(|cx| turn.poll(cx, |cx| connection.poll_accept(cx))) => {
                 let Some(accepted) = accepted else { return Ok(()) };
                 let (request, respond) = accepted?;
                 let parsed = parse(&request);

@@ -19,6 +19,9 @@ use crate::io::relay::{Duplex, Sink, Source};
 /// What is joined at most while the other side takes nothing; beyond it frames stay as they came, bounded by the window.
 const JOINED_MAX: usize = super::STREAM_WINDOW as usize;
 
+/// Frames are joined to be passed on together while they are less than this.
+const GATHERED_MAX: usize = 16 * 1024;
+
 /// An established tunnel.
 #[derive(Debug)]
 pub struct Tunnel {
@@ -140,6 +143,26 @@ impl TunnelSource<'_> {
         }
     }
 
+    /// Joins what has come together with a small frame: it is passed on in one piece. Of a message its parts often are frames of their
+    /// own.
+    fn gather(&mut self, first: &Bytes) {
+        let mut cx = Context::from_waker(Waker::noop());
+        // Whoever reads next waits for more.
+        while first.len().max(self.joined.len()) < GATHERED_MAX && self.end.is_none() {
+            let Poll::Ready(next) = self.stream.poll_data(&mut cx) else { return };
+            match next {
+                Some(Ok(data)) => {
+                    if self.joined.is_empty() {
+                        self.joined.extend_from_slice(first);
+                    }
+                    self.joined.extend_from_slice(&data);
+                }
+                Some(Err(error)) => self.end = Some(Err(into_io(error))),
+                None => self.end = Some(Ok(())),
+            }
+        }
+    }
+
     /// Takes one more frame into the joined ones. False when there will be none.
     async fn join_next(&mut self) -> bool {
         match self.receive().await {
@@ -162,10 +185,12 @@ impl Source for TunnelSource<'_> {
         if let Some(end) = self.end.take() {
             return end.map(|()| None);
         }
-        match self.receive().await {
-            None => Ok(None),
-            Some(chunk) => chunk.map(Some),
-        }
+        let first = match self.receive().await {
+            None => return Ok(None),
+            Some(first) => first?,
+        };
+        self.gather(&first);
+        Ok(Some(if self.joined.is_empty() { first } else { self.joined.split().freeze() }))
     }
 
     fn passed_on(&mut self, n: usize) {
