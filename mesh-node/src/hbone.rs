@@ -9,10 +9,7 @@ pub mod pool;
 pub mod server;
 pub mod tunnel;
 
-use std::{
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::time::Duration;
 
 pub use client::{Connection, TunnelError};
 pub use pool::{Pool, PoolKey};
@@ -45,25 +42,6 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// frames in a connection's life) would end a connection that others share when many of its streams are cut at once.
 pub const RESET_STREAMS: usize = 4096;
 pub const RESET_MEMORY: Duration = Duration::from_secs(10);
-
-/// Lets everybody else who is ready go first, each time it is woken: what they have to send goes out together. Woken by one of its
-/// streams, a connection would otherwise be run before the others, and write for each of them.
-#[derive(Debug, Default)]
-struct LastOfAll {
-    waited: bool,
-}
-
-impl LastOfAll {
-    fn poll<T>(&mut self, cx: &mut Context<'_>, connection: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
-        self.waited = !self.waited;
-        if self.waited {
-            // A task that wakes itself goes to the end of the queue.
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        connection(cx)
-    }
-}
 
 /// Sends PINGs until one is not answered in time.
 async fn keepalive(mut ping_pong: h2::PingPong) {

@@ -3,3 +3,4 @@
 pub mod netns;
 pub mod relay;
 pub mod socket;
+pub mod turn;

@@ -19,9 +19,10 @@ use tokio::{
 };
 
 use super::{
-    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, LastOfAll, MAX_FRAME, POOL_STREAMS, RESET_MEMORY, RESET_STREAMS,
+    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, RESET_MEMORY, RESET_STREAMS,
     SEND_BUFFER, STREAM_WINDOW, Tunnel, keepalive, tunnel::Held,
 };
+use crate::io::turn::LastOfAll;
 
 /// Why a tunnel could not be opened.
 #[derive(Debug, thiserror::Error)]

@@ -11,11 +11,12 @@ use tokio::{
 };
 
 use super::{
-    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, LastOfAll, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS,
+    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS,
     STREAM_WINDOW, Tunnel,
     headers::{BadRequest, ConnectRequest, parse},
     keepalive,
 };
+use crate::io::turn::LastOfAll;
 
 /// A tunnel somebody asks for. It must be accepted or refused; dropped, it is reset.
 #[derive(Debug)]

@@ -40,7 +40,7 @@ struct Bench {
 /// Its pid file is one of its own: nginx removes that when it ends, whatever it is.
 const NGINX: &str = "daemon off; worker_processes 1; error_log /dev/null;
 events { worker_connections 4096; }
-http { access_log off; keepalive_requests 1000000000; server { listen 8080 reuseport; listen [::]:8080; location / { return 200 '0123456789012345678901234567890123456789012345678901234567890123'; } } }
+http { access_log off; keepalive_requests 1000000000; server { listen 8080 reuseport; listen [::]:8080; listen 8082 http2; listen [::]:8082 http2; location / { return 200 '0123456789012345678901234567890123456789012345678901234567890123'; } } }
 ";
 
 fn main() -> Result<()> {
@@ -67,7 +67,7 @@ fn main() -> Result<()> {
         ..PodSpec::new(name, node)
     };
     for name in ["near", "far"] {
-        let ports = "[{name: http, port: 80, targetPort: 8080}]";
+        let ports = "[{name: http, port: 80, targetPort: 8080}, {name: http2, port: 82, targetPort: 8082}]";
         let yaml =
             format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: {name}}}, ports: {ports}}}\n");
         bed.kubectl_apply(name, &yaml)?;
@@ -131,6 +131,14 @@ fn measurements(bench: &Bench, meshed: bool) -> Vec<(String, Measure)> {
             wrk(bed, c, &url(s), 16, seconds, true)
         };
         all.push((format!("{layer} new connections/s, 16 at a time"), Box::new(measure)));
+    }
+    for n in [1_u32, 32] {
+        let measure = move |bed: &Bed, c: &Pod, s: &Pod| {
+            guard(bed, false)?;
+            let url = if meshed { format!("http://{}:82/", s.name) } else { format!("http://{}/", s.address(8082)) };
+            h2load(bed, c, &url, n, seconds)
+        };
+        all.push((format!("L7 HTTP/2 requests/s, {n} at a time on a connection"), Box::new(measure)));
     }
     let bulk = move |bed: &Bed, c: &Pod, s: &Pod| {
         guard(bed, false)?;
@@ -393,6 +401,17 @@ fn wrk(bed: &Bed, client: &Pod, url: &str, connections: u32, seconds: u32, close
     let line = text.lines().find_map(|l| l.strip_prefix("Requests/sec:")).with_context(|| text.to_string())?;
     ensure!(!text.contains("Non-2xx"), "{text}");
     Ok(line.trim().parse()?)
+}
+
+/// Requests per second of one HTTP/2 connection with so many streams at a time.
+fn h2load(bed: &Bed, client: &Pod, url: &str, streams: u32, seconds: u32) -> Result<f64> {
+    let (streams, duration) = (streams.to_string(), seconds.to_string());
+    let output = bed.run(client, Path::new("/usr/bin/h2load"), &["-c", "1", "-m", &streams, "-D", &duration, url])?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(text.contains(" 0 failed, 0 errored"), "{text}");
+    let line = text.lines().find_map(|l| l.strip_prefix("finished in ")).with_context(|| text.to_string())?;
+    let rate = line.split(", ").find_map(|part| part.strip_suffix(" req/s")).with_context(|| text.to_string())?;
+    Ok(rate.trim().parse()?)
 }
 
 fn iperf(bed: &Bed, client: &Pod, host: &str, seconds: u32) -> Result<f64> {
