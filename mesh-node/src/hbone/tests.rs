@@ -1,18 +1,21 @@
 //! Client, pool and server against each other, in memory and on paused time.
 
 use std::{
+    io,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use tokio::{
-    io::DuplexStream,
-    sync::{mpsc, watch},
+    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
+    sync::{Notify, mpsc, watch},
     time::sleep,
 };
 
@@ -86,6 +89,90 @@ async fn each_direction_ends_on_its_own_and_a_reset_is_no_end() {
     near.reset();
     let (mut from_near, _to_near) = far.halves();
     assert!(from_near.next().await.is_err(), "a reset is an error, not an end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn small_frames_that_have_come_are_one_piece_and_large_ones_are_not_copied() {
+    let (connection, mut server) = connected().await;
+    let (mut near, mut far) = pair(&connection, &mut server).await;
+    let ((mut from_far, _to_far), (_from_near, mut to_near)) = (near.halves(), far.halves());
+    for text in ["head ", "body ", "more"] {
+        to_near.put(Bytes::from_static(text.as_bytes())).await.expect("put");
+    }
+    to_near.finish().await.expect("finish");
+    sleep(Duration::from_millis(1)).await;
+    assert_eq!(from_far.next().await.expect("data").expect("some"), "head body more");
+    assert!(from_far.next().await.expect("end").is_none(), "the end comes after them");
+
+    let (mut near, mut far) = pair(&connection, &mut server).await;
+    let ((mut from_far, _to_far), (_from_near, mut to_near)) = (near.halves(), far.halves());
+    let large = Bytes::from(vec![7; 20_000]);
+    to_near.put(large.clone()).await.expect("put");
+    to_near.put(Bytes::from_static(b"x")).await.expect("put");
+    sleep(Duration::from_millis(1)).await;
+    assert_eq!(from_far.next().await.expect("data").expect("some"), large);
+    assert_eq!(from_far.next().await.expect("data").expect("some"), "x");
+}
+
+/// Counts writes.
+struct Counted {
+    io: DuplexStream,
+    writes: Arc<AtomicUsize>,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        Pin::new(&mut self.io).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_streams_have_to_send_at_once_goes_out_at_once() {
+    // Where the scheduler would run who is woken before all others: not in the test's own task.
+    tokio::spawn(async {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let mut server = serve(far);
+        let writes = Arc::<AtomicUsize>::default();
+        let io = Counted { io: near, writes: writes.clone() };
+        let connection = Connection::handshake(io, std::future::pending()).await.expect("handshake");
+        let go = Arc::new(Notify::new());
+        let (mut tasks, mut ends) = (Vec::new(), Vec::new());
+        for _ in 0..16 {
+            let (mut near, far) = pair(&connection, &mut server).await;
+            ends.push(far);
+            let go = go.clone();
+            tasks.push(tokio::spawn(async move {
+                go.notified().await;
+                near.halves().1.put(Bytes::from_static(b"hello")).await.expect("put");
+                near
+            }));
+        }
+        sleep(Duration::from_millis(50)).await;
+        let before = writes.load(Ordering::Relaxed);
+        go.notify_waiters();
+        for end in &mut ends {
+            assert_eq!(end.halves().0.next().await.expect("data").expect("some"), "hello");
+        }
+        let after = writes.load(Ordering::Relaxed);
+        assert!(after - before <= 4, "{} writes for 16 streams", after - before);
+    })
+    .await
+    .expect("done");
 }
 
 #[tokio::test(start_paused = true)]
