@@ -151,6 +151,7 @@ impl TunnelSource<'_> {
         while first.len().max(self.joined.len()) < GATHERED_MAX && self.end.is_none() {
             let Poll::Ready(next) = self.stream.poll_data(&mut cx) else { return };
             match next {
+                Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => {
                     if self.joined.is_empty() {
                         self.joined.extend_from_slice(first);
@@ -161,6 +162,11 @@ impl TunnelSource<'_> {
                 None => self.end = Some(Ok(())),
             }
         }
+    }
+
+    /// All of them, and no memory is kept for more.
+    fn take_joined(&mut self) -> Bytes {
+        std::mem::take(self.joined).freeze()
     }
 
     /// Takes one more frame into the joined ones. False when there will be none.
@@ -180,7 +186,7 @@ impl TunnelSource<'_> {
 impl Source for TunnelSource<'_> {
     async fn next(&mut self) -> io::Result<Option<Bytes>> {
         if !self.joined.is_empty() {
-            return Ok(Some(self.joined.split().freeze()));
+            return Ok(Some(self.take_joined()));
         }
         if let Some(end) = self.end.take() {
             return end.map(|()| None);
@@ -190,7 +196,7 @@ impl Source for TunnelSource<'_> {
             Some(first) => first?,
         };
         self.gather(&first);
-        Ok(Some(if self.joined.is_empty() { first } else { self.joined.split().freeze() }))
+        Ok(Some(if self.joined.is_empty() { first } else { self.take_joined() }))
     }
 
     fn passed_on(&mut self, n: usize) {

@@ -11,12 +11,15 @@ pub struct LastOfAll {
 
 impl LastOfAll {
     pub fn poll<T>(&mut self, cx: &mut Context<'_>, connection: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
-        self.waited = !self.waited;
-        if self.waited {
+        if !self.waited {
+            self.waited = true;
             // A task that wakes itself goes to the end of the queue.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        connection(cx)
+        let polled = connection(cx);
+        // What is ready may have more that is.
+        self.waited = polled.is_ready();
+        polled
     }
 }

@@ -200,6 +200,7 @@ fn told() -> Vec<Of> {
         ("x-22", "%PATH(NQ)%"),
         ("x-23", "%BYTES_SENT%"),
         ("x-24", "%GRPC_STATUS%"),
+        ("x-25", "%PATH(WQ:PATH)% %PATH% %PATH(NQ:ORIG_OR_PATH)%"),
         ("x-v", "%REQ(x-none)%"),
         ("x-up", "%RESP(x-none)%"),
         ("x-w", "%REQ(x-w)%%REQ(x-v)%"),
@@ -222,6 +223,21 @@ fn told() -> Vec<Of> {
             "added-to-answers",
             json!({"response": {"add": all(), "remove": ["x-up"]}, "request": {"set": {"x-w": "changed"}}}),
             json!({"response_headers_to_add": theirs(add), "response_headers_to_remove": ["x-up"], "request_headers_to_add": [set("x-w", "changed")]}),
+        ),
+        (
+            "of-what-was-rewritten",
+            json!([rule(json!({"match": [{"uri": {"prefix": "/a"}}], "rewrite": {"uri": "/new"}, "headers": {
+                "request": {"set": {"x-was": "%REQ(:PATH)% %PATH%"}},
+                "response": {"set": {"x-was": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "x-is": "%REQ(:PATH)%", "x-path": "%PATH(NQ)% %PATH(NQ:ORIG)% %PATH(NQ:PATH)%"}}}}))]),
+            json!([route(
+                json!({"prefix": "/a"}),
+                json!({"prefix_rewrite": "/new"}),
+                json!({
+                "request_headers_to_add": [set("x-was", "%REQ(:PATH)% %PATH%")],
+                "response_headers_to_add": [set("x-was", "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%"), set("x-is", "%REQ(:PATH)%"),
+                    set("x-path", "%PATH(NQ)% %PATH(NQ:ORIG)% %PATH(NQ:PATH)%")]})
+            )]),
+            paths,
         ),
         (
             "in-a-direct-response",

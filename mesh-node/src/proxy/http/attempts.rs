@@ -111,6 +111,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
             self.record.attempts = self.number;
             self.record.endpoint = Some(address);
+            self.record.upstream_local = None;
             self.record.place(self.edge(address, &endpoint));
             self.upload.rewind();
             self.deadlines.attempt = None;

@@ -28,7 +28,7 @@ use crate::{
     report::{entry::Asked, format::Template, kept::Wanted},
     route::{
         Cluster, Target, Workload,
-        matching::Context,
+        matching::{Context, PathMatch},
         request::{RequestHead, renormalised},
         retry::{Reset, RetryPolicy, default_policy},
         rewrite,
@@ -131,7 +131,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         }
         let Some(table) = &port.routes.http else {
             let forward = Forward::as_dialled(port.cluster.clone(), &snapshot, source, &service.name);
-            return self.forward(head, forward, None).await;
+            return self.forward(head, forward).await;
         };
         let verified = if table.asks_claims { self.claims(&snapshot, &port.cluster, &head).await } else { None };
         let context = Context { source, port: port.port, claims: verified.as_ref() };
@@ -142,6 +142,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let rule = &*resolved.rule;
         self.record.routed(&rule.name, &table.origin);
         let picked = if let Action::Forward(all) = &rule.action { pick_destination(resolved, all) } else { None };
+        self.record.cluster = picked.as_ref().map(|(cluster, _)| cluster.clone());
         if let Some(end) = self.fault(rule, picked.as_ref().map(|(_, destination)| *destination), &head).await {
             return end;
         }
@@ -159,8 +160,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     None => None,
                 };
                 let Some((cluster, destination)) = picked else { return self.missing(rule).await };
-                let tell = |template: &Template, asked: Asked<'_>| self.record.tell(template, Some(asked), None);
-                let original = rewrite::request(&mut head, rule, path, Some(destination), tell);
+                let rewritten = self.rewrite(&mut head, rule, path, destination);
                 let forward = Forward {
                     cluster,
                     rule: Some(rule),
@@ -172,7 +172,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     asked: asked_of(&head, rule, Some(destination)),
                 };
                 let mirrors = Self::mirrors(resolved);
-                self.forward_rewritten(head, forward, original, mirrors).await
+                self.forward_rewritten(head, forward, rewritten, mirrors).await
             }
             Action::Delegate { .. } => self.missing(rule).await,
         }
@@ -341,21 +341,20 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         all.filter(|(mirror, _)| mirror.share.hit(fastrand::u32(..))).filter_map(|(_, cluster)| cluster.clone()).collect()
     }
 
-    async fn forward(&mut self, head: RequestHead, forward: Forward<'_>, original: Option<HeaderValue>) -> End {
-        self.forward_rewritten(head, forward, original, Vec::new()).await
+    async fn forward(&mut self, head: RequestHead, forward: Forward<'_>) -> End {
+        self.forward_rewritten(head, forward, false, Vec::new()).await
     }
 
-    async fn forward_rewritten(
-        &mut self,
-        mut head: RequestHead,
-        forward: Forward<'_>,
-        original: Option<HeaderValue>,
-        mirrors: Vec<Arc<Cluster>>,
-    ) -> End {
-        let changed = original.is_some() || forward.changes_headers();
-        if let Some(original) = original {
-            head.headers.insert(headers::ORIGINAL_PATH.clone(), original);
-        }
+    /// Makes of a request what its rule and destination say; whether that is another path.
+    fn rewrite(&self, head: &mut RequestHead, rule: &Rule, matched: Option<&PathMatch>, destination: &Weighted) -> bool {
+        let tell = |template: &Template, asked: Asked<'_>| self.record.tell(template, Some(asked), None);
+        let Some(original) = rewrite::request(head, rule, matched, Some(destination), tell) else { return false };
+        head.headers.insert(headers::ORIGINAL_PATH.clone(), original);
+        true
+    }
+
+    async fn forward_rewritten(&mut self, head: RequestHead, forward: Forward<'_>, rewritten: bool, mirrors: Vec<Arc<Cluster>>) -> End {
+        let changed = rewritten || forward.changes_headers();
         self.record.sent(&head, changed);
         self.record.cluster = Some(forward.cluster.clone());
         let state = self.down.pod.clusters.of(&forward.cluster);
@@ -477,7 +476,7 @@ fn respond_as(headers: &mut HeaderMap, rule: Option<&Rule>, destination: Option<
 /// What is asked for, if answers are to be told of that.
 fn asked_of(head: &RequestHead, rule: &Rule, destination: Option<&Weighted>) -> Option<Box<Described>> {
     let tells = rule.headers.response.tells() || destination.is_some_and(|d| d.headers.response.tells());
-    tells.then(|| Box::new(Described::of(head, &Wanted::All)))
+    tells.then(|| Box::new(Described::rewritten(head, &Wanted::All)))
 }
 
 fn cors_headers(headers: &mut HeaderMap, cors: Option<&CorsAnswer>) {

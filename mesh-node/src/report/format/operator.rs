@@ -76,8 +76,12 @@ enum Plain {
     ResponseFlagsLong,
     ResponseDuration,
     ResponseTxDuration,
+    /// As the client sent it.
     Path,
     PathWithoutQuery,
+    /// As it went on.
+    SentPath,
+    SentPathWithoutQuery,
     Nothing,
 }
 
@@ -237,8 +241,12 @@ fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<Plain, String
         (Some(Plain::GrpcStatus), Some("NUMBER")) => Plain::GrpcStatusNumber,
         (Some(Plain::Path), Some(options)) => {
             match options.split(':').find(|o| !["NQ", "WQ", "ORIG", "PATH", "ORIG_OR_PATH"].contains(o)) {
-                None if options.starts_with("NQ") => Plain::PathWithoutQuery,
-                None => Plain::Path,
+                None => match (options.starts_with("NQ"), options.ends_with(":PATH")) {
+                    (false, false) => Plain::Path,
+                    (true, false) => Plain::PathWithoutQuery,
+                    (false, true) => Plain::SentPath,
+                    (true, true) => Plain::SentPathWithoutQuery,
+                },
                 Some(other) => return Err(format!("%{text}%: {other:?} is none of NQ, WQ, ORIG, PATH, ORIG_OR_PATH")),
             }
         }
@@ -366,6 +374,8 @@ impl Plain {
             Self::ResponseTxDuration => entry.answered_after.and_then(|after| millis(entry.duration.saturating_sub(after))),
             Self::Path => text(entry.request.map(|r| r.path)),
             Self::PathWithoutQuery => text(entry.request.and_then(|r| r.path.split('?').next())),
+            Self::SentPath => text(entry.request.map(|r| r.sent_path)),
+            Self::SentPathWithoutQuery => text(entry.request.and_then(|r| r.sent_path.split('?').next())),
             Self::Nothing => None,
             Self::PeerUriSan => entry.peer.map(|p| Operand::Shown(p)),
             Self::LocalUriSan => entry.local.map(|p| Operand::Shown(p)),

@@ -3,6 +3,7 @@
 use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 
 use crate::{
+    proxy::http::headers::ORIGINAL_PATH,
     report::{
         entry::Asked,
         kept::{Kept, Wanted},
@@ -56,6 +57,16 @@ impl Described {
             scheme: head.scheme.as_str(),
             headers: Kept::of(&head.headers, wanted),
             response_headers: None,
+        }
+    }
+
+    /// A request as it goes on, which says itself what its path was before.
+    pub fn rewritten(head: &RequestHead, wanted: &Wanted) -> Self {
+        let before = head.headers.get(&ORIGINAL_PATH).and_then(|path| PathAndQuery::try_from(path.as_bytes()).ok());
+        let now = Self::of(head, wanted);
+        match before {
+            Some(path) => Self { path: Target::Path(path), sent: Some(head.target.clone()), ..now },
+            None => now,
         }
     }
 
