@@ -203,11 +203,16 @@ fn a_program_that_sends_without_a_copy_is_told_when_that_is_done() {
     }
     assert_eq!((reached(&bed, "accelerated"), reached(&bed, "special")), (0.0, 2.0));
     // Asked for in the midst of a conversation, it is had as soon as the connection has left.
-    let report = end(start(&bed, &client, "soak", &["zerocopy", &near.address(9000), "400000", "--late"]));
-    assert_eq!((&report["read"], &report["sent"]), (&400_000.into(), &400.into()), "{report}");
-    assert!(report["told"].as_u64() > Some(350), "{report}");
-    assert!(reached(&bed, "accelerated") > 0.0);
-    assert_eq!(reached(&bed, "special"), 3.0);
+    talk_until(
+        "proxy",
+        || reached(&bed, "accelerated") > 0.0,
+        || {
+            let report = end(start(&bed, &client, "soak", &["zerocopy", &near.address(9000), "400000", "--late"]));
+            assert_eq!((&report["read"], &report["sent"]), (&400_000.into(), &400.into()), "{report}");
+            assert!(report["told"].as_u64() > Some(350), "{report}");
+        },
+    );
+    assert!(reached(&bed, "special") >= 3.0);
 }
 
 #[test]
@@ -218,19 +223,39 @@ fn a_program_that_changes_its_mind_about_blocking_is_learned() {
         let reached =
             |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
         let flip = |bed: &Bed| end(start(bed, &client, "soak", &["flip", &near.address(9000), "1000000"]));
-        assert_eq!(flip(&bed)["read"], 1_000_000, "{same_node}");
-        assert!(reached(&bed, "accelerated") > 0.0 && reached(&bed, "blocking") > 0.0, "{same_node}: entered, and left");
+        let left = || reached(&bed, "accelerated") > 0.0 && reached(&bed, "blocking") > 0.0;
+        talk_until(same_node, left, || assert_eq!(flip(&bed)["read"], 1_000_000, "{same_node}"));
         assert_eq!(reached(&bed, "unfit"), 0.0);
         let before = reached(&bed, "accelerated");
         assert_eq!(flip(&bed)["read"], 1_000_000, "{same_node}");
         assert!(reached(&bed, "unfit") > 0.0, "{same_node}");
         // Through the proxy the server's own hop still is; nothing of the client's.
         let server_hops = if same_node == "proxy" { 1.0 } else { 0.0 };
-        assert_eq!(reached(&bed, "accelerated"), before + server_hops, "{same_node}");
-        let talk = end(start(&bed, &other, "soak", &["run", &near.address(9000), "1", "200000", "--turns", "--stay", "2"]));
-        assert_eq!(talk["done"], 1);
-        assert!(reached(&bed, "accelerated") > before + server_hops, "{same_node}: other pods are as they were");
+        assert!((before..=before + server_hops).contains(&reached(&bed, "accelerated")), "{same_node}");
+        // Other pods are as they were: more of theirs is than the server's own hops.
+        let (before, talks) = (reached(&bed, "accelerated"), std::cell::Cell::new(0.0));
+        talk_until(
+            same_node,
+            || reached(&bed, "accelerated") > before + server_hops * talks.get(),
+            || {
+                let talk = end(start(&bed, &other, "soak", &["run", &near.address(9000), "1", "200000", "--turns", "--stay", "2"]));
+                assert_eq!(talk["done"], 1);
+                talks.set(talks.get() + 1.0);
+            },
+        );
     }
+}
+
+/// Has a program talk until something is so, a few times at most: the server pauses at random, and who is looked at in a pause is not
+/// seen to take anything.
+fn talk_until(what: &str, is: impl Fn() -> bool, mut talk: impl FnMut()) {
+    for _ in 0..5 {
+        talk();
+        if is() {
+            return;
+        }
+    }
+    panic!("{what}: not after five talks");
 }
 
 #[test]
@@ -244,12 +269,16 @@ fn io_uring_is_as_on_tcp() {
             let to = near.address(9000);
             end(start(bed, &client, "soak", &[&["uring", &to, "1000000"], more].concat()))
         };
-        let report = talk(&bed, &[]);
-        assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
-        assert!(reached(&bed, "accelerated") > 0.0, "{same_node}");
-        let report = talk(&bed, &["--blocking"]);
-        assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
-        assert!(reached(&bed, "blocking") > 0.0, "{same_node}");
+        for (state, more) in [("accelerated", &[][..]), ("blocking", &["--blocking"])] {
+            talk_until(
+                same_node,
+                || reached(&bed, state) > 0.0,
+                || {
+                    let report = talk(&bed, more);
+                    assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
+                },
+            );
+        }
     }
 }
 
@@ -262,17 +291,16 @@ fn who_reads_by_other_means_is_left_to_tcp() {
             |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
         let mut talks = 0.0;
         for to in [near.address(9000), near.address6(9000)] {
-            // The server pauses at random, and who is looked at in a pause is not seen to take anything: it may take another talk.
             let before = reached(&bed, "spliced");
-            for _ in 0..5 {
-                let report = end(start(&bed, &client, "soak", &["splice", &to, "1000000"]));
-                assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
-                talks += 1.0;
-                if reached(&bed, "spliced") > before {
-                    break;
-                }
-            }
-            assert!(reached(&bed, "spliced") > before, "{same_node}: {to}");
+            talk_until(
+                same_node,
+                || reached(&bed, "spliced") > before,
+                || {
+                    let report = end(start(&bed, &client, "soak", &["splice", &to, "1000000"]));
+                    assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
+                    talks += 1.0;
+                },
+            );
         }
         // Through the proxy the server's own hop is, and that alone.
         let (least, most) = if same_node == "proxy" { (1.0, talks) } else { (0.0, 0.0) };
