@@ -8,7 +8,7 @@ use super::{Case, End, cases::case};
 
 const ANSWER: &str = "HTTP/1.1 200 OK\r\nx-up: 1\r\nx-rm: gone\r\nx-add: up\r\nx-set: up\r\ncontent-length: 2\r\n\r\nok";
 /// Sets of rules, and requests to each.
-const ROUTES: u64 = 30;
+const ROUTES: u64 = 20;
 const REQUESTS: usize = 6;
 
 pub fn pick<'a, T: ?Sized>(rng: &mut Rng, of: &[&'a T]) -> &'a T {
