@@ -43,6 +43,7 @@ const TESTS: &[Package] = &[
 
 const BENCH: &[Package] = &[
     Package { file: "/usr/bin/wrk", package: "wrk", why: "the load of the benches" },
+    Package { file: "/usr/bin/h2load", package: "nghttp2-client", why: "the load of HTTP/2 of the benches" },
     Package { file: "/usr/sbin/nginx", package: "nginx-light", why: "the server of the benches" },
     Package { file: "/usr/bin/iperf3", package: "iperf3", why: "the bulk stream of the benches" },
 ];
