@@ -11,7 +11,7 @@ use super::{
 };
 
 /// Sets of policies, and requests to each.
-const POLICIES: u64 = 10;
+const POLICIES: u64 = 30;
 const REQUESTS: usize = 8;
 
 const PATHS: [&str; 8] = ["/", "/a", "/a/b", "/ab", "/b", "/b/a", "/a/b/c", "/A"];
