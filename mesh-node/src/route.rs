@@ -25,7 +25,7 @@ use crate::{
     id::{ObjectName, SpiffeId, WorkloadUid},
     policy::WorkloadPolicy,
     report::Reporting,
-    resource::selector::Labels,
+    resource::{kube::WorkloadKind, selector::Labels},
 };
 
 /// A pod, as the data path sees it.
@@ -35,6 +35,7 @@ pub struct Workload {
     pub name: ObjectName,
     /// What made it, as Istio names workloads in metrics.
     pub workload_name: Arc<str>,
+    pub workload_kind: WorkloadKind,
     pub node: Arc<str>,
     pub identity: SpiffeId,
     pub labels: Labels,

@@ -252,12 +252,14 @@ fn thousands_of_short_connections_leave_nothing_behind() {
     // Whatever changes has all flows gone through while events of them are under way: none is counted twice for it.
     let mut changes = 0;
     while direct(&bed) < f64::from(COUNT) && changes < 1000 {
+        changes += 1;
+        let t = std::time::Instant::now();
         policy(
             &bed,
             "elsewhere",
             &format!("{{selector: {{matchLabels: {{app: nobody}}}}, rules: [{{to: [{{operation: {{ports: [\"{changes}\"]}}}}]}}]}}"),
         );
-        changes += 1;
+        eprintln!("CHANGE {changes} {:?}", t.elapsed());
     }
     let report = end(churn);
     assert_eq!(report["failed"], 0, "{report}");

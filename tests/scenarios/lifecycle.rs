@@ -155,6 +155,28 @@ fn a_polite_stop_fails_open_while_it_still_waits_for_connections() {
     assert!(new["failed"].as_u64().is_some_and(|n| n <= 2) && new["worked"].as_u64().is_some_and(|n| n > 100), "{new}");
 }
 
+/// What is open when a node is told to stop has the time Kubernetes gives, and no more than who says so again.
+#[test]
+fn connections_end_within_the_time_given_or_when_told_again() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--termination-grace-period", "14"])).expect("bed");
+    let [client, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("far", 1)]).expect("pods");
+    let open = start(&bed, &client, &["steady", &far.address(8080), "7"]);
+    std::thread::sleep(Duration::from_millis(500));
+    bed.node(0).stop().expect("stopped");
+    let open = end(open);
+    assert!(open.get("error").is_none(), "it was open for longer than five seconds after: {open}");
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    let open = start(&bed, &client, &["steady", &far.address(8080), "9"]);
+    std::thread::sleep(Duration::from_millis(500));
+    let drain = bed.nodes()[0].run(&program("meshctl"), &["drain", "--timeout", "1"]).expect("meshctl");
+    assert_eq!(drain.status.code(), Some(1), "it waits for what is open");
+    let began = std::time::Instant::now();
+    bed.node(0).stop().expect("stopped");
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(end(open).get("error").is_some(), "cut");
+}
+
 #[test]
 fn a_restart_with_the_other_fail_mode_takes_effect() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

@@ -68,6 +68,20 @@ struct Came {
     end: String,
 }
 
+/// Whether a stream has ended in what came.
+pub fn has_answer(read: &[u8]) -> bool {
+    let mut rest = read;
+    while let Some((head, after)) = rest.split_at_checked(HEAD) {
+        let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+        let Some((_, after)) = after.split_at_checked(length) else { break };
+        if matches!(head[3], HEADERS | DATA) && head[4] & END_STREAM != 0 || matches!(head[3], RST_STREAM | GOAWAY) {
+            return true;
+        }
+        rest = after;
+    }
+    false
+}
+
 /// What came, stream by stream, and how the connection ended. Left out is what says nothing about a request: settings, windows, and how
 /// many frames a body is.
 pub fn told(read: &[u8], end: &str) -> String {

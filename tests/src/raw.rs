@@ -12,6 +12,7 @@ use socket2::SockRef;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
+    sync::watch,
     time::{sleep, timeout},
 };
 
@@ -37,6 +38,10 @@ pub type Reached = Arc<Mutex<Vec<String>>>;
 
 /// How long nothing has to come until it is taken to be all.
 const SILENCE: Duration = Duration::from_millis(300);
+/// How long an answer is waited for that has to be there.
+const LONG: Duration = Duration::from_secs(5);
+/// In place of a piece: what comes after it is sent when a stream of HTTP/2 has been answered.
+pub const ANSWERED: &[u8] = b"\0answered";
 /// Between pieces.
 const PAUSE: Duration = Duration::from_millis(40);
 
@@ -102,10 +107,15 @@ async fn serve(mut stream: TcpStream, answer: &Answer, reached: &Reached) -> io:
 pub async fn converse(stream: TcpStream, pieces: &[Vec<u8>], heads: &[bool]) -> String {
     let (mut reader, mut writer) = stream.into_split();
     let to_send = pieces.to_vec();
+    let (answered, mut answer) = watch::channel(false);
     let sending = tokio::spawn(async move {
         for (i, piece) in to_send.iter().enumerate() {
             if i > 0 {
                 sleep(PAUSE).await;
+            }
+            if piece == ANSWERED {
+                let _ = timeout(LONG, answer.wait_for(|is| *is)).await;
+                continue;
             }
             // It may answer and close before all is sent.
             if piece.is_empty() {
@@ -123,7 +133,12 @@ pub async fn converse(stream: TcpStream, pieces: &[Vec<u8>], heads: &[bool]) -> 
     let end = loop {
         match timeout(SILENCE, reader.read(&mut chunk)).await {
             Ok(Ok(0)) => break "FIN",
-            Ok(Ok(n)) => read.extend_from_slice(&chunk[..n]),
+            Ok(Ok(n)) => {
+                read.extend_from_slice(&chunk[..n]);
+                if pieces.iter().any(|piece| piece == ANSWERED) && frames::has_answer(&read) {
+                    answered.send_replace(true);
+                }
+            }
             Ok(Err(_)) => break "RST",
             Err(_) if sending.as_ref().is_some_and(|s| !s.is_finished()) => {}
             Err(_) => match sending.take() {

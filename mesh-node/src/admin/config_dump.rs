@@ -55,7 +55,7 @@ fn workload(w: &Workload, cluster: &str) -> Value {
     json!({
         "uid": uid(w, cluster), "workloadIps": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
         "name": &*w.name.name, "namespace": &*w.name.namespace, "serviceAccount": account(w),
-        "workloadName": &*w.workload_name, "workloadType": "pod",
+        "workloadName": &*w.workload_name, "workloadType": w.workload_kind.name(),
         "canonicalName": w.canonical_service().unwrap_or(&w.workload_name), "canonicalRevision": w.canonical_revision().unwrap_or("latest"),
         "clusterId": cluster, "trustDomain": w.identity.trust_domain().as_str(),
         "locality": {"region": &*w.locality.region, "zone": &*w.locality.zone, "subzone": &*w.locality.subzone},

@@ -34,9 +34,6 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a released pod's listeners go on, for peers that have not heard of it yet.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
-/// How long connections may go on after the process was told to stop.
-const STOP_GRACE: Duration = Duration::from_secs(5);
-
 /// How long access logs may take to be written then, and spans to be sent.
 const LOG_GRACE: Duration = Duration::from_millis(500);
 
@@ -61,6 +58,8 @@ pub struct NodeSettings {
     pub metrics: SocketAddr,
     /// Where readiness alone is.
     pub readiness: SocketAddr,
+    /// How long what is under way may go on when the process is to stop.
+    pub drain: Duration,
 }
 
 /// Where certificates come from.
@@ -192,8 +191,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };
     tokio::select! {
         stopped = reconciler.run(discovery, config) => stopped?,
-        signal = stop_signal() => tracing::info!(target: "app", signal = signal?, "stopping"),
-        () = node.stop.notified() => tracing::info!(target: "app", "stopping, as asked"),
+        how = told_to_stop(&node) => tracing::info!(target: "app", how = how?, "stopping"),
     }
     node.stopping.store(true, Ordering::Relaxed);
     reconciler.stop().await;
@@ -225,6 +223,14 @@ fn raise_descriptor_limit() -> nix::Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(hard)
+}
+
+/// Completes when the node is told to stop, by a signal or by who may ask for it; with how.
+async fn told_to_stop(node: &Node) -> anyhow::Result<&'static str> {
+    tokio::select! {
+        signal = stop_signal() => signal,
+        () = node.stop.notified() => Ok("drain"),
+    }
 }
 
 pub(super) async fn stop_signal() -> anyhow::Result<&'static str> {
@@ -463,12 +469,19 @@ impl Reconciler {
         }
         self.node.proxy.spans.flush(LOG_GRACE).await;
         self.node.proxy.pool.close();
-        let deadline = tokio::time::Instant::now() + STOP_GRACE;
+        let deadline = tokio::time::Instant::now() + self.node.settings.drain;
         let metrics = self.node.proxy.metrics.clone();
+        let mut again = std::pin::pin!(told_to_stop(&self.node));
         while metrics.open_connections.get() + metrics.http_active.get() > 0 && tokio::time::Instant::now() < deadline {
             // What is kept for requests that do not come any more keeps nobody.
             pods.iter().for_each(|p| p.clusters.retire());
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+                Ok(how) = &mut again => {
+                    tracing::warn!(target: "app", how, open = metrics.open_connections.get(), "told to stop again: what is open is cut");
+                    break;
+                }
+            }
         }
         // What was let finish is told while its pods can still be asked for.
         self.node.proxy.spans.flush(LOG_GRACE).await;

@@ -18,7 +18,7 @@ use super::{CaptureError, diag, object, octets, sys};
 use crate::io::netns::Netns;
 
 /// Most events taken in at once.
-const BATCH: usize = 1024;
+const BATCH: usize = 64;
 
 /// Whose connections, and to which address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

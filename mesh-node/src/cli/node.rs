@@ -17,6 +17,9 @@ use crate::{
     tls::KeyExchange,
 };
 
+/// What stopping takes beside waiting for what is under way.
+const STOPPING: Duration = Duration::from_secs(5);
+
 /// Sidecarless service mesh for the pods of one node: eBPF capture, HBONE mutual TLS, policy.
 #[derive(Debug, Parser)]
 #[command(name = "mesh-node", version, about)]
@@ -127,6 +130,10 @@ struct RunArgs {
     /// Where readiness alone is served, for the kubelet: /healthz/ready.
     #[arg(long, env = "MESH_READINESS", value_name = "ADDRESS", default_value = "[::]:15021")]
     readiness: SocketAddr,
+    /// Seconds Kubernetes gives the process to end, `terminationGracePeriodSeconds` of its pod: what is under way when it is told to stop
+    /// has all of them but five to end by itself, at least half of them.
+    #[arg(long, env = "TERMINATION_GRACE_PERIOD_SECONDS", value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    termination_grace_period: u64,
     /// Worker threads [default: one for every two CPUs: the others are the applications', and a request that stays on one thread is faster].
     #[arg(long, env = "MESH_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
@@ -340,8 +347,14 @@ impl RunArgs {
             admin_socket: self.admin_socket.filter(|p| !p.as_os_str().is_empty()),
             metrics: self.metrics,
             readiness: self.readiness,
+            drain: drain_period(self.termination_grace_period),
         })
     }
+}
+
+/// How long what is under way may go on, so that the process is done in time.
+fn drain_period(termination_grace: u64) -> Duration {
+    Duration::from_secs(termination_grace).saturating_sub(STOPPING.min(Duration::from_secs(termination_grace) / 2))
 }
 
 fn uninstall(args: &KernelArgs) -> anyhow::Result<()> {

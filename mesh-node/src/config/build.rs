@@ -217,6 +217,7 @@ impl<'a> Builder<'a> {
             uid: pod.uid.clone(),
             name: name.clone(),
             workload_name: pod.workload_name.clone(),
+            workload_kind: pod.workload_kind,
             node: pod.node.clone(),
             identity,
             labels: pod.labels.clone(),

@@ -135,8 +135,12 @@ impl Direct {
             tokio::select! {
                 heard = events.next() => match heard {
                     Ok(heard) => {
-                        let (mut state, snapshot) = (self.lock(), self.proxy.config.load());
-                        heard.iter().for_each(|flow| state.hear(&self.proxy, &snapshot, flow));
+                        {
+                            let (mut state, snapshot) = (self.lock(), self.proxy.config.load());
+                            heard.iter().for_each(|flow| state.hear(&self.proxy, &snapshot, flow));
+                        }
+                        // While there are always more, others have their turn between.
+                        tokio::task::yield_now().await;
                     }
                     Err(error) => {
                         tracing::error!(target: "proxy", %error, "events of direct connections cannot be read any more");

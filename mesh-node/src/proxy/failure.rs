@@ -124,6 +124,34 @@ impl Failure {
         }
     }
 
+    /// Whether it was over before it was known where the connection was to go: ztunnel tells of these with a warning, and counts none of
+    /// them as opened.
+    pub fn is_early(&self) -> bool {
+        match self {
+            Self::LostOriginalDestination
+            | Self::ReservedPort(_)
+            | Self::NoSuchPort { .. }
+            | Self::NoEndpoint(_)
+            | Self::NotInRegistry(_)
+            | Self::TooManyConnections
+            | Self::UnknownWorkload
+            | Self::BadRequest(_)
+            | Self::ForeignAuthority(_) => true,
+            Self::Overflow(_)
+            | Self::NotServedYet
+            | Self::Identity(_)
+            | Self::Dial { .. }
+            | Self::DialPeer { .. }
+            | Self::DialTimeout(_)
+            | Self::Tls { .. }
+            | Self::Tunnel(_)
+            | Self::Denied(_)
+            | Self::Application { .. }
+            | Self::Broken(_)
+            | Self::Cut(_) => false,
+        }
+    }
+
     /// Whether nothing has reached the application and the same connection may succeed a moment later: the destination's
     /// node has not finished enrolling it, or another endpoint may answer.
     pub fn retryable(&self) -> bool {

@@ -1,5 +1,7 @@
 //! Out of a pod: from a captured connection to the destination it was meant for.
 
+mod tunnel;
+
 use std::{
     future::Future,
     io,
@@ -11,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -30,10 +32,7 @@ use crate::{
     balance::{self, Asker, outlier::Event},
     config::{OutboundPolicy, Snapshot},
     detect,
-    hbone::{
-        Connection, PoolKey, Tunnel, TunnelError,
-        headers::{Authority, Forwarded, TraceParent, baggage, build},
-    },
+    hbone::{Tunnel, TunnelError, headers::Forwarded},
     id::ObjectName,
     io::{
         relay::{Broken, Prefixed, Traffic, relay},
@@ -46,14 +45,11 @@ use crate::{
         traffic::{Balancer, HashKey},
     },
     telemetry::ReasonLabels,
-    tls::{self, HandshakeFailure},
 };
 
 /// How long attempts go on while the destination's node is still enrolling it, and how far apart they are.
 pub(super) const RETRY_FOR: Duration = Duration::from_secs(3);
 const RETRY_EVERY: Duration = Duration::from_millis(50);
-/// The destination's node answers after its application has: its own time to connect, and ours.
-const TUNNEL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A captured connection, as accepted on the outbound listener.
 pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, original: Option<SocketAddr>) {
@@ -529,7 +525,7 @@ impl<'d> Dial<'d> {
                     client: SocketAddr::new(client_address(pod, *client, to), client.port()),
                     host: service.map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace)),
                 };
-                Stream::Tunnel(Box::new(open_tunnel(proxy, pod, to, source, &workload, &forwarded).await?))
+                Stream::Tunnel(Box::new(tunnel::open(proxy, pod, to, source, &workload, &forwarded).await?))
             }
         })
     }
@@ -574,49 +570,4 @@ fn mirrored(failure: &Failure) -> Failure {
         _ => ::http::StatusCode::SERVICE_UNAVAILABLE,
     };
     Failure::Tunnel(TunnelError::Refused(status))
-}
-
-/// Another node: a CONNECT stream on a pooled connection between these two workloads.
-async fn open_tunnel(
-    proxy: &Arc<Proxy>,
-    pod: &Arc<ServedPod>,
-    to: SocketAddr,
-    source: &Arc<Workload>,
-    destination: &Arc<Workload>,
-    forwarded: &Forwarded,
-) -> Result<Tunnel, Failure> {
-    let key = PoolKey {
-        source: source.identity.clone(),
-        source_workload: source.uid.clone(),
-        destination: destination.identity.clone(),
-        destination_workload: destination.uid.clone(),
-        address: hbone_address(to),
-    };
-    let trace = TraceParent::fresh(fastrand::u128(..), fastrand::u64(..));
-    let carried = baggage([
-        ("k8s.namespace.name", Some(&*source.name.namespace)),
-        ("k8s.pod.name", Some(&*source.name.name)),
-        ("service.name", source.canonical_service()),
-        ("service.version", source.canonical_revision()),
-    ]);
-    let request = || build(&Authority::Address(to), forwarded, &carried, trace).map_err(|e| Failure::Broken(io::Error::other(e)));
-    let connect = || dial_hbone(proxy.clone(), pod.clone(), key.clone());
-    let opened = timeout_at(Instant::now() + TUNNEL_TIMEOUT, proxy.pool.open(&key, request, connect)).await;
-    opened.unwrap_or(Err(Failure::Tunnel(TunnelError::Timeout)))
-}
-
-async fn dial_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, key: PoolKey) -> Result<Connection, Failure> {
-    let credentials = proxy.identity.credentials(&key.source).await.map_err(Failure::Identity)?;
-    let stream = connect(&pod, key.address, CONNECT_TIMEOUT).await.map_err(|failure| match failure {
-        Failure::Dial { to, source } => Failure::DialPeer { to, source },
-        other => other,
-    })?;
-    let handshake = timeout(CONNECT_TIMEOUT, tls::connect(&credentials, key.destination.clone(), stream)).await;
-    let (stream, peer) = handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(|source| {
-        let kind = HandshakeFailure::of(&source);
-        proxy.metrics.handshake_failure("client", kind.reason());
-        Failure::Tls { kind, source }
-    })?;
-    let revoked = credentials.trust().clone().revoked(peer.chain);
-    Ok(Connection::handshake(stream, revoked).await?)
 }

@@ -25,7 +25,7 @@ use crate::{
     route::Workload,
     telemetry::{
         PathLabels, chain,
-        traffic::{Reporter, Tags, TcpKey},
+        traffic::{Edge, Reporter, Tags, TcpKey},
     },
 };
 
@@ -117,20 +117,12 @@ impl Outcome {
 
     /// The connection is established end to end.
     pub fn opened(&mut self) {
-        let told = self.told();
-        let key = TcpKey { flags: "-", tags: self.tags(told) };
-        let ends = Ends {
-            reporter: self.direction.reporter(),
-            source: (self.source.workload.as_deref(), self.source.identity.as_ref()),
-            destination: (self.destination.workload.as_deref(), self.destination.identity.as_ref()),
-            service: self.service(),
-        };
-        let metrics = &self.proxy.metrics;
-        let edge = ends.edge(metrics, &told.map(|t| t.tags.clone()).unwrap_or_default());
+        let key = TcpKey { flags: "-", tags: self.tags() };
+        let edge = self.edge();
         if let Some(edge) = &edge {
             edge.opened(&key);
         }
-        let path = self.path();
+        let (path, metrics) = (self.path(), &self.proxy.metrics);
         metrics.open_connections.inc();
         metrics.connections.get_or_create(&PathLabels { direction: self.direction.name(), path: path.name() }).inc();
         let open = Arc::new(Open {
@@ -149,6 +141,17 @@ impl Outcome {
         });
         self.proxy.open.insert(open.clone());
         self.opened = Some(open);
+    }
+
+    /// Where it is counted.
+    fn edge(&self) -> Option<Arc<Edge>> {
+        let ends = Ends {
+            reporter: self.direction.reporter(),
+            source: (self.source.workload.as_deref(), self.source.identity.as_ref()),
+            destination: (self.destination.workload.as_deref(), self.destination.identity.as_ref()),
+            service: self.service(),
+        };
+        ends.edge(&self.proxy.metrics, &self.told().map(|t| t.tags.clone()).unwrap_or_default())
     }
 
     fn path(&self) -> Path {
@@ -176,8 +179,8 @@ impl Outcome {
         }
     }
 
-    fn tags(&self, told: Option<&Told>) -> Tags {
-        let Some(told) = told.filter(|t| !t.values.is_empty()) else { return Tags::default() };
+    fn tags(&self) -> Tags {
+        let Some(told) = self.told().filter(|t| !t.values.is_empty()) else { return Tags::default() };
         told.tags_of(&self.entry(0, 0, None))
     }
 
@@ -218,10 +221,25 @@ impl Outcome {
             self.proxy.metrics.open_connections.dec();
         }
         if let Some(failure) = &self.failure {
+            if self.opened.is_none() {
+                self.count_unopened(failure);
+            }
             if matches!(failure, Failure::Overflow(_)) {
                 self.proxy.metrics.overflow("connections");
             }
             self.proxy.metrics.failure(self.direction.name(), failure.reason());
+        }
+    }
+
+    /// Of one that did not come about, counts that, and as ztunnel does that it was begun and is over.
+    fn count_unopened(&self, failure: &Failure) {
+        let flags = failure.response_flag();
+        let Some(edge) = (flags != "-").then(|| self.edge()).flatten() else { return };
+        let key = |flags| TcpKey { flags, tags: self.tags() };
+        edge.failed(&key(flags));
+        if !failure.is_early() {
+            edge.opened(&key("-"));
+            edge.closed(&key(flags));
         }
     }
 
@@ -299,7 +317,13 @@ impl Outcome {
     }
 
     fn log(&self, sent: u64, received: u64) {
-        if !tracing::enabled!(target: "access", tracing::Level::INFO) {
+        let is_early = self.opened.is_none() && self.failure.as_ref().is_some_and(Failure::is_early);
+        let is_wanted = match &self.failure {
+            None => tracing::enabled!(target: "access", tracing::Level::INFO),
+            Some(_) if is_early => tracing::enabled!(target: "access", tracing::Level::WARN),
+            Some(_) => tracing::enabled!(target: "access", tracing::Level::ERROR),
+        };
+        if !is_wanted {
             return;
         }
         let name = |p: &Party| p.workload.as_ref().map(|w| w.name.name.to_string());
@@ -319,15 +343,24 @@ impl Outcome {
             Direction::Inbound => (received, sent),
         };
         let (source, destination, dst, hbone) = (&self.source, &self.destination, address(dst), address(hbone));
-        tracing::info!(
-            name: "connection complete",
-            target: "access",
-            { src.addr = address(source.address), src.workload = name(source), src.namespace = namespace(source), src.identity = identity(source),
-              dst.addr = dst, dst.hbone_addr = hbone, dst.service = service,
-              dst.workload = name(destination), dst.namespace = namespace(destination), dst.identity = identity(destination),
-              direction = self.direction.name(), bytes_sent = out, bytes_recv = back, duration, error },
-            "connection complete"
-        );
+        macro_rules! say {
+            ($level:ident, $what:literal) => {
+                tracing::$level!(
+                    name: $what,
+                    target: "access",
+                    { src.addr = address(source.address), src.workload = name(source), src.namespace = namespace(source),
+                      src.identity = identity(source), dst.addr = dst, dst.hbone_addr = hbone, dst.service = service,
+                      dst.workload = name(destination), dst.namespace = namespace(destination), dst.identity = identity(destination),
+                      direction = self.direction.name(), bytes_sent = out, bytes_recv = back, duration, error },
+                    $what
+                )
+            };
+        }
+        match &self.failure {
+            None => say!(info, "connection complete"),
+            Some(_) if is_early => say!(warn, "connection failed"),
+            Some(_) => say!(error, "connection complete"),
+        }
     }
 }
 

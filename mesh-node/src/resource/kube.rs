@@ -51,10 +51,33 @@ pub struct Pod {
     pub ips: Vec<IpAddr>,
     /// What made it, as Istio names workloads: the Deployment of a `ReplicaSet`, the owner, or the pod itself.
     pub workload_name: Arc<str>,
+    pub workload_kind: WorkloadKind,
     /// Ports of its own that its probes and hooks name.
     pub probes: BTreeSet<u16>,
     /// Whether its connections may be accelerated: not with `mesh-node.io/acceleration: "off"` among its annotations or labels.
     pub accelerate: bool,
+}
+
+/// What made a pod, as far as Istio tells that apart: what was made by anything else is a pod to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WorkloadKind {
+    Deployment,
+    Job,
+    CronJob,
+    #[default]
+    Pod,
+}
+
+impl WorkloadKind {
+    /// As in OpenTelemetry's names of attributes, and in ztunnel's `config_dump`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Deployment => "deployment",
+            Self::Job => "job",
+            Self::CronJob => "cronjob",
+            Self::Pod => "pod",
+        }
+    }
 }
 
 /// Label or annotation of a pod.
@@ -167,6 +190,8 @@ impl Pod {
         let containers = spec.containers.iter().chain(&spec.init_containers).flatten();
         let probes = containers.flat_map(Container::probes).collect();
         let switches = metadata.annotations.as_ref().and_then(|a| a.get(ACCELERATION)).into_iter().chain(metadata.labels.get(ACCELERATION));
+        let (workload_name, workload_kind) =
+            made_by(&metadata.owner_references.unwrap_or_default(), metadata.name.as_deref().unwrap_or_default());
         let accelerate = switches.map(|value: &str| switch(value)).collect::<Result<Vec<_>, _>>()?.iter().all(|on| *on);
         Ok(Self {
             probes,
@@ -176,7 +201,8 @@ impl Pod {
             node: spec.node_name.unwrap_or_default().into(),
             service_account: account.as_deref().unwrap_or("default").into(),
             host_network: spec.host_network.unwrap_or(false),
-            workload_name: workload_name(&metadata.owner_references.unwrap_or_default(), &metadata.name.unwrap_or_default()),
+            workload_name,
+            workload_kind,
             finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             ips,
         })
@@ -194,13 +220,19 @@ fn switch(value: &str) -> Result<bool, FieldError> {
     }
 }
 
-/// A `ReplicaSet` is named after its Deployment and a hash; other owners give their name as it is.
-fn workload_name(owners: &[Owner], pod: &str) -> Arc<str> {
-    match owners.first().filter(|o| !o.name.is_empty()) {
-        Some(owner) if owner.kind == "ReplicaSet" => owner.name.rsplit_once('-').map_or(&*owner.name, |(deployment, _)| deployment).into(),
-        Some(owner) => owner.name.as_str().into(),
-        None => pod.into(),
-    }
+/// A `ReplicaSet` is named after its Deployment and a hash, a Job of a `CronJob` after that and a time; other owners give their name as
+/// it is.
+fn made_by(owners: &[Owner], pod: &str) -> (Arc<str>, WorkloadKind) {
+    let Some(owner) = owners.first().filter(|o| !o.name.is_empty()) else { return (pod.into(), WorkloadKind::Pod) };
+    let parts = owner.name.rsplit_once('-');
+    let scheduled = parts.filter(|(_, at)| (8..=10).contains(&at.len()) && at.bytes().all(|b| b.is_ascii_digit()));
+    let (name, kind) = match (&*owner.kind, parts, scheduled) {
+        ("ReplicaSet", Some((deployment, _)), _) => (deployment, WorkloadKind::Deployment),
+        ("Job", _, Some((cron_job, _))) => (cron_job, WorkloadKind::CronJob),
+        ("Job", ..) => (&*owner.name, WorkloadKind::Job),
+        _ => (&*owner.name, WorkloadKind::Pod),
+    };
+    (name.into(), kind)
 }
 
 fn ip(text: &str, at: impl Fn() -> String) -> Result<IpAddr, FieldError> {

@@ -311,12 +311,12 @@ fn override_of(spec: OverrideSpec, at: &str) -> Result<Override, FieldError> {
 }
 
 fn metric(selector: &MetricSelector, at: &str) -> Result<Option<Metric>, FieldError> {
-    let known = || Metric::ALL.map(Metric::api_name).join(", ");
+    let known = || Metric::ALL.into_iter().filter_map(Metric::api_name).collect::<Vec<_>>().join(", ");
     match (&selector.metric, &selector.custom_metric) {
         (None, None) => Ok(None),
         (Some(_), Some(_)) => Err(FieldError::new(at, "has both metric and customMetric; keep one")),
         (Some(name), None) if name == "ALL_METRICS" => Ok(None),
-        (Some(name), None) => match Metric::ALL.into_iter().find(|m| m.api_name() == name) {
+        (Some(name), None) => match Metric::ALL.into_iter().find(|m| m.api_name() == Some(name)) {
             Some(metric) => Ok(Some(metric)),
             None => Err(FieldError::new(format!("{at}.metric"), format!("{name:?} is none of ALL_METRICS, {}", known()))),
         },

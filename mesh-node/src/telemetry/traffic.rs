@@ -83,7 +83,7 @@ pub struct EdgeKey {
     pub tags: Arc<TagPlan>,
 }
 
-/// The ten metrics, by the names the Telemetry API has for them.
+/// The metrics whose names and labels are Istio's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Metric {
     RequestCount,
@@ -96,10 +96,11 @@ pub enum Metric {
     TcpClosed,
     TcpSent,
     TcpReceived,
+    TcpFailed,
 }
 
 impl Metric {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::RequestCount,
         Self::RequestDuration,
         Self::RequestSize,
@@ -110,11 +111,12 @@ impl Metric {
         Self::TcpClosed,
         Self::TcpSent,
         Self::TcpReceived,
+        Self::TcpFailed,
     ];
 
-    /// The name in the Telemetry API.
-    pub fn api_name(self) -> &'static str {
-        match self {
+    /// The name in the Telemetry API, if it has one for it.
+    pub fn api_name(self) -> Option<&'static str> {
+        Some(match self {
             Self::RequestCount => "REQUEST_COUNT",
             Self::RequestDuration => "REQUEST_DURATION",
             Self::RequestSize => "REQUEST_SIZE",
@@ -125,7 +127,8 @@ impl Metric {
             Self::TcpClosed => "TCP_CLOSED_CONNECTIONS",
             Self::TcpSent => "TCP_SENT_BYTES",
             Self::TcpReceived => "TCP_RECEIVED_BYTES",
-        }
+            Self::TcpFailed => return None,
+        })
     }
 
     /// The name in Prometheus, without the `_total` that the encoder appends to counters.
@@ -141,6 +144,7 @@ impl Metric {
             Self::TcpClosed => "istio_tcp_connections_closed",
             Self::TcpSent => "istio_tcp_sent_bytes",
             Self::TcpReceived => "istio_tcp_received_bytes",
+            Self::TcpFailed => "istio_tcp_connections_failed",
         }
     }
 
@@ -156,11 +160,12 @@ impl Metric {
             Self::TcpClosed => "TCP connections closed",
             Self::TcpSent => "Bytes sent as responses on TCP connections",
             Self::TcpReceived => "Bytes received as requests on TCP connections",
+            Self::TcpFailed => "TCP connections that did not come about (unstable)",
         }
     }
 
     pub fn is_http(self) -> bool {
-        !matches!(self, Self::TcpOpened | Self::TcpClosed | Self::TcpSent | Self::TcpReceived)
+        !matches!(self, Self::TcpOpened | Self::TcpClosed | Self::TcpSent | Self::TcpReceived | Self::TcpFailed)
     }
 }
 
@@ -259,6 +264,7 @@ struct TcpSeries {
     closed: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
+    failed: AtomicU64,
 }
 
 /// Series by key: read without a lock, added to seldom.
@@ -346,6 +352,11 @@ impl Edge {
     /// Counts the end of a connection that was established.
     pub fn closed(&self, key: &TcpKey) {
         self.tcp.of(key, TcpKey::folded).closed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a connection that did not come about.
+    pub fn failed(&self, key: &TcpKey) {
+        self.tcp.of(key, TcpKey::folded).failed.fetch_add(1, Ordering::Relaxed);
     }
 }
 

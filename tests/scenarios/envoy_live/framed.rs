@@ -1,8 +1,11 @@
 //! HTTP/2 as bytes, right and wrong, to an upstream of HTTP/1: what RFC 9113 calls malformed is for each proxy to refuse, and how is compared.
 
-use mesh_tests::frames::{
-    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PADDED, PING, PREFACE, PRIORITY, PUSH_PROMISE, RST_STREAM, SETTINGS,
-    WINDOW_UPDATE, WITH_PRIORITY, block, frame,
+use mesh_tests::{
+    frames::{
+        ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PADDED, PING, PREFACE, PRIORITY, PUSH_PROMISE, RST_STREAM,
+        SETTINGS, WINDOW_UPDATE, WITH_PRIORITY, block, frame,
+    },
+    raw::ANSWERED,
 };
 
 use super::{Answer, Case, End};
@@ -377,7 +380,7 @@ pub fn all() -> Vec<Case> {
         push("body", name, begun([bytes, again(3)]));
     }
     for (name, bytes) in between() {
-        let pieces = [get(1), bytes, again(9)].into_iter().filter(|p| !p.is_empty());
+        let pieces = [get(1), ANSWERED.to_vec(), bytes, again(9)].into_iter().filter(|p| !p.is_empty());
         push("between", name, begun(pieces));
     }
     for (name, pieces) in sent() {

@@ -98,9 +98,15 @@ fn workloads_are_named_after_what_made_the_pod() {
         pod("a", "10.0.0.1", &owned("ReplicaSet", "web-v1-5d4f8c7b9")),
         pod("b", "10.0.0.2", &owned("StatefulSet", "db")),
         pod("c", "10.0.0.3", &json!({})),
+        pod("d", "10.0.0.4", &owned("Job", "nightly-28471680")),
+        pod("e", "10.0.0.5", &owned("Job", "migrate-2")),
     ]);
-    let name = |ip: &str| snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a workload").workload_name.to_string();
-    assert_eq!(["10.0.0.1", "10.0.0.2", "10.0.0.3"].map(name), ["web-v1", "db", "c"]);
+    let made_by = |ip: &str| {
+        let workload = snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a workload");
+        format!("{} {}", workload.workload_kind.name(), workload.workload_name)
+    };
+    let all = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5"].map(made_by);
+    assert_eq!(all, ["deployment web-v1", "pod db", "pod c", "cronjob nightly", "job migrate-2"]);
 }
 
 #[test]

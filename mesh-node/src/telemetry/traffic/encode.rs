@@ -101,10 +101,11 @@ impl Edge {
     }
 
     fn collect_tcp(&self, metric: Metric, key: &TcpKey, series: &TcpSeries, into: &mut BTreeMap<Labels, Total>) {
-        let (opened, closed) = (series.opened.load(Ordering::Relaxed), series.closed.load(Ordering::Relaxed));
+        let [opened, closed, failed] = [&series.opened, &series.closed, &series.failed].map(|c| c.load(Ordering::Relaxed));
         let value = match metric {
             Metric::TcpClosed if closed > 0 => closed,
             Metric::TcpOpened if opened > 0 => opened,
+            Metric::TcpFailed if failed > 0 => failed,
             // Where there are connections there are bytes, if only none.
             Metric::TcpSent if opened > 0 => series.sent.load(Ordering::Relaxed),
             Metric::TcpReceived if opened > 0 => series.received.load(Ordering::Relaxed),

@@ -156,6 +156,7 @@ fn connections_are_counted_by_how_they_ended() {
     edge.opened(&good);
     edge.transferred(&good, 10, 4);
     edge.closed(&denied);
+    edge.failed(&denied);
     let text = text(&traffic);
     let line = |name: &str| text.lines().filter(|l| l.starts_with(name)).collect::<Vec<_>>();
     let opened = line("istio_tcp_connections_opened_total");
@@ -164,6 +165,8 @@ fn connections_are_counted_by_how_they_ended() {
         "{text}"
     );
     assert!(opened[0].contains("source_region=\"unknown\"") && opened[0].contains("destination_zone=\"unknown\""));
-    assert!(line("istio_tcp_connections_closed_total").iter().all(|l| l.contains("response_flags=\"DENY\"") && l.ends_with(" 1")));
+    for name in ["istio_tcp_connections_closed_total", "istio_tcp_connections_failed_total"] {
+        assert!(line(name).len() == 1 && line(name)[0].contains("response_flags=\"DENY\"") && line(name)[0].ends_with(" 1"));
+    }
     assert!(line("istio_tcp_sent_bytes_total")[0].ends_with(" 10") && line("istio_tcp_received_bytes_total")[0].ends_with(" 4"));
 }
