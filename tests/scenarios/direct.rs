@@ -253,17 +253,15 @@ fn thousands_of_short_connections_leave_nothing_behind() {
     let mut changes = 0;
     while direct(&bed) < f64::from(COUNT) && changes < 1000 {
         changes += 1;
-        let t = std::time::Instant::now();
         policy(
             &bed,
             "elsewhere",
             &format!("{{selector: {{matchLabels: {{app: nobody}}}}, rules: [{{to: [{{operation: {{ports: [\"{changes}\"]}}}}]}}]}}"),
         );
-        eprintln!("CHANGE {changes} {:?}", t.elapsed());
     }
     let report = end(churn);
     assert_eq!(report["failed"], 0, "{report}");
-    assert!(changes > 3, "{changes}");
+    assert!(changes > 2, "{changes}");
     wait_for("all counted", Duration::from_secs(20), || {
         Ok(counted(&bed, "istio_tcp_connections_closed_total", "source") == f64::from(COUNT))
     })

@@ -77,6 +77,8 @@ mod policies;
 mod random;
 #[path = "envoy_live/random_policies.rs"]
 mod random_policies;
+#[path = "envoy_live/random_retries.rs"]
+mod random_retries;
 #[path = "envoy_live/routes.rs"]
 mod routes;
 #[path = "envoy_live/spans.rs"]
@@ -246,6 +248,11 @@ async fn a_real_envoy_makes_the_same_of_routes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_retries_at_random() {
+    compare(random_retries::all(), Way::Out, "[]").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_routes_at_random() {
     compare(random::all(), Way::Out, "[]").await;
 }
@@ -403,6 +410,14 @@ fn of_requests(outcome: &mut Outcome) {
     outcome.client = kept.join("\n    ");
 }
 
+/// Of a second attempt not the time that is left for it.
+fn of_attempts(outcome: &mut Outcome) {
+    for request in outcome.upstream.iter_mut().filter(|r| !r.contains("x-envoy-attempt-count=1;")) {
+        let left = |word: &&str| !word.starts_with("x-envoy-expected-rq-timeout-ms=");
+        *request = request.split(' ').filter(left).collect::<Vec<_>>().join(" ");
+    }
+}
+
 async fn compare(cases: Vec<Case>, way: Way, listed: &str) {
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
@@ -423,6 +438,9 @@ async fn compared(cases: &[Case], way: Way, listed: &Listed) -> Vec<(String, Str
     let policy =
         security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
     let (mut envoy, mut mesh) = (of_envoy(cases).await, of_mesh(cases, way, &[policy]).await);
+    if cases.iter().all(|c| c.routes.is_some()) {
+        envoy.outcomes.iter_mut().chain(&mut mesh.outcomes).for_each(of_attempts);
+    }
     let outcomes = envoy.outcomes.iter_mut().chain(&mut mesh.outcomes);
     if cases.iter().any(|c| c.request.first().is_some_and(|piece| piece.starts_with(mesh_tests::frames::PREFACE))) {
         outcomes.for_each(of_requests);

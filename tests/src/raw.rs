@@ -4,7 +4,10 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,6 +34,19 @@ pub enum End {
 pub struct Answer {
     pub pieces: Vec<Vec<u8>>,
     pub end: End,
+    /// Answers to the requests after the first, one each; the last of all is for any more.
+    pub then: Vec<Answer>,
+}
+
+impl Answer {
+    /// The same to every request.
+    pub fn always(pieces: Vec<Vec<u8>>, end: End) -> Self {
+        Self { pieces, end, then: Vec::new() }
+    }
+
+    fn to(&self, request: usize) -> &Self {
+        if request == 0 { self } else { self.then.get(request - 1).or(self.then.last()).unwrap_or(self) }
+    }
 }
 
 /// What reached an upstream, request by request, as [`Message`]s are written.
@@ -40,7 +56,8 @@ pub type Reached = Arc<Mutex<Vec<String>>>;
 const SILENCE: Duration = Duration::from_millis(300);
 /// How long an answer is waited for that has to be there.
 const LONG: Duration = Duration::from_secs(5);
-/// In place of a piece: what comes after it is sent when a stream of HTTP/2 has been answered.
+/// In place of a piece: what comes after it is sent, or the end of all is waited for, when there has been an answer; with HTTP/2, on any
+/// stream.
 pub const ANSWERED: &[u8] = b"\0answered";
 /// Between pieces.
 const PAUSE: Duration = Duration::from_millis(40);
@@ -49,18 +66,19 @@ const PAUSE: Duration = Duration::from_millis(40);
 pub async fn upstream(answer: Answer, reached: Reached) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
+    let turn = Arc::new(AtomicUsize::new(0));
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            let (answer, reached) = (answer.clone(), reached.clone());
+            let (answer, reached, turn) = (answer.clone(), reached.clone(), turn.clone());
             tokio::spawn(async move {
-                let _ = serve(stream, &answer, &reached).await;
+                let _ = serve(stream, &answer, &turn, &reached).await;
             });
         }
     });
     Ok(address)
 }
 
-async fn serve(mut stream: TcpStream, answer: &Answer, reached: &Reached) -> io::Result<()> {
+async fn serve(mut stream: TcpStream, answer: &Answer, turn: &AtomicUsize, reached: &Reached) -> io::Result<()> {
     let mut read = Vec::new();
     loop {
         let (message, used) = loop {
@@ -86,6 +104,7 @@ async fn serve(mut stream: TcpStream, answer: &Answer, reached: &Reached) -> io:
         };
         read.drain(..used);
         reached.lock().expect("lock").push(message.to_string());
+        let answer = answer.to(turn.fetch_add(1, Ordering::Relaxed));
         for (i, piece) in answer.pieces.iter().enumerate() {
             if i > 0 {
                 sleep(PAUSE).await;
@@ -126,6 +145,11 @@ pub async fn converse(stream: TcpStream, pieces: &[Vec<u8>], heads: &[bool]) -> 
         }
         writer
     });
+    let is_http2 = pieces.first().is_some_and(|first| first.starts_with(frames::PREFACE));
+    let has_answer = |read: &[u8], heads: &[bool]| {
+        let kind = Kind::Response { head: heads.first().copied().unwrap_or(false), ended: false };
+        if is_http2 { frames::has_answer(read) } else { Message::parse(read, kind).is_some_and(|(message, _)| message.complete) }
+    };
     let mut read = Vec::new();
     let mut chunk = vec![0; 64 * 1024];
     let mut writer = None;
@@ -135,7 +159,7 @@ pub async fn converse(stream: TcpStream, pieces: &[Vec<u8>], heads: &[bool]) -> 
             Ok(Ok(0)) => break "FIN",
             Ok(Ok(n)) => {
                 read.extend_from_slice(&chunk[..n]);
-                if pieces.iter().any(|piece| piece == ANSWERED) && frames::has_answer(&read) {
+                if pieces.iter().any(|piece| piece == ANSWERED) && has_answer(&read, heads) {
                     answered.send_replace(true);
                 }
             }
@@ -148,7 +172,7 @@ pub async fn converse(stream: TcpStream, pieces: &[Vec<u8>], heads: &[bool]) -> 
         }
     };
     drop(writer);
-    if pieces.first().is_some_and(|first| first.starts_with(frames::PREFACE)) {
+    if is_http2 {
         return frames::told(&read, end);
     }
     let mut all = Vec::new();

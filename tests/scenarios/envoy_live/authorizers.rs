@@ -122,7 +122,7 @@ fn all() -> Vec<Asked> {
             provider: set.provider.clone(),
             filter: set.filter.clone(),
         };
-        let with = |answer: &str, end: End| Answer { pieces: vec![answer.as_bytes().to_vec()], end };
+        let with = |answer: &str, end: End| Answer::always(vec![answer.as_bytes().to_vec()], end);
         for (answered, answer) in ANSWERS {
             let requests = if set.name == "full" { REQUESTS } else { &REQUESTS[..2] };
             for (sent, request) in requests {
@@ -133,7 +133,7 @@ fn all() -> Vec<Asked> {
         let cookies = "GET /x HTTP/1.1\r\nhost: a.example\r\ncookie: a=b\r\ncookie: c=d\r\n\r\n";
         all.push(asked(format!("{}: two cookies", set.name), cookies, with(ANSWERS[0].1, End::Keep)));
         for (name, end) in [("ends", End::Fin), ("resets", End::Reset)] {
-            all.push(asked(format!("{}: {name}", set.name), REQUESTS[0].1, Answer { pieces: Vec::new(), end }));
+            all.push(asked(format!("{}: {name}", set.name), REQUESTS[0].1, Answer::always(Vec::new(), end)));
         }
     }
     all.extend(over_grpc());
@@ -144,7 +144,7 @@ fn all() -> Vec<Asked> {
 /// The same with bodies shown, allowed and denied.
 fn with_bodies(ok: &str) -> Vec<Asked> {
     let mut all = Vec::new();
-    let over_http = |answer: usize| Authorizer::Http(Answer { pieces: vec![ANSWERS[answer].1.as_bytes().to_vec()], end: End::Keep });
+    let over_http = |answer: usize| Authorizer::Http(Answer::always(vec![ANSWERS[answer].1.as_bytes().to_vec()], End::Keep));
     let answers = checks::answers();
     let over_grpc = |name: &str| {
         let (_, says) = answers.iter().find(|(n, _)| *n == name).expect("an answer");

@@ -23,7 +23,7 @@ pub fn case(name: String, request: &str, answer: &str, end: End) -> Case {
         name,
         request: pieces(request),
         heads: heads(request),
-        answer: Answer { pieces: pieces(answer), end },
+        answer: Answer::always(pieces(answer), end),
         routes: None,
         filters: Vec::new(),
     }
@@ -479,5 +479,12 @@ pub fn all() -> Vec<Case> {
             }
         }
     }
+    // Every status of which anybody has a name, one after the other.
+    let codes = (200..600_u16).filter(|c| http::StatusCode::from_u16(*c).is_ok_and(|s| s.canonical_reason().is_some()));
+    let mut answers = codes.filter(|c| ![204, 205, 304].contains(c)).map(|c| format!("HTTP/1.1 {c} X\r\ncontent-length: 0\r\n\r\n"));
+    let mut every = case("answer-every-status".to_owned(), GET, &answers.next().expect("a status"), End::Keep);
+    every.answer.then = answers.map(|text| Answer::always(vec![text.into_bytes()], End::Keep)).collect();
+    every.request = vec![every.request.concat(); 1 + every.answer.then.len()];
+    all.push(every);
     all
 }

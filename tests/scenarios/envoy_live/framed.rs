@@ -353,7 +353,7 @@ const ANSWERS: &[(&str, &str, End)] = &[
 
 fn case(name: String, request: Vec<Vec<u8>>, answer: &str, end: End) -> Case {
     let bytes = answer.chars().map(|c| u8::try_from(u32::from(c)).unwrap_or(b'?')).collect();
-    Case { name, request, heads: Vec::new(), answer: Answer { pieces: vec![bytes], end }, routes: None, filters: Vec::new() }
+    Case { name, request, heads: Vec::new(), answer: Answer::always(vec![bytes], end), routes: None, filters: Vec::new() }
 }
 
 pub fn all() -> Vec<Case> {

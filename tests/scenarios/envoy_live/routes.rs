@@ -8,14 +8,14 @@ const ANSWER: &str =
     "HTTP/1.1 200 OK\r\nx-up: 1\r\nx-rm: gone\r\nx-add: up\r\nserver: app\r\nlocation: http://up/\r\ncontent-length: 2\r\n\r\nok";
 
 /// A rule that leads to the upstream.
-fn rule(more: Value) -> Value {
+pub fn rule(more: Value) -> Value {
     let mut rule = json!({"route": [{"destination": {"host": "@host"}}]});
     rule.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
     rule
 }
 
 /// A route to the upstream with this match, and more in its action and beside it.
-fn route(matched: Value, action: Value, more: Value) -> Value {
+pub fn route(matched: Value, action: Value, more: Value) -> Value {
     let mut to = json!({"cluster": "@cluster", "timeout": "0s"});
     to.as_object_mut().expect("an object").extend(action.as_object().expect("an object").clone());
     let mut route = json!({"match": matched, "route": to});
@@ -23,7 +23,7 @@ fn route(matched: Value, action: Value, more: Value) -> Value {
     route
 }
 
-fn all_paths() -> Value {
+pub fn all_paths() -> Value {
     json!({"prefix": "/"})
 }
 
@@ -364,7 +364,7 @@ fn cors() -> Vec<Of> {
 }
 
 /// A retry policy as Istio makes one.
-fn retries(on: &str, number: u32, more: Value) -> Value {
+pub fn retries(on: &str, number: u32, more: Value) -> Value {
     let mut policy = json!({"retry_on": on, "num_retries": number, "host_selection_retry_max_attempts": "5",
         "retry_host_predicate": [{"name": "envoy.retry_host_predicates.previous_hosts", "typed_config":
             {"@type": "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"}}]});

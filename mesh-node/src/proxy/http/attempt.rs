@@ -390,7 +390,7 @@ async fn answer_here<B: RequestBody, R: Responder>(
     judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
     record: &mut Record,
 ) -> Attempt {
-    let (status, mut headers, body) = reply.into_parts(plan.head.is_grpc());
+    let (status, mut headers, body) = reply.into_parts(plan.head.is_grpc(), responder.is_head());
     record.answered(status, &headers);
     record.moved(upload.passed(), &Meter::of_reply(&body, &headers));
     if !body.is_empty() {

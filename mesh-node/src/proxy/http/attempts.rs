@@ -324,14 +324,12 @@ fn allowed(
     retry: &mut Option<Slot>,
     record: &mut Record,
 ) -> bool {
-    if !wanted || policy.attempts == 0 {
+    // Where there can be no other there is no limit to reach.
+    if !wanted || policy.attempts == 0 || !repeatable {
         return false;
     }
     if number > policy.attempts {
         record.raise(Flag::RetriesExhausted);
-        return false;
-    }
-    if !repeatable {
         return false;
     }
     if retry.is_none() {

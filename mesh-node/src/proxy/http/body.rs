@@ -183,6 +183,9 @@ pub trait Responder: FrameSink {
     /// What has passed of the response.
     fn meter(&mut self) -> &mut Meter;
 
+    /// Whether it answers a HEAD.
+    fn is_head(&self) -> bool;
+
     /// Sends a head before the final one: 100 or 103.
     fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> impl Future<Output = io::Result<()>> + Send;
 

@@ -351,6 +351,10 @@ impl Responder for H1Responder<'_, '_> {
         &mut self.meter
     }
 
+    fn is_head(&self) -> bool {
+        self.head_request
+    }
+
     async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
         if self.minor == 0 {
             return Ok(());

@@ -305,6 +305,10 @@ impl Responder for H2Responder {
         &mut self.meter
     }
 
+    fn is_head(&self) -> bool {
+        self.head_request
+    }
+
     async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
         let mut response = Response::new(());
         *response.status_mut() = status;

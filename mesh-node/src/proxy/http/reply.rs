@@ -48,8 +48,8 @@ impl Reply {
         Self::new(StatusCode::GATEWAY_TIMEOUT, "upstream request timeout")
     }
 
-    /// As HTTP, or as gRPC tells errors: status 200 and the real one in headers.
-    pub fn into_parts(self, grpc: bool) -> (StatusCode, HeaderMap, Bytes) {
+    /// As HTTP, or as gRPC tells errors: status 200 and the real one in headers; to a HEAD without what would be the body.
+    pub fn into_parts(self, grpc: bool, is_head: bool) -> (StatusCode, HeaderMap, Bytes) {
         let Self { status, body, mut headers, grpc_status, verbatim } = self;
         if let Some(body) = verbatim {
             if !body.is_empty() {
@@ -61,6 +61,7 @@ impl Reply {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(HeaderName::from_static("grpc-status"), grpc_status.unwrap_or_else(|| grpc_code(status)).into());
             if !body.is_empty()
+                && !is_head
                 && let Ok(message) = HeaderValue::from_str(&grpc_message(&body))
             {
                 headers.insert(HeaderName::from_static("grpc-message"), message);
@@ -82,7 +83,7 @@ impl Reply {
         responder: &mut impl Responder,
         change: impl FnOnce(StatusCode, &mut HeaderMap),
     ) -> std::io::Result<StatusCode> {
-        let (status, mut headers, body) = self.into_parts(grpc);
+        let (status, mut headers, body) = self.into_parts(grpc, responder.is_head());
         change(status, &mut headers);
         let length = body.len() as u64;
         let framing = if length == 0 { Framing::Empty } else { Framing::Length(length) };

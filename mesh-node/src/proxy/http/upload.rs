@@ -146,6 +146,12 @@ impl<'a, B: FrameSource> Upload<'a, B> {
         }
     }
 
+    /// Something of an answer has come, if only of its beginning: there will be no other attempt, whatever becomes of this one.
+    pub fn commit(&mut self) {
+        self.lost = true;
+        self.settle();
+    }
+
     fn forget(&mut self) {
         self.kept = Vec::new();
         self.at = 0;

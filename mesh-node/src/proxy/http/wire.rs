@@ -523,12 +523,21 @@ pub fn write_request(
     out.extend_from_slice(b"\r\n");
 }
 
+/// The reason phrase, as Envoy has it.
+fn phrase(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        203 => "Non-Authoritative Information",
+        418 | 451 => "Unknown",
+        _ => status.canonical_reason().unwrap_or("Unknown"),
+    }
+}
+
 /// Writes a response head. `close` adds `connection: close`.
 pub fn write_response(status: StatusCode, headers: &HeaderMap, framing: Framing, close: bool, out: &mut Vec<u8>) {
     out.extend_from_slice(b"HTTP/1.1 ");
     out.extend_from_slice(status.as_str().as_bytes());
     out.push(b' ');
-    out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
+    out.extend_from_slice(phrase(status).as_bytes());
     out.extend_from_slice(b"\r\n");
     write_headers(headers, out);
     if !status.is_informational() && !headers.contains_key(header::DATE) {

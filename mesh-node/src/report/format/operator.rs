@@ -386,6 +386,10 @@ impl Plain {
 
 /// `DeadlineExceeded` as `DEADLINE_EXCEEDED`.
 pub(super) fn snake(camel: &str) -> String {
+    // Spelt in two ways by Envoy too.
+    if camel == "Canceled" {
+        return "CANCELLED".to_owned();
+    }
     let mut out = String::new();
     for (i, c) in camel.chars().enumerate() {
         if c.is_uppercase() && i > 0 && camel != "OK" {

@@ -64,6 +64,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             };
             match event {
                 Event::Head(Ok(head)) if is_interim(head.status) => {
+                    self.upload.commit();
                     if head.status != StatusCode::CONTINUE
                         && let Err(error) = self.responder.informational(head.status, head.headers).await
                     {
