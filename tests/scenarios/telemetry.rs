@@ -289,6 +289,38 @@ spec:
     assert!(remarks.contains("Telemetry default/bad") && remarks.contains("nowhere"), "{remarks}");
 }
 
+/// Connections that do not come about are counted by both ends, and logged as ztunnel logs them.
+#[test]
+fn connections_that_fail_are_counted_by_why_and_logged_as_errors() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"9999\"]}}]}]}\n";
+    bed.apply("deny", deny).expect("policy");
+    bed.settle().expect("settled");
+    let ask = |port| bed.probe(&client, &["ask", &server.address(port), "ping"]).expect("a report");
+    assert_eq!(ask(8080)["answer"], "pong");
+    assert!(ask(9999)["answer"].is_null() && ask(9998)["answer"].is_null(), "one is denied, and nobody listens on the other");
+    for (node, reporter) in [(0, "reporter=\"source\""), (1, "reporter=\"destination\"")] {
+        let node = &bed.nodes()[node];
+        let count = |name: &str, flags: &str| {
+            let name = format!("istio_tcp_connections_{name}_total");
+            node.metric(&name, &[reporter, &format!("response_flags=\"{flags}\""), "destination_workload=\"server\""]).unwrap_or(0.0)
+        };
+        wait_for("the last is closed", Duration::from_secs(5), || Ok(count("closed", "-") > 0.5)).expect("closed");
+        // As with ztunnel, each was begun and is over.
+        assert_eq!([count("opened", "-"), count("opened", "DENY"), count("opened", "CONNECT")], [3.0, 0.0, 0.0], "{reporter}");
+        for name in ["closed", "failed"] {
+            assert_eq!([count(name, "DENY"), count(name, "CONNECT")], [1.0, 1.0], "{name}, {reporter}");
+        }
+        assert_eq!(count("failed", "-"), 0.0, "{reporter}");
+        let lines = node.access_log();
+        let of = |level: &str, part: &str| {
+            lines.iter().filter(|l| l.contains(level) && l.contains("connection complete") && l.contains(part)).count()
+        };
+        assert_eq!((of("ERROR", "error="), of("INFO", "error="), of("INFO", "dst.workload")), (2, 0, 1), "{reporter}: {lines:#?}");
+    }
+}
+
 #[test]
 fn bytes_of_a_connection_are_counted_as_it_goes_on() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

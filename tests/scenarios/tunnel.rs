@@ -151,10 +151,17 @@ fn a_server_that_is_not_who_it_should_be_gets_nothing() {
     ];
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
     for (reason, certificate, alpn, accepted) in cases {
-        let task = runtime.block_on(peer::echo_server(&server.netns, at, &ca, &certificate, alpn)).expect("server");
+        let (task, asked) = runtime.block_on(peer::echo_server(&server.netns, at, &ca, &certificate, alpn)).expect("server");
         let report = bed.probe(&client, &["ask", &server.address(8080), "hello"]).expect("a report");
         assert_eq!(report["answer"] == "hello", accepted, "{reason}: {report}");
-        if !accepted {
+        if accepted {
+            let asked = asked.lock().expect("lock");
+            let of = |name: &str| asked[0].get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+            let workload =
+                "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,k8s.pod.name=client,service.name=client,service.version=latest";
+            assert_eq!(of("baggage"), workload, "who made the pod, what it is called");
+            assert!(of("forwarded").starts_with(&format!("for=\"{}:", client.v4())) && of("traceparent").len() == 55, "{asked:?}");
+        } else {
             // The connection of the case before may have been there still, and been what failed.
             let counted = wait_for("the failure is counted", Duration::from_secs(10), || {
                 let count = bed.nodes()[0].metric("mesh_tls_handshake_failures_total", &["client", reason])?;
@@ -165,6 +172,8 @@ fn a_server_that_is_not_who_it_should_be_gets_nothing() {
                 Ok(count > 0.5)
             });
             counted.expect(reason);
+            let failed = ["reporter=\"source\"", "response_flags=\"TLS_FAILURE\"", "destination_workload=\"server\""];
+            assert!(bed.nodes()[0].metric("istio_tcp_connections_failed_total", &failed).expect("metric") > 0.5, "{reason}");
         }
         task.abort();
         let _ = runtime.block_on(task);

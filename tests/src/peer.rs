@@ -5,13 +5,13 @@ use std::{
     io,
     net::SocketAddr,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use http::{Method, Request, StatusCode};
+use http::{HeaderMap, Method, Request, StatusCode};
 use mesh_node::io::netns::Netns;
 use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
 use rustls::{
@@ -167,14 +167,18 @@ impl Dial<'_> {
     }
 }
 
-/// A server on the HBONE port of a namespace that presents a certificate and answers every CONNECT with 200 and an echo.
+/// Headers of the requests a server was sent.
+pub type Asked = Arc<Mutex<Vec<HeaderMap>>>;
+
+/// A server on the HBONE port of a namespace that presents a certificate and answers every CONNECT with 200 and an echo; with what it
+/// is asked.
 pub async fn echo_server(
     netns: &Path,
     at: SocketAddr,
     ca: &Path,
     certificate: &Certificate,
     alpn: &[&str],
-) -> Result<tokio::task::JoinHandle<()>> {
+) -> Result<(tokio::task::JoinHandle<()>, Asked)> {
     let (chain, key) = certificate.make(ca)?;
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();
@@ -189,24 +193,28 @@ pub async fn echo_server(
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let acceptor = TlsAcceptor::from(Arc::new(config));
-    Ok(tokio::spawn(async move {
+    let asked = Asked::default();
+    let of_all = asked.clone();
+    let task = tokio::spawn(async move {
         // Ends with the task: its connections must not outlive it.
         let mut connections = tokio::task::JoinSet::new();
         while let Ok((stream, _)) = listener.accept().await {
-            let acceptor = acceptor.clone();
+            let (acceptor, asked) = (acceptor.clone(), of_all.clone());
             connections.spawn(async move {
                 if let Ok(stream) = acceptor.accept(stream).await {
-                    let _ = echo_tunnels(stream).await;
+                    let _ = echo_tunnels(stream, &asked).await;
                 }
             });
         }
-    }))
+    });
+    Ok((task, asked))
 }
 
-async fn echo_tunnels(stream: tokio_rustls::server::TlsStream<TcpStream>) -> Result<()> {
+async fn echo_tunnels(stream: tokio_rustls::server::TlsStream<TcpStream>, asked: &Asked) -> Result<()> {
     let mut connection = h2::server::handshake(stream).await?;
     while let Some(accepted) = connection.accept().await {
         let (request, mut respond) = accepted?;
+        asked.lock().expect("lock").push(request.headers().clone());
         tokio::spawn(async move {
             let mut send = respond.send_response(http::Response::new(()), false).map_err(io::Error::other)?;
             let mut body = request.into_body();
