@@ -41,6 +41,16 @@ impl Protocol {
         matches!(self, Self::Http | Self::Http2 | Self::Grpc)
     }
 
+    /// What is known where two declare it.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        match (self, other) {
+            (a, b) if a == b => a,
+            (a, b) if a.is_http() && b.is_http() => Self::Http,
+            _ => Self::Detect,
+        }
+    }
+
     /// Whether HTTP/2 is spoken to it.
     pub fn is_http2(self) -> bool {
         matches!(self, Self::Http2 | Self::Grpc)

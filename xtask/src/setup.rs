@@ -38,6 +38,11 @@ const TESTS: &[Package] = &[
     Package { file: "/usr/bin/promtool", package: "prometheus", why: "a test has it read the nodes' metrics, rules and dashboards" },
     Package { file: "/usr/bin/go", package: "golang-go", why: "a test has programs in Go talk to each other" },
     Package { file: "/usr/bin/script", package: "bsdutils", why: "a test runs meshctl on a terminal" },
+    Package {
+        file: "/usr/lib/python3/dist-packages/grpc/__init__.py",
+        package: "python3-grpcio",
+        why: "a test speaks gRPC as its own library does",
+    },
     Package { file: "/usr/bin/pip3", package: "python3-pip", why: "a collector of traces comes from Python's package index" },
 ];
 

@@ -311,11 +311,11 @@ pub(super) fn attachments(builder: &Builder<'_>) -> Attachments {
 }
 
 /// What the ports of a pod carry, as the services of its own namespace that lead to them declare: anybody can make a service
-/// that leads to somebody else's pod. Where they disagree, it is found out.
+/// that leads to somebody else's pod. Where they disagree, it is found out; which HTTP it is always is.
 pub(super) fn protocols(attached: &[Attached], namespace: &str) -> BTreeMap<u16, Protocol> {
     let mut found = BTreeMap::new();
     for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
-        found.entry(a.port).and_modify(|p| *p = if *p == a.protocol { a.protocol } else { Protocol::Detect }).or_insert(a.protocol);
+        found.entry(a.port).and_modify(|p: &mut Protocol| *p = p.or(a.protocol)).or_insert(a.protocol);
     }
     found
 }

@@ -1,0 +1,70 @@
+//! gRPC as its own library speaks it, client and server, through the mesh: every call comes to what it comes to without a mesh.
+
+use std::{path::Path, time::Duration};
+
+use mesh_tests::{
+    Bed, NodeOptions, Pod, PodSpec,
+    bed::{AMBIENT, wait_for},
+};
+use serde_json::Value;
+
+const PYTHON: &str = "/usr/bin/python3";
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/grpc_talk.py");
+
+/// A service for each name, with these ports.
+fn services(names: &[&str], ports: &str) -> String {
+    let one = |name: &&str| {
+        format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: {name}}}, ports: {ports}}}\n---\n")
+    };
+    names.iter().map(one).collect()
+}
+
+fn talk(bed: &Bed, client: &Pod, to: &str) -> Value {
+    let output = bed.run(client, Path::new(PYTHON), &[SCRIPT, "ask", to]).expect("python");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{to}: {e}: {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn server(name: &str, node: usize) -> PodSpec {
+    let command = [PYTHON, SCRIPT, "serve", "8080"].map(str::to_owned).to_vec();
+    PodSpec { command, port: Some(8080), ..PodSpec::new(name, node) }.label("app", name)
+}
+
+#[test]
+fn every_kind_of_call_comes_to_the_same_as_without_a_mesh() {
+    let mut bed = Bed::start(2, &NodeOptions::default()).expect("bed");
+    bed.kubectl_apply(
+        "services",
+        &services(&["near", "far"], "[{name: grpc, port: 81, targetPort: 8080}, {name: http2, port: 82, targetPort: 8080}]"),
+    )
+    .expect("services");
+    let client = bed.pod(&PodSpec::new("client", 0)).expect("client");
+    let [near, far] = [server("near", 0), server("far", 1)].map(|s| bed.pod(&s).expect("server"));
+    let plain = talk(&bed, &client, &far.address(8080));
+    assert!(plain["large"][0] == 3_000_000 && plain["deadline"][2] == "yes" && plain["cancelled"][1] == "yes", "without a mesh: {plain}");
+    bed.namespace("default", AMBIENT).expect("label");
+    [&client, &near, &far].into_iter().for_each(|pod| bed.wait_captured(pod, true).expect("captured"));
+    bed.settle().expect("settled");
+    let same = |bed: &Bed, to: &str| {
+        let meshed = talk(bed, &client, to);
+        for (call, was) in plain.as_object().expect("an object") {
+            assert_eq!(&meshed[call], was, "{call} to {to}");
+        }
+    };
+    ["near:81", "far:81", "near:82", "far:82"].into_iter().for_each(|to| same(&bed, to));
+    // They are told apart by their status at both ends.
+    for (node, reporter) in [(0, "source"), (1, "destination")] {
+        let labels = |status: u32| {
+            [format!("reporter=\"{reporter}\""), format!("grpc_response_status=\"{status}\""), "destination_workload=\"far\"".to_owned()]
+        };
+        for (status, least) in [(0, 400.0), (8, 1.0), (9, 1.0), (12, 1.0), (15, 1.0)] {
+            let labels = labels(status);
+            let labels = labels.iter().map(String::as_str).collect::<Vec<_>>();
+            let counted = || bed.nodes()[node].metric("istio_requests_total", &labels);
+            wait_for("counted", Duration::from_secs(5), || Ok(counted()? >= least)).unwrap_or_else(|e| panic!("{labels:?}: {e}"));
+        }
+    }
+    // Where nothing is declared, or it goes to the pod itself.
+    bed.kubectl_apply("services", &services(&["near", "far"], "[{name: undeclared, port: 83, targetPort: 8080}]")).expect("services");
+    bed.settle().expect("settled");
+    ["near:83", "far:83", &far.address(8080)].into_iter().for_each(|to| same(&bed, to));
+}
