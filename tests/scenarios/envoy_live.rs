@@ -252,6 +252,16 @@ async fn a_real_envoy_makes_the_same_of_retries_at_random() {
     compare(random_retries::all(), Way::Out, "[]").await;
 }
 
+/// Of an upstream that speaks HTTP/2.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_retries_in_frames_at_random() {
+    let _turn = TURN.lock().await;
+    let only = std::env::var("CASE").ok();
+    let all = answered::compared_at_random(only.as_deref()).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+    report(&Listed::read("[]").judge(&compared), compared.len());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_routes_at_random() {
     compare(random::all(), Way::Out, "[]").await;

@@ -1,9 +1,18 @@
 //! Upstreams of HTTP/2 that answer in frames, right and wrong, and what a client of HTTP/1 is told of it.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
+use fastrand::Rng;
 use mesh_tests::{
-    engine::{Engine, security, server_pod, service},
+    engine::{Engine, security, server_pod, service, virtual_service},
     envoy::{Envoy, Listener, lines_of},
     frames::{
         ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PADDED, PING, PREFACE, PUSH_PROMISE, RST_STREAM, SETTINGS,
@@ -18,7 +27,9 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Case, Compared, End, Side, Way, about, cases, format, framed, logging, of_requests, of_the_answer, run, vip};
+use super::{
+    Case, Compared, End, Side, Way, about, cases, format, framed, logging, named, of_requests, of_the_answer, random_retries, run, vip,
+};
 
 type Field = (&'static str, &'static str);
 
@@ -28,8 +39,8 @@ type Says = Arc<dyn Fn(u32) -> Vec<Vec<u8>> + Send + Sync>;
 #[derive(Clone)]
 struct Answered {
     case: Case,
-    says: Says,
-    end: End,
+    /// To each request the next, and the last to all after it.
+    says: Vec<(Says, End)>,
 }
 
 const GET: &str = "GET /x HTTP/1.1\r\nhost: a.example\r\n\r\n";
@@ -263,8 +274,9 @@ fn large(stream: u32, bytes: usize) -> Vec<u8> {
 
 fn all() -> Vec<Answered> {
     let mut all = Vec::new();
-    let mut push =
-        |name: String, request, says: Says, end| all.push(Answered { case: cases::case(name, request, "", End::Keep), says, end });
+    let mut push = |name: String, request, says: Says, end| {
+        all.push(Answered { case: cases::case(name, request, "", End::Keep), says: vec![(says, end)] })
+    };
     for (name, fields) in HEADS {
         push(format!("head-{name}"), GET, says(|s| vec![[head(s, fields, 0), data(s, b"ok", END_STREAM)].concat()]), End::Keep);
     }
@@ -295,19 +307,20 @@ fn told(fields: &[(Vec<u8>, Vec<u8>)]) -> String {
 }
 
 /// Starts an upstream. What reached it is each request, with its fields sorted.
-async fn upstream(says: Says, end: End, reached: Reached) -> std::io::Result<SocketAddr> {
+async fn upstream(says: Vec<(Says, End)>, reached: Reached) -> std::io::Result<SocketAddr> {
+    let (says, turn) = (Arc::new(says), Arc::new(AtomicUsize::new(0)));
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            let (says, reached) = (says.clone(), reached.clone());
-            tokio::spawn(async move { drop(serve(stream, says, end, reached).await) });
+            let (says, turn, reached) = (says.clone(), turn.clone(), reached.clone());
+            tokio::spawn(async move { drop(serve(stream, &says, &turn, reached).await) });
         }
     });
     Ok(address)
 }
 
-async fn serve(mut stream: TcpStream, says: Says, end: End, reached: Reached) -> std::io::Result<()> {
+async fn serve(mut stream: TcpStream, says: &[(Says, End)], turn: &AtomicUsize, reached: Reached) -> std::io::Result<()> {
     let mut read = vec![0; PREFACE.len()];
     stream.read_exact(&mut read).await?;
     stream.write_all(&frame(SETTINGS, 0, 0, &[])).await?;
@@ -331,6 +344,7 @@ async fn serve(mut stream: TcpStream, says: Says, end: End, reached: Reached) ->
             (SETTINGS, flags) if flags & ACK == 0 => stream.write_all(&frame(SETTINGS, ACK, 0, &[])).await?,
             (HEADERS | DATA, flags) if flags & END_STREAM != 0 => {
                 reached.lock().expect("lock").push(requests.remove(&id).unwrap_or_default());
+                let (says, end) = &says[turn.fetch_add(1, Ordering::Relaxed).min(says.len() - 1)];
                 for piece in says(id) {
                     if piece.is_empty() {
                         sleep(Duration::from_millis(60)).await;
@@ -338,7 +352,7 @@ async fn serve(mut stream: TcpStream, says: Says, end: End, reached: Reached) ->
                     stream.write_all(&piece).await?;
                     stream.flush().await?;
                 }
-                match end {
+                match *end {
                     End::Keep => {}
                     End::Fin => return stream.shutdown().await,
                     End::Reset => {
@@ -352,6 +366,61 @@ async fn serve(mut stream: TcpStream, says: Says, end: End, reached: Reached) ->
     }
 }
 
+/// What an upstream says to one of several attempts.
+fn attempt(rng: &mut Rng) -> (Says, End) {
+    let ok = |s| [head(s, &[OK], 0), data(s, b"ok", END_STREAM)].concat();
+    let status =
+        |code: &'static str| says(move |s| vec![[head(s, &[(":status", code), ("x-a", "1")], 0), data(s, b"no", END_STREAM)].concat()]);
+    let grpc =
+        |code: &'static str| says(move |s| vec![head(s, &[OK, ("content-type", "application/grpc"), ("grpc-status", code)], END_STREAM)]);
+    let reset_with = |code: u8| says(move |s| vec![reset(s, code)]);
+    let answer = match rng.u32(..24) {
+        0 | 1 => says(move |s| vec![ok(s)]),
+        2 => says(move |s| [vec![Vec::new(); 8], vec![ok(s)]].concat()),
+        3 | 4 => status("503"),
+        5 => says(|s| vec![head(s, &[(":status", "503")], END_STREAM)]),
+        6 => status("500"),
+        7 => status("409"),
+        8 => status("418"),
+        9 => grpc("14"),
+        10 => grpc("1"),
+        11 => grpc("8"),
+        12 | 13 => reset_with(7),
+        14 => reset_with(8),
+        15 => reset_with(2),
+        16 => reset_with(0),
+        17 => return (says(|s| vec![goaway(s.saturating_sub(2), 0)]), End::Fin),
+        18 => return (says(|_| Vec::new()), End::Reset),
+        19 => return (says(|_| Vec::new()), End::Fin),
+        20 => says(|s| vec![[head(s, &[OK], 0), reset(s, 8)].concat()]),
+        // What differs on purpose is not among these: hints and trailers are passed on, and a body to HEAD is none.
+        21 => says(|s| vec![[head(s, &[(":status", "100")], 0), head(s, &[(":status", "503")], END_STREAM)].concat()]),
+        22 => says(|s| vec![[head(s, &[(":status", "503")], 0), data(s, b"no", 0)].concat(), Vec::new(), reset(s, 7)]),
+        _ => says(|s| vec![head(s, &[("x-a", "1")], END_STREAM)]),
+    };
+    (answer, End::Keep)
+}
+
+/// Retries of what fails in another way each time.
+fn at_random() -> Vec<Answered> {
+    let one = |(mut case, mut rng): (Case, Rng)| {
+        if case.heads.contains(&true) {
+            case.request = cases::case(String::new(), GET, "", End::Keep).request;
+            case.heads = Vec::new();
+        }
+        let more = rng.usize(1..4);
+        Answered { case, says: (0..=more).map(|_| attempt(&mut rng)).collect() }
+    };
+    random_retries::asked("frames").map(one).collect()
+}
+
+/// What both make of them.
+pub async fn compared_at_random(only: Option<&str>) -> Vec<Compared> {
+    let mut all = often(at_random(), Way::Out, only).await;
+    all.iter_mut().for_each(|c| [&mut c.envoy, &mut c.mesh].into_iter().for_each(super::of_attempts));
+    all
+}
+
 /// What both make of all whose names have `only` in them.
 pub async fn compared(only: Option<&str>) -> Vec<Compared> {
     often(all(), Way::Out, only).await
@@ -361,7 +430,7 @@ pub async fn compared(only: Option<&str>) -> Vec<Compared> {
 pub async fn compared_into_a_pod(only: Option<&str>) -> Vec<Compared> {
     let ok = says(|s| vec![[head(s, &[OK], 0), data(s, b"ok", END_STREAM)].concat()]);
     let requests = framed::all().into_iter().filter(|c| !c.name.starts_with("answer-"));
-    often(requests.map(|case| Answered { case, says: ok.clone(), end: End::Keep }).collect(), Way::In, only).await
+    often(requests.map(|case| Answered { case, says: vec![(ok.clone(), End::Keep)] }).collect(), Way::In, only).await
 }
 
 async fn often(all: Vec<Answered>, way: Way, only: Option<&str>) -> Vec<Compared> {
@@ -394,7 +463,7 @@ async fn upstreams(all: &[Answered]) -> (Vec<Reached>, Vec<SocketAddr>) {
     let (mut reached, mut addresses) = (Vec::new(), Vec::new());
     for one in all {
         let seen = Reached::default();
-        addresses.push(upstream(one.says.clone(), one.end, seen.clone()).await.expect("an upstream"));
+        addresses.push(upstream(one.says.clone(), seen.clone()).await.expect("an upstream"));
         reached.push(seen);
     }
     (reached, addresses)
@@ -402,7 +471,10 @@ async fn upstreams(all: &[Answered]) -> (Vec<Reached>, Vec<SocketAddr>) {
 
 async fn of_envoy(cases: &[Case], all: &[Answered]) -> Side {
     let (reached, addresses) = upstreams(all).await;
-    let listener = |(case, upstream): (&Case, &SocketAddr)| Listener { http2: true, ..Listener::to(case.name.clone(), *upstream) };
+    let listener = |(case, upstream): (&Case, &SocketAddr)| {
+        let routes = case.routes.as_ref().map(|(_, routes)| named(routes, "@cluster", &case.name));
+        Listener { http2: true, routes, ..Listener::to(case.name.clone(), *upstream) }
+    };
     let listeners = cases.iter().zip(&addresses).map(listener).collect::<Vec<_>>();
     let envoy = Envoy::start(&listeners, &format()).await.expect("Envoy");
     let at = cases.iter().map(|c| envoy.address(&c.name)).collect::<Vec<_>>();
@@ -421,7 +493,11 @@ async fn of_mesh(cases: &[Case], all: &[Answered], way: Way) -> Side {
     let path = directory.path().join("access.log");
     let mut documents = logging(&path, &format());
     for (i, address) in addresses.iter().enumerate() {
-        documents.extend(service(&format!("case-{i}"), &vip(i).ip().to_string(), "http2", &[*address]));
+        let name = format!("case-{i}");
+        documents.extend(service(&name, &vip(i).ip().to_string(), "http2", &[*address]));
+        if let Some((rules, _)) = &cases[i].routes {
+            documents.push(virtual_service(&name, &named(rules, "@host", &name)));
+        }
     }
     if way == Way::In {
         // Who asks about requests has them read.

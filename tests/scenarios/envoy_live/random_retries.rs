@@ -117,10 +117,10 @@ fn request(rng: &mut Rng) -> String {
     format!("{text}\r\n{body}")
 }
 
-pub fn all() -> Vec<Case> {
-    let mut all = Vec::new();
+/// Rules and a request to each, and what makes the rest of the case.
+pub fn asked(kind: &'static str) -> impl Iterator<Item = (Case, Rng)> {
     let seed = number("RETRIES_SEED", 1);
-    for of in 0..number("RETRIES", RETRIES) {
+    (0..number("RETRIES", RETRIES)).map(move |of| {
         let mut rng = Rng::with_seed(seed * 1_000_000 + of);
         let (mut istio, mut envoy) = policy(&mut rng);
         if chance(&mut rng, 25) {
@@ -128,18 +128,26 @@ pub fn all() -> Vec<Case> {
             envoy["timeout"] = "0.26s".into();
         }
         let request = request(&mut rng);
-        let mut case = case(format!("retries-{seed}-{of}"), &request, "", End::Keep);
+        let mut case = case(format!("{kind}-{seed}-{of}"), &request, "", End::Keep);
         case.request.push(ANSWERED.to_vec());
+        if std::env::var("CASE").is_ok_and(|only| case.name.contains(&only)) {
+            println!("{}\n{istio}\n{envoy}\n{request:?}", case.name);
+        }
+        case.routes = Some((json!([rule(istio)]), json!([route(all_paths(), envoy, json!({}))])));
+        (case, rng)
+    })
+}
+
+pub fn all() -> Vec<Case> {
+    let with_answers = |(mut case, mut rng): (Case, Rng)| {
         case.answer = answer(&mut rng);
         case.answer.then = (0..rng.usize(1..4)).map(|_| answer(&mut rng)).collect();
         if std::env::var("CASE").is_ok_and(|only| case.name.contains(&only)) {
-            let texts = std::iter::once(&case.answer).chain(&case.answer.then);
-            let texts = texts
-                .map(|a| format!("{:?} after {} {:?}", a.pieces.last().map(|p| String::from_utf8_lossy(p)), a.pieces.len() - 1, a.end));
-            println!("{}\n{istio}\n{envoy}\n{request:?}\n{}", case.name, texts.collect::<Vec<_>>().join("\n"));
+            for a in std::iter::once(&case.answer).chain(&case.answer.then) {
+                println!("{:?} after {} {:?}", a.pieces.last().map(|p| String::from_utf8_lossy(p)), a.pieces.len() - 1, a.end);
+            }
         }
-        case.routes = Some((json!([rule(istio)]), json!([route(all_paths(), envoy, json!({}))])));
-        all.push(case);
-    }
-    all
+        case
+    };
+    asked("retries").map(with_answers).collect()
 }
