@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    io,
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     path::PathBuf,
@@ -13,7 +14,10 @@ use std::{
 };
 
 use anyhow::Context;
-use tokio::sync::{Notify, mpsc};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{Notify, mpsc},
+};
 
 use super::listeners::{Listeners, Serving};
 use crate::{
@@ -189,12 +193,17 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(proxy.jwks.clone().run());
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
     let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };
+    let (mut signals, mut signalled) = (StopSignals::new().context("signals cannot be heard of")?, false);
     tokio::select! {
         stopped = reconciler.run(discovery, config) => stopped?,
-        how = told_to_stop(&node) => tracing::info!(target: "app", how = how?, "stopping"),
+        signal = signals.next() => {
+            signalled = true;
+            tracing::info!(target: "app", signal, "stopping");
+        }
+        () = node.stop.notified() => tracing::info!(target: "app", "stopping, as asked"),
     }
     node.stopping.store(true, Ordering::Relaxed);
-    reconciler.stop().await;
+    reconciler.stop(&mut signals, signalled).await;
     Ok(())
 }
 
@@ -225,21 +234,24 @@ fn raise_descriptor_limit() -> nix::Result<u64> {
     Ok(hard)
 }
 
-/// Completes when the node is told to stop, by a signal or by who may ask for it; with how.
-async fn told_to_stop(node: &Node) -> anyhow::Result<&'static str> {
-    tokio::select! {
-        signal = stop_signal() => signal,
-        () = node.stop.notified() => Ok("drain"),
-    }
+/// The signals that stop a process in order.
+pub(super) struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
 }
 
-pub(super) async fn stop_signal() -> anyhow::Result<&'static str> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    Ok(tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
-    })
+impl StopSignals {
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// The next of them; nothing is lost when this is dropped.
+    pub async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
 }
 
 /// Keeps what is captured equal to what should be.
@@ -457,8 +469,8 @@ impl Reconciler {
     }
 
     /// Takes no more connections and waits a little for those there are. Capture stays as it is: what happens to new
-    /// connections from here on is the fail mode's business.
-    async fn stop(&mut self) {
+    /// connections from here on is the fail mode's business. A signal after a signal ends the waiting.
+    async fn stop(&mut self, signals: &mut StopSignals, mut signalled: bool) {
         self.node.capture().withdraw();
         crate::spawn::aside(|| self.node.direct.settle());
         self.node.direct.hand_over();
@@ -471,15 +483,16 @@ impl Reconciler {
         self.node.proxy.pool.close();
         let deadline = tokio::time::Instant::now() + self.node.settings.drain;
         let metrics = self.node.proxy.metrics.clone();
-        let mut again = std::pin::pin!(told_to_stop(&self.node));
         while metrics.open_connections.get() + metrics.http_active.get() > 0 && tokio::time::Instant::now() < deadline {
             // What is kept for requests that do not come any more keeps nobody.
             pods.iter().for_each(|p| p.clusters.retire());
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(20)) => {}
-                Ok(how) = &mut again => {
-                    tracing::warn!(target: "app", how, open = metrics.open_connections.get(), "told to stop again: what is open is cut");
-                    break;
+                signal = signals.next() => {
+                    if std::mem::replace(&mut signalled, true) {
+                        tracing::warn!(target: "app", signal, open = metrics.open_connections.get(), "told to stop again: what is open is cut");
+                        break;
+                    }
                 }
             }
         }

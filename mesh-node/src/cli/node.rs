@@ -383,3 +383,14 @@ fn verify() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_open_has_all_of_the_time_but_what_stopping_takes() {
+        let drained = [1, 2, 8, 10, 11, 30, 86_400].map(|given| drain_period(given).as_millis());
+        assert_eq!(drained, [500, 1000, 4000, 5000, 6000, 25_000, 86_395_000]);
+    }
+}

@@ -120,6 +120,7 @@ pub async fn serve_steered(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: T
     outcome.source.address = Some(client);
     let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
     outcome.destination.address = Some(destination);
+    outcome.destination.workload = proxy.config.load().workload(&pod.uid).cloned();
     let result = plaintext(&proxy, &pod, downstream, client, destination, &mut outcome).await;
     if let Err(failure) = result {
         outcome.fail(failure);
@@ -254,6 +255,7 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     let mut outcome = Outcome::new(&connection.proxy, Direction::Inbound);
     outcome.source = Party { address: Some(connection.client), identity: Some(connection.peer.clone()), workload: None };
     outcome.tunnel = Some(connection.local);
+    outcome.destination.workload = connection.proxy.config.load().workload(&connection.pod.uid).cloned();
     let Some(_slot) = connection.proxy.limits.connection() else {
         offer.refuse(StatusCode::SERVICE_UNAVAILABLE);
         return outcome.fail(Failure::TooManyConnections);

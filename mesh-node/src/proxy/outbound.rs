@@ -137,19 +137,41 @@ impl Opaque {
 
     /// Connects to where it goes; a failure is counted and logged.
     pub(super) async fn establish(&self, downstream: &TcpStream) -> Option<Established> {
+        self.connect(downstream, self.outcome()).await.ok()
+    }
+
+    /// Connects to where it goes if the client says nothing else. Given up before the end, nothing is said of it; a failure is counted
+    /// and logged when it is dropped.
+    pub(super) async fn establish_for_now(&self, downstream: &TcpStream) -> Result<Established, Box<Outcome>> {
+        let mut outcome = self.outcome();
+        outcome.keep_quiet(true);
+        let mut established = self.connect(downstream, outcome).await;
+        match &mut established {
+            Ok(established) => established.outcome.keep_quiet(false),
+            Err(outcome) => outcome.keep_quiet(false),
+        }
+        established
+    }
+
+    fn outcome(&self) -> Outcome {
         let mut outcome = Outcome::new(&self.proxy, Direction::Outbound);
         outcome.source.address = Some(self.client);
+        outcome.source.workload = self.proxy.config.load().workload(&self.pod.uid).cloned();
         outcome.destination.address = Some(self.original);
+        outcome
+    }
+
+    async fn connect(&self, downstream: &TcpStream, mut outcome: Outcome) -> Result<Established, Box<Outcome>> {
         match establish(self, downstream, &mut outcome).await {
             Ok(upstream) => {
                 if matches!(upstream.stream, Stream::Local(_)) {
                     self.count_indirect();
                 }
-                Some(Established { upstream, outcome })
+                Ok(Established { upstream, outcome })
             }
             Err(failure) => {
                 outcome.fail(failure);
-                None
+                Err(Box::new(outcome))
             }
         }
     }

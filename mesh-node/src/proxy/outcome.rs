@@ -12,6 +12,7 @@ use std::{
 
 use super::{
     Failure, Proxy,
+    live::Cut,
     open::{Open, Path},
     reporting::{self, Ends},
 };
@@ -79,7 +80,8 @@ pub struct Outcome {
     pub requests: Arc<AtomicBool>,
     opened: Option<Arc<Open>>,
     failure: Option<Failure>,
-    handed_over: bool,
+    /// Nothing is said of it.
+    quiet: bool,
 }
 
 impl std::fmt::Debug for Outcome {
@@ -104,7 +106,7 @@ impl Outcome {
             requests: Arc::default(),
             opened: None,
             failure: None,
-            handed_over: false,
+            quiet: false,
         }
     }
 
@@ -190,7 +192,12 @@ impl Outcome {
             self.proxy.open.remove(open.number);
             self.proxy.metrics.open_connections.dec();
         }
-        self.handed_over = true;
+        self.quiet = true;
+    }
+
+    /// Whether nothing is said of it should it end now: nobody knows yet whether it is to be.
+    pub fn keep_quiet(&mut self, quiet: bool) {
+        self.quiet = quiet;
     }
 
     /// What it has carried until now is counted by others.
@@ -231,13 +238,19 @@ impl Outcome {
         }
     }
 
+    /// It was over before it was known whose it was, or where it was to go.
+    fn is_early(&self) -> bool {
+        self.opened.is_none() && self.failure.as_ref().is_some_and(|failure| failure.is_early() || self.told().is_none())
+    }
+
     /// Of one that did not come about, counts that, and as ztunnel does that it was begun and is over.
     fn count_unopened(&self, failure: &Failure) {
         let flags = failure.response_flag();
-        let Some(edge) = (flags != "-").then(|| self.edge()).flatten() else { return };
+        let told = self.told().is_some() && flags != "-";
+        let Some(edge) = told.then(|| self.edge()).flatten() else { return };
         let key = |flags| TcpKey { flags, tags: self.tags() };
         edge.failed(&key(flags));
-        if !failure.is_early() {
+        if !self.is_early() {
             edge.opened(&key("-"));
             edge.closed(&key(flags));
         }
@@ -317,11 +330,13 @@ impl Outcome {
     }
 
     fn log(&self, sent: u64, received: u64) {
-        let is_early = self.opened.is_none() && self.failure.as_ref().is_some_and(Failure::is_early);
+        let is_early = self.is_early();
+        // Limits that somebody has set are no errors.
+        let is_error = self.failure.as_ref().is_some_and(|f| !matches!(f, Failure::Cut(Cut::Idle | Cut::MaxDuration)));
         let is_wanted = match &self.failure {
-            None => tracing::enabled!(target: "access", tracing::Level::INFO),
+            _ if !is_error => tracing::enabled!(target: "access", tracing::Level::INFO),
             Some(_) if is_early => tracing::enabled!(target: "access", tracing::Level::WARN),
-            Some(_) => tracing::enabled!(target: "access", tracing::Level::ERROR),
+            _ => tracing::enabled!(target: "access", tracing::Level::ERROR),
         };
         if !is_wanted {
             return;
@@ -356,17 +371,17 @@ impl Outcome {
                 )
             };
         }
-        match &self.failure {
-            None => say!(info, "connection complete"),
-            Some(_) if is_early => say!(warn, "connection failed"),
-            Some(_) => say!(error, "connection complete"),
+        match (is_error, is_early) {
+            (false, _) => say!(info, "connection complete"),
+            (true, true) => say!(warn, "connection failed"),
+            (true, false) => say!(error, "connection complete"),
         }
     }
 }
 
 impl Drop for Outcome {
     fn drop(&mut self) {
-        if self.handed_over {
+        if self.quiet {
             return;
         }
         let sent = self.traffic.sent.load(Ordering::Relaxed);

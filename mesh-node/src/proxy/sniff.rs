@@ -111,20 +111,30 @@ async fn server_first(
 ) -> First {
     let opaque = Opaque { proxy: proxy.clone(), pod: pod.clone(), client, original, sni: None };
     let established = tokio::select! {
-        established = opaque.establish(downstream) => established,
-        _ = downstream.readable() => None,
+        established = opaque.establish_for_now(downstream) => established.map_err(Some),
+        _ = downstream.readable() => Err(None),
     };
-    let Some(mut established) = established else {
+    let mut established = match established {
+        Ok(established) => established,
         // Either the client has spoken, or the server cannot be reached: what the client says may lead elsewhere.
-        return match timeout(WHOLE, downstream.read_buf(read)).await {
-            Ok(Ok(n)) if n > 0 => First::Client(None),
-            // It will say nothing; what the server says is still for it.
-            Ok(Ok(_)) => match opaque.establish(downstream).await {
-                Some(established) => First::Server(Box::new(established)),
-                None => refused(downstream),
-            },
-            _ => refused(downstream),
-        };
+        Err(mut failed) => {
+            let read = timeout(WHOLE, downstream.read_buf(read)).await;
+            if matches!(read, Ok(Ok(_)))
+                && let Some(failed) = &mut failed
+            {
+                // What comes of it is yet to be seen.
+                failed.keep_quiet(true);
+            }
+            return match read {
+                Ok(Ok(n)) if n > 0 => First::Client(None),
+                // It will say nothing; what the server says is still for it.
+                Ok(Ok(_)) => match opaque.establish(downstream).await {
+                    Some(established) => First::Server(Box::new(established)),
+                    None => refused(downstream),
+                },
+                _ => refused(downstream),
+            };
+        }
     };
     tokio::select! {
         biased;

@@ -191,7 +191,7 @@ impl Pod {
         let probes = containers.flat_map(Container::probes).collect();
         let switches = metadata.annotations.as_ref().and_then(|a| a.get(ACCELERATION)).into_iter().chain(metadata.labels.get(ACCELERATION));
         let (workload_name, workload_kind) =
-            made_by(&metadata.owner_references.unwrap_or_default(), metadata.name.as_deref().unwrap_or_default());
+            made_by(&metadata.owner_references.unwrap_or_default(), &metadata.labels, metadata.name.as_deref().unwrap_or_default());
         let accelerate = switches.map(|value: &str| switch(value)).collect::<Result<Vec<_>, _>>()?.iter().all(|on| *on);
         Ok(Self {
             probes,
@@ -220,14 +220,15 @@ fn switch(value: &str) -> Result<bool, FieldError> {
     }
 }
 
-/// A `ReplicaSet` is named after its Deployment and a hash, a Job of a `CronJob` after that and a time; other owners give their name as
+/// A `ReplicaSet` of a Deployment is named after that and a hash, which its pods are labelled with; a Job of a `CronJob` after that and a time; other owners give their name as
 /// it is.
-fn made_by(owners: &[Owner], pod: &str) -> (Arc<str>, WorkloadKind) {
+fn made_by(owners: &[Owner], labels: &Labels, pod: &str) -> (Arc<str>, WorkloadKind) {
     let Some(owner) = owners.first().filter(|o| !o.name.is_empty()) else { return (pod.into(), WorkloadKind::Pod) };
     let parts = owner.name.rsplit_once('-');
     let scheduled = parts.filter(|(_, at)| (8..=10).contains(&at.len()) && at.bytes().all(|b| b.is_ascii_digit()));
+    let hashed = |hash: &str| labels.get("pod-template-hash").is_none_or(|label| label == hash);
     let (name, kind) = match (&*owner.kind, parts, scheduled) {
-        ("ReplicaSet", Some((deployment, _)), _) => (deployment, WorkloadKind::Deployment),
+        ("ReplicaSet", Some((deployment, hash)), _) if hashed(hash) => (deployment, WorkloadKind::Deployment),
         ("Job", _, Some((cron_job, _))) => (cron_job, WorkloadKind::CronJob),
         ("Job", ..) => (&*owner.name, WorkloadKind::Job),
         _ => (&*owner.name, WorkloadKind::Pod),

@@ -374,7 +374,7 @@ fn attempt(rng: &mut Rng) -> (Says, End) {
     let grpc =
         |code: &'static str| says(move |s| vec![head(s, &[OK, ("content-type", "application/grpc"), ("grpc-status", code)], END_STREAM)]);
     let reset_with = |code: u8| says(move |s| vec![reset(s, code)]);
-    let answer = match rng.u32(..24) {
+    let answer = match rng.u32(..25) {
         0 | 1 => says(move |s| vec![ok(s)]),
         2 => says(move |s| [vec![Vec::new(); 8], vec![ok(s)]].concat()),
         3 | 4 => status("503"),
@@ -396,6 +396,7 @@ fn attempt(rng: &mut Rng) -> (Says, End) {
         // What differs on purpose is not among these: hints and trailers are passed on, and a body to HEAD is none.
         21 => says(|s| vec![[head(s, &[(":status", "100")], 0), head(s, &[(":status", "503")], END_STREAM)].concat()]),
         22 => says(|s| vec![[head(s, &[(":status", "503")], 0), data(s, b"no", 0)].concat(), Vec::new(), reset(s, 7)]),
+        23 => says(|s| vec![[head(s, &[(":status", "100")], 0), reset(s, 7)].concat()]),
         _ => says(|s| vec![head(s, &[("x-a", "1")], END_STREAM)]),
     };
     (answer, End::Keep)

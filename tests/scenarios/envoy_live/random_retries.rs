@@ -32,7 +32,7 @@ const CONDITIONS: [&str; 14] = [
 ];
 
 /// What the upstream says, after so many pauses, and how it ends then.
-const ANSWERS: [(&str, usize, End); 22] = [
+const ANSWERS: [(&str, usize, End); 24] = [
     ("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", 0, End::Keep),
     ("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", 12, End::Keep),
     ("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", 0, End::Keep),
@@ -51,6 +51,8 @@ const ANSWERS: [(&str, usize, End); 22] = [
     ("HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 1\r\ncontent-length: 0\r\n\r\n", 0, End::Keep),
     ("HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 8\r\ncontent-length: 0\r\n\r\n", 0, End::Keep),
     ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n", 0, End::Keep),
+    ("HTTP/1.1 100 Continue\r\n\r\n", 0, End::Fin),
+    ("HTTP/1.1 100 Continue\r\n\r\n", 0, End::Reset),
     ("", 0, End::Fin),
     ("", 0, End::Reset),
     ("HTTP/1.1 2", 0, End::Reset),

@@ -471,14 +471,14 @@ impl From<NoUpstream> for Attempt {
                 Self::Failed(Failed::new(Reset::ConnectTimeout))
             }
             Failure::Dial { source, .. } | Failure::DialPeer { source, .. } | Failure::Application { source, .. } => {
-                Self::Failed(Failed { reset: Reset::ConnectFailure, detail: refused(source) })
+                Self::Failed(Failed { detail: refused(source), ..Failed::new(Reset::ConnectFailure) })
             }
             // The connection was there and is not HTTP/2, or ended.
             Failure::Broken(error) if super::h2::is_connection(error) => Self::Failed(Failed::new(Reset::ConnectionTermination)),
             Failure::Broken(_) => Self::Failed(Failed::new(Reset::ProtocolError)),
             other => {
                 let detail = crate::telemetry::chain(other).replace(' ', "_");
-                Self::Failed(Failed { reset: Reset::ConnectFailure, detail: Cow::Owned(detail) })
+                Self::Failed(Failed { detail: Cow::Owned(detail), ..Failed::new(Reset::ConnectFailure) })
             }
         }
     }

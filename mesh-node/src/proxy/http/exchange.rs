@@ -430,10 +430,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     async fn failed(&mut self, failed: &Failed, retried: bool, forward: &Forward<'_>) -> End {
         self.record.raise(flag_of(failed.reset));
         let words = reason(failed.reset).replace(' ', "_");
+        let when = if failed.begun { "after" } else { "before" };
         self.record.details = match (failed.reset, &*failed.detail) {
             (Reset::PerTryTimeout, _) => Cow::Borrowed("upstream_per_try_timeout"),
-            (_, "") => format!("upstream_reset_before_response_started{{{words}}}").into(),
-            (_, detail) => format!("upstream_reset_before_response_started{{{words}|{detail}}}").into(),
+            (_, "") => format!("upstream_reset_{when}_response_started{{{words}}}").into(),
+            (_, detail) => format!("upstream_reset_{when}_response_started{{{words}|{detail}}}").into(),
         };
         self.reply(Reply::reset(failed.reset, retried), |record, headers| forward.decorate(headers, record, None)).await
     }

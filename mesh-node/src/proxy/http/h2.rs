@@ -372,10 +372,10 @@ pub fn request_head(request: Request<()>) -> Result<(RequestHead, bool), Box<Ref
 
 /// Whose resource, and which.
 fn place(method: &Method, authority: Option<HeaderValue>, target: Option<&Bytes>) -> Result<(HeaderValue, PathAndQuery), Malformed> {
+    let authority = checked_authority(authority.ok_or(Malformed::MISSING_HOST)?)?;
     if method == Method::OPTIONS && target.is_some_and(|target| &**target == b"*") {
         return Err(Malformed::NO_RESOURCE);
     }
-    let authority = checked_authority(authority.ok_or(Malformed::MISSING_HOST)?)?;
     Ok((authority, target.map_or_else(|| Ok(PathAndQuery::from_static("/")), path_and_query)?))
 }
 

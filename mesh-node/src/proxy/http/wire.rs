@@ -65,6 +65,7 @@ impl Malformed {
 const CODEC: Malformed = Malformed::codec("http1.codec_error");
 const INVALID_CHARACTERS: Malformed = Malformed::codec("http1.invalid_characters");
 const INVALID_URL: Malformed = Malformed::codec("http1.invalid_url");
+static PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
 /// Where a message's body ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +151,7 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
     let framing = request_framing(&headers, minor)?;
     without_leading_zeros(&mut headers);
     let connection = Connection::of(&headers);
-    if connection.forwarded {
+    if connection.rejected {
         return Err(Malformed::codec("http1.connection_header_rejected").into());
     }
     let upgrade = if connection.upgrade { upgrade_of(&headers) } else { None };
@@ -316,8 +317,8 @@ struct Connection {
     close: bool,
     keep_alive: bool,
     upgrade: bool,
-    /// It names headers that say where a request comes from, which are not the client's to take off.
-    forwarded: bool,
+    /// It names headers that say where a request comes from or what it is for, which are not the client's to take off.
+    rejected: bool,
 }
 
 impl Connection {
@@ -328,8 +329,10 @@ impl Connection {
             found.keep_alive |= token.eq_ignore_ascii_case("keep-alive");
             found.upgrade |= token.eq_ignore_ascii_case("upgrade");
             let forwarded = ["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"];
-            found.forwarded |= forwarded.iter().any(|name| token.eq_ignore_ascii_case(name));
+            found.rejected |= token.starts_with(':') || forwarded.iter().any(|name| token.eq_ignore_ascii_case(name));
         }
+        // Nobody has a use for it but clients that mean the other one, and are taken at their word, as by Envoy.
+        found.close |= tokens(headers, &PROXY_CONNECTION).any(|token| token.eq_ignore_ascii_case("close"));
         found
     }
 }
@@ -428,8 +431,12 @@ fn target_of(method: &Method, target: &Bytes, headers: &mut HeaderMap, minor: u8
         return Ok((checked_authority(host)?, path_and_query(target)?));
     }
     if &**target == b"*" {
-        let is_options = method == Method::OPTIONS;
-        return Err(if is_options { Malformed::NO_RESOURCE } else { INVALID_URL });
+        if method != Method::OPTIONS {
+            return Err(INVALID_URL);
+        }
+        // Refused in any case, but what is malformed ends the connection.
+        host.map_or(if minor == 0 { Ok(()) } else { Err(Malformed::MISSING_HOST) }, |host| checked_authority(host).map(drop))?;
+        return Err(Malformed::NO_RESOURCE);
     }
     let scheme = memchr::memmem::find(target, b"://").ok_or(CODEC)?;
     if !["http", "https"].iter().any(|known| target[..scheme].eq_ignore_ascii_case(known.as_bytes())) {
@@ -440,12 +447,20 @@ fn target_of(method: &Method, target: &Bytes, headers: &mut HeaderMap, minor: u8
     // Who the client says it is, in front of an `@`, is for nobody (RFC 9110 section 4.2.4).
     let host = memchr::memrchr(b'@', &after[..end]).map_or(0, |at| at + 1);
     let authority = HeaderValue::from_bytes(&after[host..end]).map_err(|_| CODEC)?;
-    if authority.is_empty() {
+    if authority.is_empty() || !has_port_or_none(authority.as_bytes()) {
         return Err(INVALID_URL);
     }
     let path = &after[end..];
     let path = if path.starts_with(b"/") { path.to_vec() } else { [b"/", path].concat() };
     Ok((checked_authority(authority)?, path_and_query(&path.into())?))
+}
+
+/// Whether what follows the name, if anything does, is a port.
+fn has_port_or_none(authority: &[u8]) -> bool {
+    let name = memchr::memrchr(b']', authority).map_or(0, |at| at + 1);
+    let Some(colon) = memchr::memchr(b':', &authority[name..]) else { return name == 0 || name == authority.len() };
+    let port = std::str::from_utf8(&authority[name + colon + 1..]).unwrap_or("?");
+    port.is_empty() || port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok()
 }
 
 /// An authority that cannot be taken for something else: no user part, no white space, no list.

@@ -312,7 +312,7 @@ fn retries(document: &doc::Retries, at: &str) -> Result<RetryPolicy> {
         on,
         codes,
         // Without retries none of this means anything.
-        per_try_timeout: per_try.filter(|_| attempts > 0).map(|t| positive(t, &format!("{at}.perTryTimeout"))).transpose()?,
+        per_try_timeout: per_try.map(|t| positive(t, &format!("{at}.perTryTimeout"))).transpose()?.filter(|_| attempts > 0),
         base_backoff: document.backoff.map_or(Ok(BASE_BACKOFF), |t| positive(t, &format!("{at}.backoff")))?,
         ignore_previous_hosts: document.retry_ignore_previous_hosts.unwrap_or(true),
         remote_localities: document.retry_remote_localities.unwrap_or(false),

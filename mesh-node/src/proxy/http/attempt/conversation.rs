@@ -50,7 +50,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
     ) -> Attempt {
         let mut cut = pin!(cut);
         self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade, self.plan.client_cert);
-        let (mut uploaded, mut no_more_up) = (false, false);
+        let (mut uploaded, mut no_more_up, mut begun) = (false, false, false);
         let response = loop {
             arm(self.plan, self.deadlines, self.upload.is_received());
             let watch = uploaded && !self.half_closed;
@@ -65,6 +65,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             match event {
                 Event::Head(Ok(head)) if is_interim(head.status) => {
                     self.upload.commit();
+                    begun = true;
                     if head.status != StatusCode::CONTINUE
                         && let Err(error) = self.responder.informational(head.status, head.headers).await
                     {
@@ -73,10 +74,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 }
                 // Nobody asked for another protocol.
                 Event::Head(Ok(head)) if head.status == StatusCode::SWITCHING_PROTOCOLS && self.plan.upgrade.is_none() => {
-                    return Attempt::Failed(Failed::new(Reset::ProtocolError));
+                    return Attempt::Failed(Failed { begun, ..Failed::new(Reset::ProtocolError) });
                 }
                 Event::Head(Ok(head)) => break head,
-                Event::Head(Err(failed)) => return Attempt::Failed(failed),
+                Event::Head(Err(failed)) => return Attempt::Failed(Failed { begun, ..failed }),
                 Event::Cut => return Attempt::Cut,
                 Event::TimeUp(up) => return Attempt::TimeUp(up),
                 Event::Uploaded(Ok(())) => {

@@ -37,11 +37,13 @@ pub enum UpSource<'a> {
 pub struct Failed {
     pub reset: Reset,
     pub detail: Cow<'static, str>,
+    /// There was an interim answer.
+    pub begun: bool,
 }
 
 impl Failed {
     pub fn new(reset: Reset) -> Self {
-        Self { reset, detail: Cow::Borrowed("") }
+        Self { reset, detail: Cow::Borrowed(""), begun: false }
     }
 
     fn of_h2(error: &io::Error) -> Self {

@@ -145,6 +145,12 @@ fn ambiguous_or_broken_requests_are_refused_as_recorded() {
         ("FOO / HTTP/1.1\r\nhost: a\r\n\r\n", codec),
         ("get / HTTP/1.1\r\nhost: a\r\n\r\n", codec),
         ("OPTIONS * HTTP/1.1\r\nhost: a\r\n\r\n", (404, "absolute_path_rejected")),
+        ("OPTIONS * HTTP/1.1\r\nhost: a b\r\n\r\n", (400, "http.invalid_authority")),
+        ("OPTIONS * HTTP/1.1\r\n\r\n", (400, "missing_host_header")),
+        ("GET http://a:x/ HTTP/1.1\r\nhost: a\r\n\r\n", (400, "http1.invalid_url")),
+        ("GET http://a:65536/ HTTP/1.1\r\nhost: a\r\n\r\n", (400, "http1.invalid_url")),
+        ("GET http://[::1]x/ HTTP/1.1\r\nhost: a\r\n\r\n", (400, "http1.invalid_url")),
+        ("GET / HTTP/1.1\r\nhost: a\r\nconnection: close, :path\r\n\r\n", (400, "http1.connection_header_rejected")),
         ("GET /direct/y#frag HTTP/1.1\r\nhost: a\r\n\r\n", (400, "path_normalization_failed")),
         ("GET /%00 HTTP/1.1\r\nhost: a\r\n\r\n", (400, "path_normalization_failed")),
     ] {
