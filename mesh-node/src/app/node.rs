@@ -192,19 +192,8 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(direct.run(flows));
     tokio::spawn(proxy.jwks.clone().run());
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
-    let mut reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };
-    let (mut signals, mut signalled) = (StopSignals::new().context("signals cannot be heard of")?, false);
-    tokio::select! {
-        stopped = reconciler.run(discovery, config) => stopped?,
-        signal = signals.next() => {
-            signalled = true;
-            tracing::info!(target: "app", signal, "stopping");
-        }
-        () = node.stop.notified() => tracing::info!(target: "app", "stopping, as asked"),
-    }
-    node.stopping.store(true, Ordering::Relaxed);
-    reconciler.stop(&mut signals, signalled).await;
-    Ok(())
+    let reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };
+    reconciler.until_stopped(discovery, config).await
 }
 
 /// Opens everything a node shows itself on.
@@ -292,6 +281,23 @@ impl Origins for NodeOrigins {
 type Found = HashMap<WorkloadUid, LocalPod>;
 
 impl Reconciler {
+    /// Works until the node is told to stop, and stops it.
+    async fn until_stopped(mut self, discovery: Discovery, config: Configuration) -> anyhow::Result<()> {
+        let node = self.node.clone();
+        let (mut signals, mut signalled) = (StopSignals::new().context("signals cannot be heard of")?, false);
+        tokio::select! {
+            stopped = self.run(discovery, config) => stopped?,
+            signal = signals.next() => {
+                signalled = true;
+                tracing::info!(target: "app", signal, "stopping");
+            }
+            () = node.stop.notified() => tracing::info!(target: "app", "stopping, as asked"),
+        }
+        node.stopping.store(true, Ordering::Relaxed);
+        self.stop(&mut signals, signalled).await;
+        Ok(())
+    }
+
     async fn run(&mut self, mut discovery: Discovery, mut config: Configuration) -> anyhow::Result<()> {
         config.ready().await;
         loop {
