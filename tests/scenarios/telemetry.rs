@@ -293,17 +293,23 @@ spec:
 #[test]
 fn connections_that_fail_are_counted_by_why_and_logged_as_errors() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
-    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1).label("app", "server")]).expect("pods");
     let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"9999\"]}}]}]}\n";
     bed.apply("deny", deny).expect("policy");
     bed.settle().expect("settled");
     let ask = |port| bed.probe(&client, &["ask", &server.address(port), "ping"]).expect("a report");
     assert_eq!(ask(8080)["answer"], "pong");
     assert!(ask(9999)["answer"].is_null() && ask(9998)["answer"].is_null(), "one is denied, and nobody listens on the other");
-    // One that waits to be spoken to is tried before it is known what the client will say, and told once too.
+    // One to a port that declares nothing is tried before it is known what its client will say, and told once too.
+    bed.kubectl_apply(
+        "quiet",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: quiet}\nspec: {selector: {app: server}, ports: [{name: any, port: 9997}]}\n",
+    )
+    .expect("service");
+    bed.settle().expect("settled");
     let script =
         "import socket, sys, time\nc = socket.create_connection((sys.argv[1], 9997))\ntime.sleep(0.2)\nc.sendall(b'hello')\nc.recv(9)\n";
-    let output = bed.run(&client, std::path::Path::new("/usr/bin/python3"), &["-c", script, &server.v4().to_string()]).expect("python");
+    let output = bed.run(&client, std::path::Path::new("/usr/bin/python3"), &["-c", script, "quiet"]).expect("python");
     assert!(!output.status.success(), "nobody listens there either");
     // Its other end was indeed asked twice.
     for (node, reporter, connects) in [(0, "reporter=\"source\"", 2_u16), (1, "reporter=\"destination\"", 3)] {
@@ -314,7 +320,11 @@ fn connections_that_fail_are_counted_by_why_and_logged_as_errors() {
         };
         wait_for("the last is closed", Duration::from_secs(5), || Ok(count("closed", "-") > 0.5)).expect("closed");
         // As with ztunnel, each was begun and is over.
-        assert_eq!([count("opened", "-"), count("opened", "DENY"), count("opened", "CONNECT")], [2.0 + f64::from(connects), 0.0, 0.0], "{reporter}");
+        assert_eq!(
+            [count("opened", "-"), count("opened", "DENY"), count("opened", "CONNECT")],
+            [2.0 + f64::from(connects), 0.0, 0.0],
+            "{reporter}"
+        );
         for name in ["closed", "failed"] {
             assert_eq!([count(name, "DENY"), count(name, "CONNECT")], [1.0, f64::from(connects)], "{name}, {reporter}");
         }
@@ -323,7 +333,11 @@ fn connections_that_fail_are_counted_by_why_and_logged_as_errors() {
         let of = |level: &str, part: &str| {
             lines.iter().filter(|l| l.contains(level) && l.contains("connection complete") && l.contains(part)).count()
         };
-        assert_eq!((of("ERROR", "error="), of("INFO", "error="), of("INFO", "dst.workload")), (1 + usize::from(connects), 0, 1), "{reporter}: {lines:#?}");
+        assert_eq!(
+            (of("ERROR", "error="), of("INFO", "error="), of("INFO", "dst.workload")),
+            (1 + usize::from(connects), 0, 1),
+            "{reporter}: {lines:#?}"
+        );
     }
 }
 
