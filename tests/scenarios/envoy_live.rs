@@ -282,9 +282,10 @@ async fn a_real_envoy_makes_the_same_of_bytes_at_random() {
 async fn a_real_envoy_makes_the_same_of_retries_in_frames_at_random() {
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
-    let all = answered::compared_at_random(only.as_deref()).await;
+    let listed = Listed::read("[]");
+    let all = answered::compared_at_random(only.as_deref(), &listed).await;
     let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
-    report(&Listed::read("[]").judge(&compared), compared.len());
+    report(&listed.judge(&compared), compared.len());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -308,9 +309,9 @@ async fn a_real_envoy_makes_the_same_of_frames() {
 async fn a_real_envoy_makes_the_same_of_answers_in_frames() {
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
-    let all = answered::compared(only.as_deref()).await;
-    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
     let listed = Listed::read(include_str!("../corpora/envoy_answers_differences.json"));
+    let all = answered::compared(only.as_deref(), &listed).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
     listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
     report(&listed.judge(&compared), compared.len());
 }
@@ -319,9 +320,9 @@ async fn a_real_envoy_makes_the_same_of_answers_in_frames() {
 async fn a_destination_makes_the_same_of_frames() {
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
-    let all = answered::compared_into_a_pod(only.as_deref()).await;
-    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
     let listed = Listed::read(include_str!("../corpora/envoy_inbound_frames_differences.json"));
+    let all = answered::compared_into_a_pod(only.as_deref(), &listed).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
     listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
     report(&listed.judge(&compared), compared.len());
 }

@@ -28,7 +28,8 @@ use tokio::{
 };
 
 use super::{
-    Case, Compared, End, Side, Way, about, cases, format, framed, logging, named, of_requests, of_the_answer, random_retries, run, vip,
+    Case, Compared, End, Listed, Side, Way, about, cases, format, framed, logging, named, of_requests, of_the_answer, random_retries, run,
+    vip,
 };
 
 type Field = (&'static str, &'static str);
@@ -416,31 +417,34 @@ fn at_random() -> Vec<Answered> {
 }
 
 /// What both make of them.
-pub async fn compared_at_random(only: Option<&str>) -> Vec<Compared> {
-    let mut all = often(at_random(), Way::Out, only).await;
+pub async fn compared_at_random(only: Option<&str>, listed: &Listed) -> Vec<Compared> {
+    let mut all = often(at_random(), Way::Out, only, listed).await;
     all.iter_mut().for_each(|c| [&mut c.envoy, &mut c.mesh].into_iter().for_each(super::of_attempts));
     all
 }
 
 /// What both make of all whose names have `only` in them.
-pub async fn compared(only: Option<&str>) -> Vec<Compared> {
-    often(all(), Way::Out, only).await
+pub async fn compared(only: Option<&str>, listed: &Listed) -> Vec<Compared> {
+    often(all(), Way::Out, only, listed).await
 }
 
 /// The same of requests in frames into a pod, to an application that speaks HTTP/2.
-pub async fn compared_into_a_pod(only: Option<&str>) -> Vec<Compared> {
+pub async fn compared_into_a_pod(only: Option<&str>, listed: &Listed) -> Vec<Compared> {
     let ok = says(|s| vec![[head(s, &[OK], 0), data(s, b"ok", END_STREAM)].concat()]);
     let requests = framed::all().into_iter().filter(|c| !c.name.starts_with("answer-"));
-    often(requests.map(|case| Answered { case, says: vec![(ok.clone(), End::Keep)] }).collect(), Way::In, only).await
+    often(requests.map(|case| Answered { case, says: vec![(ok.clone(), End::Keep)] }).collect(), Way::In, only, listed).await
 }
 
-async fn often(all: Vec<Answered>, way: Way, only: Option<&str>) -> Vec<Compared> {
+async fn often(all: Vec<Answered>, way: Way, only: Option<&str>, listed: &Listed) -> Vec<Compared> {
     let all = all.into_iter().filter(|a| only.is_none_or(|o| a.case.name.contains(o))).collect::<Vec<_>>();
     let mut compared = both(&all, way).await;
-    let differ = |c: &Compared| c.envoy != c.mesh;
+    let differ = |c: &Compared| !listed.judge(&[(&c.name, &c.envoy, &c.mesh)]).is_empty();
     // What only a busy machine made different is not so again.
     for _ in 0..2 {
         let again = all.iter().zip(&compared).filter(|(_, c)| differ(c)).map(|(a, _)| a.clone()).collect::<Vec<_>>();
+        if again.is_empty() {
+            break;
+        }
         let mut anew = both(&again, way).await.into_iter();
         compared = compared.into_iter().map(|c| if differ(&c) { anew.next().expect("one for each") } else { c }).collect();
     }

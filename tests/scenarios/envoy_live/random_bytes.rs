@@ -9,7 +9,7 @@ use super::{
     random::{number, pick},
 };
 
-const BYTES: u64 = 250;
+const BYTES: u64 = 160;
 const ANSWER: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
 const REQUESTS: [&str; 7] = [

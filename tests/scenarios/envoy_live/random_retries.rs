@@ -12,7 +12,7 @@ use super::{
     routes::{all_paths, retries, route, rule},
 };
 
-const RETRIES: u64 = 60;
+const RETRIES: u64 = 40;
 
 const CONDITIONS: [&str; 14] = [
     "5xx",
