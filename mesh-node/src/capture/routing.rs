@@ -1,8 +1,9 @@
 //! Routing inside a pod's network namespace that lets the proxy speak with the client's address.
 //!
 //! Replies of the application to an impersonated client carry the mark of the proxy's socket
-//! (`net.ipv4.tcp_fwmark_accept`, both families in spite of its name); a rule sends marked packets to a table that delivers
-//! everything locally. Done over netlink; no binary is called.
+//! (`net.ipv4.tcp_fwmark_accept`, both families in spite of its name), and so do the answers of the pod's kernel where no application
+//! listens (`fwmark_reflect` of both families), without which a closed port would look like a lost packet; a rule sends marked packets to a
+//! table that delivers everything locally. Done over netlink; no binary is called.
 
 use std::{
     fs, io,
@@ -25,7 +26,9 @@ use crate::io::netns::Netns;
 
 /// Index of the loopback device: the first one of every network namespace.
 const LOOPBACK: u32 = 1;
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// What has replies marked as what they reply to; off in every new namespace.
+const MARKED_REPLIES: [&str; 3] =
+    ["/proc/sys/net/ipv4/tcp_fwmark_accept", "/proc/sys/net/ipv4/fwmark_reflect", "/proc/sys/net/ipv6/fwmark_reflect"];
 /// Whether a connection may have the addresses of one that ended a second ago, where timestamps tell the two apart (RFC 6191): without it
 /// a pod that is called thousands of times a second runs out of ports to be called from.
 const TIME_WAIT_REUSE: &str = "/proc/sys/net/ipv4/tcp_tw_reuse";
@@ -35,8 +38,7 @@ const REUSE_DEFAULT: &str = "2";
 /// Sets a namespace up for impersonation. Doing it again changes nothing.
 pub fn prepare(netns: &Netns) -> Result<(), CaptureError> {
     in_netns(netns, "prepare the routing of a pod", |netlink| {
-        // The file shows the namespace of the thread that opens it.
-        fs::write(FWMARK_ACCEPT, "1")?;
+        mark_replies("1")?;
         if fs::read_to_string(TIME_WAIT_REUSE)?.trim() == REUSE_DEFAULT {
             fs::write(TIME_WAIT_REUSE, "1")?;
         }
@@ -65,7 +67,15 @@ pub fn remove(netns: &Netns) -> Result<(), CaptureError> {
         if fs::read_to_string(TIME_WAIT_REUSE)?.trim() == "1" {
             fs::write(TIME_WAIT_REUSE, REUSE_DEFAULT)?;
         }
-        fs::write(FWMARK_ACCEPT, "0")
+        mark_replies("0")
+    })
+}
+
+/// The files show the namespace of the thread that opens them; a kernel without IPv6 has none of its.
+fn mark_replies(on: &str) -> io::Result<()> {
+    MARKED_REPLIES.iter().try_for_each(|path| match fs::write(path, on) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && path.contains("/ipv6/") => Ok(()),
+        other => other,
     })
 }
 
