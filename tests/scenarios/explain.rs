@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use mesh_tests::{Bed, NodeOptions, Pod, PodSpec, bed::program};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn web(version: &str, node: usize) -> PodSpec {
     let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), version.into()];
@@ -339,4 +339,20 @@ fn explanations_know_claims_and_names() {
     }
     let (_, _, text) = explain("web:80", &["--claims", "admin"]);
     assert!(text.contains("claims: is not a JSON object"), "{text}");
+    // Routes know them too, and take no header for a claim that a client wrote.
+    let routes = "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: web}\nspec: {hosts: [web], http: [{match: [{headers: {\"@request.auth.claims.group\": {exact: admin}}}], route: [{destination: {host: web}}]}, {match: [{headers: {x-group: {exact: guest}}}], directResponse: {status: 418}}]}\n";
+    let jwt = yaml[4].replace("issuer: us,", "issuer: us, outputClaimToHeaders: [{header: x-group, claim: group}],");
+    std::fs::write(directory.path().join("all.yaml"), yaml[..4].concat() + &jwt + &yaml[5] + "---\n" + routes).expect("written");
+    for (claims, rule, verdict) in [
+        (r#"{"iss": "us", "group": "admin"}"#, json!(1), "allowed"),
+        (r#"{"iss": "us", "group": "guest"}"#, json!(2), "418"),
+        (r#"{"iss": "us", "group": "other"}"#, json!(null), "404"),
+        (r#"{"iss": "them", "group": "admin"}"#, json!(null), "401"),
+    ] {
+        let (_, _, text) = explain("web:80", &["--claims", claims, "-H", "x-group: guest"]);
+        let answer: Value = serde_json::from_str(&text).expect("an explanation");
+        assert!(answer["route"]["rule"] == rule && answer["verdict"].as_str().is_some_and(|v| v.contains(verdict)), "{claims}: {text}");
+    }
+    let (_, _, text) = explain("web:80", &["-X", "GET", "-H", "x-group: guest"]);
+    assert!(text.contains("404"), "{text}");
 }

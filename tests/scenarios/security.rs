@@ -504,6 +504,47 @@ async fn requests_are_routed_by_verified_claims() {
     }
 }
 
+/// Routes are asked when tokens have been verified: what claims are written to is not the client's, and a token that is not taken is
+/// refused where no route would take the request either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_are_routed_by_headers_of_verified_claims() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("an upstream"), scripted::http1("up2", &seen).expect("an upstream"));
+    let issuer = Issuer::default();
+    let rules =
+        json!({"jwtRules": [{"issuer": ISSUER, "jwks": issuer.jwks(), "outputClaimToHeaders": [{"header": "x-user", "claim": "sub"}]}]});
+    let mut documents = served(one, &[security("RequestAuthentication", "jwt", &rules)]);
+    documents.extend(service("other", "10.99.0.2", "http", &[two]));
+    let to = |host: &str| json!([{"destination": {"host": host}}]);
+    documents.push(virtual_service(
+        "server",
+        &json!([
+            {"match": [{"headers": {"x-user": {"exact": "root"}}}], "route": to("other")},
+            {"match": [{"headers": {"authorization": {}}}], "route": to("other")},
+            {"match": [{"uri": {"prefix": "/claims"}, "headers": {"@request.auth.claims.sub": {"exact": "x"}}}], "route": to("other")},
+            {"match": [{"uri": {"prefix": "/x"}}], "route": to("server")},
+        ]),
+    ));
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    let bearer = |issuer: &Issuer, sub: &str| format!("authorization: Bearer {}\r\n", issuer.token(&claims(&json!({"sub": sub}))));
+    for (n, (path, header, expected)) in [
+        ("/x", "x-user: root\r\n".to_owned(), ("200", "up1 200 #1\n")),
+        ("/x", bearer(&issuer, "root"), ("200", "up2 200 #1\n")),
+        ("/x", bearer(&issuer, "bob") + "x-user: root\r\n", ("200", "up1 200 #1\n")),
+        ("/claims", bearer(&issuer, "x"), ("200", "up2 200 #1\n")),
+        ("/claims", bearer(&issuer, "y"), ("404", "")),
+        ("/claims", String::new(), ("404", "")),
+        ("/claims", bearer(&Issuer::default(), "x"), ("401", "Jwt verification fails")),
+        ("/none", bearer(&Issuer::default(), "x"), ("401", "Jwt verification fails")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let got = ask(&engine, "node", one, &get(path, &format!("known-{n}"), &header)).await;
+        assert_eq!((got.status.as_str(), got.body.as_str()), expected, "{n} {path} {header}");
+    }
+}
+
 /// Ways past the gate that a review found.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_judged_is_what_is_sent() {

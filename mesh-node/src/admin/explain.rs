@@ -10,7 +10,7 @@ use super::{authorization, query};
 use crate::{
     config::{OutboundPolicy, Snapshot},
     detect::Protocol,
-    policy::{Facts, Request, Sni, Verified},
+    policy::{Facts, Request, Sni, Verified, received},
     proxy::http::gate::remote,
     route::{
         Cluster, Service, ServicePort, Target, Workload,
@@ -149,7 +149,16 @@ impl Question {
             answer["verdict"] = verdict(&answer["endpoints"]).into();
             return Ok(());
         };
-        let Some(found) = table.find(&head, Context { source, port: port.port, claims: None }) else {
+        let rules = snapshot.tokens_of(&port.cluster);
+        let assumed = self.claims.as_ref().filter(|_| table.asks_tokens(rules)).map(|claims| Verified::assumed(rules, claims));
+        let verified = assumed.and_then(|assumed| assumed.ok().flatten());
+        if self.claims.is_some() && table.asks_tokens(rules) && verified.is_none() {
+            answer["route"] = json!({"from": &*table.origin, "rule": Value::Null});
+            answer["verdict"] = "the destination takes no tokens of the issuer that the claims name: answered 401".into();
+            return Ok(());
+        }
+        let seen = received(rules, verified.as_ref(), &head);
+        let Some(found) = table.find(&seen, Context { source, port: port.port, claims: verified.as_ref() }) else {
             answer["route"] = json!({"from": &*table.origin, "rule": Value::Null});
             answer["verdict"] = "no rule takes it: answered 404 (NR)".into();
             return Ok(());
@@ -265,7 +274,8 @@ fn at_endpoint(snapshot: &Snapshot, source: &Workload, to: SocketAddr, workload:
         one["reason"] = "answered 401: it takes no tokens of the issuer that the claims name".into();
         return one;
     }
-    let request = asked.head.map(|head| Request::new(head, verified.as_ref(), remote(snapshot, &facts, &head.headers)));
+    let received = asked.head.map(|head| received(rules, verified.as_ref(), head));
+    let request = received.as_ref().map(|head| Request::new(head, verified.as_ref(), remote(snapshot, &facts, &head.headers)));
     let explanation = workload.policy.explain(&facts, request.as_ref(), |provider| snapshot.authorizers.contains_key(provider));
     one["decision"] = if explanation.denied.is_none() { "allowed" } else { "denied" }.into();
     one["reason"] = authorization::reason(&explanation).into();

@@ -13,7 +13,7 @@ use crate::{
     resource::{
         authorization::Rule,
         mesh_config::{Authorizer, ClientCert, Normalization},
-        request_authentication::RemoteKeys,
+        request_authentication::{JwtRule, RemoteKeys},
     },
     route::{Cluster, ClusterId, Service, Target, Workload},
 };
@@ -91,6 +91,12 @@ impl Snapshot {
 
     pub fn workload_by_ip(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
         self.by_ip.get(&ip)
+    }
+
+    /// What the destination of a cluster asks of tokens: its first endpoint speaks for all.
+    pub fn tokens_of(&self, cluster: &Cluster) -> &[Arc<JwtRule>] {
+        let governed = cluster.endpoints.iter().find_map(|e| Some((self.workload_by_ip(e.address.ip())?, e.address.port())));
+        governed.map_or(&[], |(workload, port)| &workload.policy.at(port).authentication)
     }
 
     /// The pods of what is named so in a namespace, such as a Deployment.

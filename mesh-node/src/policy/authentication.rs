@@ -198,6 +198,13 @@ fn accept(token: &Token, rule: &JwtRule, keys: Option<&Keys>, now: SystemTime) -
 
 /// Makes of a request what the application gets: headers only the proxy may write are taken off, the token is, unless it is
 /// to be forwarded, and claims are put on.
+pub fn received(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &RequestHead) -> RequestHead {
+    let mut received = head.clone();
+    strip(rules, verified, &mut received);
+    received
+}
+
+/// As [`received`], in place.
 pub fn strip(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &mut RequestHead) {
     for rule in rules {
         for name in rule.payload_header.iter().chain(rule.claim_headers.iter().map(|c| &c.header)) {

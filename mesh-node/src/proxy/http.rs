@@ -23,6 +23,7 @@ mod meter;
 mod mirror;
 mod record;
 mod reply;
+mod tokens;
 mod traced;
 pub mod transport;
 mod upload;

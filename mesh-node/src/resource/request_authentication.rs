@@ -38,6 +38,18 @@ pub struct JwtRule {
     pub word_lists: Vec<Arc<str>>,
 }
 
+impl JwtRule {
+    /// Headers that are not the client's once a token has been verified, or taken out with it.
+    pub fn changed_headers(&self) -> impl Iterator<Item = &HeaderName> {
+        let written = self.payload_header.iter().chain(self.claim_headers.iter().map(|c| &c.header));
+        let taken = self.locations.iter().filter(|_| !self.forward).filter_map(|location| match location {
+            Location::Header(name, _) => Some(name),
+            Location::Parameter(_) | Location::Cookie(_) => None,
+        });
+        written.chain(taken)
+    }
+}
+
 /// Where the issuer's public keys come from.
 #[derive(Debug, Clone, PartialEq)]
 pub enum KeySource {

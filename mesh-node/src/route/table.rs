@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use http::HeaderName;
+
 use super::{
     cluster::Cluster,
     l4::{L4Context, L4Rule},
@@ -9,6 +11,7 @@ use super::{
     request::RequestHead,
     rule::{Rule, pick_weighted},
 };
+use crate::resource::request_authentication::JwtRule;
 
 /// The routes of one port of a service. Without rules everything goes to the port's own cluster.
 #[derive(Debug, Default)]
@@ -24,7 +27,9 @@ pub struct HttpTable {
     pub origin: Arc<str>,
     pub rules: Vec<ResolvedRule>,
     /// Some rule asks about claims.
-    pub asks_claims: bool,
+    asks_claims: bool,
+    /// Headers that rules ask about.
+    asked_headers: Box<[HeaderName]>,
 }
 
 /// A rule and, beside each of its destinations, the cluster it names; `None` when that does not exist.
@@ -51,8 +56,21 @@ pub struct Found<'a> {
 
 impl HttpTable {
     pub fn new(origin: Arc<str>, rules: Vec<ResolvedRule>) -> Self {
-        let asks_claims = rules.iter().flat_map(|r| &r.rule.matches).any(|m| !m.claims.is_empty());
-        Self { origin, rules, asks_claims }
+        let matches = || rules.iter().flat_map(|r| &r.rule.matches);
+        let asks_claims = matches().any(|m| !m.claims.is_empty());
+        let asked_headers = matches().flat_map(|m| &m.headers).map(|h| h.name.clone()).collect();
+        Self { origin, rules, asks_claims, asked_headers }
+    }
+
+    /// Whether it may matter which tokens a destination takes.
+    pub fn may_ask_tokens(&self) -> bool {
+        self.asks_claims || !self.asked_headers.is_empty()
+    }
+
+    /// Whether a request's tokens have to be verified by a destination's rules before it is known where it goes.
+    pub fn asks_tokens(&self, rules: &[Arc<JwtRule>]) -> bool {
+        let mut changed = rules.iter().flat_map(|rule| rule.changed_headers());
+        (self.asks_claims && !rules.is_empty()) || changed.any(|name| self.asked_headers.contains(name))
     }
 
     /// The first rule, and the first of its matches, that takes the request.

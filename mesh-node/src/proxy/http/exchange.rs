@@ -18,13 +18,13 @@ use super::{
     gate, headers, mirror,
     record::{Described, Flag, Record},
     reply::{Reply, reason},
+    tokens,
     upload::Upload,
     upstream::Failed,
 };
 use crate::{
     config::Snapshot,
     id::ObjectName,
-    policy::Verified,
     report::{entry::Asked, format::Template, kept::Wanted},
     route::{
         Cluster, Target, Workload,
@@ -133,9 +133,12 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             let forward = Forward::as_dialled(port.cluster.clone(), &snapshot, source, &service.name);
             return self.forward(head, forward).await;
         };
-        let verified = if table.asks_claims { self.claims(&snapshot, &port.cluster, &head).await } else { None };
-        let context = Context { source, port: port.port, claims: verified.as_ref() };
-        let Some(found) = table.find(&head, context) else {
+        let known = match tokens::known(self.down.proxy, &snapshot, (table, &port.cluster), &head).await {
+            Ok(known) => known,
+            Err(refusal) => return self.unauthenticated(*refusal).await,
+        };
+        let context = Context { source, port: port.port, claims: known.claims.as_ref() };
+        let Some(found) = table.find(known.head.as_ref().unwrap_or(&head), context) else {
             return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;
         };
         let (resolved, path) = (found.resolved, found.path);
@@ -203,13 +206,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         self.reply(Reply::new(StatusCode::BAD_REQUEST, ""), |_, _| {}).await
     }
 
-    /// Claims to route by: of a token that the destination's `RequestAuthentication` accepts. One it does not accept gives none,
-    /// and is refused there.
-    async fn claims(&self, snapshot: &Snapshot, cluster: &Cluster, head: &RequestHead) -> Option<Verified> {
-        let governed = cluster.endpoints.iter().find_map(|e| Some((snapshot.workload_by_ip(e.address.ip())?, e.address.port())));
-        let (workload, port) = governed?;
-        let rules = &workload.policy.at(port).authentication;
-        gate::authenticate(self.down.proxy, rules, head).await.ok()?.claims
+    /// A token the destination would not take either.
+    async fn unauthenticated(&mut self, refusal: gate::Refusal) -> End {
+        self.record.details = refusal.details.into();
+        self.reply(refusal.reply, |_, _| {}).await
     }
 
     /// A destination that does not exist.

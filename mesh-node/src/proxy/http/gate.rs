@@ -10,10 +10,9 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::SystemTime,
 };
 
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::{
     authorizer::{self, Answer, ToClient},
@@ -21,27 +20,22 @@ use super::{
     headers::CLIENT_CERT,
     record::{Flag, Record, is_traced},
     reply::Reply,
+    tokens,
     traced::Onward,
     wire::Refused,
 };
 use crate::{
     config::Snapshot,
     jwt::Fault,
-    policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, locate, strip},
+    policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, strip},
     proxy::{
         Proxy, ServedPod,
         reporting::{EdgeSlot, Ends},
     },
-    resource::{
-        mesh_config::ClientCert,
-        request_authentication::{JwtRule, KeySource},
-    },
+    resource::mesh_config::ClientCert,
     route::request::{RequestHead, renormalised},
     telemetry::traffic::Reporter,
 };
-
-/// Longest part of a path told in a challenge, bytes: Envoy's.
-const REALM_PATH: usize = 256;
 
 /// Stands before the application of one pod, for one connection.
 #[derive(Clone)]
@@ -219,7 +213,7 @@ impl Gate {
                 changed = Some(rewritten);
             }
         }
-        let claims = told.map_err(|fault| self.unauthenticated(fault, head))?.claims;
+        let claims = told.map_err(|fault| tokens::refusal(&self.proxy, fault, head))?.claims;
         if !governing.authentication.is_empty() {
             let mut stripped = changed.take().unwrap_or_else(|| head.clone());
             strip(&governing.authentication, claims.as_ref(), &mut stripped);
@@ -315,24 +309,7 @@ impl Gate {
         if self.facts.node {
             return Ok(Authenticated::default());
         }
-        authenticate(&self.proxy, &governing.authentication, head).await
-    }
-
-    /// Envoy's answer to a token it does not take (RFC 6750 section 3).
-    fn unauthenticated(&self, fault: Fault, head: &RequestHead) -> Box<Refusal> {
-        let text = fault.to_string();
-        self.proxy.metrics.policy_decision("RequestAuthentication", "denied");
-        let status = if fault == Fault::Audience { StatusCode::FORBIDDEN } else { StatusCode::UNAUTHORIZED };
-        let target = head.target.as_str();
-        let target = target.get(..REALM_PATH).unwrap_or(target);
-        let error = if fault == Fault::Missing { "" } else { ", error=\"invalid_token\"" };
-        let details = format!("jwt_authn_access_denied{{{}}}", text.replace(' ', "_"));
-        let mut reply = Reply::new(status, text);
-        let challenge = format!("Bearer realm=\"{}://{}{target}\"{error}", head.scheme.as_str(), head.host());
-        if let Ok(challenge) = HeaderValue::from_str(&challenge) {
-            reply.headers.insert(header::WWW_AUTHENTICATE, challenge);
-        }
-        Refusal::new(reply, details)
+        tokens::authenticate(&self.proxy, &governing.authentication, head).await
     }
 
     /// Asks every authorizer that has to be; returns the request as they changed it, if they did.
@@ -451,50 +428,6 @@ pub fn observe(proxy: &Proxy, facts: &Facts, observed: &Observed, head: Option<&
         proxy.metrics.policy_decision(&shadow.policy, result);
         tracing::info!(target: "audit", policy = %shadow.policy, result, source = %facts.source, identity = ?facts.peer, destination = %facts.destination, method, path, "dry run");
     }
-}
-
-/// Verifies a request's tokens, with keys that may have to be fetched.
-pub async fn authenticate(proxy: &Proxy, asked: &[Arc<JwtRule>], head: &RequestHead) -> Result<Authenticated, Fault> {
-    if asked.is_empty() || is_preflight(head) {
-        return Ok(Authenticated::default());
-    }
-    let mut rules = Vec::with_capacity(asked.len());
-    for rule in asked {
-        // Keys are had only for tokens there are.
-        let keys = if locate(rule, head).is_empty() { None } else { keys(proxy, rule).await };
-        rules.push((rule, keys));
-    }
-    let now = SystemTime::now();
-    match Authenticated::judge(&rules, head, now) {
-        // The issuer may have begun to use another key.
-        Err(refused) if refused.fault == Fault::NoKey => {
-            let mut renewed = false;
-            for (rule, keys) in &mut rules {
-                if let (KeySource::Remote(remote), Some(_)) = (&rule.keys, &keys)
-                    && let Some(newer) = proxy.jwks.renewed(remote).await
-                {
-                    (*keys, renewed) = (Some(newer), true);
-                }
-            }
-            let judged = if renewed { Authenticated::judge(&rules, head, now) } else { Err(refused) };
-            judged.map_err(|r| r.fault)
-        }
-        judged => judged.map_err(|r| r.fault),
-    }
-}
-
-async fn keys(proxy: &Proxy, rule: &JwtRule) -> Option<Arc<crate::jwt::Keys>> {
-    match &rule.keys {
-        KeySource::Inline(keys) => Some(keys.clone()),
-        KeySource::Remote(remote) => proxy.jwks.keys(remote).await,
-    }
-}
-
-/// A CORS preflight carries no token; Istio lets it pass.
-fn is_preflight(head: &RequestHead) -> bool {
-    head.method == Method::OPTIONS
-        && head.headers.get(header::ORIGIN).is_some_and(|o| !o.is_empty())
-        && head.headers.get(header::ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|m| !m.is_empty())
 }
 
 #[cfg(test)]
