@@ -32,7 +32,7 @@ use crate::{
         request::{RequestHead, renormalised},
         retry::{Reset, RetryPolicy, default_policy},
         rewrite,
-        rule::{Abort, Action, Cors, DirectResponse, Rule, Tell, Weighted, pick_weighted},
+        rule::{Abort, Action, Cors, DirectResponse, Redirect, Rule, Tell, Weighted, pick_weighted},
         table::ResolvedRule,
     },
 };
@@ -150,10 +150,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             return end;
         }
         match &rule.action {
-            Action::Redirect(redirect) => {
-                let location = rewrite::location(redirect, path, &head, self.down.original.port());
-                self.redirect(rule, redirect.status, &location, &head).await
-            }
+            Action::Redirect(redirect) => self.redirect(rule, redirect, path, &head).await,
             Action::Respond(response) => self.respond(rule, response, &head).await,
             Action::Forward(_) => {
                 // Of what is answered here Envoy takes no notice of CORS.
@@ -227,9 +224,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         self.reply(Reply::new(status, ""), |_, _| {}).await
     }
 
-    async fn redirect(&mut self, rule: &Rule, status: StatusCode, location: &str, head: &RequestHead) -> End {
-        let mut reply = Reply::new(status, "");
-        if let Ok(location) = HeaderValue::from_str(location) {
+    async fn redirect(&mut self, rule: &Rule, redirect: &Redirect, path: Option<&PathMatch>, head: &RequestHead) -> End {
+        let location = rewrite::location(redirect, path, head, self.down.original.port());
+        let mut reply = Reply::new(redirect.status, "");
+        if let Ok(location) = HeaderValue::from_str(&location) {
             reply.headers.insert(header::LOCATION, location);
         }
         self.record.details = Cow::Borrowed("direct_response");

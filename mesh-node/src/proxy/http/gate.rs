@@ -432,6 +432,8 @@ pub fn observe(proxy: &Proxy, facts: &Facts, observed: &Observed, head: Option<&
 
 #[cfg(test)]
 mod tests {
+    use http::Method;
+
     use super::*;
     use crate::route::request::Scheme;
 

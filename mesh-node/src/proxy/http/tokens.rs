@@ -37,7 +37,8 @@ pub async fn known(
     if !table.asks_tokens(rules) {
         return Ok(Known::default());
     }
-    let claims = authenticate(proxy, rules, head).await.map_err(|fault| refusal(proxy, fault, head))?.claims;
+    // Rare, and large.
+    let claims = Box::pin(authenticate(proxy, rules, head)).await.map_err(|fault| refusal(proxy, fault, head))?.claims;
     let head = Some(received(rules, claims.as_ref(), head));
     Ok(Known { claims, head })
 }
