@@ -37,6 +37,11 @@ const RUNTIME: &[Package] = &[
 const TESTS: &[Package] = &[
     Package { file: "/usr/bin/promtool", package: "prometheus", why: "a test has it read the nodes' metrics, rules and dashboards" },
     Package { file: "/usr/bin/go", package: "golang-go", why: "a test has programs in Go talk to each other" },
+    Package {
+        file: "/usr/share/gocode/src/golang.org/x/net/http2/h2c/h2c.go",
+        package: "golang-golang-x-net-dev",
+        why: "a test speaks HTTP as Go's own libraries do",
+    },
     Package { file: "/usr/bin/script", package: "bsdutils", why: "a test runs meshctl on a terminal" },
     Package {
         file: "/usr/lib/python3/dist-packages/grpc/__init__.py",

@@ -49,6 +49,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         cut: impl Future<Output = ()> + Send,
     ) -> Attempt {
         let mut cut = pin!(cut);
+        if self.half_closed && !self.sink.can_half_close() {
+            return left();
+        }
         self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade, self.plan.client_cert);
         let (mut uploaded, mut no_more_up, mut begun) = (false, false, false);
         let response = loop {
@@ -92,7 +95,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                     tracing::debug!(target: "proxy", %error, "the upstream takes no more of the request");
                     no_more_up = true;
                 }
-                Event::Closed(Closed::Half) => self.half_close(uploaded).await,
+                Event::Closed(Closed::Half) if self.sink.can_half_close() => self.half_close(uploaded).await,
+                // An HTTP/2 upstream could not be told that its client has left if that is what it has.
+                Event::Closed(Closed::Half) => return left(),
                 Event::Closed(Closed::Gone(error)) | Event::Gone(error) => return gone(&error),
                 Event::Downloaded(_) | Event::Received => {}
             }
@@ -185,8 +190,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                     }
                     return Answered::Truncated(self.source.broken_off(&error));
                 }
+                Event::Closed(Closed::Half) if self.sink.can_half_close() => self.half_close(uploaded).await,
                 Event::Downloaded(Err(Broken::Source(_) | Broken::Sink(_)))
-                | Event::Closed(Closed::Gone(_))
+                | Event::Closed(_)
                 | Event::Gone(_)
                 | Event::Uploaded(Err(Broken::Source(_))) => return Answered::Abandoned,
                 Event::Cut => return Answered::Cut,
@@ -199,11 +205,15 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                     }
                 }
                 Event::Uploaded(Err(Broken::Sink(_))) => no_more_up = true,
-                Event::Closed(Closed::Half) => self.half_close(uploaded).await,
                 Event::Head(_) | Event::Received => {}
             }
         }
     }
+}
+
+/// The client closed its end, and the upstream cannot be told that.
+fn left() -> Attempt {
+    gone(&io::ErrorKind::UnexpectedEof.into())
 }
 
 /// Sends the body on, or, when that is done, waits for the client to close.

@@ -68,11 +68,16 @@ impl UpSink<'_> {
         }
     }
 
-    /// Passes on that the client will send no more. False when that cannot be said.
-    pub async fn half_close(&mut self) -> bool {
-        match self {
-            Self::H1(sink) => sink.shutdown().await.is_ok(),
-            Self::H2(_) => false,
+    /// Whether it can be said that the client will send no more, apart from that its request has ended.
+    pub fn can_half_close(&self) -> bool {
+        matches!(self, Self::H1(_))
+    }
+
+    /// Passes on that the client will send no more.
+    pub async fn half_close(&mut self) {
+        if let Self::H1(sink) = self {
+            // An upstream that is gone shows when its answer is read.
+            let _ = sink.shutdown().await;
         }
     }
 
