@@ -75,8 +75,12 @@ mod http2;
 mod policies;
 #[path = "envoy_live/random.rs"]
 mod random;
+#[path = "envoy_live/random_answers.rs"]
+mod random_answers;
 #[path = "envoy_live/random_bytes.rs"]
 mod random_bytes;
+#[path = "envoy_live/random_frames.rs"]
+mod random_frames;
 #[path = "envoy_live/random_policies.rs"]
 mod random_policies;
 #[path = "envoy_live/random_retries.rs"]
@@ -256,15 +260,29 @@ async fn a_real_envoy_makes_the_same_of_retries_at_random() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_bytes_at_random() {
+    lets_nothing_else_through(random_bytes::all(), random_bytes::is_safe).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_frames_at_random() {
+    lets_nothing_else_through(random_frames::all(), random_frames::is_safe).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_answers_at_random() {
+    lets_nothing_else_through(random_answers::all(), random_answers::is_safe).await;
+}
+
+async fn lets_nothing_else_through(cases: Vec<Case>, is_safe: fn(&Outcome, &Outcome) -> bool) {
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
-    let cases = random_bytes::all().into_iter().filter(|c| only.as_ref().is_none_or(|o| c.name.contains(o))).collect::<Vec<_>>();
+    let cases = cases.into_iter().filter(|c| only.as_ref().is_none_or(|o| c.name.contains(o))).collect::<Vec<_>>();
     // What only a busy machine made different is not so again.
     let mut left = cases.clone();
     for _ in 0..3 {
         let (envoy, mesh) = (of_envoy(&left).await, of_mesh(&left, Way::Out, &[]).await);
         let pairs = left.iter().zip(envoy.outcomes.iter().zip(&mesh.outcomes));
-        let failures = pairs.filter(|(_, (envoy, mesh))| !random_bytes::is_safe(envoy, mesh));
+        let failures = pairs.filter(|(_, (envoy, mesh))| !is_safe(envoy, mesh));
         let failures = failures.map(|(case, (envoy, mesh))| (case.clone(), differences(envoy, mesh).into_values().collect::<Vec<_>>()));
         let failures = failures.collect::<Vec<_>>();
         left = failures.iter().map(|(case, _)| case.clone()).collect();

@@ -27,6 +27,7 @@ const MORE: &[(&str, &[Field])] = &[
     ("name-nul", &[("x\u{0}a", "1")]),
     ("name-latin-1", &[("x\u{e9}", "1")]),
     ("name-delete", &[("x\u{7f}", "1")]),
+    ("name-quote", &[("x\"a", "1")]),
     ("name-parenthesis", &[("x(a", "1")]),
     ("name-underscore", &[("x_a", "1")]),
     ("value-nul", &[("x-a", "1\u{0}2")]),
@@ -166,6 +167,7 @@ const BODIES: &[Post] = &[
     ("trailers-connection", &[], &["hello"], Some(&[("connection", "close")])),
     ("trailers-framing", &[], &["hello"], Some(&[("content-length", "5")])),
     ("trailers-newline", &[], &["hello"], Some(&[("x-t", "1\n2")])),
+    ("trailers-quote", &[], &["hello"], Some(&[("x\"t", "1")])),
     ("trailers-empty", &[], &["hello"], Some(&[])),
     ("expect", &[("expect", "100-continue")], &["hello"], None),
 ];
@@ -179,7 +181,7 @@ fn get(stream: u32) -> Vec<u8> {
 }
 
 /// Another request, of whoever is still there.
-fn again(stream: u32) -> Vec<u8> {
+pub fn again(stream: u32) -> Vec<u8> {
     headers(stream, &GET.map(|(n, v)| (n, if n == ":path" { "/again" } else { v })), END_STREAM)
 }
 
@@ -188,7 +190,7 @@ fn post(stream: u32, more: &[Field]) -> Vec<u8> {
 }
 
 /// A connection that begins in order.
-fn begun(pieces: impl IntoIterator<Item = Vec<u8>>) -> Vec<Vec<u8>> {
+pub fn begun(pieces: impl IntoIterator<Item = Vec<u8>>) -> Vec<Vec<u8>> {
     let mut all = pieces.into_iter().collect::<Vec<_>>();
     let first = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
     match all.first_mut() {
@@ -290,6 +292,11 @@ fn sent() -> Vec<(&'static str, Vec<Vec<u8>>)> {
         ("prioritized", begun([frame(HEADERS, end | WITH_PRIORITY, 1, &[&[0, 0, 0, 0, 16][..], &fields].concat())])),
         ("prioritized-itself", begun([frame(HEADERS, end | WITH_PRIORITY, 1, &[&[0, 0, 0, 1, 16][..], &fields].concat())])),
         ("continued", begun([frame(HEADERS, END_STREAM, 1, head), frame(CONTINUATION, END_HEADERS, 1, tail)])),
+        ("continued-malformed", {
+            let fields = block(GET.into_iter().chain([(":scheme", "http"), ("x-a", "1")]));
+            let (head, tail) = fields.split_at(fields.len() - 2);
+            begun([[frame(HEADERS, END_STREAM, 1, head), frame(CONTINUATION, END_HEADERS, 1, tail)].concat()])
+        }),
         (
             "continued-empty",
             begun([
@@ -351,7 +358,7 @@ const ANSWERS: &[(&str, &str, End)] = &[
     ("garbage", "garbage\r\n\r\n", End::Keep),
 ];
 
-fn case(name: String, request: Vec<Vec<u8>>, answer: &str, end: End) -> Case {
+pub fn case(name: String, request: Vec<Vec<u8>>, answer: &str, end: End) -> Case {
     let bytes = answer.chars().map(|c| u8::try_from(u32::from(c)).unwrap_or(b'?')).collect();
     Case { name, request, heads: Vec::new(), answer: Answer::always(vec![bytes], end), routes: None, filters: Vec::new() }
 }

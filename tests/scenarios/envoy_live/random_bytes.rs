@@ -56,8 +56,9 @@ const LINES: [&str; 26] = [
     "proxy-connection: close",
 ];
 
-fn changed(rng: &mut Rng) -> String {
-    let mut text = pick(rng, &REQUESTS).to_owned();
+/// One of these messages, with one or two things changed.
+pub fn changed(rng: &mut Rng, messages: &[&str]) -> String {
+    let mut text = pick(rng, messages).to_owned();
     for _ in 0..rng.usize(1..3) {
         let ends = text.match_indices("\r\n").map(|(at, _)| at + 2).collect::<Vec<_>>();
         let places = text.char_indices().map(|(at, c)| at..at + c.len_utf8()).collect::<Vec<_>>();
@@ -94,7 +95,7 @@ pub fn all() -> Vec<Case> {
     let seed = number("BYTES_SEED", 1);
     let one = |of| {
         let mut rng = Rng::with_seed(seed * 1_000_000 + of);
-        let request = changed(&mut rng);
+        let request = changed(&mut rng, &REQUESTS);
         let case = case(format!("bytes-{seed}-{of}"), &format!("{request}|{AGAIN}"), ANSWER, End::Keep);
         if std::env::var("CASE").is_ok_and(|only| case.name.contains(&only)) {
             println!("{} {request:?}", case.name);

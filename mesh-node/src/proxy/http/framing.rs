@@ -148,7 +148,20 @@ pub fn checked_trailers(mut trailers: HeaderMap) -> HeaderMap {
     for name in UNTRAILED {
         trailers.remove(name);
     }
+    if has_odd_name(&trailers) {
+        let odd = trailers.keys().filter(|name| is_odd(name)).cloned().collect::<Vec<_>>();
+        odd.into_iter().for_each(|name| drop(trailers.remove(name)));
+    }
     trailers
+}
+
+/// Whether a field of HTTP/2 has a name that the library takes and that is none (RFC 9110 section 5.1): HTTP/1 cannot say it.
+pub fn has_odd_name(headers: &HeaderMap) -> bool {
+    headers.keys().any(is_odd)
+}
+
+fn is_odd(name: &HeaderName) -> bool {
+    name.as_str().contains('"')
 }
 
 fn take(buffer: &mut Bytes, left: u64) -> (Bytes, u64) {

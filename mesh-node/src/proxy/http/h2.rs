@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
     date,
-    framing::{Frame, Out, checked_trailers},
+    framing::{Frame, Out, checked_trailers, has_odd_name},
     headers::CLIENT_CERT,
     meter::Meter,
     wire::{
@@ -353,7 +353,10 @@ pub fn request_head(request: Request<()>) -> Result<(RequestHead, bool), Box<Ref
     }
     let ambiguous = is_ambiguous(&headers);
     let host = headers.remove(header::HOST);
-    let authority = parts.uri.authority().map_or(host, |authority| HeaderValue::from_str(authority.as_str()).ok());
+    let authority = parts.uri.authority().map(|authority| HeaderValue::from_str(authority.as_str()).ok());
+    // One beside it says nothing (RFC 9113 section 8.3.1), but has to be one.
+    let ambiguous = ambiguous || authority.is_some() && host.clone().is_some_and(|host| checked_authority(host).is_err());
+    let authority = authority.unwrap_or(host);
     let target = parts.uri.path_and_query().map(|target| Bytes::copy_from_slice(target.as_str().as_bytes()));
     let read = if ambiguous { Err(AMBIGUOUS) } else { place(&parts.method, authority.clone(), target.as_ref()) };
     let (authority, target) = match read {
@@ -379,10 +382,13 @@ fn place(method: &Method, authority: Option<HeaderValue>, target: Option<&Bytes>
     Ok((authority, target.map_or_else(|| Ok(PathAndQuery::from_static("/")), path_and_query)?))
 }
 
-/// Whether a message says twice, or not at all although it seems to, whom it is for or how long it is.
+/// Whether a message says twice, or not at all although it seems to, whom it is for or how long it is, or has what HTTP/1 could not say.
 pub fn is_ambiguous(headers: &HeaderMap) -> bool {
     let twice = |name| headers.get_all(name).iter().nth(1).is_some();
-    twice(header::HOST) || twice(header::CONTENT_LENGTH) || headers.get(header::CONTENT_LENGTH).is_some_and(HeaderValue::is_empty)
+    has_odd_name(headers)
+        || twice(header::HOST)
+        || twice(header::CONTENT_LENGTH)
+        || headers.get(header::CONTENT_LENGTH).is_some_and(HeaderValue::is_empty)
 }
 
 /// HTTP/2 may split cookies over several fields; HTTP/1 must not (RFC 9113 section 8.2.3).

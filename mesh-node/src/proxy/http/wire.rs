@@ -138,9 +138,9 @@ pub fn head_end(bytes: &[u8]) -> Option<usize> {
     })
 }
 
-/// How many bytes of empty lines come before a head.
+/// How many bytes of empty lines come before a head (RFC 9112 section 2.2). Those end as they have to.
 pub fn leading_empty_lines(bytes: &[u8]) -> usize {
-    bytes.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count()
+    2 * bytes.chunks_exact(2).take_while(|pair| *pair == b"\r\n").count()
 }
 
 /// Reads a request head, which must be whole.
@@ -201,6 +201,9 @@ pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malforme
     };
     let code = rest_of_line.get(..3).filter(|_| matches!(rest_of_line.get(3), None | Some(b' '))).ok_or(CODEC)?;
     let status = StatusCode::from_bytes(code).map_err(|_| CODEC)?;
+    if rest_of_line[3..].iter().any(|b| b.is_ascii_control() && *b != b'\t') {
+        return Err(CODEC);
+    }
     let mut headers = headers(bytes, rest)?;
     let framing = response_framing(&headers, status, method)?;
     let connection = Connection::of(&headers);
@@ -369,19 +372,23 @@ fn request_framing(headers: &HeaderMap, minor: u8) -> Result<Framing, Malformed>
     }
 }
 
+/// What is said of a body has to be right where there is none, too: whoever sent it may send one all the same.
 fn response_framing(headers: &HeaderMap, status: StatusCode, method: &Method) -> Result<Framing, Malformed> {
-    if method == Method::HEAD || status.is_informational() || matches!(status.as_u16(), 204 | 304) {
-        return Ok(Framing::Empty);
-    }
     let length = content_length(headers)?;
-    if headers.contains_key(header::TRANSFER_ENCODING) {
+    let said = if headers.contains_key(header::TRANSFER_ENCODING) {
         let mut all = tokens(headers, &header::TRANSFER_ENCODING);
-        return match (all.next(), all.next(), length) {
-            (Some(one), None, None) if one.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
-            _ => Err(CODEC),
-        };
+        match (all.next(), all.next(), length) {
+            (Some(one), None, None) if one.eq_ignore_ascii_case("chunked") => Framing::Chunked,
+            _ => return Err(CODEC),
+        }
+    } else {
+        length.map_or(Framing::UntilClose, |l| if l == 0 { Framing::Empty } else { Framing::Length(l) })
+    };
+    let bodiless = status.is_informational() || status == StatusCode::NO_CONTENT;
+    if bodiless && matches!(said, Framing::Chunked | Framing::Length(_)) {
+        return Err(CODEC);
     }
-    Ok(length.map_or(Framing::UntilClose, |l| if l == 0 { Framing::Empty } else { Framing::Length(l) }))
+    Ok(if bodiless || method == Method::HEAD || status == StatusCode::NOT_MODIFIED { Framing::Empty } else { said })
 }
 
 /// Writes a length as it is sent on, so that what policies see is what the application gets.
