@@ -208,9 +208,11 @@ pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malforme
     let framing = response_framing(&headers, status, method)?;
     let connection = Connection::of(&headers);
     let keep_alive = framing != Framing::UntilClose && !connection.close && (keeps || connection.keep_alive);
-    if status == StatusCode::NO_CONTENT {
-        headers.remove(header::CONTENT_LENGTH);
-    }
+    // Whatever it says, there is no body (RFC 9112 section 6.3); if there is one all the same, nothing is to be read behind it.
+    let length = if status == StatusCode::NO_CONTENT { headers.remove(header::CONTENT_LENGTH) } else { None };
+    let contradicts = status == StatusCode::NO_CONTENT
+        && (length.is_some_and(|length| length.as_bytes().iter().any(|b| *b != b'0')) || headers.contains_key(header::TRANSFER_ENCODING));
+    let keep_alive = keep_alive && !contradicts;
     let upgrade = if status == StatusCode::SWITCHING_PROTOCOLS { headers.get(header::UPGRADE).cloned() } else { None };
     strip_hop_by_hop(&mut headers);
     if let Some(upgrade) = upgrade {
@@ -384,11 +386,8 @@ fn response_framing(headers: &HeaderMap, status: StatusCode, method: &Method) ->
     } else {
         length.map_or(Framing::UntilClose, |l| if l == 0 { Framing::Empty } else { Framing::Length(l) })
     };
-    let bodiless = status.is_informational() || status == StatusCode::NO_CONTENT;
-    if bodiless && matches!(said, Framing::Chunked | Framing::Length(_)) {
-        return Err(CODEC);
-    }
-    Ok(if bodiless || method == Method::HEAD || status == StatusCode::NOT_MODIFIED { Framing::Empty } else { said })
+    let bodiless = method == Method::HEAD || status.is_informational() || matches!(status.as_u16(), 204 | 304);
+    Ok(if bodiless { Framing::Empty } else { said })
 }
 
 /// Writes a length as it is sent on, so that what policies see is what the application gets.
