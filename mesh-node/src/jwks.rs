@@ -106,10 +106,10 @@ impl Jwks {
     /// The keys of an issuer; waits for them when there are none yet. `None`: they cannot be had.
     pub async fn keys(&self, remote: &RemoteKeys) -> Option<Arc<Keys>> {
         let set = self.set(remote);
+        *set.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         if let Some(keys) = set.keys.load_full() {
             return Some(keys);
         }
-        *set.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         self.fetch(remote, &set, URGENT).await;
         set.keys.load_full()
     }
@@ -121,11 +121,11 @@ impl Jwks {
         set.keys.load_full()
     }
 
-    /// Keeps the sets the configuration needs fresh and forgets the others.
+    /// Keeps the sets fresh that the configuration needs or requests have asked for of late, and forgets the others.
     pub async fn run(self) {
         let mut config = self.config.clone();
         loop {
-            let wanted = config.load().remote_keys.clone();
+            let mut wanted = config.load().remote_keys.clone();
             {
                 let mut sets = self.lock();
                 let recently = |set: &Set| set.used.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|u| u.elapsed() < FORGET);
@@ -133,6 +133,7 @@ impl Jwks {
                 for remote in &wanted {
                     sets.entry(remote.clone()).or_default();
                 }
+                wanted.extend(sets.keys().cloned());
             }
             for remote in wanted {
                 let (this, set) = (self.clone(), self.set(&remote));

@@ -279,8 +279,14 @@ async fn lets_nothing_else_through(cases: Vec<Case>, is_safe: fn(&Outcome, &Outc
     let cases = cases.into_iter().filter(|c| only.as_ref().is_none_or(|o| c.name.contains(o))).collect::<Vec<_>>();
     // What only a busy machine made different is not so again.
     let mut left = cases.clone();
-    for _ in 0..3 {
+    for round in 0..3 {
         let (envoy, mesh) = (of_envoy(&left).await, of_mesh(&left, Way::Out, &[]).await);
+        let alike = envoy.outcomes.iter().zip(&mesh.outcomes).filter(|(e, m)| e.upstream == m.upstream && e.client == m.client).count();
+        assert!(
+            round > 0 || only.is_some() || alike * 8 > cases.len(),
+            "of {} only {alike} are alike: to refuse all is safe, too",
+            cases.len()
+        );
         let pairs = left.iter().zip(envoy.outcomes.iter().zip(&mesh.outcomes));
         let failures = pairs.filter(|(_, (envoy, mesh))| !is_safe(envoy, mesh));
         let failures = failures.map(|(case, (envoy, mesh))| (case.clone(), differences(envoy, mesh).into_values().collect::<Vec<_>>()));

@@ -583,6 +583,10 @@ async fn what_is_judged_is_what_is_sent() {
         ("FO", get("/x", "forged-3", forged).replacen("GET", "O", 1)),
         ("PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n", get("/x", "forged-4", forged)),
         ("", get("/x", "forged-5", forged).replacen("GET", "get", 1)),
+        ("", format!("\n{}", get("/x", "forged-6", forged))),
+        ("", format!("\r\n\n{}", get("/x", "forged-7", forged))),
+        ("\n", get("/x", "forged-8", forged)),
+        ("\r", format!("\n{}", get("/x", "forged-9", forged))),
     ]
     .into_iter()
     .enumerate()

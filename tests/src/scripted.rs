@@ -132,8 +132,12 @@ type Head = (String, Vec<(String, String)>);
 
 fn read_head(reader: &mut impl BufRead) -> io::Result<Option<Head>> {
     let mut line = String::new();
-    if reader.read_line(&mut line)? == 0 {
-        return Ok(None);
+    // As many servers do, it skips what comes before a request.
+    while line.trim_end().is_empty() {
+        line.clear();
+        if reader.read_line(&mut line)? == 0 {
+            return Ok(None);
+        }
     }
     let mut headers = Vec::new();
     loop {

@@ -93,9 +93,10 @@ impl Snapshot {
         self.by_ip.get(&ip)
     }
 
-    /// What the destination of a cluster asks of tokens: its first endpoint speaks for all.
+    /// What the destination of a cluster asks of tokens: its first endpoint in the mesh speaks for all.
     pub fn tokens_of(&self, cluster: &Cluster) -> &[Arc<JwtRule>] {
-        let governed = cluster.endpoints.iter().find_map(|e| Some((self.workload_by_ip(e.address.ip())?, e.address.port())));
+        let governed =
+            cluster.endpoints.iter().find_map(|e| Some((self.workload_by_ip(e.address.ip()).filter(|w| w.enrolled)?, e.address.port())));
         governed.map_or(&[], |(workload, port)| &workload.policy.at(port).authentication)
     }
 

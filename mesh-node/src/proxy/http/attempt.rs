@@ -267,6 +267,10 @@ async fn enter<B: RequestBody, R: Responder>(
     judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
 ) -> Result<Entered, Attempt> {
     let (upstream, half_closed) = obtain(plan, wanted, upload, responder, deadlines).await?;
+    // It could not be told that its client has left, and need not be asked.
+    if half_closed && matches!(upstream, Upstream::H2(..)) {
+        return Err(Attempt::Abandoned);
+    }
     let Some(gate) = upstream.gate() else { return Ok(Entered { upstream, half_closed, admitted: None }) };
     let (record, onward) = gate.record(plan.head, wanted.protocol());
     let mut record = Box::new(record);

@@ -138,6 +138,11 @@ pub fn head_end(bytes: &[u8]) -> Option<usize> {
     })
 }
 
+/// How many bytes come before a head that some servers skip: what may not be taken for another protocol is more than what is taken here.
+pub fn leading_line_ends(bytes: &[u8]) -> usize {
+    bytes.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count()
+}
+
 /// How many bytes of empty lines come before a head (RFC 9112 section 2.2). Those end as they have to.
 pub fn leading_empty_lines(bytes: &[u8]) -> usize {
     2 * bytes.chunks_exact(2).take_while(|pair| *pair == b"\r\n").count()

@@ -265,7 +265,7 @@ async fn look(
     let mut patient = false;
     loop {
         // Servers skip empty lines before a request.
-        let begun = &read[http::wire::leading_empty_lines(&read)..];
+        let begun = &read[http::wire::leading_line_ends(&read)..];
         if let Some(spoken) = spoken(begun, declared, read.len() >= MOST) {
             return (spoken, read.freeze());
         }

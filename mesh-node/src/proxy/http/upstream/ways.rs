@@ -151,12 +151,12 @@ impl UpSource<'_> {
                 let answered = poll_fn(|cx| next_head(response, cx)).await.map_err(|e| Failed::of_h2(&ours::into_io(e)))?;
                 let (mut parts, stream) = answered.into_parts();
                 wire::strip_hop_by_hop(&mut parts.headers);
-                let Some(stream) = stream else {
-                    return Ok(WireResponse { status: parts.status, headers: parts.headers, framing: Framing::Empty, keep_alive: true });
-                };
                 if ours::is_ambiguous(&parts.headers) {
                     return Err(Failed::new(Reset::ProtocolError));
                 }
+                let Some(stream) = stream else {
+                    return Ok(WireResponse { status: parts.status, headers: parts.headers, framing: Framing::Empty, keep_alive: true });
+                };
                 if parts.status == StatusCode::NO_CONTENT {
                     parts.headers.remove(http::header::CONTENT_LENGTH);
                 }
