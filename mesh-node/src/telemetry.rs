@@ -367,7 +367,7 @@ static OUT: OnceLock<Out> = OnceLock::new();
 impl std::io::Write for &Out {
     /// One event, with the end of its line.
     fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
-        self.lines.write(&self.path, &String::from_utf8_lossy(event));
+        self.lines.write(&self.path, event);
         Ok(event.len())
     }
 

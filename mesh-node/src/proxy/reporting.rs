@@ -113,7 +113,7 @@ impl EdgeSlot {
 /// Writes the lines these logs want.
 pub fn log(access: &Lines, logs: &[LogTo], entry: &Entry<'_>) {
     thread_local! {
-        static LINE: RefCell<String> = const { RefCell::new(String::new()) };
+        static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     }
     for LogTo { log, filter } in logs {
         if filter.as_ref().is_none_or(|f| f.holds(entry)) {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::HeaderName;
+use http::{HeaderName, HeaderValue};
 
 use super::{
     attributes::{Attribute, Attributes, HeadersOf},
@@ -91,34 +91,34 @@ pub enum ClusterName<'a> {
 
 impl ClusterName<'_> {
     /// Behind a text; names by `push`.
-    pub(super) fn push(&self, line: &mut String, push: fn(&str, &mut String)) {
+    pub(super) fn push(&self, line: &mut Vec<u8>, push: impl Fn(&[u8], &mut Vec<u8>)) {
         match self {
             Self::Outbound { service, port, subset } => {
-                line.push_str("outbound|");
+                line.extend_from_slice(b"outbound|");
                 push_number((*port).into(), line);
-                line.push('|');
-                push(subset, line);
-                line.push('|');
-                push(&service.name, line);
-                line.push('.');
-                push(&service.namespace, line);
-                line.push_str(".svc.cluster.local");
+                line.push(b'|');
+                push(subset.as_bytes(), line);
+                line.push(b'|');
+                push(service.name.as_bytes(), line);
+                line.push(b'.');
+                push(service.namespace.as_bytes(), line);
+                line.extend_from_slice(b".svc.cluster.local");
             }
             Self::Inbound(port) => {
-                line.push_str("inbound|");
+                line.extend_from_slice(b"inbound|");
                 push_number((*port).into(), line);
-                line.push_str("||");
+                line.extend_from_slice(b"||");
             }
-            Self::Named(name) => line.push_str(name),
+            Self::Named(name) => line.extend_from_slice(name.as_bytes()),
         }
     }
 }
 
 impl fmt::Display for ClusterName<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut text = String::new();
-        self.push(&mut text, |part, text| text.push_str(part));
-        f.write_str(&text)
+        let mut text = Vec::new();
+        self.push(&mut text, |part, text| text.extend_from_slice(part));
+        f.write_str(&String::from_utf8_lossy(&text))
     }
 }
 
@@ -155,23 +155,23 @@ fn lossy(bytes: &[u8]) -> Cow<'_, str> {
 
 impl Entry<'_> {
     /// A header's value.
-    pub fn header_of(&self, whose: HeadersOf, header: &Header) -> Option<Cow<'_, str>> {
+    pub fn header_of(&self, whose: HeadersOf, header: &Header) -> Option<&[u8]> {
         if whose == HeadersOf::Response {
             let Header::Named(name) = header else { return None };
-            return self.response_headers?.get(name).map(|v| lossy(v.as_bytes()));
+            return self.response_headers?.get(name).map(HeaderValue::as_bytes);
         }
-        let asked = self.request?;
+        let asked = self.request.as_ref()?;
         match header {
-            Header::Method => Some(Cow::Borrowed(asked.method)),
-            Header::Path => Some(Cow::Borrowed(asked.sent_path)).filter(|p| !p.is_empty()),
-            Header::Authority => Some(Cow::Borrowed(asked.authority)).filter(|a| !a.is_empty()),
-            Header::Scheme => Some(Cow::Borrowed(asked.scheme)),
-            Header::Named(name) => asked.headers.get(name).map(|v| lossy(v.as_bytes())),
+            Header::Method => Some(asked.method.as_bytes()),
+            Header::Path => Some(asked.sent_path.as_bytes()).filter(|p| !p.is_empty()),
+            Header::Authority => Some(asked.authority.as_bytes()).filter(|a| !a.is_empty()),
+            Header::Scheme => Some(asked.scheme.as_bytes()),
+            Header::Named(name) => asked.headers.get(name).map(HeaderValue::as_bytes),
         }
     }
 
     fn request_header(&self, name: &str) -> Option<Cow<'_, str>> {
-        self.header_of(HeadersOf::Request, &Header::named(name)?)
+        self.header_of(HeadersOf::Request, &Header::named(name)?).map(lossy)
     }
 }
 
@@ -218,7 +218,7 @@ impl Attributes for Entry<'_> {
     fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>> {
         match whose {
             HeadersOf::Request => self.request_header(name),
-            HeadersOf::Response => self.header_of(whose, &Header::named(name)?),
+            HeadersOf::Response => self.header_of(whose, &Header::named(name)?).map(lossy),
         }
     }
 }

@@ -5,11 +5,15 @@
 mod operator;
 mod time;
 
-use std::{fmt::Write as _, sync::Arc};
+use std::sync::Arc;
 
-use self::operator::{Named, Operand, Operator, parse};
+use self::operator::{Named, Operator, Values, parse};
 use self::time::TimeFormat;
-use super::{entry::Entry, kept::Asks, plain};
+use super::{
+    entry::{ClusterName, Entry},
+    kept::Asks,
+    plain,
+};
 
 /// Longest line, bytes; the rest is cut off. Of JSON, values are left out from there on.
 pub const LONGEST: usize = 16 * 1024;
@@ -74,31 +78,39 @@ pub struct Program {
     unknown: Vec<&'static str>,
 }
 
+/// A text, and what comes behind it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Step {
+struct Step {
     /// These bytes of the texts.
-    Text {
-        from: u32,
-        to: u32,
-    },
+    from: u32,
+    to: u32,
+    then: Then,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Then {
+    Nothing,
     Value(Operator),
     /// In JSON: so many of the next are one string.
     Joined(u16),
 }
 
 impl Program {
-    fn add_text(&mut self, text: &str) -> Result<(), String> {
-        if !text.is_empty() {
-            let at = |n: usize| u32::try_from(n).map_err(|_| "is too long".to_owned());
-            let from = at(self.texts.len())?;
-            self.texts.push_str(text);
-            self.steps.push(Step::Text { from, to: at(self.texts.len())? });
-        }
+    fn add(&mut self, text: &str, then: Then) -> Result<(), String> {
+        let step = self.step(text, then)?;
+        self.steps.push(step);
         Ok(())
     }
 
-    fn text(&self, from: u32, to: u32) -> &str {
-        self.texts.get(from as usize..to as usize).unwrap_or_default()
+    fn step(&mut self, text: &str, then: Then) -> Result<Step, String> {
+        let at = |n: usize| u32::try_from(n).map_err(|_| "is too long".to_owned());
+        let from = at(self.texts.len())?;
+        self.texts.push_str(text);
+        Ok(Step { from, to: at(self.texts.len())?, then })
+    }
+
+    fn text(&self, step: &Step) -> &[u8] {
+        self.texts.as_bytes().get(step.from as usize..step.to as usize).unwrap_or_default()
     }
 }
 
@@ -122,20 +134,21 @@ impl Format {
         let mut program = Program::default();
         let mut before = String::from("{");
         for (key, format) in fields {
-            quote(key, &mut before);
-            before.push(':');
-            program.add_text(&before).map_err(|e| format!("{key}: {e}"))?;
-            ",".clone_into(&mut before);
+            let mut quoted = Vec::new();
+            quote(key.as_bytes(), &mut quoted);
+            before.extend([&*String::from_utf8_lossy(&quoted), ":"]);
             let first = program.steps.len();
             parse(format, &mut program).map_err(|e| format!("{key}: {e}"))?;
             let steps = program.steps.get(first..).unwrap_or_default();
-            if !matches!(steps, [Step::Value(_)]) {
-                let joined = u16::try_from(steps.len()).map_err(|_| format!("{key}: has too many operators"))?;
-                program.steps.insert(first, Step::Joined(joined));
-            }
+            let (then, are) = match *steps {
+                [Step { from, to, then: then @ Then::Value(_) }] if from == to => (then, 1),
+                _ => (Then::Joined(u16::try_from(steps.len()).map_err(|_| format!("{key}: has too many operators"))?), 0),
+            };
+            let step = program.step(&before, then).map_err(|e| format!("{key}: {e}"))?;
+            program.steps.splice(first..first + are, [step]);
+            ",".clone_into(&mut before);
         }
-        let end = if before == "{" { "{}\n" } else { "}\n" };
-        program.add_text(end)?;
+        program.add(if before == "{" { "{}\n" } else { "}\n" }, Then::Nothing)?;
         Ok(Self::Json(Arc::new(program)))
     }
 
@@ -154,50 +167,50 @@ impl Format {
     pub fn asks(&self, all: &mut Asks) {
         let (Self::Text(program) | Self::Json(program)) = self;
         program.headers.iter().for_each(|header| header.asks(all));
-        all.identities |= program.steps.iter().any(|step| matches!(step, Step::Value(operator) if operator.asks_for_identities()));
+        all.identities |= program.steps.iter().any(|step| matches!(step.then, Then::Value(operator) if operator.asks_for_identities()));
     }
 
     /// The line, with its end.
     pub fn line(&self, entry: &Entry<'_>) -> String {
-        let mut line = String::new();
+        let mut line = Vec::new();
         self.write(entry, &mut line);
-        line
+        String::from_utf8_lossy(&line).into_owned()
     }
 
     /// The same, in place of what is in `line`.
-    pub fn write(&self, entry: &Entry<'_>, line: &mut String) {
+    pub fn write(&self, entry: &Entry<'_>, line: &mut Vec<u8>) {
         line.clear();
         line.reserve(USUAL);
         match self {
             Self::Text(program) => {
                 for step in &program.steps {
-                    match *step {
-                        Step::Text { from, to } => push_text(program.text(from, to), line),
-                        Step::Value(operator) => write(operator.value(entry, program), line),
-                        Step::Joined(_) => {}
+                    line.extend_from_slice(program.text(step));
+                    if let Then::Value(operator) = step.then {
+                        operator.tell(entry, program, &mut Text(line));
                     }
                 }
                 cut(line);
                 // One line each, whatever clients sent: operators are escaped, and formats that have no end get one.
-                if !line.ends_with('\n') {
-                    line.push('\n');
+                if !line.ends_with(b"\n") {
+                    line.push(b'\n');
                 }
             }
             Self::Json(program) => {
                 let mut steps = program.steps.iter();
                 while let Some(step) = steps.next() {
+                    line.extend_from_slice(program.text(step));
                     let room = line.len() < LONGEST;
-                    match *step {
-                        Step::Text { from, to } => line.push_str(program.text(from, to)),
-                        Step::Value(operator) if room => value(operator.value(entry, program), line),
-                        Step::Value(_) => line.push_str("null"),
-                        Step::Joined(n) => {
+                    match step.then {
+                        Then::Nothing => {}
+                        Then::Value(operator) if room => operator.tell(entry, program, &mut Json(line)),
+                        Then::Value(_) => line.extend_from_slice(b"null"),
+                        Then::Joined(n) => {
                             let joined = steps.by_ref().take(n.into());
                             if room {
-                                quote(&join(joined, program, entry, "-"), line);
+                                quote(&join(joined, program, entry, b"-"), line);
                             } else {
                                 joined.for_each(drop);
-                                line.push_str("null");
+                                line.extend_from_slice(b"null");
                             }
                         }
                     }
@@ -225,7 +238,7 @@ impl Template {
 
     /// The text, if there are no operators in it.
     pub fn plain(&self) -> Option<&str> {
-        let is_text = |step: &Step| matches!(step, Step::Text { .. });
+        let is_text = |step: &Step| step.then == Then::Nothing;
         self.program.steps.iter().all(is_text).then_some(&*self.program.texts)
     }
 
@@ -235,31 +248,29 @@ impl Template {
     }
 
     pub fn text(&self, entry: &Entry<'_>) -> String {
-        join(self.program.steps.iter(), &self.program, entry, "")
+        String::from_utf8_lossy(&join(self.program.steps.iter(), &self.program, entry, b"")).into_owned()
     }
 }
 
 /// Texts and values as one text; `nothing` is what stands for what has no value.
-fn join<'s>(steps: impl Iterator<Item = &'s Step>, program: &Program, entry: &Entry<'_>, nothing: &str) -> String {
-    let mut text = String::new();
+fn join<'s>(steps: impl Iterator<Item = &'s Step>, program: &Program, entry: &Entry<'_>, nothing: &[u8]) -> Vec<u8> {
+    let mut text = Vec::new();
     for step in steps {
-        match *step {
-            Step::Text { from, to } => text.push_str(program.text(from, to)),
-            Step::Value(operator) => match operator.value(entry, program) {
-                None => text.push_str(nothing),
-                Some(operand) => push(&operand, &mut text),
-            },
-            Step::Joined(_) => {}
+        text.extend_from_slice(program.text(step));
+        if let Then::Value(operator) = step.then {
+            operator.tell(entry, program, &mut Joined { text: &mut text, nothing });
         }
     }
     text
 }
 
 /// Cuts a line that is too long.
-fn cut(line: &mut String) {
+fn cut(line: &mut Vec<u8>) {
     if line.len() > LONGEST {
-        line.truncate(line.floor_char_boundary(LONGEST));
-        line.truncate(without_part_of_an_escape(line));
+        let mut text = String::from_utf8_lossy(line).into_owned();
+        text.truncate(text.floor_char_boundary(LONGEST));
+        text.truncate(without_part_of_an_escape(&text));
+        *line = text.into_bytes();
     }
 }
 
@@ -273,66 +284,83 @@ fn without_part_of_an_escape(text: &str) -> usize {
     if whole { text.len() } else { last }
 }
 
-/// A value in a line of text.
-fn write(value: Option<Operand<'_>>, line: &mut String) {
-    match value {
-        None => line.push('-'),
-        Some(Operand::Text(text)) => escape(&text, line),
-        // A string takes any text.
-        Some(Operand::Shown(what)) => drop(write!(Escaping(line, escape), "{what}")),
-        Some(Operand::Cluster(cluster)) => cluster.push(line, escape),
-        Some(plain) => push(&plain, line),
+/// Values in a line of text.
+struct Text<'l>(&'l mut Vec<u8>);
+
+impl Values for Text<'_> {
+    fn nothing(&mut self) {
+        self.0.push(b'-');
+    }
+
+    fn number(&mut self, n: u64) {
+        plain::push_number(n, self.0);
+    }
+
+    fn text(&mut self, text: &[u8]) {
+        escape(text, self.0);
+    }
+
+    fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>)) {
+        push(self.0);
+    }
+
+    fn cluster(&mut self, cluster: &ClusterName<'_>) {
+        cluster.push(self.0, escape);
     }
 }
 
-/// Most texts between operators are a blank, for which a copy is not worth its call.
-fn push_text(text: &str, line: &mut String) {
-    match text {
-        " " => line.push(' '),
-        other => line.push_str(other),
+/// Values of JSON.
+struct Json<'l>(&'l mut Vec<u8>);
+
+impl Values for Json<'_> {
+    fn nothing(&mut self) {
+        self.0.extend_from_slice(b"null");
+    }
+
+    fn number(&mut self, n: u64) {
+        plain::push_number(n, self.0);
+    }
+
+    fn text(&mut self, text: &[u8]) {
+        quote(text, self.0);
+    }
+
+    fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>)) {
+        self.0.push(b'"');
+        push(self.0);
+        self.0.push(b'"');
+    }
+
+    fn cluster(&mut self, cluster: &ClusterName<'_>) {
+        self.plain(|line| cluster.push(line, json));
     }
 }
 
-/// What needs no escaping.
-fn push(operand: &Operand<'_>, line: &mut String) {
-    match operand {
-        Operand::Number(n) => plain::push_number(*n, line),
-        Operand::Address(address) => plain::push_address(*address, line),
-        Operand::Ip(ip) => plain::push_ip(*ip, line),
-        Operand::Time(time) => plain::push_time(*time, line),
-        Operand::Text(text) => line.push_str(text),
-        Operand::Cluster(cluster) => cluster.push(line, |text, line| line.push_str(text)),
-        // A string takes any text.
-        Operand::Shown(what) => drop(write!(line, "{what}")),
-    }
+/// Values in a text that is no line yet.
+struct Joined<'t> {
+    text: &'t mut Vec<u8>,
+    nothing: &'t [u8],
 }
 
-/// Escapes what is written.
-struct Escaping<'l>(&'l mut String, fn(&str, &mut String));
-
-impl std::fmt::Write for Escaping<'_> {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        (self.1)(text, self.0);
-        Ok(())
+impl Values for Joined<'_> {
+    fn nothing(&mut self) {
+        self.text.extend_from_slice(self.nothing);
     }
-}
 
-/// The value of a field of JSON.
-fn value(value: Option<Operand<'_>>, line: &mut String) {
-    match value {
-        None => line.push_str("null"),
-        Some(number @ Operand::Number(_)) => push(&number, line),
-        Some(Operand::Text(text)) => quote(&text, line),
-        Some(other) => {
-            line.push('"');
-            match other {
-                // A string takes any text.
-                Operand::Shown(what) => drop(write!(Escaping(line, json), "{what}")),
-                Operand::Cluster(cluster) => cluster.push(line, json),
-                plain => push(&plain, line),
-            }
-            line.push('"');
-        }
+    fn number(&mut self, n: u64) {
+        plain::push_number(n, self.text);
+    }
+
+    fn text(&mut self, text: &[u8]) {
+        self.text.extend_from_slice(text);
+    }
+
+    fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>)) {
+        push(self.text);
+    }
+
+    fn cluster(&mut self, cluster: &ClusterName<'_>) {
+        cluster.push(self.text, |text, line| line.extend_from_slice(text));
     }
 }
 
@@ -342,51 +370,53 @@ pub fn short(text: &str) -> &str {
 }
 
 /// As a JSON string.
-fn quote(text: &str, line: &mut String) {
-    line.push('"');
-    json(short(text), line);
-    line.push('"');
+fn quote(text: &[u8], line: &mut Vec<u8>) {
+    line.push(b'"');
+    json(text, line);
+    line.push(b'"');
 }
 
-/// Whether it can stand where it is to as it is. Looks at all of it in any case: so it can look at many bytes at once.
-fn is_plain(text: &str) -> bool {
-    let odd = |b: u8| u8::from(!(b' '..0x7f).contains(&b) || matches!(b, b'"' | b'\\'));
-    text.bytes().fold(0, |all, b| all | odd(b)) == 0
+/// Whether all of it can stand where it is to as it is, and is not too long.
+fn is_plain(text: &[u8]) -> bool {
+    const EACH: u64 = u64::from_ne_bytes([1; 8]);
+    const HIGH: u64 = EACH << 7;
+    // Of eight bytes at once, the high bit of those that are less than `n`, of bytes that have none.
+    let below = |eight: u64, n: u8| eight.wrapping_sub(EACH * u64::from(n)) & !eight;
+    let is = |eight: u64, b: u8| below(eight ^ (EACH * u64::from(b)), 1);
+    let odd = |eight: u64| eight | below(eight, b' ') | is(eight, b'"') | is(eight, b'\\') | is(eight, 0x7f);
+    let (eights, rest) = text.as_chunks::<8>();
+    let all = eights.iter().fold(0, |all, eight| all | odd(u64::from_ne_bytes(*eight))) & HIGH == 0;
+    all && text.len() <= LONGEST_VALUE && rest.iter().all(|b| (b' '..0x7f).contains(b) && !matches!(b, b'"' | b'\\'))
 }
 
 /// In a JSON string.
-fn json(text: &str, line: &mut String) {
+fn json(text: &[u8], line: &mut Vec<u8>) {
     if is_plain(text) {
-        return line.push_str(text);
+        return line.extend_from_slice(text);
     }
-    for c in text.chars() {
-        match c {
-            '"' => line.push_str("\\\""),
-            '\\' => line.push_str("\\\\"),
-            '\n' => line.push_str("\\n"),
-            '\r' => line.push_str("\\r"),
-            '\t' => line.push_str("\\t"),
-            c if c.is_control() => drop(write!(line, "\\u{:04x}", u32::from(c))),
-            c => line.push(c),
-        }
-    }
+    escaped(text, line, |c| format!("\\u{:04x}", u32::from(c)));
 }
 
 /// In a line of text: nothing that could end the line, or the quotes it stands in.
-fn escape(text: &str, line: &mut String) {
-    let text = short(text);
+fn escape(text: &[u8], line: &mut Vec<u8>) {
     if is_plain(text) {
-        return line.push_str(text);
+        return line.extend_from_slice(text);
     }
-    for c in text.chars() {
+    escaped(text, line, |c| format!("\\x{:02x}", u32::from(c)));
+}
+
+/// With what stands for characters that cannot stand there.
+#[cold]
+fn escaped(text: &[u8], line: &mut Vec<u8>, control: fn(char) -> String) {
+    for c in short(&String::from_utf8_lossy(text)).chars() {
         match c {
-            '"' => line.push_str("\\\""),
-            '\\' => line.push_str("\\\\"),
-            '\n' => line.push_str("\\n"),
-            '\r' => line.push_str("\\r"),
-            '\t' => line.push_str("\\t"),
-            c if c.is_control() => drop(write!(line, "\\x{:02x}", u32::from(c))),
-            c => line.push(c),
+            '"' => line.extend_from_slice(b"\\\""),
+            '\\' => line.extend_from_slice(b"\\\\"),
+            '\n' => line.extend_from_slice(b"\\n"),
+            '\r' => line.extend_from_slice(b"\\r"),
+            '\t' => line.extend_from_slice(b"\\t"),
+            c if c.is_control() => line.extend_from_slice(control(c).as_bytes()),
+            c => line.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
         }
     }
 }

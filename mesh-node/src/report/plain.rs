@@ -3,19 +3,22 @@
 
 use std::{
     cell::RefCell,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    io::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::{Duration, SystemTime},
 };
 
+const DIGITS: [u8; 16] = *b"0123456789abcdef";
+
 /// UTC with milliseconds, as Envoy writes it.
 pub fn rfc3339(time: SystemTime) -> String {
-    let mut text = String::with_capacity(24);
+    let mut text = Vec::with_capacity(24);
     push_time(time, &mut text);
-    text
+    String::from_utf8(text).unwrap_or_default()
 }
 
 /// The same, behind a text. Of times of one second the second is put together once.
-pub fn push_time(time: SystemTime, text: &mut String) {
+pub fn push_time(time: SystemTime, text: &mut Vec<u8>) {
     thread_local! {
         static LAST: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
     }
@@ -25,11 +28,12 @@ pub fn push_time(time: SystemTime, text: &mut String) {
             *second = since.as_secs();
             *begun = to_the_second(*second);
         }
-        text.push_str(begun);
+        text.extend_from_slice(begun.as_bytes());
     });
-    let millis = since.subsec_millis();
-    text.extend([millis / 100, millis / 10 % 10, millis % 10].map(digit));
-    text.push('Z');
+    let (mut short, millis) = (Short::new(), since.subsec_millis());
+    [millis / 100, millis / 10 % 10, millis % 10].into_iter().for_each(|n| short.digit(n));
+    short.byte(b'Z');
+    short.push(text);
 }
 
 fn to_the_second(since: u64) -> String {
@@ -39,99 +43,139 @@ fn to_the_second(since: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.")
 }
 
-fn digit(n: u32) -> char {
-    char::from_digit(n, 10).unwrap_or('0')
+/// A short text on its way into a longer one: put together byte by byte, it is copied once.
+struct Short {
+    bytes: [u8; 64],
+    length: usize,
+}
+
+impl Short {
+    const fn new() -> Self {
+        Self { bytes: [0; 64], length: 0 }
+    }
+
+    /// What there is no room for is left out; nothing here is so long.
+    fn byte(&mut self, byte: u8) {
+        if let Some(place) = self.bytes.get_mut(self.length) {
+            *place = byte;
+            self.length += 1;
+        }
+    }
+
+    /// A digit, of a number below ten.
+    fn digit(&mut self, n: u32) {
+        self.byte(DIGITS[(n & 0xf) as usize]);
+    }
+
+    fn number(&mut self, n: u32) {
+        if n >= 10 {
+            self.number(n / 10);
+        }
+        self.digit(n % 10);
+    }
+
+    fn octet(&mut self, octet: u8) {
+        let n = u32::from(octet);
+        if n >= 100 {
+            self.digit(n / 100);
+        }
+        if n >= 10 {
+            self.digit(n / 10 % 10);
+        }
+        self.digit(n % 10);
+    }
+
+    fn ip(&mut self, ip: IpAddr) {
+        match ip {
+            IpAddr::V4(v4) => self.v4(v4),
+            IpAddr::V6(v6) => self.v6(v6),
+        }
+    }
+
+    fn v4(&mut self, ip: Ipv4Addr) {
+        let [a, b, c, d] = ip.octets();
+        self.octet(a);
+        for octet in [b, c, d] {
+            self.byte(b'.');
+            self.octet(octet);
+        }
+    }
+
+    /// As RFC 5952 has it: the first of the longest runs of zeros is left out, and an IPv4 address is one.
+    fn v6(&mut self, ip: Ipv6Addr) {
+        if let Some(v4) = ip.to_ipv4_mapped() {
+            b"::ffff:".iter().for_each(|b| self.byte(*b));
+            return self.v4(v4);
+        }
+        let groups = ip.segments();
+        let (mut first, mut length, mut run) = (0, 0, 0);
+        for (i, group) in groups.into_iter().enumerate() {
+            run = if group == 0 { run + 1 } else { 0 };
+            if run > length {
+                (first, length) = (i + 1 - run, run);
+            }
+        }
+        if length < 2 {
+            (first, length) = (groups.len(), 0);
+        }
+        for (i, group) in groups.into_iter().enumerate() {
+            if i == first {
+                self.byte(b':');
+            }
+            if (first..first + length).contains(&i) {
+                continue;
+            }
+            if i > 0 {
+                self.byte(b':');
+            }
+            let significant = (16 - (group | 1).leading_zeros()).div_ceil(4);
+            (0..significant).rev().for_each(|digit| self.digit(u32::from(group) >> (4 * digit)));
+        }
+        if length > 0 && first + length == groups.len() {
+            self.byte(b':');
+        }
+    }
+
+    fn push(&self, text: &mut Vec<u8>) {
+        text.extend_from_slice(&self.bytes[..self.length]);
+    }
 }
 
 /// A number behind a text.
-pub fn push_number(mut n: u64, text: &mut String) {
-    if n < 10 {
-        text.push(char::from(b'0' + u8::try_from(n).unwrap_or(0)));
-        return;
-    }
-    let mut digits = [b'0'; 20];
-    let mut at = digits.len();
-    loop {
-        at -= 1;
-        digits[at] += u8::try_from(n % 10).unwrap_or(0);
-        n /= 10;
-        if n == 0 {
-            break;
+pub fn push_number(n: u64, text: &mut Vec<u8>) {
+    match u32::try_from(n) {
+        Ok(n) if n < 10 => text.push(DIGITS[n as usize]),
+        Ok(n) => {
+            let mut short = Short::new();
+            short.number(n);
+            short.push(text);
         }
+        // A buffer takes any text.
+        Err(_) => drop(write!(text, "{n}")),
     }
-    // Digits are text.
-    text.push_str(std::str::from_utf8(&digits[at..]).unwrap_or_default());
 }
 
 /// An address behind a text.
-pub fn push_ip(ip: IpAddr, text: &mut String) {
-    match ip {
-        IpAddr::V4(v4) => {
-            for (i, part) in v4.octets().into_iter().enumerate() {
-                if i > 0 {
-                    text.push('.');
-                }
-                push_number(part.into(), text);
-            }
-        }
-        IpAddr::V6(v6) => push_v6(v6, text),
-    }
-}
-
-/// As RFC 5952 has it: the first of the longest runs of zeros is left out, and an IPv4 address is one.
-fn push_v6(ip: Ipv6Addr, text: &mut String) {
-    if let Some(v4) = ip.to_ipv4_mapped() {
-        text.push_str("::ffff:");
-        return push_ip(v4.into(), text);
-    }
-    let groups = ip.segments();
-    let (mut first, mut length, mut run) = (0, 0, 0);
-    for (i, group) in groups.into_iter().enumerate() {
-        run = if group == 0 { run + 1 } else { 0 };
-        if run > length {
-            (first, length) = (i + 1 - run, run);
-        }
-    }
-    if length < 2 {
-        (first, length) = (groups.len(), 0);
-    }
-    // Eight groups of four digits, and what is between them.
-    let (mut digits, mut n) = ([0_u8; 40], 0);
-    let mut push = |byte: u8| {
-        digits[n] = byte;
-        n += 1;
-    };
-    for (i, group) in groups.into_iter().enumerate() {
-        if i == first {
-            push(b':');
-        }
-        if (first..first + length).contains(&i) {
-            continue;
-        }
-        if i > 0 {
-            push(b':');
-        }
-        let significant = (16 - (group | 1).leading_zeros()).div_ceil(4);
-        (0..significant).rev().for_each(|digit| push(b"0123456789abcdef"[usize::from(group >> (4 * digit) & 0xf)]));
-    }
-    if length > 0 && first + length == groups.len() {
-        push(b':');
-    }
-    // Digits are text.
-    text.push_str(std::str::from_utf8(&digits[..n]).unwrap_or_default());
+pub fn push_ip(ip: IpAddr, text: &mut Vec<u8>) {
+    let mut short = Short::new();
+    short.ip(ip);
+    short.push(text);
 }
 
 /// The same, with its port.
-pub fn push_address(address: SocketAddr, text: &mut String) {
-    if address.is_ipv4() {
-        push_ip(address.ip(), text);
-    } else {
-        text.push('[');
-        push_ip(address.ip(), text);
-        text.push(']');
+pub fn push_address(address: SocketAddr, text: &mut Vec<u8>) {
+    let mut short = Short::new();
+    match address.ip() {
+        IpAddr::V4(v4) => short.v4(v4),
+        IpAddr::V6(v6) => {
+            short.byte(b'[');
+            short.v6(v6);
+            short.byte(b']');
+        }
     }
-    text.push(':');
-    push_number(address.port().into(), text);
+    short.byte(b':');
+    short.number(address.port().into());
+    short.push(text);
 }
 
 /// Year, month and day of a day counted from 1970, in the Gregorian calendar: eras of 400 years that begin in March.
@@ -183,19 +227,19 @@ mod tests {
         // Every pattern of zeros.
         all.extend((0..256_u16).map(|bits| Ipv6Addr::from(std::array::from_fn::<u16, 8, _>(|i| (bits >> i & 1) * (0xa << (2 * i))))));
         for ip in all {
-            let mut text = String::new();
+            let mut text = Vec::new();
             push_ip(ip.into(), &mut text);
-            assert_eq!(text, ip.to_string());
+            assert_eq!(text, ip.to_string().as_bytes());
             text.clear();
             push_address(SocketAddr::from((ip, 65535)), &mut text);
-            assert_eq!(text, SocketAddr::from((ip, 65535)).to_string());
+            assert_eq!(text, SocketAddr::from((ip, 65535)).to_string().as_bytes());
         }
-        let mut text = String::new();
+        let mut text = Vec::new();
         push_address(([10, 0, 200, 1], 0).into(), &mut text);
         for n in [0, 7, 10, 99, 100, 12_345, u64::MAX] {
-            text.push(' ');
+            text.push(b' ');
             push_number(n, &mut text);
         }
-        assert_eq!(text, format!("10.0.200.1:0 0 7 10 99 100 12345 {}", u64::MAX));
+        assert_eq!(String::from_utf8(text), Ok(format!("10.0.200.1:0 0 7 10 99 100 12345 {}", u64::MAX)));
     }
 }

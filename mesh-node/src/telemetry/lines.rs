@@ -69,7 +69,7 @@ impl Queue {
     }
 
     /// Takes a line, or says that there is no room. None when nobody writes any more.
-    fn take(&self, line: &str) -> Option<bool> {
+    fn take(&self, line: &[u8]) -> Option<bool> {
         let mut waiting = self.lock();
         if waiting.over {
             return None;
@@ -78,7 +78,7 @@ impl Queue {
         if before + line.len() > BYTES {
             return Some(false);
         }
-        waiting.text.extend_from_slice(line.as_bytes());
+        waiting.text.extend_from_slice(line);
         waiting.lines += 1;
         waiting.come += 1;
         let enough = before < ENOUGH && waiting.text.len() >= ENOUGH;
@@ -102,7 +102,7 @@ impl Lines {
     }
 
     /// Puts a line on its way to a file, `/dev/stdout` or `/dev/stderr`.
-    pub fn write(&self, path: &Arc<str>, line: &str) {
+    pub fn write(&self, path: &Arc<str>, line: &[u8]) {
         let taken = find(&self.files.load(), path).and_then(|queue| queue.take(line));
         // One whose writer has ended is followed by another.
         let taken = taken.or_else(|| self.open(path)?.take(line));
@@ -310,7 +310,7 @@ mod tests {
         let path = directory.path().join("access.log");
         let name: Arc<str> = path.to_str().expect("UTF-8").into();
         let logs = Lines::new(Family::default());
-        (0..1000).for_each(|i| logs.write(&name, &format!("{i}\n")));
+        (0..1000).for_each(|i| logs.write(&name, format!("{i}\n").as_bytes()));
         logs.flush(Duration::from_secs(5));
         let read = std::fs::read_to_string(&path).expect("a file");
         assert_eq!(read, (0..1000).map(|i| format!("{i}\n")).collect::<Vec<_>>().concat());
@@ -318,7 +318,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !path.exists() {
             assert!(Instant::now() < deadline, "the file is not opened anew");
-            logs.write(&name, "again\n");
+            logs.write(&name, b"again\n");
             logs.flush(Duration::from_secs(5));
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -338,11 +338,11 @@ mod tests {
     fn what_cannot_be_written_is_counted() {
         let logs = Lines::new(Family::default());
         let nowhere: Arc<str> = "/nowhere/at/all".into();
-        logs.write(&nowhere, "x\n");
+        logs.write(&nowhere, b"x\n");
         logs.flush(Duration::from_secs(5));
         assert_eq!((counted(&logs, "failed"), counted(&logs, "written")), (1, 0));
         for i in 0..FILES + 3 {
-            logs.write(&format!("/nowhere/{i}").into(), "x\n");
+            logs.write(&format!("/nowhere/{i}").into(), b"x\n");
         }
         assert_eq!(counted(&logs, "dropped"), 4, "there are no more than so many files");
     }
@@ -355,7 +355,7 @@ mod tests {
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).expect("a pipe");
         let name: Arc<str> = path.to_str().expect("UTF-8").into();
         let logs = Lines::new(Family::default());
-        let line = "x".repeat(8 * 1024);
+        let line = b"x".repeat(8 * 1024);
         let began = Instant::now();
         // What is being written waits no more: as much again comes in its place.
         (0..8000).for_each(|_| logs.write(&name, &line));

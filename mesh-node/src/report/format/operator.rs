@@ -2,21 +2,18 @@
 
 mod nothing;
 
-use std::{
-    borrow::Cow,
-    fmt,
-    net::{IpAddr, SocketAddr},
-    num::NonZeroU16,
-    time::{Duration, SystemTime},
-};
+use std::{net::SocketAddr, num::NonZeroU16, time::Duration};
 
 use self::nothing::{NOTHING, WITH_ARGUMENTS};
-use super::{Entry, Program, Step, time::TimeFormat};
-use crate::report::{
-    attributes::HeadersOf,
-    entry::{ClusterName, Header},
-    kept::Asks,
-    plain::rfc3339,
+use super::{Entry, Program, Then, time::TimeFormat};
+use crate::{
+    id::SpiffeId,
+    report::{
+        attributes::HeadersOf,
+        entry::{ClusterName, Header},
+        kept::Asks,
+        plain,
+    },
 };
 
 /// What stands for something of the request or connection. Small: a line goes through many of them.
@@ -36,7 +33,7 @@ pub struct Named {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Plain {
+enum What {
     StartTime,
     Protocol,
     ResponseCode,
@@ -83,11 +80,6 @@ enum Plain {
     SentPath,
     SentPathWithoutQuery,
     Nothing,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum What {
-    Plain(Plain),
     /// When it began, or when it is told, in one of the program's formats.
     Time {
         began: bool,
@@ -99,83 +91,100 @@ enum What {
     ServiceTime,
 }
 
-/// What an operator is worth.
-pub enum Operand<'a> {
-    Number(u64),
-    Text(Cow<'a, str>),
-    /// What is written without being put together first.
-    Shown(&'a dyn fmt::Display),
-    Cluster(ClusterName<'a>),
-    Address(SocketAddr),
-    Ip(IpAddr),
-    Time(SystemTime),
+/// Where values go: each kind of line writes them in its own way.
+pub trait Values {
+    /// There is no value.
+    fn nothing(&mut self);
+    fn number(&mut self, n: u64);
+    /// A text that may have anything in it.
+    fn text(&mut self, text: &[u8]);
+    /// A text that is put together behind the line, of which nothing has to be escaped.
+    fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>));
+    fn cluster(&mut self, cluster: &ClusterName<'_>);
 }
 
-impl Operand<'_> {
-    /// As a text of its own.
-    fn text(&self) -> String {
-        match self {
-            Self::Number(n) => n.to_string(),
-            Self::Text(text) => text.to_string(),
-            Self::Shown(what) => what.to_string(),
-            Self::Cluster(cluster) => cluster.to_string(),
-            Self::Address(address) => address.to_string(),
-            Self::Ip(ip) => ip.to_string(),
-            Self::Time(time) => rfc3339(*time),
-        }
+/// Takes only the first characters of texts.
+struct Cut<'v, V> {
+    values: &'v mut V,
+    most: usize,
+}
+
+impl<V: Values> Values for Cut<'_, V> {
+    fn nothing(&mut self) {
+        self.values.nothing();
+    }
+
+    fn number(&mut self, n: u64) {
+        self.values.number(n);
+    }
+
+    fn text(&mut self, text: &[u8]) {
+        let text = String::from_utf8_lossy(text);
+        let end = text.char_indices().nth(self.most).map_or(text.len(), |(at, _)| at);
+        self.values.text(text[..end].as_bytes());
+    }
+
+    fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>)) {
+        let mut text = Vec::new();
+        push(&mut text);
+        self.text(&text);
+    }
+
+    fn cluster(&mut self, cluster: &ClusterName<'_>) {
+        self.text(cluster.to_string().as_bytes());
     }
 }
 
-const ALL: [(&str, Plain); 49] = [
-    ("START_TIME", Plain::StartTime),
-    ("PROTOCOL", Plain::Protocol),
-    ("RESPONSE_CODE", Plain::ResponseCode),
-    ("RESPONSE_CODE_DETAILS", Plain::ResponseCodeDetails),
-    ("RESPONSE_FLAGS", Plain::ResponseFlags),
-    ("CONNECTION_TERMINATION_DETAILS", Plain::ConnectionTerminationDetails),
-    ("UPSTREAM_TRANSPORT_FAILURE_REASON", Plain::UpstreamTransportFailureReason),
-    ("BYTES_RECEIVED", Plain::BytesReceived),
-    ("BYTES_SENT", Plain::BytesSent),
-    ("DURATION", Plain::Duration),
-    ("UPSTREAM_HOST", Plain::UpstreamHost),
-    ("UPSTREAM_REMOTE_ADDRESS", Plain::UpstreamHost),
-    ("UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Plain::UpstreamRemoteAddressWithoutPort),
-    ("UPSTREAM_CLUSTER", Plain::UpstreamCluster),
-    ("UPSTREAM_CLUSTER_RAW", Plain::UpstreamCluster),
-    ("UPSTREAM_LOCAL_ADDRESS", Plain::UpstreamLocalAddress),
-    ("DOWNSTREAM_LOCAL_ADDRESS", Plain::DownstreamLocalAddress),
-    ("DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Plain::DownstreamLocalAddressWithoutPort),
-    ("DOWNSTREAM_LOCAL_PORT", Plain::DownstreamLocalPort),
-    ("DOWNSTREAM_REMOTE_ADDRESS", Plain::DownstreamRemoteAddress),
-    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS", Plain::DownstreamRemoteAddress),
-    ("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Plain::DownstreamRemoteAddressWithoutPort),
-    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT", Plain::DownstreamRemoteAddressWithoutPort),
-    ("DOWNSTREAM_REMOTE_PORT", Plain::DownstreamRemotePort),
-    ("REQUESTED_SERVER_NAME", Plain::RequestedServerName),
-    ("ROUTE_NAME", Plain::RouteName),
-    ("GRPC_STATUS_NUMBER", Plain::GrpcStatusNumber),
-    ("GRPC_STATUS", Plain::GrpcStatus),
-    ("DOWNSTREAM_PEER_URI_SAN", Plain::PeerUriSan),
-    ("DOWNSTREAM_LOCAL_URI_SAN", Plain::LocalUriSan),
-    ("TRACE_ID", Plain::TraceId),
-    ("ACCESS_LOG_TYPE", Plain::AccessLogType),
-    ("EMIT_TIME", Plain::EmitTime),
-    ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS", Plain::DownstreamLocalAddress),
-    ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT", Plain::DownstreamLocalAddressWithoutPort),
-    ("DOWNSTREAM_DIRECT_LOCAL_PORT", Plain::DownstreamLocalPort),
-    ("DOWNSTREAM_DIRECT_REMOTE_PORT", Plain::DownstreamRemotePort),
-    ("DOWNSTREAM_TLS_VERSION", Plain::DownstreamTlsVersion),
-    ("UPSTREAM_HOST_NAME", Plain::UpstreamHost),
-    ("UPSTREAM_HOST_NAME_WITHOUT_PORT", Plain::UpstreamRemoteAddressWithoutPort),
-    ("UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Plain::UpstreamLocalAddressWithoutPort),
-    ("UPSTREAM_LOCAL_PORT", Plain::UpstreamLocalPort),
-    ("UPSTREAM_REMOTE_PORT", Plain::UpstreamRemotePort),
-    ("UPSTREAM_PROTOCOL", Plain::UpstreamProtocol),
-    ("UPSTREAM_REQUEST_ATTEMPT_COUNT", Plain::UpstreamRequestAttemptCount),
-    ("RESPONSE_FLAGS_LONG", Plain::ResponseFlagsLong),
-    ("RESPONSE_DURATION", Plain::ResponseDuration),
-    ("RESPONSE_TX_DURATION", Plain::ResponseTxDuration),
-    ("PATH", Plain::Path),
+const ALL: [(&str, What); 49] = [
+    ("START_TIME", What::StartTime),
+    ("PROTOCOL", What::Protocol),
+    ("RESPONSE_CODE", What::ResponseCode),
+    ("RESPONSE_CODE_DETAILS", What::ResponseCodeDetails),
+    ("RESPONSE_FLAGS", What::ResponseFlags),
+    ("CONNECTION_TERMINATION_DETAILS", What::ConnectionTerminationDetails),
+    ("UPSTREAM_TRANSPORT_FAILURE_REASON", What::UpstreamTransportFailureReason),
+    ("BYTES_RECEIVED", What::BytesReceived),
+    ("BYTES_SENT", What::BytesSent),
+    ("DURATION", What::Duration),
+    ("UPSTREAM_HOST", What::UpstreamHost),
+    ("UPSTREAM_REMOTE_ADDRESS", What::UpstreamHost),
+    ("UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", What::UpstreamRemoteAddressWithoutPort),
+    ("UPSTREAM_CLUSTER", What::UpstreamCluster),
+    ("UPSTREAM_CLUSTER_RAW", What::UpstreamCluster),
+    ("UPSTREAM_LOCAL_ADDRESS", What::UpstreamLocalAddress),
+    ("DOWNSTREAM_LOCAL_ADDRESS", What::DownstreamLocalAddress),
+    ("DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", What::DownstreamLocalAddressWithoutPort),
+    ("DOWNSTREAM_LOCAL_PORT", What::DownstreamLocalPort),
+    ("DOWNSTREAM_REMOTE_ADDRESS", What::DownstreamRemoteAddress),
+    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS", What::DownstreamRemoteAddress),
+    ("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", What::DownstreamRemoteAddressWithoutPort),
+    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT", What::DownstreamRemoteAddressWithoutPort),
+    ("DOWNSTREAM_REMOTE_PORT", What::DownstreamRemotePort),
+    ("REQUESTED_SERVER_NAME", What::RequestedServerName),
+    ("ROUTE_NAME", What::RouteName),
+    ("GRPC_STATUS_NUMBER", What::GrpcStatusNumber),
+    ("GRPC_STATUS", What::GrpcStatus),
+    ("DOWNSTREAM_PEER_URI_SAN", What::PeerUriSan),
+    ("DOWNSTREAM_LOCAL_URI_SAN", What::LocalUriSan),
+    ("TRACE_ID", What::TraceId),
+    ("ACCESS_LOG_TYPE", What::AccessLogType),
+    ("EMIT_TIME", What::EmitTime),
+    ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS", What::DownstreamLocalAddress),
+    ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT", What::DownstreamLocalAddressWithoutPort),
+    ("DOWNSTREAM_DIRECT_LOCAL_PORT", What::DownstreamLocalPort),
+    ("DOWNSTREAM_DIRECT_REMOTE_PORT", What::DownstreamRemotePort),
+    ("DOWNSTREAM_TLS_VERSION", What::DownstreamTlsVersion),
+    ("UPSTREAM_HOST_NAME", What::UpstreamHost),
+    ("UPSTREAM_HOST_NAME_WITHOUT_PORT", What::UpstreamRemoteAddressWithoutPort),
+    ("UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", What::UpstreamLocalAddressWithoutPort),
+    ("UPSTREAM_LOCAL_PORT", What::UpstreamLocalPort),
+    ("UPSTREAM_REMOTE_PORT", What::UpstreamRemotePort),
+    ("UPSTREAM_PROTOCOL", What::UpstreamProtocol),
+    ("UPSTREAM_REQUEST_ATTEMPT_COUNT", What::UpstreamRequestAttemptCount),
+    ("RESPONSE_FLAGS_LONG", What::ResponseFlagsLong),
+    ("RESPONSE_DURATION", What::ResponseDuration),
+    ("RESPONSE_TX_DURATION", What::ResponseTxDuration),
+    ("PATH", What::Path),
 ];
 
 /// Reads a format, and adds its steps.
@@ -191,13 +200,12 @@ pub(super) fn parse(format: &str, program: &mut Program) -> Result<(), String> {
             continue;
         }
         let end = end_of_operator(rest).ok_or_else(|| format!("has an operator without its closing %: %{rest}"))?;
-        program.add_text(&std::mem::take(&mut text))?;
         let operator = operator(&rest[..end], program)?;
-        program.steps.push(Step::Value(operator));
+        program.add(&std::mem::take(&mut text), Then::Value(operator))?;
         rest = &rest[end + 1..];
     }
     text.push_str(rest);
-    program.add_text(&text)
+    if text.is_empty() { Ok(()) } else { program.add(&text, Then::Nothing) }
 }
 
 /// Where the closing % is: one in an argument is part of it.
@@ -222,9 +230,9 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
             program.times.push(format);
             What::Time { began: name == "START_TIME", format: number }
         }
-        _ => What::Plain(plain(text, name, argument)?),
+        _ => plain(text, name, argument)?,
     };
-    if what == What::Plain(Plain::Nothing) {
+    if what == What::Nothing {
         let known = NOTHING.iter().chain(&WITH_ARGUMENTS).find(|n| **n == name);
         program.unknown.extend(known.filter(|n| !program.unknown.contains(*n)));
     }
@@ -232,27 +240,25 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
 }
 
 /// An operator without an argument, or with one of few.
-fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<Plain, String> {
+fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<What, String> {
     let argument = argument.filter(|a| !a.is_empty());
-    let plain = ALL.iter().find(|(n, _)| *n == name).map(|(_, plain)| *plain);
+    let plain = ALL.iter().find(|(n, _)| *n == name).map(|(_, what)| *what);
     Ok(match (plain, argument) {
-        (Some(Plain::GrpcStatus), Some("CAMEL_STRING")) => Plain::GrpcStatus,
-        (Some(Plain::GrpcStatus), Some("SNAKE_STRING")) => Plain::GrpcStatusSnake,
-        (Some(Plain::GrpcStatus), Some("NUMBER")) => Plain::GrpcStatusNumber,
-        (Some(Plain::Path), Some(options)) => {
-            match options.split(':').find(|o| !["NQ", "WQ", "ORIG", "PATH", "ORIG_OR_PATH"].contains(o)) {
-                None => match (options.starts_with("NQ"), options.ends_with(":PATH")) {
-                    (false, false) => Plain::Path,
-                    (true, false) => Plain::PathWithoutQuery,
-                    (false, true) => Plain::SentPath,
-                    (true, true) => Plain::SentPathWithoutQuery,
-                },
-                Some(other) => return Err(format!("%{text}%: {other:?} is none of NQ, WQ, ORIG, PATH, ORIG_OR_PATH")),
-            }
-        }
+        (Some(What::GrpcStatus), Some("CAMEL_STRING")) => What::GrpcStatus,
+        (Some(What::GrpcStatus), Some("SNAKE_STRING")) => What::GrpcStatusSnake,
+        (Some(What::GrpcStatus), Some("NUMBER")) => What::GrpcStatusNumber,
+        (Some(What::Path), Some(options)) => match options.split(':').find(|o| !["NQ", "WQ", "ORIG", "PATH", "ORIG_OR_PATH"].contains(o)) {
+            None => match (options.starts_with("NQ"), options.ends_with(":PATH")) {
+                (false, false) => What::Path,
+                (true, false) => What::PathWithoutQuery,
+                (false, true) => What::SentPath,
+                (true, true) => What::SentPathWithoutQuery,
+            },
+            Some(other) => return Err(format!("%{text}%: {other:?} is none of NQ, WQ, ORIG, PATH, ORIG_OR_PATH")),
+        },
         (Some(plain), None) => plain,
         (Some(_), Some(_)) => return Err(format!("%{text}% has an argument that {name} does not take")),
-        (None, _) if NOTHING.contains(&name) || WITH_ARGUMENTS.contains(&name) => Plain::Nothing,
+        (None, _) if NOTHING.contains(&name) || WITH_ARGUMENTS.contains(&name) => What::Nothing,
         (None, _) => {
             let known = ALL.map(|(n, _)| n).join(", ");
             return Err(format!("%{text}% is not an operator of Envoy's; those that have a value here are REQ, RESP and {known}"));
@@ -298,90 +304,118 @@ impl Named {
 
 impl Operator {
     pub(super) fn asks_for_identities(self) -> bool {
-        matches!(self.what, What::Plain(Plain::PeerUriSan | Plain::LocalUriSan))
+        matches!(self.what, What::PeerUriSan | What::LocalUriSan)
     }
 
-    #[inline(always)]
-    pub(super) fn value<'e>(self, entry: &'e Entry<'_>, program: &Program) -> Option<Operand<'e>> {
-        let value = match self.what {
-            What::Plain(plain) => plain.value(entry),
-            What::Time { began, format } => {
-                let time = if began { entry.start } else { entry.start + entry.duration };
-                Some(Operand::Text(Cow::Owned(program.times.get(usize::from(format))?.text(time))))
-            }
-            // A header's value is a text.
-            What::ServiceTime => entry.service_time.map(|t| Operand::Text(Cow::Owned(t.to_string()))),
-            What::Header(number) => {
-                let Named { whose, name, other } = program.headers.get(usize::from(number))?;
-                let found = entry.header_of(*whose, name).or_else(|| entry.header_of(*whose, other.as_ref()?));
-                found.map(Operand::Text)
-            }
-        }?;
-        Some(match (value, self.most) {
-            (value, None) | (value @ Operand::Number(_), _) => value,
-            (value, Some(most)) => Operand::Text(Cow::Owned(value.text().chars().take(most.get().into()).collect())),
-        })
+    /// Writes what it stands for.
+    #[inline]
+    pub(super) fn tell(self, entry: &Entry<'_>, program: &Program, values: &mut impl Values) {
+        match self.most {
+            None => self.what.tell(entry, program, values),
+            Some(most) => self.what.tell(entry, program, &mut Cut { values, most: most.get().into() }),
+        }
     }
 }
 
 const SERVICE_TIME: &str = "x-envoy-upstream-service-time";
 
-impl Plain {
-    #[inline(always)]
-    fn value<'e>(self, entry: &'e Entry<'_>) -> Option<Operand<'e>> {
-        let text = |t: Option<&'e str>| t.filter(|t| !t.is_empty()).map(|t| Operand::Text(Cow::Borrowed(t)));
-        let address = |a: Option<SocketAddr>| a.map(Operand::Address);
-        let ip = |a: Option<SocketAddr>| a.map(|a| Operand::Ip(a.ip()));
-        let port = |a: Option<SocketAddr>| a.map(|a| Operand::Number(a.port().into()));
-        let number = |n: u64| Some(Operand::Number(n));
-        let millis = |d: Duration| number(u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
+/// A value, if there is one.
+macro_rules! some {
+    ($values:ident, $value:expr, $put:expr) => {
+        match $value {
+            Some(value) => $put(value),
+            None => $values.nothing(),
+        }
+    };
+}
+
+impl What {
+    /// One jump for each: what takes a line most of its time is that a processor cannot know which step is next.
+    #[inline]
+    fn tell<V: Values>(self, entry: &Entry<'_>, program: &Program, values: &mut V) {
         match self {
-            Self::StartTime => Some(Operand::Time(entry.start)),
-            Self::Protocol => text(entry.protocol),
-            Self::ResponseCode => number(entry.code.into()),
-            Self::ResponseCodeDetails => text(entry.details),
-            Self::ResponseFlags => text(Some(&entry.flags)),
-            Self::ConnectionTerminationDetails => text(entry.termination_details),
-            Self::UpstreamTransportFailureReason => text(entry.transport_failure),
-            Self::BytesReceived => number(entry.bytes_received),
-            Self::BytesSent => number(entry.bytes_sent),
-            Self::Duration => millis(entry.duration),
-            Self::UpstreamHost => address(entry.upstream_host),
-            Self::UpstreamRemoteAddressWithoutPort => ip(entry.upstream_host),
-            Self::UpstreamCluster => entry.upstream_cluster.map(Operand::Cluster),
-            Self::UpstreamLocalAddress => address(entry.upstream_local),
-            Self::DownstreamLocalAddress => address(entry.downstream_local),
-            Self::DownstreamLocalAddressWithoutPort => ip(entry.downstream_local),
-            Self::DownstreamLocalPort => port(entry.downstream_local),
-            Self::DownstreamRemoteAddress => address(entry.downstream_remote),
-            Self::DownstreamRemoteAddressWithoutPort => ip(entry.downstream_remote),
-            Self::DownstreamRemotePort => port(entry.downstream_remote),
-            Self::RequestedServerName => text(entry.sni),
-            Self::RouteName => text(entry.route),
-            Self::GrpcStatusNumber => entry.grpc_status.map(|s| Operand::Number(s.into())),
-            Self::GrpcStatus => entry.grpc_status.map(|s| Operand::Text(Cow::Borrowed(grpc_status_name(s)))),
-            Self::GrpcStatusSnake => entry.grpc_status.map(|s| Operand::Text(Cow::Owned(snake(grpc_status_name(s))))),
-            Self::AccessLogType => text(Some(if entry.tells_a_request { "DownstreamEnd" } else { "TcpConnectionEnd" })),
-            Self::EmitTime => Some(Operand::Time(entry.start + entry.duration)),
-            Self::DownstreamTlsVersion => text(entry.mutual_tls.then_some("TLSv1.3")),
-            Self::UpstreamLocalAddressWithoutPort => ip(entry.upstream_local),
-            Self::UpstreamLocalPort => port(entry.upstream_local),
-            Self::UpstreamRemotePort => port(entry.upstream_host),
-            Self::UpstreamProtocol => text(entry.upstream_protocol),
-            Self::UpstreamRequestAttemptCount => number(entry.attempts.into()),
-            Self::ResponseFlagsLong => text(Some(&entry.flags_long)),
-            Self::ResponseDuration => entry.answered_after.and_then(millis),
-            Self::ResponseTxDuration => entry.answered_after.and_then(|after| millis(entry.duration.saturating_sub(after))),
-            Self::Path => text(entry.request.map(|r| r.path)),
-            Self::PathWithoutQuery => text(entry.request.and_then(|r| r.path.split('?').next())),
-            Self::SentPath => text(entry.request.map(|r| r.sent_path)),
-            Self::SentPathWithoutQuery => text(entry.request.and_then(|r| r.sent_path.split('?').next())),
-            Self::Nothing => None,
-            Self::PeerUriSan => entry.peer.map(|p| Operand::Shown(p)),
-            Self::LocalUriSan => entry.local.map(|p| Operand::Shown(p)),
-            Self::TraceId => entry.trace.map(|trace| Operand::Text(Cow::Owned(format!("{trace:032x}")))),
+            Self::StartTime => values.plain(|line| plain::push_time(entry.start, line)),
+            Self::Protocol => text(entry.protocol, values),
+            Self::ResponseCode => values.number(entry.code.into()),
+            Self::ResponseCodeDetails => text(entry.details, values),
+            Self::ResponseFlags => text(Some(&entry.flags), values),
+            Self::ConnectionTerminationDetails => text(entry.termination_details, values),
+            Self::UpstreamTransportFailureReason => text(entry.transport_failure, values),
+            Self::BytesReceived => values.number(entry.bytes_received),
+            Self::BytesSent => values.number(entry.bytes_sent),
+            Self::Duration => millis(Some(entry.duration), values),
+            Self::UpstreamHost => address(entry.upstream_host, values),
+            Self::UpstreamRemoteAddressWithoutPort => ip(entry.upstream_host, values),
+            Self::UpstreamCluster => some!(values, &entry.upstream_cluster, |cluster| values.cluster(cluster)),
+            Self::UpstreamLocalAddress => address(entry.upstream_local, values),
+            Self::DownstreamLocalAddress => address(entry.downstream_local, values),
+            Self::DownstreamLocalAddressWithoutPort => ip(entry.downstream_local, values),
+            Self::DownstreamLocalPort => port(entry.downstream_local, values),
+            Self::DownstreamRemoteAddress => address(entry.downstream_remote, values),
+            Self::DownstreamRemoteAddressWithoutPort => ip(entry.downstream_remote, values),
+            Self::DownstreamRemotePort => port(entry.downstream_remote, values),
+            Self::RequestedServerName => text(entry.sni, values),
+            Self::RouteName => text(entry.route, values),
+            Self::GrpcStatusNumber => some!(values, entry.grpc_status, |s: u32| values.number(s.into())),
+            Self::GrpcStatus => text(entry.grpc_status.map(grpc_status_name), values),
+            Self::GrpcStatusSnake => some!(values, entry.grpc_status, |s| values.text(snake(grpc_status_name(s)).as_bytes())),
+            Self::AccessLogType => text(Some(if entry.tells_a_request { "DownstreamEnd" } else { "TcpConnectionEnd" }), values),
+            Self::EmitTime => values.plain(|line| plain::push_time(entry.start + entry.duration, line)),
+            Self::DownstreamTlsVersion => text(entry.mutual_tls.then_some("TLSv1.3"), values),
+            Self::UpstreamLocalAddressWithoutPort => ip(entry.upstream_local, values),
+            Self::UpstreamLocalPort => port(entry.upstream_local, values),
+            Self::UpstreamRemotePort => port(entry.upstream_host, values),
+            Self::UpstreamProtocol => text(entry.upstream_protocol, values),
+            Self::UpstreamRequestAttemptCount => values.number(entry.attempts.into()),
+            Self::ResponseFlagsLong => text(Some(&entry.flags_long), values),
+            Self::ResponseDuration => millis(entry.answered_after, values),
+            Self::ResponseTxDuration => millis(entry.answered_after.map(|after| entry.duration.saturating_sub(after)), values),
+            Self::Path => text(entry.request.map(|r| r.path), values),
+            Self::PathWithoutQuery => text(entry.request.and_then(|r| r.path.split('?').next()), values),
+            Self::SentPath => text(entry.request.map(|r| r.sent_path), values),
+            Self::SentPathWithoutQuery => text(entry.request.and_then(|r| r.sent_path.split('?').next()), values),
+            Self::Nothing => values.nothing(),
+            Self::PeerUriSan => some!(values, entry.peer, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
+            Self::LocalUriSan => some!(values, entry.local, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
+            Self::TraceId => some!(values, entry.trace, |trace| values.text(format!("{trace:032x}").as_bytes())),
+            Self::Time { began, format } => time(entry, program.times.get(usize::from(format)), began, values),
+            // A header's value is a text.
+            Self::ServiceTime => some!(values, entry.service_time, |t| values.plain(|line| plain::push_number(t, line))),
+            Self::Header(number) => header_value(entry, program.headers.get(usize::from(number)), values),
         }
     }
+}
+
+/// An empty one is none.
+fn text(value: Option<&str>, values: &mut impl Values) {
+    some!(values, value.filter(|t| !t.is_empty()), |t: &str| values.text(t.as_bytes()));
+}
+
+fn address(value: Option<SocketAddr>, values: &mut impl Values) {
+    some!(values, value, |a| values.plain(|line| plain::push_address(a, line)));
+}
+
+fn ip(value: Option<SocketAddr>, values: &mut impl Values) {
+    some!(values, value, |a: SocketAddr| values.plain(|line| plain::push_ip(a.ip(), line)));
+}
+
+fn port(value: Option<SocketAddr>, values: &mut impl Values) {
+    some!(values, value, |a: SocketAddr| values.number(a.port().into()));
+}
+
+fn millis(value: Option<Duration>, values: &mut impl Values) {
+    some!(values, value, |d: Duration| values.number(u64::try_from(d.as_millis()).unwrap_or(u64::MAX)));
+}
+
+fn time(entry: &Entry<'_>, format: Option<&TimeFormat>, began: bool, values: &mut impl Values) {
+    let time = if began { entry.start } else { entry.start + entry.duration };
+    some!(values, format, |format: &TimeFormat| values.text(format.text(time).as_bytes()));
+}
+
+fn header_value(entry: &Entry<'_>, header: Option<&Named>, values: &mut impl Values) {
+    let found =
+        header.and_then(|Named { whose, name, other }| entry.header_of(*whose, name).or_else(|| entry.header_of(*whose, other.as_ref()?)));
+    some!(values, found, |value| values.text(value));
 }
 
 /// `DeadlineExceeded` as `DEADLINE_EXCEEDED`.

@@ -179,3 +179,22 @@ fn a_cut_leaves_escapes_whole() {
         assert_eq!(&text[..without_part_of_an_escape(text)], whole, "{text}");
     }
 }
+
+#[test]
+fn what_is_plain_is_what_needs_nothing_done_to_it() {
+    let plain = |b: u8| (b' '..0x7f).contains(&b) && !matches!(b, b'"' | b'\\');
+    for length in 0..20 {
+        assert!(is_plain(&vec![b'a'; length]));
+        for at in 0..length {
+            for byte in 0..=u8::MAX {
+                // Beside bytes that are close to those that are not plain.
+                for beside in [b' ', b'!', b'#', b'[', b']', b'~'] {
+                    let mut text = vec![beside; length];
+                    text[at] = byte;
+                    assert_eq!(is_plain(&text), plain(byte), "{byte:#x} at {at} of {length}");
+                }
+            }
+        }
+    }
+    assert!(is_plain(&[b'a'; LONGEST_VALUE]) && !is_plain(&[b'a'; LONGEST_VALUE + 1]));
+}

@@ -49,9 +49,6 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         cut: impl Future<Output = ()> + Send,
     ) -> Attempt {
         let mut cut = pin!(cut);
-        if self.half_closed && !self.sink.can_half_close() {
-            return left();
-        }
         self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade, self.plan.client_cert);
         let (mut uploaded, mut no_more_up, mut begun) = (false, false, false);
         let response = loop {
