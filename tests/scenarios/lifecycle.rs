@@ -156,6 +156,50 @@ fn a_polite_stop_fails_open_while_it_still_waits_for_connections() {
     assert!(new["failed"].as_u64().is_some_and(|n| n <= 2) && new["worked"].as_u64().is_some_and(|n| n > 100), "{new}");
 }
 
+/// Nobody else would serve them: who comes while a node waits for others to leave is served, both into and out of its pods, and as
+/// a peer of its node that was told to go elsewhere.
+#[test]
+fn a_node_that_waits_for_what_is_open_serves_who_comes_meanwhile() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--termination-grace-period", "12"])).expect("bed");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    bed.kubectl_apply("web", service).expect("service");
+    let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), "v1".into()];
+    let web = PodSpec { command, port: Some(8080), ..PodSpec::new("web", 0) }.label("app", "web");
+    let [client, near, far, _web] =
+        bed.meshed([PodSpec::new("client", 0), PodSpec::server("near", 0), PodSpec::server("far", 1), web]).expect("pods");
+    bed.settle().expect("settled");
+    // They do not leave when they are asked to.
+    let open = [(&client, &far), (&far, &near)].map(|(from, to)| start(&bed, from, &["steady", &to.address6(8080), "5"]));
+    let get = |bed: &Bed, from: &Pod| {
+        let arguments = ["get", "web:80/", "1", "--seconds", "3", "--pause-millis", "20"];
+        bed.command(from, &program("web"), &arguments).stdout(Stdio::piped()).spawn().expect("web")
+    };
+    // The least of these pauses is that of the client which keeps its connection: it is told to make another.
+    let asking = [get(&bed, &client), get(&bed, &far)];
+    std::thread::sleep(Duration::from_secs(1));
+    bed.nodes()[0].signal(Signal::SIGTERM);
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(3) {
+        for (from, to) in [(&client, &far), (&client, &near), (&far, &near)] {
+            assert!(answers(&bed, from, &to.address(8080)) && answers(&bed, from, &to.address6(8080)), "{} to {}", from.name, to.name);
+        }
+        assert!(bed.nodes()[0].is_running(), "it waits for what is open");
+    }
+    for report in asking.map(end) {
+        assert_eq!(
+            (&report["errors"], &report["statuses"]),
+            (&serde_json::json!({}), &serde_json::json!({"200": report["statuses"]["200"]}))
+        );
+    }
+    for report in open.map(end) {
+        assert!(report.get("error").is_none(), "{report}");
+    }
+    // Those that were there have left: no time is left for others.
+    let gone = || Ok(!bed.nodes()[0].is_running());
+    wait_for("the node to stop", Duration::from_secs(3), gone).expect("stopped");
+    assert!(began.elapsed() < Duration::from_secs(7) && !answers(&bed, &client, &far.address(8080)), "{:?}", began.elapsed());
+}
+
 /// What is open when a node is told to stop has the time Kubernetes gives, and no more than who says so again.
 #[test]
 fn connections_end_within_the_time_given_or_when_told_again() {

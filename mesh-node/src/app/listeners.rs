@@ -55,30 +55,30 @@ impl Listeners {
             // Taken also when there is no room, so that the entry does not stay.
             let original = originals.take(client);
             let Some(slot) = p.limits.connection() else { return refuse(&p, "outbound", &stream) };
-            let (p, w) = (p.clone(), w.clone());
+            let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
                 outbound::serve(p, w, stream, client, original).await;
-                drop(slot);
+                drop((slot, here));
             });
         }));
         let (p, w) = (proxy.clone(), pod.clone());
         let inbound = tokio::spawn(accept(self.inbound, draining.clone(), move |stream, client| {
             let Some(slot) = p.limits.connection() else { return refuse(&p, "inbound", &stream) };
-            let (p, w) = (p.clone(), w.clone());
+            let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
                 inbound::serve_plaintext(p, w, stream, client).await;
-                drop(slot);
+                drop((slot, here));
             });
         }));
-        let (p, w, connections) = (proxy.clone(), pod.clone(), draining.clone());
+        let (p, w) = (proxy.clone(), pod.clone());
         let hbone = tokio::spawn(accept(self.hbone, draining, move |stream, client| {
             let (Some(slot), Some(handshake)) = (p.limits.connection(), w.handshake()) else {
                 return refuse(&p, "inbound", &stream);
             };
-            let (p, w, connections) = (p.clone(), w.clone(), connections.clone());
+            let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
-                inbound::serve_hbone(p, w, stream, client, handshake, connections).await;
-                drop(slot);
+                inbound::serve_hbone(p, w, stream, client, handshake).await;
+                drop((slot, here));
             });
         }));
         Serving { drain, pod: pod.clone(), tasks: [outbound, inbound, hbone] }

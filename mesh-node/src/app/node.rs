@@ -40,6 +40,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// How long access logs may take to be written then, and spans to be sent.
 const LOG_GRACE: Duration = Duration::from_millis(500);
+/// How long before the end of a drain connections are taken no more, for the last of them; a quarter of it at most.
+const LAST_TO_COME: Duration = Duration::from_secs(2);
 
 /// Everything the process is started with.
 #[derive(Debug, Clone)]
@@ -474,40 +476,63 @@ impl Reconciler {
         });
     }
 
-    /// Takes no more connections and waits a little for those there are. Capture stays as it is: what happens to new
-    /// connections from here on is the fail mode's business. A signal after a signal ends the waiting.
+    /// Asks everybody to go elsewhere and waits a little for them. Whoever comes is still served until those that were there have
+    /// gone or time is nearly up: nobody else would. Capture stays as it is: what happens to new connections after that is the fail
+    /// mode's business. A signal after a signal ends the waiting.
     async fn stop(&mut self, signals: &mut StopSignals, mut signalled: bool) {
-        self.node.capture().withdraw();
-        crate::spawn::aside(|| self.node.direct.settle());
-        self.node.direct.hand_over();
+        let (node, began, drain) = (self.node.clone(), tokio::time::Instant::now(), self.node.settings.drain);
         let served = std::mem::take(&mut self.served);
         let pods = served.values().map(|s| s.pod.clone()).collect::<Vec<_>>();
+        let before = pods.iter().map(|pod| pod.leave()).collect::<Vec<_>>();
+        let gone = || before.iter().all(|here| here.strong_count() == 0);
+        let told_again = wait_until(gone, began + drain.saturating_sub(LAST_TO_COME.min(drain / 4)), signals, &mut signalled).await;
+        node.capture().withdraw();
+        crate::spawn::aside(|| node.direct.settle());
+        node.direct.hand_over();
         for served in served.into_values() {
             tokio::spawn(served.serving.drain());
         }
-        self.node.proxy.spans.flush(LOG_GRACE).await;
-        self.node.proxy.pool.close();
-        let deadline = tokio::time::Instant::now() + self.node.settings.drain;
-        let metrics = self.node.proxy.metrics.clone();
-        while metrics.open_connections.get() + metrics.http_active.get() > 0 && tokio::time::Instant::now() < deadline {
+        node.proxy.spans.flush(LOG_GRACE).await;
+        node.proxy.pool.close();
+        let metrics = node.proxy.metrics.clone();
+        let over = || {
             // What is kept for requests that do not come any more keeps nobody.
             pods.iter().for_each(|p| p.clusters.retire());
-            tokio::select! {
-                () = tokio::time::sleep(Duration::from_millis(20)) => {}
-                signal = signals.next() => {
-                    if std::mem::replace(&mut signalled, true) {
-                        tracing::warn!(target: "app", signal, open = metrics.open_connections.get(), "told to stop again: what is open is cut");
-                        break;
-                    }
-                }
-            }
+            metrics.open_connections.get() + metrics.http_active.get() == 0
+        };
+        let told_again = match told_again {
+            None => wait_until(over, began + drain, signals, &mut signalled).await,
+            again => again,
+        };
+        if let Some(signal) = told_again {
+            tracing::warn!(target: "app", signal, open = metrics.open_connections.get(), "told to stop again: what is open is cut");
         }
         // What was let finish is told while its pods can still be asked for.
-        self.node.proxy.spans.flush(LOG_GRACE).await;
+        node.proxy.spans.flush(LOG_GRACE).await;
         pods.iter().for_each(|p| p.end(Cut::Shutdown));
         tokio::time::sleep(Duration::from_millis(50)).await;
-        self.node.proxy.spans.flush(LOG_GRACE).await;
+        node.proxy.spans.flush(LOG_GRACE).await;
         // A writer that hangs keeps nobody.
         let _ = tokio::task::spawn_blocking(move || metrics.access.flush(LOG_GRACE)).await;
     }
+}
+
+/// Waits until it is so. What comes back is the signal after a signal that ended the waiting.
+async fn wait_until(
+    is_so: impl Fn() -> bool,
+    deadline: tokio::time::Instant,
+    signals: &mut StopSignals,
+    signalled: &mut bool,
+) -> Option<&'static str> {
+    while !is_so() && tokio::time::Instant::now() < deadline {
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            signal = signals.next() => {
+                if std::mem::replace(signalled, true) {
+                    return Some(signal);
+                }
+            }
+        }
+    }
+    None
 }

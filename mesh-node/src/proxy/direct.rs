@@ -21,6 +21,7 @@ use super::{
     Failure, Proxy, ServedPod,
     live::{Carries, Cut, is_denied},
     outcome::{Direction, Outcome, Party},
+    pods::Stage,
 };
 use crate::{
     capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase},
@@ -298,7 +299,13 @@ impl Direct {
 
 /// The pods this process serves.
 fn served(proxy: &Proxy) -> Served {
-    proxy.pods.all().iter().filter(|p| !p.is_draining() && !p.is_held()).filter_map(|p| Some((p.uid.clone(), p.cookie()?))).collect()
+    proxy
+        .pods
+        .all()
+        .iter()
+        .filter(|p| p.stage() < Stage::Closing && !p.is_held())
+        .filter_map(|p| Some((p.uid.clone(), p.cookie()?)))
+        .collect()
 }
 
 impl State {

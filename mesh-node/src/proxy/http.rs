@@ -56,7 +56,7 @@ use self::{
     transport::{Counted, Transport},
     wire::{Refused, WireRequest},
 };
-use super::{Proxy, ServedPod, live::Cut, open::Listed};
+use super::{Proxy, ServedPod, live::Cut, open::Listed, pods::Stage};
 use crate::io::relay::{Prefixed, Traffic};
 
 /// How long a client may take over the head of a request it has begun.
@@ -78,6 +78,8 @@ pub struct Connection {
     pub pod: Arc<ServedPod>,
     pub client: SocketAddr,
     pub original: SocketAddr,
+    /// When it came.
+    pub since: Stage,
 }
 
 impl Connection {
@@ -95,7 +97,7 @@ impl Connection {
     async fn h1_loop(&self, transport: &mut Transport, unread: &mut Unread, traffic: &Traffic) -> Finished {
         let (source, sink) = transport.counted_halves(&traffic.sent, &traffic.received);
         let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
-        let mut draining = std::pin::pin!(self.pod.draining_idle());
+        let mut draining = std::pin::pin!(self.pod.draining_idle(self.since));
         let mut ended = std::pin::pin!(self.pod.ended());
         loop {
             let request = tokio::select! {
@@ -175,7 +177,7 @@ impl Connection {
             responder: &mut responder,
             record: &mut record,
             upgrade,
-            close: self.pod.is_draining(),
+            close: self.pod.is_draining(self.since),
             grpc: false,
         };
         let end = tokio::select! {
@@ -219,7 +221,8 @@ impl Connection {
         let listed = Listed::requests(&connection.proxy, &pod, connection.client, connection.original);
         let io = Counted::downstream(Transport::Prefixed(Prefixed::new(stream, read)), listed.traffic().clone());
         let client = connection.client;
-        let serving = h2::serve(io, |accepted| drop(tokio::spawn(connection.clone().h2_exchange(accepted))), pod.draining());
+        let serving =
+            h2::serve(io, |accepted| drop(tokio::spawn(connection.clone().h2_exchange(accepted))), pod.draining(connection.since));
         tokio::select! {
             result = serving => if let Err(error) = result {
                 tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection ended");

@@ -10,7 +10,7 @@ use std::{io, net::SocketAddr, sync::Arc};
 
 use http::StatusCode;
 pub use inspect::{Inspection, refuse, server_first};
-use tokio::{net::TcpStream, sync::watch, time::timeout};
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
@@ -18,6 +18,7 @@ use super::{
     limits::Slot,
     live::{Carries, Cut, Registration},
     outcome::{Direction, Outcome, Party},
+    pods::Stage,
 };
 use crate::{
     config::{DestinationRequests, Snapshot},
@@ -153,7 +154,8 @@ async fn plaintext(
     outcome.opened();
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
-        let inspection = Inspection { proxy, pod, admitted, client, traffic, requests: outcome.requests.clone() };
+        let (since, requests) = (pod.stage(), outcome.requests.clone());
+        let inspection = Inspection { proxy, pod, admitted, client, since, traffic, requests };
         return inspection.run(Transport::Tcp(downstream), std::future::pending()).await;
     }
     let mut registration = admitted.registration;
@@ -177,16 +179,10 @@ pub async fn cut(registration: &mut Registration, pod: &ServedPod) -> Cut {
     }
 }
 
-/// An HBONE connection, as accepted on the HBONE listener. `drain` turns true when the pod takes no new tunnels.
+/// An HBONE connection, as accepted on the HBONE listener.
 /// `handshake` is given back when the handshake is over.
-pub async fn serve_hbone(
-    proxy: Arc<Proxy>,
-    pod: Arc<ServedPod>,
-    stream: TcpStream,
-    client: SocketAddr,
-    handshake: Slot,
-    mut drain: watch::Receiver<bool>,
-) {
+pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, handshake: Slot) {
+    let since = pod.stage();
     let local = match stream.local_addr() {
         Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
         Err(_) => return,
@@ -197,13 +193,8 @@ pub async fn serve_hbone(
     };
     drop(handshake);
     proxy.metrics.hbone_connections.inc();
-    let connection = HboneConnection { proxy: proxy.clone(), pod: pod.clone(), peer, client, local };
-    let serving = server::serve(stream, |offer| drop(tokio::spawn(serve_offer(connection.clone(), offer))), async move {
-        // Without a sender there is nobody to ask for a drain.
-        if drain.wait_for(|d| *d).await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    });
+    let connection = HboneConnection { proxy: proxy.clone(), pod: pod.clone(), peer, client, since, local };
+    let serving = server::serve(stream, |offer| drop(tokio::spawn(serve_offer(connection.clone(), offer))), pod.draining(since));
     tokio::select! {
         result = serving => if let Err(error) = result {
             tracing::debug!(target: "proxy", %client, %error, "HBONE connection ended");
@@ -248,6 +239,7 @@ struct HboneConnection {
     pod: Arc<ServedPod>,
     peer: SpiffeId,
     client: SocketAddr,
+    since: Stage,
     local: SocketAddr,
 }
 
@@ -277,8 +269,8 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     outcome.opened();
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
-        let HboneConnection { proxy, pod, client, .. } = &connection;
-        let inspection = Inspection { proxy, pod, admitted, client: *client, traffic, requests: outcome.requests.clone() };
+        let HboneConnection { proxy, pod, client, since, .. } = &connection;
+        let inspection = Inspection { proxy, pod, admitted, client: *client, since: *since, traffic, requests: outcome.requests.clone() };
         if let Err(failure) = inspection.run(Transport::Tunnel(Box::new(tunnel)), std::future::pending()).await {
             outcome.fail(failure);
         }

@@ -68,7 +68,7 @@ pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream
     match begun {
         Begun::Http { downstream, read, http2 } => {
             let address = SocketAddr::new(client_address(&pod, client, original), client.port());
-            let connection = http::Connection { proxy, pod, client: address, original };
+            let connection = http::Connection { since: pod.stage(), proxy, pod, client: address, original };
             if http2 { connection.serve_h2(downstream, read).await } else { connection.serve_h1(downstream, read).await }
         }
         Begun::Opaque { downstream, read, sni, established } => {
@@ -288,7 +288,8 @@ async fn relay_local(
     outcome.opened();
     if admitted.per_request {
         let requests = outcome.requests.clone();
-        let inspection = Inspection { proxy, pod: &destination, admitted, client, traffic: traffic.clone(), requests };
+        let (since, traffic) = (destination.stage(), traffic.clone());
+        let inspection = Inspection { proxy, pod: &destination, admitted, client, since, traffic, requests };
         let ended = async {
             tokio::select! {
                 biased;

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -22,6 +22,16 @@ use crate::{id::WorkloadUid, io::netns::Netns};
 /// How long a client's idle connection is kept while its pod drains.
 const LAST_REQUEST: std::time::Duration = std::time::Duration::from_millis(500);
 
+/// How far a pod is from being let go of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    Serving,
+    /// Connections that were there are asked to go elsewhere; others are still taken.
+    Leaving,
+    /// No more are taken, and all are asked to go.
+    Closing,
+}
+
 /// A pod whose listeners this process holds.
 #[derive(Debug)]
 pub struct ServedPod {
@@ -29,7 +39,9 @@ pub struct ServedPod {
     pub netns: Arc<Netns>,
     addresses: ArcSwap<Vec<IpAddr>>,
     ended: watch::Sender<Option<Cut>>,
-    draining: watch::Sender<bool>,
+    stage: watch::Sender<Stage>,
+    /// Held by every connection that is taken; replaced when those there are are asked to leave.
+    here: ArcSwap<()>,
     /// It cannot be served for the moment, and is cut off.
     held: AtomicBool,
     /// What it has under way to other services.
@@ -54,7 +66,8 @@ impl ServedPod {
             netns,
             addresses: ArcSwap::from_pointee(addresses),
             ended: watch::Sender::new(None),
-            draining: watch::Sender::new(false),
+            stage: watch::Sender::new(Stage::Serving),
+            here: ArcSwap::default(),
             held: AtomicBool::new(false),
             clusters: Clusters::default(),
             kept: Share::default(),
@@ -79,13 +92,35 @@ impl ServedPod {
         cut.ok().flatten().unwrap_or(Cut::PodGone)
     }
 
-    /// Asks the pod's clients to go elsewhere: their connections end when they can without harm.
-    pub fn drain(&self) {
-        self.draining.send_replace(true);
+    pub fn stage(&self) -> Stage {
+        *self.stage.borrow()
     }
 
-    pub fn is_draining(&self) -> bool {
-        *self.draining.borrow()
+    /// Asks clients that are there to go elsewhere: their connections end when they can without harm. What comes back is held by
+    /// those that have not.
+    pub fn leave(&self) -> Weak<()> {
+        let before = self.here.swap(Arc::default());
+        self.advance(Stage::Leaving);
+        Arc::downgrade(&before)
+    }
+
+    /// Asks all clients, and those that come after.
+    pub fn drain(&self) {
+        self.advance(Stage::Closing);
+    }
+
+    fn advance(&self, to: Stage) {
+        self.stage.send_if_modified(|stage| std::mem::replace(stage, to.max(*stage)) < to);
+    }
+
+    /// To be held for as long as a connection of the pod is open.
+    pub fn here(&self) -> Arc<()> {
+        self.here.load_full()
+    }
+
+    /// Whether connections that came in this stage are to end when they can.
+    pub fn is_draining(&self, since: Stage) -> bool {
+        self.stage() > since
     }
 
     /// Says whether the pod is cut off because it cannot be served.
@@ -97,15 +132,15 @@ impl ServedPod {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Completes when connections are to end when they can.
-    pub async fn draining(&self) {
+    /// Completes when connections that came in this stage are to end when they can.
+    pub async fn draining(&self, since: Stage) {
         // The sender is this pod's own.
-        let _ = self.draining.subscribe().wait_for(|d| *d).await;
+        let _ = self.stage.subscribe().wait_for(|stage| *stage > since).await;
     }
 
     /// The same for HTTP/1 connections that carry nothing: their clients have a moment to ask once more, and be told with the answer.
-    pub async fn draining_idle(&self) {
-        self.draining().await;
+    pub async fn draining_idle(&self, since: Stage) {
+        self.draining(since).await;
         tokio::time::sleep(LAST_REQUEST).await;
     }
 

@@ -30,6 +30,7 @@ use crate::{
     policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, strip},
     proxy::{
         Proxy, ServedPod,
+        pods::Stage,
         reporting::{EdgeSlot, Ends},
     },
     resource::mesh_config::ClientCert,
@@ -45,6 +46,8 @@ pub struct Gate {
     pub pod: Arc<ServedPod>,
     pub facts: Facts,
     pub client: SocketAddr,
+    /// When the connection came, or the one it came in.
+    pub since: Stage,
     /// This end of the connection to the application.
     local: Option<SocketAddr>,
     /// The generation that was last found to ask nothing about requests on this connection.
@@ -88,6 +91,7 @@ impl Gate {
     pub fn new(proxy: Arc<Proxy>, pod: Arc<ServedPod>, facts: Facts, client: SocketAddr) -> Self {
         Self {
             proxy,
+            since: pod.stage(),
             pod,
             facts,
             client,
@@ -101,6 +105,11 @@ impl Gate {
     /// With the connection that was made to the application.
     pub fn before(self, application: &tokio::net::TcpStream) -> Self {
         Self { local: application.local_addr().ok(), ..self }
+    }
+
+    /// Of a connection that came then, or in one that did.
+    pub fn come(self, since: Stage) -> Self {
+        Self { since, ..self }
     }
 
     /// Begins the record of a request into the pod, and says what the request is to say of its trace, where that is something else

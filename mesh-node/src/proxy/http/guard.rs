@@ -68,7 +68,7 @@ async fn h1_loop(
 ) -> Result<Next, Cut> {
     let (source, sink) = client.counted_halves(&traffic.sent, &traffic.received);
     let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
-    let mut draining = std::pin::pin!(gate.pod.draining_idle());
+    let mut draining = std::pin::pin!(gate.pod.draining_idle(gate.since));
     loop {
         let request = tokio::select! {
             biased;
@@ -212,7 +212,8 @@ async fn h1_request(
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
     let sent = went_on(&head, &pass, record);
-    let plan = Plan { close: gate.pod.is_draining(), client_cert: pass.client_cert.as_ref(), ..Plan::once(sent, upgrade.as_ref()) };
+    let plan =
+        Plan { close: gate.pod.is_draining(gate.since), client_cert: pass.client_cert.as_ref(), ..Plan::once(sent, upgrade.as_ref()) };
     let cut = gate.denied_later(sent, &pass);
     let (ended, clean) = attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, &pass.to_client, cut, record).await;
     drop(upload);
@@ -350,12 +351,12 @@ async fn streams(
         }
     };
     let mut ended = over.subscribe();
-    let pod = gate.pod.clone();
+    let (pod, since) = (gate.pod.clone(), gate.since);
     let draining = async move {
         tokio::select! {
             // The sender lives as long as this is waited for.
             _ = ended.wait_for(|e| *e) => {}
-            () = pod.draining() => {}
+            () = pod.draining(since) => {}
         }
     };
     let client = Counted::downstream(client, traffic);

@@ -33,6 +33,7 @@ use crate::{
             transport::Transport,
         },
         live::{Carries, Cut, Note},
+        pods::Stage,
     },
 };
 
@@ -53,6 +54,8 @@ pub struct Inspection<'a> {
     pub pod: &'a Arc<ServedPod>,
     pub admitted: Admitted,
     pub client: SocketAddr,
+    /// When the connection came that it is, or that it came in.
+    pub since: Stage,
     pub traffic: Arc<Traffic>,
     /// Told when it turns out to carry requests.
     pub requests: Arc<AtomicBool>,
@@ -71,7 +74,7 @@ enum Spoken {
 impl Inspection<'_> {
     /// Serves the connection to its end, or until policy, the end of the pod or `ended` wants it cut.
     pub async fn run(self, mut downstream: Transport, ended: impl Future<Output = Cut> + Send) -> Result<(), Failure> {
-        let Self { proxy, pod, admitted, client, traffic, requests } = self;
+        let Self { proxy, pod, admitted, client, since, traffic, requests } = self;
         let Admitted { application, mut registration, mut facts, .. } = admitted;
         let protocol = declared(proxy, pod, &facts);
         let note = registration.note();
@@ -107,13 +110,13 @@ impl Inspection<'_> {
             Spoken::Http1 | Spoken::Unlike => {
                 note.carries(Carries::Requests);
                 requests.store(true, Ordering::Relaxed);
-                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application);
+                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application).come(since);
                 Box::pin(http1(&gate, downstream, application, ending, &traffic)).await
             }
             Spoken::Http2 => {
                 note.carries(Carries::Requests);
                 requests.store(true, Ordering::Relaxed);
-                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application);
+                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application).come(since);
                 Box::pin(http2(gate, downstream, application, ending, traffic)).await
             }
             Spoken::Opaque(name) => {
