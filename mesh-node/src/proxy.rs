@@ -116,12 +116,15 @@ impl Proxy {
     /// Closes pooled connections of workloads and services that are gone, and those not needed any more.
     pub async fn tidy_pool(self: Arc<Self>) {
         const EVERY: Duration = Duration::from_secs(10);
+        const SOON: Duration = Duration::from_millis(100);
         let mut config = self.config.clone();
         let mut edges_tidied = std::time::Instant::now();
         loop {
             tokio::select! {
                 changed = config.changed() => if !changed { return },
                 () = tokio::time::sleep(EVERY) => {}
+                // What its tunnels carry and nobody uses keeps it, and its peer, from ending.
+                () = self.pool.left() => tokio::time::sleep(SOON).await,
             }
             let snapshot = config.load().clone();
             self.pool.retain(|uid| snapshot.workload(uid).is_some_and(|w| w.enrolled));

@@ -2,11 +2,12 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    task::{Context, Poll, Waker},
 };
 
 use bytes::Bytes;
@@ -52,9 +53,49 @@ struct Shared {
     closed: AtomicBool,
     /// Woken when the number of streams changes, and to close.
     changed: Notify,
+    /// Woken, all of them, when no more tunnels are taken.
+    leaving: Notify,
+    /// The same, for who keeps the connection.
+    keeper: OnceLock<Arc<Notify>>,
+}
+
+/// Says whether the connection of a tunnel takes no more of them: what goes on in it does well to go elsewhere.
+#[derive(Debug, Clone)]
+pub struct Leaving(Arc<Shared>);
+
+impl Leaving {
+    pub fn is_so(&self) -> bool {
+        self.0.closed.load(Ordering::SeqCst)
+    }
+
+    /// Completes when it is so.
+    pub async fn wait(&self) {
+        let mut leaving = pin!(self.0.leaving.notified());
+        // Registered before it is looked.
+        leaving.as_mut().enable();
+        if !self.is_so() {
+            leaving.await;
+        }
+    }
 }
 
 impl Shared {
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.changed.notify_one();
+        self.leaving.notify_waiters();
+        if let Some(keeper) = self.keeper.get() {
+            keeper.notify_one();
+        }
+    }
+
+    /// Whether the peer has said that it takes no more streams.
+    fn is_sent_away(&self) -> bool {
+        let mut send = self.send.lock().unwrap_or_else(PoisonError::into_inner);
+        let ready = send.as_mut().map(|send| send.poll_ready(&mut Context::from_waker(Waker::noop())));
+        matches!(ready, Some(Poll::Ready(Err(_))))
+    }
+
     fn sender(&self) -> Option<SendRequest<Bytes>> {
         self.send.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -64,7 +105,11 @@ impl Shared {
 #[derive(Debug)]
 struct StreamGuard(Arc<Shared>);
 
-impl Held for StreamGuard {}
+impl Held for StreamGuard {
+    fn leaving(&self) -> Leaving {
+        Leaving(self.0.clone())
+    }
+}
 
 impl StreamGuard {
     fn new(shared: &Arc<Shared>) -> Self {
@@ -107,6 +152,8 @@ impl Connection {
             streams: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             changed: Notify::new(),
+            leaving: Notify::new(),
+            keeper: OnceLock::new(),
         });
         tokio::spawn(drive(connection, shared.clone(), revoked));
         Ok(Self(shared))
@@ -129,8 +176,13 @@ impl Connection {
 
     /// Takes no more tunnels; closes when the open ones have ended.
     pub fn close(&self) {
-        self.0.closed.store(true, Ordering::SeqCst);
-        self.0.changed.notify_one();
+        self.0.close();
+    }
+
+    /// Has this woken when no more tunnels are taken. To be called once.
+    pub fn kept_by(&self, keeper: &Arc<Notify>) {
+        // A second one would be told as well by the first.
+        let _ = self.0.keeper.set(keeper.clone());
     }
 
     /// Opens a tunnel. The timeout is the caller's.
@@ -175,7 +227,15 @@ where
         std::future::pending::<()>().await;
     };
     let mut turn = LastOfAll::default();
-    let run = poll_fn(|cx| turn.poll(cx, |cx| Pin::new(&mut connection).poll(cx)));
+    let run = poll_fn(|cx| {
+        turn.poll(cx, |cx| {
+            let polled = Pin::new(&mut connection).poll(cx);
+            if polled.is_pending() && !shared.closed.load(Ordering::SeqCst) && shared.is_sent_away() {
+                shared.close();
+            }
+            polled
+        })
+    });
     tokio::select! {
         result = run => if let Err(error) = result {
             tracing::debug!(target: "hbone", %error, "connection ended");
@@ -184,7 +244,7 @@ where
         () = unused => {}
         () = revoked => tracing::info!(target: "hbone", "the peer's certificate has been revoked; its connection is cut"),
     }
-    shared.closed.store(true, Ordering::SeqCst);
+    shared.close();
     shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();
 }
 
@@ -199,7 +259,7 @@ async fn until_unused(shared: &Shared) {
         if !idle {
             changed.await;
         } else if timeout(IDLE_RELEASE, changed).await.is_err() {
-            shared.closed.store(true, Ordering::SeqCst);
+            shared.close();
         }
     }
 }

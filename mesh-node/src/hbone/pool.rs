@@ -9,6 +9,7 @@ use std::{
 };
 
 use http::Request;
+use tokio::sync::Notify;
 
 use super::{Connection, Tunnel, TunnelError};
 use crate::id::{SpiffeId, WorkloadUid};
@@ -26,7 +27,10 @@ pub struct PoolKey {
 
 /// All pooled connections of the node; cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Pool(Arc<Mutex<HashMap<PoolKey, Arc<Slot>>>>);
+pub struct Pool {
+    slots: Arc<Mutex<HashMap<PoolKey, Arc<Slot>>>>,
+    left: Arc<Notify>,
+}
 
 /// Connections of one key. The lock is held while one is being opened, so that a burst of tunnels opens one, not many.
 #[derive(Debug, Default)]
@@ -70,6 +74,7 @@ impl Pool {
             return Ok((connection.clone(), false));
         }
         let connection = dial().await?;
+        connection.kept_by(&self.left);
         connections.push(connection.clone());
         Ok((connection, true))
     }
@@ -90,6 +95,11 @@ impl Pool {
             connections.retain(|c| !c.is_closed());
             !connections.is_empty()
         });
+    }
+
+    /// Completes when a connection has come to take no more tunnels.
+    pub async fn left(&self) {
+        self.left.notified().await;
     }
 
     /// Closes everything once it is unused.
@@ -114,6 +124,6 @@ impl Pool {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PoolKey, Arc<Slot>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

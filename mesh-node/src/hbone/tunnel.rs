@@ -14,6 +14,7 @@ use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::ReadBuf;
 
+use super::client::Leaving;
 use crate::io::relay::{Duplex, Sink, Source};
 
 /// What is joined at most while the other side takes nothing; beyond it frames stay as they came, bounded by the window.
@@ -29,15 +30,17 @@ pub struct Tunnel {
     receive: RecvStream,
     joined: BytesMut,
     /// Held as long as the tunnel is: a count of the connection's streams, for instance.
-    _held: Option<Box<dyn Held>>,
+    held: Option<Box<dyn Held>>,
 }
 
 /// Something a tunnel keeps alive.
-pub trait Held: Send + Sync + std::fmt::Debug {}
+pub trait Held: Send + Sync + std::fmt::Debug {
+    fn leaving(&self) -> Leaving;
+}
 
 impl Tunnel {
     pub fn new(send: SendStream<Bytes>, receive: RecvStream, held: Option<Box<dyn Held>>) -> Self {
-        Self { send, receive, joined: BytesMut::new(), _held: held }
+        Self { send, receive, joined: BytesMut::new(), held: held }
     }
 
     /// Puts back what has been read and not been accounted for.
@@ -45,6 +48,11 @@ impl Tunnel {
         let after = self.joined.split();
         self.joined.extend_from_slice(read);
         self.joined.extend_from_slice(&after);
+    }
+
+    /// Says whether its connection takes no more tunnels; none where that is not known.
+    pub fn leaving(&self) -> Option<Leaving> {
+        self.held.as_ref().map(|held| held.leaving())
     }
 
     /// Whether nothing has come and the other end has not closed.

@@ -20,7 +20,7 @@ use tokio::{
 use super::framing::Out;
 use crate::{
     hbone::{
-        Tunnel,
+        Leaving, Tunnel,
         tunnel::{TunnelSink, TunnelSource},
     },
     io::{
@@ -78,6 +78,14 @@ impl Transport {
             Self::Tcp(stream) => !has_input(stream),
             Self::Prefixed(stream) => !has_input(stream.get_ref()),
             Self::Tunnel(tunnel) => tunnel.is_quiet(),
+        }
+    }
+
+    /// Says whether the connection it is a tunnel of takes no more of them.
+    pub fn leaving(&self) -> Option<Leaving> {
+        match self {
+            Self::Tcp(_) | Self::Prefixed(_) => None,
+            Self::Tunnel(tunnel) => tunnel.leaving(),
         }
     }
 

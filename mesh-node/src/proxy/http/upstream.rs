@@ -29,6 +29,7 @@ use super::{
     transport::{Counted, Transport},
 };
 use crate::{
+    hbone::Leaving,
     id::WorkloadUid,
     proxy::{
         Failure, Proxy, ServedPod, inbound,
@@ -160,10 +161,11 @@ impl H1Upstream {
         self.idle_since
     }
 
-    /// Whether it can be used again.
+    /// Whether it can be used again, and is not better made anew.
     pub fn is_usable(&mut self) -> bool {
         let cut = self.hold.as_ref().is_some_and(LocalHold::is_cut);
-        !cut && self.unread.buffer.is_empty() && self.transport.is_quiet()
+        let leaving = self.transport.leaving().is_some_and(|l| l.is_so());
+        !cut && !leaving && self.unread.buffer.is_empty() && self.transport.is_quiet()
     }
 
     /// Both halves for one exchange, and what ends it from outside.
@@ -409,7 +411,7 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
 async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Arc<H2Upstream>, NoUpstream> {
     let (transport, hold) = dial(wanted).await.map_err(NoUpstream::Failed)?;
     let traffic = hold.as_ref().map(|h| h.outcome.traffic.clone()).unwrap_or_default();
-    let local = transport.local();
+    let (local, leaving) = (transport.local(), transport.leaving());
     let opened = super::h2::connect(Counted::upstream(transport, traffic)).await;
     let opened = opened.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
     let connection = Arc::new(H2Upstream {
@@ -424,7 +426,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         changed: Notify::new(),
     });
     let source = wanted.pod.clone();
-    tokio::spawn(drive(opened.connection, connection.clone(), (hold, source), slot, wanted.cluster.policy.http.idle_timeout));
+    tokio::spawn(drive(opened.connection, connection.clone(), (hold, source, leaving), slot, wanted.cluster.policy.http.idle_timeout));
     let added = connection.clone();
     wanted.endpoint.h2.rcu(|all| {
         let mut all = all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>();
@@ -438,10 +440,17 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
 async fn drive(
     mut connection: Box<dyn Future<Output = Result<(), h2::Error>> + Send + Unpin>,
     shared: Arc<H2Upstream>,
-    (hold, source): (Option<LocalHold>, Arc<ServedPod>),
+    (hold, source, leaving): (Option<LocalHold>, Arc<ServedPod>, Option<Leaving>),
     slot: ConnectionSlot,
     idle: Duration,
 ) {
+    let led_away = async {
+        if let Some(leaving) = leaving {
+            leaving.wait().await;
+            shared.close();
+        }
+        std::future::pending::<()>().await;
+    };
     tokio::select! {
         result = &mut connection => if let Err(error) = result {
             tracing::debug!(target: "proxy", %error, "upstream HTTP/2 connection ended");
@@ -449,6 +458,7 @@ async fn drive(
         () = LocalHold::cut(hold.as_ref()) => {}
         _ = source.ended() => {}
         () = shared.until_unused(idle) => {}
+        () = led_away => {}
     }
     shared.closed.store(true, Ordering::Release);
     drop(slot);
