@@ -174,7 +174,6 @@ fn a_node_that_waits_for_what_is_open_serves_who_comes_meanwhile() {
         let arguments = ["get", "web:80/", "1", "--seconds", "3", "--pause-millis", "20"];
         bed.command(from, &program("web"), &arguments).stdout(Stdio::piped()).spawn().expect("web")
     };
-    // The least of these pauses is that of the client which keeps its connection: it is told to make another.
     let asking = [get(&bed, &client), get(&bed, &far)];
     std::thread::sleep(Duration::from_secs(1));
     bed.nodes()[0].signal(Signal::SIGTERM);
@@ -183,7 +182,7 @@ fn a_node_that_waits_for_what_is_open_serves_who_comes_meanwhile() {
         for (from, to) in [(&client, &far), (&client, &near), (&far, &near)] {
             assert!(answers(&bed, from, &to.address(8080)) && answers(&bed, from, &to.address6(8080)), "{} to {}", from.name, to.name);
         }
-        assert!(bed.nodes()[0].is_running(), "it waits for what is open");
+        assert!(bed.node(0).is_running(), "it waits for what is open");
     }
     for report in asking.map(end) {
         assert_eq!(
@@ -195,9 +194,8 @@ fn a_node_that_waits_for_what_is_open_serves_who_comes_meanwhile() {
         assert!(report.get("error").is_none(), "{report}");
     }
     // Those that were there have left: no time is left for others.
-    let gone = || Ok(!bed.nodes()[0].is_running());
-    wait_for("the node to stop", Duration::from_secs(3), gone).expect("stopped");
-    assert!(began.elapsed() < Duration::from_secs(7) && !answers(&bed, &client, &far.address(8080)), "{:?}", began.elapsed());
+    wait_for("the node to stop", Duration::from_secs(2), || Ok(!bed.node(0).is_running())).expect("stopped");
+    assert!(began.elapsed() < Duration::from_secs(6) && !answers(&bed, &client, &far.address(8080)), "{:?}", began.elapsed());
 }
 
 /// What is open when a node is told to stop has the time Kubernetes gives, and no more than who says so again.
@@ -218,7 +216,7 @@ fn connections_end_within_the_time_given_or_when_told_again() {
     assert_eq!([drain().status.code(), drain().status.code()], [Some(1); 2], "it waits for what is open");
     bed.nodes()[0].signal(Signal::SIGTERM);
     std::thread::sleep(Duration::from_millis(500));
-    assert!(bed.nodes()[0].is_running(), "the first signal is what follows a hook that drains");
+    assert!(bed.node(0).is_running(), "the first signal is what follows a hook that drains");
     let began = std::time::Instant::now();
     bed.node(0).stop().expect("stopped");
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());

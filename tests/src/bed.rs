@@ -162,7 +162,7 @@ impl Bed {
         let service =
             serde_json::json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": marker}, "spec": {"clusterIP": "None"}});
         write_atomically(&self.config().join("applied/bed-marker.json"), &service.to_string())?;
-        for node in self.nodes.iter().filter(|n| n.is_running()) {
+        for node in self.nodes.iter().filter(|n| n.pid().is_some()) {
             wait_for("configuration read", Duration::from_secs(10), || Ok(node.admin("/services")?.contains(&marker)))?;
         }
         Ok(())

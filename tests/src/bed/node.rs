@@ -167,8 +167,8 @@ impl Node {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    pub fn is_running(&self) -> bool {
-        self.process.is_some()
+    pub fn is_running(&mut self) -> bool {
+        self.process.as_mut().is_some_and(Process::is_running)
     }
 
     pub fn pid(&self) -> Option<u32> {
