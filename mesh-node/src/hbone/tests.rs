@@ -16,7 +16,7 @@ use http::{Request, StatusCode};
 use tokio::{
     io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
     sync::{Notify, mpsc, watch},
-    time::sleep,
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -231,6 +231,23 @@ async fn a_draining_server_lets_streams_finish_and_takes_no_new_ones() {
 const FRAMES: usize = 1_000_000;
 
 /// Tiny frames to a reader that does not read must not end the connection others share.
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_knows_when_its_peer_wants_no_more_of_them() {
+    let (connection, mut server) = connected().await;
+    let (mut near, mut far) = pair(&connection, &mut server).await;
+    let leaving = near.leaving().expect("a client's");
+    let soon = Duration::from_secs(1);
+    assert!(timeout(soon, leaving.wait()).await.is_err() && !leaving.is_so() && connection.has_room());
+    server.drain.send_replace(true);
+    timeout(soon, leaving.wait()).await.expect("told");
+    assert!(leaving.is_so() && !connection.has_room());
+    // Who asks late is told at once.
+    timeout(soon, leaving.wait()).await.expect("told");
+    // What is open goes on.
+    near.halves().1.put(Bytes::from_static(b"more")).await.expect("put");
+    assert_eq!(far.halves().0.next().await.expect("data").expect("some"), "more");
+}
+
 #[tokio::test]
 async fn a_stalled_reader_of_small_frames_does_not_end_the_connection() {
     let (connection, mut server) = connected().await;
