@@ -144,7 +144,7 @@ struct Side {
 
 async fn run(cases: &[Case], reached: &[Reached], addresses: Vec<SocketAddr>, engine: Option<(Arc<Engine>, Way)>) -> Side {
     // Of those about policies nothing depends on when what comes; of the few that are run another time it may.
-    let at_once = if cases.iter().any(|c| !c.filters.is_empty()) { 24 } else { cases.len().div_ceil(8).clamp(1, 8) };
+    let at_once = if cases.iter().any(|c| !c.filters.is_empty()) { 24 } else { cases.len().div_ceil(8).clamp(1, 32) };
     let room = Arc::new(Semaphore::new(at_once));
     let mut tasks = Vec::new();
     for (case, address) in cases.iter().cloned().zip(addresses) {

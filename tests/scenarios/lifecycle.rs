@@ -1,6 +1,7 @@
 //! Pods and mesh-node come, go and crash; traffic keeps its promises.
 
 use std::{
+    path::Path,
     process::{Child, Stdio},
     time::Duration,
 };
@@ -175,6 +176,9 @@ fn a_node_that_waits_for_what_is_open_serves_who_comes_meanwhile() {
         bed.command(from, &program("web"), &arguments).stdout(Stdio::piped()).spawn().expect("web")
     };
     let asking = [get(&bed, &client), get(&bed, &far)];
+    // It has not asked for anything yet, and is told to go.
+    let silent = "import socket; s = socket.create_connection(('web', 80)); print(s.recv(1), flush=True)";
+    let mut silent = bed.command(&client, Path::new("/usr/bin/python3"), &["-c", silent]).stdout(Stdio::piped()).spawn().expect("python");
     std::thread::sleep(Duration::from_secs(1));
     bed.nodes()[0].signal(Signal::SIGTERM);
     let began = std::time::Instant::now();
@@ -184,6 +188,7 @@ fn a_node_that_waits_for_what_is_open_serves_who_comes_meanwhile() {
         }
         assert!(bed.node(0).is_running(), "it waits for what is open");
     }
+    assert!(matches!(silent.try_wait(), Ok(Some(status)) if status.success()), "closed, and not reset");
     for report in asking.map(end) {
         assert_eq!(
             (&report["errors"], &report["statuses"]),

@@ -16,7 +16,7 @@ use mesh_node::{
     identity::{EmbeddedCa, Manager},
     io::netns::Netns,
     policy::TrustDomains,
-    proxy::{Limits, Proxy, ServedPod, inbound, outbound},
+    proxy::{Limits, Proxy, ServedPod, inbound, outbound, pods::Stage},
     resource::{self, Parsed},
     telemetry::Metrics,
     tls::{KeyExchange, Trust},
@@ -110,7 +110,7 @@ impl Engine {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let (client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr()?), listener.accept());
         let from = SocketAddr::new(self.client, 40000);
-        tokio::spawn(outbound::serve(self.proxy.clone(), self.pod.clone(), accepted?.0, from, Some(original)));
+        tokio::spawn(outbound::serve(self.proxy.clone(), self.pod.clone(), accepted?.0, from, original, Stage::Serving));
         Ok(client?)
     }
 
@@ -120,7 +120,7 @@ impl Engine {
         let (client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr()?), listener.accept());
         let (stream, from) = accepted?;
         let to = SocketAddr::new(SERVER.parse()?, port);
-        tokio::spawn(inbound::serve_steered(self.proxy.clone(), self.server.clone(), stream, from, to));
+        tokio::spawn(inbound::serve_steered(self.proxy.clone(), self.server.clone(), stream, from, to, Stage::Serving));
         Ok(client?)
     }
 

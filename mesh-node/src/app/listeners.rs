@@ -55,9 +55,10 @@ impl Listeners {
             // Taken also when there is no room, so that the entry does not stay.
             let original = originals.take(client);
             let Some(slot) = p.limits.connection() else { return refuse(&p, "outbound", &stream) };
+            let Some(original) = original else { return outbound::lost(&p, &stream, client) };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
-                outbound::serve(p, w, stream, client, original).await;
+                outbound::serve(p, w, stream, client, original, *here).await;
                 drop((slot, here));
             });
         }));
@@ -66,7 +67,7 @@ impl Listeners {
             let Some(slot) = p.limits.connection() else { return refuse(&p, "inbound", &stream) };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
-                inbound::serve_plaintext(p, w, stream, client).await;
+                inbound::serve_plaintext(p, w, stream, client, *here).await;
                 drop((slot, here));
             });
         }));
@@ -77,7 +78,7 @@ impl Listeners {
             };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
-                inbound::serve_hbone(p, w, stream, client, handshake).await;
+                inbound::serve_hbone(p, w, stream, client, handshake, *here).await;
                 drop((slot, here));
             });
         }));

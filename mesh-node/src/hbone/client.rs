@@ -51,26 +51,28 @@ struct Shared {
     send: Mutex<Option<SendRequest<Bytes>>>,
     streams: AtomicUsize,
     closed: AtomicBool,
+    /// What goes on in it does well to go elsewhere.
+    leaving: AtomicBool,
     /// Woken when the number of streams changes, and to close.
     changed: Notify,
-    /// Woken, all of them, when no more tunnels are taken.
-    leaving: Notify,
+    /// Woken, all of them, when that is so.
+    left: Notify,
     /// The same, for who keeps the connection.
     keeper: OnceLock<Arc<Notify>>,
 }
 
-/// Says whether the connection of a tunnel takes no more of them: what goes on in it does well to go elsewhere.
+/// Says whether the connection of a tunnel is about to end: what goes on in it does well to go elsewhere.
 #[derive(Debug, Clone)]
 pub struct Leaving(Arc<Shared>);
 
 impl Leaving {
     pub fn is_so(&self) -> bool {
-        self.0.closed.load(Ordering::SeqCst)
+        self.0.leaving.load(Ordering::SeqCst)
     }
 
     /// Completes when it is so.
     pub async fn wait(&self) {
-        let mut leaving = pin!(self.0.leaving.notified());
+        let mut leaving = pin!(self.0.left.notified());
         // Registered before it is looked.
         leaving.as_mut().enable();
         if !self.is_so() {
@@ -80,12 +82,23 @@ impl Leaving {
 }
 
 impl Shared {
-    fn close(&self) {
+    /// Takes no more tunnels; what is in those there are may stay.
+    fn refuse(&self) {
         self.closed.store(true, Ordering::SeqCst);
         self.changed.notify_one();
-        self.leaving.notify_waiters();
-        if let Some(keeper) = self.keeper.get() {
-            keeper.notify_one();
+    }
+
+    /// The same, and what is in the tunnels is to go.
+    fn leave(&self) {
+        self.refuse();
+        if !self.leaving.swap(true, Ordering::SeqCst) {
+            self.left.notify_waiters();
+            // Without tunnels there is nothing to look for.
+            if let Some(keeper) = self.keeper.get()
+                && self.streams.load(Ordering::SeqCst) > 0
+            {
+                keeper.notify_one();
+            }
         }
     }
 
@@ -151,8 +164,9 @@ impl Connection {
             send: Mutex::new(Some(send)),
             streams: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
             changed: Notify::new(),
-            leaving: Notify::new(),
+            left: Notify::new(),
             keeper: OnceLock::new(),
         });
         tokio::spawn(drive(connection, shared.clone(), revoked));
@@ -176,10 +190,10 @@ impl Connection {
 
     /// Takes no more tunnels; closes when the open ones have ended.
     pub fn close(&self) {
-        self.0.close();
+        self.0.leave();
     }
 
-    /// Has this woken when no more tunnels are taken. To be called once.
+    /// Has this woken when what is in its tunnels is to go. To be called once.
     pub fn kept_by(&self, keeper: &Arc<Notify>) {
         // A second one would be told as well by the first.
         let _ = self.0.keeper.set(keeper.clone());
@@ -189,7 +203,7 @@ impl Connection {
     pub async fn open(&self, request: Request<()>) -> Result<Tunnel, TunnelError> {
         let guard = StreamGuard::new(&self.0);
         let closing = |error| {
-            self.close();
+            self.0.refuse();
             TunnelError::Closing(Some(error))
         };
         // Counted first, looked at second: whoever closes does it the other way round, so one of the two sees the other.
@@ -230,8 +244,8 @@ where
     let run = poll_fn(|cx| {
         turn.poll(cx, |cx| {
             let polled = Pin::new(&mut connection).poll(cx);
-            if polled.is_pending() && !shared.closed.load(Ordering::SeqCst) && shared.is_sent_away() {
-                shared.close();
+            if polled.is_pending() && !shared.leaving.load(Ordering::SeqCst) && shared.is_sent_away() {
+                shared.leave();
             }
             polled
         })
@@ -244,7 +258,7 @@ where
         () = unused => {}
         () = revoked => tracing::info!(target: "hbone", "the peer's certificate has been revoked; its connection is cut"),
     }
-    shared.close();
+    shared.leave();
     shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();
 }
 
@@ -259,7 +273,7 @@ async fn until_unused(shared: &Shared) {
         if !idle {
             changed.await;
         } else if timeout(IDLE_RELEASE, changed).await.is_err() {
-            shared.close();
+            shared.refuse();
         }
     }
 }

@@ -227,10 +227,6 @@ async fn a_draining_server_lets_streams_finish_and_takes_no_new_ones() {
     assert_eq!(far.halves().0.next().await.expect("data").expect("some"), "still here");
 }
 
-/// Nearly the whole window in frames of one byte: held as frames they would exceed what the library puts up with.
-const FRAMES: usize = 1_000_000;
-
-/// Tiny frames to a reader that does not read must not end the connection others share.
 #[tokio::test(start_paused = true)]
 async fn a_tunnel_knows_when_its_peer_wants_no_more_of_them() {
     let (connection, mut server) = connected().await;
@@ -248,6 +244,10 @@ async fn a_tunnel_knows_when_its_peer_wants_no_more_of_them() {
     assert_eq!(far.halves().0.next().await.expect("data").expect("some"), "more");
 }
 
+/// Nearly the whole window in frames of one byte: held as frames they would exceed what the library puts up with.
+const FRAMES: usize = 1_000_000;
+
+/// Tiny frames to a reader that does not read must not end the connection others share.
 #[tokio::test]
 async fn a_stalled_reader_of_small_frames_does_not_end_the_connection() {
     let (connection, mut server) = connected().await;

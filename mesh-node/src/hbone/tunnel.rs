@@ -40,7 +40,7 @@ pub trait Held: Send + Sync + std::fmt::Debug {
 
 impl Tunnel {
     pub fn new(send: SendStream<Bytes>, receive: RecvStream, held: Option<Box<dyn Held>>) -> Self {
-        Self { send, receive, joined: BytesMut::new(), held: held }
+        Self { send, receive, joined: BytesMut::new(), held }
     }
 
     /// Puts back what has been read and not been accounted for.

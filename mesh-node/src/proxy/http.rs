@@ -97,7 +97,8 @@ impl Connection {
     async fn h1_loop(&self, transport: &mut Transport, unread: &mut Unread, traffic: &Traffic) -> Finished {
         let (source, sink) = transport.counted_halves(&traffic.sent, &traffic.received);
         let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
-        let mut draining = std::pin::pin!(self.pod.draining_idle(self.since));
+        // Apart: every connection has the room for it, all along.
+        let mut draining = Box::pin(self.pod.draining_idle(self.since));
         let mut ended = std::pin::pin!(self.pod.ended());
         loop {
             let request = tokio::select! {

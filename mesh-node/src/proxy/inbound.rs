@@ -107,22 +107,29 @@ async fn connect_application(pod: &ServedPod, to: SocketAddr, source: Source, _p
 }
 
 /// A plaintext connection from outside the mesh, as accepted on the inbound listener.
-pub async fn serve_plaintext(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr) {
+pub async fn serve_plaintext(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, since: Stage) {
     // The steered socket's own address is the original destination.
     match downstream.local_addr() {
-        Ok(destination) => serve_steered(proxy, pod, downstream, client, destination).await,
+        Ok(destination) => serve_steered(proxy, pod, downstream, client, destination, since).await,
         Err(error) => tracing::debug!(target: "proxy", %client, %error, "the client is gone"),
     }
 }
 
 /// A plaintext connection that was meant for `destination`.
-pub async fn serve_steered(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, destination: SocketAddr) {
+pub async fn serve_steered(
+    proxy: Arc<Proxy>,
+    pod: Arc<ServedPod>,
+    downstream: TcpStream,
+    client: SocketAddr,
+    destination: SocketAddr,
+    since: Stage,
+) {
     let mut outcome = Outcome::new(&proxy, Direction::Inbound);
     outcome.source.address = Some(client);
     let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
     outcome.destination.address = Some(destination);
     outcome.destination.workload = proxy.config.load().workload(&pod.uid).cloned();
-    let result = plaintext(&proxy, &pod, downstream, client, destination, &mut outcome).await;
+    let result = plaintext(&proxy, &pod, downstream, (client, since), destination, &mut outcome).await;
     if let Err(failure) = result {
         outcome.fail(failure);
     }
@@ -132,7 +139,7 @@ async fn plaintext(
     proxy: &Arc<Proxy>,
     pod: &Arc<ServedPod>,
     downstream: TcpStream,
-    client: SocketAddr,
+    (client, since): (SocketAddr, Stage),
     destination: SocketAddr,
     outcome: &mut Outcome,
 ) -> Result<(), Failure> {
@@ -154,7 +161,7 @@ async fn plaintext(
     outcome.opened();
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
-        let (since, requests) = (pod.stage(), outcome.requests.clone());
+        let requests = outcome.requests.clone();
         let inspection = Inspection { proxy, pod, admitted, client, since, traffic, requests };
         return inspection.run(Transport::Tcp(downstream), std::future::pending()).await;
     }
@@ -181,8 +188,7 @@ pub async fn cut(registration: &mut Registration, pod: &ServedPod) -> Cut {
 
 /// An HBONE connection, as accepted on the HBONE listener.
 /// `handshake` is given back when the handshake is over.
-pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, handshake: Slot) {
-    let since = pod.stage();
+pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, handshake: Slot, since: Stage) {
     let local = match stream.local_addr() {
         Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
         Err(_) => return,

@@ -26,6 +26,7 @@ use super::{
     inbound::{self, Admitted, Inspection},
     live::Cut,
     outcome::{Direction, Outcome, Party},
+    pods::Stage,
     sniff::{self, Begun},
 };
 use crate::{
@@ -51,28 +52,30 @@ use crate::{
 pub(super) const RETRY_FOR: Duration = Duration::from_secs(3);
 const RETRY_EVERY: Duration = Duration::from_millis(50);
 
+/// A captured connection of which nobody knows where it was meant to go.
+pub fn lost(proxy: &Arc<Proxy>, downstream: &TcpStream, client: SocketAddr) {
+    let mut outcome = Outcome::new(proxy, Direction::Outbound);
+    outcome.source.address = Some(client);
+    reset_on_close(downstream);
+    outcome.fail(Failure::LostOriginalDestination);
+}
+
 /// A captured connection, as accepted on the outbound listener.
-pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, original: Option<SocketAddr>) {
-    let Some(original) = original else {
-        let mut outcome = Outcome::new(&proxy, Direction::Outbound);
-        outcome.source.address = Some(client);
-        reset_on_close(&downstream);
-        return outcome.fail(Failure::LostOriginalDestination);
-    };
+pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, original: SocketAddr, since: Stage) {
     if let Err(error) = tune(&downstream) {
         tracing::debug!(target: "proxy", %client, %error, "the client is gone");
         return;
     }
     let _offered = proxy.accelerate(&pod, &downstream);
-    let begun = sniff::begin(&proxy, &pod, downstream, client, original).await;
+    let begun = sniff::begin(&proxy, (&pod, since), downstream, client, original).await;
     match begun {
         Begun::Http { downstream, read, http2 } => {
             let address = SocketAddr::new(client_address(&pod, client, original), client.port());
-            let connection = http::Connection { since: pod.stage(), proxy, pod, client: address, original };
+            let connection = http::Connection { since, proxy, pod, client: address, original };
             if http2 { connection.serve_h2(downstream, read).await } else { connection.serve_h1(downstream, read).await }
         }
         Begun::Opaque { downstream, read, sni, established } => {
-            let connection = Opaque { proxy, pod, client, original, sni };
+            let connection = Opaque { proxy, pod, client, original, since, sni };
             connection.serve(downstream, read, established).await;
         }
         Begun::Gone => {}
@@ -85,6 +88,7 @@ pub(super) struct Opaque {
     pub pod: Arc<ServedPod>,
     pub client: SocketAddr,
     pub original: SocketAddr,
+    pub since: Stage,
     pub sni: Option<String>,
 }
 
@@ -128,7 +132,7 @@ impl Opaque {
         let relayed = match stream {
             Stream::Tcp(stream) => relay(downstream, stream, &traffic, cut).await,
             Stream::Tunnel(tunnel) => relay(downstream, *tunnel, &traffic, cut).await,
-            Stream::Local(local) => relay_local(&self.proxy, downstream, *local, pod, &traffic, cut).await,
+            Stream::Local(local) => relay_local(&self.proxy, downstream, *local, (pod, self.since), &traffic, cut).await,
         };
         if let Err(broken) = relayed {
             outcome.fail(broken.into());
@@ -279,7 +283,7 @@ async fn relay_local(
     proxy: &Arc<Proxy>,
     downstream: Prefixed,
     local: Local,
-    pod: &ServedPod,
+    (pod, since): (&ServedPod, Stage),
     traffic: &Arc<Traffic>,
     cut: impl Future<Output = Cut> + Send,
 ) -> Result<(), Broken<Cut>> {
@@ -288,7 +292,7 @@ async fn relay_local(
     outcome.opened();
     if admitted.per_request {
         let requests = outcome.requests.clone();
-        let (since, traffic) = (destination.stage(), traffic.clone());
+        let (since, traffic) = (since.min(destination.stage()), traffic.clone());
         let inspection = Inspection { proxy, pod: &destination, admitted, client, since, traffic, requests };
         let ended = async {
             tokio::select! {
@@ -394,7 +398,7 @@ impl Decision {
 }
 
 fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure> {
-    let Opaque { proxy, pod, client, original, sni } = opaque;
+    let Opaque { proxy, pod, client, original, sni, .. } = opaque;
     let snapshot = proxy.config.load();
     let source = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
     let (to, cluster) = match snapshot.resolve_for(&source.name.namespace, *original) {

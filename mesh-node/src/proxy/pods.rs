@@ -40,8 +40,8 @@ pub struct ServedPod {
     addresses: ArcSwap<Vec<IpAddr>>,
     ended: watch::Sender<Option<Cut>>,
     stage: watch::Sender<Stage>,
-    /// Held by every connection that is taken; replaced when those there are are asked to leave.
-    here: ArcSwap<()>,
+    /// Held by every connection that is taken, and says when it came; replaced when those that are there are asked to leave.
+    here: ArcSwap<Stage>,
     /// It cannot be served for the moment, and is cut off.
     held: AtomicBool,
     /// What it has under way to other services.
@@ -67,7 +67,7 @@ impl ServedPod {
             addresses: ArcSwap::from_pointee(addresses),
             ended: watch::Sender::new(None),
             stage: watch::Sender::new(Stage::Serving),
-            here: ArcSwap::default(),
+            here: ArcSwap::from_pointee(Stage::Serving),
             held: AtomicBool::new(false),
             clusters: Clusters::default(),
             kept: Share::default(),
@@ -98,8 +98,8 @@ impl ServedPod {
 
     /// Asks clients that are there to go elsewhere: their connections end when they can without harm. What comes back is held by
     /// those that have not.
-    pub fn leave(&self) -> Weak<()> {
-        let before = self.here.swap(Arc::default());
+    pub fn leave(&self) -> Weak<Stage> {
+        let before = self.here.swap(Arc::new(Stage::Leaving));
         self.advance(Stage::Leaving);
         Arc::downgrade(&before)
     }
@@ -113,14 +113,14 @@ impl ServedPod {
         self.stage.send_if_modified(|stage| std::mem::replace(stage, to.max(*stage)) < to);
     }
 
-    /// To be held for as long as a connection of the pod is open.
-    pub fn here(&self) -> Arc<()> {
+    /// To be held for as long as a connection of the pod is open: the stage it came in.
+    pub fn here(&self) -> Arc<Stage> {
         self.here.load_full()
     }
 
-    /// Whether connections that came in this stage are to end when they can.
+    /// Whether connections that came in this stage are to end when they can; late ones, at once.
     pub fn is_draining(&self, since: Stage) -> bool {
-        self.stage() > since
+        self.stage() > since.min(Stage::Leaving)
     }
 
     /// Says whether the pod is cut off because it cannot be served.
@@ -135,7 +135,7 @@ impl ServedPod {
     /// Completes when connections that came in this stage are to end when they can.
     pub async fn draining(&self, since: Stage) {
         // The sender is this pod's own.
-        let _ = self.stage.subscribe().wait_for(|stage| *stage > since).await;
+        let _ = self.stage.subscribe().wait_for(|stage| *stage > since.min(Stage::Leaving)).await;
     }
 
     /// The same for HTTP/1 connections that carry nothing: their clients have a moment to ask once more, and be told with the answer.

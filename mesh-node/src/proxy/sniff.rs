@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     Proxy, ServedPod,
     outbound::{Established, Opaque},
+    pods::Stage,
 };
 use crate::{
     detect::{Detected, Protocol, detect},
@@ -50,7 +51,7 @@ pub(super) enum Begun {
 
 pub(super) async fn begin(
     proxy: &Arc<Proxy>,
-    pod: &Arc<ServedPod>,
+    (pod, since): (&Arc<ServedPod>, Stage),
     mut downstream: TcpStream,
     client: SocketAddr,
     original: SocketAddr,
@@ -70,7 +71,7 @@ pub(super) async fn begin(
             Some(Ok(n)) if n > 0 => {}
             // Closed at once, and half of it perhaps only: what the server says to that is its own business.
             Some(_) => return Begun::Opaque { downstream, read: Bytes::new(), sni: None, established: None },
-            None => match server_first(proxy, pod, &mut downstream, &mut read, (client, original)).await {
+            None => match server_first(proxy, (pod, since), &mut downstream, &mut read, (client, original)).await {
                 First::Client(established) => kept = established,
                 First::Server(established) => {
                     return Begun::Opaque { downstream, read: Bytes::new(), sni: None, established: Some(established) };
@@ -79,7 +80,9 @@ pub(super) async fn begin(
             },
         }
     }
-    let detected = look(&mut downstream, &mut read, pod).await;
+    // Who speaks HTTP and has not asked yet asks elsewhere.
+    let leaves = (looks == Looks::Http).then_some(since);
+    let detected = look(&mut downstream, &mut read, pod, leaves).await;
     let read = read.freeze();
     match detected {
         Some(Detected::Http2) => Begun::Http { downstream, read, http2: true },
@@ -104,12 +107,12 @@ enum First {
 /// request decides where it goes.
 async fn server_first(
     proxy: &Arc<Proxy>,
-    pod: &Arc<ServedPod>,
+    (pod, since): (&Arc<ServedPod>, Stage),
     downstream: &mut TcpStream,
     read: &mut BytesMut,
     (client, original): (SocketAddr, SocketAddr),
 ) -> First {
-    let opaque = Opaque { proxy: proxy.clone(), pod: pod.clone(), client, original, sni: None };
+    let opaque = Opaque { proxy: proxy.clone(), pod: pod.clone(), client, original, since, sni: None };
     let established = tokio::select! {
         established = opaque.establish_for_now(downstream) => established.map_err(Some),
         _ = downstream.readable() => Err(None),
@@ -177,8 +180,15 @@ fn looks(proxy: &Proxy, pod: &ServedPod, original: SocketAddr) -> Looks {
     }
 }
 
-/// Reads until it can be told. `None`: the client has closed or is gone.
-async fn look(downstream: &mut TcpStream, read: &mut BytesMut, pod: &ServedPod) -> Option<Detected> {
+/// Reads until it can be told. `None`: the client has closed, is gone, or is to go. `leaves`: it can be asked to.
+async fn look(downstream: &mut TcpStream, read: &mut BytesMut, pod: &ServedPod, leaves: Option<Stage>) -> Option<Detected> {
+    let draining = async {
+        match leaves {
+            Some(since) => pod.draining_idle(since).await,
+            None => std::future::pending().await,
+        }
+    };
+    let mut draining = std::pin::pin!(draining);
     let deadline = sleep(WHOLE);
     let mut deadline = std::pin::pin!(deadline);
     let mut begun = !read.is_empty();
@@ -201,6 +211,7 @@ async fn look(downstream: &mut TcpStream, read: &mut BytesMut, pod: &ServedPod) 
                 _ => return None,
             },
             () = &mut deadline, if begun => return Some(Detected::Opaque),
+            () = &mut draining, if !begun => return None,
             _ = pod.ended() => return None,
         }
     }

@@ -361,14 +361,14 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
         let mut freed = pin!(wanted.freed());
         freed.as_mut().enable();
         let workload = wanted.workload();
-        let find = || endpoint.h2.load().iter().find(|c| c.workload == workload && c.has_room(wanted.cluster)).cloned();
-        let connection = if let Some(connection) = find() {
-            connection
+        let find = || endpoint.h2.load().iter().find(|c| c.workload == workload && c.has_room(wanted.cluster)).map(StreamGuard::new);
+        let guard = if let Some(guard) = find() {
+            guard
         } else {
             let failures = endpoint.failed_dials.load(Ordering::Acquire);
             let one_at_a_time = endpoint.dialling.lock().await;
-            if let Some(connection) = find() {
-                connection
+            if let Some(guard) = find() {
+                guard
             } else if let Some(slot) = ConnectionSlot::begin(wanted.state, endpoint, wanted.cluster.policy.tcp.max_connections) {
                 // The dial that was waited for has failed: those who waited do not fail one after the other.
                 let alone = endpoint.failed_dials.load(Ordering::Acquire) == failures;
@@ -389,7 +389,7 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
                 continue;
             }
         };
-        let guard = StreamGuard::new(&connection);
+        let connection = &*guard.0;
         let most = wanted.cluster.policy.http.max_requests_per_connection;
         let number = connection.requests.fetch_add(1, Ordering::AcqRel) + 1;
         if most.is_some_and(|most| number >= most) {
@@ -397,7 +397,10 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
         }
         // One that ended meanwhile is left for another; a new one that does so is reported by whoever sends on it.
         match connection.send.clone().ready().await {
-            Ok(send) => return Ok(Upstream::H2(Box::new(send), guard, connection.gate.clone())),
+            Ok(send) => {
+                let gate = connection.gate.clone();
+                return Ok(Upstream::H2(Box::new(send), guard, gate));
+            }
             Err(error) => {
                 connection.close();
                 if number == 1 {
@@ -408,7 +411,7 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
     }
 }
 
-async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Arc<H2Upstream>, NoUpstream> {
+async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<StreamGuard, NoUpstream> {
     let (transport, hold) = dial(wanted).await.map_err(NoUpstream::Failed)?;
     let traffic = hold.as_ref().map(|h| h.outcome.traffic.clone()).unwrap_or_default();
     let (local, leaving) = (transport.local(), transport.leaving());
@@ -426,6 +429,8 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         changed: Notify::new(),
     });
     let source = wanted.pod.clone();
+    // Of who asked for it: it is not unused before that.
+    let guard = StreamGuard::new(&connection);
     tokio::spawn(drive(opened.connection, connection.clone(), (hold, source, leaving), slot, wanted.cluster.policy.http.idle_timeout));
     let added = connection.clone();
     wanted.endpoint.h2.rcu(|all| {
@@ -433,7 +438,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         all.push(added.clone());
         all
     });
-    Ok(connection)
+    Ok(guard)
 }
 
 /// Runs an HTTP/2 connection until it breaks, is cut, or is not needed any more.
@@ -444,10 +449,13 @@ async fn drive(
     slot: ConnectionSlot,
     idle: Duration,
 ) {
+    let mut slot = Some(slot);
     let led_away = async {
         if let Some(leaving) = leaving {
             leaving.wait().await;
             shared.close();
+            // What it has left takes nobody's place: others go to the peer's next connection.
+            slot.take();
         }
         std::future::pending::<()>().await;
     };
@@ -469,6 +477,8 @@ pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, endpoint: &En
     connection.requests += 1;
     let worn = cluster.policy.http.max_requests_per_connection.is_some_and(|most| connection.requests >= most);
     let worn = worn || cluster.policy.tcp.max_connection_duration.is_some_and(|most| connection.made.elapsed() >= most);
+    // Nobody would use it again, and its peer waits for its end.
+    let worn = worn || connection.transport.leaving().is_some_and(|l| l.is_so());
     if !worn {
         connection.idle_since = Instant::now();
         endpoint.idle.push(connection);

@@ -4,15 +4,20 @@
 //! Ambiguity about where a message ends is never passed on: `content-length` beside `transfer-encoding`, repeated lengths
 //! and unknown codings are refused.
 
-use std::io::Write as _;
+mod target;
+mod write;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 
-use super::{date, headers::CLIENT_CERT};
+use self::target::{forwarded_scheme, target_of};
+pub use self::{
+    target::{checked_authority, path_and_query},
+    write::{write_headers, write_request, write_response},
+};
 use crate::{
     detect,
-    route::request::{RequestHead, Scheme, is_grpc, normalise_path},
+    route::request::{RequestHead, Scheme, is_grpc},
 };
 
 /// Largest head, bytes.
@@ -418,83 +423,6 @@ fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
     Ok(digits.iter().try_fold(0_u64, |n, d| n.checked_mul(10)?.checked_add(u64::from(d - b'0'))))
 }
 
-/// What a proxy before this one was asked with, where the request itself does not say.
-fn forwarded_scheme(headers: &HeaderMap) -> Scheme {
-    let https = headers.get("x-forwarded-proto").is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"));
-    if https { Scheme::Https } else { Scheme::Http }
-}
-
-/// Splits the request target from the authority: origin, absolute and authority form (RFC 9112 section 3.2).
-fn target_of(method: &Method, target: &Bytes, headers: &mut HeaderMap, minor: u8) -> Result<(HeaderValue, PathAndQuery), Malformed> {
-    let mut hosts = headers.get_all(header::HOST).iter();
-    let host = match (hosts.next().cloned(), hosts.next()) {
-        (Some(_), Some(_)) => return Err(CODEC),
-        (host, _) => host,
-    };
-    headers.remove(header::HOST);
-    if method == Method::CONNECT {
-        let authority = HeaderValue::from_maybe_shared(target.clone()).ok().filter(|_| !target.contains(&b'/')).ok_or(INVALID_URL)?;
-        return Ok((checked_authority(authority)?, PathAndQuery::from_static("/")));
-    }
-    if target.starts_with(b"/") {
-        // HTTP/1.0 knows no Host; there it may be missing.
-        let host = if minor == 0 { host.unwrap_or_else(|| HeaderValue::from_static("")) } else { host.ok_or(Malformed::MISSING_HOST)? };
-        return Ok((checked_authority(host)?, path_and_query(target)?));
-    }
-    if &**target == b"*" {
-        if method != Method::OPTIONS {
-            return Err(INVALID_URL);
-        }
-        // Refused in any case, but what is malformed ends the connection.
-        host.map_or(if minor == 0 { Ok(()) } else { Err(Malformed::MISSING_HOST) }, |host| checked_authority(host).map(drop))?;
-        return Err(Malformed::NO_RESOURCE);
-    }
-    let scheme = memchr::memmem::find(target, b"://").ok_or(CODEC)?;
-    if !["http", "https"].iter().any(|known| target[..scheme].eq_ignore_ascii_case(known.as_bytes())) {
-        return Err(Malformed::codec("http1.invalid_scheme"));
-    }
-    let after = &target[scheme + 3..];
-    let end = after.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(after.len());
-    // Who the client says it is, in front of an `@`, is for nobody (RFC 9110 section 4.2.4).
-    let host = memchr::memrchr(b'@', &after[..end]).map_or(0, |at| at + 1);
-    let authority = HeaderValue::from_bytes(&after[host..end]).map_err(|_| CODEC)?;
-    if authority.is_empty() || !has_port_or_none(authority.as_bytes()) {
-        return Err(INVALID_URL);
-    }
-    let path = &after[end..];
-    let path = if path.starts_with(b"/") { path.to_vec() } else { [b"/", path].concat() };
-    Ok((checked_authority(authority)?, path_and_query(&path.into())?))
-}
-
-/// Whether what follows the name, if anything does, is a port.
-fn has_port_or_none(authority: &[u8]) -> bool {
-    let name = memchr::memrchr(b']', authority).map_or(0, |at| at + 1);
-    let Some(colon) = memchr::memchr(b':', &authority[name..]) else { return name == 0 || name == authority.len() };
-    let port = std::str::from_utf8(&authority[name + colon + 1..]).unwrap_or("?");
-    port.is_empty() || port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok()
-}
-
-/// An authority that cannot be taken for something else: no user part, no white space, no list.
-pub fn checked_authority(authority: HeaderValue) -> Result<HeaderValue, Malformed> {
-    let legal = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+;=:[]%".contains(b);
-    if authority.as_bytes().iter().all(legal) { Ok(authority) } else { Err(Malformed::BAD_AUTHORITY) }
-}
-
-/// Path and query, the path normalised.
-pub fn path_and_query(target: &Bytes) -> Result<PathAndQuery, Malformed> {
-    let bad = Malformed::refused(StatusCode::BAD_REQUEST, "path_normalization_failed", true);
-    let text = std::str::from_utf8(target).map_err(|_| bad)?;
-    if text.contains('#') {
-        return Err(bad);
-    }
-    let (path, query) = text.split_once('?').map_or((text, None), |(path, query)| (path, Some(query)));
-    let parsed = match normalise_path(path).map_err(|_| bad)? {
-        None => PathAndQuery::from_maybe_shared(target.clone()),
-        Some(normal) => PathAndQuery::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
-    };
-    parsed.map_err(|_| bad)
-}
-
 /// Removes what is for this connection only: RFC 9110 section 7.6.1. `te: trailers` stays.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
@@ -511,94 +439,6 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
     for name in ["keep-alive", "proxy-connection", "transfer-encoding", "upgrade"] {
         headers.remove(name);
-    }
-}
-
-/// Writes a request head.
-pub fn write_request(
-    head: &RequestHead,
-    framing: Framing,
-    upgrade: Option<&HeaderValue>,
-    client_cert: Option<&HeaderValue>,
-    out: &mut Vec<u8>,
-) {
-    out.extend_from_slice(head.method.as_str().as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(head.target.as_str().as_bytes());
-    out.extend_from_slice(b" HTTP/1.1\r\nhost: ");
-    out.extend_from_slice(head.authority.as_bytes());
-    out.extend_from_slice(b"\r\n");
-    // Where the body ends is said once, and by whoever knows: nothing that was put among the headers can say otherwise.
-    for (name, value) in &head.headers {
-        if ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE].contains(name) {
-            write_header(name, value, out);
-        }
-    }
-    if let Some(value) = client_cert {
-        write_header(&CLIENT_CERT, value, out);
-    }
-    // That there is none is said where one would be expected: some servers insist on it (411).
-    let unexpected = [Method::GET, Method::HEAD, Method::DELETE, Method::TRACE, Method::CONNECT].contains(&head.method);
-    let told_empty = framing == Framing::Empty && (!unexpected || head.headers.contains_key(header::CONTENT_LENGTH));
-    write_framing(if told_empty { Framing::Length(0) } else { framing }, false, out);
-    if let Some(upgrade) = upgrade {
-        out.extend_from_slice(b"connection: upgrade\r\nupgrade: ");
-        out.extend_from_slice(upgrade.as_bytes());
-        out.extend_from_slice(b"\r\n");
-    }
-    out.extend_from_slice(b"\r\n");
-}
-
-/// The reason phrase, as Envoy has it.
-fn phrase(status: StatusCode) -> &'static str {
-    match status.as_u16() {
-        203 => "Non-Authoritative Information",
-        418 | 451 => "Unknown",
-        _ => status.canonical_reason().unwrap_or("Unknown"),
-    }
-}
-
-/// Writes a response head. `close` adds `connection: close`.
-pub fn write_response(status: StatusCode, headers: &HeaderMap, framing: Framing, close: bool, out: &mut Vec<u8>) {
-    out.extend_from_slice(b"HTTP/1.1 ");
-    out.extend_from_slice(status.as_str().as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(phrase(status).as_bytes());
-    out.extend_from_slice(b"\r\n");
-    write_headers(headers, out);
-    if !status.is_informational() && !headers.contains_key(header::DATE) {
-        out.extend_from_slice(b"date: ");
-        date::now(|text| out.extend_from_slice(text.as_bytes()));
-        out.extend_from_slice(b"\r\n");
-    }
-    write_framing(framing, headers.contains_key(header::CONTENT_LENGTH), out);
-    if close {
-        out.extend_from_slice(b"connection: close\r\n");
-    }
-    out.extend_from_slice(b"\r\n");
-}
-
-pub fn write_headers(headers: &HeaderMap, out: &mut Vec<u8>) {
-    for (name, value) in headers {
-        write_header(name, value, out);
-    }
-}
-
-fn write_header(name: &HeaderName, value: &HeaderValue, out: &mut Vec<u8>) {
-    out.extend_from_slice(name.as_str().as_bytes());
-    out.extend_from_slice(b": ");
-    out.extend_from_slice(value.as_bytes());
-    out.extend_from_slice(b"\r\n");
-}
-
-fn write_framing(framing: Framing, has_length: bool, out: &mut Vec<u8>) {
-    match framing {
-        Framing::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
-        Framing::Length(n) if !has_length => {
-            // A vector takes any text.
-            let _ = write!(out, "content-length: {n}\r\n");
-        }
-        Framing::Empty | Framing::Length(_) | Framing::UntilClose => {}
     }
 }
 

@@ -1,0 +1,89 @@
+//! What a request is for: its target, and the authority that is asked.
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
+
+use super::{CODEC, INVALID_URL, Malformed};
+use crate::route::request::{Scheme, normalise_path};
+
+/// What a proxy before this one was asked with, where the request itself does not say.
+pub(super) fn forwarded_scheme(headers: &HeaderMap) -> Scheme {
+    let https = headers.get("x-forwarded-proto").is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"));
+    if https { Scheme::Https } else { Scheme::Http }
+}
+
+/// Splits the request target from the authority: origin, absolute and authority form (RFC 9112 section 3.2).
+pub(super) fn target_of(
+    method: &Method,
+    target: &Bytes,
+    headers: &mut HeaderMap,
+    minor: u8,
+) -> Result<(HeaderValue, PathAndQuery), Malformed> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let host = match (hosts.next().cloned(), hosts.next()) {
+        (Some(_), Some(_)) => return Err(CODEC),
+        (host, _) => host,
+    };
+    headers.remove(header::HOST);
+    if method == Method::CONNECT {
+        let authority = HeaderValue::from_maybe_shared(target.clone()).ok().filter(|_| !target.contains(&b'/')).ok_or(INVALID_URL)?;
+        return Ok((checked_authority(authority)?, PathAndQuery::from_static("/")));
+    }
+    if target.starts_with(b"/") {
+        // HTTP/1.0 knows no Host; there it may be missing.
+        let host = if minor == 0 { host.unwrap_or_else(|| HeaderValue::from_static("")) } else { host.ok_or(Malformed::MISSING_HOST)? };
+        return Ok((checked_authority(host)?, path_and_query(target)?));
+    }
+    if &**target == b"*" {
+        if method != Method::OPTIONS {
+            return Err(INVALID_URL);
+        }
+        // Refused in any case, but what is malformed ends the connection.
+        host.map_or(if minor == 0 { Ok(()) } else { Err(Malformed::MISSING_HOST) }, |host| checked_authority(host).map(drop))?;
+        return Err(Malformed::NO_RESOURCE);
+    }
+    let scheme = memchr::memmem::find(target, b"://").ok_or(CODEC)?;
+    if !["http", "https"].iter().any(|known| target[..scheme].eq_ignore_ascii_case(known.as_bytes())) {
+        return Err(Malformed::codec("http1.invalid_scheme"));
+    }
+    let after = &target[scheme + 3..];
+    let end = after.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(after.len());
+    // Who the client says it is, in front of an `@`, is for nobody (RFC 9110 section 4.2.4).
+    let host = memchr::memrchr(b'@', &after[..end]).map_or(0, |at| at + 1);
+    let authority = HeaderValue::from_bytes(&after[host..end]).map_err(|_| CODEC)?;
+    if authority.is_empty() || !has_port_or_none(authority.as_bytes()) {
+        return Err(INVALID_URL);
+    }
+    let path = &after[end..];
+    let path = if path.starts_with(b"/") { path.to_vec() } else { [b"/", path].concat() };
+    Ok((checked_authority(authority)?, path_and_query(&path.into())?))
+}
+
+/// Whether what follows the name, if anything does, is a port.
+fn has_port_or_none(authority: &[u8]) -> bool {
+    let name = memchr::memrchr(b']', authority).map_or(0, |at| at + 1);
+    let Some(colon) = memchr::memchr(b':', &authority[name..]) else { return name == 0 || name == authority.len() };
+    let port = std::str::from_utf8(&authority[name + colon + 1..]).unwrap_or("?");
+    port.is_empty() || port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok()
+}
+
+/// An authority that cannot be taken for something else: no user part, no white space, no list.
+pub fn checked_authority(authority: HeaderValue) -> Result<HeaderValue, Malformed> {
+    let legal = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+;=:[]%".contains(b);
+    if authority.as_bytes().iter().all(legal) { Ok(authority) } else { Err(Malformed::BAD_AUTHORITY) }
+}
+
+/// Path and query, the path normalised.
+pub fn path_and_query(target: &Bytes) -> Result<PathAndQuery, Malformed> {
+    let bad = Malformed::refused(StatusCode::BAD_REQUEST, "path_normalization_failed", true);
+    let text = std::str::from_utf8(target).map_err(|_| bad)?;
+    if text.contains('#') {
+        return Err(bad);
+    }
+    let (path, query) = text.split_once('?').map_or((text, None), |(path, query)| (path, Some(query)));
+    let parsed = match normalise_path(path).map_err(|_| bad)? {
+        None => PathAndQuery::from_maybe_shared(target.clone()),
+        Some(normal) => PathAndQuery::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
+    };
+    parsed.map_err(|_| bad)
+}
