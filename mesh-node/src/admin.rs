@@ -186,22 +186,32 @@ fn page(node: &Node, path: &str, query: &str) -> Response<Full<Bytes>> {
         "/trace" => asked(pages::trace(node, query)),
         "/explain" => asked(explain::answer(&node.proxy.config.load(), query)),
         "/config_dump" => document(&config_dump::dump(node)),
-        "/logging" => match telemetry::log_filter() {
-            Some(filter) => text(StatusCode::OK, format!("current log level is {filter}\n")),
-            None => text(StatusCode::SERVICE_UNAVAILABLE, "the process does not log\n".to_owned()),
-        },
+        "/logging" => logging(),
         "/" => text(StatusCode::OK, format!("{INDEX}\n")),
         path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
     }
 }
 
-/// `level=` takes what `--log` does; `reset` is what the process was started with.
+fn logging() -> Response<Full<Bytes>> {
+    match telemetry::log_filter() {
+        Some(filter) => text(StatusCode::OK, format!("current log level is {filter}\n")),
+        None => text(StatusCode::SERVICE_UNAVAILABLE, "the process does not log\n".to_owned()),
+    }
+}
+
+/// `level=` takes what `--log` does, or `target:level` as istioctl says it; `reset`, or `level=reset`, begins with what the process
+/// was started with. Asked for neither, it says what is logged, as ztunnel does.
 fn set_logging(query: &str) -> Response<Full<Bytes>> {
-    let level = query::pairs(query).ok().and_then(|pairs| pairs.into_iter().find(|(name, level)| *name == "level" && !level.is_empty()));
-    let Some((_, level)) = level else {
-        return text(StatusCode::BAD_REQUEST, "level: is missing; say /logging?level=debug, or as --log does\n".to_owned());
+    let pairs = match query::pairs(query) {
+        Ok(pairs) => pairs,
+        Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
     };
-    match telemetry::set_log_filter(&level) {
+    let level = pairs.iter().find(|(name, _)| *name == "level").map_or("", |(_, level)| &**level);
+    let reset = level == "reset" || pairs.iter().any(|(name, _)| *name == "reset");
+    if level.is_empty() && !reset {
+        return logging();
+    }
+    match telemetry::set_log_filter(reset, if level == "reset" { "" } else { level }) {
         Ok(filter) => {
             tracing::info!(target: "admin", %filter, "the log level was changed");
             text(StatusCode::OK, format!("current log level is {filter}\n"))

@@ -22,7 +22,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use self::{
     process::Process,
@@ -417,13 +417,25 @@ pub fn log_filter() -> Option<String> {
     LOG.get().map(|log| log.now.lock().unwrap_or_else(PoisonError::into_inner).clone())
 }
 
-/// Changes what is logged; `reset` is what it was at first. Says what it is then.
-pub fn set_log_filter(filter: &str) -> Result<String, String> {
+/// Changes what is logged; with `reset`, to what it was at first and `filter` behind that. Says what it is then.
+pub fn set_log_filter(reset: bool, filter: &str) -> Result<String, String> {
     let log = LOG.get().ok_or("the process does not log")?;
-    let filter = if filter == "reset" { &log.first } else { filter };
-    (log.set)(log_filter_of(filter)?)?;
+    let first = reset.then_some(&*log.first);
+    let filter = first.into_iter().chain(filter.split(',').filter(|clause| !clause.is_empty())).map(as_directive);
+    let filter = filter.collect::<Vec<_>>().join(",");
+    (log.set)(log_filter_of(&filter)?)?;
     filter.clone_into(&mut log.now.lock().unwrap_or_else(PoisonError::into_inner));
-    Ok(filter.to_owned())
+    Ok(filter)
+}
+
+/// `target:level`, as istioctl has it, as `target=level`.
+fn as_directive(clause: &str) -> String {
+    match clause.rsplit_once(':') {
+        Some((target, level)) if !target.ends_with(':') && !target.contains('=') && level.parse::<LevelFilter>().is_ok() => {
+            format!("{target}={level}")
+        }
+        _ => clause.to_owned(),
+    }
 }
 
 /// An error with all its causes on one line.

@@ -156,6 +156,8 @@ fn exit_statuses_tell_scripts_what_happened() {
         (&["logs", "level"], 0, "current log level is info"),
         (&["logs", "level", "proxy=debug,info"], 0, "current log level is proxy=debug,info"),
         (&["logs", "level", "=,="], 4, "log filter"),
+        // As istioctl says it.
+        (&["logs", "level", "access:debug,info"], 0, "current log level is access=debug,info"),
         (&["logs", "level", "reset"], 0, "current log level is info"),
         (&["explain", "--from", "a-pod", "--to", "nothing:80"], 4, "there is no service default/nothing"),
     ] {
@@ -215,6 +217,13 @@ fn the_configuration_is_dumped_as_ztunnel_does() {
         Ok(dump["workloadState"]["Kubernetes//Pod/default/client"]["connections"]["outbound"][0]["protocol"] == "HBONE")
     })
     .expect("the connection");
+    // LOCAL, REMOTE and REMOTE TARGET of istioctl.
+    let out = &dump["workloadState"]["Kubernetes//Pod/default/client"]["connections"]["outbound"][0];
+    let hbone = std::net::SocketAddr::new(server.v4(), 15008).to_string();
+    assert_eq!((&out["originalDst"], &out["actualDst"]), (&server.address(8080).into(), &hbone.into()), "{out}");
+    let there = bed.nodes()[1].admin_json("/config_dump").expect("a dump");
+    let into = &there["workloadState"]["Kubernetes//Pod/default/server"]["connections"]["inbound"][0];
+    assert_eq!((&into["originalDst"], &into["actualDst"]), (&serde_json::Value::Null, &server.address(8080).into()), "{into}");
     let find =
         |list: &str, name: &str| dump[list].as_array().and_then(|a| a.iter().find(|w| w["name"] == name)).cloned().unwrap_or_default();
     let workload = find("workloads", "server");

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     app::Node,
     config::Snapshot,
+    id::ObjectName,
     identity::CertificateState,
     proxy::{open::Open, outcome::Direction},
     report::plain::rfc3339,
@@ -66,7 +67,7 @@ fn workload(w: &Workload, cluster: &str) -> Value {
 }
 
 fn service(s: &Arc<Service>, snapshot: &Snapshot, cluster: &str) -> Value {
-    let host = format!("{}.{}.svc.cluster.local", s.name.name, s.name.namespace);
+    let host = host(&s.name);
     let ports = s.ports.iter().map(|p| (p.port.to_string(), json!(p.cluster.endpoints.first().map_or(p.port, |e| e.address.port()))));
     let mut endpoints: Map<String, Value> = Map::new();
     for (port, endpoint) in s.ports.iter().flat_map(|p| p.cluster.endpoints.iter().map(move |e| (p.port, e))) {
@@ -103,6 +104,11 @@ fn certificate(c: &CertificateState) -> Value {
     })
 }
 
+/// A service's name in DNS.
+fn host(service: &ObjectName) -> String {
+    format!("{}.{}.svc.cluster.local", service.name, service.namespace)
+}
+
 /// The pods served here with their connections.
 fn workload_state(node: &Node, snapshot: &Snapshot, cluster: &str) -> Value {
     let open = node.proxy.open.all();
@@ -112,7 +118,12 @@ fn workload_state(node: &Node, snapshot: &Snapshot, cluster: &str) -> Value {
             o.direction == direction && end.workload.as_ref().is_some_and(|w| w.uid == pod.uid)
         };
         let one = |o: &Arc<Open>| {
-            json!({"src": o.source.address, "originalDst": o.destination.address, "actualDst": o.tunnel.or(o.destination.address),
+            // Out of a pod: what was dialled, and where that led. Into one: the service that was, and the application.
+            let (original, actual) = match direction {
+                Direction::Outbound => (json!(o.asked.or(o.destination.address)), o.tunnel.or(o.destination.address)),
+                Direction::Inbound => (json!(o.service.as_ref().map(host)), o.destination.address),
+            };
+            json!({"src": o.source.address, "originalDst": original, "actualDst": actual,
                 "protocol": if o.tunnel.is_some() { "HBONE" } else { "TCP" }})
         };
         open.iter().filter(is_its).map(one).collect::<Vec<_>>()

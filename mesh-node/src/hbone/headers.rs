@@ -68,8 +68,8 @@ pub enum BadRequest {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConnectRequest {
     pub authority: Authority,
-    /// The `forwarded` header, as far as it says who the client is.
-    pub forwarded: Option<Forwarded>,
+    /// The host that was dialled, as far as the `forwarded` header says it.
+    pub host: Option<String>,
     pub traceparent: Option<TraceParent>,
 }
 
@@ -89,7 +89,7 @@ pub fn parse<B>(request: &Request<B>) -> Result<ConnectRequest, BadRequest> {
     let header = |name: &str| request.headers().get(name).and_then(|v| v.to_str().ok());
     Ok(ConnectRequest {
         authority,
-        forwarded: header("forwarded").and_then(|v| v.parse().ok()),
+        host: header("forwarded").and_then(forwarded_host),
         traceparent: header("traceparent").and_then(|v| v.parse().ok()),
     })
 }
@@ -128,23 +128,11 @@ impl fmt::Display for Forwarded {
     }
 }
 
-impl FromStr for Forwarded {
-    type Err = ();
-
-    /// Reads the first element only: the hop that sent it.
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let (mut client, mut host) = (None, None);
-        for pair in text.split(',').next().unwrap_or_default().split(';') {
-            let (key, value) = pair.split_once('=').ok_or(())?;
-            let value = value.trim().trim_matches('"');
-            match key.trim().to_ascii_lowercase().as_str() {
-                "for" => client = value.parse().ok(),
-                "host" => host = Some(value.to_owned()),
-                _ => {}
-            }
-        }
-        Ok(Self { client: client.ok_or(())?, host })
-    }
+/// The host that was dialled, as the first element of a `forwarded` header has it: the hop that sent it. Whatever the rest says.
+pub fn forwarded_host(text: &str) -> Option<String> {
+    let pairs = text.split(',').next()?.split(';').filter_map(|pair| pair.split_once('='));
+    let mut hosts = pairs.filter(|(key, _)| key.trim().eq_ignore_ascii_case("host"));
+    hosts.next().map(|(_, host)| host.trim().trim_matches('"').to_owned())
 }
 
 /// W3C trace context, version 00.
@@ -238,7 +226,7 @@ mod tests {
         assert_eq!(request.headers()["baggage"], carried.as_str());
         assert_eq!(request.uri().to_string(), "[fd00::1]:8080");
         let read = parse(&request).expect("read");
-        assert_eq!(read, ConnectRequest { authority: to, forwarded: Some(forwarded), traceparent: Some(trace) });
+        assert_eq!(read, ConnectRequest { authority: to, host: forwarded.host, traceparent: Some(trace) });
     }
 
     #[test]
@@ -259,6 +247,21 @@ mod tests {
             request.headers_mut().insert(name, value.parse().expect("value"));
         }
         let read = parse(&request).expect("read");
-        assert_eq!((read.forwarded, read.traceparent), (None, None));
+        assert_eq!((read.host, read.traceparent), (None, None));
+    }
+
+    #[test]
+    fn a_host_is_read_whoever_it_is_for() {
+        for (text, host) in [
+            ("for=\"10.0.0.1:80\";host=a.b.svc", Some("a.b.svc")),
+            ("for=10.0.0.1;host=a", Some("a")),
+            ("for=unknown;proto=http; Host=\"a\"", Some("a")),
+            ("host=a;by", Some("a")),
+            ("for=\"10.0.0.1:80\", host=other", None),
+            ("host", None),
+            ("", None),
+        ] {
+            assert_eq!(forwarded_host(text).as_deref(), host, "{text}");
+        }
     }
 }

@@ -227,6 +227,46 @@ async fn a_draining_server_lets_streams_finish_and_takes_no_new_ones() {
     assert_eq!(far.halves().0.next().await.expect("data").expect("some"), "still here");
 }
 
+/// What RFC 9113 section 8.1 has servers do that want no more of a request they have answered.
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_has_said_all_may_want_no_more() {
+    for whole in [true, false] {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let connection = Connection::handshake(near, std::future::pending());
+        let (connection, mut server) = tokio::join!(connection, async { h2::server::handshake(far).await.expect("handshake") });
+        let connection = connection.expect("handshake");
+        tokio::spawn(async move {
+            let (_request, mut respond) = server.accept().await.expect("a stream").expect("a request");
+            let mut send = respond.send_response(http::Response::new(()), false).expect("answered");
+            send.send_data(Bytes::from_static(b"all there is"), whole).expect("sent");
+            // It goes out before the reset.
+            let wait = async { sleep(Duration::from_millis(10)).await };
+            tokio::select! {
+                _ = std::future::poll_fn(|cx| server.poll_closed(cx)) => panic!("closed"),
+                () = wait => {}
+            }
+            send.send_reset(h2::Reason::NO_ERROR);
+            let _ = std::future::poll_fn(|cx| server.poll_closed(cx)).await;
+        });
+        let mut tunnel = connection.open(request()).await.expect("opened");
+        sleep(Duration::from_secs(1)).await;
+        let (mut source, mut sink) = tunnel.halves();
+        assert!(timeout(Duration::from_secs(1), sink.broken()).await.is_err(), "that alone is no error");
+        if whole {
+            assert_eq!(source.next().await.expect("data").expect("some"), "all there is");
+            assert!(source.next().await.expect("the end").is_none());
+            sink.put(Bytes::from_static(b"for nobody")).await.expect("let go");
+            sink.finish().await.expect("let go");
+        } else {
+            let mut read = source.next().await;
+            if matches!(read, Ok(Some(_))) {
+                read = source.next().await;
+            }
+            assert!(read.is_err(), "a reset without an end is an error");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_tunnel_knows_when_its_peer_wants_no_more_of_them() {
     let (connection, mut server) = connected().await;

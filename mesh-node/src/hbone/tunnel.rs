@@ -2,7 +2,8 @@
 //!
 //! End of data is `END_STREAM` and nothing else. A stream that stops in any other way was cut: RFC 9113 section 8.5 asks a
 //! proxy to turn a TCP reset into `RST_STREAM(CONNECT_ERROR)` and any stream error into a TCP reset, and so it is here,
-//! both ways. (ztunnel reads CANCEL as an end of data; a truncated answer then looks complete.)
+//! both ways. (ztunnel reads CANCEL as an end of data; a truncated answer then looks complete.) `RST_STREAM(NO_ERROR)` behind
+//! `END_STREAM` is no error: what came before it is all, and what is still sent is for nobody.
 
 use std::{
     future::poll_fn,
@@ -250,6 +251,13 @@ impl TunnelSink<'_> {
 }
 
 impl TunnelSink<'_> {
+    /// Whether the peer wants no more, and says that this is no error: it has sent all it had to (RFC 9113 section 8.1), or the
+    /// other direction finds out that it has not. Envoy ends in this way what its upstream closes first.
+    fn is_unwanted(&mut self) -> bool {
+        let reason = self.stream.poll_reset(&mut Context::from_waker(Waker::noop()));
+        matches!(reason, Poll::Ready(Ok(Reason::NO_ERROR)))
+    }
+
     /// Sends of a piece what there is room for, at least one byte; returns the rest. Nothing is lost when this is dropped.
     pub async fn put_part(&mut self, piece: &mut Bytes) -> io::Result<()> {
         let n = self.capacity(piece.len()).await?;
@@ -260,26 +268,34 @@ impl TunnelSink<'_> {
 impl Sink for TunnelSink<'_> {
     async fn put(&mut self, mut chunk: Bytes) -> io::Result<()> {
         while !chunk.is_empty() {
-            let n = self.capacity(chunk.len()).await?;
-            self.stream.send_data(chunk.split_to(n), false).map_err(into_io)?;
+            match self.put_part(&mut chunk).await {
+                Ok(()) => {}
+                Err(_) if self.is_unwanted() => return Ok(()),
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }
 
     async fn finish(&mut self) -> io::Result<()> {
         self.finished = true;
-        self.stream.send_data(Bytes::new(), true).map_err(into_io)
+        match self.stream.send_data(Bytes::new(), true) {
+            Err(error) if !self.is_unwanted() => Err(into_io(error)),
+            _ => Ok(()),
+        }
     }
 
     async fn broken(&mut self) -> io::Error {
         if self.finished {
             return std::future::pending().await;
         }
-        poll_fn(|cx| {
-            let reason = ready!(self.stream.poll_reset(cx));
-            Poll::Ready(reason.map_or_else(into_io, |r| io::Error::new(io::ErrorKind::ConnectionReset, format!("stream reset: {r}"))))
-        })
-        .await
+        let reason = poll_fn(|cx| self.stream.poll_reset(cx)).await;
+        match reason {
+            // The other direction tells whether that was all.
+            Ok(Reason::NO_ERROR) => std::future::pending().await,
+            Ok(reason) => io::Error::new(io::ErrorKind::ConnectionReset, format!("stream reset: {reason}")),
+            Err(error) => into_io(error),
+        }
     }
 }
 

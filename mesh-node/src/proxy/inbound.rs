@@ -293,7 +293,7 @@ async fn answer(connection: &HboneConnection, offer: &Offer, outcome: &mut Outco
     let destination = destination(connection, request)?;
     outcome.destination.address = Some(destination);
     let mut facts = Facts::new(Some(connection.peer.clone()), connection.client.ip(), destination);
-    facts.dialled = request.forwarded.as_ref().and_then(|f| service_of(f.host.as_deref()?));
+    facts.dialled = request.host.as_deref().and_then(service_of);
     outcome.dialled.clone_from(&facts.dialled);
     admit(&connection.proxy, &connection.pod, facts, Source::Client(connection.client.ip()), outcome).await
 }

@@ -61,6 +61,8 @@ pub struct Open {
     pub started: Instant,
     pub source: Party,
     pub destination: Party,
+    /// The address its client dialled, of one from a pod.
+    pub asked: Option<SocketAddr>,
     pub service: Option<ObjectName>,
     pub tunnel: Option<SocketAddr>,
     pub traffic: Arc<Traffic>,
@@ -110,6 +112,7 @@ impl Listed {
             started: Instant::now(),
             source: Party { address: Some(client), identity, workload },
             destination: Party { address: Some(original), ..Party::default() },
+            asked: Some(original),
             service,
             tunnel: None,
             traffic: Arc::default(),

@@ -336,6 +336,7 @@ async fn establish(opaque: &Opaque, downstream: &TcpStream, outcome: &mut Outcom
     let mut tried = Vec::new();
     loop {
         let attempt = async {
+            outcome.asked = Some(opaque.original);
             let decision = decide(opaque, &tried)?;
             describe(outcome, &decision);
             tried.push(decision.to());

@@ -68,6 +68,8 @@ pub struct Outcome {
     started: Instant,
     pub source: Party,
     pub destination: Party,
+    /// The address the client dialled, of one from a pod.
+    pub asked: Option<SocketAddr>,
     /// The address dialled when it is not the destination's own: the HBONE port.
     pub tunnel: Option<SocketAddr>,
     pub service: Option<ObjectName>,
@@ -98,6 +100,7 @@ impl Outcome {
             started: Instant::now(),
             source: Party::default(),
             destination: Party::default(),
+            asked: None,
             tunnel: None,
             service: None,
             dialled: None,
@@ -134,6 +137,7 @@ impl Outcome {
             started: self.started,
             source: self.source.clone(),
             destination: self.destination.clone(),
+            asked: self.asked,
             service: self.service().cloned(),
             tunnel: self.tunnel,
             traffic: self.traffic.clone(),
