@@ -42,6 +42,8 @@ const RELEASE_GRACE: Duration = Duration::from_secs(3);
 const LOG_GRACE: Duration = Duration::from_millis(500);
 /// How long before the end of a drain connections are taken no more, for the last of them; a quarter of it at most.
 const LAST_TO_COME: Duration = Duration::from_secs(2);
+/// How long connections that have come are waited for that have not said anything.
+const LAST_TO_SPEAK: Duration = Duration::from_secs(1);
 
 /// Everything the process is started with.
 #[derive(Debug, Clone)]
@@ -494,11 +496,13 @@ impl Reconciler {
         }
         node.proxy.spans.flush(LOG_GRACE).await;
         node.proxy.pool.close();
-        let metrics = node.proxy.metrics.clone();
+        let (metrics, closing) = (node.proxy.metrics.clone(), tokio::time::Instant::now());
         let over = || {
             // What is kept for requests that do not come any more keeps nobody.
             pods.iter().for_each(|p| p.clusters.retire());
-            metrics.open_connections.get() + metrics.http_active.get() == 0
+            // Nor do those that say nothing; but who has just come is not cut before it is known what for.
+            let settled = pods.iter().all(|p| p.is_left()) || closing.elapsed() >= LAST_TO_SPEAK;
+            settled && metrics.open_connections.get() + metrics.http_active.get() == 0
         };
         let told_again = match told_again {
             None => wait_until(over, began + drain, signals, &mut signalled).await,

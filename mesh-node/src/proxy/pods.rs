@@ -113,6 +113,11 @@ impl ServedPod {
         self.stage.send_if_modified(|stage| std::mem::replace(stage, to.max(*stage)) < to);
     }
 
+    /// Whether no connection is there that came after others were asked to leave.
+    pub fn is_left(&self) -> bool {
+        Arc::strong_count(&self.here.load()) == 1
+    }
+
     /// To be held for as long as a connection of the pod is open: the stage it came in.
     pub fn here(&self) -> Arc<Stage> {
         self.here.load_full()
