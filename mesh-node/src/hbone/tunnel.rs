@@ -124,7 +124,7 @@ impl Duplex for Tunnel {
 
     fn halves(&mut self) -> (TunnelSource<'_>, TunnelSink<'_>) {
         let source = TunnelSource { stream: &mut self.receive, joined: &mut self.joined, end: None };
-        (source, TunnelSink { stream: &mut self.send, finished: false })
+        (source, TunnelSink { stream: &mut self.send, finished: false, asks: self.held.is_some() })
     }
 
     fn reset(mut self) {
@@ -230,6 +230,8 @@ impl Source for TunnelSource<'_> {
 pub struct TunnelSink<'a> {
     stream: &'a mut SendStream<Bytes>,
     finished: bool,
+    /// This end has opened it: only who is asked may want no more of a question.
+    asks: bool,
 }
 
 impl TunnelSink<'_> {
@@ -255,7 +257,7 @@ impl TunnelSink<'_> {
     /// other direction finds out that it has not. Envoy ends in this way what its upstream closes first.
     fn is_unwanted(&mut self) -> bool {
         let reason = self.stream.poll_reset(&mut Context::from_waker(Waker::noop()));
-        matches!(reason, Poll::Ready(Ok(Reason::NO_ERROR)))
+        self.asks && matches!(reason, Poll::Ready(Ok(Reason::NO_ERROR)))
     }
 
     /// Sends of a piece what there is room for, at least one byte; returns the rest. Nothing is lost when this is dropped.
@@ -292,7 +294,7 @@ impl Sink for TunnelSink<'_> {
         let reason = poll_fn(|cx| self.stream.poll_reset(cx)).await;
         match reason {
             // The other direction tells whether that was all.
-            Ok(Reason::NO_ERROR) => std::future::pending().await,
+            Ok(Reason::NO_ERROR) if self.asks => std::future::pending().await,
             Ok(reason) => io::Error::new(io::ErrorKind::ConnectionReset, format!("stream reset: {reason}")),
             Err(error) => into_io(error),
         }
