@@ -4,6 +4,7 @@
 mod authorization;
 mod config_dump;
 mod explain;
+pub mod names;
 mod pages;
 mod query;
 

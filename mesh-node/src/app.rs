@@ -4,6 +4,7 @@ mod ca;
 mod gauges;
 mod listeners;
 mod node;
+mod stop;
 
 pub use ca::{CaSettings, ClusterSettings, run_ca};
 pub use node::{CertificateSettings, Node, NodeSettings, PodState, run};

@@ -53,7 +53,7 @@ impl Asker<'_> {
 /// Ejected ones are left out, unless so few are left that the policy says to use all (panic). One already tried is
 /// avoided as long as there is another.
 pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint> {
-    let mut candidates = usable(cluster, asker);
+    let mut candidates = usable(cluster, asker.client, asker.node);
     if asker.elsewhere {
         avoid_localities(cluster, asker, &mut candidates);
     }
@@ -71,9 +71,9 @@ pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint>
     choose(cluster, asker, &candidates)
 }
 
-fn usable<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Vec<&'a Endpoint> {
-    let reachable =
-        |e: &&Endpoint| e.address.is_ipv4() == asker.client.is_ipv4() && (!cluster.local_only || e.node.as_deref() == Some(asker.node));
+/// Those that a client of a node may be led to, healthy or not.
+pub fn usable<'a>(cluster: &'a Cluster, client: IpAddr, node: &str) -> Vec<&'a Endpoint> {
+    let reachable = |e: &&Endpoint| e.address.is_ipv4() == client.is_ipv4() && (!cluster.local_only || e.node.as_deref() == Some(node));
     let select = |test: fn(&Endpoint) -> bool| cluster.endpoints.iter().filter(reachable).filter(|e| test(e)).collect::<Vec<_>>();
     let ready = select(|e| e.ready);
     if ready.is_empty() { select(|e| e.serving_while_terminating) } else { ready }

@@ -280,7 +280,7 @@ async fn lets_nothing_else_through(cases: Vec<Case>, is_safe: fn(&Outcome, &Outc
     // What only a busy machine made different is not so again.
     let mut left = cases.clone();
     for round in 0..3 {
-        let (envoy, mesh) = (of_envoy(&left).await, of_mesh(&left, Way::Out, &[]).await);
+        let (envoy, mesh) = tokio::join!(of_envoy(&left), of_mesh(&left, Way::Out, &[]));
         let alike = envoy.outcomes.iter().zip(&mesh.outcomes).filter(|(e, m)| e.upstream == m.upstream && e.client == m.client).count();
         assert!(
             round > 0 || only.is_some() || alike * 8 > cases.len(),
@@ -377,18 +377,23 @@ async fn compare_policies(groups: Vec<policies::Group>, listed: &str, compared: 
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
     let listed = Listed::read(listed);
-    let (mut cases, mut mesh) = (Vec::new(), Vec::new());
+    let (mut cases, mut groups_of_mesh, room) = (Vec::new(), Vec::new(), Arc::new(Semaphore::new(3)));
     for group in groups {
         let with_filters = |c: Case| Case { filters: group.filters.clone(), ..c };
         let own =
             group.cases.into_iter().filter(|c| only.as_ref().is_none_or(|o| c.name.contains(o))).map(with_filters).collect::<Vec<_>>();
-        if !own.is_empty() {
-            mesh.extend(of_mesh(&own, Way::In, &group.policies).await.outcomes);
-        }
-        cases.extend(own);
+        cases.extend(own.clone());
+        let room = room.clone();
+        groups_of_mesh.push(tokio::spawn(async move {
+            let _permit = room.acquire().await;
+            if own.is_empty() { Vec::new() } else { of_mesh(&own, Way::In, &group.policies).await.outcomes }
+        }));
     }
     listed.check(only.is_none(), |name| cases.iter().any(|c| c.name == name));
-    let mut envoy = of_envoy(&cases).await.outcomes;
+    let (mut envoy, mut mesh) = (of_envoy(&cases).await.outcomes, Vec::new());
+    for group in groups_of_mesh {
+        mesh.extend(group.await.expect("a group"));
+    }
     envoy.iter_mut().chain(&mut mesh).for_each(compared);
     let all = cases.iter().zip(envoy.iter().zip(&mesh)).map(|(case, (envoy, mesh))| (&*case.name, envoy, mesh));
     report(&listed.judge(&all.collect::<Vec<_>>()), cases.len());
@@ -500,7 +505,7 @@ async fn compared(cases: &[Case], way: Way, listed: &Listed) -> Vec<(String, Str
     // Who asks about requests has them read.
     let policy =
         security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
-    let (mut envoy, mut mesh) = (of_envoy(cases).await, of_mesh(cases, way, &[policy]).await);
+    let (mut envoy, mut mesh) = tokio::join!(of_envoy(cases), of_mesh(cases, way, std::slice::from_ref(&policy)));
     if cases.iter().all(|c| c.routes.is_some()) {
         envoy.outcomes.iter_mut().chain(&mut mesh.outcomes).for_each(of_attempts);
     }

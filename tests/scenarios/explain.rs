@@ -31,6 +31,22 @@ spec:
     route: [{destination: {host: web, subset: none}}]
   - match: [{uri: {prefix: /missing}}]
     route: [{destination: {host: nowhere}}]
+  - match: [{uri: {prefix: /renamed}}]
+    rewrite: {uri: /a}
+    route: [{destination: {host: web, subset: v1}}]
+  - match: [{uri: {prefix: /hidden}}]
+    rewrite: {uri: /a/secret}
+    route: [{destination: {host: web, subset: v1}}]
+  - match: [{uri: {prefix: /marked}}]
+    route: [{destination: {host: web, subset: v1}, headers: {request: {set: {x-bad: "1"}}}}]
+  - match: [{uri: {prefix: /cleaned}}]
+    headers: {request: {remove: [x-bad]}}
+    route: [{destination: {host: web, subset: v1}}]
+  - match: [{uri: {prefix: /faulty}}]
+    fault: {abort: {httpStatus: 418, percentage: {value: 100}}}
+    route: [{destination: {host: web, subset: v1}}]
+  - match: [{uri: {prefix: /halves}}]
+    route: [{destination: {host: web, subset: v1}, weight: 50}, {destination: {host: nowhere}, weight: 50}]
   - match: [{headers: {x-version: {exact: v2}}}, {uri: {regex: "/b.*"}, method: {exact: GET}}]
     route: [{destination: {host: web, subset: v2}}]
   - match: [{uri: {prefix: /a}}]
@@ -179,7 +195,8 @@ fn expected(answer: &Value) -> BTreeSet<(String, String)> {
     if verdict.starts_with("no rule takes it") {
         return BTreeSet::from([("404".to_owned(), "none".to_owned())]);
     }
-    if verdict.starts_with("no endpoint is ready") {
+    let is_missing = verdict.ends_with("does not exist: answered 503");
+    if verdict.starts_with("no endpoint is ready") || is_missing {
         return BTreeSet::from([("503".to_owned(), "none".to_owned())]);
     }
     let destinations = answer["destinations"].as_array().expect("destinations");
@@ -188,7 +205,13 @@ fn expected(answer: &Value) -> BTreeSet<(String, String)> {
         let version = e["workload"].as_str().and_then(|w| w.rsplit('-').next()).expect("a version").to_owned();
         if e["decision"] == "denied" { ("403".to_owned(), "none".to_owned()) } else { ("200".to_owned(), version) }
     };
-    endpoints.map(of).collect()
+    let mut all = endpoints.filter(|e| e["used"] == true).map(of).collect::<BTreeSet<_>>();
+    if verdict.starts_with("50% fail (nowhere does not exist") {
+        all.insert(("503".to_owned(), "none".to_owned()));
+    }
+    // What scripts are told is that one and no other comes.
+    assert_eq!(answer["allowed"] == true, all.iter().all(|(status, _)| status == "200"), "{answer}");
+    all
 }
 
 #[test]
@@ -210,6 +233,13 @@ fn what_is_explained_is_what_happens_to_two_hundred_random_requests() {
         "/split/secret",
         "/other",
         "/A",
+        "/renamed/x",
+        "/renamed/secret",
+        "/hidden",
+        "/marked",
+        "/cleaned",
+        "/faulty",
+        "/halves",
     ];
     let mut verdicts = BTreeSet::new();
     for number in 0..200 {
@@ -232,7 +262,7 @@ fn what_is_explained_is_what_happens_to_two_hundred_random_requests() {
         assert!(really.is_subset(&expected), "{number}: {name} {path} {headers:?}: {really:?} and not {expected:?}: {text}");
         verdicts.insert(answer["verdict"].as_str().expect("a verdict").to_owned());
     }
-    assert!(verdicts.len() >= 7, "requests of all kinds: {verdicts:#?}");
+    assert!(verdicts.len() >= 9, "requests of all kinds: {verdicts:#?}");
 }
 
 #[test]
@@ -244,14 +274,14 @@ fn explanations_read_well_and_tell_scripts() {
         "From        default/client (spiffe://cluster.local/ns/default/sa/client)",
         "Service     default/web port 80 (http)",
         "Request     GET /a/secret at web",
-        "Route       rule 6 of VirtualService default/web: path = /a*",
+        "Route       rule 12 of VirtualService default/web: path = /a*",
         "Verdict     denied at every endpoint: answered 403",
         "default/no-secret",
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
     let (code, text) = scene.meshctl(&["explain", "--from", "client", "--to", "web:80", "-X", "GET", "/a", "--check"]);
-    assert!(code == Some(0) && text.contains("allowed, at one of") && text.contains("same_node"), "{text}");
+    assert!(code == Some(0) && text.contains("allowed, at its one endpoint") && text.contains("same_node"), "{text}");
     let (_, text) = scene.meshctl(&["explain", "--from", "client", "--to", "web:81"]);
     assert!(text.contains("default/web has no port 81"), "{text}");
     let (_, text) = scene.meshctl(&["routes", "web"]);

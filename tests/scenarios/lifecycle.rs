@@ -182,9 +182,20 @@ fn a_node_that_waits_for_what_is_open_serves_who_comes_meanwhile() {
     std::thread::sleep(Duration::from_secs(1));
     bed.nodes()[0].signal(Signal::SIGTERM);
     let began = std::time::Instant::now();
+    // Pods come and go meanwhile.
+    let [late] = bed.meshed([PodSpec::server("late", 0)]).expect("captured");
+    assert!(answers(&bed, &far, &late.address(8080)), "whoever comes is served");
+    bed.relabel(&late, "istio.io/dataplane-mode", Some("none")).expect("relabelled");
+    bed.wait_captured(&late, false).expect("released");
     while began.elapsed() < Duration::from_secs(3) {
         for (from, to) in [(&client, &far), (&client, &near), (&far, &near)] {
-            assert!(answers(&bed, from, &to.address(8080)) && answers(&bed, from, &to.address6(8080)), "{} to {}", from.name, to.name);
+            assert!(
+                answers(&bed, from, &to.address(8080)) && answers(&bed, from, &to.address6(8080)),
+                "{} to {} after {:?}",
+                from.name,
+                to.name,
+                began.elapsed()
+            );
         }
         assert!(bed.node(0).is_running(), "it waits for what is open");
     }

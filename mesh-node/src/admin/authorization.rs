@@ -8,7 +8,7 @@ use std::{
 use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 use serde_json::{Value, json};
 
-use super::query;
+use super::{names::near, query};
 use crate::{
     config::Snapshot,
     detect::Protocol,
@@ -40,7 +40,7 @@ struct Question {
 pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
     let question = Question::read(query)?;
     let (source, peer) = question.source(snapshot)?;
-    let destination = find(snapshot, &question.to).ok_or_else(|| unknown("to", &question.to))?;
+    let destination = find(snapshot, &question.to).ok_or_else(|| unknown(snapshot, "to", &question.to))?;
     let to = destination.ips.iter().find(|ip| ip.is_ipv4() == source.is_ipv4()).or(destination.ips.first());
     let to = SocketAddr::new(*to.ok_or_else(|| format!("to: {} has no address", question.to))?, question.port);
     let peer = peer.filter(|w| w.enrolled && destination.enrolled && !question.plaintext).map(|w| w.identity.clone());
@@ -60,11 +60,8 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
     };
     let request = head.as_ref().map(|head| Request::new(head, claims.as_ref(), remote(snapshot, &facts, &head.headers)));
     let connection = request.is_none();
-    let explanation = destination.policy.explain(&facts, request.as_ref(), |provider| {
-        let authorizer = snapshot.authorizers.get(provider);
-        authorizer.is_some_and(|a| !connection || a.check == Check::Grpc)
-    });
-    Ok(json!({
+    let explanation = destination.policy.explain(&facts, request.as_ref(), can_be_asked(snapshot, connection));
+    let mut answer = json!({
         "from": {"address": source, "identity": facts.peer.as_ref().map(ToString::to_string)},
         "to": {"workload": destination.name.to_string(), "address": to, "enrolled": destination.enrolled},
         "port": format!("{protocol:?}").to_lowercase(),
@@ -78,7 +75,25 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
         "externalAuthorizers": explanation.asked.iter().map(|(provider, policy)| json!({"provider": &**provider, "policy": &**policy})).collect::<Vec<_>>(),
         "audited": explanation.observed.audited.as_deref(),
         "dryRun": explanation.observed.shadow.as_ref().map(|s| json!({"decision": if s.allowed { "allowed" } else { "denied" }, "policy": &*s.policy})),
-    }))
+    });
+    if !destination.enrolled {
+        for (field, value) in [("decision", "allowed".into()), ("reason", OUTSIDE.into()), ("judged", "nothing".into())] {
+            answer[field] = value;
+        }
+        for field in ["policy", "details", "allowedBy", "audited", "dryRun"] {
+            answer[field] = Value::Null;
+        }
+        answer["externalAuthorizers"] = json!([]);
+    }
+    Ok(answer)
+}
+
+/// Why what is not in the mesh denies nothing.
+pub(super) const OUTSIDE: &str = "not in the mesh: no policy is asked";
+
+/// Which authorizers can be asked about connections that carry no HTTP, or about requests.
+pub(super) fn can_be_asked(snapshot: &Snapshot, connection: bool) -> impl Fn(&str) -> bool {
+    move |provider| snapshot.authorizers.get(provider).is_some_and(|a| !connection || a.check == Check::Grpc)
 }
 
 pub(super) fn reason(explanation: &Explanation) -> String {
@@ -130,7 +145,7 @@ impl Question {
     fn source<'s>(&self, snapshot: &'s Snapshot) -> Result<(IpAddr, Option<&'s Arc<Workload>>), String> {
         let workload = find(snapshot, &self.from);
         let address = self.from.parse().ok().or_else(|| workload?.ips.first().copied());
-        address.map(|ip: IpAddr| (ip.to_canonical(), workload)).ok_or_else(|| unknown("from", &self.from))
+        address.map(|ip: IpAddr| (ip.to_canonical(), workload)).ok_or_else(|| unknown(snapshot, "from", &self.from))
     }
 
     /// The request, if one is described.
@@ -167,13 +182,19 @@ pub(super) fn find<'s>(snapshot: &'s Snapshot, text: &str) -> Option<&'s Arc<Wor
     if let Ok(ip) = text.parse::<IpAddr>() {
         return snapshot.workload_by_ip(ip.to_canonical());
     }
-    let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
-    let is_it = |w: &&Arc<Workload>| &*w.name.namespace == namespace && &*w.name.name == name;
-    snapshot.workloads().find(is_it)
+    if let Some((namespace, name)) = text.split_once('/') {
+        return snapshot.workloads().find(|w| &*w.name.namespace == namespace && &*w.name.name == name);
+    }
+    // A name alone is one that a single namespace has, or one of the namespace `default`.
+    let mut named = snapshot.workloads().filter(|w| *w.name.name == *text);
+    let (first, more) = (named.next()?, named.next());
+    if more.is_none() { Some(first) } else { [first].into_iter().chain(more).chain(named).find(|w| &*w.name.namespace == "default") }
 }
 
-pub(super) fn unknown(field: &str, text: &str) -> String {
-    format!("{field}: there is no workload {text:?}; say an address, or namespace/name of a pod as meshctl workloads lists them")
+/// What to say of a workload that [`find`] does not find.
+pub(super) fn unknown(snapshot: &Snapshot, field: &str, text: &str) -> String {
+    let near = near(text, snapshot.workloads().map(|w| w.name.to_string()));
+    format!("{field}: there is no workload {text:?}{near}; say an address, or namespace/name of a pod as meshctl workloads lists them")
 }
 
 #[cfg(test)]

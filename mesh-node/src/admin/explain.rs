@@ -1,24 +1,29 @@
 //! What would become of a request or a connection: which service and route, which endpoints, and which policy would decide at each.
 //! Asked of the configuration in force; nothing is sent.
 
+mod fates;
+
 use std::{net::SocketAddr, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 use serde_json::{Value, json};
 
+use self::fates::{Asked, Fates};
 use super::{authorization, query};
 use crate::{
     config::{OutboundPolicy, Snapshot},
     detect::Protocol,
-    policy::{Facts, Request, Sni, Verified, received},
-    proxy::http::gate::remote,
+    policy::{Verified, received},
+    report::format::Template,
     route::{
-        Cluster, Service, ServicePort, Target, Workload,
+        Cluster, Endpoint, Service, ServicePort, Target, Workload,
         l4::L4Context,
         matching::Context,
         request::{RequestHead, Scheme, renormalised},
-        rule::{Action, Rule},
-        table::ResolvedRule,
+        rewrite,
+        rule::{Abort, Action, Rule},
+        table::{Found, ResolvedL4},
+        traffic::Balancer,
     },
 };
 
@@ -33,38 +38,32 @@ struct Question {
     sni: Option<Arc<str>>,
 }
 
-/// What is asked at an endpoint.
-#[derive(Clone, Copy)]
-struct Asked<'a> {
-    question: &'a Question,
-    /// None of a connection.
-    head: Option<&'a RequestHead>,
-}
-
 /// Answers, or says which parameter is wrong.
 pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
     let question = Question::read(query)?;
-    let source = authorization::find(snapshot, &question.from).ok_or_else(|| authorization::unknown("from", &question.from))?;
+    let source = authorization::find(snapshot, &question.from).ok_or_else(|| authorization::unknown(snapshot, "from", &question.from))?;
     let (dialled, host) = question.dialled(snapshot, source)?;
     let mut answer = json!({"from": {"workload": source.name.to_string(), "identity": source.identity.to_string(), "enrolled": source.enrolled},
-        "dialled": dialled});
-    if !source.enrolled {
-        answer["verdict"] = format!("{} is not in the mesh: its connections are not touched", source.name).into();
-        return Ok(answer);
-    }
-    match snapshot.resolve_for(&source.name.namespace, dialled) {
-        Target::Service { service, port } => question.to_service(snapshot, source, (service, port), (dialled, &host), &mut answer)?,
+        "dialled": dialled, "allowed": false});
+    let asker = Asker { question: &question, snapshot, source, dialled, host: &host };
+    let target = if source.enrolled { snapshot.resolve_for(&source.name.namespace, dialled) } else { snapshot.resolve(dialled) };
+    match target {
+        Target::Service { service, port } => asker.to_service(service, port, &mut answer)?,
         Target::NoSuchPort(service) => {
             answer["verdict"] = format!("{} has no port {}: the connection is reset", service.name, dialled.port()).into();
         }
-        Target::Workload(workload) => {
-            answer["endpoints"] = json!([at_endpoint(snapshot, source, dialled, workload, Asked { question: &question, head: None })]);
-            answer["verdict"] = "straight to the pod, as a connection: no service is meant, so nothing is routed".into();
-        }
-        Target::Unknown if snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => {
+        Target::Workload(workload) => asker.to_pod(workload, &mut answer)?,
+        Target::Unknown if source.enrolled && snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => {
             answer["verdict"] = "not part of the mesh, and REGISTRY_ONLY is in force: the connection is reset".into();
         }
-        Target::Unknown => answer["verdict"] = "not part of the mesh: the connection passes unchanged".into(),
+        Target::Unknown => {
+            answer["verdict"] = "not part of the mesh: the connection passes unchanged".into();
+            answer["allowed"] = true.into();
+        }
+    }
+    if !source.enrolled {
+        let verdict = answer["verdict"].as_str().unwrap_or_default();
+        answer["verdict"] = format!("{verdict}; {} is not in the mesh: nothing is routed, and nobody knows who it is", source.name).into();
     }
     Ok(answer)
 }
@@ -101,73 +100,31 @@ impl Question {
     /// The address that is dialled, and the host that is asked for.
     fn dialled(&self, snapshot: &Snapshot, source: &Workload) -> Result<(SocketAddr, String), String> {
         if let Ok(address) = self.to.parse::<SocketAddr>() {
-            return Ok((address, self.to.clone()));
+            return Ok((SocketAddr::new(address.ip().to_canonical(), address.port()), self.to.clone()));
         }
         let (name, port) = self.to.rsplit_once(':').ok_or_else(|| format!("to: {:?} is not service:port or address:port", self.to))?;
-        let port: u16 = port.parse().map_err(|_| format!("to: {port:?} is not a port"))?;
         let service = service_named(snapshot, &source.name.namespace, name)?;
+        let port = match port.parse::<u16>() {
+            Ok(port) => port,
+            Err(_) => service
+                .ports
+                .iter()
+                .find(|p| *p.name == *port)
+                .map(|p| p.port)
+                .ok_or_else(|| format!("to: {port:?} is not a port, nor the name of one of {}", service.name))?,
+        };
         let v4 = source.ips.first().is_none_or(std::net::IpAddr::is_ipv4);
         let vip = service.vips.iter().find(|ip| ip.is_ipv4() == v4).or(service.vips.first());
         let headless = || service.port(port).and_then(|p| p.cluster.endpoints.first()).map(|e| e.address.ip());
         let ip = vip.copied().or_else(headless).ok_or_else(|| format!("to: {} has no address", service.name))?;
-        Ok((SocketAddr::new(ip, port), name.to_owned()))
+        // Clients write dots.
+        let host = name.split_once('/').map_or_else(|| name.to_owned(), |(namespace, name)| format!("{name}.{namespace}"));
+        Ok((SocketAddr::new(ip, port), host))
     }
 
-    fn to_service(
-        &self,
-        snapshot: &Snapshot,
-        source: &Arc<Workload>,
-        (service, port): (&Service, &ServicePort),
-        (dialled, host): (SocketAddr, &str),
-        answer: &mut Value,
-    ) -> Result<(), String> {
-        let protocol = port.cluster.protocol;
-        answer["service"] =
-            json!({"name": service.name.to_string(), "port": port.port, "protocol": format!("{protocol:?}").to_lowercase()});
-        if matches!(protocol, Protocol::Tcp | Protocol::Tls) {
-            let client = source.ips.first().copied().unwrap_or_else(|| dialled.ip());
-            let routed = port.routes.find_l4(L4Context { source, client, destination: dialled, sni: self.sni.as_deref() }, 0);
-            let Some(cluster) = routed.unwrap_or(Some(&port.cluster)) else {
-                answer["verdict"] = "the route's destination does not exist: the connection is reset".into();
-                return Ok(());
-            };
-            answer["route"] =
-                json!({"from": Value::Null, "rule": if routed.is_some() { "a tcp or tls route" } else { "none: the service itself" }});
-            answer["endpoints"] = endpoints(snapshot, source, cluster, Asked { question: self, head: None });
-            answer["verdict"] = verdict(&answer["endpoints"]).into();
-            return Ok(());
-        }
-        let mut head = self.head(host, dialled)?;
-        if let Some(normal) = renormalised(&head, snapshot.normalization).map_err(|_| "path: cannot be normalised: answered 400")? {
-            head = normal;
-        }
-        answer["request"] = json!({"method": head.method.as_str(), "host": head.host(), "path": head.target.as_str()});
-        let asked = Asked { question: self, head: Some(&head) };
-        let Some(table) = &port.routes.http else {
-            answer["route"] = json!({"from": Value::Null, "rule": "none: the service itself"});
-            answer["endpoints"] = endpoints(snapshot, source, &port.cluster, asked);
-            answer["verdict"] = verdict(&answer["endpoints"]).into();
-            return Ok(());
-        };
-        let rules = snapshot.tokens_of(&port.cluster);
-        let assumed = self.claims.as_ref().filter(|_| table.asks_tokens(rules)).map(|claims| Verified::assumed(rules, claims));
-        let verified = assumed.and_then(|assumed| assumed.ok().flatten());
-        if self.claims.is_some() && table.asks_tokens(rules) && verified.is_none() {
-            answer["route"] = json!({"from": &*table.origin, "rule": Value::Null});
-            answer["verdict"] = "the destination takes no tokens of the issuer that the claims name: answered 401".into();
-            return Ok(());
-        }
-        let seen = received(rules, verified.as_ref(), &head);
-        let Some(found) = table.find(&seen, Context { source, port: port.port, claims: verified.as_ref() }) else {
-            answer["route"] = json!({"from": &*table.origin, "rule": Value::Null});
-            answer["verdict"] = "no rule takes it: answered 404 (NR)".into();
-            return Ok(());
-        };
-        let number = table.rules.iter().position(|r| std::ptr::eq(r, found.resolved)).map(|n| n + 1);
-        routed(snapshot, source, found.resolved, asked, answer);
-        answer["route"]["from"] = (*table.origin).into();
-        answer["route"]["rule"] = json!(number);
-        Ok(())
+    /// Whether it is a request that is asked about, where that is not clear from the port.
+    fn is_request(&self) -> bool {
+        self.method.is_some() || self.path.is_some() || !self.headers.is_empty() || self.claims.is_some()
     }
 
     fn head(&self, host: &str, dialled: SocketAddr) -> Result<RequestHead, String> {
@@ -191,107 +148,211 @@ impl Question {
     }
 }
 
+/// Who asks what of whom.
+#[derive(Clone, Copy)]
+struct Asker<'a> {
+    question: &'a Question,
+    snapshot: &'a Snapshot,
+    source: &'a Arc<Workload>,
+    dialled: SocketAddr,
+    host: &'a str,
+}
+
+impl<'a> Asker<'a> {
+    fn asked(self, head: Option<&'a RequestHead>) -> Asked<'a> {
+        Asked {
+            snapshot: self.snapshot,
+            source: self.source,
+            sni: self.question.sni.as_ref(),
+            claims: self.question.claims.as_deref(),
+            head,
+        }
+    }
+
+    /// The request, if one is asked about, as the proxy would read it.
+    fn request(self, answer: &mut Value) -> Result<RequestHead, String> {
+        let mut head = self.question.head(self.host, self.dialled)?;
+        if let Some(normal) = renormalised(&head, self.snapshot.normalization).map_err(|_| "path: cannot be normalised: answered 400")? {
+            head = normal;
+        }
+        answer["request"] = json!({"method": head.method.as_str(), "host": head.host(), "path": head.target.as_str()});
+        Ok(head)
+    }
+
+    /// To a pod's own address: nothing is routed, and what a destination looks into it judges.
+    fn to_pod(self, workload: &Arc<Workload>, answer: &mut Value) -> Result<(), String> {
+        let head = if self.question.is_request() { Some(self.request(answer)?) } else { None };
+        let mut fates = Fates::default();
+        let one = self.asked(head.as_ref()).at_endpoint(self.dialled, workload);
+        fates.add(1, &[one.clone()]);
+        answer["endpoints"] = json!([one]);
+        fates.tell(None, answer);
+        Ok(())
+    }
+
+    fn to_service(self, service: &Service, port: &ServicePort, answer: &mut Value) -> Result<(), String> {
+        let protocol = port.cluster.protocol;
+        answer["service"] =
+            json!({"name": service.name.to_string(), "port": port.port, "protocol": format!("{protocol:?}").to_lowercase()});
+        let (opaque, unknown) = (matches!(protocol, Protocol::Tcp | Protocol::Tls), protocol == Protocol::Detect);
+        if opaque || (unknown || !self.source.enrolled) && !self.question.is_request() {
+            self.connection(port, answer);
+            return Ok(());
+        }
+        let head = self.request(answer)?;
+        let table = port.routes.http.as_ref().filter(|_| self.source.enrolled);
+        let Some(table) = table else {
+            self.straight(&port.cluster, Some(&head), answer);
+            return Ok(());
+        };
+        answer["route"] = json!({"from": &*table.origin, "rule": Value::Null});
+        let (rules, claims) = (self.snapshot.tokens_of(&port.cluster), self.question.claims.as_ref());
+        let assumed = claims.filter(|_| table.asks_tokens(rules)).map(|claims| Verified::assumed(rules, claims));
+        let verified = assumed.and_then(|assumed| assumed.ok().flatten());
+        if claims.is_some() && table.asks_tokens(rules) && verified.is_none() {
+            answer["verdict"] = "the destination takes no tokens of the issuer that the claims name: answered 401".into();
+            return Ok(());
+        }
+        let seen = received(rules, verified.as_ref(), &head);
+        let Some(found) = table.find(&seen, Context { source: self.source, port: port.port, claims: verified.as_ref() }) else {
+            answer["verdict"] = "no rule takes it: answered 404 (NR)".into();
+            return Ok(());
+        };
+        let number = table.rules.iter().position(|r| std::ptr::eq(r, found.resolved)).map(|n| n + 1);
+        self.routed(found, &head, answer);
+        answer["route"]["from"] = (*table.origin).into();
+        answer["route"]["rule"] = json!(number);
+        Ok(())
+    }
+
+    /// A connection that carries no HTTP, or of which it is not said.
+    fn connection(self, port: &ServicePort, answer: &mut Value) {
+        let client = self.source.ips.first().copied().unwrap_or_else(|| self.dialled.ip());
+        let context = L4Context { source: self.source, client, destination: self.dialled, sni: self.question.sni.as_deref() };
+        let Some((number, found)) = port.routes.l4_rule(context).filter(|_| self.source.enrolled) else {
+            return self.straight(&port.cluster, None, answer);
+        };
+        let ResolvedL4 { origin, rule, destinations } = found;
+        let weights = rule.destinations.iter().map(|d| (d.weight, format!("{}{}", d.destination.host, d.destination.subset)));
+        let mut fates = Fates::of(weights.clone().map(|(weight, _)| weight));
+        let mut all = Vec::new();
+        for ((weight, named), cluster) in weights.zip(destinations) {
+            all.push(self.destination(&mut fates, weight, (cluster.as_deref(), named), "the connection is reset", None));
+        }
+        let kind = if rule.matches.iter().any(|m| !m.sni.is_empty()) { "tls" } else { "tcp" };
+        answer["route"] = json!({"from": &**origin, "rule": number + 1, "kind": kind});
+        answer["destinations"] = all.into();
+        fates.tell(None, answer);
+    }
+
+    /// No rule is in force.
+    fn straight(self, cluster: &Cluster, head: Option<&RequestHead>, answer: &mut Value) {
+        let mut fates = Fates::default();
+        answer["route"] = json!({"from": Value::Null, "rule": "none: the service itself"});
+        let endpoints = self.endpoints(cluster, head);
+        fates.add(1, &endpoints);
+        answer["endpoints"] = endpoints.into();
+        fates.tell(None, answer);
+    }
+
+    /// Says what a rule does with a request.
+    fn routed(self, found: Found<'_>, head: &RequestHead, answer: &mut Value) {
+        let (resolved, rule): (_, &Rule) = (found.resolved, &found.resolved.rule);
+        answer["route"] = json!({
+            "name": &*rule.name, "matches": rule.matches.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "timeoutMilliseconds": rule.timeout.map(|t| t.as_millis()), "attempts": rule.retries.as_ref().map(|r| r.attempts),
+            "mirrors": resolved.mirrors.iter().flatten().map(|c| c.id.to_string()).collect::<Vec<_>>(),
+            "fault": {
+                "delayMilliseconds": rule.fault.delay.map(|(d, _)| d.as_millis()), "delayPercent": rule.fault.delay.map(|(_, s)| s.as_percent()),
+                "abort": rule.fault.abort.map(|(abort, _)| told(abort)), "abortPercent": rule.fault.abort.map(|(_, s)| s.as_percent()),
+            },
+        });
+        let missing = || format!("answered {}", rule.missing_status.as_u16());
+        let mut fates = Fates::default();
+        match &rule.action {
+            Action::Redirect(redirect) => fates.fail(1, format!("answered {} with a redirect", redirect.status.as_u16())),
+            Action::Respond(response) => fates.fail(1, format!("answered {} by the route", response.status.as_u16())),
+            Action::Delegate { .. } => fates.fail(1, format!("{}: the delegate does not exist", missing())),
+            Action::Forward(all) => {
+                fates = Fates::of(all.iter().map(|d| d.weight));
+                let mut found_all = Vec::new();
+                for (weighted, cluster) in all.iter().zip(&resolved.destinations) {
+                    let mut sent = head.clone();
+                    // What is told of the request is not known before there is one.
+                    let tell = |template: &Template, _: crate::report::entry::Asked<'_>| HeaderValue::from_str(template.plain()?).ok();
+                    rewrite::request(&mut sent, rule, found.path, Some(weighted), tell);
+                    let named = format!("{}{}", weighted.destination.host, weighted.destination.subset);
+                    let mut one = self.destination(&mut fates, weighted.weight, (cluster.as_deref(), named), &missing(), Some(&sent));
+                    if (&sent.target, &sent.authority) != (&head.target, &head.authority) {
+                        one["request"] = json!({"host": sent.host(), "path": sent.target.as_str()});
+                    }
+                    found_all.push(one);
+                }
+                answer["destinations"] = found_all.into();
+            }
+        }
+        fates.tell(rule.fault.abort.map(|(abort, share)| (told(abort), share.as_percent())), answer);
+    }
+
+    fn destination(
+        self,
+        fates: &mut Fates,
+        weight: u32,
+        (cluster, named): (Option<&Cluster>, String),
+        missing: &str,
+        head: Option<&RequestHead>,
+    ) -> Value {
+        let percent = fates.percent(weight);
+        let Some(cluster) = cluster else {
+            fates.fail(weight, format!("{named} does not exist: {missing}"));
+            return json!({"cluster": named, "percent": percent, "endpoints": [], "problem": format!("does not exist: {missing}")});
+        };
+        let endpoints = self.endpoints(cluster, head);
+        fates.add(weight, &endpoints);
+        json!({"cluster": cluster.id.to_string(), "percent": percent, "endpoints": endpoints})
+    }
+
+    /// The endpoints of a cluster, and what policy says at each.
+    fn endpoints(self, cluster: &Cluster, head: Option<&RequestHead>) -> Vec<Value> {
+        let asked = self.asked(head);
+        let usable = crate::balance::usable(cluster, self.dialled.ip(), &self.source.node);
+        // An endpoint that is dialled by its own address is not balanced.
+        let alone = cluster.policy.balancer == Balancer::Passthrough && cluster.endpoints.iter().any(|e| e.address == self.dialled);
+        let one = |e: &Endpoint| {
+            let mut one = match self.snapshot.workload_by_ip(e.address.ip()) {
+                Some(workload) => asked.at_endpoint(e.address, workload),
+                None => {
+                    json!({"address": e.address, "workload": Value::Null, "decision": "allowed", "reason": "not in the mesh: no policy is asked"})
+                }
+            };
+            one["ready"] = e.ready.into();
+            one["used"] = (alone || usable.iter().any(|u| u.address == e.address)).into();
+            one
+        };
+        cluster.endpoints.iter().filter(|e| !alone || e.address == self.dialled).map(one).collect()
+    }
+}
+
+/// What an abort answers.
+fn told(abort: Abort) -> String {
+    match abort {
+        Abort::Http(status) => status.as_u16().to_string(),
+        Abort::Grpc(code) => format!("gRPC status {code}"),
+    }
+}
+
 /// A service as a client of a namespace names it: `name`, `name.namespace`, `namespace/name` or in full.
 fn service_named<'s>(snapshot: &'s Snapshot, namespace: &str, text: &str) -> Result<&'s Arc<Service>, String> {
-    let mut labels = text.split('.');
-    let name = labels.next().unwrap_or_default();
-    let by_dots = (labels.next().unwrap_or(namespace), name);
-    let (namespace, name) = text.split_once('/').unwrap_or(by_dots);
-    let found = snapshot.services().iter().find(|s| *s.name.namespace == *namespace && *s.name.name == *name);
-    found.ok_or_else(|| format!("to: there is no service {namespace}/{name}"))
-}
-
-/// Says what a rule does with a request.
-fn routed(snapshot: &Snapshot, source: &Arc<Workload>, resolved: &ResolvedRule, asked: Asked<'_>, answer: &mut Value) {
-    let rule: &Rule = &resolved.rule;
-    answer["route"] = json!({
-        "name": &*rule.name, "matches": rule.matches.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "timeoutMilliseconds": rule.timeout.map(|t| t.as_millis()), "attempts": rule.retries.as_ref().map(|r| r.attempts),
-        "mirrors": resolved.mirrors.iter().flatten().map(|c| c.id.to_string()).collect::<Vec<_>>(),
-        "fault": {"delayMilliseconds": rule.fault.delay.map(|(d, _)| d.as_millis()), "aborts": rule.fault.abort.is_some()},
-    });
-    match &rule.action {
-        Action::Redirect(redirect) => answer["verdict"] = format!("answered {} with a redirect", redirect.status.as_u16()).into(),
-        Action::Respond(response) => answer["verdict"] = format!("answered {} by the route", response.status.as_u16()).into(),
-        Action::Delegate { .. } => {
-            answer["verdict"] = format!("answered {}: the delegate does not exist", rule.missing_status.as_u16()).into();
-        }
-        Action::Forward(all) => {
-            let total: u64 = all.iter().map(|d| u64::from(d.weight)).sum();
-            let mut found = Vec::new();
-            for (weighted, cluster) in all.iter().zip(&resolved.destinations) {
-                let share = (u64::from(weighted.weight) * 100).checked_div(total).unwrap_or(0);
-                found.push(match cluster {
-                    Some(cluster) => json!({"cluster": cluster.id.to_string(), "percent": share,
-                        "endpoints": endpoints(snapshot, source, cluster, asked)}),
-                    None => json!({"cluster": format!("{}{}", weighted.destination.host, weighted.destination.subset), "percent": share,
-                        "endpoints": [], "problem": format!("does not exist: answered {}", rule.missing_status.as_u16())}),
-                });
-            }
-            let reached = found.iter().filter(|d| d["percent"] != 0).flat_map(|d| d["endpoints"].as_array().cloned().unwrap_or_default());
-            answer["verdict"] = verdict(&reached.collect()).into();
-            answer["destinations"] = found.into();
-        }
-    }
-}
-
-/// The endpoints of a cluster, and what policy says at each.
-fn endpoints(snapshot: &Snapshot, source: &Arc<Workload>, cluster: &Cluster, asked: Asked<'_>) -> Value {
-    let one = |e: &crate::route::Endpoint| match snapshot.workload_by_ip(e.address.ip()) {
-        Some(workload) => {
-            let mut one = at_endpoint(snapshot, source, e.address, workload, asked);
-            one["ready"] = e.ready.into();
-            one
-        }
-        None => {
-            json!({"address": e.address, "workload": Value::Null, "ready": e.ready, "decision": "allowed", "reason": "not in the mesh: no policy is asked"})
-        }
+    let labels = text.trim_end_matches('.').split('.').collect::<Vec<_>>();
+    let (namespace, name) = match (text.split_once('/'), labels.as_slice()) {
+        (Some(both), _) => both,
+        (None, [name]) => (namespace, *name),
+        (None, [name, namespace] | [name, namespace, "svc"] | [name, namespace, "svc", "cluster", "local"]) => (*namespace, *name),
+        (None, _) => return Err(format!("to: {text} is no Service's name; say an address to ask about hosts outside the mesh")),
     };
-    cluster.endpoints.iter().map(one).collect()
-}
-
-fn at_endpoint(snapshot: &Snapshot, source: &Workload, to: SocketAddr, workload: &Workload, asked: Asked<'_>) -> Value {
-    let own = source.ips.iter().find(|ip| ip.is_ipv4() == to.is_ipv4()).or(source.ips.first());
-    let mut facts = Facts::new(workload.enrolled.then(|| source.identity.clone()), own.copied().unwrap_or_else(|| to.ip()), to);
-    facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
-    facts.sni = Sni::Read(asked.question.sni.clone());
-    let same_node = workload.node == source.node;
-    let mut one = json!({
-        "address": to, "workload": workload.name.to_string(), "node": &*workload.node,
-        "path": match (workload.enrolled, same_node) { (false, _) => "passthrough", (true, true) => "same_node", (true, false) => "tunnel" },
-    });
-    if !workload.enrolled {
-        one["decision"] = "allowed".into();
-        one["reason"] = "not in the mesh: no policy is asked".into();
-        return one;
-    }
-    let rules = &workload.policy.at(to.port()).authentication;
-    // Where no tokens are taken, none is looked at. That it is JSON is known.
-    let claims = asked.question.claims.as_ref().filter(|_| asked.head.is_some() && !rules.is_empty());
-    let verified = claims.and_then(|claims| Verified::assumed(rules, claims).ok().flatten());
-    if claims.is_some() && verified.is_none() {
-        one["decision"] = "denied".into();
-        one["reason"] = "answered 401: it takes no tokens of the issuer that the claims name".into();
-        return one;
-    }
-    let received = asked.head.map(|head| received(rules, verified.as_ref(), head));
-    let request = received.as_ref().map(|head| Request::new(head, verified.as_ref(), remote(snapshot, &facts, &head.headers)));
-    let explanation = workload.policy.explain(&facts, request.as_ref(), |provider| snapshot.authorizers.contains_key(provider));
-    one["decision"] = if explanation.denied.is_none() { "allowed" } else { "denied" }.into();
-    one["reason"] = authorization::reason(&explanation).into();
-    one["policy"] = json!(explanation.denied.as_ref().map(|d| d.policy().to_owned()).or(explanation.rule.as_deref().map(str::to_owned)));
-    one
-}
-
-/// One line of all endpoints.
-fn verdict(endpoints: &Value) -> String {
-    let all = endpoints.as_array().map(Vec::as_slice).unwrap_or_default();
-    let usable = all.iter().filter(|e| e["ready"] != false).collect::<Vec<_>>();
-    let denied = usable.iter().filter(|e| e["decision"] == "denied").count();
-    match (usable.len(), denied) {
-        (0, _) => "no endpoint is ready: answered 503 (UH), or reset if it is no request".to_owned(),
-        (n, 0) => format!("allowed, at one of {n} endpoints"),
-        (n, d) if n == d => "denied at every endpoint: answered 403, or reset if it is no request".to_owned(),
-        (n, d) => format!("denied at {d} of {n} endpoints"),
-    }
+    let found = snapshot.services().iter().find(|s| *s.name.namespace == *namespace && *s.name.name == *name);
+    found.ok_or_else(|| {
+        let near = crate::admin::names::near(&format!("{namespace}/{name}"), snapshot.services().iter().map(|s| s.name.to_string()));
+        format!("to: there is no service {namespace}/{name}{near}")
+    })
 }

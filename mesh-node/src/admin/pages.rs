@@ -195,7 +195,8 @@ pub(super) fn trace(node: &Node, query: &str) -> Result<Value, String> {
     }
     let workload = workload.ok_or("workload: is missing; say namespace/name of a pod")?;
     let snapshot = node.proxy.config.load();
-    let found = super::authorization::find(&snapshot, &workload).ok_or_else(|| super::authorization::unknown("workload", &workload))?;
+    let found =
+        super::authorization::find(&snapshot, &workload).ok_or_else(|| super::authorization::unknown(&snapshot, "workload", &workload))?;
     if node.proxy.pods.by_uid(&found.uid).is_none() {
         return Err(format!("workload: {} is not captured by this node; its node is {:?}", found.name, found.node));
     }

@@ -81,7 +81,7 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
     };
     tokio::spawn(admin::serve(admin::Listener::Tcp(metrics), Arc::new(answer)));
     tracing::info!(target: "ca", address = %settings.listen, metrics = %settings.metrics, "the certificate authority serves");
-    let mut signals = super::node::StopSignals::new().context("signals cannot be heard of")?;
+    let mut signals = super::stop::StopSignals::new().context("signals cannot be heard of")?;
     tokio::select! {
         ended = service.run(listener) => Ok(ended?),
         signal = signals.next() => {

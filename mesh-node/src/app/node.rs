@@ -2,7 +2,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    io,
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     path::PathBuf,
@@ -14,12 +13,12 @@ use std::{
 };
 
 use anyhow::Context;
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::{Notify, mpsc},
-};
+use tokio::sync::{Notify, mpsc};
 
-use super::listeners::{Listeners, Serving};
+use super::{
+    listeners::{Listeners, Serving},
+    stop::{self, StopSignals},
+};
 use crate::{
     admin::{self, Listener, Pages, Scrapes},
     capture::{Acceleration, Capture, CaptureSettings, Discovery, LocalPod, NodeFlows, SameNode},
@@ -38,12 +37,6 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a released pod's listeners go on, for peers that have not heard of it yet.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
-/// How long access logs may take to be written then, and spans to be sent.
-const LOG_GRACE: Duration = Duration::from_millis(500);
-/// How long before the end of a drain connections are taken no more, for the last of them; a quarter of it at most.
-const LAST_TO_COME: Duration = Duration::from_secs(2);
-/// How long connections that have come are waited for that have not said anything.
-const LAST_TO_SPEAK: Duration = Duration::from_secs(1);
 
 /// Everything the process is started with.
 #[derive(Debug, Clone)]
@@ -106,7 +99,7 @@ pub struct PodState {
     pub problem: Option<String>,
 }
 
-/// The running node, for inspection.
+/// The running node.
 pub struct Node {
     pub settings: NodeSettings,
     pub proxy: Arc<Proxy>,
@@ -118,7 +111,7 @@ pub struct Node {
     pub scrapes: Scrapes,
     /// Asks the process to stop in order.
     pub stop: Notify,
-    stopping: AtomicBool,
+    pub(super) stopping: AtomicBool,
 }
 
 impl Node {
@@ -227,26 +220,6 @@ fn raise_descriptor_limit() -> nix::Result<u64> {
     Ok(hard)
 }
 
-/// The signals that stop a process in order.
-pub(super) struct StopSignals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl StopSignals {
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
-    }
-
-    /// The next of them; nothing is lost when this is dropped.
-    pub async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
-
 /// Keeps what is captured equal to what should be.
 ///
 /// A pod is released only on evidence: it is gone, or the configuration says that it is not in the mesh. What cannot be
@@ -288,20 +261,17 @@ impl Reconciler {
     /// Works until the node is told to stop, and stops it.
     async fn until_stopped(mut self, discovery: Discovery, config: Configuration) -> anyhow::Result<()> {
         let node = self.node.clone();
-        let (mut signals, mut signalled) = (StopSignals::new().context("signals cannot be heard of")?, false);
-        tokio::select! {
-            stopped = self.run(discovery, config) => stopped?,
-            signal = signals.next() => {
-                signalled = true;
-                tracing::info!(target: "app", signal, "stopping");
-            }
-            () = node.stop.notified() => tracing::info!(target: "app", "stopping, as asked"),
-        }
-        node.stopping.store(true, Ordering::Relaxed);
-        self.stop(&mut signals, signalled).await;
+        let mut signals = StopSignals::new().context("signals cannot be heard of")?;
+        // Pods come and go while those that were there are waited for.
+        let stopping = tokio::select! {
+            ended = self.run(discovery, config) => return ended,
+            stopping = stop::when_told(&node, &mut signals) => stopping,
+        };
+        stopping.finish(&node, &mut signals, self.served.into_values().map(|s| s.serving)).await;
         Ok(())
     }
 
+    /// Works for as long as it is let.
     async fn run(&mut self, mut discovery: Discovery, mut config: Configuration) -> anyhow::Result<()> {
         config.ready().await;
         loop {
@@ -477,66 +447,4 @@ impl Reconciler {
             serving.drain().await;
         });
     }
-
-    /// Asks everybody to go elsewhere and waits a little for them. Whoever comes is still served until those that were there have
-    /// gone or time is nearly up: nobody else would. Capture stays as it is: what happens to new connections after that is the fail
-    /// mode's business. A signal after a signal ends the waiting.
-    async fn stop(&mut self, signals: &mut StopSignals, mut signalled: bool) {
-        let (node, began, drain) = (self.node.clone(), tokio::time::Instant::now(), self.node.settings.drain);
-        let served = std::mem::take(&mut self.served);
-        let pods = served.values().map(|s| s.pod.clone()).collect::<Vec<_>>();
-        let before = pods.iter().map(|pod| pod.leave()).collect::<Vec<_>>();
-        let gone = || before.iter().all(|here| here.strong_count() == 0);
-        let told_again = wait_until(gone, began + drain.saturating_sub(LAST_TO_COME.min(drain / 4)), signals, &mut signalled).await;
-        node.capture().withdraw();
-        crate::spawn::aside(|| node.direct.settle());
-        node.direct.hand_over();
-        for served in served.into_values() {
-            tokio::spawn(served.serving.drain());
-        }
-        node.proxy.spans.flush(LOG_GRACE).await;
-        node.proxy.pool.close();
-        let (metrics, closing) = (node.proxy.metrics.clone(), tokio::time::Instant::now());
-        let over = || {
-            // What is kept for requests that do not come any more keeps nobody.
-            pods.iter().for_each(|p| p.clusters.retire());
-            // Nor do those that say nothing; but who has just come is not cut before it is known what for.
-            let settled = pods.iter().all(|p| p.is_left()) || closing.elapsed() >= LAST_TO_SPEAK;
-            settled && metrics.open_connections.get() + metrics.http_active.get() == 0
-        };
-        let told_again = match told_again {
-            None => wait_until(over, began + drain, signals, &mut signalled).await,
-            again => again,
-        };
-        if let Some(signal) = told_again {
-            tracing::warn!(target: "app", signal, open = metrics.open_connections.get(), "told to stop again: what is open is cut");
-        }
-        // What was let finish is told while its pods can still be asked for.
-        node.proxy.spans.flush(LOG_GRACE).await;
-        pods.iter().for_each(|p| p.end(Cut::Shutdown));
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        node.proxy.spans.flush(LOG_GRACE).await;
-        // A writer that hangs keeps nobody.
-        let _ = tokio::task::spawn_blocking(move || metrics.access.flush(LOG_GRACE)).await;
-    }
-}
-
-/// Waits until it is so. What comes back is the signal after a signal that ended the waiting.
-async fn wait_until(
-    is_so: impl Fn() -> bool,
-    deadline: tokio::time::Instant,
-    signals: &mut StopSignals,
-    signalled: &mut bool,
-) -> Option<&'static str> {
-    while !is_so() && tokio::time::Instant::now() < deadline {
-        tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(20)) => {}
-            signal = signals.next() => {
-                if std::mem::replace(signalled, true) {
-                    return Some(signal);
-                }
-            }
-        }
-    }
-    None
 }

@@ -198,7 +198,7 @@ struct Explain {
     /// Ask this directory of manifests instead of a node.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// Fail (1) when it is not allowed everywhere.
+    /// Fail (1) when it is not allowed everywhere: denied at some endpoint, or answered by the route or its fault.
     #[arg(long)]
     check: bool,
 }
@@ -319,8 +319,7 @@ impl Meshctl {
             What::Explain(question) => {
                 let answer = question.answer(admin)?;
                 self.print(&answer, views::explain);
-                let allowed = answer["verdict"].as_str().is_some_and(|v| v.starts_with("allowed"));
-                Ok(if question.check && !allowed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+                Ok(if question.check && answer["allowed"] != true { ExitCode::FAILURE } else { ExitCode::SUCCESS })
             }
             What::Authorize(question) => {
                 let answer = admin.document(&question.path())?;

@@ -25,6 +25,9 @@ const UNSENT: u32 = 128 * 1024;
 /// Bytes a socket of the proxy has the kernel receive ahead of it, from a peer on this node, for which that is many round trips. Left to
 /// itself the kernel goes to `tcp_rmem`'s most, and all of that stays when the proxy may read no more because its other end does not.
 const AHEAD: usize = 128 * 1024;
+/// Bytes such a socket keeps of what it sends until the other end has taken it. A peer that opened its window wide and then does not read
+/// would have the kernel hold `tcp_wmem`'s most.
+const UNTAKEN: usize = 192 * 1024;
 /// `IP_BIND_ADDRESS_NO_PORT`: binding an address leaves the choice of port to `connect`, which knows the four-tuple.
 const IP_BIND_ADDRESS_NO_PORT: libc::c_int = 24;
 /// `IPV6_TRANSPARENT` and `IP_TRANSPARENT`.
@@ -42,8 +45,14 @@ pub fn listen(netns: &Netns, port: u16) -> io::Result<TcpListener> {
 pub fn listen_locally(netns: &Netns, port: u16) -> io::Result<TcpListener> {
     let socket = listen_within(netns, port)?;
     // Before any window is told: connections have it from here.
-    socket.set_recv_buffer_size(AHEAD)?;
+    bound(&socket)?;
     TcpListener::from_std(socket.into())
+}
+
+/// Bounds what the kernel holds of a connection within the node.
+fn bound(socket: &Socket) -> io::Result<()> {
+    socket.set_recv_buffer_size(AHEAD)?;
+    socket.set_send_buffer_size(UNTAKEN)
 }
 
 fn listen_within(netns: &Netns, port: u16) -> io::Result<Socket> {
@@ -88,18 +97,18 @@ const TRIES: usize = 32;
 
 /// Connects from inside a namespace. The timeout is the caller's.
 pub async fn connect(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
-    connect_with(netns, to, source, None).await
+    connect_with(netns, to, source, false).await
 }
 
 /// Connects as [`connect`] does, to a program of the pod itself.
 pub async fn connect_locally(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
-    connect_with(netns, to, source, Some(AHEAD)).await
+    connect_with(netns, to, source, true).await
 }
 
-async fn connect_with(netns: &Netns, to: SocketAddr, source: Source, ahead: Option<usize>) -> io::Result<TcpStream> {
+async fn connect_with(netns: &Netns, to: SocketAddr, source: Source, local: bool) -> io::Result<TcpStream> {
     let mut tries = 0;
     loop {
-        let connected = connect_once(netns, to, source, ahead).await;
+        let connected = connect_once(netns, to, source, local).await;
         tries += 1;
         match connected {
             Err(error) if is_taken(&error) && tries < TRIES && matches!(source, Source::Neighbour(_)) => {}
@@ -113,10 +122,10 @@ fn is_taken(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }
 
-async fn connect_once(netns: &Netns, to: SocketAddr, source: Source, ahead: Option<usize>) -> io::Result<TcpStream> {
+async fn connect_once(netns: &Netns, to: SocketAddr, source: Source, local: bool) -> io::Result<TcpStream> {
     let socket = netns.enter(|| connecting(to, source))??;
-    if let Some(bytes) = ahead {
-        socket.set_recv_buffer_size(bytes)?;
+    if local {
+        bound(&socket)?;
     }
     // SAFETY: the descriptor is a socket we own and give away.
     let socket = unsafe { TcpSocket::from_raw_fd(socket.into_raw_fd()) };

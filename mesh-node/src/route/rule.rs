@@ -225,6 +225,11 @@ impl Share {
         u32::try_from(share).ok().filter(|s| *s <= 1_000_000).map(Self)
     }
 
+    /// In percent.
+    pub fn as_percent(self) -> f64 {
+        f64::from(self.0) / 10_000.0
+    }
+
     /// Whether this throw of the dice (uniform over all values) is within the share.
     pub fn hit(self, dice: u32) -> bool {
         (u64::from(dice) * 1_000_000) >> 32 < u64::from(self.0)

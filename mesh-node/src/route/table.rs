@@ -42,6 +42,8 @@ pub struct ResolvedRule {
 
 #[derive(Debug)]
 pub struct ResolvedL4 {
+    /// The object it comes from.
+    pub origin: Arc<str>,
     pub rule: Arc<L4Rule>,
     pub destinations: Vec<Option<Arc<Cluster>>>,
 }
@@ -89,9 +91,14 @@ impl HttpTable {
 impl PortRoutes {
     /// The cluster a connection that is not HTTP goes to, when a rule says so: `Some(None)` is one that does not exist.
     pub fn find_l4(&self, context: L4Context<'_>, dice: u64) -> Option<Option<&Arc<Cluster>>> {
-        let rules = if context.sni.is_some() && !self.tls.is_empty() { &self.tls } else { &self.tcp };
-        let found = rules.iter().find(|r| r.rule.matches(context))?;
+        let (_, found) = self.l4_rule(context)?;
         let picked = pick_weighted(found.rule.destinations.iter().map(|d| d.weight), dice);
         Some(picked.and_then(|i| found.destinations.get(i)?.as_ref()))
+    }
+
+    /// The rule for a connection that is not HTTP, and its number among its kind.
+    pub fn l4_rule(&self, context: L4Context<'_>) -> Option<(usize, &ResolvedL4)> {
+        let rules = if context.sni.is_some() && !self.tls.is_empty() { &self.tls } else { &self.tcp };
+        rules.iter().enumerate().find(|(_, r)| r.rule.matches(context))
     }
 }

@@ -453,7 +453,7 @@ async fn often(all: Vec<Answered>, way: Way, only: Option<&str>, listed: &Listed
 
 async fn both(all: &[Answered], way: Way) -> Vec<Compared> {
     let cases = all.iter().map(|a| a.case.clone()).collect::<Vec<_>>();
-    let (mut envoy, mut mesh) = (of_envoy(&cases, all).await, of_mesh(&cases, all, way).await);
+    let (mut envoy, mut mesh) = tokio::join!(of_envoy(&cases, all), of_mesh(&cases, all, way));
     if way == Way::In {
         envoy.outcomes.iter_mut().chain(&mut mesh.outcomes).for_each(|outcome| {
             of_requests(outcome);

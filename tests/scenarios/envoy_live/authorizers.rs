@@ -201,7 +201,7 @@ fn over_grpc() -> Vec<Asked> {
 /// Compares those whose names have `only` in them.
 pub async fn compared(only: Option<&str>) -> Vec<Compared> {
     let all = all().into_iter().filter(|a| only.is_none_or(|o| a.case.name.contains(o))).collect::<Vec<_>>();
-    let (envoy, mesh) = (of_envoy(&all).await, of_mesh(&all).await);
+    let (envoy, mesh) = tokio::join!(of_envoy(&all), of_mesh(&all));
     let names = all.into_iter().map(|a| a.case.name);
     names.zip(envoy.into_iter().zip(mesh)).map(|(name, (envoy, mesh))| Compared { name, envoy, mesh }).collect()
 }

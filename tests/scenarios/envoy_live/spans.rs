@@ -91,8 +91,7 @@ pub async fn compared(only: Option<&str>, way: Way) -> Vec<Compared> {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("spans");
     let _collector = Collector::start(&file);
-    of_envoy(&cases, way).await;
-    of_mesh(&cases, way).await;
+    tokio::join!(of_envoy(&cases, way), of_mesh(&cases, way));
     let mut spans = Vec::new();
     // Both send about once a second; of one whose request is not sampled there are none.
     for _ in 0..8 {

@@ -63,12 +63,14 @@ impl Network {
     fn add_node(id: &str, fabric: &str, node: usize, nodes: usize) -> Result<()> {
         let netns = name(id, &format!("n{node}"));
         add(&netns)?;
+        // A bridge without an address of its own takes the lowest of its ports', and pods would send to the old one for a while when
+        // another comes.
         ip(
             Some(&netns),
             &format!(
                 "link set lo up\nlink add eth0 type veth peer name port{node} netns {fabric}\nlink set eth0 up\n\
                  addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\n\
-                 link add cni0 type bridge\nlink set cni0 up\naddr add {}/20 dev cni0\naddr add {}/64 dev cni0 nodad\n",
+                 link add cni0 address 0a:58:0a:f4:00:01 type bridge\nlink set cni0 up\naddr add {}/20 dev cni0\naddr add {}/64 dev cni0 nodad\n",
                 node_address(node).0,
                 node_address(node).1,
                 pod_addresses(node, 1).0,

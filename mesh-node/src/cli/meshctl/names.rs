@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::Failure;
+use crate::admin::names::near;
 
 /// The full name of an object: namespace/name.
 pub fn named(value: &Value) -> String {
@@ -24,28 +25,8 @@ pub fn find(kind: &str, text: &str, all: &[Value]) -> Result<String, Failure> {
             return Err(Failure::Asked(format!("there are several {kind}s {text:?}: {several}; say which")));
         }
     }
-    let mut near = names.iter().map(|n| (distance(n, text).min(distance(n.rsplit('/').next().unwrap_or(n), text)), n)).collect::<Vec<_>>();
-    near.sort();
-    near.dedup();
-    let near = near.iter().filter(|(d, _)| *d <= (text.len() / 3).max(2)).take(3).map(|(_, n)| n.as_str()).collect::<Vec<_>>();
-    let hint = if near.is_empty() { String::new() } else { format!("; did you mean {}?", near.join(" or ")) };
+    let hint = near(text, names.into_iter());
     Err(Failure::Asked(format!("there is no {kind} {text:?}{hint}")))
-}
-
-/// How many letters have to be put in, left out or changed.
-fn distance(a: &str, b: &str) -> usize {
-    let b = b.chars().collect::<Vec<_>>();
-    let mut row = (0..=b.len()).collect::<Vec<_>>();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

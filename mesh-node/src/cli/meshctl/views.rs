@@ -1,6 +1,6 @@
 //! Documents of the admin endpoint as tables.
 
-use std::time::SystemTime;
+use std::{collections::BTreeSet, time::SystemTime};
 
 use serde_json::Value;
 
@@ -267,15 +267,23 @@ pub fn explain(v: &Value) -> String {
         let matches = if matches.is_empty() { String::new() } else { format!(": {matches}") };
         line("Route", format!("rule {}{from}{matches}", cell(&v["route"]["rule"])));
     }
+    let fault = &v["route"]["fault"];
+    if !fault["delayMilliseconds"].is_null() {
+        line("Delay", format!("{} ms for {}%", cell(&fault["delayMilliseconds"]), cell(&fault["delayPercent"])));
+    }
+    let sent = list(&v["destinations"]).iter().filter(|d| !d["request"].is_null());
+    for sent in sent.map(|d| format!("{} at {}", cell(&d["request"]["path"]), cell(&d["request"]["host"]))).collect::<BTreeSet<_>>() {
+        line("Sent as", sent);
+    }
     line("Verdict", cell(&v["verdict"]));
-    let mut table = Table::new(&["SHARE", "CLUSTER", "ENDPOINT", "WORKLOAD", "READY", "PATH", "DECISION", "REASON"]);
+    let mut table = Table::new(&["SHARE", "CLUSTER", "ENDPOINT", "WORKLOAD", "USED", "PATH", "DECISION", "REASON"]);
     let mut row = |share: String, cluster: String, e: &Value| {
         table.row([
             share,
             cluster,
             cell(&e["address"]),
             cell(&e["workload"]),
-            cell(&e["ready"]),
+            if e["ready"] == false && e["used"] == false { "no: not ready".to_owned() } else { cell(&e["used"]) },
             cell(&e["path"]),
             cell(&e["decision"]),
             cell(&e["reason"]),

@@ -244,7 +244,7 @@ impl Resolver<'_, '_> {
 
     fn l4(&self, named: &Named, rule: &L4Rule) -> ResolvedL4 {
         let destinations = rule.destinations.iter().map(|d| self.cluster(named, &named.key.name.namespace, &d.destination));
-        ResolvedL4 { destinations: destinations.collect(), rule: Arc::new(rule.clone()) }
+        ResolvedL4 { origin: named.key.to_string().into(), destinations: destinations.collect(), rule: Arc::new(rule.clone()) }
     }
 
     fn cluster(&self, named: &Named, namespace: &str, destination: &Destination) -> Option<Arc<Cluster>> {
