@@ -50,19 +50,14 @@ impl Asker<'_> {
 /// Picks an endpoint of the client's address family, or `None` when none can be used.
 ///
 /// Ready endpoints are used; when there are none, those that still serve while they terminate, as kube-proxy does.
-/// Ejected ones are left out, unless so few are left that the policy says to use all (panic). One already tried is
+/// Ejected ones are left out, unless so few are left that the policy says to use all (panic, see [`locality`]). One already tried is
 /// avoided as long as there is another.
 pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint> {
     let mut candidates = usable(cluster, asker.client, asker.node);
     if asker.elsewhere {
         avoid_localities(cluster, asker, &mut candidates);
     }
-    if cluster.client_ip_affinity && !matches!(cluster.policy.balancer, Balancer::Hash { .. }) {
-        avoid(&mut candidates, asker.tried);
-        return candidates.into_iter().max_by_key(|e| affinity(asker.client, e));
-    }
-    let healthy = leave_out_ejected(cluster, asker, &mut candidates);
-    let mut candidates = locality::narrow(cluster, asker, candidates, healthy);
+    let mut candidates = locality::narrow(cluster, asker, candidates);
     if let (Balancer::Hash { .. }, Some(hash), Some(table)) = (&cluster.policy.balancer, asker.hash, &cluster.table) {
         let address = table.pick(hash, |a| candidates.iter().any(|e| e.address == *a))?;
         return candidates.into_iter().find(|e| e.address == address);
@@ -77,23 +72,6 @@ pub fn usable<'a>(cluster: &'a Cluster, client: IpAddr, node: &str) -> Vec<&'a E
     let select = |test: fn(&Endpoint) -> bool| cluster.endpoints.iter().filter(reachable).filter(|e| test(e)).collect::<Vec<_>>();
     let ready = select(|e| e.ready);
     if ready.is_empty() { select(|e| e.serving_while_terminating) } else { ready }
-}
-
-/// Leaves the ejected out unless the rest is too small. Returns whether those left are all healthy.
-fn leave_out_ejected(cluster: &Cluster, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) -> bool {
-    if asker.ejected.is_empty() {
-        return true;
-    }
-    let healthy = candidates.iter().filter(|e| !asker.is_ejected(e)).count();
-    let panic = cluster.policy.outlier.map_or(0, |o| o.min_health_percent) as usize;
-    if 100 * healthy < panic * candidates.len() {
-        return false;
-    }
-    // Whole levels of locality must still see who is gone: they are left out there when localities count.
-    if !locality::counts(cluster) {
-        candidates.retain(|e| !asker.is_ejected(e));
-    }
-    true
 }
 
 fn avoid(candidates: &mut Vec<&Endpoint>, tried: &[SocketAddr]) {
@@ -114,7 +92,8 @@ fn avoid_localities(cluster: &Cluster, asker: &Asker<'_>, candidates: &mut Vec<&
 fn choose<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: &[&'a Endpoint]) -> Option<&'a Endpoint> {
     let warmup = cluster.policy.warmup.as_ref();
     match (&cluster.policy.balancer, warmup) {
-        (Balancer::LeastRequest | Balancer::Passthrough, None) => least_request(candidates, asker.dice),
+        (Balancer::ClientIp, _) => candidates.iter().copied().max_by_key(|e| affinity(asker.client, e)),
+        (Balancer::Unset | Balancer::LeastRequest | Balancer::Passthrough, None) => least_request(candidates, asker.dice),
         (Balancer::RoundRobin, None) => at(candidates, asker.turn),
         (Balancer::Random | Balancer::Hash { .. }, _) => at(candidates, asker.dice >> 16),
         (_, Some(warmup)) => warming(cluster, asker, candidates, warmup),
@@ -154,7 +133,7 @@ fn warming<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: &[&'a Endpoint]
         dice = hash(&dice.to_le_bytes());
         #[expect(clippy::cast_precision_loss, reason = "a share needs no more")]
         let thrown = (dice >> 11) as f64 / (1_u64 << 53) as f64;
-        if found.is_none_or(|e| thrown < warmup.share(asker.now.saturating_duration_since(e.load.since))) {
+        if found.is_none_or(|e| thrown < warmup.share(asker.now.saturating_duration_since(e.load.since()))) {
             break;
         }
     }

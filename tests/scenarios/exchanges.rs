@@ -441,3 +441,62 @@ async fn mirrors_get_the_recorded_copies() {
         }
     }
 }
+
+/// As with Envoy: what waits for a connection is pending, and not among the requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_waits_is_not_counted_as_one_under_way() {
+    let http = json!({"http2MaxRequests": 1, "http1MaxPendingRequests": 10});
+    let limits = json!({"connectionPool": {"tcp": {"maxConnections": 1}, "http": http}});
+    let scene = scene(json!({"retries": {"attempts": 0}}), limits).await;
+    let slow = |id: &str| format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: 200/300\r\nx-id: {id}\r\nconnection: close\r\n\r\n");
+    let (first, second) = (slow("a"), slow("b"));
+    let (first, second) = tokio::join!(scene.say(&first), scene.say(&second));
+    for (answer, _) in [first, second] {
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    scene.until_idle().await;
+}
+
+/// A retry that is answered holds nobody else's up, however long its answer takes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retry_gives_its_place_back_when_it_is_answered() {
+    let scene = scene(json!({"retries": {"attempts": 1, "retryOn": "5xx"}}), json!({"connectionPool": {"http": {"maxRetries": 1}}})).await;
+    let plan = |plan: &str, id: &str| format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: {plan}\r\nx-id: {id}\r\nconnection: close\r\n\r\n");
+    let mut streaming = scene.connect().await;
+    streaming.write_all(plan("503,hdrstall", "a").as_bytes()).await.expect("written");
+    let mut head = [0; 12];
+    timeout(Duration::from_secs(2), streaming.read_exact(&mut head)).await.expect("in time").expect("an answer");
+    assert_eq!(&head, b"HTTP/1.1 200");
+    let (answer, _) = scene.say(&plan("503,200", "b")).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && scene.seen.of("b").len() == 2, "{answer}");
+    // While one is waited for there is no other.
+    let (waiting, other) = (plan("503,200/500", "c"), plan("503,200", "d"));
+    let other = async {
+        sleep(Duration::from_millis(200)).await;
+        scene.say(&other).await
+    };
+    let (waiting, other) = tokio::join!(scene.say(&waiting), other);
+    assert!(waiting.0.starts_with("HTTP/1.1 200") && other.0.starts_with("HTTP/1.1 503"), "{waiting:?} {other:?}");
+}
+
+/// Of several rules for a host one may have the subsets, another the policy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_oldest_rule_with_a_policy_counts() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let mut documents = service("web", "10.96.9.1", "http", &[up]);
+    documents.push(virtual_service("web", &json!([{"route": [{"destination": {"host": "web"}}]}])));
+    let mut older = destination_rule("web", &json!({}));
+    older["metadata"] = json!({"name": "older", "creationTimestamp": "2020-01-01T00:00:00Z"});
+    older["spec"] = json!({"host": "web", "subsets": [{"name": "v1"}]});
+    let mut younger = destination_rule("web", &json!({"connectionPool": {"http": {"maxRequestsPerConnection": 1}}}));
+    younger["metadata"] = json!({"name": "younger", "creationTimestamp": "2021-01-01T00:00:00Z"});
+    documents.extend([older, younger]);
+    let engine = Engine::start(&documents).await.expect("engine");
+    let mut stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+    for id in ["a", "b"] {
+        stream.write_all(format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: {id}\r\n\r\n").as_bytes()).await.expect("written");
+        assert!(read(&mut stream).await.0.starts_with("HTTP/1.1 200"));
+    }
+    assert_ne!(seen.of("a")[0].connection, seen.of("b")[0].connection, "a connection for each");
+}

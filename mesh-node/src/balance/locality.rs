@@ -1,7 +1,9 @@
-//! Keeping traffic near: priorities by locality or labels with failover, and distribution by weight.
+//! Keeping traffic near, and away from endpoints that are ejected: priorities by locality or labels with failover, and distribution by
+//! weight.
 //!
 //! Priorities count only with outlier detection, as in Istio: without it nothing tells a bad locality. A level that has
-//! lost endpoints keeps its traffic as long as 1.4 times its healthy share covers it (Envoy's overprovisioning factor).
+//! lost endpoints keeps its traffic as long as 1.4 times its healthy share covers it (Envoy's overprovisioning factor). Where all levels
+//! together do not cover it, those with fewer healthy endpoints than the policy asks for are used whole (Envoy's panic).
 
 use super::Asker;
 use crate::route::{
@@ -13,28 +15,16 @@ use crate::route::{
 /// Percent of its traffic a percent of healthy endpoints carries, times 100.
 const OVERPROVISION: usize = 140;
 
-/// Whether localities narrow the choice in this cluster.
-pub(super) fn counts(cluster: &Cluster) -> bool {
-    let settings = &cluster.policy.locality;
-    settings.enabled && (!settings.distribute.is_empty() || cluster.policy.outlier.is_some())
-}
-
-/// The candidates of the locality, or level, that the dice pick. `trusted` is false in panic: then health does not count.
-pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: Vec<&'a Endpoint>, trusted: bool) -> Vec<&'a Endpoint> {
-    if !counts(cluster) {
-        return candidates;
-    }
-    let settings = &cluster.policy.locality;
-    if let Some(distribute) = settings.distribute.iter().find(|d| matches(&d.from, asker.locality)) {
-        if trusted {
-            candidates.retain(|e| !asker.is_ejected(e));
-        }
-        return distributed(distribute, asker, &candidates);
-    }
+/// The candidates of the locality, or level, that the dice pick.
+pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: Vec<&'a Endpoint>) -> Vec<&'a Endpoint> {
+    let (settings, outlier) = (&cluster.policy.locality, cluster.policy.outlier.as_ref());
+    let panic = outlier.map_or(0, |o| o.min_health_percent) as usize;
+    let distributes = settings.enabled && !settings.distribute.is_empty();
     let known = !asker.locality.region.is_empty() || !settings.failover_priority.is_empty();
-    if cluster.policy.outlier.is_none() || !known {
-        candidates.retain(|e| !trusted || !asker.is_ejected(e));
-        return candidates;
+    if !settings.enabled || distributes || outlier.is_none() || !known {
+        let healthy = if asker.ejected.is_empty() { candidates } else { by_health(vec![candidates], asker, panic) };
+        let from = settings.distribute.iter().filter(|_| distributes).find(|d| matches(&d.from, asker.locality));
+        return from.map_or(healthy.clone(), |distribute| distributed(distribute, asker, &healthy));
     }
     let mut levels: Vec<(usize, Vec<&Endpoint>)> = Vec::new();
     for endpoint in candidates {
@@ -45,24 +35,36 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: V
         }
     }
     levels.sort_by_key(|(p, _)| *p);
-    by_health(levels.into_iter().map(|(_, level)| level).collect(), asker, trusted)
+    by_health(levels.into_iter().map(|(_, level)| level).collect(), asker, panic)
 }
 
-fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, trusted: bool) -> Vec<&'a Endpoint> {
+/// What is healthy of the level that the dice pick; all of it where it has less than `panic` percent, and there is not enough elsewhere.
+fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: usize) -> Vec<&'a Endpoint> {
+    let healthy = levels.iter().map(|level| level.iter().filter(|e| !asker.is_ejected(e)).count()).collect::<Vec<_>>();
+    let carries = |(level, healthy): (&Vec<&Endpoint>, &usize)| (OVERPROVISION * healthy / level.len().max(1)).min(100);
+    let carried = levels.iter().zip(&healthy).map(carries).collect::<Vec<_>>();
+    let covered = carried.iter().sum::<usize>() >= 100;
+    let panics = |i: usize| !covered && 100 * healthy[i] < panic * levels[i].len();
+    let in_panic = (0..levels.len()).map(panics).collect::<Vec<_>>();
     let mut left = 100;
-    let mut loads = Vec::new();
-    for level in &mut levels {
-        let total = level.len().max(1);
-        if trusted {
-            level.retain(|e| !asker.is_ejected(e));
-        }
-        let load = (OVERPROVISION * level.len() / total).min(left);
-        left -= load;
-        loads.push(u32::try_from(load).unwrap_or(0));
+    let loads = if in_panic.iter().all(|p| *p) {
+        levels.iter().map(Vec::len).collect::<Vec<_>>()
+    } else {
+        // Not covered even together: each carries its share of what there is.
+        let load = |carries: &usize| {
+            let load = left.min(*carries);
+            left -= load;
+            load
+        };
+        carried.iter().map(load).collect()
+    };
+    let loads = loads.into_iter().map(|load| u32::try_from(load).unwrap_or(u32::MAX));
+    let Some(picked) = pick_weighted(loads, asker.dice.rotate_left(17)) else { return Vec::new() };
+    let mut level = levels.swap_remove(picked);
+    if !in_panic[picked] {
+        level.retain(|e| !asker.is_ejected(e));
     }
-    // Not covered even together: each carries its share of what there is.
-    let picked = pick_weighted(loads.into_iter(), asker.dice.rotate_left(17));
-    picked.map(|i| levels.swap_remove(i)).unwrap_or_default()
+    level
 }
 
 fn distributed<'a>(distribute: &traffic::Distribute, asker: &Asker<'_>, candidates: &[&'a Endpoint]) -> Vec<&'a Endpoint> {
@@ -82,11 +84,20 @@ fn matches(pattern: &str, locality: &Locality) -> bool {
 fn priority(settings: &traffic::Locality, asker: &Asker<'_>, endpoint: &Endpoint) -> usize {
     if !settings.failover_priority.is_empty() {
         let same = |label: &&std::sync::Arc<str>| match label.split_once('=') {
-            Some((key, value)) => endpoint.labels.get(key) == Some(value),
+            Some((key, value)) => endpoint_label(endpoint, key) == Some(value),
             None => endpoint_label(endpoint, label) == asker_label(asker, label),
         };
-        return settings.failover_priority.len() - settings.failover_priority.iter().take_while(same).count();
+        let labels = settings.failover_priority.len() - settings.failover_priority.iter().take_while(same).count();
+        // Within what is level by labels, regions fail over as they do alone.
+        return if settings.failover.is_empty() { labels } else { labels * LEVELS + by_place(settings, asker, endpoint) };
     }
+    by_place(settings, asker, endpoint)
+}
+
+/// Levels that localities make.
+const LEVELS: usize = 5;
+
+fn by_place(settings: &traffic::Locality, asker: &Asker<'_>, endpoint: &Endpoint) -> usize {
     let (mine, its) = (asker.locality, &endpoint.locality);
     if mine.region != its.region {
         return match settings.failover.get(&mine.region) {

@@ -28,8 +28,10 @@ pub enum Event {
     ServerError,
     /// 502, 503, 504.
     GatewayError,
-    /// No response: the connection could not be made, broke, or took too long.
+    /// The connection could not be made.
     LocalOrigin,
+    /// No response on a connection that was made: it broke, or took too long.
+    Broken,
 }
 
 impl Event {
@@ -68,10 +70,13 @@ impl Streak {
             reached
         };
         if settings.split_local {
-            if event == Event::LocalOrigin {
+            if event != Event::LocalOrigin {
+                // That there was a connection is a success of the local kind.
+                reset(&self.local);
+            }
+            if matches!(event, Event::LocalOrigin | Event::Broken) {
                 return up(&self.local, settings.consecutive_local);
             }
-            reset(&self.local);
         }
         match event {
             Event::Success => {
@@ -83,7 +88,7 @@ impl Streak {
                 reset(&self.gateway);
                 up(&self.server, settings.consecutive_5xx)
             }
-            Event::GatewayError | Event::LocalOrigin => {
+            Event::GatewayError | Event::LocalOrigin | Event::Broken => {
                 let gateway = up(&self.gateway, settings.consecutive_gateway);
                 up(&self.server, settings.consecutive_5xx) | gateway
             }
@@ -198,7 +203,9 @@ mod tests {
             assert_eq!(fail(&Outliers::new(now), address(1), event, &gateway, 1, now), expected, "{event:?}");
         }
         let split = Outlier { split_local: true, consecutive_local: 2, ..settings(100) };
-        assert_eq!(fail(&Outliers::new(now), address(1), Event::LocalOrigin, &split, 1, now), Some(2));
+        for (event, expected) in [(Event::LocalOrigin, Some(2)), (Event::Broken, None), (Event::ServerError, Some(3))] {
+            assert_eq!(fail(&Outliers::new(now), address(1), event, &split, 1, now), expected, "split: {event:?}");
+        }
     }
 
     #[test]

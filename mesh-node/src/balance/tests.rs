@@ -38,7 +38,7 @@ fn cluster(endpoints: Vec<Endpoint>, policy: TrafficPolicy) -> Cluster {
         _ => None,
     };
     let id = ClusterId { service: ObjectName::new("a", "b"), port: 80, subset: "".into() };
-    Cluster { id, protocol: Protocol::Http, policy: Arc::new(policy), endpoints, local_only: false, client_ip_affinity: false, table }
+    Cluster { id, protocol: Protocol::Http, policy: Arc::new(policy), endpoints, local_only: false, table }
 }
 
 fn asker(dice: u64) -> Asker<'static> {
@@ -128,13 +128,17 @@ fn family_locality_and_history_narrow_the_choice() {
 
 #[test]
 fn affinity_moves_only_the_clients_of_a_lost_endpoint() {
-    let cluster = |n| Cluster { client_ip_affinity: true, ..cluster(three().into_iter().take(n).collect(), TrafficPolicy::default()) };
+    let policy = || TrafficPolicy { balancer: Balancer::ClientIp, outlier: Some(Outlier::default()), ..TrafficPolicy::default() };
+    let cluster = |n| cluster(three().into_iter().take(n).collect(), policy());
     let (full, less) = (cluster(3), cluster(2));
     for i in 0..200_u8 {
         let asker = Asker { client: [10, 1, 0, i].into(), ..asker(u64::from(i)) };
         let before = pick(&full, &asker).expect("some").address;
         let after = pick(&less, &asker).expect("some").address;
         assert!(before == after || before.to_string() == "10.0.0.4:80");
+        // One that is ejected is lost as well.
+        let ejected = [(before, *NOW + Duration::from_secs(1))];
+        assert_ne!(pick(&full, &Asker { ejected: &ejected, ..asker }).expect("some").address, before);
     }
 }
 
@@ -161,6 +165,12 @@ fn ejected_endpoints_are_left_out_until_too_few_are_left() {
     };
     assert_eq!(counts(&cluster(three(), policy(0)), 100, ask), HashMap::from([("10.0.0.4:80".to_owned(), 100)]));
     assert_eq!(counts(&cluster(three(), policy(50)), 300, ask).len(), 3, "panic");
+    // What is healthy carries it all: 1.4 times two of three.
+    let one: &'static [_] = vec![two[0]].leak();
+    assert_eq!(counts(&cluster(three(), policy(90)), 300, |d, _| Asker { ejected: one, ..asker(d) }).len(), 3, "93 of 100 is not all");
+    let mut four = three();
+    four.push(endpoint("10.0.0.5:80"));
+    assert_eq!(counts(&cluster(four, policy(90)), 300, |d, _| Asker { ejected: one, ..asker(d) }).len(), 3, "no panic: 105 of 100");
     let all: &'static [_] = three().iter().map(|e| (e.address, later)).collect::<Vec<_>>().leak();
     assert_eq!(counts(&cluster(three(), policy(0)), 1, |d, _| Asker { ejected: all, ..asker(d) }), HashMap::from([("none".to_owned(), 1)]));
     assert_eq!(counts(&cluster(three(), policy(50)), 300, |d, _| Asker { ejected: all, ..asker(d) }).len(), 3);
@@ -189,6 +199,14 @@ fn near_localities_are_preferred_and_failed_over_from() {
         let counts = counts(&near, 50, |dice, _| Asker { locality: &HERE, ejected, ..asker(dice) });
         assert_eq!(counts, HashMap::from([(endpoints[gone].address.to_string(), 50)]));
     }
+    // However few of a place are left, there is no panic while another place carries it all.
+    let trusting = TrafficPolicy { outlier: Some(Outlier { min_health_percent: 60, ..Outlier::default() }), ..TrafficPolicy::default() };
+    let ejected: &'static [_] = endpoints.iter().take(3).map(|e| (e.address, later)).collect::<Vec<_>>().leak();
+    let left = counts(&cluster(endpoints.clone(), trusting.clone()), 50, |dice, _| Asker { locality: &HERE, ejected, ..asker(dice) });
+    assert_eq!(left, HashMap::from([(endpoints[3].address.to_string(), 50)]));
+    let none: &'static [_] = endpoints.iter().map(|e| (e.address, later)).collect::<Vec<_>>().leak();
+    let whole = counts(&cluster(endpoints.clone(), trusting), 400, |dice, _| Asker { locality: &HERE, ejected: none, ..asker(dice) });
+    assert!(whole.len() == 4 && whole.values().all(|n| n.abs_diff(100) < 40), "all in panic: by their numbers {whole:?}");
     let off = cluster(endpoints, TrafficPolicy::default());
     assert_eq!(counts(&off, 400, |dice, _| Asker { locality: &HERE, ..asker(dice) }).len(), 4, "without outlier detection, all");
 }
@@ -203,6 +221,11 @@ fn traffic_is_distributed_over_localities_by_weight() {
     let mut policy = TrafficPolicy::default();
     policy.locality.distribute =
         vec![Distribute { from: "r1/z1/*".into(), to: vec![("r1/z1/*".into(), 80), ("r1/z2/*".into(), 20), ("r3/*".into(), 0)] }];
+    // Clients elsewhere go anywhere, and do not fail over.
+    let elsewhere = TrafficPolicy { outlier: Some(Outlier::default()), ..policy.clone() };
+    static THERE: LazyLock<Locality> = LazyLock::new(|| place("r2/z1/a"));
+    let all = self::counts(&cluster(endpoints.clone(), elsewhere), 3000, |dice, _| Asker { locality: &THERE, ..asker(dice) });
+    assert!(all.len() == 3, "{all:?}");
     let counts = counts(&cluster(endpoints, policy), 10_000, |dice, _| Asker { locality: &HERE, ..asker(dice) });
     assert!(counts["10.0.0.2:80"].abs_diff(8000) < 160 && counts["10.0.0.3:80"].abs_diff(2000) < 160 && counts.len() == 2, "{counts:?}");
 }
@@ -235,6 +258,13 @@ fn labels_in_order_decide_the_priority() {
     let mut policy = TrafficPolicy { outlier: Some(Outlier::default()), ..TrafficPolicy::default() };
     policy.locality.failover_priority = vec!["rack".into(), "row".into()];
     policy.locality.failover = BTreeMap::new();
+    // A value that is named, of a place.
+    let mut zoned = endpoints.clone();
+    zoned[1].locality = place("r1/z9");
+    let named =
+        crate::route::traffic::Locality { failover_priority: vec!["topology.kubernetes.io/zone=z9".into()], ..policy.locality.clone() };
+    let named = self::cluster(zoned, TrafficPolicy { locality: named, ..policy.clone() });
+    assert_eq!(counts(&named, 20, |dice, _| asker(dice)), HashMap::from([("10.0.0.3:80".to_owned(), 20)]));
     let cluster = cluster(endpoints, policy);
     let later = *NOW + Duration::from_secs(1);
     for (gone, expected) in [(&[][..], "10.0.0.4:80"), (&["10.0.0.4:80"], "10.0.0.3:80"), (&["10.0.0.4:80", "10.0.0.3:80"], "10.0.0.2:80")]

@@ -487,11 +487,11 @@ fn hbone_address(to: SocketAddr) -> SocketAddr {
 async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> {
     let Decision { way, source, cluster } = decision;
     let Some(Chosen { cluster, state, endpoint, load }) = cluster else {
-        let dial = Dial::new(opaque, None, CONNECT_TIMEOUT);
+        let dial = Dial::new(opaque, None, None);
         return Ok(Upstream { stream: dial.go(way, &source).await?, limits: TimeLimits::default(), held: Held::default() });
     };
     let settings = &cluster.policy.tcp;
-    let slot = ConnectionSlot::begin(&state, &endpoint, settings.max_connections);
+    let slot = ConnectionSlot::within(&state, &endpoint, settings.max_connections);
     let slot = slot.ok_or_else(|| Failure::Overflow(cluster.id.service.clone()))?;
     let to = match &way {
         Way::Plain(to, _) | Way::Local(to, _) | Way::Tunnel(to, _) => *to,
@@ -518,11 +518,12 @@ pub(super) struct Dial<'d> {
     pub service: Option<&'d ObjectName>,
     /// How long to go on while the destination's node may still be enrolling it.
     pub patience: Duration,
-    pub timeout: Duration,
+    /// As configured; none is what suits the way.
+    pub timeout: Option<Duration>,
 }
 
 impl<'d> Dial<'d> {
-    fn new(opaque: &'d Opaque, service: Option<&'d ObjectName>, timeout: Duration) -> Self {
+    fn new(opaque: &'d Opaque, service: Option<&'d ObjectName>, timeout: Option<Duration>) -> Self {
         let Opaque { proxy, pod, client, original, .. } = opaque;
         Self { proxy, pod, client: *client, to: *original, service, patience: Duration::ZERO, timeout }
     }
@@ -544,9 +545,15 @@ impl<'d> Dial<'d> {
     }
 
     async fn go(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
+        let Some(within) = self.timeout else { return self.go_on(way, source).await };
+        let to = self.to;
+        timeout(within, self.go_on(way, source)).await.unwrap_or(Err(Failure::DialTimeout(to)))
+    }
+
+    async fn go_on(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
         let Self { proxy, pod, client, service, .. } = self;
         Ok(match way {
-            Way::Plain(to, _) => Stream::Tcp(connect(pod, to, self.timeout).await?),
+            Way::Plain(to, _) => Stream::Tcp(connect(pod, to, self.timeout.unwrap_or(CONNECT_TIMEOUT)).await?),
             Way::Local(to, workload) => Stream::Local(Box::new(hand_over(proxy, pod, *client, to, (source, *service), &workload).await?)),
             Way::Tunnel(to, workload) => {
                 let forwarded = Forwarded {

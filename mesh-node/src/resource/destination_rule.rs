@@ -13,7 +13,8 @@ use crate::route::traffic::TrafficPolicy;
 #[derive(Debug, Clone, PartialEq)]
 pub struct DestinationRule {
     pub host: Arc<str>,
-    pub policy: Layered,
+    /// Of several rules for a host, the first that has one.
+    pub policy: Option<Layered>,
     pub subsets: Vec<Subset>,
     pub export_to: Vec<Arc<str>>,
 }
@@ -34,14 +35,13 @@ pub struct Layered {
 }
 
 impl Layered {
-    /// The policy in force on a port: a subset's blocks over the host's, and those of a port instead of both.
+    /// The policy in force on a port: the host's for that port, or for all, and over it the subset's blocks; those a subset has for the
+    /// port replace all but the retry budget, which is of no port. As Istio merges them.
     pub fn effective(host: Option<&Self>, subset: Option<&Self>, port: u16) -> TrafficPolicy {
-        let by_port = [subset, host].into_iter().flatten().find_map(|l| l.ports.get(&port));
-        if let Some(blocks) = by_port {
-            return blocks.clone().into_policy();
-        }
-        let blocks = host.map(|h| h.blocks.clone()).unwrap_or_default();
-        subset.map_or(blocks.clone(), |s| s.blocks.clone().over(blocks)).into_policy()
+        let base = host.map(|h| h.ports.get(&port).unwrap_or(&h.blocks).clone()).unwrap_or_default();
+        let Some(subset) = subset else { return base.into_policy() };
+        let over = subset.blocks.clone().over(base);
+        subset.ports.get(&port).map_or(over.clone(), |blocks| blocks.clone().with_budget_of(over)).into_policy()
     }
 }
 
@@ -54,7 +54,7 @@ impl DestinationRule {
             return Err(FieldError::new("spec.workloadSelector", "is not supported by mesh-node; remove it, or use exportTo"));
         }
         check_host(&spec.host).map_err(|problem| FieldError::new("spec.host", problem))?;
-        let policy = spec.traffic_policy.map(|p| policy::layered(p, "spec.trafficPolicy")).transpose()?.unwrap_or_default();
+        let policy = spec.traffic_policy.map(|p| policy::layered(p, "spec.trafficPolicy")).transpose()?;
         let mut subsets: Vec<Subset> = Vec::new();
         for (i, document) in spec.subsets.into_iter().enumerate() {
             let at = format!("spec.subsets[{i}]");

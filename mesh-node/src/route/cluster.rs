@@ -4,13 +4,13 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Instant,
 };
 
-use super::traffic::TrafficPolicy;
+use super::traffic::{TrafficPolicy, Upgrade};
 use crate::{balance::Table, detect::Protocol, id::ObjectName, resource::kube::Node, resource::selector::Labels};
 
 /// Names a destination as Envoy names clusters.
@@ -37,10 +37,20 @@ pub struct Cluster {
     pub endpoints: Vec<Endpoint>,
     /// Only endpoints of the client's node: `internalTrafficPolicy: Local`.
     pub local_only: bool,
-    /// `sessionAffinity: ClientIP`.
-    pub client_ip_affinity: bool,
     /// For consistent hashing.
     pub table: Option<Arc<Table>>,
+}
+
+impl Cluster {
+    /// Whether its endpoints are spoken to in HTTP/2, by a client that speaks it or does not.
+    pub fn speaks_http2(&self, client: bool) -> bool {
+        match self.policy.http.upgrade {
+            Upgrade::Always => true,
+            Upgrade::Client => client,
+            Upgrade::Default if self.protocol == Protocol::Detect => client,
+            Upgrade::Default => self.protocol.is_http2(),
+        }
+    }
 }
 
 /// Where an endpoint or a client is: region, zone and subzone, empty where unknown.
@@ -64,12 +74,22 @@ pub struct Endpoint {
 #[derive(Debug)]
 pub struct Load {
     count: AtomicU32,
-    pub since: Instant,
+    since: Mutex<Instant>,
 }
 
 impl Load {
     pub fn new(since: Instant) -> Self {
-        Self { count: AtomicU32::new(0), since }
+        Self { count: AtomicU32::new(0), since: Mutex::new(since) }
+    }
+
+    /// Since when the endpoint is used.
+    pub fn since(&self) -> Instant {
+        *self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is used again.
+    pub fn renew(&self, since: Instant) {
+        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = since;
     }
 
     pub fn current(&self) -> u32 {

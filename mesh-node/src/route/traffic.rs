@@ -18,8 +18,11 @@ pub struct TrafficPolicy {
 
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Balancer {
-    /// The less busy of two picked at random. Istio's default.
+    /// None is named: the less busy of two picked at random, as Istio has it, unless the Service has an affinity.
     #[default]
+    Unset,
+    /// By the client's address: the affinity of a Service.
+    ClientIp,
     LeastRequest,
     RoundRobin,
     Random,
@@ -103,7 +106,8 @@ pub struct Distribute {
 pub struct TcpPool {
     /// For each source pod, as a sidecar would count.
     pub max_connections: Option<u32>,
-    pub connect_timeout: Duration,
+    /// Until an endpoint has taken a connection, however it is reached.
+    pub connect_timeout: Option<Duration>,
     pub keepalive: Option<Keepalive>,
     pub max_connection_duration: Option<Duration>,
     /// Without traffic; for connections that are not HTTP. `None`: no bound.
@@ -112,13 +116,7 @@ pub struct TcpPool {
 
 impl Default for TcpPool {
     fn default() -> Self {
-        Self {
-            max_connections: None,
-            connect_timeout: Duration::from_secs(10),
-            keepalive: None,
-            max_connection_duration: None,
-            idle_timeout: None,
-        }
+        Self { max_connections: None, connect_timeout: None, keepalive: None, max_connection_duration: None, idle_timeout: None }
     }
 }
 

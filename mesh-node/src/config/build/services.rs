@@ -108,7 +108,14 @@ fn registry<'a>(builder: &mut Builder<'a>, previous: &Snapshot, snapshot: &Snaps
         let name = &named.key.name;
         let slices = builder.parts.slices.get(&(&*name.namespace, &*name.name)).map(Vec::as_slice).unwrap_or_default();
         let endpoints = |port: &kube::ServicePort| {
-            let load = |address| loads.get(&(name, address)).map_or_else(|| Arc::new(Load::new(now)), |l| (*l).clone());
+            let load = |address, ready: bool| {
+                let Some((load, was)) = loads.get(&(name, address)) else { return Arc::new(Load::new(now)) };
+                if ready && !was {
+                    // It begins to be used now, whenever it was first heard of.
+                    load.renew(now);
+                }
+                (*load).clone()
+            };
             endpoints(builder, snapshot, &port.name, slices, load)
         };
         (name, Entry { named, service, endpoints: service.ports.iter().map(endpoints).collect() })
@@ -116,11 +123,12 @@ fn registry<'a>(builder: &mut Builder<'a>, previous: &Snapshot, snapshot: &Snaps
     services.into_iter().map(entry).collect()
 }
 
-type Loads<'a> = HashMap<(&'a ObjectName, SocketAddr), &'a Arc<Load>>;
+/// What is under way at endpoints, and whether they were ready.
+type Loads<'a> = HashMap<(&'a ObjectName, SocketAddr), (&'a Arc<Load>, bool)>;
 
 fn loads(previous: &Snapshot) -> Loads<'_> {
     let ports = previous.services.iter().flat_map(|s| s.ports.iter().map(move |p| (s, p)));
-    ports.flat_map(|(s, p)| p.cluster.endpoints.iter().map(move |e| ((&s.name, e.address), &e.load))).collect()
+    ports.flat_map(|(s, p)| p.cluster.endpoints.iter().map(move |e| ((&s.name, e.address), (&e.load, e.ready)))).collect()
 }
 
 /// The endpoints of one service port over all slices, each address once, by address.
@@ -129,7 +137,7 @@ fn endpoints(
     snapshot: &Snapshot,
     port: &str,
     slices: &[&EndpointSlice],
-    load: impl Fn(SocketAddr) -> Arc<Load>,
+    load: impl Fn(SocketAddr, bool) -> Arc<Load>,
 ) -> Vec<Endpoint> {
     let mut found: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
     for slice in slices {
@@ -144,7 +152,7 @@ fn endpoints(
                 node: endpoint.node.clone(),
                 locality: builder.locality(endpoint.node.as_deref().unwrap_or_default(), endpoint.zone.as_ref()),
                 labels: workload.map(|w| w.labels.clone()).unwrap_or_default(),
-                load: load(address),
+                load: load(address, endpoint.ready),
             });
         }
     }
@@ -224,7 +232,7 @@ impl<'a> Rules<'a> {
     fn of(&self, service: &ObjectName, client: Option<&str>, root: &str) -> Effective<'a> {
         let mut effective = Effective::default();
         for (_, rule) in self.applying(service, client, root) {
-            effective.policy = effective.policy.or(Some(&rule.policy));
+            effective.policy = effective.policy.or(rule.policy.as_ref());
             for subset in &rule.subsets {
                 if !effective.subsets.iter().any(|s| s.name == subset.name) {
                     effective.subsets.push(subset);
@@ -298,6 +306,8 @@ fn cluster(
     if service.is_headless() {
         // Its clients pick the endpoint themselves, by its address.
         policy.balancer = Balancer::Passthrough;
+    } else if service.client_ip_affinity && policy.balancer == Balancer::Unset {
+        policy.balancer = Balancer::ClientIp;
     }
     let table = match policy.balancer {
         Balancer::Hash { table, .. } => {
@@ -313,7 +323,6 @@ fn cluster(
         policy: Arc::new(policy),
         endpoints,
         local_only: service.internal_traffic_policy == TrafficPolicy::Local,
-        client_ip_affinity: service.client_ip_affinity,
         table,
     }
 }

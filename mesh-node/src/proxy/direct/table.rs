@@ -172,8 +172,8 @@ impl Decide<'_> {
             return Err(Indirect::Endpoints);
         }
         let one = endpoints.len() == 1;
-        let random = matches!(policy.balancer, Balancer::LeastRequest | Balancer::Random) && policy.warmup.is_none();
-        if policy.balancer == Balancer::Passthrough || !one && (!random || cluster.client_ip_affinity) {
+        let random = matches!(policy.balancer, Balancer::Unset | Balancer::LeastRequest | Balancer::Random) && policy.warmup.is_none();
+        if policy.balancer == Balancer::Passthrough || !one && !random {
             return Err(Indirect::TrafficPolicy);
         }
         let usable = |to: &SocketAddr| self.destination(*to).is_some() && service.vips.iter().all(|vip| *vip != to.ip());

@@ -18,6 +18,7 @@ use self::conversation::{Event, Exchange};
 use super::{
     authorizer::ToClient,
     body::{Broken, Closed, FrameSource, RequestBody, Responder, ResponseHead, drain},
+    clusters::{Limited, Slot},
     exchange::flag_of,
     gate::{Gate, Pass, Refusal},
     h2::{H2Sink, wire_request},
@@ -171,10 +172,11 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     deadlines: &mut Deadlines,
     judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
 ) -> (Attempt, Option<SocketAddr>) {
-    let Entered { upstream, half_closed, admitted } = match enter(plan, wanted, upload, responder, deadlines, judge).await {
-        Ok(entered) => entered,
-        Err(ended) => return (ended, None),
-    };
+    let Entered { upstream, half_closed, admitted, counted: _counted } =
+        match enter(plan, wanted, upload, responder, deadlines, judge).await {
+            Ok(entered) => entered,
+            Err(ended) => return (ended, None),
+        };
     let local = upstream.local();
     let (pass, mut inbound) = admitted.map(|Admitted { gate, pass, record }| ((gate, pass), record)).unzip();
     // As the destination sees it.
@@ -247,6 +249,7 @@ struct Entered {
     half_closed: bool,
     /// Of a destination on this node.
     admitted: Option<Admitted>,
+    counted: Slot,
 }
 
 /// A request that a destination on this node has let in.
@@ -271,7 +274,15 @@ async fn enter<B: RequestBody, R: Responder>(
     if half_closed && matches!(upstream, Upstream::H2(..)) {
         return Err(Attempt::Abandoned);
     }
-    let Some(gate) = upstream.gate() else { return Ok(Entered { upstream, half_closed, admitted: None }) };
+    // Counted while it is under way, as Envoy does, and not while it waits.
+    let Some(counted) = wanted.state.begin(Limited::Requests, wanted.cluster.policy.http.max_requests) else {
+        wanted.proxy.metrics.overflow("requests");
+        if let Upstream::H1(connection) = upstream {
+            release(connection, wanted.cluster, wanted.endpoint);
+        }
+        return Err(Attempt::Failed(Failed::new(Reset::Overflow)));
+    };
+    let Some(gate) = upstream.gate() else { return Ok(Entered { upstream, half_closed, admitted: None, counted }) };
     let (record, onward) = gate.record(plan.head, wanted.protocol());
     let mut record = Box::new(record);
     let traced = onward.map(|onward| onward.on(plan.head));
@@ -280,7 +291,7 @@ async fn enter<B: RequestBody, R: Responder>(
     match admitted {
         Ok(Ok(mut pass)) => {
             pass.head = pass.head.or(traced);
-            Ok(Entered { upstream, half_closed, admitted: Some(Admitted { gate, pass, record }) })
+            Ok(Entered { upstream, half_closed, admitted: Some(Admitted { gate, pass, record }), counted })
         }
         Ok(Err(refusal)) => {
             refusal.note(&mut record, &gate, head);
@@ -339,7 +350,12 @@ async fn obtain<B: RequestBody, R: Responder>(
         arm(plan, deadlines, received);
         tokio::select! {
             biased;
-            acquired = &mut acquiring => return acquired.map(|upstream| (upstream, half_closed)).map_err(Into::into),
+            acquired = &mut acquiring => {
+                if matches!(acquired, Err(NoUpstream::Overflow)) {
+                    wanted.proxy.metrics.overflow("pending_requests");
+                }
+                return acquired.map(|upstream| (upstream, half_closed)).map_err(Into::into);
+            }
             up = deadlines.passed() => return Err(Attempt::TimeUp(up)),
             error = responder.gone(), if R::RESETS_APART => return Err(gone(&error)),
             waiting = waiting(upload, received), if !half_closed => match waiting {

@@ -20,13 +20,12 @@ use super::{
 };
 use crate::{
     balance::{self, Asker, outlier::Event},
-    detect::Protocol,
     proxy::reporting::Ends,
     route::{
         Cluster, LoadGuard,
         request::{RequestHead, cookie, query_parameter},
         retry::{Reset, RetryPolicy},
-        traffic::{Balancer, HashKey, Upgrade},
+        traffic::{Balancer, HashKey},
     },
     telemetry::traffic::{Edge, Reporter},
 };
@@ -129,7 +128,10 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 Attempt::Again => Ok(()),
                 Attempt::TimeUp(TimeUp::Attempt) => Err(Failed::new(Reset::PerTryTimeout)),
                 Attempt::TimeUp(up) => {
-                    self.observe(address, &endpoint, Event::LocalOrigin);
+                    // That a client waits no longer says nothing of the endpoint.
+                    if up != TimeUp::Client {
+                        self.observe(address, &endpoint, Event::Broken);
+                    }
                     return Outcome::Failed(Unanswered::TimeUp(up));
                 }
                 Attempt::Failed(failed) => Err(failed),
@@ -137,10 +139,10 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 Attempt::Cut => Err(Failed::new(Reset::ConnectionTermination)),
             };
             if let Err(failed) = again {
-                if failed.reset == Reset::Overflow {
-                    self.down.proxy.metrics.overflow("pending_requests");
-                } else {
-                    self.observe(address, &endpoint, Event::LocalOrigin);
+                match failed.reset {
+                    Reset::Overflow => {}
+                    Reset::ConnectFailure | Reset::ConnectTimeout => self.observe(address, &endpoint, Event::LocalOrigin),
+                    _ => self.observe(address, &endpoint, Event::Broken),
                 }
                 if !self.wants_again(self.policy.wants_after_reset(failed.reset)) {
                     return Outcome::Failed(Unanswered::Reset(failed, self.number > 1));
@@ -209,12 +211,6 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
 
     async fn attempt(&mut self, head: &RequestHead, address: SocketAddr, endpoint: &Arc<EndpointState>) -> Attempt {
         let (cluster, state, metrics) = (&self.forward.cluster, self.state.clone(), &self.down.proxy.metrics);
-        let http2 = match cluster.policy.http.upgrade {
-            Upgrade::Always => true,
-            Upgrade::Client => self.down.http2,
-            Upgrade::Default if cluster.protocol == Protocol::Detect => self.down.http2,
-            Upgrade::Default => cluster.protocol.is_http2(),
-        };
         let wanted = Wanted {
             proxy: self.down.proxy,
             pod: self.down.pod,
@@ -223,7 +219,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             state: &state,
             endpoint,
             address,
-            http2: http2 && self.upgrade.is_none(),
+            http2: cluster.speaks_http2(self.down.http2) && self.upgrade.is_none(),
         };
         let plan = Plan {
             head,
@@ -241,7 +237,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 metrics.ejections.inc();
             }
             let again = policy.wants_after_response(status, &headers);
-            let again = again && allowed(again, *number, policy, repeatable, &state, cluster, retry, record);
+            let again = allowed(again, *number, policy, repeatable, &state, cluster, retry, record);
             if again {
                 return Verdict { again, headers };
             }
@@ -324,6 +320,8 @@ fn allowed(
     retry: &mut Option<Slot>,
     record: &mut Record,
 ) -> bool {
+    // The retry under way has got what it was for.
+    *retry = None;
     // Where there can be no other there is no limit to reach.
     if !wanted || policy.attempts == 0 || !repeatable {
         return false;
@@ -332,9 +330,7 @@ fn allowed(
         record.raise(Flag::RetriesExhausted);
         return false;
     }
-    if retry.is_none() {
-        *retry = state.begin_retry(cluster.policy.http.max_retries, cluster.policy.retry_budget.as_ref());
-    }
+    *retry = state.begin_retry(cluster.policy.http.max_retries, cluster.policy.retry_budget.as_ref());
     if retry.is_none() {
         record.raise(Flag::UpstreamOverflow);
         record.overflow("retries");

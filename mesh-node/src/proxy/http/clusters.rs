@@ -184,7 +184,9 @@ impl ClusterState {
     pub fn observe(&self, cluster: &Cluster, address: SocketAddr, endpoint: &EndpointState, event: Event) -> bool {
         let Some(settings) = &cluster.policy.outlier else { return false };
         let now = Instant::now();
-        let ejected = self.outliers.record(address, &endpoint.streak, event, settings, cluster.endpoints.len(), now);
+        // Of those that are used: others are none of Envoy's hosts.
+        let endpoints = cluster.endpoints.iter().filter(|e| e.ready && e.address.is_ipv4() == address.is_ipv4()).count();
+        let ejected = self.outliers.record(address, &endpoint.streak, event, settings, endpoints, now);
         if ejected {
             tracing::info!(target: "proxy", cluster = %cluster.id, endpoint = %address, ?event, "endpoint ejected");
         }
@@ -245,8 +247,7 @@ impl EndpointState {
     fn tidy(&self, cluster: &Cluster, now: Instant) {
         for _ in 0..self.idle.len() {
             let Some(mut connection) = self.idle.pop() else { break };
-            let fresh = now.saturating_duration_since(connection.idle_since()) < cluster.policy.http.idle_timeout;
-            if fresh && connection.is_usable() {
+            if connection.is_fresh(cluster, now) && connection.is_usable() {
                 self.idle.push(connection);
                 self.freed.notify_one();
             }
@@ -265,11 +266,15 @@ pub struct ConnectionSlot {
 }
 
 impl ConnectionSlot {
-    /// Room for one more connection. An endpoint without any always gets one, or requests to it would wait for ever.
+    /// Room for one more connection for requests. An endpoint without any always gets one, or requests to it would wait for ever.
     pub fn begin(state: &Arc<ClusterState>, endpoint: &Arc<EndpointState>, limit: Option<u32>) -> Option<Self> {
         let alone = endpoint.connections.load(Ordering::Acquire) == 0;
-        let slot = state.begin(Limited::Connections, limit).or_else(|| if alone { state.begin(Limited::Connections, None) } else { None });
-        let slot = slot?;
+        Self::within(state, endpoint, limit).or_else(|| if alone { Self::within(state, endpoint, None) } else { None })
+    }
+
+    /// Room for one more connection, for itself.
+    pub fn within(state: &Arc<ClusterState>, endpoint: &Arc<EndpointState>, limit: Option<u32>) -> Option<Self> {
+        let slot = state.begin(Limited::Connections, limit)?;
         endpoint.connections.fetch_add(1, Ordering::AcqRel);
         Some(Self { endpoint: endpoint.clone(), slot: Some(slot) })
     }

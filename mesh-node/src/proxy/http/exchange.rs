@@ -14,7 +14,6 @@ use super::{
     attempt::{Deadlines, TimeUp},
     attempts::{Attempts, Hashed, Outcome, Unanswered},
     body::{RequestBody, Responder},
-    clusters::Limited,
     gate, headers, mirror,
     record::{Described, Flag, Record},
     reply::{Reply, reason},
@@ -356,11 +355,6 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         self.record.sent(&head, changed);
         self.record.cluster = Some(forward.cluster.clone());
         let state = self.down.pod.clusters.of(&forward.cluster);
-        let Some(_request) = state.begin(Limited::Requests, forward.cluster.policy.http.max_requests) else {
-            self.record.attempts = 1;
-            self.record.overflow("requests");
-            return self.failed(&Failed::new(Reset::Overflow), false, &forward).await;
-        };
         let policy = forward.rule.and_then(|r| r.retries.as_ref()).unwrap_or(&DEFAULT_RETRIES);
         let timeout = forward.rule.and_then(|r| r.timeout);
         let client = if self.grpc { headers::grpc_timeout(&head.headers) } else { None };

@@ -111,7 +111,7 @@ impl Mirror {
     /// Sends the copy and reads the response. `None` when that did not work.
     async fn run(self) -> Option<StatusCode> {
         let Self { proxy, pod, client, http2, cluster, head, mut body } = self;
-        let http2 = cluster.protocol.is_http2() || cluster.protocol == crate::detect::Protocol::Detect && http2;
+        let http2 = cluster.speaks_http2(http2);
         let call = Call { proxy: &proxy, pod: &pod, client, cluster: &cluster, http2, at_once: AT_ONCE };
         let framing = body.framing;
         call.run(&head, &mut body, framing, &mut Collected::up_to(0)).await.map(|a| a.status)

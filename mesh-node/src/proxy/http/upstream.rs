@@ -18,12 +18,12 @@ use h2::client::SendRequest;
 use tokio::{
     sync::{Notify, futures::Notified},
     task::JoinHandle,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 pub use self::ways::{Failed, UpSink, UpSource, is_interim};
 use super::{
-    clusters::{ClusterState, ConnectionSlot, EndpointState, Limited},
+    clusters::{ClusterState, ConnectionSlot, EndpointState, Limited, Slot},
     gate::Gate,
     h1::{H1Sink, Reader, Unread},
     transport::{Counted, Transport},
@@ -37,7 +37,7 @@ use crate::{
         outbound::{self, Dial},
         outcome::Outcome,
     },
-    route::Cluster,
+    route::{Cluster, traffic::TrafficPolicy},
 };
 
 /// Why there is no connection to send a request on.
@@ -157,8 +157,11 @@ pub struct H1Upstream {
 }
 
 impl H1Upstream {
-    pub fn idle_since(&self) -> Instant {
-        self.idle_since
+    /// Whether it has not been idle for too long, nor open.
+    pub fn is_fresh(&self, cluster: &Cluster, now: Instant) -> bool {
+        let policy = &cluster.policy;
+        now.saturating_duration_since(self.idle_since) < policy.http.idle_timeout
+            && policy.tcp.max_connection_duration.is_none_or(|most| now.saturating_duration_since(self.made) < most)
     }
 
     /// Whether it can be used again, and is not better made anew.
@@ -284,17 +287,17 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
         let mut freed = pin!(wanted.freed());
         // Registered before anything is looked at, so that nothing that happens after that is missed.
         freed.as_mut().enable();
-        let workload = wanted.workload();
+        let (workload, now) = (wanted.workload(), Instant::now());
         while let Some(mut idle) = endpoint.idle.pop() {
-            if idle.workload == workload && idle.is_usable() {
+            if idle.workload == workload && idle.is_fresh(cluster, now) && idle.is_usable() {
                 return Ok(idle);
             }
         }
+        if pending.is_none() {
+            pending = Some(wanted.pending()?);
+        }
         if let Some(slot) = ConnectionSlot::begin(state, endpoint, limit) {
             return connect_h1(wanted, workload, slot).await.map_err(NoUpstream::Failed);
-        }
-        if pending.is_none() {
-            pending = Some(state.begin(Limited::Pending, cluster.policy.http.max_pending).ok_or(NoUpstream::Overflow)?);
         }
         freed.await;
     }
@@ -348,6 +351,11 @@ impl Wanted<'_> {
         self.proxy.config.load().workload_by_ip(self.address.ip()).map(|w| Peer { uid: w.uid.clone(), enrolled: w.enrolled })
     }
 
+    /// A place among those that wait for a connection, be it made or in use.
+    fn pending(&self) -> Result<Slot, NoUpstream> {
+        self.state.begin(Limited::Pending, self.cluster.policy.http.max_pending).ok_or(NoUpstream::Overflow)
+    }
+
     /// Completes when a connection of the endpoint becomes idle, or any of the cluster ends.
     fn freed(&self) -> Freed<'_> {
         Freed { endpoint: self.endpoint.freed.notified(), cluster: self.state.freed.notified() }
@@ -365,6 +373,9 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
         let guard = if let Some(guard) = find() {
             guard
         } else {
+            if pending.is_none() {
+                pending = Some(wanted.pending()?);
+            }
             let failures = endpoint.failed_dials.load(Ordering::Acquire);
             let one_at_a_time = endpoint.dialling.lock().await;
             if let Some(guard) = find() {
@@ -381,10 +392,6 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
                 connected?
             } else {
                 drop(one_at_a_time);
-                if pending.is_none() {
-                    let slot = wanted.state.begin(Limited::Pending, wanted.cluster.policy.http.max_pending);
-                    pending = Some(slot.ok_or(NoUpstream::Overflow)?);
-                }
                 freed.await;
                 continue;
             }
@@ -431,7 +438,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     let source = wanted.pod.clone();
     // Of who asked for it: it is not unused before that.
     let guard = StreamGuard::new(&connection);
-    tokio::spawn(drive(opened.connection, connection.clone(), (hold, source, leaving), slot, wanted.cluster.policy.http.idle_timeout));
+    tokio::spawn(drive(opened.connection, connection.clone(), (hold, source, leaving), slot, wanted.cluster.policy.clone()));
     let added = connection.clone();
     wanted.endpoint.h2.rcu(|all| {
         let mut all = all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>();
@@ -447,9 +454,16 @@ async fn drive(
     shared: Arc<H2Upstream>,
     (hold, source, leaving): (Option<LocalHold>, Arc<ServedPod>, Option<Leaving>),
     slot: ConnectionSlot,
-    idle: Duration,
+    policy: Arc<TrafficPolicy>,
 ) {
     let mut slot = Some(slot);
+    let old = async {
+        if let Some(most) = policy.tcp.max_connection_duration {
+            sleep(most).await;
+            shared.close();
+        }
+        std::future::pending::<()>().await;
+    };
     let led_away = async {
         if let Some(leaving) = leaving {
             leaving.wait().await;
@@ -465,8 +479,9 @@ async fn drive(
         },
         () = LocalHold::cut(hold.as_ref()) => {}
         _ = source.ended() => {}
-        () = shared.until_unused(idle) => {}
+        () = shared.until_unused(policy.http.idle_timeout) => {}
         () = led_away => {}
+        () = old => {}
     }
     shared.closed.store(true, Ordering::Release);
     drop(slot);
@@ -476,11 +491,10 @@ async fn drive(
 pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, endpoint: &EndpointState) {
     connection.requests += 1;
     let worn = cluster.policy.http.max_requests_per_connection.is_some_and(|most| connection.requests >= most);
-    let worn = worn || cluster.policy.tcp.max_connection_duration.is_some_and(|most| connection.made.elapsed() >= most);
     // Nobody would use it again, and its peer waits for its end.
     let worn = worn || connection.transport.leaving().is_some_and(|l| l.is_so());
-    if !worn {
-        connection.idle_since = Instant::now();
+    connection.idle_since = Instant::now();
+    if !worn && connection.is_fresh(cluster, connection.idle_since) {
         endpoint.idle.push(connection);
         endpoint.freed.notify_one();
     }

@@ -35,6 +35,11 @@ impl Blocks {
         }
     }
 
+    /// These, with the retry budget of others.
+    pub(super) fn with_budget_of(self, other: Self) -> Self {
+        Self { retry_budget: other.retry_budget, ..self }
+    }
+
     pub(super) fn into_policy(self) -> TrafficPolicy {
         let (balancer, warmup, locality) = self.balancer.unwrap_or_default();
         let (tcp, http) = self.pool.unwrap_or_default();
@@ -98,7 +103,8 @@ fn load_balancer(document: &doc::LoadBalancer, at: &str) -> Result<(Balancer, Op
     let balancer = match (document.simple.as_deref(), &document.consistent_hash) {
         (Some(_), Some(_)) => return Err(FieldError::new(at, "has simple and consistentHash; keep one")),
         (None, Some(hash)) => consistent_hash(hash, &format!("{at}.consistentHash"))?,
-        (None | Some("UNSPECIFIED" | "LEAST_REQUEST" | "LEAST_CONN"), None) => Balancer::LeastRequest,
+        (None | Some("UNSPECIFIED"), None) => Balancer::Unset,
+        (Some("LEAST_REQUEST" | "LEAST_CONN"), None) => Balancer::LeastRequest,
         (Some("ROUND_ROBIN"), None) => Balancer::RoundRobin,
         (Some("RANDOM"), None) => Balancer::Random,
         (Some("PASSTHROUGH"), None) => Balancer::Passthrough,
@@ -114,7 +120,7 @@ fn load_balancer(document: &doc::LoadBalancer, at: &str) -> Result<(Balancer, Op
         }
         (None, None) => None,
     };
-    if warmup.is_some() && !matches!(balancer, Balancer::LeastRequest | Balancer::RoundRobin) {
+    if warmup.is_some() && !matches!(balancer, Balancer::Unset | Balancer::LeastRequest | Balancer::RoundRobin) {
         return Err(FieldError::new(format!("{at}.warmup"), "works with LEAST_REQUEST and ROUND_ROBIN only"));
     }
     let locality = document.locality_lb_setting.as_ref().map(|l| locality(l, &format!("{at}.localityLbSetting"))).transpose()?;
@@ -206,7 +212,7 @@ fn connection_pool(document: &doc::ConnectionPool, at: &str) -> Result<(TcpPool,
         let at = format!("{at}.tcp");
         tcp.max_connections = limit(document.max_connections, &format!("{at}.maxConnections"))?;
         if let Some(timeout) = document.connect_timeout {
-            tcp.connect_timeout = positive(timeout, &format!("{at}.connectTimeout"))?;
+            tcp.connect_timeout = Some(positive(timeout, &format!("{at}.connectTimeout"))?);
         }
         let seconds = |t: Option<Time>| t.map(|t| t.0.max(Duration::from_secs(1)));
         tcp.keepalive = document.tcp_keepalive.as_ref().map(|k| Keepalive {
@@ -218,6 +224,7 @@ fn connection_pool(document: &doc::ConnectionPool, at: &str) -> Result<(TcpPool,
         tcp.idle_timeout = nonzero(document.idle_timeout);
     }
     let mut http = HttpPool::default();
+    http.idle_timeout = tcp.idle_timeout.unwrap_or(http.idle_timeout);
     if let Some(document) = &document.http {
         let at = format!("{at}.http");
         http.max_pending = limit(document.http1_max_pending_requests, &format!("{at}.http1MaxPendingRequests"))?;
@@ -225,7 +232,7 @@ fn connection_pool(document: &doc::ConnectionPool, at: &str) -> Result<(TcpPool,
         http.max_requests_per_connection = limit(document.max_requests_per_connection, &format!("{at}.maxRequestsPerConnection"))?;
         http.max_retries = limit(document.max_retries, &format!("{at}.maxRetries"))?;
         http.max_streams = limit(document.max_concurrent_streams, &format!("{at}.maxConcurrentStreams"))?;
-        http.idle_timeout = nonzero(document.idle_timeout).unwrap_or(http.idle_timeout);
+        http.idle_timeout = nonzero(document.idle_timeout).or(tcp.idle_timeout).unwrap_or(http.idle_timeout);
         http.upgrade = upgrade(document, &at)?;
     }
     Ok((tcp, http))

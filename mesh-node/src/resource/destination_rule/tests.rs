@@ -23,7 +23,7 @@ fn read(spec: &Value) -> Result<DestinationRule, String> {
 }
 
 fn policy(policy: &Value) -> Result<TrafficPolicy, String> {
-    read(&json!({"host": "a", "trafficPolicy": policy})).map(|d| Layered::effective(Some(&d.policy), None, 80))
+    read(&json!({"host": "a", "trafficPolicy": policy})).map(|d| Layered::effective(d.policy.as_ref(), None, 80))
 }
 
 #[test]
@@ -31,7 +31,7 @@ fn the_seed_breaker_is_read_as_it_is_written() {
     let text = include_str!("../../../../tests/corpora/seed/08-circuit-breaker.yaml");
     let document: Value = serde_saphyr::from_str(text).expect("YAML");
     let rule = read(&document["spec"]).expect("valid");
-    let policy = Layered::effective(Some(&rule.policy), None, 9080);
+    let policy = Layered::effective(rule.policy.as_ref(), None, 9080);
     assert_eq!(policy.tcp.max_connections, Some(100));
     assert_eq!(
         (policy.http.max_pending, policy.http.max_requests, policy.http.max_requests_per_connection),
@@ -65,7 +65,7 @@ fn everything_a_policy_can_say_is_read() {
     let Balancer::Hash { key, table } = &policy.balancer else { panic!("{:?}", policy.balancer) };
     assert_eq!(*key, HashKey::Cookie { name: "c".into(), path: Some("/p".into()), ttl: Some(Duration::ZERO) });
     assert_eq!(*table, HashTable::Maglev { size: 101 });
-    assert_eq!((policy.tcp.max_connections, policy.tcp.connect_timeout), (None, Duration::from_millis(250)), "zero is no limit");
+    assert_eq!((policy.tcp.max_connections, policy.tcp.connect_timeout), (None, Some(Duration::from_millis(250))), "zero is no limit");
     assert_eq!((policy.http.max_retries, policy.http.upgrade, policy.http.max_streams), (Some(3), Upgrade::Always, Some(7)));
     let outlier = policy.outlier.expect("outlier");
     assert_eq!((outlier.consecutive_5xx, outlier.consecutive_gateway, outlier.consecutive_local, outlier.split_local), (7, 2, 4, true));
@@ -81,16 +81,28 @@ fn subsets_and_ports_override_block_by_block() {
             "loadBalancer": {"simple": "RANDOM"}, "connectionPool": {"tcp": {"maxConnections": 5}},
             "portLevelSettings": [{"port": {"number": 81}, "loadBalancer": {"simple": "ROUND_ROBIN"}}],
         },
-        "subsets": [{"name": "v1", "labels": {"version": "v1"}, "trafficPolicy": {"loadBalancer": {"simple": "ROUND_ROBIN"}}}],
+        "subsets": [
+            {"name": "v1", "labels": {"version": "v1"}, "trafficPolicy": {"loadBalancer": {"simple": "ROUND_ROBIN"}}},
+            {"name": "v2", "labels": {"version": "v2"}, "trafficPolicy": {"connectionPool": {"tcp": {"maxConnections": 7}},
+                "portLevelSettings": [{"port": {"number": 82}, "loadBalancer": {"simple": "RANDOM"}}]}},
+        ],
     }))
     .expect("valid");
     let effective = |subset: Option<&Layered>, port| {
-        let policy = Layered::effective(Some(&rule.policy), subset, port);
+        let policy = Layered::effective(rule.policy.as_ref(), subset, port);
         (policy.balancer, policy.tcp.max_connections)
     };
     assert_eq!(effective(None, 80), (Balancer::Random, Some(5)));
     assert_eq!(effective(Some(&rule.subsets[0].policy), 80), (Balancer::RoundRobin, Some(5)), "the subset's balancer, the host's pool");
     assert_eq!(effective(None, 81), (Balancer::RoundRobin, None), "a port's settings inherit nothing");
+    let second = Some(&rule.subsets[1].policy);
+    assert_eq!(effective(second, 81), (Balancer::RoundRobin, Some(7)), "the subset's pool, over the host's settings of the port");
+    assert_eq!(effective(second, 82), (Balancer::Random, None), "the subset's settings of the port alone");
+    let mut budgeted = rule.subsets[1].policy.clone();
+    budgeted.blocks = super::policy::layered(serde_json::from_value(json!({"retryBudget": {"percent": 10}})).expect("a policy"), "spec")
+        .expect("valid")
+        .blocks;
+    assert!(Layered::effective(None, Some(&budgeted), 82).retry_budget.is_some(), "a budget is of no port");
 }
 
 #[test]
