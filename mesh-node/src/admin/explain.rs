@@ -200,7 +200,7 @@ impl<'a> Asker<'a> {
             return Ok(());
         }
         let head = self.request(answer)?;
-        let table = port.routes.http.as_ref().filter(|_| self.source.enrolled);
+        let table = port.routes.http.as_ref().and_then(|table| table.of(self.source, port.port)).filter(|_| self.source.enrolled);
         let Some(table) = table else {
             self.straight(&port.cluster, Some(&head), answer);
             return Ok(());

@@ -23,8 +23,8 @@ use super::{
 use crate::{
     id::{ObjectName, SpiffeId},
     resource::{
-        AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Named, Object, PeerAuthentication, Pod, ReferenceGrant,
-        RequestAuthentication, Telemetry, VirtualService, kube,
+        AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Named, Object, PeerAuthentication, Pod, RequestAuthentication,
+        Telemetry, VirtualService, kube,
         mesh_config::{Authorizer, ClientCert, Normalization, Observability},
         selector::Labels,
     },
@@ -83,7 +83,6 @@ struct Parts<'a> {
     virtual_services: Vec<(&'a Named, &'a VirtualService)>,
     destination_rules: Vec<(&'a Named, &'a DestinationRule)>,
     gateway_routes: Vec<(&'a Named, &'a GatewayRoute)>,
-    grants: Vec<(&'a Named, &'a ReferenceGrant)>,
 }
 
 struct Builder<'a> {
@@ -123,7 +122,8 @@ impl<'a> Builder<'a> {
             Object::VirtualService(v) => parts.virtual_services.push((named, v)),
             Object::DestinationRule(d) => parts.destination_rules.push((named, d)),
             Object::GatewayRoute(r) => parts.gateway_routes.push((named, r)),
-            Object::ReferenceGrant(g) => parts.grants.push((named, g)),
+            // Routes of the mesh lead to any namespace without one (GEP-1426).
+            Object::ReferenceGrant(_) => {}
             Object::Telemetry(t) => parts.telemetries.push((named, t)),
         }
     }

@@ -17,7 +17,7 @@ use super::{
     fields::{self, Time, end_to_end_header, header_name, header_text, header_value, port},
 };
 use crate::route::{
-    matching::{HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, TextMatch},
+    matching::{HeaderMatch, HttpMatch, Matched, PathMatch, Pattern, QueryMatch, TextMatch},
     retry::{BASE_BACKOFF, RetryOn, RetryPolicy, default_policy},
     rule::{
         Action, Cors, Destination, Fault, HeaderChanges, HeaderOperations, Mirror, PathRewrite, Redirect, RedirectPort, Rewrite, Rule,
@@ -155,7 +155,7 @@ fn grpc_path(document: &GrpcMethod, at: &str) -> Result<PathMatch> {
         (true, Some(service), None) => PathMatch::Segments(format!("/{service}").into()),
         (true, None, Some(method)) => PathMatch::Regex(pattern(&format!("/[^/]+/{}", regex::escape(method)), at)?),
         (false, service, method) if service.is_some() || method.is_some() => {
-            PathMatch::Regex(pattern(&format!("/{}/{}", service.unwrap_or("[^/]+"), method.unwrap_or("[^/]+")), at)?)
+            PathMatch::Regex(pattern(&format!("/(?:{})/(?:{})", service.unwrap_or("[^/]+"), method.unwrap_or("[^/]+")), at)?)
         }
         _ => return Err(FieldError::new(at, "needs service or method")),
     })
@@ -165,10 +165,10 @@ fn headers(all: &[Typed], at: &str) -> Result<Vec<HeaderMatch>> {
     let mut found: BTreeMap<String, HeaderMatch> = BTreeMap::new();
     for (i, header) in all.iter().enumerate() {
         let at = format!("{at}.headers[{i}]");
-        let name = header_name(&header.name, &format!("{at}.name"))?;
+        let of = Matched::named(header_name(&header.name, &format!("{at}.name"))?);
         let value = text(header, &at)?;
         // Of several for one name only the first counts.
-        found.entry(name.as_str().to_owned()).or_insert(HeaderMatch { name, value, inverted: false });
+        found.entry(of.to_string()).or_insert(HeaderMatch { of, value, inverted: false });
     }
     Ok(found.into_values().collect())
 }
@@ -205,7 +205,8 @@ fn rule(document: &RuleDocument, at: &str) -> Result<Rule> {
             return Err(FieldError::new(format!("{at}.filters"), "only header modifiers are supported on a backend"));
         }
         let (weight, destination, alone) = (r.weight.unwrap_or(1), destination(r, &at)?, document.backend_refs.len() == 1);
-        Ok(Weighted { weight, destination, headers: filters.headers, alone, authority: None })
+        let authority = filters.headers.authority.clone();
+        Ok(Weighted { weight, destination, headers: filters.headers, alone, authority })
     });
     let backends = backends.collect::<Result<Vec<_>>>()?;
     let action = match filters.redirect {
@@ -308,7 +309,7 @@ fn modifier(document: &Modifier, at: &str) -> Result<(HeaderChanges, Option<http
             let at = format!("{at}.{field}[{i}]");
             let value = format!("{at}.value");
             if pair.name.eq_ignore_ascii_case("host") {
-                authority.get_or_insert(header_value(&pair.value, &value)?);
+                authority.get_or_insert(fields::authority(&pair.value, &value)?);
                 continue;
             }
             let name = end_to_end_header(&pair.name, &format!("{at}.name"))?;
@@ -393,7 +394,7 @@ fn cors(document: &CorsDocument, at: &str) -> Result<Cors> {
     })
 }
 
-/// Who may refer to Services of the grant's namespace.
+/// Who may refer to Services of the grant's namespace, from routes of Gateways: routes of the mesh need none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReferenceGrant {
     /// Kind (`HTTPRoute`, `GRPCRoute`) and namespace of those that may.
@@ -423,9 +424,5 @@ impl ReferenceGrant {
         let from = spec.from.into_iter().filter(|f| f.group == "gateway.networking.k8s.io");
         let to = spec.to.into_iter().filter(|t| t.group.is_empty() && t.kind == "Service");
         Self { from: from.filter_map(|f| Some((f.kind, f.namespace?))).collect(), to: to.map(|t| t.name).collect() }
-    }
-
-    pub fn allows(&self, kind: &str, namespace: &str, service: &str) -> bool {
-        self.from.iter().any(|(k, n)| k == kind && n == namespace) && self.to.iter().any(|name| name.as_ref().is_none_or(|n| n == service))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use http::HeaderName;
+use http::{HeaderName, HeaderValue, header::GetAll};
 
 use super::{
     Workload,
@@ -129,9 +129,39 @@ fn segments<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
     (rest.is_empty() || rest.starts_with('/')).then_some(rest)
 }
 
+/// What of a request is looked at as if it were a header.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Matched {
+    Header(HeaderName),
+    /// As `host`, too.
+    Authority,
+    Method,
+    /// With its query.
+    Path,
+    Scheme,
+}
+
+impl Matched {
+    pub fn named(name: HeaderName) -> Self {
+        if name == http::header::HOST { Self::Authority } else { Self::Header(name) }
+    }
+}
+
+impl fmt::Display for Matched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Header(name) => name.as_str(),
+            Self::Authority => ":authority",
+            Self::Method => ":method",
+            Self::Path => ":path",
+            Self::Scheme => ":scheme",
+        })
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct HeaderMatch {
-    pub name: HeaderName,
+    pub of: Matched,
     pub value: TextMatch,
     /// `withoutHeaders`: must not match. A header that is not there counts as empty, unless presence is asked about.
     pub inverted: bool,
@@ -140,7 +170,18 @@ pub struct HeaderMatch {
 impl HeaderMatch {
     /// Repeated headers are looked at one by one, as recorded of Envoy.
     fn matches(&self, request: &RequestHead) -> bool {
-        let mut values = request.headers.get_all(&self.name).iter().peekable();
+        let single = match &self.of {
+            Matched::Header(name) => return self.matches_any(request.headers.get_all(name)),
+            Matched::Authority => request.authority.as_bytes(),
+            Matched::Method => request.method.as_str().as_bytes(),
+            Matched::Path => request.target.as_str().as_bytes(),
+            Matched::Scheme => request.scheme.as_str().as_bytes(),
+        };
+        self.value.matches(single) != self.inverted
+    }
+
+    fn matches_any(&self, values: GetAll<'_, HeaderValue>) -> bool {
+        let mut values = values.iter().peekable();
         if !self.inverted {
             return values.any(|v| self.value.matches(v.as_bytes()));
         }
@@ -186,6 +227,8 @@ impl SourceMatch {
 /// All must hold; an empty one holds always.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct HttpMatch {
+    /// Told in the access log beside the rule's.
+    pub name: Arc<str>,
     pub path: Option<PathMatch>,
     pub scheme: Option<TextMatch>,
     pub method: Option<TextMatch>,
@@ -255,7 +298,7 @@ impl fmt::Display for HttpMatch {
         all.extend(self.method.iter().map(|t| format!("method {t}")));
         all.extend(self.authority.iter().map(|t| format!("host {t}")));
         all.extend(self.scheme.iter().map(|t| format!("scheme {t}")));
-        all.extend(self.headers.iter().map(|h| format!("{}header {} {}", not(h.inverted), h.name, h.value)));
+        all.extend(self.headers.iter().map(|h| format!("{}header {} {}", not(h.inverted), h.of, h.value)));
         all.extend(self.query.iter().map(|q| format!("query {} {}", q.name, q.value)));
         all.extend(self.port.iter().map(|p| format!("port {p}")));
         all.extend(self.source.namespace.iter().map(|n| format!("from namespace {n}")));
@@ -275,9 +318,18 @@ impl HttpMatch {
             && text(&self.authority, request.authority.as_bytes())
             && text(&self.scheme, request.scheme.as_str().as_bytes())
             && self.query.iter().all(|q| q.matches(request))
-            && self.port.is_none_or(|p| p == context.port)
-            && self.source.matches(context.source)
+            && self.is_for(context.source, context.port)
             && self.claims.iter().all(|c| c.matches(context.claims))
+    }
+
+    /// Whether it is for requests of a client to a port at all.
+    pub fn is_for(&self, source: &Workload, port: u16) -> bool {
+        self.port.is_none_or(|p| p == port) && self.source.matches(source)
+    }
+
+    /// Whether it is for all clients and ports.
+    pub fn is_for_all(&self) -> bool {
+        self.port.is_none() && self.source == SourceMatch::default()
     }
 
     /// Whether it takes every request, so that nothing after it is ever reached.
@@ -288,7 +340,7 @@ impl HttpMatch {
             Some(PathMatch::Regex(pattern)) => pattern.is_catch_all(),
             Some(PathMatch::Exact { .. }) => false,
         };
-        let rest = Self { path: None, ..self.clone() };
+        let rest = Self { path: None, name: Arc::default(), ..self.clone() };
         path && rest == Self::default()
     }
 }

@@ -140,8 +140,16 @@ impl HeaderChanges {
 }
 
 impl Rule {
-    /// Makes what a destination that is alone does to headers the rule's own.
+    /// Whether some of its matches is for every client and port.
+    pub fn is_for_all(&self) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(HttpMatch::is_for_all)
+    }
+
+    /// Makes what a destination that is alone does to headers the rule's own, and the names of its matches those of routes.
     pub fn settle(&mut self) {
+        for matched in self.matches.iter_mut().filter(|m| !m.name.is_empty()) {
+            matched.name = format!("{}.{}", self.name, matched.name).into();
+        }
         if let Action::Forward(all) = &mut self.action
             && let [only] = all.as_mut_slice()
             && only.alone

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use http::HeaderName;
 
 use super::{
+    Workload,
     cluster::Cluster,
     l4::{L4Context, L4Rule},
-    matching::{Context, PathMatch},
+    matching::{Context, HeaderMatch, Matched, PathMatch},
     request::RequestHead,
     rule::{Rule, pick_weighted},
 };
@@ -30,6 +31,10 @@ pub struct HttpTable {
     asks_claims: bool,
     /// Headers that rules ask about.
     asked_headers: Box<[HeaderName]>,
+    /// Some rule is for every client and port.
+    for_all: bool,
+    /// Of a younger or less special object, for clients and ports this one has no rule for.
+    next: Option<Box<HttpTable>>,
 }
 
 /// A rule and, beside each of its destinations, the cluster it names; `None` when that does not exist.
@@ -52,6 +57,8 @@ pub struct ResolvedL4 {
 #[derive(Debug, Clone, Copy)]
 pub struct Found<'a> {
     pub resolved: &'a ResolvedRule,
+    /// The rule's name, and that of the match.
+    pub name: &'a Arc<str>,
     /// The path match in force, which a prefix rewrite goes by.
     pub path: Option<&'a PathMatch>,
 }
@@ -60,8 +67,32 @@ impl HttpTable {
     pub fn new(origin: Arc<str>, rules: Vec<ResolvedRule>) -> Self {
         let matches = || rules.iter().flat_map(|r| &r.rule.matches);
         let asks_claims = matches().any(|m| !m.claims.is_empty());
-        let asked_headers = matches().flat_map(|m| &m.headers).map(|h| h.name.clone()).collect();
-        Self { origin, rules, asks_claims, asked_headers }
+        let header = |h: &HeaderMatch| if let Matched::Header(name) = &h.of { Some(name.clone()) } else { None };
+        let asked_headers = matches().flat_map(|m| &m.headers).filter_map(header).collect();
+        let for_all = rules.iter().any(|r| r.rule.is_for_all());
+        Self { origin, rules, asks_claims, asked_headers, for_all, next: None }
+    }
+
+    /// Each of these, where those before it have nothing for a client and port.
+    pub fn chain(tables: Vec<Self>) -> Option<Self> {
+        tables.into_iter().rev().reduce(|next, table| Self { next: Some(Box::new(next)), ..table })
+    }
+
+    /// Whether no other is asked after it.
+    pub fn is_for_all(&self) -> bool {
+        self.for_all
+    }
+
+    /// The first table that has rules for a client and a port, whatever is asked for: as in Istio, where what is for nobody there is no
+    /// route at all, and the service is reached as if there were none.
+    pub fn of(&self, source: &Workload, port: u16) -> Option<&Self> {
+        let is_for = |r: &ResolvedRule| r.rule.matches.is_empty() || r.rule.matches.iter().any(|m| m.is_for(source, port));
+        if self.for_all || self.rules.iter().any(is_for) { Some(self) } else { self.next.as_ref()?.of(source, port) }
+    }
+
+    /// This one, and those after it.
+    pub fn all(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |table| table.next.as_deref())
     }
 
     /// Whether it may matter which tokens a destination takes.
@@ -80,10 +111,10 @@ impl HttpTable {
         self.rules.iter().find_map(|resolved| {
             let matches = &resolved.rule.matches;
             if matches.is_empty() {
-                return Some(Found { resolved, path: None });
+                return Some(Found { resolved, name: &resolved.rule.name, path: None });
             }
             let hit = matches.iter().find(|m| m.matches(request, context))?;
-            Some(Found { resolved, path: hit.path.as_ref() })
+            Some(Found { resolved, name: if hit.name.is_empty() { &resolved.rule.name } else { &hit.name }, path: hit.path.as_ref() })
         })
     }
 }
@@ -98,7 +129,8 @@ impl PortRoutes {
 
     /// The rule for a connection that is not HTTP, and its number among its kind.
     pub fn l4_rule(&self, context: L4Context<'_>) -> Option<(usize, &ResolvedL4)> {
-        let rules = if context.sni.is_some() && !self.tls.is_empty() { &self.tls } else { &self.tcp };
-        rules.iter().enumerate().find(|(_, r)| r.rule.matches(context))
+        let find = |rules| <[ResolvedL4]>::iter(rules).enumerate().find(|(_, r)| r.rule.matches(context));
+        // What no rule about TLS names is a connection like others.
+        context.sni.and_then(|_| find(&self.tls)).or_else(|| find(&self.tcp))
     }
 }

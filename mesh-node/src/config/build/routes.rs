@@ -1,6 +1,8 @@
 //! Routes: which `VirtualService` or Gateway API routes are in force for a service, delegates merged in, destinations
 //! resolved to clusters.
 
+mod delegation;
+
 use std::{
     cell::RefCell,
     collections::{BTreeSet, HashMap},
@@ -14,12 +16,11 @@ use super::{
 use crate::{
     config::store::{Severity, Status},
     id::ObjectName,
-    resource::{GatewayRoute, Key, Kind, Named, ReferenceGrant, VirtualService, gateway_route::precedence},
+    resource::{GatewayRoute, Kind, Named, VirtualService, gateway_route::precedence},
     route::{
         Cluster, ClusterId, PortRoutes,
         l4::L4Rule,
-        matching::{HttpMatch, PathMatch},
-        rule::{Action, Destination, HeaderOperations, Rule},
+        rule::{Action, Destination, Rule},
         table::{HttpTable, ResolvedL4, ResolvedRule},
     },
 };
@@ -30,7 +31,6 @@ pub(super) struct Routes<'a> {
     /// Those that others delegate to.
     delegates: HashMap<&'a ObjectName, &'a VirtualService>,
     gateway_routes: HashMap<&'a ObjectName, Vec<(&'a Named, &'a GatewayRoute)>>,
-    grants: Vec<(&'a Named, &'a ReferenceGrant)>,
     ports: HashMap<&'a ObjectName, Vec<u16>>,
     /// Namespaces whose clients are routed otherwise.
     pub special: BTreeSet<&'a str>,
@@ -43,7 +43,6 @@ impl<'a> Routes<'a> {
             virtual_services: HashMap::new(),
             delegates: HashMap::new(),
             gateway_routes: HashMap::new(),
-            grants: std::mem::take(&mut builder.parts.grants),
             ports: registry.iter().map(|(name, e)| (*name, e.service.ports.iter().map(|p| p.port).collect())).collect(),
             special: BTreeSet::new(),
             remarks: RefCell::default(),
@@ -119,18 +118,22 @@ impl<'a> Routes<'a> {
     }
 
     /// Says which virtual services are not in force for a host because an older one is.
-    fn name_the_unused(&self, builder: &mut Builder<'a>) {
+    fn name_the_unused(&self, builder: &Builder<'a>) {
+        let clients = std::iter::once(None).chain(self.special.iter().copied().map(Some)).collect::<Vec<_>>();
         for (service, list) in &self.virtual_services {
-            let mut visible =
-                list.iter().filter(|(close, named, vs)| *close == usize::MAX && is_visible(&vs.export_to, &named.key.name.namespace, None));
-            let Some((_, first, _)) = visible.next() else { continue };
-            for (_, named, _) in visible.filter(|(_, named, _)| named.key != first.key) {
-                let message = format!("spec.hosts: {} of {service} is older and is used for it; merge the two", first.key);
-                builder.remark(Severity::Error, named, &message);
-            }
-            if self.gateway_routes.contains_key(service) {
-                let message = format!("spec.hosts: Service {service} has Gateway API routes, which are used instead for HTTP");
-                builder.remark(Severity::Warning, first, &message);
+            for client in &clients {
+                let mut visible = list
+                    .iter()
+                    .filter(|(close, named, vs)| *close == usize::MAX && is_visible(&vs.export_to, &named.key.name.namespace, *client));
+                let Some((_, first, oldest)) = visible.next() else { continue };
+                for (_, named, _) in visible.filter(|(_, named, vs)| named.key != first.key && is_covered(vs, oldest)) {
+                    let message = format!("spec.hosts: {} of {service} is older and is used for it; merge the two", first.key);
+                    self.remark(builder, Severity::Error, named, &message);
+                }
+                if self.gateway_routes.contains_key(service) && !oldest.http.is_empty() {
+                    let message = format!("spec.hosts: Service {service} has Gateway API routes, which are used instead for HTTP");
+                    self.remark(builder, Severity::Warning, first, &message);
+                }
             }
         }
     }
@@ -144,23 +147,30 @@ impl<'a> Routes<'a> {
 
     /// The routes of one port of a service in one view.
     pub fn of(&self, builder: &Builder<'_>, service: &ObjectName, port: u16, client: Option<&str>, clusters: &Clusters<'_>) -> PortRoutes {
-        let resolver = Resolver { routes: self, builder, port, clusters, quiet: client.is_some() };
+        let resolver = Resolver { routes: self, builder, port, clusters };
         let visible =
             |(_, named, vs): &&(usize, &'a Named, &'a VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, client);
-        let chosen = self.virtual_services.get(service).and_then(|l| l.iter().find(visible));
         let mut found = PortRoutes::default();
-        if let Some((_, named, vs)) = chosen {
+        let mut tables = Vec::new();
+        for (_, named, vs) in self.virtual_services.get(service).into_iter().flatten().filter(visible) {
             let l4 = |rules: &[L4Rule]| rules.iter().map(|r| resolver.l4(named, r)).collect::<Vec<_>>();
-            (found.tcp, found.tls) = (l4(&vs.tcp), l4(&vs.tls));
+            if found.tcp.is_empty() {
+                found.tcp = l4(&vs.tcp);
+            }
+            if found.tls.is_empty() {
+                found.tls = l4(&vs.tls);
+            }
             if !vs.http.is_empty() {
-                let rules = vs.http.iter().flat_map(|r| self.expand(builder, named, r, resolver.quiet));
+                let rules = vs.http.iter().flat_map(|r| self.expand(builder, named, r));
                 let rules = rules.map(|(rule, namespace)| resolver.http(named, &namespace, rule)).collect();
-                found.http = Some(HttpTable::new(named.key.to_string().into(), rules));
+                tables.push(HttpTable::new(named.key.to_string().into(), rules));
+                if tables.last().is_some_and(HttpTable::is_for_all) {
+                    break;
+                }
             }
         }
-        if let Some(table) = self.gateway_table(service, port, client, &resolver) {
-            found.http = Some(table);
-        }
+        let gateway = self.gateway_table(service, port, client, &resolver);
+        found.http = gateway.or_else(|| HttpTable::chain(tables));
         found
     }
 
@@ -177,6 +187,14 @@ impl<'a> Routes<'a> {
         if routes.is_empty() {
             routes = of(&service.namespace);
         }
+        // One kind of route at a time, the more special first (GEP-1426).
+        if routes.iter().any(|(named, _)| named.key.kind == Kind::GRPCRoute) {
+            for (named, _) in routes.iter().filter(|(named, _)| named.key.kind != Kind::GRPCRoute) {
+                let message = format!("spec.parentRefs: Service {service} has a GRPCRoute, which is used instead; give each a port");
+                self.remark(resolver.builder, Severity::Error, named, &message);
+            }
+            routes.retain(|(named, _)| named.key.kind == Kind::GRPCRoute);
+        }
         let origin = routes.first()?.0.key.to_string();
         let mut rules = routes.iter().flat_map(|(named, route)| route.rules.iter().map(move |r| (*named, r))).collect::<Vec<_>>();
         // Stable: among equals the older route, and the earlier rule, stays first.
@@ -186,23 +204,26 @@ impl<'a> Routes<'a> {
     }
 
     /// A rule, or the rules of the virtual service it delegates to; each with the namespace its names are of.
-    fn expand(&self, builder: &Builder<'_>, named: &Named, rule: &Rule, quiet: bool) -> Vec<(Rule, Arc<str>)> {
+    fn expand(&self, builder: &Builder<'_>, named: &Named, rule: &Rule) -> Vec<(Rule, Arc<str>)> {
         let own = named.key.name.namespace.clone();
         let Action::Delegate { namespace, name } = &rule.action else { return vec![(rule.clone(), own)] };
         let namespace = if namespace.is_empty() { &own } else { namespace };
         let to = ObjectName { namespace: namespace.clone(), name: name.clone() };
         let Some(delegate) = self.delegates.get(&to) else {
-            if !quiet {
-                self.remark(
-                    builder,
-                    Severity::Warning,
-                    named,
-                    &format!("spec.http: there is no VirtualService {to} without hosts to delegate to; the route is not used"),
-                );
-            }
+            let message = format!("spec.http: there is no VirtualService {to} without hosts to delegate to; the route is not used");
+            self.remark(builder, Severity::Warning, named, &message);
             return Vec::new();
         };
-        delegate.http.iter().filter_map(|d| Some((merge(rule, d)?, namespace.clone()))).collect()
+        let merged = delegate.http.iter().enumerate().filter_map(|(i, d)| {
+            let merged = delegation::merge(rule, d);
+            if merged.is_none() {
+                let message =
+                    format!("spec.http: rule {} of {to} asks for what the rule that delegates to it rules out; it is not used", i + 1);
+                self.remark(builder, Severity::Warning, named, &message);
+            }
+            Some((merged?, namespace.clone()))
+        });
+        merged.collect()
     }
 
     fn remark(&self, builder: &Builder<'_>, severity: Severity, named: &Named, message: &str) {
@@ -212,13 +233,12 @@ impl<'a> Routes<'a> {
             remarks.push(status);
         }
     }
+}
 
-    /// Whether an object of a kind and namespace may refer to a service of another.
-    fn granted(&self, from: &Key, to: &ObjectName) -> bool {
-        let kind = from.kind.to_string();
-        let grants = self.grants.iter().filter(|(named, _)| named.key.name.namespace == to.namespace);
-        grants.map(|(_, grant)| grant).any(|g| g.allows(&kind, &from.name.namespace, &to.name))
-    }
+/// Whether nothing of a virtual service counts beside an older one.
+fn is_covered(vs: &VirtualService, older: &VirtualService) -> bool {
+    let http = vs.http.is_empty() || older.http.iter().any(|rule| rule.is_for_all());
+    http && (vs.tcp.is_empty() || !older.tcp.is_empty()) && (vs.tls.is_empty() || !older.tls.is_empty())
 }
 
 /// Resolves the destinations of rules for one port in one view.
@@ -227,8 +247,6 @@ struct Resolver<'r, 'a> {
     builder: &'r Builder<'r>,
     port: u16,
     clusters: &'r Clusters<'r>,
-    /// What is wrong has been said for another view.
-    quiet: bool,
 }
 
 impl Resolver<'_, '_> {
@@ -248,25 +266,21 @@ impl Resolver<'_, '_> {
     }
 
     fn cluster(&self, named: &Named, namespace: &str, destination: &Destination) -> Option<Arc<Cluster>> {
-        let found = self.find(named, namespace, destination);
-        if let (Err(problem), false) = (&found, self.quiet) {
+        let found = self.find(namespace, destination);
+        if let Err(problem) = &found {
             let message = format!("destination {}: {problem}; what is routed there is refused", destination.host);
             self.routes.remark(self.builder, Severity::Warning, named, &message);
         }
         found.ok()
     }
 
-    fn find(&self, named: &Named, namespace: &str, destination: &Destination) -> Result<Arc<Cluster>, String> {
+    fn find(&self, namespace: &str, destination: &Destination) -> Result<Arc<Cluster>, String> {
         if destination.refused {
             return Err("is not a Service".into());
         }
         let service = service_of(&destination.host, namespace);
         let known = service.as_ref().and_then(|s| self.routes.ports.get_key_value(s));
         let (service, ports) = known.ok_or("there is no such Service")?;
-        let foreign = matches!(named.key.kind, Kind::HTTPRoute | Kind::GRPCRoute) && *service.namespace != *namespace;
-        if foreign && !self.routes.granted(&named.key, service) {
-            return Err(format!("no ReferenceGrant in namespace {} allows it", service.namespace));
-        }
         let port = match (destination.port, ports.as_slice()) {
             (Some(port), _) => port,
             (None, [only]) => *only,
@@ -278,65 +292,4 @@ impl Resolver<'_, '_> {
         let id = ClusterId { service: (*service).clone(), port, subset: destination.subset.clone() };
         self.clusters.get(&id).cloned().ok_or_else(|| format!("no DestinationRule defines a subset {}", destination.subset))
     }
-}
-
-/// A delegate's rule under the rule that delegates: both must match, and what the delegate leaves open is the root's.
-/// `None` when they can never both match.
-fn merge(root: &Rule, delegate: &Rule) -> Option<Rule> {
-    let any = [HttpMatch::default()];
-    let of = |rule: &Rule| if rule.matches.is_empty() { any.to_vec() } else { rule.matches.clone() };
-    let matches =
-        of(root).iter().flat_map(|r| of(delegate).iter().filter_map(|d| merge_match(r, d)).collect::<Vec<_>>()).collect::<Vec<_>>();
-    if matches.is_empty() {
-        return None;
-    }
-    let mut merged = delegate.clone();
-    merged.matches = matches;
-    merged.rewrite = merged.rewrite.or_else(|| root.rewrite.clone());
-    merged.timeout = merged.timeout.or(root.timeout);
-    merged.retries = merged.retries.or_else(|| root.retries.clone());
-    merged.cors = merged.cors.or_else(|| root.cors.clone());
-    if merged.fault.delay.is_none() && merged.fault.abort.is_none() {
-        merged.fault = root.fault.clone();
-    }
-    if merged.mirrors.is_empty() {
-        merged.mirrors.clone_from(&root.mirrors);
-    }
-    if merged.headers == HeaderOperations::default() {
-        merged.headers = root.headers.clone();
-    }
-    Some(merged)
-}
-
-/// `None` when the two ask for different things.
-fn merge_match(root: &HttpMatch, delegate: &HttpMatch) -> Option<HttpMatch> {
-    /// The one that is given; an error when both are.
-    fn one<T: Clone>(a: Option<&T>, b: Option<&T>) -> Result<Option<T>, ()> {
-        if a.is_some() && b.is_some() { Err(()) } else { Ok(a.or(b).cloned()) }
-    }
-    let clash = |name: &http::HeaderName| root.headers.iter().any(|h| h.name == name);
-    if delegate.headers.iter().any(|h| clash(&h.name)) || delegate.query.iter().any(|q| root.query.iter().any(|r| r.name == q.name)) {
-        return None;
-    }
-    let path = match (&root.path, &delegate.path) {
-        (Some(PathMatch::Prefix { path: root, .. }), Some(PathMatch::Prefix { path, .. } | PathMatch::Exact { path, .. }))
-            if path.starts_with(&**root) =>
-        {
-            delegate.path.clone()
-        }
-        (root, delegate) => one(root.as_ref(), delegate.as_ref()).ok()?,
-    };
-    let mut merged = root.clone();
-    merged.path = path;
-    merged.scheme = one(root.scheme.as_ref(), delegate.scheme.as_ref()).ok()?;
-    merged.method = one(root.method.as_ref(), delegate.method.as_ref()).ok()?;
-    merged.authority = one(root.authority.as_ref(), delegate.authority.as_ref()).ok()?;
-    merged.port = if root.port == delegate.port { root.port } else { one(root.port.as_ref(), delegate.port.as_ref()).ok()? };
-    merged.headers.extend(delegate.headers.iter().cloned());
-    merged.query.extend(delegate.query.iter().cloned());
-    merged.source.namespace = one(root.source.namespace.as_ref(), delegate.source.namespace.as_ref()).ok()?;
-    merged.source.labels =
-        root.source.labels.iter().chain(delegate.source.labels.iter()).map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
-    merged.claims.extend(delegate.claims.iter().cloned());
-    Some(merged)
 }

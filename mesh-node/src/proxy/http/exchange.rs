@@ -128,7 +128,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             Ok(Some(normal)) => head = normal,
             Err(_) => return self.bad_path().await,
         }
-        let Some(table) = &port.routes.http else {
+        let Some(table) = port.routes.http.as_ref().and_then(|table| table.of(source, port.port)) else {
             let forward = Forward::as_dialled(port.cluster.clone(), &snapshot, source, &service.name);
             return self.forward(head, forward).await;
         };
@@ -142,7 +142,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         };
         let (resolved, path) = (found.resolved, found.path);
         let rule = &*resolved.rule;
-        self.record.routed(&rule.name, &table.origin);
+        self.record.routed(found.name, &table.origin);
         let picked = if let Action::Forward(all) = &rule.action { pick_destination(resolved, all) } else { None };
         self.record.cluster = picked.as_ref().map(|(cluster, _)| cluster.clone());
         if let Some(end) = self.fault(rule, picked.as_ref().map(|(_, destination)| *destination), &head).await {
@@ -450,7 +450,7 @@ enum Preflight {
 
 fn pick_destination<'s>(resolved: &ResolvedRule, all: &'s [Weighted]) -> Option<(Arc<Cluster>, &'s Weighted)> {
     let picked = match all {
-        [_] => 0,
+        [only] => (only.weight > 0).then_some(0)?,
         _ => pick_weighted(all.iter().map(|d| d.weight), fastrand::u64(..))?,
     };
     Some((resolved.destinations.get(picked)?.clone()?, all.get(picked)?))

@@ -13,7 +13,7 @@ use crate::{
         fields::{self, Percent, end_to_end_header, header_name, header_text, header_value, port, positive},
     },
     route::{
-        matching::{ClaimMatch, HeaderMatch, HttpMatch, PathMatch, Pattern, QueryMatch, SourceMatch, TextMatch, compile},
+        matching::{ClaimMatch, HeaderMatch, HttpMatch, Matched, PathMatch, Pattern, QueryMatch, SourceMatch, TextMatch, compile},
         retry::{BASE_BACKOFF, RetryPolicy, parse_retry_on},
         rule::{
             Abort, Action, Cors, Destination, DirectResponse, Fault, HeaderChanges, HeaderOperations, Mirror, PathRewrite, Redirect,
@@ -24,8 +24,8 @@ use crate::{
 
 type Result<T> = std::result::Result<T, FieldError>;
 
-/// Largest body of a direct response, bytes; Envoy's own limit.
-const DIRECT_BODY: usize = 4096;
+/// Largest body of a direct response, bytes; what Istio sets Envoy to.
+const DIRECT_BODY: usize = 1024 * 1024;
 
 pub(super) fn rule(route: HttpRoute, at: &str, delegated: bool) -> Result<Rule> {
     let matches = route.r#match.iter().enumerate().map(|(i, m)| http_match(m, &format!("{at}.match[{i}]")));
@@ -143,7 +143,14 @@ fn http_match(document: &doc::HttpMatch, at: &str) -> Result<HttpMatch> {
                 continue;
             }
             let value = value.as_ref().map_or(Ok(TextMatch::Present), |v| text_match(v, &at))?;
-            headers.push(HeaderMatch { name: header_name(name, &at)?, value, inverted });
+            let of = match name.as_str() {
+                ":authority" => Matched::Authority,
+                ":method" => Matched::Method,
+                ":path" => Matched::Path,
+                ":scheme" => Matched::Scheme,
+                name => Matched::named(header_name(name, &at)?),
+            };
+            headers.push(HeaderMatch { of, value, inverted });
         }
     }
     let query = document.query_params.iter().map(|(name, value)| {
@@ -151,6 +158,7 @@ fn http_match(document: &doc::HttpMatch, at: &str) -> Result<HttpMatch> {
         Ok(QueryMatch { name: name.as_str().into(), value })
     });
     Ok(HttpMatch {
+        name: document.name.as_deref().unwrap_or_default().into(),
         path,
         scheme: text(&document.scheme, "scheme")?,
         method: text(&document.method, "method")?,
@@ -234,7 +242,8 @@ fn header_changes(operations: &doc::HeaderOperations, at: &str) -> Result<Header
 }
 
 fn rewrite(document: &doc::Rewrite, at: &str) -> Result<Rewrite> {
-    let path = match (&document.uri, &document.uri_regex_rewrite) {
+    let uri = document.uri.as_ref().filter(|uri| !uri.is_empty());
+    let path = match (uri, &document.uri_regex_rewrite) {
         (Some(_), Some(_)) => return Err(FieldError::new(at, "has uri and uriRegexRewrite; keep one")),
         (Some(uri), None) => Some(PathRewrite::Matched(uri.as_str().into())),
         (None, Some(regex)) => {
