@@ -26,7 +26,7 @@ use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use self::{
     process::Process,
-    traffic::{Reporter, Traffic},
+    traffic::{Calls, Reporter, Traffic},
     watch::Watch,
 };
 
@@ -116,6 +116,8 @@ pub struct Metrics {
     pub cluster: Arc<str>,
     /// Istio's metrics of requests and connections.
     pub traffic: Arc<Traffic>,
+    /// gRPC calls that go on.
+    pub calls: Calls,
     pub access: Lines,
     /// Workloads that are looked at live.
     pub watch: Watch,
@@ -170,6 +172,7 @@ impl Metrics {
             registry: Registry::default(),
             cluster: cluster.into(),
             traffic: Arc::default(),
+            calls: Calls::default(),
             access: Lines::new(access_lines.clone()),
             watch: Watch::default(),
             failures: Family::default(),

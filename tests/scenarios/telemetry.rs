@@ -112,7 +112,8 @@ fn requests_are_counted_by_both_reporters_with_all_labels() {
     for reporter in ["reporter=\"source\"", "reporter=\"destination\""] {
         let grpc = [reporter, "request_protocol=\"grpc\""];
         assert!(scene.total("istio_requests_total", &[&grpc[..], &["grpc_response_status=\"0\""]].concat()) > 0.5, "{reporter}");
-        assert!(scene.total("istio_request_messages_total", &grpc) > 0.5 && scene.total("istio_response_messages_total", &grpc) > 0.5);
+        let of_web = [reporter, "destination_canonical_service=\"web\""];
+        assert!(scene.total("istio_request_messages_total", &of_web) > 0.5 && scene.total("istio_response_messages_total", &of_web) > 0.5);
     }
     assert!(near.admin("/metrics").expect("metrics").contains("istio_build{component=\"mesh-node\",tag="));
 }

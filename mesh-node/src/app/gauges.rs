@@ -15,6 +15,7 @@ impl Node {
         let metrics = &self.proxy.metrics;
         self.direct.measure();
         self.proxy.open.count();
+        metrics.calls.count();
         for (counter, value) in self.capture().counters() {
             metrics.capture_events.get_or_create(&EventLabels { event: counter.name() }).set(i64::try_from(value).unwrap_or(i64::MAX));
         }

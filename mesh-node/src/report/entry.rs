@@ -194,7 +194,7 @@ impl Attributes for Entry<'_> {
             Attribute::RequestReferer | Attribute::RequestUseragent | Attribute::RequestId => text(attribute.request_header()?),
             Attribute::RequestProtocol => plain(self.protocol),
             Attribute::RequestSize => size(self.bytes_received),
-            Attribute::RequestDuration => Some(Value::Double(self.duration.as_secs_f64())),
+            Attribute::RequestDuration => i64::try_from(self.duration.as_nanos()).ok().map(Value::Duration),
             Attribute::ResponseCode => (self.code != 0).then_some(Value::Int(i64::from(self.code))),
             Attribute::ResponseCodeDetails => plain(self.details.filter(|d| !d.is_empty())),
             Attribute::ResponseFlags => Some(Value::Int(self.flag_bits)),
@@ -215,10 +215,19 @@ impl Attributes for Entry<'_> {
         }
     }
 
+    /// All of that name, as one list.
     fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>> {
-        match whose {
-            HeadersOf::Request => self.request_header(name),
-            HeadersOf::Response => self.header_of(whose, &Header::named(name)?).map(lossy),
+        let header = Header::named(name)?;
+        let first = lossy(self.header_of(whose, &header)?);
+        let Header::Named(name) = &header else { return Some(first) };
+        let kept = match whose {
+            HeadersOf::Request => self.request.as_ref()?.headers,
+            HeadersOf::Response => self.response_headers?,
+        };
+        let mut more = kept.all(name).skip(1).map(|value| lossy(value.as_bytes())).peekable();
+        if more.peek().is_none() {
+            return Some(first);
         }
+        Some(more.fold(first.into_owned(), |all, value| all + "," + &value).into())
     }
 }

@@ -2,7 +2,7 @@
 //! logs and values of metric tags. Attributes are Envoy's (its "Attributes" page); what is not known here is refused when the
 //! expression is read.
 //!
-//! A subset of the language: no macros beside `has`, no maps, no timestamps. Evaluation allocates for strings it makes, and its
+//! A subset of the language: no macros beside `has`, no maps, no timestamps; durations there are. Evaluation allocates for strings it makes, and its
 //! cost is bounded by the length of the text.
 
 mod parse;
@@ -76,6 +76,9 @@ enum Function {
     Int,
     Double,
     LowerAscii,
+    Duration,
+    /// A duration as a whole number of so many nanoseconds.
+    Units(i64),
 }
 
 /// A regular expression, compiled when it is read.
@@ -96,6 +99,8 @@ pub enum Value<'a> {
     Int(i64),
     Double(f64),
     Text(Cow<'a, str>),
+    /// Nanoseconds.
+    Duration(i64),
     List(Vec<Value<'a>>),
 }
 
@@ -125,7 +130,12 @@ impl Expression {
 
     /// Its value as the value of a tag; none is `unknown`.
     pub fn tag(&self, of: &dyn Attributes) -> String {
-        self.value(of).ok().and_then(Value::text).unwrap_or_else(|| "unknown".to_owned())
+        self.text(of).unwrap_or_else(|| "unknown".to_owned())
+    }
+
+    /// Its value as text.
+    pub fn text(&self, of: &dyn Attributes) -> Option<String> {
+        self.value(of).ok().and_then(Value::text)
     }
 
     /// Its value, if it asks about nothing.
@@ -166,6 +176,7 @@ impl Value<'_> {
             Self::Int(n) => Some(n.to_string()),
             Self::Double(n) => Some(n.to_string()),
             Self::Bool(b) => Some(b.to_string()),
+            Self::Duration(nanos) => Some(seconds(nanos)),
             Self::Null | Self::List(_) => None,
         }
     }
@@ -182,6 +193,7 @@ impl Value<'_> {
             (Self::Int(a), Self::Int(b)) => Some(a.cmp(b)),
             (Self::Text(a), Self::Text(b)) => Some(a.cmp(b)),
             (Self::Bool(a), Self::Bool(b)) => Some(a.cmp(b)),
+            (Self::Duration(a), Self::Duration(b)) => Some(a.cmp(b)),
             _ => self.number()?.partial_cmp(&other.number()?),
         }
     }
@@ -215,6 +227,7 @@ fn evaluate<'a>(node: &'a Node, of: &'a dyn Attributes) -> Evaluated<'a> {
         Node::Negative(what) => match evaluate(what, of)? {
             Value::Int(n) => Value::Int(n.checked_neg().ok_or(NoValue)?),
             Value::Double(n) => Value::Double(-n),
+            Value::Duration(n) => Value::Duration(n.checked_neg().ok_or(NoValue)?),
             _ => return Err(NoValue),
         },
         // One side that decides makes up for the other's having no value.
@@ -290,6 +303,8 @@ impl Binary {
             (Self::Multiply, Value::Int(a), Value::Int(b)) => whole(a.checked_mul(b)),
             (Self::Divide, Value::Int(a), Value::Int(b)) => whole(a.checked_div(b)),
             (Self::Remainder, Value::Int(a), Value::Int(b)) => whole(a.checked_rem(b)),
+            (Self::Add, Value::Duration(a), Value::Duration(b)) => a.checked_add(b).map(Value::Duration).ok_or(NoValue),
+            (Self::Subtract, Value::Duration(a), Value::Duration(b)) => a.checked_sub(b).map(Value::Duration).ok_or(NoValue),
             (Self::Add, Value::Double(a), Value::Double(b)) => Ok(Value::Double(a + b)),
             (Self::Subtract, Value::Double(a), Value::Double(b)) => Ok(Value::Double(a - b)),
             (Self::Multiply, Value::Double(a), Value::Double(b)) => Ok(Value::Double(a * b)),
@@ -320,11 +335,52 @@ impl Function {
             (Self::Int, Value::Text(a), None) => a.parse().map(Value::Int).map_err(|_| NoValue),
             (Self::Int, Value::Double(n), None) => number(n),
             (Self::Int, Value::Int(n), None) => Ok(Value::Int(n)),
+            (Self::Duration, Value::Text(a), None) => duration(&a).map(Value::Duration).ok_or(NoValue),
+            (Self::Duration, Value::Duration(n), None) => Ok(Value::Duration(n)),
+            (Self::Units(unit), Value::Duration(n), None) => Ok(Value::Int(n / unit)),
             (Self::Double, Value::Text(a), None) => a.parse().map(Value::Double).map_err(|_| NoValue),
             (Self::Double, value, None) => value.number().map(Value::Double).ok_or(NoValue),
             _ => Err(NoValue),
         }
     }
+}
+
+/// As CEL writes a duration: seconds, with as many decimals as it takes.
+fn seconds(nanos: i64) -> String {
+    let (sign, nanos) = (if nanos < 0 { "-" } else { "" }, nanos.unsigned_abs());
+    let decimals = format!("{:09}", nanos % 1_000_000_000);
+    let decimals = decimals.trim_end_matches('0');
+    format!("{sign}{}{}{decimals}s", nanos / 1_000_000_000, if decimals.is_empty() { "" } else { "." })
+}
+
+const UNITS: [(&str, i64); 6] =
+    [("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000), ("m", 60_000_000_000), ("h", 3_600_000_000_000)];
+
+/// Nanoseconds of a text such as `1h30m`, `-1.5s` or `500ms`.
+fn duration(text: &str) -> Option<i64> {
+    let (negative, mut rest) = text.strip_prefix('-').map_or((false, text), |rest| (true, rest));
+    let mut all = 0_i64;
+    if rest.is_empty() {
+        return None;
+    }
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').filter(|n| *n > 0)?;
+        let (number, after) = rest.split_at(digits);
+        let end = after.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(after.len());
+        let (name, after) = after.split_at(end);
+        let unit = UNITS.iter().find(|(unit, _)| *unit == name)?.1;
+        let (whole, part) = number.split_once('.').unwrap_or((number, ""));
+        let whole = if whole.is_empty() && !part.is_empty() { 0 } else { whole.parse::<i64>().ok()? };
+        let mut nanos = whole.checked_mul(unit)?;
+        if !part.is_empty() {
+            #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "a part of a unit is small")]
+            let part = (format!("0.{part}").parse::<f64>().ok()? * unit as f64) as i64;
+            nanos = nanos.checked_add(part)?;
+        }
+        all = all.checked_add(nanos)?;
+        rest = after;
+    }
+    Some(if negative { -all } else { all })
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use self::operator::{Named, Operator, Values, parse};
 use self::time::TimeFormat;
 use super::{
     entry::{ClusterName, Entry},
+    expression::Expression,
     kept::Asks,
     plain,
 };
@@ -74,6 +75,9 @@ pub struct Program {
     texts: String,
     headers: Vec<Named>,
     times: Vec<TimeFormat>,
+    expressions: Vec<Expression>,
+    /// What has no value is left out: Envoy's `omit_empty_values`.
+    omits: bool,
     /// Operators of Envoy's that nothing is known of here.
     unknown: Vec<&'static str>,
 }
@@ -111,6 +115,37 @@ impl Program {
 
     fn text(&self, step: &Step) -> &[u8] {
         self.texts.as_bytes().get(step.from as usize..step.to as usize).unwrap_or_default()
+    }
+
+    /// JSON without the keys that have no value.
+    fn write_omitting(&self, entry: &Entry<'_>, line: &mut Vec<u8>) {
+        let mut steps = self.steps.iter();
+        while let Some(step) = steps.next() {
+            let before = line.len();
+            // What comes before a key is a brace or a comma, whichever keys there are.
+            let key = self.text(step).get(1..).unwrap_or_default();
+            let first = before == 0;
+            match step.then {
+                Then::Nothing => line.extend_from_slice(if first { b"{}\n" } else { b"}\n" }),
+                Then::Value(operator) => {
+                    line.push(if first { b'{' } else { b',' });
+                    line.extend_from_slice(key);
+                    let named = line.len();
+                    operator.tell(entry, self, &mut Json(line));
+                    if before >= LONGEST || line.get(named..) == Some(b"null") {
+                        line.truncate(before);
+                    }
+                }
+                Then::Joined(n) => {
+                    let joined = join(steps.by_ref().take(n.into()), self, entry, b"");
+                    if before < LONGEST {
+                        line.push(if first { b'{' } else { b',' });
+                        line.extend_from_slice(key);
+                        quote(&joined, line);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -157,6 +192,15 @@ impl Format {
         Self::json(JSON.into_iter().chain([X_FORWARDED_FOR])).unwrap_or_default()
     }
 
+    /// The same, leaving out what has no value: keys of JSON, and in text what would stand for it.
+    pub fn without_empty_values(self) -> Self {
+        let omitting = |program: Arc<Program>| Arc::new(Program { omits: true, ..Arc::unwrap_or_clone(program) });
+        match self {
+            Self::Text(program) => Self::Text(omitting(program)),
+            Self::Json(program) => Self::Json(omitting(program)),
+        }
+    }
+
     /// Operators of Envoy's that have no value here, whatever is told.
     pub fn knows_nothing_of(&self) -> &[&'static str] {
         let (Self::Text(program) | Self::Json(program)) = self;
@@ -167,6 +211,7 @@ impl Format {
     pub fn asks(&self, all: &mut Asks) {
         let (Self::Text(program) | Self::Json(program)) = self;
         program.headers.iter().for_each(|header| header.asks(all));
+        program.expressions.iter().for_each(|expression| expression.asks(all));
         all.identities |= program.steps.iter().any(|step| matches!(step.then, Then::Value(operator) if operator.asks_for_identities()));
     }
 
@@ -186,7 +231,7 @@ impl Format {
                 for step in &program.steps {
                     line.extend_from_slice(program.text(step));
                     if let Then::Value(operator) = step.then {
-                        operator.tell(entry, program, &mut Text(line));
+                        operator.tell(entry, program, &mut Text { line, nothing: if program.omits { b"" } else { b"-" } });
                     }
                 }
                 cut(line);
@@ -195,6 +240,7 @@ impl Format {
                     line.push(b'\n');
                 }
             }
+            Self::Json(program) if program.omits => program.write_omitting(entry, line),
             Self::Json(program) => {
                 let mut steps = program.steps.iter();
                 while let Some(step) = steps.next() {
@@ -233,6 +279,7 @@ impl Template {
         let (mut program, mut asks) = (Program::default(), Asks::default());
         parse(text, &mut program)?;
         program.headers.iter().for_each(|header| header.asks(&mut asks));
+        program.expressions.iter().for_each(|expression| expression.asks(&mut asks));
         Ok(Self { program: Arc::new(program), asks: Arc::new(asks) })
     }
 
@@ -285,27 +332,30 @@ fn without_part_of_an_escape(text: &str) -> usize {
 }
 
 /// Values in a line of text.
-struct Text<'l>(&'l mut Vec<u8>);
+struct Text<'l> {
+    line: &'l mut Vec<u8>,
+    nothing: &'static [u8],
+}
 
 impl Values for Text<'_> {
     fn nothing(&mut self) {
-        self.0.push(b'-');
+        self.line.extend_from_slice(self.nothing);
     }
 
     fn number(&mut self, n: u64) {
-        plain::push_number(n, self.0);
+        plain::push_number(n, self.line);
     }
 
     fn text(&mut self, text: &[u8]) {
-        escape(text, self.0);
+        escape(text, self.line);
     }
 
     fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>)) {
-        push(self.0);
+        push(self.line);
     }
 
     fn cluster(&mut self, cluster: &ClusterName<'_>) {
-        cluster.push(self.0, escape);
+        cluster.push(self.line, escape);
     }
 }
 

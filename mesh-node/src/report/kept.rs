@@ -70,7 +70,7 @@ impl Asks {
 #[derive(Debug, Clone)]
 pub enum Kept {
     All(HeaderMap),
-    /// The first of each name that was wanted and there: few, so that looking through them is fastest.
+    /// Those that were wanted and there: few, so that looking through them is fastest.
     Some(Vec<(HeaderName, HeaderValue)>),
 }
 
@@ -79,7 +79,10 @@ impl Kept {
     pub fn of(headers: &HeaderMap, wanted: &Wanted) -> Self {
         match wanted {
             Wanted::All => Self::All(headers.clone()),
-            Wanted::These(names) => Self::Some(names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect()),
+            Wanted::These(names) => {
+                let of = |name| headers.get_all(name).iter().map(move |value: &HeaderValue| (HeaderName::clone(name), value.clone()));
+                Self::Some(names.iter().flat_map(of).collect())
+            }
         }
     }
 
@@ -89,6 +92,15 @@ impl Kept {
             Self::All(all) => all.get(name),
             Self::Some(some) => some.iter().find(|(n, _)| n == name).map(|(_, value)| value),
         }
+    }
+
+    /// All of this name.
+    pub fn all<'a>(&'a self, name: &HeaderName) -> impl Iterator<Item = &'a HeaderValue> {
+        let (all, some) = match self {
+            Self::All(all) => (Some(all.get_all(name).iter()), None),
+            Self::Some(some) => (None, Some(some.iter().filter(move |(n, _)| n == name).map(|(_, value)| value).collect::<Vec<_>>())),
+        };
+        all.into_iter().flatten().chain(some.into_iter().flatten())
     }
 
     /// One more, where there is none of its name.

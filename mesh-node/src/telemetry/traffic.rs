@@ -5,6 +5,7 @@
 //! of codes, without flags, its tags as `other`. Edges nobody holds are forgotten by [`Traffic::tidy`] when their ends are gone, or
 //! when there are many.
 
+mod calls;
 mod encode;
 mod histogram;
 
@@ -21,6 +22,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 
+pub use self::calls::{Calls, Followed, Messages};
 use self::histogram::Histogram;
 use super::Flags;
 
@@ -231,8 +233,6 @@ pub struct Request {
     pub duration: Duration,
     pub request_bytes: u64,
     pub response_bytes: u64,
-    pub request_messages: u64,
-    pub response_messages: u64,
 }
 
 #[derive(Debug, Default)]
@@ -240,8 +240,13 @@ struct HttpSeries {
     duration: Histogram,
     request_bytes: Histogram,
     response_bytes: Histogram,
-    request_messages: AtomicU64,
-    response_messages: AtomicU64,
+}
+
+/// gRPC messages. Istio counts them by who talks to whom alone, as calls go on.
+#[derive(Debug, Default)]
+struct MessageSeries {
+    requests: AtomicU64,
+    responses: AtomicU64,
 }
 
 impl HttpSeries {
@@ -249,12 +254,6 @@ impl HttpSeries {
         self.duration.observe_millis(request.duration);
         self.request_bytes.observe(request.request_bytes);
         self.response_bytes.observe(request.response_bytes);
-        if request.request_messages > 0 {
-            self.request_messages.fetch_add(request.request_messages, Ordering::Relaxed);
-        }
-        if request.response_messages > 0 {
-            self.response_messages.fetch_add(request.response_messages, Ordering::Relaxed);
-        }
     }
 }
 
@@ -310,6 +309,7 @@ pub struct Edge {
     /// Almost all requests: answered with 200, without flags and tags.
     ok: HttpSeries,
     http: Series<HttpKey, HttpSeries>,
+    messages: Series<Tags, MessageSeries>,
     tcp: Series<TcpKey, TcpSeries>,
 }
 
@@ -321,7 +321,7 @@ impl fmt::Debug for Edge {
 
 impl Edge {
     fn new(key: EdgeKey) -> Self {
-        Self { key, ok: HttpSeries::default(), http: Series::default(), tcp: Series::default() }
+        Self { key, ok: HttpSeries::default(), http: Series::default(), messages: Series::default(), tcp: Series::default() }
     }
 
     pub fn key(&self) -> &EdgeKey {
@@ -334,6 +334,16 @@ impl Edge {
             self.ok.count(request);
         } else {
             self.http.of(key, HttpKey::folded).count(request);
+        }
+    }
+
+    /// Counts messages of gRPC calls, to the server and from it.
+    pub fn messages(&self, tags: &Tags, requests: u64, responses: u64) {
+        let series = self.messages.of(tags, other);
+        for (counter, n) in [(&series.requests, requests), (&series.responses, responses)] {
+            if n > 0 {
+                counter.fetch_add(n, Ordering::Relaxed);
+            }
         }
     }
 

@@ -168,13 +168,22 @@ fn metrics(levels: &[&Telemetry], observability: &Observability, side: Side) -> 
     }
     let mut changes: [BTreeMap<&Arc<str>, &TagChange>; Metric::ALL.len()] = Default::default();
     let ours = entries.iter().filter(|m| m.providers.is_empty() || m.providers.iter().any(is_ours));
+    let mut all_off = false;
     for one in ours.flat_map(|m| &m.overrides).filter(|o| side.is_meant(o.mode)) {
+        // As in Istio: who says anything else after all are off has them on again.
+        all_off = one.metric.is_none() && one.disabled == Some(true);
+        if all_off {
+            continue;
+        }
         for metric in Metric::ALL.into_iter().filter(|m| one.metric.is_none_or(|o| o == *m)) {
             if let Some(disabled) = one.disabled {
                 plan.metrics[metric as usize].disabled = disabled;
             }
             changes[metric as usize].extend(one.tags.iter().map(|(name, change)| (name, change)));
         }
+    }
+    if all_off {
+        plan.metrics.iter_mut().for_each(|m| m.disabled = true);
     }
     let mut values: Vec<Arc<Expression>> = Vec::new();
     for (tags, changes) in plan.metrics.iter_mut().zip(changes) {
@@ -215,18 +224,24 @@ fn logs(levels: &[&Telemetry], observability: &Observability, side: Side) -> Vec
         let everywhere = observability.everywhere.iter().filter(|_| defaults.is_empty()).cloned();
         return everywhere.chain(defaults.iter().cloned()).map(plain).collect();
     }
-    // The narrowest scope that names providers says which there are; who names none means those of the wider one.
-    let named = entries.iter().rev().map(|l| &l.providers).find(|p| !p.is_empty());
-    let in_force = named.unwrap_or(&observability.default_logs);
+    // The narrowest scope that names providers says which there are, in all it has; who names none means those of the wider one.
+    let named = levels.iter().rev().map(|t| {
+        let entries = t.logging.iter().filter(|l| side.is_meant(l.mode));
+        entries.flat_map(|l| &l.providers).collect::<BTreeSet<_>>()
+    });
+    let in_force = named.into_iter().find(|all| !all.is_empty()).unwrap_or_else(|| observability.default_logs.iter().collect());
     let mut found: BTreeMap<&Arc<str>, Option<Arc<Expression>>> = BTreeMap::new();
     let mut parents = &observability.default_logs;
     for entry in entries {
         if !entry.providers.is_empty() {
             parents = &entry.providers;
         }
-        for provider in parents.iter().filter(|p| in_force.contains(p)) {
+        for provider in parents.iter().filter(|p| in_force.contains(*p)) {
             if entry.disabled {
                 found.remove(provider);
+            } else if entry.filter.is_none() && entry.providers.is_empty() {
+                // It says nothing of what is told.
+                found.entry(provider).or_default();
             } else {
                 found.insert(provider, entry.filter.clone());
             }

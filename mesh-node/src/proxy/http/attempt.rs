@@ -183,8 +183,8 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let passed = pass.as_ref().map(|(_, pass)| pass);
     let head = passed.and_then(|pass| pass.head.as_ref()).unwrap_or(plan.head);
     let plan = &Plan { head, client_cert: passed.and_then(|pass| pass.client_cert.as_ref()), ..*plan };
-    if inbound.as_ref().is_some_and(|r| r.grpc) {
-        upload.passed().count_messages();
+    if let Some(record) = inbound.as_mut().filter(|r| r.grpc) {
+        record.follow([upload.passed().count_messages(), responder.meter().count_messages()]);
     }
     let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
     let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {

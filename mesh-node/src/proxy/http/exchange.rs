@@ -108,8 +108,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     pub async fn run(&mut self, mut head: RequestHead) -> End {
         self.grpc = head.is_grpc();
         if self.grpc {
-            self.body.meter().count_messages();
-            self.responder.meter().count_messages();
+            self.record.follow([self.body.meter().count_messages(), self.responder.meter().count_messages()]);
         }
         let snapshot = self.down.proxy.config.load().clone();
         let Some(source) = snapshot.workload(&self.down.pod.uid) else {

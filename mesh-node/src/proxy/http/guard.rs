@@ -144,8 +144,7 @@ async fn h1_exchange(
     }
     let mut responder = H1Responder::new(sink, request.minor, &request.head.method, request.keep_alive);
     if record.grpc {
-        reader.meter().count_messages();
-        responder.meter().count_messages();
+        record.follow([reader.meter().count_messages(), responder.meter().count_messages()]);
     }
     let cut = tokio::select! {
         biased;
@@ -188,7 +187,7 @@ async fn h1_request(
         Err(refusal) => {
             drop(upload);
             refusal.note(record, gate, &head);
-            record.up = *reader.meter();
+            record.up = reader.meter().clone();
             if refusal.gone {
                 return Next::Close;
             }
@@ -387,8 +386,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
                 onward.write(&mut head.headers);
             }
             if record.grpc {
-                body.meter().count_messages();
-                responder.meter().count_messages();
+                record.follow([body.meter().count_messages(), responder.meter().count_messages()]);
             }
             let end = tokio::select! {
                 biased;

@@ -1,6 +1,12 @@
 //! What has passed of a body: bytes, and for gRPC its messages and status.
 
-use std::io;
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use http::{HeaderMap, HeaderValue};
 
@@ -10,13 +16,15 @@ use super::{
 };
 
 /// Counts frames as they pass.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Meter {
     pub bytes: u64,
     /// Of gRPC.
     pub messages: u64,
     pub grpc_status: Option<u32>,
     messages_in: Option<Place>,
+    /// Its messages, for who asks while it goes on.
+    so_far: Option<Arc<AtomicU64>>,
 }
 
 /// Where in a stream of length-prefixed messages it is.
@@ -34,9 +42,10 @@ impl Meter {
         Self { bytes: body.len() as u64, grpc_status: grpc_status(headers), ..Self::default() }
     }
 
-    /// Also counts gRPC's messages, and takes down its status.
-    pub fn count_messages(&mut self) {
-        self.messages_in = Some(Place::Prefix { come: 0, length: 0 });
+    /// Also counts gRPC's messages, and takes down its status. What comes back has the messages so far.
+    pub fn count_messages(&mut self) -> Arc<AtomicU64> {
+        self.messages_in.get_or_insert(Place::Prefix { come: 0, length: 0 });
+        self.so_far.get_or_insert_default().clone()
     }
 
     pub fn see(&mut self, frame: &Frame) {
@@ -83,6 +92,9 @@ impl Meter {
             };
         }
         self.messages_in = Some(place);
+        if let Some(so_far) = &self.so_far {
+            so_far.store(self.messages, Ordering::Relaxed);
+        }
     }
 }
 

@@ -34,7 +34,7 @@ use crate::{
     route::{Cluster, Workload, request::RequestHead},
     telemetry::{
         Metrics,
-        traffic::{Edge, HttpKey, Reporter, Request, Tags},
+        traffic::{Edge, Followed, HttpKey, Messages, Reporter, Request, Tags},
     },
 };
 
@@ -89,6 +89,8 @@ pub struct Record {
     traced: Option<Box<Traced>>,
     /// The name of the workload, if somebody looks at it.
     watched: Option<String>,
+    /// A gRPC call, whose messages are counted as it goes on.
+    followed: Option<Followed>,
 }
 
 impl Record {
@@ -139,7 +141,13 @@ impl Record {
             retraced: false,
             traced: None,
             watched: None,
+            followed: None,
         }
+    }
+
+    /// Has a gRPC call's messages counted as it goes on.
+    pub fn follow(&mut self, messages: Messages) {
+        self.followed = Some(self.metrics.calls.follow(messages, self.edge.clone()));
     }
 
     /// Takes down the rule, by its name or, if it has none, by the object it stands in.
@@ -267,17 +275,20 @@ impl Record {
 
     /// Takes down where it is counted.
     pub fn place(&mut self, edge: Option<Arc<Edge>>) {
+        if let Some(followed) = &self.followed {
+            followed.place(edge.clone());
+        }
         (self.edge, self.placed) = (edge, true);
     }
 
     /// Takes down what has passed of the bodies: it is over.
     pub fn moved(&mut self, up: &Meter, down: &Meter) {
-        (self.up, self.down, self.concluded) = (*up, *down, true);
+        (self.up, self.down, self.concluded) = (up.clone(), down.clone(), true);
     }
 
     /// It was answered here, and that is all.
     pub fn refused(&mut self, status: Option<StatusCode>, down: &Meter) {
-        (self.status, self.down, self.concluded) = (status, *down, true);
+        (self.status, self.down, self.concluded) = (status, down.clone(), true);
         if status.is_none() {
             self.abandoned();
         }
@@ -304,7 +315,7 @@ impl Record {
 
     /// It was answered, and what asked does not want the answer but asks again.
     pub fn repeated(&mut self, up: &Meter) {
-        (self.up, self.concluded) = (*up, true);
+        (self.up, self.concluded) = (up.clone(), true);
     }
 
     /// What gRPC has of it: where an answer says nothing, what its HTTP status means.
@@ -411,18 +422,16 @@ impl Record {
         Ends { reporter: self.reporter, source, destination: (None, None), service }.edge(&self.metrics, &tags)
     }
 
-    fn count(&self, duration: Duration, tags: Tags) {
+    fn count(&mut self, duration: Duration, tags: Tags) {
         let lost = if self.placed { None } else { self.lost_edge() };
+        if let Some(followed) = self.followed.take() {
+            let edge = self.edge.as_ref().or(lost.as_ref()).map(|edge| &**edge);
+            followed.end(&self.metrics.calls, edge, &tags);
+        }
         let Some(edge) = self.edge.as_ref().or(lost.as_ref()) else { return };
         let (code, flags, grpc) = (self.status.map_or(0, |s| s.as_u16()), self.flags, self.grpc);
         let key = HttpKey { grpc, code, grpc_status: self.grpc_status().filter(|_| grpc), flags, tags };
-        let request = Request {
-            duration,
-            request_bytes: self.up.bytes,
-            response_bytes: self.down.bytes,
-            request_messages: self.up.messages,
-            response_messages: self.down.messages,
-        };
+        let request = Request { duration, request_bytes: self.up.bytes, response_bytes: self.down.bytes };
         edge.request(&key, &request);
     }
 }
@@ -461,8 +470,13 @@ impl Drop for Record {
         if let Some(name) = &self.watched {
             self.metrics.watch.tell(name, reporting::event(&entry, self.reporter, self.edge.as_deref().map(Edge::key)));
         }
-        let Some(told) = told else { return self.count(duration, Tags::default()) };
-        self.count(duration, told.tags_of(&entry));
+        let Some(told) = told else {
+            drop(entry);
+            return self.count(duration, Tags::default());
+        };
+        let tags = told.tags_of(&entry);
         reporting::log(&self.metrics.access, &told.logs, &entry);
+        drop(entry);
+        self.count(duration, tags);
     }
 }

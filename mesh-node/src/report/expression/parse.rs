@@ -286,7 +286,7 @@ impl Parser {
     }
 
     fn function(&mut self, name: &str) -> Parsed {
-        if !["has", "size", "string", "int", "uint", "double"].contains(&name) {
+        if !["has", "size", "string", "int", "uint", "double", "duration"].contains(&name) {
             return Err(format!("calls {name}(), which is not known here"));
         }
         let arguments = self.arguments(")")?;
@@ -300,6 +300,14 @@ impl Parser {
             "size" => Function::Size,
             "string" => Function::String,
             "double" => Function::Double,
+            "duration" => {
+                if let [Node::Literal(Literal::Text(text))] = &arguments[..]
+                    && super::duration(text).is_none()
+                {
+                    return Err(format!("has {text:?}, which is no duration, such as 500ms or 1h30m"));
+                }
+                Function::Duration
+            }
             _ => Function::Int,
         };
         if arguments.len() != 1 {
@@ -316,6 +324,10 @@ impl Parser {
             "contains" => (Function::Contains, 1),
             "size" => (Function::Size, 0),
             "lowerAscii" => (Function::LowerAscii, 0),
+            "getHours" => (Function::Units(3_600_000_000_000), 0),
+            "getMinutes" => (Function::Units(60_000_000_000), 0),
+            "getSeconds" => (Function::Units(1_000_000_000), 0),
+            "getMilliseconds" => (Function::Units(1_000_000), 0),
             "matches" => {
                 let [Node::Literal(Literal::Text(pattern))] = &arguments[..] else {
                     return Err("calls matches() with something else than one text".to_owned());

@@ -15,7 +15,7 @@ impl Attributes for Known {
             Attribute::ResponseFlags => Some(Value::Int(0)),
             Attribute::RequestMethod => Some(Value::Text("GET".into())),
             Attribute::RequestUrlPath => Some(Value::Text("/a/b".into())),
-            Attribute::RequestDuration => Some(Value::Double(0.25)),
+            Attribute::RequestDuration => Some(Value::Duration(250_000_000)),
             Attribute::ConnectionMtls => Some(Value::Bool(true)),
             _ => None,
         }
@@ -45,7 +45,13 @@ fn filters_hold_as_cel_says() {
         ("size(request.url_path) == 4", true),
         ("request.url_path.size() + 1 == 5", true),
         ("-response.code < 0", true),
-        ("request.duration < 1", true),
+        ("request.duration < duration('1s') && request.duration == duration('250ms')", true),
+        ("request.duration + duration('1m') > duration('1m0.2s')", true),
+        ("-request.duration < duration('-0.1s')", true),
+        ("request.duration.getMilliseconds() == 250 && duration('1h30m').getMinutes() == 90", true),
+        ("string(request.duration) == '0.25s' && string(duration('2s')) == '2s'", true),
+        // It is no number.
+        ("request.duration < 1", false),
         ("response.code % 2 == 1 || response.code / 0 == 1", true),
         ("string(response.code) == '503'", true),
         // What has no value does not hold, and is made up for by what decides.
@@ -107,6 +113,8 @@ fn what_cannot_be_read_says_why() {
         ("'open", "closing quote"),
         ("request.path.matches('(')", "pattern that cannot be read"),
         ("has(1)", "has() with something else"),
+        ("request.duration > duration('1')", "no duration"),
+        ("request.duration > duration('1 s')", "no duration"),
         ("request.path.startsWith()", "it takes 1"),
         ("request.path['x']", "has no members"),
         ("response.code == 1 @", "means nothing there"),

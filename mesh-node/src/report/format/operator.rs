@@ -11,6 +11,7 @@ use crate::{
     report::{
         attributes::HeadersOf,
         entry::{ClusterName, Header},
+        expression::Expression,
         kept::Asks,
         plain,
     },
@@ -87,6 +88,10 @@ enum What {
     },
     /// One of the program's headers.
     Header(u16),
+    /// The same, up to where its query begins.
+    HeaderWithoutQuery(u16),
+    /// One of the program's expressions.
+    Expression(u16),
     /// A response header that is known without them.
     ServiceTime,
 }
@@ -212,7 +217,9 @@ pub(super) fn parse(format: &str, program: &mut Program) -> Result<(), String> {
 fn end_of_operator(text: &str) -> Option<usize> {
     match (text.find('%'), text.find('(')) {
         (Some(end), Some(open)) if open < end => {
-            let close = open + text[open..].find(')')?;
+            // An expression may have more of them in it.
+            let close =
+                if text.starts_with("CEL(") { text.find(")%").or_else(|| text.find("):"))? } else { open + text[open..].find(')')? };
             Some(close + text[close..].find('%')?)
         }
         (end, _) => end,
@@ -223,6 +230,17 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
     let (name, argument, most) = parts(text)?;
     let what = match (name, argument) {
         ("REQ" | "REQUEST_HEADER", argument) => header(text, argument, HeadersOf::Request, program)?,
+        ("REQ_WITHOUT_QUERY", argument) => match header(text, argument, HeadersOf::Request, program)? {
+            What::Header(number) => What::HeaderWithoutQuery(number),
+            other => other,
+        },
+        ("CEL", Some(expression)) if !expression.is_empty() => {
+            let expression = Expression::parse(expression).map_err(|e| format!("%{text}%: {e}"))?;
+            let number = u16::try_from(program.expressions.len()).map_err(|_| "has too many expressions".to_owned())?;
+            program.expressions.push(expression);
+            What::Expression(number)
+        }
+        ("CEL", _) => return Err(format!("%{text}% has no expression")),
         ("RESP" | "RESPONSE_HEADER", argument) => header(text, argument, HeadersOf::Response, program)?,
         ("START_TIME" | "EMIT_TIME", Some(format)) if !format.is_empty() => {
             let format = TimeFormat::parse(format).map_err(|e| format!("%{text}%: {e}"))?;
@@ -261,7 +279,9 @@ fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<What, String>
         (None, _) if NOTHING.contains(&name) || WITH_ARGUMENTS.contains(&name) => What::Nothing,
         (None, _) => {
             let known = ALL.map(|(n, _)| n).join(", ");
-            return Err(format!("%{text}% is not an operator of Envoy's; those that have a value here are REQ, RESP and {known}"));
+            return Err(format!(
+                "%{text}% is not an operator of Envoy's; those that have a value here are REQ, REQ_WITHOUT_QUERY, RESP, CEL and {known}"
+            ));
         }
     })
 }
@@ -270,7 +290,7 @@ fn header(text: &str, argument: Option<&str>, whose: HeadersOf, program: &mut Pr
     let names = argument.filter(|a| !a.is_empty()).ok_or_else(|| format!("%{text}% names no header"))?;
     let (first, other) = names.split_once('?').map_or((names, None), |(first, other)| (first, Some(other)));
     let header = |name: &str| Header::named(name).ok_or_else(|| format!("%{text}%: {name:?} is not the name of a header"));
-    if whose == HeadersOf::Response && first.eq_ignore_ascii_case(SERVICE_TIME) {
+    if whose == HeadersOf::Response && first.eq_ignore_ascii_case(SERVICE_TIME) && other.is_none() {
         return Ok(What::ServiceTime);
     }
     let number = u16::try_from(program.headers.len()).map_err(|_| "names too many headers".to_owned())?;
@@ -357,8 +377,8 @@ impl What {
             Self::RequestedServerName => text(entry.sni, values),
             Self::RouteName => text(entry.route, values),
             Self::GrpcStatusNumber => some!(values, entry.grpc_status, |s: u32| values.number(s.into())),
-            Self::GrpcStatus => text(entry.grpc_status.map(grpc_status_name), values),
-            Self::GrpcStatusSnake => some!(values, entry.grpc_status, |s| values.text(snake(grpc_status_name(s)).as_bytes())),
+            Self::GrpcStatus => some!(values, entry.grpc_status, |s| grpc_status(s, false, values)),
+            Self::GrpcStatusSnake => some!(values, entry.grpc_status, |s| grpc_status(s, true, values)),
             Self::AccessLogType => text(Some(if entry.tells_a_request { "DownstreamEnd" } else { "TcpConnectionEnd" }), values),
             Self::EmitTime => values.plain(|line| plain::push_time(entry.start + entry.duration, line)),
             Self::DownstreamTlsVersion => text(entry.mutual_tls.then_some("TLSv1.3"), values),
@@ -381,7 +401,12 @@ impl What {
             Self::Time { began, format } => time(entry, program.times.get(usize::from(format)), began, values),
             // A header's value is a text.
             Self::ServiceTime => some!(values, entry.service_time, |t| values.plain(|line| plain::push_number(t, line))),
-            Self::Header(number) => header_value(entry, program.headers.get(usize::from(number)), values),
+            Self::Header(number) => header_value(entry, program.headers.get(usize::from(number)), false, values),
+            Self::HeaderWithoutQuery(number) => header_value(entry, program.headers.get(usize::from(number)), true, values),
+            Self::Expression(number) => {
+                let value = program.expressions.get(usize::from(number)).and_then(|expression| expression.text(entry));
+                some!(values, value, |value: String| values.text(value.as_bytes()));
+            }
         }
     }
 }
@@ -412,10 +437,20 @@ fn time(entry: &Entry<'_>, format: Option<&TimeFormat>, began: bool, values: &mu
     some!(values, format, |format: &TimeFormat| values.text(format.text(time).as_bytes()));
 }
 
-fn header_value(entry: &Entry<'_>, header: Option<&Named>, values: &mut impl Values) {
+/// A status that has no name is told by its number.
+fn grpc_status(status: u32, in_snake_case: bool, values: &mut impl Values) {
+    match grpc_status_name(status) {
+        None => values.plain(|line| plain::push_number(status.into(), line)),
+        Some(name) if in_snake_case => values.text(snake(name).as_bytes()),
+        Some(name) => values.text(name.as_bytes()),
+    }
+}
+
+fn header_value(entry: &Entry<'_>, header: Option<&Named>, without_query: bool, values: &mut impl Values) {
     let found =
         header.and_then(|Named { whose, name, other }| entry.header_of(*whose, name).or_else(|| entry.header_of(*whose, other.as_ref()?)));
-    some!(values, found, |value| values.text(value));
+    let end = |value: &[u8]| value.iter().position(|b| without_query && *b == b'?').unwrap_or(value.len());
+    some!(values, found, |value: &[u8]| values.text(&value[..end(value)]));
 }
 
 /// `DeadlineExceeded` as `DEADLINE_EXCEEDED`.
@@ -435,7 +470,7 @@ pub(super) fn snake(camel: &str) -> String {
 }
 
 /// The gRPC project's names of its status codes.
-fn grpc_status_name(status: u32) -> &'static str {
+fn grpc_status_name(status: u32) -> Option<&'static str> {
     const NAMES: [&str; 17] = [
         "OK",
         "Canceled",
@@ -455,5 +490,5 @@ fn grpc_status_name(status: u32) -> &'static str {
         "DataLoss",
         "Unauthenticated",
     ];
-    usize::try_from(status).ok().and_then(|s| NAMES.get(s)).copied().unwrap_or("InvalidCode")
+    usize::try_from(status).ok().and_then(|s| NAMES.get(s)).copied()
 }

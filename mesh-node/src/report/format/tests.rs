@@ -104,11 +104,49 @@ fn operators_take_alternatives_and_lengths() {
         ("%PATH% %PATH(NQ)% %PATH(WQ:ORIG)%", "/a?b=c /a /a?b=c\n"),
         ("%REQUEST_HEADER(user-agent)% %DYNAMIC_METADATA(a:b)% %HOSTNAME%", "curl/8 - -\n"),
         ("%DOWNSTREAM_TLS_VERSION% %GRPC_STATUS(SNAKE_STRING)%", "- -\n"),
+        ("%REQ_WITHOUT_QUERY(X-ENVOY-ORIGINAL-PATH?:PATH)% %REQ_WITHOUT_QUERY(user-agent)%", "/a curl/8\n"),
+        ("%CEL(request.method + (response.code > 500 ? '!' : ''))% %CEL(upstream.address)%", "GET! -\n"),
+        ("%CEL(request.duration)% %CEL(request.headers['user-agent']):4%", "0.0129s curl\n"),
+        ("%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME?X-OTHER)%", "-\n"),
     ] {
         assert_eq!(Format::text(format).map(|f| f.line(&entry)).as_deref(), Ok(expected), "{format}");
     }
     let json = Format::json([("a", "%REQ(:METHOD)% %UPSTREAM_HOST%"), ("b", "x\"y"), ("c", "%GRPC_STATUS%")]).expect("valid");
     assert_eq!(json.line(&entry), "{\"a\":\"GET -\",\"b\":\"x\\\"y\",\"c\":null}\n");
+    let odd = Entry { grpc_status: Some(99), ..entry.clone() };
+    let format = Format::text("%GRPC_STATUS% %GRPC_STATUS(SNAKE_STRING)%").expect("valid");
+    assert_eq!(format.line(&odd), "99 99\n", "what has no name");
+}
+
+#[test]
+fn what_has_no_value_can_be_left_out() {
+    let headers = Kept::All(headers());
+    let entry = entry(&headers);
+    let text = Format::text("[%UPSTREAM_HOST%] %PROTOCOL% %REQ(NONE)%.").expect("valid").without_empty_values();
+    assert_eq!(text.line(&entry), "[] HTTP/1.1 .\n");
+    let json =
+        |fields: &[(&'static str, &'static str)]| Format::json(fields.iter().copied()).expect("valid").without_empty_values().line(&entry);
+    assert_eq!(
+        json(&[("a", "%UPSTREAM_HOST%"), ("b", "%RESPONSE_CODE%"), ("c", "%REQ(NONE)%"), ("d", "%REQ(NONE)%|%PROTOCOL%")]),
+        "{\"b\":503,\"d\":\"|HTTP/1.1\"}\n"
+    );
+    assert_eq!(json(&[("a", "%PROTOCOL%"), ("b", "%REQ(NONE)%")]), "{\"a\":\"HTTP/1.1\"}\n");
+    assert_eq!(json(&[("a", "%REQ(NONE)%")]), "{}\n");
+    assert_eq!(json(&[]), "{}\n");
+}
+
+#[test]
+fn expressions_see_all_headers_of_a_name() {
+    let mut headers = HeaderMap::new();
+    for value in ["1", "2"] {
+        headers.append("x-a", HeaderValue::from_static(value));
+    }
+    let format = Format::text("%CEL(request.headers['x-a'])% %REQ(X-A)%").expect("valid");
+    let mut asks = Asks::default();
+    format.asks(&mut asks);
+    for kept in [Kept::All(headers.clone()), Kept::of(&headers, &asks.request)] {
+        assert_eq!(format.line(&entry(&kept)), "1,2 1\n");
+    }
 }
 
 #[test]
@@ -123,6 +161,8 @@ fn formats_that_cannot_be_read_say_why() {
     for (format, part) in [
         ("%FOO%", "%FOO% is not an operator"),
         ("%REQ%", "names no header"),
+        ("%CEL(request.cod)%", "is not an attribute"),
+        ("%CEL%", "has no expression"),
         ("%REQ(a", "closing %"),
         ("%START_TIME(%Q)%", "is not known in times"),
         ("%PATH(XX)%", "is none of NQ"),

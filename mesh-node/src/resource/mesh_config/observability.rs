@@ -115,9 +115,7 @@ pub(super) struct ProviderSpec {
 struct FileLog {
     path: Option<String>,
     log_format: Option<LogFormat>,
-    /// Commands this node does not know are refused in any case.
-    #[serde(rename = "omitEmptyValues")]
-    _omit_empty_values: Option<bool>,
+    omit_empty_values: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -162,16 +160,16 @@ pub(super) fn read(document: Document, providers: &[(String, Value)]) -> (Observ
     let mut found = Observability { logs: Vec::new(), ..Observability::default() };
     let mut problems = Vec::new();
     let mut wrong = |error: FieldError, instead: &str| problems.push(format!("{}: {}; {instead}", error.field, error.problem));
-    for (at, all) in providers {
-        if let Err(error) = super::part(all, at).and_then(|spec| provider(spec, at, &mut found)) {
-            wrong(error, "the provider is left out");
-        }
-    }
     let format = mesh_format(document.access_log_format.as_deref(), document.access_log_encoding.as_deref());
     let format = format.unwrap_or_else(|error| {
         wrong(error, "the mesh's log has Istio's format");
         Format::default()
     });
+    for (at, all) in providers {
+        if let Err(error) = super::part(all, at).and_then(|spec| provider(spec, at, &format, &mut found)) {
+            wrong(error, "the provider is left out");
+        }
+    }
     let file = document.access_log_file.filter(|f| !f.is_empty());
     let file = file.map(|file| log_path(file, "data.mesh.accessLogFile")).transpose().unwrap_or_else(|error| {
         wrong(error, "the mesh has no log of its own");
@@ -179,7 +177,7 @@ pub(super) fn read(document: Document, providers: &[(String, Value)]) -> (Observ
     });
     let own = |path: Arc<str>| Arc::new(AccessLog { name: ENVOY.into(), path, format: format.clone() });
     if !found.logs.iter().any(|l| &*l.name == ENVOY) {
-        found.logs.push(own(file.clone().unwrap_or_else(|| STDOUT.into())));
+        found.logs.push(own(STDOUT.into()));
     }
     found.everywhere = file.map(own);
     let defaults = document.default_providers.unwrap_or_default();
@@ -243,7 +241,8 @@ fn log_path(path: String, at: &str) -> Result<Arc<str>, FieldError> {
     Ok(path.into())
 }
 
-fn provider(spec: ProviderSpec, at: &str, found: &mut Observability) -> Result<(), FieldError> {
+/// `own` is the format of the mesh's own log.
+fn provider(spec: ProviderSpec, at: &str, own: &Format, found: &mut Observability) -> Result<(), FieldError> {
     let name: Arc<str> = spec.name.into();
     let named = |field: &str| {
         if name.is_empty() {
@@ -254,7 +253,9 @@ fn provider(spec: ProviderSpec, at: &str, found: &mut Observability) -> Result<(
     if let Some(log) = spec.envoy_file_access_log {
         let at = format!("{at}.envoyFileAccessLog");
         let path = log_path(log.path.unwrap_or_else(|| STDOUT.to_owned()), &format!("{at}.path"))?;
+        let omit = log.omit_empty_values.unwrap_or(false);
         let format = match log.log_format {
+            None if *name == *ENVOY && !omit => own.clone(),
             None => Format::default(),
             Some(LogFormat { text: Some(_), labels: Some(_) }) => {
                 return Err(FieldError::new(format!("{at}.logFormat"), "has both text and labels; keep one"));
@@ -265,6 +266,7 @@ fn provider(spec: ProviderSpec, at: &str, found: &mut Observability) -> Result<(
             Some(LogFormat { text: None, labels: Some(labels) }) if !labels.is_empty() => json(&labels, &format!("{at}.logFormat.labels"))?,
             Some(LogFormat { text: None, .. }) => Format::default_json(),
         };
+        let format = if omit { format.without_empty_values() } else { format };
         found.logs.push(Arc::new(AccessLog { name: named("envoyFileAccessLog")?, path, format }));
     }
     if let Some(otel) = spec.opentelemetry {

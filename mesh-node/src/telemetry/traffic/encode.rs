@@ -14,7 +14,7 @@ use prometheus_client::{
     metrics::MetricType,
 };
 
-use super::{Edge, HttpKey, HttpSeries, Metric, Peer, TagValue, Tags, TcpKey, TcpSeries, Traffic, histogram::Totals};
+use super::{Edge, HttpKey, HttpSeries, Metric, Peer, Reporter, TagValue, Tags, TcpKey, TcpSeries, Traffic, histogram::Totals};
 use crate::telemetry::Flags;
 
 type Label = (Cow<'static, str>, Arc<str>);
@@ -66,7 +66,12 @@ impl Edge {
         if self.key.tags.of(metric).disabled {
             return;
         }
-        if metric.is_http() {
+        if matches!(metric, Metric::GrpcRequestMessages | Metric::GrpcResponseMessages) {
+            for (tags, series) in self.messages.all.load().iter() {
+                let counter = if metric == Metric::GrpcRequestMessages { &series.requests } else { &series.responses };
+                add(into, self.labels(metric, &[], tags), counter.load(Ordering::Relaxed));
+            }
+        } else if metric.is_http() {
             let plain = HttpKey { grpc: false, code: 200, grpc_status: None, flags: Flags::default(), tags: Tags::default() };
             self.collect_http(metric, &plain, &self.ok, into);
             for (key, series) in self.http.all.load().iter() {
@@ -81,8 +86,7 @@ impl Edge {
 
     fn collect_http(&self, metric: Metric, key: &HttpKey, series: &HttpSeries, into: &mut BTreeMap<Labels, Total>) {
         let requests = series.duration.count();
-        let grpc_only = matches!(metric, Metric::GrpcRequestMessages | Metric::GrpcResponseMessages);
-        if requests == 0 || grpc_only && !key.grpc {
+        if requests == 0 {
             return;
         }
         let labels = self.labels(metric, &http_labels(key), &key.tags);
@@ -90,8 +94,6 @@ impl Edge {
             Metric::RequestDuration => &series.duration,
             Metric::RequestSize => &series.request_bytes,
             Metric::ResponseSize => &series.response_bytes,
-            Metric::GrpcRequestMessages => return add(into, labels, series.request_messages.load(Ordering::Relaxed)),
-            Metric::GrpcResponseMessages => return add(into, labels, series.response_messages.load(Ordering::Relaxed)),
             _ => return add(into, labels, requests),
         };
         let total = into.entry(labels).or_insert_with(|| Total::Distribution(Box::default()));
@@ -146,8 +148,16 @@ impl Edge {
         ];
         labels.extend(service.map(|(name, value)| (Cow::Borrowed(name), value.clone())));
         peer(&mut labels, DESTINATION, &key.destination);
-        let security = if key.mutual_tls { "mutual_tls" } else { "unknown" };
-        labels.push((Cow::Borrowed("connection_security_policy"), security.into()));
+        // A server knows that there is none; of connections ztunnel says no more.
+        let security = match (key.mutual_tls, key.reporter) {
+            (true, _) => "mutual_tls",
+            (false, Reporter::Destination) if metric.is_http() => "none",
+            (false, _) => "unknown",
+        };
+        // Of messages Istio does not say it.
+        if !matches!(metric, Metric::GrpcRequestMessages | Metric::GrpcResponseMessages) {
+            labels.push((Cow::Borrowed("connection_security_policy"), security.into()));
+        }
         if !metric.is_http() {
             let places = [
                 ("source_region", &key.source.region),

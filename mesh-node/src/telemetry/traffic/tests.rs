@@ -38,7 +38,7 @@ fn text(traffic: &Arc<Traffic>) -> String {
 }
 
 fn once() -> Request {
-    Request { duration: Duration::from_micros(7_500), request_bytes: 3, response_bytes: 2_000_000, ..Request::default() }
+    Request { duration: Duration::from_micros(7_500), request_bytes: 3, response_bytes: 2_000_000 }
 }
 
 #[test]
@@ -67,6 +67,34 @@ fn requests_are_counted_with_istio_s_labels_and_buckets() {
     assert!(text.contains(&format!("istio_response_bytes_bucket{{le=\"+Inf\",{ok}}} 2\n")), "{text}");
     assert!(text.contains(&format!("istio_request_bytes_count{{{ok}}} 2\n")), "{text}");
     assert!(!text.contains("istio_request_messages"), "gRPC's alone: {text}");
+}
+
+/// Istio counts them before it is known how a call ends, and says who talks to whom alone.
+#[test]
+fn messages_of_a_call_are_counted_while_it_goes_on() {
+    let (traffic, calls) = (Arc::new(Traffic::default()), Calls::default());
+    let edge = traffic.edge(key(TagPlan::default())).expect("room");
+    let messages: Messages = [Arc::new(AtomicU64::new(1)), Arc::new(AtomicU64::new(5))];
+    let call = calls.follow(messages.clone(), None);
+    calls.count();
+    assert!(!text(&traffic).contains("messages_total{"), "it is not known where");
+    call.place(Some(edge.clone()));
+    calls.count();
+    let of = |name: &str, n: u32| {
+        let text = text(&traffic);
+        let found = text.lines().filter(|l| l.starts_with(&format!("istio_{name}_messages_total{{"))).collect::<Vec<_>>();
+        assert!(found.len() == 1 && found[0].ends_with(&format!(",destination_cluster=\"Kubernetes\"}} {n}")), "{found:?}");
+    };
+    of("request", 1);
+    of("response", 5);
+    messages[1].store(7, Ordering::Relaxed);
+    calls.count();
+    of("response", 7);
+    messages[0].store(2, Ordering::Relaxed);
+    call.end(&calls, Some(&edge), &Tags::default());
+    calls.count();
+    of("request", 2);
+    of("response", 7);
 }
 
 #[test]

@@ -121,6 +121,26 @@ fn access_logs_of_narrower_scopes_win() {
             vec!["one", "two"],
             vec!["one", "two"],
         ),
+        (
+            "in two entries of one object",
+            vec![telemetry(
+                "shop",
+                "n",
+                &json!({"accessLogging": [{"providers": [{"name": "one"}], "filter": {"expression": "response.code >= 500"}}, {"providers": [{"name": "two"}]}]}),
+            )],
+            vec!["one", "two"],
+            vec!["one", "two"],
+        ),
+        (
+            "one of two is off",
+            vec![telemetry(
+                "shop",
+                "n",
+                &json!({"accessLogging": [{"providers": [{"name": "one"}]}, {"providers": [{"name": "two"}], "disabled": true}]}),
+            )],
+            vec!["one"],
+            vec!["one"],
+        ),
     ] {
         let documents = documents.into_iter().chain([mesh.clone()]).collect::<Vec<_>>();
         let (reporting, statuses) = built(&documents);
@@ -128,8 +148,30 @@ fn access_logs_of_narrower_scopes_win() {
         assert!(statuses.is_empty(), "{case}: {statuses:?}");
     }
     // A filter of a narrower scope goes with the provider of the wider one.
-    let (reporting, _) = built(&[mesh, telemetry("istio-system", "m", &on("one")), telemetry("shop", "n", &filtered)]);
+    let (reporting, _) = built(&[mesh.clone(), telemetry("istio-system", "m", &on("one")), telemetry("shop", "n", &filtered)]);
     assert!(names(&reporting.client) == ["one"] && reporting.client.logs[0].filter.is_some());
+    // And stays when a narrower one says nothing of it.
+    let wide = log(json!({"providers": [{"name": "one"}], "filter": {"expression": "response.code == 500"}}));
+    let (reporting, _) = built(&[mesh, telemetry("istio-system", "m", &wide), telemetry("shop", "n", &log(json!({"disabled": false})))]);
+    assert!(names(&reporting.client) == ["one"] && reporting.client.logs[0].filter.is_some());
+}
+
+#[test]
+fn the_provider_envoy_has_the_mesh_s_format() {
+    let on = telemetry("istio-system", "m", &json!({"accessLogging": [{"providers": [{"name": "envoy"}]}]}));
+    let told = |mesh: Value| {
+        let (reporting, statuses) = built(&[mesh_config(&mesh), on.clone()]);
+        assert!(statuses.is_empty(), "{statuses:?}");
+        let log = &reporting.client.logs[0].log;
+        (log.path.to_string(), log.format.clone())
+    };
+    let json = crate::report::format::Format::default_json();
+    let mut mesh = json!({"accessLogEncoding": "JSON", "accessLogFile": "/var/log/a"});
+    assert_eq!(told(mesh.clone()), ("/dev/stdout".to_owned(), json.clone()), "wherever the mesh's own goes");
+    mesh["extensionProviders"] = json!([{"name": "envoy", "envoyFileAccessLog": {"path": "/dev/stderr"}}]);
+    assert_eq!(told(mesh.clone()), ("/dev/stderr".to_owned(), json));
+    mesh["extensionProviders"][0]["envoyFileAccessLog"]["omitEmptyValues"] = json!(true);
+    assert_eq!(told(mesh).1, crate::report::format::Format::default().without_empty_values());
 }
 
 #[test]
@@ -152,6 +194,11 @@ fn overrides_apply_from_the_widest_scope_to_the_narrowest() {
     let off = json!({"metrics": [{"overrides": [{"disabled": true}]}]});
     let (reporting, _) = built(&[telemetry("shop", "n", &off)]);
     assert!(reporting.client.tags.is_off() && reporting.server.tags.is_off());
+    // Who says anything else of any has all of them again, as in Istio.
+    let wide = json!({"metrics": [{"overrides": [{"match": {"metric": "ALL_METRICS"}, "disabled": true}]}]});
+    let tagged = json!({"metrics": [{"overrides": [{"match": {"metric": "REQUEST_COUNT", "mode": "CLIENT"}, "tagOverrides": {"a": {"value": "'x'"}}}]}]});
+    let (reporting, _) = built(&[telemetry("istio-system", "m", &wide), telemetry("shop", "n", &tagged)]);
+    assert!(!reporting.client.tags.of(Metric::RequestSize).disabled && reporting.server.tags.is_off());
 }
 
 #[test]
