@@ -319,7 +319,109 @@ fn manifests_are_analyzed_by_file_and_line() {
     ] {
         assert!(text.contains(&part), "{part}: {text}");
     }
-    std::fs::remove_file(directory.path().join("rules.yaml")).expect("removed");
+    // What would not be noticed, and what is hardly meant so.
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: web, uid: web, labels: {app: web}}\nspec: {nodeName: n1}\nstatus: {phase: Running, podIPs: [{ip: 10.0.0.1}]}\n---\napiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {clusterIP: 10.96.0.1, selector: {app: web}, ports: [{name: http, port: 80}]}\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nmetadata: {name: web-1, labels: {kubernetes.io/service-name: web}}\nendpoints: [{addresses: [10.0.0.1]}]\nports: [{name: http, port: 80}]\n";
+    std::fs::write(directory.path().join("pods.yaml"), pod).expect("written");
+    let yaml = r#"apiVersion: v1
+kind: List
+items:
+- apiVersion: networking.istio.io/v1
+  kind: VirtualService
+  metadata: {name: web}
+  spec:
+    hosts: [web]
+    http:
+    - route: [{destination: {host: web}}]
+    - match: [{uri: {prefix: /late}}]
+      route:
+      - destination:
+          host: missing
+- apiVersion: networking.istio.io/v1
+  kind: AuthorizationPolicy
+  metadata: {name: lost}
+- apiVersion: security.istio.io/v1
+  kind: AuthorisationPolicy
+  metadata: {name: mistyped}
+---
+apiVersion: v1
+kind: List
+item: []
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: a}
+spec:
+  host: web
+  trafficPolicy: {loadBalancer: {simple: RANDOM}}
+  subsets: [{name: v1, labels: {version: v1}}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: b}
+spec:
+  host: web.default.svc.cluster.local
+  trafficPolicy: {loadBalancer: {simple: ROUND_ROBIN}}
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: one}
+spec: {selector: {matchLabels: {app: web}}}
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: two}
+spec: {selector: {matchLabels: {app: web}}}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobody}
+spec:
+  selector: {matchLabels: {app: wbe}}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: left}
+spec: {http: [{route: [{destination: {host: web}}]}]}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: own}
+spec:
+  hosts: [web]
+  exportTo: ["."]
+  gateways: [gw]
+  http: [{route: [{destination: {host: web}}]}]
+"#;
+    std::fs::write(directory.path().join("rules.yaml"), yaml).expect("written");
+    let (code, text) = run(&directory.path().display().to_string());
+    assert_eq!(code, Some(1), "{text}");
+    for part in [
+        ":11: warning: VirtualService default/web: spec.http[1]: is never reached, as spec.http[0] takes everything",
+        ":14: warning: VirtualService default/web: destination missing: there is no such Service",
+        ": error: AuthorizationPolicy default/lost: kind: AuthorizationPolicy is not of the group \"networking.istio.io\"; write apiVersion: security.istio.io/v1",
+        ": error: AuthorisationPolicy default/mistyped: kind: AuthorisationPolicy is not a kind of \"security.istio.io\"",
+        ": error: List default/: items: is missing",
+        ":32: warning: DestinationRule default/a: spec.subsets[0].labels: no endpoint of default/web has them",
+        ":39: warning: DestinationRule default/b: spec.trafficPolicy: that of DestinationRule default/a, which is older, counts",
+        ":49: warning: PeerAuthentication default/two: spec.selector: selects default/web as well as PeerAuthentication default/one does",
+        ":55: warning: AuthorizationPolicy default/nobody: spec.selector: matches no pod",
+        ": warning: VirtualService default/left: spec.hosts: is empty and no VirtualService delegates to it",
+        ":66: warning: VirtualService default/own: spec.gateways: mesh is not among them",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let output = std::process::Command::new(program("meshctl"));
+    let mut output = output;
+    let output = output.args(["analyze", "-o", "json", &directory.path().display().to_string()]).output().expect("meshctl");
+    let document: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let remark = document["remarks"].as_array().expect("remarks").iter().find(|r| r["line"] == 55).expect("one of line 55");
+    assert_eq!(
+        (&remark["severity"], &remark["object"], &remark["field"]),
+        (&"warning".into(), &"AuthorizationPolicy default/nobody".into(), &"spec.selector".into())
+    );
+    for file in ["rules.yaml", "pods.yaml"] {
+        std::fs::remove_file(directory.path().join(file)).expect("removed");
+    }
     assert_eq!(
         run(&directory.path().display().to_string()),
         (Some(0), "0 workloads, 0 services: everything would be in force\n".to_owned())

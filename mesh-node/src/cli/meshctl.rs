@@ -22,7 +22,11 @@ use self::{
     client::{Admin, query},
     names::{find, named},
 };
-use crate::{admin, config::MeshSettings, id::TrustDomain};
+use crate::{
+    admin,
+    config::{EnrolmentLabel, MeshSettings, OutboundPolicy},
+    id::TrustDomain,
+};
 
 /// Look inside one mesh-node.
 ///
@@ -150,7 +154,11 @@ enum What {
     /// whatever is asked. Nothing is sent.
     Authorize(Authorize),
     /// Check a directory of manifests without a node: everything that would not be in force, by file and line.
-    Analyze { directory: PathBuf },
+    Analyze {
+        directory: PathBuf,
+        #[command(flatten)]
+        mesh: Offline,
+    },
     /// What the kernel does: counters of the hooks, and every pod's enrolment.
     Capture,
     /// What the node logs.
@@ -198,6 +206,8 @@ struct Explain {
     /// Ask this directory of manifests instead of a node.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    #[command(flatten)]
+    mesh: Offline,
     /// Fail (1) when it is not allowed everywhere: denied at some endpoint, or answered by the route or its fault.
     #[arg(long)]
     check: bool,
@@ -272,7 +282,7 @@ impl Explain {
         let query = self.query();
         match &self.dir {
             Some(dir) => {
-                let (snapshot, _) = analyze::load(dir, offline()?)?;
+                let (snapshot, _) = analyze::load(dir, self.mesh.settings())?;
                 admin::explain(&snapshot, &query).map_err(Failure::Asked)
             }
             None => admin.document(&format!("/explain?{query}")),
@@ -326,7 +336,7 @@ impl Meshctl {
                 self.print(&answer, views::authorize);
                 Ok(if question.check && answer["decision"] == "denied" { ExitCode::FAILURE } else { ExitCode::SUCCESS })
             }
-            What::Analyze { directory } => self.analyze(directory),
+            What::Analyze { directory, mesh } => self.analyze(directory, mesh),
             What::Capture => self.capture(),
             What::Logs { what: Logs::Level { level } } => {
                 let answer = match level {
@@ -424,17 +434,19 @@ impl Meshctl {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn analyze(&self, directory: &std::path::Path) -> Result<ExitCode, Failure> {
-        let (snapshot, statuses) = analyze::load(directory, offline()?)?;
-        let (text, errors) = analyze::report(&statuses);
-        let document = json!({"remarks": statuses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+    fn analyze(&self, directory: &std::path::Path, mesh: &Offline) -> Result<ExitCode, Failure> {
+        let (snapshot, statuses) = analyze::load(directory, mesh.settings())?;
+        let remarks = analyze::remarks(&statuses);
+        let document = json!({"remarks": remarks.iter().map(analyze::Remark::document).collect::<Vec<_>>(),
             "workloads": snapshot.workloads().count(), "services": snapshot.services().len()});
-        let nothing = statuses.is_empty();
         self.print(&document, |v| {
             let counts = format!("{} workloads, {} services", v["workloads"], v["services"]);
-            if nothing { format!("{counts}: everything would be in force\n") } else { text.clone() }
+            if remarks.is_empty() {
+                return format!("{counts}: everything would be in force\n");
+            }
+            remarks.iter().map(analyze::Remark::text).collect()
         });
-        Ok(if errors { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        Ok(if remarks.iter().any(analyze::Remark::is_error) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 
     fn capture(&self) -> Result<ExitCode, Failure> {
@@ -447,10 +459,32 @@ impl Meshctl {
     }
 }
 
-/// A mesh with Istio's defaults, for manifests that are looked at without a node.
-fn offline() -> Result<MeshSettings, Failure> {
-    let domain = TrustDomain::parse("cluster.local").map_err(|e| Failure::Other(e.to_string()))?;
-    Ok(MeshSettings::new("", domain))
+/// What a node would be told beside manifests; the same flags as of `mesh-node run`.
+#[derive(Debug, Args)]
+struct Offline {
+    /// Namespace whose policies without a selector apply to the whole mesh, of manifests without a node.
+    #[arg(long, default_value = "istio-system")]
+    root_namespace: String,
+    /// The trust domain, of manifests without a node.
+    #[arg(long, default_value = "cluster.local", value_parser = TrustDomain::parse)]
+    trust_domain: TrustDomain,
+    /// The label that enrols namespaces and pods, of manifests without a node.
+    #[arg(long, value_name = "LABEL=VALUE")]
+    enrolment_label: Option<EnrolmentLabel>,
+    /// Whether addresses the mesh does not know may be reached, of manifests without a node.
+    #[arg(long, value_enum, default_value_t)]
+    outbound_policy: OutboundPolicy,
+}
+
+impl Offline {
+    fn settings(&self) -> MeshSettings {
+        MeshSettings {
+            root_namespace: self.root_namespace.as_str().into(),
+            enrolment: self.enrolment_label.clone().unwrap_or_default(),
+            outbound: self.outbound_policy,
+            ..MeshSettings::new("", self.trust_domain.clone())
+        }
+    }
 }
 
 /// Prints; who has stopped reading gets no more.

@@ -116,8 +116,45 @@ fn unknown(group: &str, kind: &str, label: String) -> Result<Parsed, Rejection> 
         let problem = format!("{kind} is not honoured by this version of mesh-node; remove it, or do not rely on it");
         return Err(reject(label, "kind", &problem, None));
     }
-    Ok(Parsed::Ignored(Arc::from(format!("{group}/{kind}"))))
+    if kind == "List" && group.is_empty() || kind.strip_suffix("List").is_some_and(|of| known(group, of).is_some()) {
+        return Err(reject(label, "items", "is missing, is no list, or is nested too deep; nothing of it is in force", None));
+    }
+    if HARMLESS.contains(&(group, kind)) || !(group.ends_with(".istio.io") || group == "gateway.networking.k8s.io") {
+        return Ok(Parsed::Ignored(Arc::from(format!("{group}/{kind}"))));
+    }
+    // Of the groups that govern the mesh: what is mistyped there would be missed.
+    let problem = match KINDS.iter().find(|(_, k)| *k == kind) {
+        Some((right, _)) => format!("{kind} is not of the group {group:?}; write apiVersion: {right}/v1"),
+        None => {
+            let of_group = KINDS.iter().filter(|(g, _)| *g == group).map(|(_, k)| *k).collect::<Vec<_>>();
+            format!("{kind} is not a kind of {group:?} that is known here; those are {}", of_group.join(", "))
+        }
+    };
+    Err(reject(label, "kind", &problem, None))
 }
+
+/// Kinds of the mesh by group.
+const KINDS: &[(&str, &str)] = &[
+    ("security.istio.io", "PeerAuthentication"),
+    ("security.istio.io", "AuthorizationPolicy"),
+    ("security.istio.io", "RequestAuthentication"),
+    ("networking.istio.io", "VirtualService"),
+    ("networking.istio.io", "DestinationRule"),
+    ("gateway.networking.k8s.io", "HTTPRoute"),
+    ("gateway.networking.k8s.io", "GRPCRoute"),
+    ("gateway.networking.k8s.io", "ReferenceGrant"),
+    ("telemetry.istio.io", "Telemetry"),
+];
+
+/// Kinds of the same groups that change nothing of what a node does.
+const HARMLESS: &[(&str, &str)] = &[
+    ("install.istio.io", "IstioOperator"),
+    ("operator.istio.io", "Istio"),
+    ("gateway.networking.k8s.io", "GatewayClass"),
+    ("gateway.networking.k8s.io", "BackendTLSPolicy"),
+    ("gateway.networking.k8s.io", "ListenerSet"),
+    ("gateway.networking.k8s.io", "UDPRoute"),
+];
 
 fn check_version(group: &str, version: &str, key: &Key) -> Result<(), Rejection> {
     let served: &[&str] = match group {

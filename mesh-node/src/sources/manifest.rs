@@ -65,7 +65,8 @@ fn flatten(document: Value, depth: usize) -> Vec<Value> {
                 let item_kind = inherited(&fields);
                 items.into_iter().flat_map(|i| flatten(with_kind(i, item_kind.as_ref()), depth - 1)).collect()
             }
-            _ => Vec::new(),
+            // What says it is a list, and is none, is not passed over.
+            _ => vec![Value::Object(fields)],
         },
         other => vec![other],
     }

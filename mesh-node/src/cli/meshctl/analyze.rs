@@ -1,7 +1,13 @@
-//! Manifests looked at without a node: what is not in force and why, by file and line.
+//! Manifests looked at without a node: what is not in force, or hardly meant so, and why, by file and line.
 
-use std::{path::Path, sync::Arc, time::Instant};
+mod lint;
+mod place;
 
+use std::{collections::HashMap, path::Path, sync::Arc, time::Instant};
+
+use serde_json::{Value, json};
+
+use self::place::Places;
 use super::Failure;
 use crate::{
     config::{
@@ -19,52 +25,69 @@ pub fn load(directory: &Path, mesh: MeshSettings) -> Result<(Snapshot, Vec<Statu
         store.apply(change);
     }
     let mesh = Arc::new(mesh);
-    Ok(build::build(&store, &mesh, &Snapshot::empty(mesh.clone()), Instant::now()))
+    let (snapshot, mut statuses) = build::build(&store, &mesh, &Snapshot::empty(mesh.clone()), Instant::now());
+    statuses.extend(lint::remarks(&store, &mesh, &snapshot));
+    statuses.sort();
+    statuses.dedup();
+    Ok((snapshot, statuses))
 }
 
-/// One line for each remark; whether there are errors.
-pub fn report(statuses: &[Status]) -> (String, bool) {
-    let mut text = String::new();
-    for status in statuses {
-        let place = match line(status) {
-            Some(line) => format!("{}:{line}", status.origin),
-            None => status.origin.clone(),
-        };
-        let severity = if status.severity == Severity::Error { "error" } else { "warning" };
-        text.push_str(&format!("{place}: {severity}: {}\n", status.message));
-    }
-    (text, statuses.iter().any(|s| s.severity == Severity::Error))
+/// A remark, and where it belongs.
+#[derive(Debug)]
+pub struct Remark {
+    file: String,
+    line: Option<u64>,
+    severity: Severity,
+    message: String,
 }
 
-/// Where in its file a remark belongs: at the field it names, else at the object.
-fn line(status: &Status) -> Option<usize> {
-    let text = std::fs::read_to_string(&status.origin).ok()?;
-    let (object, rest) = status.message.split_once(": ")?;
-    let (kind, name) = object.split_once(' ')?;
-    let name = name.rsplit('/').next()?;
-    let field = rest.split(':').next()?.rsplit('.').next()?;
-    let field = field.split('[').next()?;
-    let lines = text.lines().collect::<Vec<_>>();
-    let mut start = 0;
-    for end in (0..=lines.len()).filter(|i| lines.get(*i).is_none_or(|l| l.starts_with("---"))) {
-        let document = &lines[start.min(end)..end];
-        let says = |key: &str, value: &str| {
-            let found = |l: &&str| {
-                l.split(['{', ',', '}']).any(|part| {
-                    part.trim().trim_start_matches("- ").strip_prefix(key).is_some_and(|v| v.trim().trim_matches(['"', '\'']) == value)
-                })
-            };
-            document.iter().any(found)
-        };
-        if says("kind:", kind) && says("name:", name) {
-            let key = format!("{field}:");
-            let at = document
-                .iter()
-                .position(|l| !field.is_empty() && l.split(['{', ',']).any(|p| p.trim().trim_start_matches("- ").starts_with(&key)));
-            let first = document.iter().position(|l| l.trim_start().starts_with("kind:") || l.contains("kind:"));
-            return Some(start + at.or(first)? + 1);
+/// The remarks, in the order of files and lines.
+pub fn remarks(statuses: &[Status]) -> Vec<Remark> {
+    let mut files: HashMap<&str, Places> = HashMap::new();
+    let mut all = statuses.iter().map(|status| {
+        let places = files
+            .entry(&status.origin)
+            .or_insert_with(|| std::fs::read_to_string(&status.origin).map(|text| Places::of(&text)).unwrap_or_default());
+        let (object, field) = parts(&status.message);
+        Remark {
+            file: status.origin.clone(),
+            line: object.and_then(|object| places.line(object, field)),
+            severity: status.severity,
+            // Nothing was held before.
+            message: status.message.trim_end_matches("; what this file held before stays in force").to_owned(),
         }
-        start = end + 1;
+    });
+    let mut all = all.by_ref().collect::<Vec<_>>();
+    all.sort_by(|a, b| (&a.file, a.line, &a.message).cmp(&(&b.file, b.line, &b.message)));
+    all
+}
+
+/// The object a message is about, and the field.
+fn parts(message: &str) -> (Option<&str>, &str) {
+    match message.split_once(": ") {
+        Some((object, rest)) if object.contains(' ') => (Some(object), rest.split(": ").next().unwrap_or_default()),
+        _ => (None, ""),
     }
-    None
+}
+
+impl Remark {
+    pub fn is_error(&self) -> bool {
+        self.severity == Severity::Error
+    }
+
+    fn severity(&self) -> &'static str {
+        if self.is_error() { "error" } else { "warning" }
+    }
+
+    /// A line, as compilers write them.
+    pub fn text(&self) -> String {
+        let line = self.line.map(|line| format!(":{line}")).unwrap_or_default();
+        format!("{}{line}: {}: {}\n", self.file, self.severity(), self.message)
+    }
+
+    pub fn document(&self) -> Value {
+        let (object, field) = parts(&self.message);
+        json!({"file": self.file, "line": self.line, "severity": self.severity(), "object": object,
+            "field": object.map(|_| field), "message": self.message})
+    }
 }
