@@ -7,6 +7,7 @@ mod explain;
 pub mod names;
 mod pages;
 mod query;
+mod routes;
 
 use std::{
     convert::Infallible,
@@ -176,7 +177,7 @@ fn page(node: &Node, path: &str, query: &str) -> Response<Full<Bytes>> {
         "/pods" => document(&json!(node.pods())),
         "/workloads" => document(&pages::workloads(node)),
         "/services" => document(&pages::services(node)),
-        "/routes" => document(&pages::routes(node, query)),
+        "/routes" => document(&routes::routes(node, query)),
         "/certificates" => document(&pages::certificates(node)),
         "/pool" => document(&pages::pool(node)),
         "/clusters" => document(&pages::clusters(node)),

@@ -3,4 +3,5 @@
 pub mod directory;
 pub mod last_good;
 pub mod manifest;
+pub mod place;
 mod watch;

@@ -133,6 +133,7 @@ pub struct Metrics {
     pub open_connections: Gauge,
     pub hbone_connections: Gauge,
     pub enrolled_pods: Gauge,
+    pub uncaptured_pods: Gauge,
     pub config_generation: Gauge,
     pub config_remarks: Family<SeverityLabels, Gauge>,
     /// Seconds.
@@ -187,6 +188,7 @@ impl Metrics {
             open_connections: Gauge::default(),
             hbone_connections: Gauge::default(),
             enrolled_pods: Gauge::default(),
+            uncaptured_pods: Gauge::default(),
             config_generation: Gauge::default(),
             config_remarks: Family::default(),
             config_build: Gauge::default(),
@@ -241,6 +243,11 @@ impl Metrics {
         r.register("mesh_open_connections", "Connections being relayed", self.open_connections.clone());
         r.register("mesh_hbone_inbound_connections", "HBONE connections accepted and open", self.hbone_connections.clone());
         r.register("mesh_enrolled_pods", "Pods of this node whose traffic is captured", self.enrolled_pods.clone());
+        r.register(
+            "mesh_uncaptured_pods",
+            "Pods of this node that are to be in the mesh and whose traffic is not captured",
+            self.uncaptured_pods.clone(),
+        );
         r.register("mesh_config_generation", "Generation of the configuration in force", self.config_generation.clone());
         r.register("mesh_config_remarks", "Objects or fields of the configuration that are not in force", self.config_remarks.clone());
         self.register_more();

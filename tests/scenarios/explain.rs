@@ -406,7 +406,7 @@ spec:
         ":49: warning: PeerAuthentication default/two: spec.selector: selects default/web as well as PeerAuthentication default/one does",
         ":55: warning: AuthorizationPolicy default/nobody: spec.selector: matches no pod",
         ": warning: VirtualService default/left: spec.hosts: is empty and no VirtualService delegates to it",
-        ":66: warning: VirtualService default/own: spec.gateways: mesh is not among them",
+        ":68: warning: VirtualService default/own: spec.gateways: mesh is not among them",
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }

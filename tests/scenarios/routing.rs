@@ -194,6 +194,22 @@ fn a_breaker_opens_under_load_and_closes_after_it() {
     assert_eq!(count(&report, "statuses", "200"), 50, "closed again: {report}");
 }
 
+/// Whatever way it is reached: here its node is there and does not answer.
+#[test]
+fn an_endpoint_that_takes_no_connection_costs_as_much_time_as_the_rule_says() {
+    let scene = scene([web("v1", 1, &[])]);
+    let limits = "trafficPolicy: {connectionPool: {tcp: {connectTimeout: 500ms}, http: {maxRequestsPerConnection: 1}}}";
+    scene.apply(&rules("[{retries: {attempts: 0}, route: [{destination: {host: web}}]}]", limits));
+    assert_eq!(count(&scene.get("/x", 1, &[]), "statuses", "200"), 1);
+    scene.bed.nodes()[1].signal(nix::sys::signal::Signal::SIGSTOP);
+    let began = std::time::Instant::now();
+    let report = scene.get("/x", 1, &[]);
+    let took = began.elapsed();
+    scene.bed.nodes()[1].signal(nix::sys::signal::Signal::SIGCONT);
+    assert_eq!(count(&report, "statuses", "503"), 1, "{report}");
+    assert!((Duration::from_millis(450)..Duration::from_secs(5)).contains(&took), "{took:?}, not the twenty seconds a tunnel may take");
+}
+
 #[test]
 fn a_mirror_gets_a_copy_and_changes_nothing() {
     let scene = scene([web("v1", 0, &[]), web("v2", 1, &["--fail", "500"])]);

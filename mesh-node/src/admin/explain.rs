@@ -184,7 +184,7 @@ impl<'a> Asker<'a> {
         let head = if self.question.is_request() { Some(self.request(answer)?) } else { None };
         let mut fates = Fates::default();
         let one = self.asked(head.as_ref()).at_endpoint(self.dialled, workload);
-        fates.add(1, &[one.clone()]);
+        fates.add(1, std::slice::from_ref(&one));
         answer["endpoints"] = json!([one]);
         fates.tell(None, answer);
         Ok(())

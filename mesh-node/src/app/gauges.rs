@@ -30,7 +30,9 @@ impl Node {
         metrics.edges_refused.set(gauge(metrics.traffic.refused()));
         self.refresh_upstream();
         self.refresh_certificates();
-        metrics.enrolled_pods.set(gauge(self.pods().iter().filter(|p| p.captured).count()));
+        let pods = self.pods();
+        metrics.enrolled_pods.set(gauge(pods.iter().filter(|p| p.captured).count()));
+        metrics.uncaptured_pods.set(gauge(pods.iter().filter(|p| p.enrolled && !p.captured).count()));
     }
 
     fn refresh_upstream(&self) {

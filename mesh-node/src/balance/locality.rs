@@ -41,8 +41,8 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: Vec<&
 /// What is healthy of the level that the dice pick; all of it where it has less than `panic` percent, and there is not enough elsewhere.
 fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: usize) -> Vec<&'a Endpoint> {
     let healthy = levels.iter().map(|level| level.iter().filter(|e| !asker.is_ejected(e)).count()).collect::<Vec<_>>();
-    let carries = |(level, healthy): (&Vec<&Endpoint>, &usize)| (OVERPROVISION * healthy / level.len().max(1)).min(100);
-    let carried = levels.iter().zip(&healthy).map(carries).collect::<Vec<_>>();
+    let share = |(level, healthy): (&Vec<&Endpoint>, &usize)| (OVERPROVISION * healthy / level.len().max(1)).min(100);
+    let carried = levels.iter().zip(&healthy).map(share).collect::<Vec<_>>();
     let covered = carried.iter().sum::<usize>() >= 100;
     let panics = |i: usize| !covered && 100 * healthy[i] < panic * levels[i].len();
     let in_panic = (0..levels.len()).map(panics).collect::<Vec<_>>();
@@ -51,8 +51,8 @@ fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: u
         levels.iter().map(Vec::len).collect::<Vec<_>>()
     } else {
         // Not covered even together: each carries its share of what there is.
-        let load = |carries: &usize| {
-            let load = left.min(*carries);
+        let load = |share: &usize| {
+            let load = left.min(*share);
             left -= load;
             load
         };

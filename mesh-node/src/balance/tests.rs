@@ -213,6 +213,7 @@ fn near_localities_are_preferred_and_failed_over_from() {
 
 #[test]
 fn traffic_is_distributed_over_localities_by_weight() {
+    static THERE: LazyLock<Locality> = LazyLock::new(|| place("r2/z1/a"));
     static HERE: LazyLock<Locality> = LazyLock::new(|| place("r1/z1/a"));
     let mut endpoints = three();
     for (endpoint, at) in endpoints.iter_mut().zip(["r1/z1", "r1/z2", "r2/z1"]) {
@@ -223,7 +224,6 @@ fn traffic_is_distributed_over_localities_by_weight() {
         vec![Distribute { from: "r1/z1/*".into(), to: vec![("r1/z1/*".into(), 80), ("r1/z2/*".into(), 20), ("r3/*".into(), 0)] }];
     // Clients elsewhere go anywhere, and do not fail over.
     let elsewhere = TrafficPolicy { outlier: Some(Outlier::default()), ..policy.clone() };
-    static THERE: LazyLock<Locality> = LazyLock::new(|| place("r2/z1/a"));
     let all = self::counts(&cluster(endpoints.clone(), elsewhere), 3000, |dice, _| Asker { locality: &THERE, ..asker(dice) });
     assert!(all.len() == 3, "{all:?}");
     let counts = counts(&cluster(endpoints, policy), 10_000, |dice, _| Asker { locality: &HERE, ..asker(dice) });

@@ -318,12 +318,20 @@ impl Meshctl {
             What::Policies { workload } => self.policies(workload.as_deref()),
             What::Connections { workload } => self.connections(workload.as_deref()),
             What::TlsCheck { workload, service } => self.tls_check(workload, service.as_deref()),
-            What::Top { interval, times } => top::run(admin, Duration::from_secs(*interval), *times).map(|()| ExitCode::SUCCESS),
+            What::Top { interval, times } => {
+                top::run(admin, Duration::from_secs(*interval), *times, |document, view| self.shown(document, view))
+                    .map(|()| ExitCode::SUCCESS)
+            }
             What::Trace { workload, count, time } => {
                 let all = admin.document("/workloads")?;
                 let name = find("workload", workload, all.as_array().map_or(&[], Vec::as_slice))?;
                 let until = time.map(|t| Instant::now() + Duration::from_secs(t));
-                follow::trace(admin, &name, self.output != Output::Table, *count, until).map(|()| ExitCode::SUCCESS)
+                let shown = |event: &Value, line: &str| match self.output {
+                    Output::Table => line.to_owned(),
+                    Output::Json => format!("{event}\n"),
+                    Output::Yaml => format!("---\n{}", table::yaml(event)),
+                };
+                follow::trace(admin, &name, shown, *count, until).map(|()| ExitCode::SUCCESS)
             }
             What::Drain { timeout } => follow::drain(admin, Duration::from_secs(*timeout)),
             What::Explain(question) => {
@@ -343,7 +351,8 @@ impl Meshctl {
                     Some(level) => admin.post(&query("/logging", &[("level", level)]))?,
                     None => admin.get("/logging")?,
                 };
-                say(&answer);
+                let level = answer.trim().rsplit(' ').next().unwrap_or_default().to_owned();
+                self.print(&json!({"level": level}), |_| answer.clone());
                 Ok(ExitCode::SUCCESS)
             }
             What::ConfigDump => {
@@ -355,7 +364,9 @@ impl Meshctl {
                 Ok(ExitCode::SUCCESS)
             }
             What::Completion { shell } => {
-                clap_complete::generate(*shell, &mut Self::command(), "meshctl", &mut std::io::stdout());
+                let mut text = Vec::new();
+                clap_complete::generate(*shell, &mut Self::command(), "meshctl", &mut text);
+                say(&String::from_utf8_lossy(&text));
                 Ok(ExitCode::SUCCESS)
             }
         }
@@ -367,11 +378,16 @@ impl Meshctl {
     }
 
     fn print(&self, value: &Value, view: impl Fn(&Value) -> String) {
-        say(&match self.output {
+        say(&self.shown(value, view));
+    }
+
+    /// As it is asked for.
+    fn shown(&self, value: &Value, view: impl FnOnce(&Value) -> String) -> String {
+        match self.output {
             Output::Table => view(value),
             Output::Json => format!("{value:#}\n"),
             Output::Yaml => table::yaml(value),
-        });
+        }
     }
 
     fn routes(&self, service: Option<&str>) -> Result<ExitCode, Failure> {
@@ -425,12 +441,13 @@ impl Meshctl {
                 }
             }
         }
+        let all = wanted.is_none();
         if let Some(wanted) = wanted.filter(|_| ports.is_empty()) {
             return Err(Failure::Asked(format!("service {wanted} does not lead to {name}")));
         }
         let document = json!({"workload": name, "protocol": found["protocol"], "mtls": found["mtls"], "mtlsByPort": found["mtlsByPort"],
             "ports": ports.iter().map(|(port, service)| json!({"port": port, "service": service})).collect::<Vec<_>>()});
-        self.print(&document, |_| views::tls_check(&found, &ports));
+        self.print(&document, |_| views::tls_check(&found, &ports, all));
         Ok(ExitCode::SUCCESS)
     }
 

@@ -144,6 +144,13 @@ impl Snapshot {
         self.by_external.keys().copied()
     }
 
+    /// A service as clients of namespaces see it that may see it differently.
+    pub fn views_of(&self, service: &ObjectName) -> Vec<(&str, &Service)> {
+        let mut all = self.views.iter().filter_map(|(ns, seen)| Some((&**ns, &**seen.get(service)?))).collect::<Vec<_>>();
+        all.sort_by_key(|(namespace, _)| *namespace);
+        all
+    }
+
     /// Whether clients of some namespaces see a service differently.
     pub fn is_viewed(&self, service: &ObjectName) -> bool {
         self.views.values().any(|seen| seen.contains_key(service))

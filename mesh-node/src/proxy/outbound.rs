@@ -547,7 +547,8 @@ impl<'d> Dial<'d> {
     async fn go(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
         let Some(within) = self.timeout else { return self.go_on(way, source).await };
         let to = self.to;
-        timeout(within, self.go_on(way, source)).await.unwrap_or(Err(Failure::DialTimeout(to)))
+        // Rare, and large.
+        Box::pin(timeout(within, self.go_on(way, source))).await.unwrap_or(Err(Failure::DialTimeout(to)))
     }
 
     async fn go_on(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {

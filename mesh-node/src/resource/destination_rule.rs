@@ -41,7 +41,10 @@ impl Layered {
         let base = host.map(|h| h.ports.get(&port).unwrap_or(&h.blocks).clone()).unwrap_or_default();
         let Some(subset) = subset else { return base.into_policy() };
         let over = subset.blocks.clone().over(base);
-        subset.ports.get(&port).map_or(over.clone(), |blocks| blocks.clone().with_budget_of(over)).into_policy()
+        match subset.ports.get(&port) {
+            Some(blocks) => blocks.clone().with_budget_of(&over).into_policy(),
+            None => over.into_policy(),
+        }
     }
 }
 

@@ -123,12 +123,11 @@ fn unknown(group: &str, kind: &str, label: String) -> Result<Parsed, Rejection> 
         return Ok(Parsed::Ignored(Arc::from(format!("{group}/{kind}"))));
     }
     // Of the groups that govern the mesh: what is mistyped there would be missed.
-    let problem = match KINDS.iter().find(|(_, k)| *k == kind) {
-        Some((right, _)) => format!("{kind} is not of the group {group:?}; write apiVersion: {right}/v1"),
-        None => {
-            let of_group = KINDS.iter().filter(|(g, _)| *g == group).map(|(_, k)| *k).collect::<Vec<_>>();
-            format!("{kind} is not a kind of {group:?} that is known here; those are {}", of_group.join(", "))
-        }
+    let problem = if let Some((right, _)) = KINDS.iter().find(|(_, k)| *k == kind) {
+        format!("{kind} is not of the group {group:?}; write apiVersion: {right}/v1")
+    } else {
+        let of_group = KINDS.iter().filter(|(g, _)| *g == group).map(|(_, k)| *k).collect::<Vec<_>>();
+        format!("{kind} is not a kind of {group:?} that is known here; those are {}", of_group.join(", "))
     };
     Err(reject(label, "kind", &problem, None))
 }

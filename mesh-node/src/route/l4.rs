@@ -1,6 +1,7 @@
 //! Routing of connections that are not HTTP: the `tcp` and `tls` parts of a `VirtualService`.
 
 use std::{
+    fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -50,6 +51,22 @@ impl L4Match {
             && within(&self.sources, context.client)
             && self.port.is_none_or(|p| p == context.destination.port())
             && self.source.matches(context.source)
+    }
+}
+
+/// For people: what has to hold, with `and` between.
+impl fmt::Display for L4Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |nets: &[IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
+        let mut all = Vec::new();
+        all.extend((!self.sni.is_empty()).then(|| format!("server name {}", self.sni.join(" or "))));
+        all.extend((!self.destinations.is_empty()).then(|| format!("to {}", list(&self.destinations))));
+        all.extend((!self.sources.is_empty()).then(|| format!("from {}", list(&self.sources))));
+        all.extend(self.port.iter().map(|p| format!("port {p}")));
+        all.extend(self.source.namespace.iter().map(|n| format!("from namespace {n}")));
+        all.extend(self.source.labels.iter().map(|(k, v)| format!("from {k}={v}")));
+        f.write_str(if all.is_empty() { "everything" } else { "" })?;
+        f.write_str(&all.join(" and "))
     }
 }
 

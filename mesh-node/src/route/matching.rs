@@ -171,7 +171,7 @@ impl HeaderMatch {
     /// Repeated headers are looked at one by one, as recorded of Envoy.
     fn matches(&self, request: &RequestHead) -> bool {
         let single = match &self.of {
-            Matched::Header(name) => return self.matches_any(request.headers.get_all(name)),
+            Matched::Header(name) => return self.matches_any(&request.headers.get_all(name)),
             Matched::Authority => request.authority.as_bytes(),
             Matched::Method => request.method.as_str().as_bytes(),
             Matched::Path => request.target.as_str().as_bytes(),
@@ -180,7 +180,7 @@ impl HeaderMatch {
         self.value.matches(single) != self.inverted
     }
 
-    fn matches_any(&self, values: GetAll<'_, HeaderValue>) -> bool {
+    fn matches_any(&self, values: &GetAll<'_, HeaderValue>) -> bool {
         let mut values = values.iter().peekable();
         if !self.inverted {
             return values.any(|v| self.value.matches(v.as_bytes()));

@@ -163,7 +163,7 @@ impl RetryPolicy {
     /// ten times the base. `dice` is uniform over all values.
     pub fn backoff(&self, number: u32, dice: u32) -> Duration {
         let base = self.base_backoff.as_micros();
-        let factor = 1_u128 << number.clamp(1, 20) - 1;
+        let factor = 1_u128 << (number.clamp(1, 20) - 1);
         let most = (base * factor).min(base * 10);
         let micros = (most * u128::from(dice)) >> 32;
         Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))

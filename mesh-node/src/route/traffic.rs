@@ -102,7 +102,7 @@ pub struct Distribute {
     pub to: Vec<(Arc<str>, u32)>,
 }
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct TcpPool {
     /// For each source pod, as a sidecar would count.
     pub max_connections: Option<u32>,
@@ -112,12 +112,6 @@ pub struct TcpPool {
     pub max_connection_duration: Option<Duration>,
     /// Without traffic; for connections that are not HTTP. `None`: no bound.
     pub idle_timeout: Option<Duration>,
-}
-
-impl Default for TcpPool {
-    fn default() -> Self {
-        Self { max_connections: None, connect_timeout: None, keepalive: None, max_connection_duration: None, idle_timeout: None }
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

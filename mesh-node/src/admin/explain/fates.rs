@@ -175,28 +175,28 @@ mod tests {
         assert_eq!(told(&[1], &|f| f.add(1, &[yes.clone(), no.clone()]), None), (false, "denied at 1 of 2 endpoints".to_owned()));
         // One in a thousand counts, and what has no share does not.
         let canary = |f: &mut Fates| {
-            f.add(999, &[yes.clone()]);
-            f.add(1, &[no.clone()]);
+            f.add(999, std::slice::from_ref(&yes));
+            f.add(1, std::slice::from_ref(&no));
         };
         assert_eq!(told(&[999, 1], &canary, None), (false, "denied at 1 of 2 endpoints".to_owned()));
         let unweighted = |f: &mut Fates| {
-            f.add(1, &[yes.clone()]);
-            f.add(0, &[no.clone()]);
+            f.add(1, std::slice::from_ref(&yes));
+            f.add(0, std::slice::from_ref(&no));
             f.fail(0, "gone".to_owned());
         };
         assert_eq!(told(&[1, 0], &unweighted, None), (true, "allowed, at its one endpoint".to_owned()));
         let half = |f: &mut Fates| {
-            f.add(50, &[yes.clone()]);
+            f.add(50, std::slice::from_ref(&yes));
             f.fail(50, "nowhere does not exist: answered 503".to_owned());
         };
         assert_eq!(
             told(&[50, 50], &half, None),
             (false, "50% fail (nowhere does not exist: answered 503); of the rest: allowed, at its one endpoint".to_owned())
         );
-        let empty = |f: &mut Fates| f.add(1, &[unused.clone()]);
+        let empty = |f: &mut Fates| f.add(1, std::slice::from_ref(&unused));
         assert!(told(&[1], &empty, None).1.starts_with("no endpoint is ready"));
         assert_eq!(told(&[50, 50], &half, Some(("503", 100.0))), (false, "answered 503 by the route's fault".to_owned()));
-        let some = told(&[1], &|f| f.add(1, &[yes.clone()]), Some(("gRPC status 14", 0.5)));
+        let some = told(&[1], &|f| f.add(1, std::slice::from_ref(&yes)), Some(("gRPC status 14", 0.5)));
         assert_eq!(
             some,
             (false, "0.5% are answered gRPC status 14 by the route's fault; of the rest: allowed, at its one endpoint".to_owned())

@@ -1,20 +1,18 @@
 //! Manifests looked at without a node: what is not in force, or hardly meant so, and why, by file and line.
 
 mod lint;
-mod place;
 
 use std::{collections::HashMap, path::Path, sync::Arc, time::Instant};
 
 use serde_json::{Value, json};
 
-use self::place::Places;
 use super::Failure;
 use crate::{
     config::{
         MeshSettings, Snapshot, build,
         store::{Severity, Status, Store},
     },
-    sources::directory,
+    sources::{directory, place::Places},
 };
 
 /// The configuration a directory makes, and what is to be said of it.

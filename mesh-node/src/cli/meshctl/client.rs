@@ -6,14 +6,17 @@ use std::{
     os::unix::net::UnixStream,
     path::PathBuf,
     str::FromStr,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
 use super::Failure;
 
+/// How long something may take to come.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long all of an answer may take.
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Where a node's admin endpoint is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,13 +87,31 @@ impl Admin {
             }
         };
         write!(stream, "{method} {path} HTTP/1.0\r\nhost: mesh-node\r\ncontent-length: 0\r\n\r\n").map_err(broken)?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).map_err(broken)?;
+        let answer = read(&mut *stream, Instant::now() + PATIENCE).map_err(broken)?;
         let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| Failure::Other(format!("what answers at {self} is not HTTP")))?;
+        let length = head.lines().find_map(|l| l.split_once(':').filter(|(name, _)| name.eq_ignore_ascii_case("content-length")));
+        let length = length.and_then(|(_, n)| n.trim().parse::<usize>().ok());
+        if length.is_some_and(|length| body.len() < length) {
+            return Err(broken(ErrorKind::UnexpectedEof.into()));
+        }
         match head.split(' ').nth(1).unwrap_or_default() {
             "200" => Ok(body.to_owned()),
             "400" => Err(Failure::Asked(body.trim().to_owned())),
             status => Err(Failure::Other(format!("it answered {status}: {}", body.trim()))),
+        }
+    }
+}
+
+/// All that comes, as long as something does and there is time.
+fn read(stream: &mut dyn Stream, until: Instant) -> std::io::Result<String> {
+    let (mut all, mut chunk) = (Vec::new(), [0; 8 * 1024]);
+    loop {
+        match stream.read(&mut chunk)? {
+            0 => return String::from_utf8(all).map_err(|_| ErrorKind::InvalidData.into()),
+            n => all.extend_from_slice(chunk.get(..n).unwrap_or_default()),
+        }
+        if Instant::now() >= until {
+            return Err(ErrorKind::TimedOut.into());
         }
     }
 }

@@ -18,12 +18,18 @@ use super::{
 /// How often a node is asked.
 const EVERY: Duration = Duration::from_millis(300);
 
-/// Prints what a workload does, from now on: a line each, or, with `json`, an object each.
-pub fn trace(admin: &Admin, workload: &str, json: bool, count: Option<u64>, until: Option<Instant>) -> Result<(), Failure> {
+/// Prints what a workload does, from now on, each as `shown` has it of the event and a line for people.
+pub fn trace(
+    admin: &Admin,
+    workload: &str,
+    shown: impl Fn(&Value, &str) -> String,
+    count: Option<u64>,
+    until: Option<Instant>,
+) -> Result<(), Failure> {
     let mut out = std::io::stdout();
     let colours = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let mut next: Option<u64> = None;
-    let mut shown = 0;
+    let mut printed = 0;
     loop {
         let mut asked = vec![("workload", workload.to_owned())];
         asked.extend(next.map(|n| ("from", n.to_string())));
@@ -34,13 +40,13 @@ pub fn trace(admin: &Admin, workload: &str, json: bool, count: Option<u64>, unti
             eprintln!("meshctl: {lost} more were not kept: there are too many to follow");
         }
         for event in answer["events"].as_array().into_iter().flatten() {
-            let line = if json { format!("{event}\n") } else { line(event, colours) };
+            let line = shown(event, &line(event, colours));
             // Who has stopped reading gets no more.
             if out.write_all(line.as_bytes()).and_then(|()| out.flush()).is_err() {
                 return Ok(());
             }
-            shown += 1;
-            if count.is_some_and(|c| shown >= c) {
+            printed += 1;
+            if count.is_some_and(|c| printed >= c) {
                 return Ok(());
             }
         }
@@ -94,12 +100,12 @@ pub fn drain(admin: &Admin, patience: Duration) -> Result<ExitCode, Failure> {
             Ok(status) => {
                 let now = cell(&status["openConnections"]);
                 if now != left {
-                    println!("stopping: {now} connections are open");
+                    super::say(&format!("stopping: {now} connections are open\n"));
                     left = now;
                 }
             }
             Err(Failure::Absent(_)) => {
-                println!("stopped");
+                super::say("stopped\n");
                 return Ok(ExitCode::SUCCESS);
             }
             // Busy, or about to be gone.

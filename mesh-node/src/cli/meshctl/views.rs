@@ -86,7 +86,7 @@ pub fn services(v: &Value) -> String {
 }
 
 pub fn routes(v: &Value) -> String {
-    let mut table = Table::new(&["SERVICE", "PORT", "FROM", "RULE", "MATCH", "ACTION", "DESTINATIONS"]);
+    let mut table = Table::new(&["SERVICE", "PORT", "FOR", "FROM", "RULE", "MATCH", "ACTION", "DESTINATIONS"]);
     for r in list(v) {
         let destinations = list(&r["destinations"]);
         let destination = |d: &Value| {
@@ -99,8 +99,12 @@ pub fn routes(v: &Value) -> String {
         table.row([
             cell(&r["service"]),
             cell(&r["port"]),
+            r["clientsOf"].as_str().unwrap_or("all").to_owned(),
             cell(&r["from"]),
-            cell(&r["rule"]),
+            match r["kind"].as_str() {
+                Some(kind @ ("tcp" | "tls")) => format!("{kind} {}", cell(&r["rule"])),
+                _ => cell(&r["rule"]),
+            },
             taken,
             cell(&r["action"]),
             if all.is_empty() { "-".to_owned() } else { all },
@@ -130,7 +134,9 @@ pub fn policies(workloads: &[&Value]) -> String {
             ]);
         };
         row("all".to_owned(), cell(&w["mtls"]), &w["policies"]);
-        for (port, policies) in w["policiesByPort"].as_object().into_iter().flatten() {
+        let of = |field: &str| w[field].as_object().into_iter().flatten().map(|(port, _)| port);
+        for port in of("policiesByPort").chain(of("mtlsByPort")).collect::<BTreeSet<_>>() {
+            let policies = w["policiesByPort"].get(port).unwrap_or(&w["policies"]);
             row(port.clone(), cell(w["mtlsByPort"].get(port).unwrap_or(&w["mtls"])), policies);
         }
     }
@@ -177,8 +183,21 @@ pub fn clusters(v: &Value) -> String {
 
 /// Open connections, and those between the proxy and applications with why they are accelerated or not.
 pub fn connections(v: &Value) -> String {
-    let mut table =
-        Table::new(&["DIRECTION", "PATH", "SOURCE", "DESTINATION", "SERVICE", "ENCRYPTED", "ACCELERATION", "AGE", "SENT", "RECEIVED"]);
+    let mut table = Table::new(&[
+        "DIRECTION",
+        "PATH",
+        "SOURCE",
+        "DESTINATION",
+        "SERVICE",
+        "ENCRYPTED",
+        "ACCELERATION",
+        "AGE",
+        "SENT",
+        "RECEIVED",
+        "SOURCE IDENTITY",
+        "DESTINATION IDENTITY",
+    ]);
+    let identity = |c: &Value| cell(c).trim_start_matches("spiffe://").to_owned();
     for c in list(v) {
         let end = |name: &str, address: &str| match c[name].as_str() {
             Some(name) => format!("{name} ({})", cell(&c[address])),
@@ -195,6 +214,8 @@ pub fn connections(v: &Value) -> String {
             age(c["seconds"].as_u64().unwrap_or(0)),
             bytes(&c["sentBytes"]),
             bytes(&c["receivedBytes"]),
+            identity(&c["sourceIdentity"]),
+            identity(&c["destinationIdentity"]),
         ]);
     }
     table.render()
@@ -304,8 +325,8 @@ pub fn explain(v: &Value) -> String {
     text + &table.render()
 }
 
-/// What kind of TLS a workload takes on each port, and what clients of the mesh do.
-pub fn tls_check(workload: &Value, ports: &[(String, String)]) -> String {
+/// What kind of TLS a workload takes on each port, and what clients of the mesh do: on those ports, or on all.
+pub fn tls_check(workload: &Value, ports: &[(String, String)], all: bool) -> String {
     let mut table = Table::new(&["WORKLOAD", "PORT", "SERVICE", "SERVER", "FROM THE MESH", "FROM OUTSIDE"]);
     let in_mesh = workload["protocol"] == "HBONE";
     let mut row = |port: &str, service: &str| {
@@ -320,8 +341,16 @@ pub fn tls_check(workload: &Value, ports: &[(String, String)]) -> String {
     for (port, service) in ports {
         row(port, service);
     }
-    if ports.is_empty() {
-        row("all", "-");
+    // What no service leads to can be dialled as well.
+    let listed = |port: &str| ports.iter().any(|(p, _)| p == port);
+    for (port, _) in workload["mtlsByPort"].as_object().into_iter().flatten().filter(|(port, _)| all && !listed(port)) {
+        row(port, "-");
+    }
+    if all {
+        row(
+            if ports.is_empty() && workload["mtlsByPort"].as_object().is_none_or(serde_json::Map::is_empty) { "all" } else { "others" },
+            "-",
+        );
     }
     table.render()
 }

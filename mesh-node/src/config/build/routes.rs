@@ -237,7 +237,7 @@ impl<'a> Routes<'a> {
 
 /// Whether nothing of a virtual service counts beside an older one.
 fn is_covered(vs: &VirtualService, older: &VirtualService) -> bool {
-    let http = vs.http.is_empty() || older.http.iter().any(|rule| rule.is_for_all());
+    let http = vs.http.is_empty() || older.http.iter().any(Rule::is_for_all);
     http && (vs.tcp.is_empty() || !older.tcp.is_empty()) && (vs.tls.is_empty() || !older.tls.is_empty())
 }
 

@@ -22,9 +22,15 @@ pub struct Meter {
     /// Of gRPC.
     pub messages: u64,
     pub grpc_status: Option<u32>,
-    messages_in: Option<Place>,
-    /// Its messages, for who asks while it goes on.
-    so_far: Option<Arc<AtomicU64>>,
+    /// Where messages are counted. Apart: of most bodies they are not.
+    counting: Option<Box<Counting>>,
+}
+
+#[derive(Debug, Default, Clone)]
+struct Counting {
+    place: Place,
+    /// Messages, for who asks while the body goes on.
+    so_far: Arc<AtomicU64>,
 }
 
 /// Where in a stream of length-prefixed messages it is.
@@ -44,15 +50,14 @@ impl Meter {
 
     /// Also counts gRPC's messages, and takes down its status. What comes back has the messages so far.
     pub fn count_messages(&mut self) -> Arc<AtomicU64> {
-        self.messages_in.get_or_insert(Place::Prefix { come: 0, length: 0 });
-        self.so_far.get_or_insert_default().clone()
+        self.counting.get_or_insert_default().so_far.clone()
     }
 
     pub fn see(&mut self, frame: &Frame) {
         match frame {
             Frame::Data(data) => {
                 self.bytes += data.len() as u64;
-                if self.messages_in.is_some() {
+                if self.counting.is_some() {
                     self.see_messages(data);
                 }
             }
@@ -62,7 +67,7 @@ impl Meter {
 
     /// Headers or trailers, of which some may say how a gRPC call ended.
     pub fn see_status(&mut self, headers: &HeaderMap) {
-        if self.messages_in.is_some()
+        if self.counting.is_some()
             && let Some(status) = grpc_status(headers)
         {
             self.grpc_status = Some(status);
@@ -70,7 +75,8 @@ impl Meter {
     }
 
     fn see_messages(&mut self, mut data: &[u8]) {
-        let Some(mut place) = self.messages_in else { return };
+        let Some(counting) = &mut self.counting else { return };
+        let mut place = counting.place;
         while let Some((first, rest)) = data.split_first() {
             place = match place {
                 Place::Prefix { come, length } => {
@@ -91,10 +97,8 @@ impl Meter {
                 }
             };
         }
-        self.messages_in = Some(place);
-        if let Some(so_far) = &self.so_far {
-            so_far.store(self.messages, Ordering::Relaxed);
-        }
+        counting.place = place;
+        counting.so_far.store(self.messages, Ordering::Relaxed);
     }
 }
 
@@ -164,8 +168,14 @@ impl<T: FrameSink> FrameSink for Metered<'_, T> {
     }
 }
 
+impl Default for Place {
+    fn default() -> Self {
+        Self::Prefix { come: 0, length: 0 }
+    }
+}
+
 fn after(left: u32) -> Place {
-    if left == 0 { Place::Prefix { come: 0, length: 0 } } else { Place::Message(left) }
+    if left == 0 { Place::default() } else { Place::Message(left) }
 }
 
 /// The status of a gRPC call, if headers say it.

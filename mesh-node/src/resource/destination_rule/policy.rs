@@ -36,7 +36,7 @@ impl Blocks {
     }
 
     /// These, with the retry budget of others.
-    pub(super) fn with_budget_of(self, other: Self) -> Self {
+    pub(super) fn with_budget_of(self, other: &Self) -> Self {
         Self { retry_budget: other.retry_budget, ..self }
     }
 

@@ -81,7 +81,6 @@ fn access_logs_of_narrower_scopes_win() {
     let mesh = mesh_config(&files(&["one", "two"]));
     let log = |spec: Value| json!({"accessLogging": [spec]});
     let on = |name: &str| log(json!({"providers": [{"name": name}]}));
-    let filtered = log(json!({"filter": {"expression": "response.code == 500"}}));
     for (case, documents, client, server) in [
         ("mesh", vec![telemetry("istio-system", "m", &on("one"))], vec!["one"], vec!["one"]),
         ("namespace", vec![telemetry("istio-system", "m", &on("one")), telemetry("shop", "n", &on("two"))], vec!["two"], vec!["two"]),
@@ -147,8 +146,16 @@ fn access_logs_of_narrower_scopes_win() {
         assert_eq!((names(&reporting.client), names(&reporting.server)), (client, server), "{case}");
         assert!(statuses.is_empty(), "{case}: {statuses:?}");
     }
+}
+
+#[test]
+fn filters_go_with_providers() {
+    let mesh = mesh_config(&files(&["one", "two"]));
+    let log = |spec: Value| json!({"accessLogging": [spec]});
+    let on = log(json!({"providers": [{"name": "one"}]}));
+    let filtered = log(json!({"filter": {"expression": "response.code == 500"}}));
     // A filter of a narrower scope goes with the provider of the wider one.
-    let (reporting, _) = built(&[mesh.clone(), telemetry("istio-system", "m", &on("one")), telemetry("shop", "n", &filtered)]);
+    let (reporting, _) = built(&[mesh.clone(), telemetry("istio-system", "m", &on), telemetry("shop", "n", &filtered)]);
     assert!(names(&reporting.client) == ["one"] && reporting.client.logs[0].filter.is_some());
     // And stays when a narrower one says nothing of it.
     let wide = log(json!({"providers": [{"name": "one"}], "filter": {"expression": "response.code == 500"}}));
