@@ -42,6 +42,9 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// frames in a connection's life) would end a connection that others share when many of its streams are cut at once.
 pub const RESET_STREAMS: usize = 4096;
 pub const RESET_MEMORY: Duration = Duration::from_secs(10);
+/// Streams that a peer may have reset here by breaking the protocol, late frames included, in a connection's life; beyond that it is told
+/// to calm down and goes. Their resets wait for a peer that does not read.
+pub const ERROR_RESETS: usize = 65_536;
 
 /// Sends PINGs until one is not answered in time.
 async fn keepalive(mut ping_pong: h2::PingPong) {

@@ -49,6 +49,8 @@ pub enum IssueError {
     Refused(#[from] grpc::Status),
     #[error("the certificate authority's answer is unusable: {0}")]
     Answer(String),
+    #[error("the certificate that was issued had expired already; look at the clocks of the authority and of the node")]
+    Expired,
     #[error("the certificate manager has stopped")]
     Stopped,
 }

@@ -114,6 +114,13 @@ impl Jwks {
         set.keys.load_full()
     }
 
+    /// The keys of an issuer, if there are any yet.
+    pub fn known(&self, remote: &RemoteKeys) -> Option<Arc<Keys>> {
+        let set = self.set(remote);
+        *set.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        set.keys.load_full()
+    }
+
     /// The keys of an issuer, fetched again unless that was just done.
     pub async fn renewed(&self, remote: &RemoteKeys) -> Option<Arc<Keys>> {
         let set = self.set(remote);

@@ -73,12 +73,12 @@ impl Listeners {
         }));
         let (p, w) = (proxy.clone(), pod.clone());
         let hbone = tokio::spawn(accept(self.hbone, draining, move |stream, client| {
-            let (Some(slot), Some(handshake)) = (p.limits.connection(), w.handshake()) else {
+            let (Some(slot), Some(caller)) = (p.limits.connection(), w.caller()) else {
                 return refuse(&p, "inbound", &stream);
             };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
-                inbound::serve_hbone(p, w, stream, client, handshake, *here).await;
+                inbound::serve_hbone(p, w, stream, client, caller, *here).await;
                 drop((slot, here));
             });
         }));

@@ -127,16 +127,24 @@ fn netns_path(pid: u32) -> PathBuf {
 
 /// The pod UID a cgroup directory is named after, by either cgroup driver.
 ///
-/// cgroupfs: `pod<uid>`; systemd: `kubepods[-<qos>]-pod<uid with _ for ->.slice`.
+/// cgroupfs: `pod<uid>`; systemd: `[<root>-]kubepods[-<qos>]-pod<uid with _ for ->.slice`, after every slice it is in.
 pub fn pod_uid(name: &str) -> Option<WorkloadUid> {
-    let uid = if let Some(slice) = name.strip_prefix("kubepods").and_then(|n| n.strip_suffix(".slice")) {
-        slice.split_once("-pod")?.1.replace('_', "-")
+    let uid = if let Some((slice, uid)) = name.strip_suffix(".slice").and_then(|slice| slice.rsplit_once("-pod")) {
+        if !is_kubepods(slice) {
+            return None;
+        }
+        uid.replace('_', "-")
     } else {
         name.strip_prefix("pod")?.to_owned()
     };
     // Real UIDs and the hashes of static pods: hexadecimal and dashes. Anything else is somebody else's cgroup.
     let legal = uid.len() >= 8 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
     legal.then(|| WorkloadUid(uid.into()))
+}
+
+/// Whether a cgroup is of the kubelet's tree of pods, by its name: `kubepods`, and with systemd `[<root>-]kubepods[-<qos>].slice`.
+fn is_kubepods(name: &str) -> bool {
+    name.trim_end_matches(".slice").split('-').any(|part| part == "kubepods")
 }
 
 fn directories(path: &Path) -> io::Result<Vec<(String, PathBuf)>> {
@@ -161,13 +169,13 @@ enum Place {
     InKubepods,
 }
 
-/// Directories of the kubelet's tree: those named `kubepods...`, and the quality-of-service classes in them.
+/// Directories of the kubelet's tree: those named after `kubepods`, and the quality-of-service classes in them.
 fn find_parents(directory: &Path, depth: usize, place: Place, found: &mut Vec<PathBuf>) -> io::Result<()> {
     for (name, path) in directories(directory)? {
         if depth == 0 || pod_uid(&name).is_some() || name.ends_with(".scope") {
             continue;
         }
-        let below = if name.starts_with("kubepods") { Place::InKubepods } else { place };
+        let below = if is_kubepods(&name) { Place::InKubepods } else { place };
         if below == Place::InKubepods {
             found.push(path.clone());
         }
@@ -247,7 +255,7 @@ fn outside(directory: &Path, id: u64, depth: usize) -> io::Result<bool> {
     }
     if depth > 0 {
         for (name, path) in directories(directory)? {
-            let in_pods = name.starts_with("kubepods") || pod_uid(&name).is_some();
+            let in_pods = is_kubepods(&name) || pod_uid(&name).is_some();
             if !in_pods && outside(&path, id, depth - 1)? {
                 return Ok(true);
             }
@@ -284,6 +292,9 @@ mod tests {
             format!("kubepods-pod{under}.slice"),
             format!("kubepods-burstable-pod{under}.slice"),
             format!("kubepods-besteffort-pod{under}.slice"),
+            // A kubelet below a cgroup of its own, as kind's.
+            format!("kubelet-kubepods-pod{under}.slice"),
+            format!("kubelet-kubepods-burstable-pod{under}.slice"),
         ] {
             assert_eq!(pod_uid(&name).expect("a pod").0.as_ref(), uid, "{name}");
         }
@@ -291,6 +302,8 @@ mod tests {
             "kubepods",
             "kubepods.slice",
             "kubepods-burstable.slice",
+            "kubelet-kubepods-burstable.slice",
+            "user-podabcdef12.slice",
             "podman",
             "pods",
             "pod",
@@ -315,7 +328,14 @@ mod tests {
         for (path, expected) in [
             ("system.slice/kubelet.service".to_owned(), true),
             (format!("kubepods/burstable/pod{uid}/c1"), false),
-            (format!("kubelet.slice/kubepods.slice/kubepods-pod{}.slice/cri-1.scope", uid.replace('-', "_")), false),
+            (
+                format!(
+                    "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{}.slice/cri-1.scope",
+                    uid.replace('-', "_")
+                ),
+                false,
+            ),
+            ("kubelet.slice/kubelet.service".to_owned(), true),
             ("kubepods.slice".to_owned(), false),
             ("user.slice/a/b/c".to_owned(), true),
         ] {
@@ -336,7 +356,9 @@ mod tests {
             format!("kubepods/pod{uid}0/c1"),
             format!("kubepods/besteffort/pod{uid}3/c1"),
             format!("kubepods/burstable/pod{uid}1/c1"),
-            format!("kubelet.slice/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}2.slice/cri-1.scope"),
+            format!(
+                "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{under}2.slice/cri-1.scope"
+            ),
             "system.slice/ssh.service".to_owned(),
         ] {
             fs::create_dir_all(dir.path().join(path)).expect("created");

@@ -20,8 +20,8 @@ use tokio::{
 };
 
 use super::{
-    CLIENT_HEADER_LIST, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, RESET_MEMORY, RESET_STREAMS,
-    SEND_BUFFER, STREAM_WINDOW, Tunnel, keepalive, tunnel::Held,
+    CLIENT_HEADER_LIST, CONNECTION_WINDOW, ERROR_RESETS, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, RESET_MEMORY,
+    RESET_STREAMS, SEND_BUFFER, STREAM_WINDOW, Tunnel, keepalive, tunnel::Held,
 };
 use crate::io::turn::LastOfAll;
 
@@ -153,7 +153,7 @@ impl Connection {
             .max_frame_size(MAX_FRAME)
             .max_send_buffer_size(SEND_BUFFER)
             .max_concurrent_reset_streams(RESET_STREAMS)
-            .max_local_error_reset_streams(None)
+            .max_local_error_reset_streams(Some(ERROR_RESETS))
             .reset_stream_duration(RESET_MEMORY)
             .max_pending_accept_reset_streams(RESET_STREAMS)
             .max_header_list_size(CLIENT_HEADER_LIST)

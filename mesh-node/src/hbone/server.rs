@@ -11,22 +11,38 @@ use tokio::{
 };
 
 use super::{
-    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS,
-    STREAM_WINDOW, Tunnel,
+    CONNECTION_WINDOW, ERROR_RESETS, HANDSHAKE_TIMEOUT, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST,
+    SERVER_MAX_STREAMS, STREAM_WINDOW, Tunnel,
     headers::{BadRequest, ConnectRequest, parse},
     keepalive,
 };
 use crate::io::turn::LastOfAll;
 
-/// A tunnel somebody asks for. It must be accepted or refused; dropped, it is reset.
+/// A tunnel somebody asks for.
 #[derive(Debug)]
 pub struct Offer {
     pub request: Result<ConnectRequest, BadRequest>,
+    pub answer: Answer,
+}
+
+/// What is to be answered: the tunnel must be accepted or refused; dropped, it is reset.
+#[derive(Debug)]
+pub struct Answer {
     respond: SendResponse<Bytes>,
     body: RecvStream,
 }
 
-impl Offer {
+impl Answer {
+    /// Completes when whoever asked does not want it any more, or is gone.
+    pub async fn unwanted(&mut self) {
+        let _ = poll_fn(|cx| self.respond.poll_reset(cx)).await;
+    }
+
+    /// Says that nothing has been done, so that it can be asked elsewhere.
+    pub fn turn_away(mut self) {
+        self.respond.send_reset(h2::Reason::REFUSED_STREAM);
+    }
+
     /// Answers 200 and turns the stream into a tunnel.
     pub fn accept(mut self) -> Result<Tunnel, h2::Error> {
         let send = self.respond.send_response(response(StatusCode::OK), false)?;
@@ -61,7 +77,7 @@ where
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
         .max_concurrent_reset_streams(RESET_STREAMS)
-        .max_local_error_reset_streams(None)
+        .max_local_error_reset_streams(Some(ERROR_RESETS))
         .reset_stream_duration(RESET_MEMORY)
         .max_pending_accept_reset_streams(RESET_STREAMS)
         .max_header_list_size(SERVER_HEADER_LIST)
@@ -89,7 +105,7 @@ where
                 let Some(accepted) = accepted else { return Ok(()) };
                 let (request, respond) = accepted?;
                 let parsed = parse(&request);
-                on_offer(Offer { request: parsed, respond, body: request.into_body() });
+                on_offer(Offer { request: parsed, answer: Answer { respond, body: request.into_body() } });
             }
             () = &mut lost => return Err(h2::Reason::SETTINGS_TIMEOUT.into()),
         }

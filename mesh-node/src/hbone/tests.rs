@@ -61,7 +61,7 @@ fn request() -> Request<()> {
 
 impl Server {
     async fn accept(&mut self) -> Tunnel {
-        self.offers.recv().await.expect("an offer").accept().expect("accepted")
+        self.offers.recv().await.expect("an offer").answer.accept().expect("accepted")
     }
 }
 
@@ -186,7 +186,7 @@ async fn a_dropped_tunnel_is_a_reset_at_the_other_end() {
 #[tokio::test(start_paused = true)]
 async fn a_refusal_carries_its_status() {
     let (connection, mut server) = connected().await;
-    let refuse = async { server.offers.recv().await.expect("an offer").refuse(StatusCode::UNAUTHORIZED) };
+    let refuse = async { server.offers.recv().await.expect("an offer").answer.refuse(StatusCode::UNAUTHORIZED) };
     let (opened, ()) = tokio::join!(connection.open(request()), refuse);
     assert!(matches!(opened, Err(TunnelError::Refused(StatusCode::UNAUTHORIZED))));
     assert_eq!(connection.streams(), 0);
@@ -305,7 +305,7 @@ async fn a_stalled_reader_of_small_frames_does_not_end_the_connection() {
     let absorb = async {
         let (mut source, _sink) = far.halves();
         tokio::select! {
-            never = source.absorb() => match never {},
+            error = source.absorb() => panic!("{error}"),
             flooded = flooded => flooded.expect("flooded"),
         }
         let mut count = 0;
@@ -346,7 +346,7 @@ impl Network {
         tokio::spawn(async move {
             let mut tunnels = Vec::new();
             while let Some(offer) = server.offers.recv().await {
-                tunnels.push(offer.accept());
+                tunnels.push(offer.answer.accept());
             }
         });
         Connection::handshake(near, std::future::pending()).await

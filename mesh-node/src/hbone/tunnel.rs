@@ -216,13 +216,19 @@ impl Source for TunnelSource<'_> {
         }
     }
 
-    async fn absorb(&mut self) -> std::convert::Infallible {
+    async fn absorb(&mut self) -> io::Error {
         while self.end.is_none() && self.joined.len() < JOINED_MAX {
             if !self.join_next().await {
                 break;
             }
         }
-        std::future::pending().await
+        match self.end.take() {
+            Some(Err(error)) => error,
+            end => {
+                self.end = end;
+                std::future::pending().await
+            }
+        }
     }
 }
 

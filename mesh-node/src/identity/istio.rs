@@ -3,7 +3,14 @@
 //! `istio.v1.auth.IstioCertificateService/CreateCertificate` over gRPC and TLS. The node proves itself with its own
 //! service-account token and asks for certificates of the accounts of its pods (`ImpersonatedIdentity`).
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use prost::Message;
@@ -74,11 +81,15 @@ pub struct IstioCaSettings {
 pub struct IstioCa {
     settings: IstioCaSettings,
     trust: Arc<Trust>,
+    /// Calls begun.
+    calls: AtomicU64,
+    /// The latest of them whose roots are trusted: an answer that comes late may have those of before.
+    newest: Mutex<u64>,
 }
 
 impl IstioCa {
     pub fn new(settings: IstioCaSettings, trust: Arc<Trust>) -> Self {
-        Self { settings, trust }
+        Self { settings, trust, calls: AtomicU64::new(0), newest: Mutex::new(0) }
     }
 
     async fn ask(&self, id: &SpiffeId) -> Result<Credentials, IssueError> {
@@ -92,6 +103,7 @@ impl IstioCa {
             validity_duration: i64::try_from(self.settings.ttl.as_secs()).unwrap_or(i64::MAX),
             metadata: Some(Struct { fields: [("ImpersonatedIdentity".to_owned(), Value { string_value: Some(id.to_string()) })].into() }),
         };
+        let number = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
         let response = timeout(TIMEOUT, self.call(&request)).await;
         let response = response.map_err(|_| self.unreachable(std::io::ErrorKind::TimedOut.into()))??;
         let unusable = |problem: &str| IssueError::Answer(problem.to_owned());
@@ -104,7 +116,11 @@ impl IstioCa {
             PrivateKeyDer::Pkcs8(key.serialize_der().into()),
             self.trust.clone(),
         )?;
-        self.trust.set_roots(&roots)?;
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if number > *newest {
+            self.trust.set_roots(&roots)?;
+            *newest = number;
+        }
         Ok(credentials)
     }
 

@@ -22,7 +22,7 @@ use crate::{id::SpiffeId, telemetry::chain, tls::Credentials};
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(150);
 
-/// How often the wall clock is looked at while a certificate is in use.
+/// How often the wall clock is looked at: it may be set, and timers miss the time a machine was suspended.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(30);
 
 /// What an identity's certificate is like, for inspection.
@@ -42,6 +42,13 @@ pub struct CertificateState {
 struct Current {
     credentials: Option<Arc<Credentials>>,
     error: Option<String>,
+}
+
+impl Current {
+    /// Whether there is nothing to serve with, for a reason that is not known yet.
+    fn is_due(&self) -> bool {
+        self.error.is_none() && self.credentials.as_ref().is_none_or(|c| c.is_expired(SystemTime::now()))
+    }
 }
 
 /// Hands out certificates; cheap to clone.
@@ -101,7 +108,7 @@ impl Manager {
     pub async fn credentials(&self, id: &SpiffeId) -> Result<Arc<Credentials>, Arc<str>> {
         let (mut current, wanted) = self.watch(id);
         loop {
-            if current.borrow().credentials.is_none() {
+            if current.borrow().is_due() {
                 wanted.notify_one();
             }
             {
@@ -189,7 +196,7 @@ impl Keeper {
             self.anew.borrow_and_update();
             let issued = self.source.issue(&self.id).await;
             drop(pass);
-            let wait = match issued {
+            let wait = match issued.and_then(unexpired) {
                 Ok(credentials) => {
                     backoff = BACKOFF_MIN;
                     let wait = credentials.renew_in(SystemTime::now(), fastrand::f64() * 2.0 - 1.0);
@@ -207,7 +214,7 @@ impl Keeper {
                 }
             };
             tokio::select! {
-                () = sleep_by_the_clock(wait, &self.current) => {}
+                () = rest(wait, &self.wanted, &self.current) => {}
                 // Without a sender there will be no change.
                 Ok(()) = self.anew.changed() => tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await,
             }
@@ -216,7 +223,8 @@ impl Keeper {
 
     /// A place to fetch: at the front as soon as somebody waits.
     async fn pass(&self) -> Pass {
-        let priority = if self.current.borrow().credentials.is_some() { Priority::Background } else { Priority::Warmup };
+        let usable = self.current.borrow().credentials.as_ref().is_some_and(|c| !c.is_expired(SystemTime::now()));
+        let priority = if usable { Priority::Background } else { Priority::Warmup };
         tokio::select! {
             biased;
             pass = self.turnstile.pass(priority) => pass,
@@ -225,18 +233,26 @@ impl Keeper {
     }
 }
 
-/// Sleeps, but no longer than until the certificate expires by the wall clock, which a suspended machine's timers miss.
-async fn sleep_by_the_clock(wait: Duration, current: &watch::Sender<Current>) {
-    let until = tokio::time::Instant::now() + wait;
+/// Sleeps, until so much time has passed by either clock, or somebody waits for a certificate although there was one.
+async fn rest(wait: Duration, wanted: &Notify, current: &watch::Sender<Current>) {
+    let (until, at) = (tokio::time::Instant::now() + wait, SystemTime::now() + wait);
     loop {
         let left = until.saturating_duration_since(tokio::time::Instant::now());
-        let now = current.borrow().clone();
-        let expired = now.error.is_none() && now.credentials.is_some_and(|c| c.is_expired(SystemTime::now()));
-        if left.is_zero() || expired {
+        if left.is_zero() || SystemTime::now() >= at {
             return;
         }
-        tokio::time::sleep(left.min(LOOK_AT_CLOCK)).await;
+        tokio::select! {
+            () = tokio::time::sleep(left.min(LOOK_AT_CLOCK)) => {}
+            // It may have been said before there was one.
+            () = wanted.notified() => if current.borrow().is_due() {
+                return;
+            },
+        }
     }
+}
+
+fn unexpired(credentials: Credentials) -> Result<Credentials, IssueError> {
+    if credentials.is_expired(SystemTime::now()) { Err(IssueError::Expired) } else { Ok(credentials) }
 }
 
 #[cfg(test)]
@@ -307,6 +323,17 @@ mod tests {
         let again = manager.credentials(&id("b")).await.expect("still valid");
         assert!(Arc::ptr_eq(&first, &again) && source.issued.load(Ordering::SeqCst) > 2);
         assert!(manager.states()[0].error.is_some());
+    }
+
+    /// A file nobody replaces, or an authority whose clock is wrong.
+    #[tokio::test(start_paused = true)]
+    async fn a_certificate_that_has_expired_when_it_comes_is_none() {
+        let (manager, source, _dir) = manager(Duration::ZERO, usize::MAX);
+        let error = manager.credentials(&id("b")).await.expect_err("must fail");
+        assert!(error.contains("had expired already"), "{error}");
+        tokio::time::sleep(Duration::from_mins(10)).await;
+        let asked = source.issued.load(Ordering::SeqCst);
+        assert!((3..30).contains(&asked), "asked again with patience, and not {asked} times");
     }
 
     #[tokio::test]

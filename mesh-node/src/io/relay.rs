@@ -63,8 +63,9 @@ pub trait Source: Send {
     /// Tells that `n` bytes have been passed on, so that the other end may send as many more.
     fn passed_on(&mut self, n: usize);
 
-    /// Takes in what arrives while the sink has no room, as far as it was promised to the other end. Never completes.
-    fn absorb(&mut self) -> impl Future<Output = std::convert::Infallible> + Send;
+    /// Takes in what arrives while the sink has no room, as far as it was promised to the other end. Completes only when the source is
+    /// reset or lost.
+    fn absorb(&mut self) -> impl Future<Output = io::Error> + Send;
 }
 
 /// Where bytes go.
@@ -149,7 +150,8 @@ async fn direction<C>(mut from: impl Source, mut to: impl Sink, reader: Side, wr
         tokio::select! {
             biased;
             put = to.put(chunk) => put.map_err(write)?,
-            never = from.absorb() => match never {},
+            // Who does not read has to hear of that, too.
+            source = from.absorb() => return Err(read(source)),
         }
         from.passed_on(n);
         count.fetch_add(n as u64, Ordering::Relaxed);
@@ -170,7 +172,7 @@ impl Source for TcpSource<'_> {
 
     fn passed_on(&mut self, _n: usize) {}
 
-    async fn absorb(&mut self) -> std::convert::Infallible {
+    async fn absorb(&mut self) -> io::Error {
         // What is not read stays in the kernel, and the peer's window with it.
         std::future::pending().await
     }
@@ -293,7 +295,7 @@ impl Source for PrefixedSource<'_> {
         self.source.passed_on(n);
     }
 
-    async fn absorb(&mut self) -> std::convert::Infallible {
+    async fn absorb(&mut self) -> io::Error {
         self.source.absorb().await
     }
 }

@@ -116,6 +116,12 @@ fn tokens_in_header(headers: &HeaderMap, name: &HeaderName, prefix: &str) -> Opt
     Some(vec![token.trim_end().to_owned()])
 }
 
+/// Whether a rule's keys are needed: some token is its issuer's and wants nothing but to be verified.
+pub fn needs_keys(rule: &JwtRule, head: &RequestHead, now: SystemTime) -> bool {
+    let expected = Expected { issuer: rule.issuer.to_string(), audiences: rule.audiences.clone() };
+    locate(rule, head).iter().any(|found| Token::parse(&found.text).is_ok_and(|token| expected.check(&token, now).is_ok()))
+}
+
 /// What became of the tokens of a request.
 #[derive(Debug, Default)]
 pub struct Authenticated {

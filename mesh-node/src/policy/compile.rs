@@ -29,7 +29,8 @@ impl TrustDomains {
         let (text, rebuild): (&str, fn(String) -> StringMatch) = match pattern {
             StringMatch::Exact(t) => (t, |s| StringMatch::Exact(s.into())),
             StringMatch::Prefix(t) => (t, |s| StringMatch::Prefix(s.into())),
-            StringMatch::Suffix(_) | StringMatch::Present => return vec![pattern.clone()],
+            StringMatch::Suffix(text) => return self.expand_suffix(pattern, text),
+            StringMatch::Present => return vec![pattern.clone()],
         };
         let Some((domain, rest)) = text.split_once('/') else { return vec![pattern.clone()] };
         let mut all = vec![self.local.as_str(), "cluster.local"];
@@ -42,6 +43,22 @@ impl TrustDomains {
         // cluster.local stands for the local domain; it is not itself trusted unless it is local or an alias, and a
         // peer of an untrusted domain never gets this far.
         all.into_iter().map(|d| rebuild(format!("{d}/{rest}"))).collect()
+    }
+
+    /// One that leaves the beginning of the trust domain open means the same account in all names of the mesh's, if it means one.
+    fn expand_suffix(&self, pattern: &StringMatch, text: &str) -> Vec<StringMatch> {
+        let mut all = vec![pattern.clone()];
+        if let Some((end, rest)) = text.split_once('/')
+            && rest.split('/').count() == 4
+            && !end.is_empty()
+        {
+            let names = self.aliases.iter().chain([&self.local]).map(TrustDomain::as_str).collect::<Vec<_>>();
+            if names.iter().any(|name| name.ends_with(end)) {
+                let others = names.iter().filter(|name| !name.ends_with(end));
+                all.extend(others.map(|name| StringMatch::Exact(format!("{name}/{rest}").into())));
+            }
+        }
+        all
     }
 }
 
@@ -68,6 +85,25 @@ impl CompiledPolicy {
         };
         let rules = policy.rules.iter().enumerate().map(rule).collect();
         Self { name: full.clone(), action: policy.action, dry_run: policy.dry_run, provider: policy.provider.clone(), rules }
+    }
+
+    /// The same for who comes by a service's port to a pod's: as Istio's waypoints see it, the port that was dialled is the service's.
+    /// `None` when it makes no difference.
+    pub fn reached_by(&self, service: u16, pod: u16) -> Option<Self> {
+        let also = |ports: &mut Vec<u16>| {
+            let new = service != pod && ports.contains(&service) && !ports.contains(&pod);
+            if new {
+                ports.push(pod);
+            }
+            new
+        };
+        let (mut made, mut changed) = (self.clone(), false);
+        for test in made.rules.iter_mut().flat_map(|r| &mut r.clauses).flatten().flatten() {
+            if let Test::DestinationPort(Values { any_of, none_of }) = test {
+                changed |= also(any_of) | also(none_of);
+            }
+        }
+        changed.then_some(made)
     }
 
     /// Whether it asks about requests, and so means something else on connections that carry none.

@@ -6,11 +6,11 @@
 
 mod inspect;
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::StatusCode;
 pub use inspect::{Inspection, refuse, server_first};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
@@ -23,8 +23,8 @@ use super::{
 use crate::{
     config::{DestinationRequests, Snapshot},
     hbone::{
-        HANDSHAKE_TIMEOUT,
-        headers::{Authority, ConnectRequest},
+        HANDSHAKE_TIMEOUT, SERVER_MAX_STREAMS,
+        headers::{Authority, BadRequest, ConnectRequest},
         server::{self, Offer},
     },
     id::{ObjectName, SpiffeId, canonical},
@@ -36,6 +36,9 @@ use crate::{
     route::Workload,
     tls::{self, HandshakeFailure, ServerStream},
 };
+
+/// How long a peer may take to say anything.
+const FIRST_WORD: Duration = Duration::from_secs(5);
 
 /// A connection that was let in: the application's end of it, and the reason to end it early.
 #[derive(Debug)]
@@ -188,7 +191,7 @@ pub async fn cut(registration: &mut Registration, pod: &ServedPod) -> Cut {
 
 /// An HBONE connection, as accepted on the HBONE listener.
 /// `handshake` is given back when the handshake is over.
-pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, handshake: Slot, since: Stage) {
+pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, caller: Slot, since: Stage) {
     let local = match stream.local_addr() {
         Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
         Err(_) => return,
@@ -197,9 +200,10 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
         Ok(accepted) => accepted,
         Err(failure) => return refused_handshake(&proxy, client, failure),
     };
-    drop(handshake);
+    drop(caller);
     proxy.metrics.hbone_connections.inc();
-    let connection = HboneConnection { proxy: proxy.clone(), pod: pod.clone(), peer, client, since, local };
+    let asked = Arc::new(Semaphore::new(SERVER_MAX_STREAMS as usize));
+    let connection = HboneConnection { proxy: proxy.clone(), pod: pod.clone(), peer, client, since, local, asked };
     let serving = server::serve(stream, |offer| drop(tokio::spawn(serve_offer(connection.clone(), offer))), pod.draining(since));
     tokio::select! {
         result = serving => if let Err(error) = result {
@@ -233,8 +237,15 @@ async fn accept_tls(
     let identity = proxy.config.load().workload(&pod.uid).map(|w| w.identity.clone()).ok_or(Failure::UnknownWorkload)?;
     let credentials = timeout(HANDSHAKE_TIMEOUT, proxy.identity.credentials(&identity)).await;
     let credentials = credentials.unwrap_or_else(|_| Err("it took too long".into())).map_err(Failure::Identity)?;
-    let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(&credentials, stream)).await;
-    let accepted = accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+    let accepted = async {
+        // Who says nothing takes nobody's place.
+        timeout(FIRST_WORD, stream.readable()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        let handshake = timeout(HANDSHAKE_TIMEOUT, pod.handshake()).await.map_err(|_| io::ErrorKind::TimedOut)?;
+        let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(&credentials, stream)).await;
+        drop(handshake);
+        accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    };
+    let accepted: io::Result<_> = accepted.await;
     let (stream, peer) = accepted.map_err(|source| Failure::Tls { kind: HandshakeFailure::of(&source), source })?;
     Ok((stream, peer.identity, credentials.trust().clone().revoked(peer.chain)))
 }
@@ -247,9 +258,16 @@ struct HboneConnection {
     client: SocketAddr,
     since: Stage,
     local: SocketAddr,
+    /// Room for what is asked for and not answered yet: who asks and takes it back does not have the node dial without end.
+    asked: Arc<Semaphore>,
 }
 
 async fn serve_offer(connection: HboneConnection, offer: Offer) {
+    let Offer { request, answer: mut offer } = offer;
+    let Ok(asked) = connection.asked.clone().try_acquire_owned() else {
+        connection.proxy.metrics.failure("inbound", "too_many_streams");
+        return offer.turn_away();
+    };
     let mut outcome = Outcome::new(&connection.proxy, Direction::Inbound);
     outcome.source = Party { address: Some(connection.client), identity: Some(connection.peer.clone()), workload: None };
     outcome.tunnel = Some(connection.local);
@@ -258,9 +276,16 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
         offer.refuse(StatusCode::SERVICE_UNAVAILABLE);
         return outcome.fail(Failure::TooManyConnections);
     };
-    let admitted = match answer(&connection, &offer, &mut outcome).await {
-        Ok(admitted) => admitted,
-        Err(failure) => {
+    let answered = tokio::select! {
+        biased;
+        answered = answer(&connection, request, &mut outcome) => Some(answered),
+        () = offer.unwanted() => None,
+    };
+    drop(asked);
+    let admitted = match answered {
+        None => return outcome.fail(Failure::Broken(io::ErrorKind::ConnectionReset.into())),
+        Some(Ok(admitted)) => admitted,
+        Some(Err(failure)) => {
             offer.refuse(status(&failure));
             return outcome.fail(failure);
         }
@@ -288,9 +313,13 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     }
 }
 
-async fn answer(connection: &HboneConnection, offer: &Offer, outcome: &mut Outcome) -> Result<Admitted, Failure> {
-    let request = offer.request.as_ref().map_err(|e| Failure::BadRequest(e.clone()))?;
-    let destination = destination(connection, request)?;
+async fn answer(
+    connection: &HboneConnection,
+    request: Result<ConnectRequest, BadRequest>,
+    outcome: &mut Outcome,
+) -> Result<Admitted, Failure> {
+    let request = request.map_err(Failure::BadRequest)?;
+    let destination = destination(connection, &request)?;
     outcome.destination.address = Some(destination);
     let mut facts = Facts::new(Some(connection.peer.clone()), connection.client.ip(), destination);
     facts.dialled = request.host.as_deref().and_then(service_of);

@@ -10,8 +10,10 @@ const RESERVED: u64 = 1024;
 /// Descriptors of a connection: its two ends.
 const EACH: u64 = 2;
 /// TLS handshakes into one pod at once: each costs a millisecond of CPU and may take its whole timeout. For each pod, so
-/// that a flood to one leaves the others alone.
+/// that a flood to one leaves the others alone. Others wait for their turn.
 pub const HANDSHAKES: usize = 256;
+/// Peers of one pod that have connected and not shaken hands, those that wait for their turn or have not said anything included.
+pub const CALLERS: usize = 4096;
 
 /// Room for one more; given back when dropped.
 pub type Slot = OwnedSemaphorePermit;

@@ -10,11 +10,11 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
 use super::{
     http::{Clusters, Share},
-    limits::{HANDSHAKES, Slot},
+    limits::{CALLERS, HANDSHAKES, Slot},
     live::Cut,
 };
 use crate::{id::WorkloadUid, io::netns::Netns};
@@ -48,7 +48,8 @@ pub struct ServedPod {
     pub clusters: Clusters,
     /// What its requests keep of bodies.
     pub kept: Share,
-    handshakes: Arc<Semaphore>,
+    callers: Arc<Semaphore>,
+    handshakes: Semaphore,
     /// What the kernel says of who is at the other end.
     origins: OnceLock<Box<dyn Origins>>,
     cookie: OnceLock<u64>,
@@ -71,7 +72,8 @@ impl ServedPod {
             held: AtomicBool::new(false),
             clusters: Clusters::default(),
             kept: Share::default(),
-            handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
+            callers: Arc::new(Semaphore::new(CALLERS)),
+            handshakes: Semaphore::new(HANDSHAKES),
             origins: OnceLock::new(),
             cookie: OnceLock::new(),
         })
@@ -165,9 +167,15 @@ impl ServedPod {
         self.origins.get().is_some_and(|o| o.is_node(client, destination))
     }
 
-    /// Room for one more TLS handshake into this pod.
-    pub fn handshake(&self) -> Option<Slot> {
-        self.handshakes.clone().try_acquire_owned().ok()
+    /// Room for one more peer that has not shaken hands with this pod.
+    pub fn caller(&self) -> Option<Slot> {
+        self.callers.clone().try_acquire_owned().ok()
+    }
+
+    /// Completes when it is a peer's turn to shake hands, until what comes back is dropped.
+    pub async fn handshake(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        self.handshakes.acquire().await.ok()
     }
 
     pub fn addresses(&self) -> Arc<Vec<IpAddr>> {

@@ -345,7 +345,7 @@ fn condition(spec: WhenSpec, at: &str) -> Result<Condition, FieldError> {
         "request.auth.presenter" => Condition::Presenter(values(yes, no, &field, pattern)?),
         key => match bracketed(key) {
             // Envoy's names of what HTTP/2 has in its first fields; the host is one of them.
-            Some(("request.headers", path)) if [":authority", "host", "Host"].contains(&&*path[0]) && path.len() == 1 => {
+            Some(("request.headers", path)) if (&*path[0] == ":authority" || path[0].eq_ignore_ascii_case("host")) && path.len() == 1 => {
                 Condition::Host(values(yes, no, &field, |text| pattern(&text.to_ascii_lowercase()))?)
             }
             Some(("request.headers", path)) if path.len() == 1 && &*path[0] == ":method" => {
@@ -377,9 +377,15 @@ fn request_principal(text: &str) -> Result<RequestPrincipal, String> {
         return Ok(RequestPrincipal::Any);
     }
     match text.rsplit_once('/') {
-        Some((issuer, subject)) => Ok(RequestPrincipal::Pair(pattern(issuer)?, pattern(subject)?)),
+        // As Istio reads it: a star stands at one end of the whole, and the other side is as it is written.
+        Some((issuer, subject)) if text.starts_with('*') => Ok(RequestPrincipal::Pair(pattern(issuer)?, exact(subject)?)),
+        Some((issuer, subject)) => Ok(RequestPrincipal::Pair(exact(issuer)?, pattern(subject)?)),
         None => Ok(RequestPrincipal::Whole(pattern(text)?)),
     }
+}
+
+fn exact(text: &str) -> Result<StringMatch, String> {
+    pattern(text).map(|_| StringMatch::Exact(text.into()))
 }
 
 /// An empty pattern would match whoever has no identity; Istio's validation refuses it.

@@ -190,13 +190,16 @@ impl Pod {
         let containers = spec.containers.iter().chain(&spec.init_containers).flatten();
         let probes = containers.flat_map(Container::probes).collect();
         let switches = metadata.annotations.as_ref().and_then(|a| a.get(ACCELERATION)).into_iter().chain(metadata.labels.get(ACCELERATION));
+        // What runs of a static pod is named after its manifest's hash, and not after the object that mirrors it.
+        let annotation = |name: &str| metadata.annotations.as_ref().and_then(|a| a.get(name)).filter(|v| !v.is_empty());
+        let of_static = annotation("kubernetes.io/config.mirror").and_then(|_| annotation("kubernetes.io/config.hash"));
         let (workload_name, workload_kind) =
             made_by(&metadata.owner_references.unwrap_or_default(), &metadata.labels, metadata.name.as_deref().unwrap_or_default());
         let accelerate = switches.map(|value: &str| switch(value)).collect::<Result<Vec<_>, _>>()?.iter().all(|on| *on);
         Ok(Self {
             probes,
             accelerate,
-            uid: WorkloadUid(uid.into()),
+            uid: WorkloadUid(of_static.map_or(uid.into(), Into::into)),
             labels: metadata.labels,
             node: spec.node_name.unwrap_or_default().into(),
             service_account: account.as_deref().unwrap_or("default").into(),

@@ -52,19 +52,26 @@ impl Trust {
         self.key_exchange
     }
 
-    /// Replaces the roots. True when they are others than before.
+    /// Replaces the roots. True when they are others than before. Those that cannot be read are left out, as long as there are others.
     pub fn set_roots<'a>(&self, roots: impl IntoIterator<Item = &'a CertificateDer<'a>>) -> Result<bool, TlsError> {
         let certificates = roots.into_iter().map(|c| c.to_vec()).collect::<BTreeSet<_>>();
+        if certificates.is_empty() {
+            return Err(TlsError::Root("there is none".to_owned()));
+        }
         if self.store.load().certificates == certificates {
             return Ok(false);
         }
-        let anchor = |der: &Vec<u8>| {
-            let der = CertificateDer::from_slice(der);
-            webpki::anchor_from_trusted_cert(&der).map(|a| a.to_owned()).map_err(|e| TlsError::Root(e.to_string()))
-        };
-        let anchors = certificates.iter().map(anchor).collect::<Result<Vec<_>, _>>()?;
-        if anchors.is_empty() {
-            return Err(TlsError::Root("there is none".to_owned()));
+        let (mut anchors, mut problem) = (Vec::new(), None);
+        for der in &certificates {
+            match webpki::anchor_from_trusted_cert(&CertificateDer::from_slice(der)) {
+                Ok(anchor) => anchors.push(anchor.to_owned()),
+                Err(error) => problem = Some(error),
+            }
+        }
+        match problem {
+            Some(error) if anchors.is_empty() => return Err(TlsError::Root(error.to_string())),
+            Some(error) => tracing::warn!(target: "identity", %error, "a trusted root cannot be read and is left out"),
+            None => {}
         }
         self.replace(|old| Store { certificates, anchors, revocations: old.revocations.clone() });
         Ok(true)

@@ -73,6 +73,8 @@ pub(super) struct Policies<'a> {
     by_namespace: HashMap<&'a str, Vec<usize>>,
     /// Compiled once for all workloads that the same policies govern.
     compiled: HashMap<Vec<usize>, Arc<Governing>>,
+    /// Policies of services by the port they are reached by and the pod's.
+    by_port: HashMap<(usize, u16, u16), usize>,
     /// Key sets that pods of this node need.
     remote: std::collections::BTreeSet<RemoteKeys>,
 }
@@ -148,9 +150,8 @@ impl<'a> Policies<'a> {
             Some((_, service)) if !service.ports.iter().any(|p| p.port == port) => format!("has no port {port}"),
             Some(_) => return,
         };
-        let effect = if authorizer.fail_open { "passes unasked (failOpen)" } else { "is refused" };
         let message = format!(
-            "spec.provider.name: the Service {namespace}/{name} of the ext_authz provider {provider:?} {missing}, so what the policy matches {effect}; create it, or correct extensionProviders in the ConfigMap istio"
+            "spec.provider.name: the Service {namespace}/{name} of the ext_authz provider {provider:?} {missing}, so what the policy matches is refused; create it, or correct extensionProviders in the ConfigMap istio"
         );
         builder.remark(Severity::Warning, named, &message);
     }
@@ -177,6 +178,7 @@ impl<'a> Policies<'a> {
         let mesh = self.by_namespace.get(root).filter(|_| namespace != root);
         let reaching = own.into_iter().chain(mesh).flatten().copied().collect::<Vec<_>>();
         let (mut base, mut ports): (Vec<usize>, BTreeMap<u16, Vec<usize>>) = (Vec::new(), BTreeMap::new());
+        let mut by_service = Vec::new();
         for i in reaching {
             match &self.all[i].scope {
                 Scope::Workloads(selector) if selector.is_none_or(|s| s.matches(labels)) => base.push(i),
@@ -185,9 +187,13 @@ impl<'a> Policies<'a> {
                 Scope::Services(names) => {
                     let home = &self.all[i].named.key.name.namespace;
                     let meant = attached.iter().filter(|a| a.service.namespace == *home && names.contains(&&*a.service.name));
-                    meant.for_each(|a| ports.entry(a.port).or_default().push(i));
+                    by_service.extend(meant.map(|a| (i, a.service_port, a.port)));
                 }
             }
+        }
+        for (i, service_port, port) in by_service {
+            let i = self.reached_by(i, service_port, port);
+            ports.entry(port).or_default().push(i);
         }
         let mut all_ports = BTreeMap::new();
         for (port, mut extra) in ports {
@@ -203,6 +209,27 @@ impl<'a> Policies<'a> {
             }
         }
         WorkloadPolicy { mtls, everywhere: self.governing(base), ports: all_ports }
+    }
+
+    /// A policy of a service as it is for its port: another where it asks about that.
+    fn reached_by(&mut self, i: usize, service_port: u16, port: u16) -> usize {
+        if let Some(found) = self.by_port.get(&(i, service_port, port)) {
+            return *found;
+        }
+        let other = match &self.all[i].what {
+            What::Authorization(policy) => policy.reached_by(service_port, port),
+            What::Authentication(_) => None,
+        };
+        let found = match other {
+            None => i,
+            Some(policy) => {
+                let (named, scope) = (self.all[i].named, Scope::Services(Vec::new()));
+                self.all.push(Policy { named, scope, what: What::Authorization(Arc::new(policy)), opaque: BTreeMap::new() });
+                self.all.len() - 1
+            }
+        };
+        self.by_port.insert((i, service_port, port), found);
+        found
     }
 
     fn governing(&mut self, policies: Vec<usize>) -> Arc<Governing> {

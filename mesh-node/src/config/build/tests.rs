@@ -219,7 +219,7 @@ fn authorizers_that_cannot_be_asked_are_said() {
     let expected = [
         (
             "AuthorizationPolicy default/port",
-            "the Service default/web of the ext_authz provider \"port\" has no port 81, so what the policy matches passes unasked",
+            "the Service default/web of the ext_authz provider \"port\" has no port 81, so what the policy matches is refused",
         ),
         (
             "AuthorizationPolicy default/service",

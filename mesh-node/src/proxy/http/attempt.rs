@@ -182,7 +182,8 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     // As the destination sees it.
     let passed = pass.as_ref().map(|(_, pass)| pass);
     let head = passed.and_then(|pass| pass.head.as_ref()).unwrap_or(plan.head);
-    let plan = &Plan { head, client_cert: passed.and_then(|pass| pass.client_cert.as_ref()), ..*plan };
+    let upgrade = passed.map_or(plan.upgrade, |pass| pass.upgrade(plan.upgrade));
+    let plan = &Plan { head, upgrade, client_cert: passed.and_then(|pass| pass.client_cert.as_ref()), ..*plan };
     if let Some(record) = inbound.as_mut().filter(|r| r.grpc) {
         record.follow([upload.passed().count_messages(), responder.meter().count_messages()]);
     }
@@ -347,7 +348,8 @@ async fn obtain<B: RequestBody, R: Responder>(
     let mut acquiring = pin!(acquire(wanted));
     loop {
         let received = upload.is_received();
-        arm(plan, deadlines, received);
+        // Of an attempt time begins when there is a connection.
+        arm_route(plan, deadlines, received);
         tokio::select! {
             biased;
             acquired = &mut acquiring => {
@@ -438,14 +440,16 @@ async fn answer_here<B: RequestBody, R: Responder>(
 
 /// Sets the deadlines that begin when the whole request is there.
 fn arm(plan: &Plan<'_>, deadlines: &mut Deadlines, received: bool) {
-    if !received {
-        return;
-    }
-    if deadlines.route.is_none() {
-        deadlines.route = plan.timeout.map(|t| Instant::now() + t);
-    }
-    if deadlines.attempt.is_none() {
+    arm_route(plan, deadlines, received);
+    if received && deadlines.attempt.is_none() {
         deadlines.attempt = plan.policy.per_try_timeout.map(|t| Instant::now() + t);
+    }
+}
+
+/// The same of the whole exchange alone.
+fn arm_route(plan: &Plan<'_>, deadlines: &mut Deadlines, received: bool) {
+    if received && deadlines.route.is_none() {
+        deadlines.route = plan.timeout.map(|t| Instant::now() + t);
     }
 }
 

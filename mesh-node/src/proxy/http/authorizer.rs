@@ -67,7 +67,7 @@ pub async fn ask(
     let asked = match whom(gate, snapshot, provider) {
         Whom::Nobody => return Answer::Allowed { to_client: ToClient::default() },
         Whom::Unknown => return refused(StatusCode::FORBIDDEN, format!("{ERROR}{{unknown_provider_{provider}}}")),
-        Whom::Away(authorizer) => return unanswered(authorizer),
+        Whom::Away => return refused(StatusCode::FORBIDDEN, format!("{ERROR}{{no_service_of_provider_{provider}}}")),
         Whom::Found(authorizer, cluster) => {
             // Clients may take their time over it: the authorizer's begins after that.
             let shown = match show(gate, authorizer, body).await {
@@ -137,8 +137,7 @@ fn unshown(gate: &Gate, unseen: &Unseen) -> Box<Refusal> {
 pub async fn ask_connection(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Arc<str>) -> Result<(), &'static str> {
     let (authorizer, answer) = match whom(gate, snapshot, provider) {
         Whom::Nobody => return Ok(()),
-        Whom::Unknown => return Err(ERROR),
-        Whom::Away(authorizer) => (authorizer, None),
+        Whom::Unknown | Whom::Away => return Err(ERROR),
         Whom::Found(authorizer, _) if authorizer.check != Check::Grpc => {
             gate.proxy.metrics.authorizer_call("unsupported");
             return Err(ERROR);
@@ -163,8 +162,8 @@ enum Whom<'s> {
     Nobody,
     /// The mesh configuration has no provider of this name.
     Unknown,
-    /// Its service, or the port of it, does not exist.
-    Away(&'s Authorizer),
+    /// Its service, or the port of it, does not exist: that is a mistake, and not what `failOpen` is about.
+    Away,
     Found(&'s Authorizer, Arc<Cluster>),
 }
 
@@ -173,7 +172,7 @@ fn whom<'s>(gate: &Gate, snapshot: &'s Snapshot, provider: &Arc<str>) -> Whom<'s
     let whom = match found {
         Some((_, Some(_))) if is_authorizer(snapshot, gate.facts.destination) => return Whom::Nobody,
         Some((authorizer, Some(cluster))) => return Whom::Found(authorizer, cluster),
-        Some((authorizer, None)) => Whom::Away(authorizer),
+        Some((_, None)) => Whom::Away,
         None => Whom::Unknown,
     };
     gate.proxy.metrics.authorizer_call("unknown");

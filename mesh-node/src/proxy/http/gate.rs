@@ -22,7 +22,7 @@ use super::{
     reply::Reply,
     tokens,
     traced::Onward,
-    wire::Refused,
+    wire::{Refused, is_websocket},
 };
 use crate::{
     config::Snapshot,
@@ -73,6 +73,15 @@ pub struct Pass {
     pub client_cert: Option<HeaderValue>,
     /// What external authorizers have for the client.
     pub to_client: ToClient,
+    /// Policies ask about what is sent on its connection.
+    pub judged: bool,
+}
+
+impl Pass {
+    /// The upgrade that may be asked for: where requests are judged, none to what could carry others.
+    pub fn upgrade<'u>(&self, upgrade: Option<&'u HeaderValue>) -> Option<&'u HeaderValue> {
+        upgrade.filter(|upgrade| !self.judged || is_websocket(upgrade))
+    }
 }
 
 /// A request that may not.
@@ -237,7 +246,7 @@ impl Gate {
             refusal.head = changed;
             return Err(refusal);
         }
-        Ok(Pass { head: changed, claims, client_cert, to_client })
+        Ok(Pass { head: changed, claims, client_cert, to_client, judged: true })
     }
 
     /// What passes without being asked about.

@@ -211,8 +211,11 @@ async fn h1_request(
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
     let sent = went_on(&head, &pass, record);
-    let plan =
-        Plan { close: gate.pod.is_draining(gate.since), client_cert: pass.client_cert.as_ref(), ..Plan::once(sent, upgrade.as_ref()) };
+    let plan = Plan {
+        close: gate.pod.is_draining(gate.since),
+        client_cert: pass.client_cert.as_ref(),
+        ..Plan::once(sent, pass.upgrade(upgrade.as_ref()))
+    };
     let cut = gate.denied_later(sent, &pass);
     let (ended, clean) = attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, &pass.to_client, cut, record).await;
     drop(upload);

@@ -34,6 +34,12 @@ const SEND_BUFFER: usize = 256 * 1024;
 /// connection ends: a flood of resets must not cost more than it pays (CVE-2023-44487).
 const RESET_STREAMS: usize = 200;
 const RESET_MEMORY: Duration = Duration::from_secs(5);
+/// Streams that the peer may have reset here by breaking the protocol in a connection's life. Frames that come late for streams forgotten
+/// since are among them, so that the library's thousand would end connections whose clients cancel much.
+const ERROR_RESETS: usize = 65_536;
+/// How much small frames of data may cost that wait for who reads them: each what it has less than 256 bytes. The library's share of the
+/// window is used up by a few clients of many small messages that do not read.
+const SMALL_FRAMES: usize = 64 * 1024 * 1024;
 /// Fields of which there may be only one (RFC 9110 sections 7.2 and 8.6).
 const AMBIGUOUS: Malformed = Malformed::codec("http2.violation.of.messaging.rule");
 /// Between the last of an answer that is cut and the reset of its stream.
@@ -428,6 +434,8 @@ where
         .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_pending_accept_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(Some(ERROR_RESETS))
+        .data_frame_budget(SMALL_FRAMES)
         .reset_stream_duration(RESET_MEMORY);
     let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await;
     let Ok(handshake) = handshake else { return Err(Reason::SETTINGS_TIMEOUT.into()) };
@@ -468,6 +476,8 @@ where
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
         .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(Some(ERROR_RESETS))
+        .data_frame_budget(SMALL_FRAMES)
         .reset_stream_duration(RESET_MEMORY)
         .enable_push(false);
     let (send, connection) = builder.handshake(io).await?;

@@ -8,7 +8,7 @@ use super::{gate::Refusal, reply::Reply};
 use crate::{
     config::Snapshot,
     jwt::Fault,
-    policy::{Authenticated, Verified, locate, received},
+    policy::{Authenticated, Verified, locate, needs_keys, received},
     proxy::Proxy,
     resource::request_authentication::{JwtRule, KeySource},
     route::{Cluster, request::RequestHead, table::HttpTable},
@@ -48,13 +48,12 @@ pub async fn authenticate(proxy: &Proxy, asked: &[Arc<JwtRule>], head: &RequestH
     if asked.is_empty() || is_preflight(head) {
         return Ok(Authenticated::default());
     }
-    let mut rules = Vec::with_capacity(asked.len());
+    let (mut rules, now) = (Vec::with_capacity(asked.len()), SystemTime::now());
     for rule in asked {
         // Keys are had only for tokens there are.
-        let keys = if locate(rule, head).is_empty() { None } else { keys(proxy, rule).await };
+        let keys = if locate(rule, head).is_empty() { None } else { keys(proxy, rule, head, now).await };
         rules.push((rule, keys));
     }
-    let now = SystemTime::now();
     match Authenticated::judge(&rules, head, now) {
         // The issuer may have begun to use another key.
         Err(refused) if refused.fault == Fault::NoKey => {
@@ -90,10 +89,14 @@ pub fn refusal(proxy: &Proxy, fault: Fault, head: &RequestHead) -> Box<Refusal> 
     Refusal::new(reply, details)
 }
 
-async fn keys(proxy: &Proxy, rule: &JwtRule) -> Option<Arc<crate::jwt::Keys>> {
+async fn keys(proxy: &Proxy, rule: &JwtRule, head: &RequestHead, now: SystemTime) -> Option<Arc<crate::jwt::Keys>> {
     match &rule.keys {
         KeySource::Inline(keys) => Some(keys.clone()),
-        KeySource::Remote(remote) => proxy.jwks.keys(remote).await,
+        KeySource::Remote(remote) => match proxy.jwks.known(remote) {
+            // An issuer that is away holds up nobody else's tokens.
+            None if needs_keys(rule, head, now) => proxy.jwks.keys(remote).await,
+            known => known,
+        },
     }
 }
 

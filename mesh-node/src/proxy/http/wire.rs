@@ -355,8 +355,15 @@ impl Connection {
 /// The protocol asked for. HTTP/2 is not one of them: what is then said over it would be seen by nobody on the way, so the
 /// request is served as it is (RFC 9113 has done away with that upgrade).
 fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
-    let http2 = tokens(headers, &header::UPGRADE).any(|t| t.eq_ignore_ascii_case("h2c") || t.eq_ignore_ascii_case("h2"));
-    headers.get(header::UPGRADE).filter(|_| !http2).cloned()
+    let http2 = tokens(headers, &header::UPGRADE).any(|t| t.get(..2).is_some_and(|h2| h2.eq_ignore_ascii_case("h2")));
+    // What cannot be read may be anything.
+    let odd = headers.get_all(header::UPGRADE).iter().any(|v| v.to_str().is_err());
+    headers.get(header::UPGRADE).filter(|_| !http2 && !odd).cloned()
+}
+
+/// Whether what is said after the upgrade is for policies to let pass: frames, and not other requests.
+pub fn is_websocket(upgrade: &HeaderValue) -> bool {
+    upgrade.as_bytes().eq_ignore_ascii_case(b"websocket")
 }
 
 fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {

@@ -11,9 +11,12 @@ use super::{
         upstream::{Failed, UpSink, UpSource, is_interim},
         wire::{Framing, WireResponse},
     },
-    Answered, Attempt, Deadlines, Plan, TimeUp, Verdict, arm, broken_request, gone,
+    Answered, Attempt, Deadlines, Plan, TimeUp, Verdict, arm, arm_route, broken_request, gone,
 };
 use crate::route::retry::Reset;
+
+/// Most informational answers to one request: nothing but the client's reading holds them up.
+const MOST_INTERIM: u32 = 64;
 
 /// A request and its response on one connection.
 pub(super) struct Exchange<'e, 'a, 'b, B, R> {
@@ -50,7 +53,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
     ) -> Attempt {
         let mut cut = pin!(cut);
         self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade, self.plan.client_cert);
-        let (mut uploaded, mut no_more_up, mut begun) = (false, false, false);
+        let (mut uploaded, mut no_more_up, mut begun, mut interim) = (false, false, false, 0_u32);
         let response = loop {
             arm(self.plan, self.deadlines, self.upload.is_received());
             let watch = uploaded && !self.half_closed;
@@ -66,10 +69,12 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::Head(Ok(head)) if is_interim(head.status) => {
                     self.upload.commit();
                     begun = true;
-                    if head.status != StatusCode::CONTINUE
-                        && let Err(error) = self.responder.informational(head.status, head.headers).await
-                    {
-                        return gone(&error);
+                    interim += 1;
+                    if interim > MOST_INTERIM {
+                        return Attempt::Failed(Failed { begun, ..Failed::new(Reset::ProtocolError) });
+                    }
+                    if let Some(ended) = self.interim(head, cut.as_mut()).await {
+                        return ended;
                     }
                 }
                 // Nobody asked for another protocol.
@@ -110,6 +115,19 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         let answered = self.answer(status, verdict.headers, framing, last, (uploaded, no_more_up), cut).await;
         self.clean &= keep_alive && !self.half_closed && status != StatusCode::SWITCHING_PROTOCOLS;
         Attempt::Answered(answered)
+    }
+
+    /// Passes an informational answer on; how the attempt ends, if that does not work.
+    async fn interim(&mut self, head: WireResponse, cut: std::pin::Pin<&mut (impl Future<Output = ()> + Send)>) -> Option<Attempt> {
+        if head.status == StatusCode::CONTINUE {
+            return None;
+        }
+        tokio::select! {
+            biased;
+            told = self.responder.informational(head.status, head.headers) => told.err().map(|error| gone(&error)),
+            () = cut => Some(Attempt::Cut),
+            up = self.deadlines.passed() => Some(Attempt::TimeUp(up)),
+        }
     }
 
     /// Ends what is not whole: a stream of HTTP/2 by itself, HTTP/1 with its connection.
@@ -163,6 +181,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             if downloaded && (uploaded || no_more_up || !switched) {
                 self.clean = uploaded;
                 return if upstream_first { Answered::Truncated(Reset::ConnectionTermination) } else { Answered::Whole };
+            }
+            if !switched {
+                arm_route(self.plan, self.deadlines, self.upload.is_received());
             }
             let watch = uploaded && !self.half_closed && !switched;
             let event = tokio::select! {
