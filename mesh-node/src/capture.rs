@@ -29,6 +29,7 @@ use mesh_common::{
     Address, addr,
     maps::{ALIVE, Counter, FlowKey, MAX_PROXIES, NodeConfig, PendingKey, Pod},
 };
+use nix::fcntl::Flock;
 
 pub use accelerate::{Accelerator, Offered, Offers, Pair, PairState, State};
 pub use direct::{Dialled, Direct, DirectFlow, FlowEvents, Phase};
@@ -123,6 +124,7 @@ pub struct Capture {
     acceleration: Option<Result<accelerate::Parts, String>>,
     direct: Option<(Direct, FlowEvents)>,
     same_node: SameNode,
+    _lock: Flock<std::fs::File>,
 }
 
 fn acceleration(loaded: &mut object::Loaded) -> Result<accelerate::Parts, CaptureError> {
@@ -145,6 +147,7 @@ impl Capture {
     pub fn open(settings: &CaptureSettings) -> Result<Self, CaptureError> {
         probe::check()?;
         let directory = pins::prepare(&settings.pins)?;
+        let lock = pins::lock(&settings.pins)?;
         let layout = accelerate::kernel_layout();
         let mut loaded = object::load(&directory, layout.clone().unwrap_or_default())?;
         let netns_cookie = Netns::host().and_then(Netns::cookie).map_err(CaptureError::io("read a network namespace cookie"))?;
@@ -181,6 +184,7 @@ impl Capture {
             same_node: settings.same_node,
             steer,
             directory,
+            _lock: lock,
         })
     }
 
@@ -253,6 +257,11 @@ impl Capture {
         for ip in addresses {
             let _ = self.listeners.remove(&octets(*ip));
         }
+    }
+
+    /// Network namespaces that are captured, or held.
+    pub fn captured(&self) -> Vec<u64> {
+        self.pods.keys().filter_map(Result::ok).collect()
     }
 
     /// Releases every pod but these: those that vanished while no process was watching.

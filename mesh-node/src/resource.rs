@@ -106,7 +106,7 @@ pub struct Named {
 }
 
 /// Why an object is not honoured: what, where in it, and what to do.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{object}: {field}: {problem}")]
 pub struct Rejection {
     /// Kind, namespace and name as far as they could be read.
@@ -117,6 +117,8 @@ pub struct Rejection {
     pub problem: String,
     /// Which object it is, when its name could be read: its last good version stays in force.
     pub key: Option<Key>,
+    /// What is in force instead where there is no last good version: without it what the object guards would be open.
+    pub instead: Option<Box<Named>>,
 }
 
 /// A document, looked at.

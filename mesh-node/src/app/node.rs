@@ -277,12 +277,13 @@ impl Reconciler {
         loop {
             let (looked, found) = tokio::task::spawn_blocking(move || {
                 let found = discovery.look(Instant::now()).cloned();
+                let found = found.map(|pods| (pods, discovery.is_incomplete()));
                 (discovery, found)
             })
             .await?;
             discovery = looked;
             match found {
-                Ok(found) => self.reconcile(&found)?,
+                Ok((found, incomplete)) => self.reconcile(&found, incomplete)?,
                 Err(error) => tracing::error!(target: "app", %error, "cannot look for pods; those captured stay so"),
             }
             tokio::select! {
@@ -292,7 +293,8 @@ impl Reconciler {
         }
     }
 
-    fn reconcile(&mut self, found: &Found) -> anyhow::Result<()> {
+    /// `incomplete`: pods may be there that are not among those found.
+    fn reconcile(&mut self, found: &Found, incomplete: bool) -> anyhow::Result<()> {
         let snapshot = self.node.proxy.config.load().clone();
         let mine = snapshot.workloads().filter(|w| w.node == snapshot.mesh.node).cloned().collect::<Vec<_>>();
         let leaves = |uid: &WorkloadUid| snapshot.workload(uid).is_some_and(|w| !w.enrolled);
@@ -306,7 +308,11 @@ impl Reconciler {
                 self.keep_enrolled(workload, local);
             }
         }
-        let stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
+        let mut stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
+        if incomplete {
+            // None is let go of on no evidence.
+            stay.extend(self.node.capture().captured());
+        }
         // Before anything is announced: what an earlier process left in the table goes with this.
         self.node.direct.serve(&stay);
         let mut states = mine.iter().map(|w| self.state(w, found)).collect::<Vec<_>>();

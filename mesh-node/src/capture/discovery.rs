@@ -39,12 +39,13 @@ pub struct Discovery {
     parents: Vec<PathBuf>,
     searched: Option<Instant>,
     pods: HashMap<WorkloadUid, LocalPod>,
+    incomplete: bool,
 }
 
 impl Discovery {
     /// Looks below this cgroup v2 directory.
     pub fn new(root: PathBuf) -> io::Result<Self> {
-        Ok(Self { root, host_netns: Netns::host()?.inode(), parents: Vec::new(), searched: None, pods: HashMap::new() })
+        Ok(Self { root, host_netns: Netns::host()?.inode(), parents: Vec::new(), searched: None, pods: HashMap::new(), incomplete: false })
     }
 
     /// The pods that run now and have a network namespace of their own. After an error nothing is known: pods found
@@ -56,7 +57,7 @@ impl Discovery {
             self.parents = parents;
             self.searched = Some(now);
         }
-        let mut found = HashMap::new();
+        let (mut found, mut incomplete) = (HashMap::new(), false);
         for parent in &self.parents {
             for (uid, directory) in pods_in(parent)? {
                 let known = self.pods.get(&uid);
@@ -65,14 +66,21 @@ impl Discovery {
                     // One pod that cannot be looked into changes nothing for it, nor for the others.
                     None => self.open(&uid, &directory, known).unwrap_or_else(|error| {
                         tracing::warn!(target: "capture", pod = %uid, %error, "cannot look into a pod");
+                        incomplete |= known.is_none();
                         known.cloned()
                     }),
                 };
                 found.extend(pod.map(|pod| (uid, pod)));
             }
         }
-        self.pods = found;
+        (self.pods, self.incomplete) = (found, incomplete);
         Ok(&self.pods)
+    }
+
+    /// Whether there were pods that could not be looked into, of which nothing was known before: that one is not among those found
+    /// says nothing then.
+    pub fn is_incomplete(&self) -> bool {
+        self.incomplete
     }
 
     /// Finds the pod's namespace through its processes: the known one as long as a process is in it, else that of the
@@ -81,12 +89,15 @@ impl Discovery {
         let mut pids = Vec::new();
         collect_pids(directory, MAX_DEPTH, &mut pids)?;
         pids.sort_unstable();
-        let mut first = None;
+        let (mut first, mut denied) = (None, None);
         for pid in pids {
             // A process that ends meanwhile is no error.
             let netns = match Netns::open(&netns_path(pid)) {
                 // The kernel's other answer for a process that ends at this moment.
-                Err(error) if error.raw_os_error() == Some(libc::EACCES) => continue,
+                Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+                    denied = Some(error);
+                    continue;
+                }
                 other => vanished(other)?,
             };
             let Some(netns) = netns else { continue };
@@ -98,7 +109,7 @@ impl Discovery {
             }
             first = first.or(Some((pid, netns)));
         }
-        let Some((pid, netns)) = first else { return Ok(None) };
+        let Some((pid, netns)) = first else { return denied.filter(|_| known.is_none()).map_or(Ok(None), Err) };
         let netns_cookie = netns.cookie()?;
         Ok(Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, pid }))
     }
@@ -190,7 +201,12 @@ fn collect_pids(directory: &Path, depth: usize, pids: &mut Vec<u32>) -> io::Resu
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => String::new(),
         other => vanished(other)?.unwrap_or_default(),
     };
-    pids.extend(own.lines().filter_map(|l| l.parse::<u32>().ok()));
+    for pid in own.lines().filter_map(|l| l.parse::<u32>().ok()) {
+        if pid == 0 {
+            return Err(io::Error::other("its processes are of another PID namespace; mesh-node has to run in the node's (hostPID)"));
+        }
+        pids.push(pid);
+    }
     if depth > 0 {
         for (_, path) in directories(directory)? {
             collect_pids(&path, depth - 1, pids)?;

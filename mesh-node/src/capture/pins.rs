@@ -16,6 +16,7 @@ use std::{
 };
 
 use nix::{
+    fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
@@ -86,6 +87,20 @@ pub fn attach(path: &Path, program: BorrowedFd<'_>, target: BorrowedFd<'_>, atta
     }
     let link = sys::link_create(program, target, attach_type).map_err(CaptureError::io(format!("attach {}", path.display())))?;
     sys::pin(link.as_fd(), path).map_err(CaptureError::io(format!("pin {}", path.display())))
+}
+
+/// Held by the process that serves: a second one would change what the first goes by.
+pub fn lock(base: &Path) -> Result<Flock<fs::File>, CaptureError> {
+    let directory = fs::File::open(base).map_err(CaptureError::io(format!("open {}", base.display())))?;
+    Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
+        if error == nix::Error::EWOULDBLOCK {
+            return CaptureError::Unsupported(format!(
+                "another mesh-node serves with {}; stop it first, or give this one another --bpf-dir",
+                base.display()
+            ));
+        }
+        CaptureError::io(format!("lock {}", base.display()))(error.into())
+    })
 }
 
 /// Gives every steered namespace the current program; links of namespaces that are gone are dropped.

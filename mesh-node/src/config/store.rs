@@ -1,6 +1,11 @@
 //! The objects in force, and what became of every object a source has shown.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use crate::resource::{Key, Named, Rejection};
 
@@ -61,6 +66,8 @@ impl fmt::Display for Status {
 #[derive(Debug, Default)]
 struct File {
     objects: BTreeMap<Key, Named>,
+    /// Those of them that stand in for what cannot be read.
+    stand_ins: BTreeSet<Key>,
     errors: Vec<String>,
 }
 
@@ -131,11 +138,19 @@ fn read(mut old: File, objects: Vec<Named>, rejections: Vec<Rejection>) -> File 
         }
     }
     for rejection in rejections {
-        let kept = rejection.key.as_ref().and_then(|key| old.objects.remove_entry(key));
-        let remark = if kept.is_some() { "; its last good version stays in force" } else { "" };
+        let good = rejection.key.as_ref().filter(|key| !old.stand_ins.contains(key));
+        let kept = good.and_then(|key| old.objects.remove_entry(key));
+        let remark = match (&kept, &rejection.instead) {
+            (Some(_), _) => "; its last good version stays in force",
+            (None, Some(_)) => "; what can be read of it is in force",
+            (None, None) => "",
+        };
         file.errors.push(format!("{rejection}{remark}"));
         if let Some((key, named)) = kept {
             file.objects.entry(key).or_insert(named);
+        } else if let Some(named) = rejection.instead {
+            file.stand_ins.insert(named.key.clone());
+            file.objects.entry(named.key.clone()).or_insert(*named);
         }
     }
     file
@@ -187,6 +202,43 @@ mod tests {
             statuses.len() == 1 && text.contains("PeerAuthentication default/x: spec.mtls.mode") && text.contains("last good"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn an_allow_policy_that_cannot_be_read_leaves_nothing_open() {
+        let policy = |spec: serde_json::Value, annotation: &str| {
+            json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+                "metadata": {"name": "p", "annotations": {"istio.io/dry-run": annotation}}, "spec": spec})
+        };
+        let rule = |key: &str| json!({"when": [{"key": key, "values": ["x"]}]});
+        let (good, bad) = (rule("source.namespace"), rule("experimental.envoy.filters.a"));
+        let selector = json!({"matchLabels": {"app": "a"}});
+        for (what, spec, annotation, rules) in [
+            ("what can be read", json!({"selector": selector, "rules": [bad, good]}), "false", Some(1)),
+            ("nothing", json!({"rules": [bad]}), "false", Some(0)),
+            ("the whole, enforced", json!({"action": "DENY", "rules": [good]}), "yes", Some(1)),
+            ("a field nobody knows", json!({"rules": [good], "wat": 1}), "false", Some(1)),
+            ("one that denies", json!({"action": "DENY", "rules": [bad, good]}), "false", None),
+            ("one that is only told", json!({"rules": [bad]}), "true", None),
+            ("for whom is not known", json!({"selector": 1, "rules": [good]}), "false", None),
+        ] {
+            let mut store = Store::default();
+            store.apply(Change { origin: origin("a"), content: content(&[policy(spec, annotation)]) });
+            let found = store.objects().values().find_map(|named| match &named.object {
+                resource::Object::AuthorizationPolicy(p) => Some(p.rules.len()),
+                _ => None,
+            });
+            assert_eq!(found, rules, "{what}");
+            assert_eq!(store.statuses().len(), 1, "{what}");
+        }
+        // What stands in is no good version.
+        let mut store = Store::default();
+        store.apply(Change { origin: origin("a"), content: content(&[policy(json!({"rules": [bad]}), "false")]) });
+        store.apply(Change { origin: origin("a"), content: content(&[policy(json!({"rules": [bad, good]}), "false")]) });
+        assert!(store.statuses()[0].message.contains("what can be read of it is in force"));
+        store.apply(Change { origin: origin("a"), content: content(&[policy(json!({"rules": [good]}), "false")]) });
+        store.apply(Change { origin: origin("a"), content: content(&[policy(json!({"rules": [bad]}), "false")]) });
+        assert!(store.statuses()[0].message.contains("last good version"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use http::HeaderName;
 use ipnet::IpNet;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{
     envelope::FieldError,
@@ -243,6 +244,30 @@ struct WhenSpec {
 }
 
 impl AuthorizationPolicy {
+    /// A policy of which something may be wrong: whole if that is none of its fields, and of one that allows the rules that can be read,
+    /// as in Istio. Left out, it would leave open to all what it opens to some. `None` where it cannot be read whom it is for, or it
+    /// denies.
+    pub(super) fn as_far_as_it_can_be_read(spec: &Value) -> Option<Self> {
+        let read = |spec: Value| serde_json::from_value::<Spec>(spec).ok().and_then(|spec| Self::read(spec, false).ok());
+        if let Some(whole) = read(spec.clone()) {
+            return Some(whole);
+        }
+        if !matches!(spec.get("action"), None | Some(Value::Null)) && spec.get("action")? != "ALLOW" {
+            return None;
+        }
+        let with = |rules: Vec<Value>| {
+            let mut one = serde_json::json!({"rules": rules});
+            for field in ["selector", "targetRefs", "targetRef"] {
+                if let Some(value) = spec.get(field) {
+                    one[field] = value.clone();
+                }
+            }
+            read(one)
+        };
+        let all = spec.get("rules").and_then(Value::as_array).cloned().unwrap_or_default();
+        with(all.into_iter().filter(|rule| with(vec![rule.clone()]).is_some()).collect())
+    }
+
     pub(super) fn read(spec: Spec, dry_run: bool) -> Result<Self, FieldError> {
         let targets = targets(spec.target_ref, spec.target_refs, spec.selector.is_some())?;
         let action = match spec.action.as_deref() {

@@ -36,7 +36,7 @@ struct Header {
 }
 
 /// The part of `metadata` every kind is read with.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Metadata {
     pub name: Option<String>,
@@ -52,7 +52,7 @@ pub struct Metadata {
 }
 
 /// An entry of `metadata.ownerReferences`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub struct Owner {
     #[serde(default)]
     pub kind: String,
@@ -81,7 +81,22 @@ pub fn parse(document: &Value, default_namespace: &str) -> Result<Parsed, Reject
     let key = Key { kind: known, name: ObjectName::new(namespace, name) };
     check_version(group, version, &key)?;
     let header: Header = typed(document, &key)?;
-    Ok(Parsed::Object(Box::new(object(document, &key, header.metadata)?)))
+    let guard = (known == Kind::AuthorizationPolicy).then(|| header.metadata.clone());
+    let read = object(document, &key, header.metadata);
+    let named =
+        read.map_err(|rejection| Rejection { instead: guard.and_then(|metadata| stand_in(document, &key, &metadata)), ..rejection })?;
+    Ok(Parsed::Object(Box::new(named)))
+}
+
+/// What there is of a policy of which something cannot be read.
+fn stand_in(document: &Value, key: &Key, metadata: &Metadata) -> Option<Box<Named>> {
+    let created = metadata.creation_timestamp.as_deref().and_then(|text| parse_time(text).ok());
+    // One that is only told denies nobody; whether it is has to be said in a way that can be read.
+    if matches!(dry_run(metadata), Ok(true)) {
+        return None;
+    }
+    let policy = AuthorizationPolicy::as_far_as_it_can_be_read(document.get("spec")?)?;
+    Some(Box::new(Named { key: key.clone(), created, object: Object::AuthorizationPolicy(policy) }))
 }
 
 fn known(group: &str, kind: &str) -> Option<Kind> {
@@ -228,7 +243,7 @@ pub(super) fn typed<T: DeserializeOwned>(value: &Value, key: &Key) -> Result<T, 
 }
 
 fn reject(object: String, field: &str, problem: &str, key: Option<Key>) -> Rejection {
-    Rejection { object, field: field.to_owned(), problem: problem.to_owned(), key }
+    Rejection { object, field: field.to_owned(), problem: problem.to_owned(), key, instead: None }
 }
 
 /// A field that does not make sense, found by a kind's own checks.
