@@ -239,6 +239,22 @@ fn connections_end_within_the_time_given_or_when_told_again() {
     assert!(end(open).get("error").is_some(), "cut");
 }
 
+/// It would change what the first goes by.
+#[test]
+fn a_second_process_gives_way() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, far] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("far", 1)]).expect("pods");
+    let second = bed.nodes()[0].second(&["--fail-mode", "open"]).expect("run");
+    let said = String::from_utf8_lossy(&second.stderr).into_owned() + &String::from_utf8_lossy(&second.stdout);
+    assert!(!second.status.success() && said.contains("another mesh-node serves"), "{said}");
+    assert!(answers(&bed, &client, &far.address(8080)));
+    bed.node(0).kill();
+    assert!(!answers(&bed, &client, &far.address(8080)), "the fail mode is the first's");
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    assert!(answers(&bed, &client, &far.address(8080)));
+}
+
 #[test]
 fn a_restart_with_the_other_fail_mode_takes_effect() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

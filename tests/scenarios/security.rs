@@ -743,3 +743,62 @@ async fn applications_are_told_who_the_client_is() {
     assert_eq!(got.status, "200");
     assert_eq!(seen.of("h2")[0].headers.iter().find(|(n, _)| n == "x-forwarded-client-cert").map(|(_, v)| v.as_str()), Some(both));
 }
+
+/// A policy of a Service is about the port that is dialled, which is the Service's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ports_of_a_service_are_those_that_are_dialled() {
+    let upstream = scripted::http1("up1", &Seen::default()).expect("an upstream");
+    let policy = |name: &str, action: &str, ports: &[&str]| {
+        let rules = json!([{"to": [{"operation": {"ports": ports}}]}]);
+        security(
+            "AuthorizationPolicy",
+            name,
+            &json!({"targetRefs": [{"kind": "Service", "group": "", "name": "server"}], "action": action, "rules": rules}),
+        )
+    };
+    let pods = upstream.port().to_string();
+    for (what, policies, status) in [
+        ("denied by the service's", vec![policy("p", "DENY", &["80"])], "403"),
+        ("denied by the pod's", vec![policy("p", "DENY", &[&pods])], "403"),
+        ("denied by another", vec![policy("p", "DENY", &["81"])], "200"),
+        ("allowed by the service's", vec![policy("p", "ALLOW", &["80"])], "200"),
+        ("allowed by another", vec![policy("p", "ALLOW", &["81"])], "403"),
+    ] {
+        let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &policies)).await.expect("started");
+        for way in ["node", "outside"] {
+            let got = ask(&engine, way, upstream, &get("/a", "x", "")).await;
+            // A connection that is denied whatever is sent is reset.
+            let denied = status == "403" && got.status != "200";
+            assert!(got.status == status || denied, "{what}, {way}: {}", got.status);
+        }
+    }
+}
+
+/// What is said after another upgrade would be seen by no policy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_websockets_are_switched_to_where_requests_are_judged() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let judged =
+        security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
+    for (policies, protocol, asked_for) in [
+        (vec![judged.clone()], "websocket", true),
+        (vec![judged.clone()], "TLS/1.2", false),
+        (vec![judged.clone()], "h2c-14", false),
+        (vec![judged], "websocket, TLS/1.2", false),
+        (vec![], "TLS/1.2", true),
+        (vec![], "H2C;x", false),
+    ] {
+        let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &policies)).await.expect("started");
+        for way in ["node", "outside"] {
+            let id = format!("{way}-{}-{protocol}", policies.len());
+            let more = format!("x-plan: 200\r\nconnection: upgrade\r\nupgrade: {protocol}\r\n");
+            assert_eq!(ask(&engine, way, upstream, &get("/a", &id, &more)).await.status, "200", "{id}");
+            let headers = &seen.of(&id)[0].headers;
+            // From outside nobody looks where nobody has to.
+            let unread = way == "outside" && policies.is_empty();
+            let found = headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("upgrade"));
+            assert!(unread || found == asked_for, "{id}: {headers:?}");
+        }
+    }
+}

@@ -31,6 +31,8 @@ use crate::config::{
 const MAX_FILES: usize = 100_000;
 /// How often a file that is being written is looked at again.
 const PENDING: Duration = Duration::from_millis(50);
+/// After how long one that somebody has open for writing is remarked on, and looked at as others are.
+const TOO_LONG: Duration = Duration::from_secs(5);
 /// How long the first reading waits for files that are being written.
 const FIRST_WAIT: Duration = Duration::from_secs(2);
 /// How often everything is looked at without having been told to.
@@ -68,6 +70,8 @@ pub struct Directory {
     last_good: LastGood,
     /// Files whose last good version stands in for one that is being written.
     stood_in: BTreeSet<PathBuf>,
+    /// Since when files are being written, and whether that has been said.
+    written: BTreeMap<PathBuf, (Instant, bool)>,
 }
 
 /// One look at the directory.
@@ -90,6 +94,7 @@ impl Directory {
             known: BTreeMap::new(),
             last_good,
             stood_in: BTreeSet::new(),
+            written: BTreeMap::new(),
         })
     }
 
@@ -152,10 +157,11 @@ impl Directory {
             match &seen {
                 Ok(version) => {
                     let Some(content) = read(&path, version, &self.default_namespace) else {
-                        look.pending += 1;
                         self.stand_in(&path, &mut look);
+                        self.wait_for(&path, &mut look);
                         continue;
                     };
+                    self.written.remove(&path);
                     self.take(&path, content, &mut look);
                 }
                 // A directory, or a file of which not even this is known: what was below it stays.
@@ -171,6 +177,17 @@ impl Directory {
         look
     }
 
+    /// Takes down that a file is being written, and says so when that takes long.
+    fn wait_for(&mut self, path: &Path, look: &mut Look) {
+        let (since, said) = self.written.entry(path.to_owned()).or_insert((Instant::now(), false));
+        if !*said && since.elapsed() >= TOO_LONG {
+            *said = true;
+            let problem = "is open for writing by some process; what it holds takes effect when that is done";
+            look.changes.push(Change { origin: origin(path), content: Content::Unreadable(problem.to_owned()) });
+        }
+        look.pending += usize::from(!*said);
+    }
+
     /// Passes on what is gone for certain: not what is below something that cannot be read.
     fn forget_gone(&mut self, found: &BTreeMap<PathBuf, Seen>, look: &mut Look) {
         let hidden = |path: &Path| path.ancestors().any(|a| matches!(found.get(a), Some(Err(_))));
@@ -179,6 +196,7 @@ impl Directory {
         for path in gone {
             self.known.remove(&path);
             self.stood_in.remove(&path);
+            self.written.remove(&path);
             self.last_good.forget(&path);
             look.changes.push(Change { origin: origin(&path), content: Content::Gone });
         }
@@ -194,8 +212,13 @@ impl Directory {
         if quality != Some(Quality::Good) {
             self.stand_in(path, look);
         }
-        if let Some(quality) = quality {
-            self.last_good.store(path, &text, quality);
+        match quality {
+            Some(Quality::Good) => self.last_good.store(path, &text, Quality::Good),
+            Some(Quality::Partial) => {
+                let text = manifest::in_force(&self.last_good.load(path), &text, &self.default_namespace);
+                self.last_good.store(path, &text, Quality::Partial);
+            }
+            None => {}
         }
         self.stood_in.remove(path);
         look.changes.push(Change { origin: origin(path), content });

@@ -79,7 +79,7 @@ impl LastGood {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quality {
     Good,
-    /// Readable, but some of its objects were refused.
+    /// Readable, but some of its objects were refused: the documents that are in force.
     Partial,
 }
 

@@ -1,10 +1,12 @@
 //! From the text of a file to objects: any mix of Kubernetes YAML or JSON documents, `List`s included.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use crate::{
     config::store::Content,
-    resource::{self, Parsed},
+    resource::{self, Key, Parsed},
 };
 
 /// The largest file read, bytes.
@@ -31,6 +33,27 @@ pub fn read(text: &str, default_namespace: &str) -> Content {
         }
     }
     Content::Read { objects, rejections }
+}
+
+/// The documents in force of a file that says this, after it said those texts one after the other: of an object that is refused its last
+/// good version.
+pub fn in_force(before: &[String], text: &str, default_namespace: &str) -> String {
+    let mut all: BTreeMap<Key, Value> = BTreeMap::new();
+    for text in before.iter().map(String::as_str).chain([text]) {
+        let mut old = std::mem::take(&mut all);
+        for document in documents(text).unwrap_or_default().into_iter().flat_map(|d| flatten(d, MAX_LISTS)) {
+            match resource::parse(&with_mesh_config(document.clone()), default_namespace) {
+                Ok(Parsed::Object(named)) => drop(all.insert(named.key, document)),
+                Ok(Parsed::Ignored(_)) => {}
+                Err(rejection) => {
+                    if let Some((key, kept)) = rejection.key.and_then(|key| old.remove_entry(&key)) {
+                        all.entry(key).or_insert(kept);
+                    }
+                }
+            }
+        }
+    }
+    all.values().map(|document| format!("---\n{document}\n")).collect()
 }
 
 fn documents(text: &str) -> Result<Vec<Value>, String> {
@@ -92,6 +115,33 @@ fn with_kind(item: Value, inherited: Option<&(Value, Value)>) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_in_force_is_the_last_good_of_each() {
+        let policy = |name: &str, mode: &str| {
+            format!(
+                "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}}}\nspec: {{mtls: {{mode: {mode}}}}}\n"
+            )
+        };
+        let texts = [
+            policy("a", "STRICT") + &policy("b", "PERMISSIVE") + &policy("never", "bad"),
+            policy("a", "PERMISSIVE") + &policy("b", "bad") + &policy("never", "bad"),
+        ];
+        let now = policy("a", "bad") + &policy("b", "bad") + &policy("never", "bad");
+        let modes = |text: &str| {
+            let Content::Read { objects, rejections } = read(text, "default") else { panic!("{text}") };
+            assert!(rejections.is_empty(), "{rejections:?}");
+            let all = objects.iter().map(|named| match &named.object {
+                resource::Object::PeerAuthentication(p) => format!("{}={:?}", named.key.name.name, p.mode),
+                _ => String::new(),
+            });
+            all.collect::<Vec<_>>()
+        };
+        assert_eq!(modes(&in_force(&texts, &now, "default")), ["a=Permissive", "b=Permissive"]);
+        // What is not there any more is not in force, and what was made of texts before is a text.
+        let before = [in_force(&texts, &now, "default")];
+        assert_eq!(modes(&in_force(&before, &policy("b", "bad"), "default")), ["b=Permissive"]);
+    }
 
     fn counts(text: &str) -> Option<(usize, usize)> {
         match read(text, "default") {

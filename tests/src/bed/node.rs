@@ -121,6 +121,12 @@ impl Node {
         }
     }
 
+    /// Starts a second one beside it, with more arguments, and waits for its end.
+    pub fn second(&self, more: &[&str]) -> Result<std::process::Output> {
+        let arguments = self.arguments.iter().map(String::as_str).chain(more.iter().copied()).collect::<Vec<_>>();
+        self.mesh_node(&arguments)
+    }
+
     /// Ends it as a crash would.
     pub fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {

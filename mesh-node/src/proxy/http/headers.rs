@@ -78,11 +78,11 @@ pub fn count_attempt(headers: &mut HeaderMap, number: u32) {
     headers.insert(ATTEMPT_COUNT.clone(), value);
 }
 
-/// `grpc-timeout`: at most eight digits and a unit (the gRPC project's `PROTOCOL-HTTP2.md`).
+/// `grpc-timeout`: at most eight digits and a unit (the gRPC project's `PROTOCOL-HTTP2.md`). Nothing is no timeout, as for Envoy.
 pub fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let n: u64 = digits.parse().ok().filter(|_| digits.len() <= 8 && digits.bytes().all(|b| b.is_ascii_digit()))?;
+    let n: u64 = digits.parse().ok().filter(|n| *n > 0 && digits.len() <= 8 && digits.bytes().all(|b| b.is_ascii_digit()))?;
     Some(match unit {
         "H" => Duration::from_secs(n * 3600),
         "M" => Duration::from_secs(n * 60),
@@ -114,6 +114,8 @@ mod tests {
             ("5S", Some(Duration::from_secs(5))),
             ("123456789S", None),
             ("S", None),
+            ("0n", None),
+            ("00S", None),
             ("", None),
             ("5x", None),
             ("-5S", None),

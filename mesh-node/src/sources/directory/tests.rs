@@ -80,8 +80,12 @@ async fn a_file_being_written_takes_effect_when_it_is_closed() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(running.services(), Vec::<String>::new());
     file.write_all(format!("---\n{}", namespace("whole")).as_bytes()).expect("write");
+    // Who has it open for long is told of.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    running.wait_for("said", |r| r.errors().contains("is open for writing")).await;
+    assert_eq!(running.services(), Vec::<String>::new());
     drop(file);
-    running.wait_for("closed", |r| r.services() == ["half", "whole"]).await;
+    running.wait_for("closed", |r| r.services() == ["half", "whole"] && r.errors().is_empty()).await;
 }
 
 #[tokio::test]
