@@ -53,7 +53,8 @@ pub fn in_force(before: &[String], text: &str, default_namespace: &str) -> Strin
             }
         }
     }
-    all.values().map(|document| format!("---\n{document}\n")).collect()
+    let texts = all.values().map(ToString::to_string).collect::<Vec<_>>();
+    texts.join("\n---\n")
 }
 
 fn documents(text: &str) -> Result<Vec<Value>, String> {
