@@ -311,7 +311,8 @@ impl Reconciler {
         let mut stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
         if incomplete {
             // None is let go of on no evidence.
-            stay.extend(self.node.capture().captured());
+            let known = found.values().map(|f| f.netns_cookie).collect::<HashSet<_>>();
+            stay.extend(self.node.capture().captured().into_iter().filter(|cookie| !known.contains(cookie)));
         }
         // Before anything is announced: what an earlier process left in the table goes with this.
         self.node.direct.serve(&stay);

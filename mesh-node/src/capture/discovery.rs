@@ -40,12 +40,22 @@ pub struct Discovery {
     searched: Option<Instant>,
     pods: HashMap<WorkloadUid, LocalPod>,
     incomplete: bool,
+    /// Pods that could not be looked into at the last look, and at how many before that in a row.
+    failing: HashMap<WorkloadUid, u32>,
 }
 
 impl Discovery {
     /// Looks below this cgroup v2 directory.
     pub fn new(root: PathBuf) -> io::Result<Self> {
-        Ok(Self { root, host_netns: Netns::host()?.inode(), parents: Vec::new(), searched: None, pods: HashMap::new(), incomplete: false })
+        Ok(Self {
+            root,
+            host_netns: Netns::host()?.inode(),
+            parents: Vec::new(),
+            searched: None,
+            pods: HashMap::new(),
+            incomplete: false,
+            failing: HashMap::new(),
+        })
     }
 
     /// The pods that run now and have a network namespace of their own. After an error nothing is known: pods found
@@ -57,7 +67,7 @@ impl Discovery {
             self.parents = parents;
             self.searched = Some(now);
         }
-        let (mut found, mut incomplete) = (HashMap::new(), false);
+        let (mut found, mut incomplete, mut failing) = (HashMap::new(), false, HashMap::new());
         for parent in &self.parents {
             for (uid, directory) in pods_in(parent)? {
                 let known = self.pods.get(&uid);
@@ -65,7 +75,12 @@ impl Discovery {
                     Some(pod) => Some(pod.clone()),
                     // One pod that cannot be looked into changes nothing for it, nor for the others.
                     None => self.open(&uid, &directory, known).unwrap_or_else(|error| {
-                        tracing::warn!(target: "capture", pod = %uid, %error, "cannot look into a pod");
+                        let before = self.failing.get(&uid).copied().unwrap_or(0);
+                        // One that is ending is gone by the next look.
+                        if before == 1 {
+                            tracing::warn!(target: "capture", pod = %uid, %error, "cannot look into a pod");
+                        }
+                        failing.insert(uid.clone(), before.saturating_add(1));
                         incomplete |= known.is_none();
                         known.cloned()
                     }),
@@ -73,7 +88,7 @@ impl Discovery {
                 found.extend(pod.map(|pod| (uid, pod)));
             }
         }
-        (self.pods, self.incomplete) = (found, incomplete);
+        (self.pods, self.incomplete, self.failing) = (found, incomplete, failing);
         Ok(&self.pods)
     }
 
@@ -109,7 +124,7 @@ impl Discovery {
             }
             first = first.or(Some((pid, netns)));
         }
-        let Some((pid, netns)) = first else { return denied.filter(|_| known.is_none()).map_or(Ok(None), Err) };
+        let Some((pid, netns)) = first else { return denied.map_or(Ok(None), Err) };
         let netns_cookie = netns.cookie()?;
         Ok(Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, pid }))
     }

@@ -170,6 +170,8 @@ pub fn uninstall(base: &Path) -> Result<bool, CaptureError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(CaptureError::io(format!("read {}", base.display()))(error)),
     };
+    // One that does not say yet that it serves holds them already.
+    let _held = lock(base)?;
     let mut removed = false;
     for version in versions(entries) {
         fs::remove_dir_all(&version).map_err(CaptureError::io(format!("remove {}", version.display())))?;

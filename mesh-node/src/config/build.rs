@@ -140,8 +140,15 @@ impl<'a> Builder<'a> {
 
     fn workloads(&mut self, policies: &mut Policies<'_>, reports: &mut Reports<'_>, attachments: &Attachments, snapshot: &mut Snapshot) {
         let mut owners: BTreeMap<IpAddr, (&Named, Option<SystemTime>)> = BTreeMap::new();
-        for (named, pod) in std::mem::take(&mut self.parts.pods) {
+        let mut pods = std::mem::take(&mut self.parts.pods);
+        pods.sort_by_key(|(named, _)| named.created);
+        for (named, pod) in pods {
             if pod.finished {
+                continue;
+            }
+            if let Some(older) = snapshot.workloads.get(&pod.uid).map(|w| w.name.clone()) {
+                let problem = format!("metadata.uid: {} is the UID of {older} already, which is older; this pod is not in force", pod.uid);
+                self.remark(Severity::Error, named, &problem);
                 continue;
             }
             let workload = match self.workload(named, pod, policies, reports, attachments) {

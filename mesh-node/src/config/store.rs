@@ -1,7 +1,7 @@
 //! The objects in force, and what became of every object a source has shown.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt,
     path::PathBuf,
     sync::Arc,
@@ -138,19 +138,25 @@ fn read(mut old: File, objects: Vec<Named>, rejections: Vec<Rejection>) -> File 
         }
     }
     for rejection in rejections {
-        let good = rejection.key.as_ref().filter(|key| !old.stand_ins.contains(key));
-        let kept = good.and_then(|key| old.objects.remove_entry(key));
+        // What stood in gives way to what stands in now, and stays where nothing does.
+        let stood_in = |key: &Key| old.stand_ins.contains(key);
+        let keep = rejection.key.as_ref().filter(|key| rejection.instead.is_none() || !stood_in(key));
+        let partly = keep.is_some_and(stood_in);
+        let kept = keep.and_then(|key| old.objects.remove_entry(key));
         let remark = match (&kept, &rejection.instead) {
+            (Some(_), _) if partly => "; what could be read of it before stays in force",
             (Some(_), _) => "; its last good version stays in force",
             (None, Some(_)) => "; what can be read of it is in force",
             (None, None) => "",
         };
         file.errors.push(format!("{rejection}{remark}"));
-        if let Some((key, named)) = kept {
-            file.objects.entry(key).or_insert(named);
-        } else if let Some(named) = rejection.instead {
-            file.stand_ins.insert(named.key.clone());
-            file.objects.entry(named.key.clone()).or_insert(*named);
+        let stands_in = partly || kept.is_none();
+        let Some((key, named)) = kept.or_else(|| rejection.instead.map(|named| (named.key.clone(), *named))) else { continue };
+        if let Entry::Vacant(entry) = file.objects.entry(key.clone()) {
+            entry.insert(named);
+            if stands_in {
+                file.stand_ins.insert(key);
+            }
         }
     }
     file
@@ -217,7 +223,14 @@ mod tests {
             ("what can be read", json!({"selector": selector, "rules": [bad, good]}), "false", Some(1)),
             ("nothing", json!({"rules": [bad]}), "false", Some(0)),
             ("the whole, enforced", json!({"action": "DENY", "rules": [good]}), "yes", Some(1)),
-            ("a field nobody knows", json!({"rules": [good], "wat": 1}), "false", Some(1)),
+            ("a field nobody knows", json!({"selector": selector, "rules": [good], "wat": 1}), "false", Some(0)),
+            ("a field that may have said for whom", json!({"selecter": selector, "rules": [good]}), "false", None),
+            (
+                "an authorizer that is not asked",
+                json!({"selector": selector, "provider": {"name": "x"}, "rules": [good]}),
+                "false",
+                Some(0),
+            ),
             ("one that denies", json!({"action": "DENY", "rules": [bad, good]}), "false", None),
             ("one that is only told", json!({"rules": [bad]}), "true", None),
             ("for whom is not known", json!({"selector": 1, "rules": [good]}), "false", None),
@@ -239,6 +252,53 @@ mod tests {
         store.apply(Change { origin: origin("a"), content: content(&[policy(json!({"rules": [good]}), "false")]) });
         store.apply(Change { origin: origin("a"), content: content(&[policy(json!({"rules": [bad]}), "false")]) });
         assert!(store.statuses()[0].message.contains("last good version"));
+    }
+
+    #[test]
+    fn what_stands_in_for_a_policy_stays_until_there_is_better() {
+        let policy = |version: &str, labels: serde_json::Value, spec: serde_json::Value| {
+            json!({"apiVersion": format!("security.istio.io/{version}"), "kind": "AuthorizationPolicy",
+                "metadata": {"name": "p", "labels": labels}, "spec": spec})
+        };
+        let rule = |key: &str| json!({"when": [{"key": key, "values": ["x"]}]});
+        let (good, bad) = (rule("source.namespace"), rule("experimental.envoy.filters.a"));
+        let rules = |store: &Store| {
+            store.objects().values().find_map(|named| match &named.object {
+                resource::Object::AuthorizationPolicy(p) => Some(p.rules.len()),
+                _ => None,
+            })
+        };
+        // Whatever it is that cannot be read.
+        let unread = [
+            policy("v1", json!({"a": "b"}), json!({"rules": [good, bad]})),
+            policy("v1", json!({"a": 1}), json!({"rules": [good]})),
+            policy("v7", json!({}), json!({"rules": [good]})),
+        ];
+        for document in &unread {
+            let mut store = Store::default();
+            for _ in 0..2 {
+                store.apply(Change { origin: origin("a"), content: content(std::slice::from_ref(document)) });
+                assert_eq!(rules(&store), Some(1), "{document}");
+            }
+            let worse = policy("v1", json!({}), json!({"selector": 1, "rules": []}));
+            for _ in 0..2 {
+                store.apply(Change { origin: origin("a"), content: content(std::slice::from_ref(&worse)) });
+                assert_eq!(rules(&store), Some(1), "{document}");
+                assert!(store.statuses()[0].message.contains("before stays in force"), "{:?}", store.statuses());
+            }
+            // It is no good version: what can be read of a later one comes instead.
+            let other = policy("v1", json!({}), json!({"rules": [bad]}));
+            store.apply(Change { origin: origin("a"), content: content(&[other]) });
+            assert_eq!(rules(&store), Some(0), "{document}");
+        }
+        // A good version stays one, however often the broken one is there.
+        let mut store = Store::default();
+        store.apply(Change { origin: origin("a"), content: content(&[policy("v1", json!({}), json!({"rules": [good]}))]) });
+        for _ in 0..3 {
+            let broken = policy("v1", json!({}), json!({"rules": [bad]}));
+            store.apply(Change { origin: origin("a"), content: content(&[broken.clone(), broken]) });
+            assert_eq!(rules(&store), Some(1));
+        }
     }
 
     #[test]

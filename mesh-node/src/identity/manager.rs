@@ -245,6 +245,8 @@ async fn rest(wait: Duration, wanted: &Notify, current: &watch::Sender<Current>)
             () = tokio::time::sleep(left.min(LOOK_AT_CLOCK)) => {}
             // It may have been said before there was one.
             () = wanted.notified() => if current.borrow().is_due() {
+                // Who asks for it next goes before those nobody waits for.
+                wanted.notify_one();
                 return;
             },
         }

@@ -88,19 +88,25 @@ impl CompiledPolicy {
     }
 
     /// The same for who comes by a service's port to a pod's: as Istio's waypoints see it, the port that was dialled is the service's.
-    /// `None` when it makes no difference.
-    pub fn reached_by(&self, service: u16, pod: u16) -> Option<Self> {
-        let also = |ports: &mut Vec<u16>| {
-            let new = service != pod && ports.contains(&service) && !ports.contains(&pod);
-            if new {
+    /// `ambiguous`: the service has a port of the pod's number, which then is what is meant by it. `None` when it makes no difference.
+    pub fn reached_by(&self, service: u16, pod: u16, ambiguous: bool) -> Option<Self> {
+        if service == pod {
+            return None;
+        }
+        let judged = |ports: &mut Vec<u16>| {
+            let (meant, there) = (ports.contains(&service), ports.contains(&pod));
+            if meant && !there {
                 ports.push(pod);
+            } else if there && !meant && ambiguous {
+                // Nobody comes to port 0: a list that is empty would ask for nothing.
+                ports.iter_mut().filter(|p| **p == pod).for_each(|p| *p = 0);
             }
-            new
+            meant != there && (meant || ambiguous)
         };
         let (mut made, mut changed) = (self.clone(), false);
         for test in made.rules.iter_mut().flat_map(|r| &mut r.clauses).flatten().flatten() {
             if let Test::DestinationPort(Values { any_of, none_of }) = test {
-                changed |= also(any_of) | also(none_of);
+                changed |= judged(any_of) | judged(none_of);
             }
         }
         changed.then_some(made)

@@ -615,3 +615,34 @@ fn rules_that_cannot_match_are_not_looked_at() {
         assert_eq!(super::matching::LOOKED_AT.get(), 1, "none is looked at before there is a request");
     }
 }
+
+#[test]
+fn ports_of_policies_of_services_are_the_services() {
+    let compiled = |operation: Value, action: &str| {
+        let spec = json!({"action": action, "rules": [{"to": [{"operation": operation}]}]});
+        CompiledPolicy::compile(&ObjectName::new("default", "p"), &authorization(&spec), &domains())
+    };
+    // The service's port and the pod's, and whether the service has another of the pod's number.
+    for (operation, service, pod, ambiguous, matches) in [
+        (json!({"ports": ["80"]}), 80, 8080, false, true),
+        (json!({"ports": ["80"]}), 80, 8080, true, true),
+        (json!({"ports": ["8080"]}), 80, 8080, false, true),
+        (json!({"ports": ["8080"]}), 80, 8080, true, false),
+        (json!({"ports": ["8080", "80"]}), 80, 8080, true, true),
+        (json!({"ports": ["8080"]}), 8080, 8080, true, true),
+        (json!({"ports": ["81"]}), 80, 8080, false, false),
+        (json!({"notPorts": ["80"]}), 80, 8080, true, false),
+        (json!({"notPorts": ["8080"]}), 80, 8080, false, false),
+        (json!({"notPorts": ["8080"]}), 80, 8080, true, true),
+    ] {
+        for action in ["ALLOW", "DENY"] {
+            let own = compiled(operation.clone(), action);
+            let judged = own.reached_by(service, pod, ambiguous).unwrap_or(own);
+            let governing = Governing { authorization: Arc::new(Authorization::new(&[judged])), ..Governing::default() };
+            let policy = WorkloadPolicy { everywhere: Arc::new(governing), ..WorkloadPolicy::default() };
+            let facts = facts("", "10.0.0.5", &format!("10.0.0.9:{pod}"));
+            let passes = allowed(&policy, &facts, &head("GET", "a", "/", &[]), None);
+            assert_eq!(passes, (action == "ALLOW") == matches, "{action} {operation}: {service} to {pod}, {ambiguous}");
+        }
+    }
+}

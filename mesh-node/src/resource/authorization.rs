@@ -245,8 +245,8 @@ struct WhenSpec {
 
 impl AuthorizationPolicy {
     /// A policy of which something may be wrong: whole if that is none of its fields, and of one that allows the rules that can be read,
-    /// as in Istio. Left out, it would leave open to all what it opens to some. `None` where it cannot be read whom it is for, or it
-    /// denies.
+    /// as in Istio. Left out, it would leave open to all what it opens to some. Where there is a field nobody knows, which may have said
+    /// anything, it allows nothing. `None` where it cannot be read whom it is for, or it denies.
     pub(super) fn as_far_as_it_can_be_read(spec: &Value) -> Option<Self> {
         let read = |spec: Value| serde_json::from_value::<Spec>(spec).ok().and_then(|spec| Self::read(spec, false).ok());
         if let Some(whole) = read(spec.clone()) {
@@ -255,9 +255,14 @@ impl AuthorizationPolicy {
         if !matches!(spec.get("action"), None | Some(Value::Null)) && spec.get("action")? != "ALLOW" {
             return None;
         }
+        let whom = ["selector", "targetRefs", "targetRef"];
+        let strange = spec.as_object()?.keys().any(|k| !whom.contains(&k.as_str()) && !matches!(k.as_str(), "action" | "rules"));
+        if strange && whom.iter().all(|field| spec.get(field).is_none_or(Value::is_null)) {
+            return None;
+        }
         let with = |rules: Vec<Value>| {
             let mut one = serde_json::json!({"rules": rules});
-            for field in ["selector", "targetRefs", "targetRef"] {
+            for field in whom {
                 if let Some(value) = spec.get(field) {
                     one[field] = value.clone();
                 }
@@ -265,7 +270,7 @@ impl AuthorizationPolicy {
             read(one)
         };
         let all = spec.get("rules").and_then(Value::as_array).cloned().unwrap_or_default();
-        with(all.into_iter().filter(|rule| with(vec![rule.clone()]).is_some()).collect())
+        with(all.into_iter().filter(|rule| !strange && with(vec![rule.clone()]).is_some()).collect())
     }
 
     pub(super) fn read(spec: Spec, dry_run: bool) -> Result<Self, FieldError> {

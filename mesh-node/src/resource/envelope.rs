@@ -79,23 +79,31 @@ pub fn parse(document: &Value, default_namespace: &str) -> Result<Parsed, Reject
     // From here on every rejection says which object it is, so that its last good version can stay.
     let namespace = if matches!(known, Kind::Namespace | Kind::Node) { "" } else { namespace };
     let key = Key { kind: known, name: ObjectName::new(namespace, name) };
-    check_version(group, version, &key)?;
-    let header: Header = typed(document, &key)?;
-    let guard = (known == Kind::AuthorizationPolicy).then(|| header.metadata.clone());
-    let read = object(document, &key, header.metadata);
-    let named =
-        read.map_err(|rejection| Rejection { instead: guard.and_then(|metadata| stand_in(document, &key, &metadata)), ..rejection })?;
-    Ok(Parsed::Object(Box::new(named)))
+    let read = || {
+        check_version(group, version, &key)?;
+        let header: Header = typed(document, &key)?;
+        object(document, &key, header.metadata)
+    };
+    match read() {
+        Ok(named) => Ok(Parsed::Object(Box::new(named))),
+        Err(rejection) => Err(Rejection { instead: stand_in(document, &key), ..rejection }),
+    }
 }
 
 /// What there is of a policy of which something cannot be read.
-fn stand_in(document: &Value, key: &Key, metadata: &Metadata) -> Option<Box<Named>> {
-    let created = metadata.creation_timestamp.as_deref().and_then(|text| parse_time(text).ok());
-    // One that is only told denies nobody; whether it is has to be said in a way that can be read.
-    if matches!(dry_run(metadata), Ok(true)) {
+fn stand_in(document: &Value, key: &Key) -> Option<Box<Named>> {
+    if key.kind != Kind::AuthorizationPolicy {
         return None;
     }
-    let policy = AuthorizationPolicy::as_far_as_it_can_be_read(document.get("spec")?)?;
+    let text = |pointer: &str| document.pointer(pointer).and_then(Value::as_str);
+    let created = text("/metadata/creationTimestamp").and_then(|text| parse_time(text).ok());
+    // One that is only told denies nobody; whether it is has to be said in a way that can be read.
+    if matches!(truth(text("/metadata/annotations/istio.io~1dry-run")), Ok(true)) {
+        return None;
+    }
+    let empty = Value::Object(serde_json::Map::new());
+    let spec = document.get("spec").filter(|spec| !spec.is_null()).unwrap_or(&empty);
+    let policy = AuthorizationPolicy::as_far_as_it_can_be_read(spec)?;
     Some(Box::new(Named { key: key.clone(), created, object: Object::AuthorizationPolicy(policy) }))
 }
 
@@ -213,7 +221,11 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
 
 /// The annotation that makes a policy one that is only told; the spellings of a truth value are Go's, as Istio reads it.
 fn dry_run(metadata: &Metadata) -> Result<bool, FieldError> {
-    match metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")) {
+    truth(metadata.annotations.as_ref().and_then(|a| a.get("istio.io/dry-run")))
+}
+
+fn truth(text: Option<&str>) -> Result<bool, FieldError> {
+    match text {
         None | Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(false),
         Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
         Some(other) => {

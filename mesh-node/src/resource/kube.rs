@@ -192,7 +192,9 @@ impl Pod {
         let switches = metadata.annotations.as_ref().and_then(|a| a.get(ACCELERATION)).into_iter().chain(metadata.labels.get(ACCELERATION));
         // What runs of a static pod is named after its manifest's hash, and not after the object that mirrors it.
         let annotation = |name: &str| metadata.annotations.as_ref().and_then(|a| a.get(name)).filter(|v| !v.is_empty());
-        let of_static = annotation("kubernetes.io/config.mirror").and_then(|_| annotation("kubernetes.io/config.hash"));
+        // Whoever may make pods writes annotations: the UID of another pod is none.
+        let digest = |text: &&str| text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let of_static = annotation("kubernetes.io/config.mirror").and_then(|_| annotation("kubernetes.io/config.hash")).filter(digest);
         let (workload_name, workload_kind) =
             made_by(&metadata.owner_references.unwrap_or_default(), &metadata.labels, metadata.name.as_deref().unwrap_or_default());
         let accelerate = switches.map(|value: &str| switch(value)).collect::<Result<Vec<_>, _>>()?.iter().all(|on| *on);

@@ -151,7 +151,8 @@ impl Directory {
         }
         self.forget_gone(&found, &mut look);
         for (path, seen) in found {
-            if self.known.get(&path) == Some(&seen) {
+            // What is as it was again is read again only if something else has been said meanwhile.
+            if self.known.get(&path) == Some(&seen) && !self.written.remove(&path).is_some_and(|(_, said)| said) {
                 continue;
             }
             match &seen {

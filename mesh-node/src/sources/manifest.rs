@@ -38,22 +38,28 @@ pub fn read(text: &str, default_namespace: &str) -> Content {
 /// The documents in force of a file that says this, after it said those texts one after the other: of an object that is refused its last
 /// good version.
 pub fn in_force(before: &[String], text: &str, default_namespace: &str) -> String {
-    let mut all: BTreeMap<Key, Value> = BTreeMap::new();
+    // Documents, and whether each is good or there is only something to stand in for it.
+    let mut all: BTreeMap<Key, (Value, bool)> = BTreeMap::new();
     for text in before.iter().map(String::as_str).chain([text]) {
+        let Ok(documents) = documents(text) else { continue };
         let mut old = std::mem::take(&mut all);
-        for document in documents(text).unwrap_or_default().into_iter().flat_map(|d| flatten(d, MAX_LISTS)) {
+        for document in documents.into_iter().flat_map(|d| flatten(d, MAX_LISTS)) {
             match resource::parse(&with_mesh_config(document.clone()), default_namespace) {
-                Ok(Parsed::Object(named)) => drop(all.insert(named.key, document)),
+                Ok(Parsed::Object(named)) => drop(all.insert(named.key, (document, true))),
                 Ok(Parsed::Ignored(_)) => {}
                 Err(rejection) => {
-                    if let Some((key, kept)) = rejection.key.and_then(|key| old.remove_entry(&key)) {
+                    let Some(key) = rejection.key else { continue };
+                    let before = old.remove(&key);
+                    let good = before.as_ref().is_some_and(|(_, good)| *good);
+                    let now = if good || rejection.instead.is_none() { before } else { Some((document, false)) };
+                    if let Some(kept) = now {
                         all.entry(key).or_insert(kept);
                     }
                 }
             }
         }
     }
-    let texts = all.values().map(ToString::to_string).collect::<Vec<_>>();
+    let texts = all.values().map(|(document, _)| document.to_string()).collect::<Vec<_>>();
     texts.join("\n---\n")
 }
 
@@ -142,6 +148,32 @@ mod tests {
         // What is not there any more is not in force, and what was made of texts before is a text.
         let before = [in_force(&texts, &now, "default")];
         assert_eq!(modes(&in_force(&before, &policy("b", "bad"), "default")), ["b=Permissive"]);
+        // A copy that cannot be read says nothing.
+        let before = [before[0].clone(), "a: [".to_owned()];
+        assert_eq!(modes(&in_force(&before, &policy("b", "bad"), "default")), ["b=Permissive"]);
+    }
+
+    #[test]
+    fn what_stands_in_for_a_policy_is_in_force_after_a_restart_too() {
+        let policy = |selector: &str, keys: &[&str]| {
+            let rules = keys.iter().map(|key| format!("{{when: [{{key: {key}, values: [x]}}]}}")).collect::<Vec<_>>().join(", ");
+            format!(
+                "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p}}\nspec: {{selector: {selector}, rules: [{rules}]}}\n"
+            )
+        };
+        let stands_in = |text: &str| {
+            let Content::Read { objects, rejections } = read(text, "default") else { panic!("{text}") };
+            assert!(objects.is_empty(), "{objects:?}");
+            rejections.iter().filter(|r| r.instead.is_some()).count()
+        };
+        let (partly, unread) = (policy("{}", &["source.namespace", "nonsense"]), policy("7", &[]));
+        let first = in_force(&[], &partly, "default");
+        assert_eq!(stands_in(&first), 1, "{first}");
+        assert_eq!(in_force(std::slice::from_ref(&first), &unread, "default"), first);
+        // A good one is better, and then stays.
+        let good = in_force(std::slice::from_ref(&first), &policy("{}", &["source.namespace"]), "default");
+        assert_eq!(counts(&good), Some((1, 0)));
+        assert_eq!(in_force(std::slice::from_ref(&good), &partly, "default"), good);
     }
 
     fn counts(text: &str) -> Option<(usize, usize)> {

@@ -496,3 +496,82 @@ async fn ask_h2(engine: &Engine, upstream: SocketAddr, id: &str, body: &'static 
     let received = answer.headers().get("x-received").and_then(|n| n.to_str().ok()?.parse().ok());
     (answer.status().as_str().to_owned(), received)
 }
+
+/// One that has decided by the head, and does not read what it is shown, has decided all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_authorizer_may_answer_before_it_has_read_the_body() {
+    use std::io::{BufRead, BufReader, Write};
+    const BODY: usize = 8 * 1024 * 1024;
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let listener = std::net::TcpListener::bind("127.0.0.5:0").expect("bound");
+    let hasty = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        let mut open = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            let mut reader = BufReader::new(stream.try_clone().expect("cloned"));
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") && reader.read_line(&mut head).is_ok_and(|n| n > 0) {}
+            let status = if head.to_lowercase().contains("x-pass:") { "200 OK" } else { "403 No" };
+            stream.write_all(format!("HTTP/1.1 {status}\r\ncontent-length: 3\r\n\r\nno!").as_bytes()).expect("answered");
+            open.push(reader);
+        }
+    });
+    let mesh = mesh_config(&json!({"extensionProviders": [{"name": "a", "envoyExtAuthzHttp": {
+        "service": "authz.default.svc.cluster.local", "port": 80, "timeout": "2s", "failOpen": true,
+        "includeRequestHeadersInCheck": ["x-pass"], "includeRequestBodyInCheck": {"maxRequestBytes": BODY}}}]}));
+    let custom = json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": "a"}, "rules": [{}]});
+    let mut documents = served(upstream, &[mesh, security("AuthorizationPolicy", "custom", &custom)]);
+    documents.extend(service("authz", "10.99.0.3", "http", &[hasty]));
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    let body = "b".repeat(BODY);
+    for way in ["outside", "node"] {
+        for (pass, status) in [("x-pass: 1\r\n", "200"), ("", "403")] {
+            let id = format!("{way}-{status}");
+            let request = format!("POST /x HTTP/1.1\r\nhost: a\r\nx-id: {id}\r\n{pass}content-length: {BODY}\r\n\r\n{body}");
+            let got = ask(&engine, way, upstream, &request).await;
+            assert_eq!(got.status, status, "{id}");
+            let received: Vec<usize> = seen.of(&id).iter().map(|attempt| attempt.body).collect();
+            assert_eq!(received, vec![BODY; usize::from(status == "200")], "{id}");
+        }
+    }
+}
+
+/// Who is an authorizer is itself asked about by others, unless they could not be asked without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn authorizers_are_asked_about_by_others() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let authz = authorizer();
+    let provider = |name: &str, service: &str| json!({"name": name, "envoyExtAuthzHttp": {"service": format!("{service}.default.svc.cluster.local"), "port": 80, "timeout": "2s", "includeRequestHeadersInCheck": ["x-pass"]}});
+    let mesh = mesh_config(&json!({"extensionProviders": [provider("a", "authz"), provider("b", "server")]}));
+    let custom = |name: &str, provider: &str, app: &str| {
+        let spec = json!({"selector": {"matchLabels": {"app": app}}, "action": "CUSTOM", "provider": {"name": provider}, "rules": [{}]});
+        security("AuthorizationPolicy", name, &spec)
+    };
+    let documents = |mode: &str, policies: &[Value]| {
+        let labels = json!({"app": "authz", "istio.io/dataplane-mode": mode});
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "authz", "uid": "uid-authz", "labels": labels},
+            "spec": {"nodeName": "n2", "serviceAccountName": "authz"}, "status": {"phase": "Running", "podIP": "127.0.0.5"}});
+        let mut all = served(upstream, &[mesh.clone(), pod]);
+        all.extend(service("authz", "10.99.0.3", "http", &[authz]));
+        all.extend(policies.iter().cloned());
+        all
+    };
+    let engine = Engine::start_as(NEAR_CLIENT, &documents("none", &[])).await.expect("started");
+    for (name, mode, policies, refused) in [
+        ("by another", "none", vec![custom("one", "a", "server")], true),
+        ("by itself", "none", vec![custom("one", "b", "server")], false),
+        ("by one that has to ask it", "ambient", vec![custom("one", "a", "server"), custom("two", "b", "authz")], false),
+        ("by one that would have to", "none", vec![custom("one", "a", "server"), custom("two", "b", "authz")], true),
+        ("by one that has to ask itself", "none", vec![custom("one", "a", "server"), custom("two", "a", "authz")], true),
+    ] {
+        engine.apply(&documents(mode, &policies)).await.expect("applied");
+        for way in ["outside", "node"] {
+            for (header, status) in [("", if refused { "302" } else { "200" }), ("x-pass: 1\r\n", "200")] {
+                let got = ask(&engine, way, upstream, &get("/a", &format!("{name}-{way}"), header)).await;
+                assert_eq!(got.status, status, "{name} {way} {header}: {got:?}");
+            }
+        }
+    }
+}

@@ -74,7 +74,7 @@ pub(super) struct Policies<'a> {
     /// Compiled once for all workloads that the same policies govern.
     compiled: HashMap<Vec<usize>, Arc<Governing>>,
     /// Policies of services by the port they are reached by and the pod's.
-    by_port: HashMap<(usize, u16, u16), usize>,
+    by_port: HashMap<(usize, u16, u16, bool), usize>,
     /// Key sets that pods of this node need.
     remote: std::collections::BTreeSet<RemoteKeys>,
 }
@@ -187,12 +187,13 @@ impl<'a> Policies<'a> {
                 Scope::Services(names) => {
                     let home = &self.all[i].named.key.name.namespace;
                     let meant = attached.iter().filter(|a| a.service.namespace == *home && names.contains(&&*a.service.name));
-                    by_service.extend(meant.map(|a| (i, a.service_port, a.port)));
+                    let ambiguous = |a: &Attached| attached.iter().any(|b| b.service == a.service && b.service_port == a.port);
+                    by_service.extend(meant.map(|a| (i, a.service_port, a.port, ambiguous(a))));
                 }
             }
         }
-        for (i, service_port, port) in by_service {
-            let i = self.reached_by(i, service_port, port);
+        for (i, service_port, port, ambiguous) in by_service {
+            let i = self.reached_by(i, service_port, port, ambiguous);
             ports.entry(port).or_default().push(i);
         }
         let mut all_ports = BTreeMap::new();
@@ -212,12 +213,12 @@ impl<'a> Policies<'a> {
     }
 
     /// A policy of a service as it is for its port: another where it asks about that.
-    fn reached_by(&mut self, i: usize, service_port: u16, port: u16) -> usize {
-        if let Some(found) = self.by_port.get(&(i, service_port, port)) {
+    fn reached_by(&mut self, i: usize, service_port: u16, port: u16, ambiguous: bool) -> usize {
+        if let Some(found) = self.by_port.get(&(i, service_port, port, ambiguous)) {
             return *found;
         }
         let other = match &self.all[i].what {
-            What::Authorization(policy) => policy.reached_by(service_port, port),
+            What::Authorization(policy) => policy.reached_by(service_port, port, ambiguous),
             What::Authentication(_) => None,
         };
         let found = match other {
@@ -228,7 +229,7 @@ impl<'a> Policies<'a> {
                 self.all.len() - 1
             }
         };
-        self.by_port.insert((i, service_port, port), found);
+        self.by_port.insert((i, service_port, port, ambiguous), found);
         found
     }
 

@@ -149,6 +149,23 @@ fn an_address_claimed_twice_belongs_to_the_newer_pod() {
 }
 
 #[test]
+fn no_pod_takes_the_place_of_another() {
+    let victim = "a1b2c3d4-0000-4000-8000-000000000001";
+    let hash = "0123456789abcdef0123456789abcdef";
+    let mirror = |hash: &str| json!({"kubernetes.io/config.mirror": "x", "kubernetes.io/config.hash": hash});
+    let web = pod("web", "10.1.0.1", &json!({"metadata": {"uid": victim, "creationTimestamp": "2026-01-02T00:00:00Z"}}));
+    let real = pod("static", "10.1.0.2", &json!({"metadata": {"annotations": mirror(hash), "creationTimestamp": "2026-01-02T00:00:00Z"}}));
+    for (taken, by) in [(victim, victim), (hash, hash)] {
+        let evil = json!({"metadata": {"namespace": "evil", "annotations": mirror(by), "creationTimestamp": "2026-02-02T00:00:00Z"}});
+        let (snapshot, statuses) = built(&[pod("a", "10.1.0.3", &evil), web.clone(), real.clone()]);
+        let owner = snapshot.workload(&WorkloadUid(taken.into())).expect("a workload");
+        assert_eq!(&*owner.name.namespace, "default", "{taken}");
+        let told = statuses.iter().any(|s| s.message.contains("is the UID of default/static already"));
+        assert_eq!(told, by == hash, "{statuses:?}");
+    }
+}
+
+#[test]
 fn policies_reach_the_workloads_of_their_scope() {
     let policy = |kind: &str, namespace: &str, name: &str, created: &str, spec: Value| {
         json!({"apiVersion": "security.istio.io/v1", "kind": kind, "spec": spec,

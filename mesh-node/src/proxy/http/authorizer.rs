@@ -158,7 +158,7 @@ pub async fn ask_connection(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Ar
 
 /// Who is to be asked.
 enum Whom<'s> {
-    /// What is protected is itself an authorizer.
+    /// What is protected is this authorizer itself, or one it could not be asked without.
     Nobody,
     /// The mesh configuration has no provider of this name.
     Unknown,
@@ -170,7 +170,10 @@ enum Whom<'s> {
 fn whom<'s>(gate: &Gate, snapshot: &'s Snapshot, provider: &Arc<str>) -> Whom<'s> {
     let found = snapshot.authorizers.get(provider).map(|authorizer| (authorizer, cluster(snapshot, authorizer)));
     let whom = match found {
-        Some((_, Some(_))) if is_authorizer(snapshot, gate.facts.destination) => return Whom::Nobody,
+        Some((_, Some(_))) if is_asked_first(snapshot, gate.facts.destination, provider) => {
+            gate.proxy.metrics.authorizer_call("exempt");
+            return Whom::Nobody;
+        }
         Some((authorizer, Some(cluster))) => return Whom::Found(authorizer, cluster),
         Some((_, None)) => Whom::Away,
         None => Whom::Unknown,
@@ -201,10 +204,27 @@ fn cluster(snapshot: &Snapshot, authorizer: &Authorizer) -> Option<Arc<Cluster>>
     snapshot.cluster_at(&authorizer.service, authorizer.port)
 }
 
-/// Whether an address is an authorizer's own.
-fn is_authorizer(snapshot: &Snapshot, address: SocketAddr) -> bool {
-    let clusters = snapshot.authorizers.values().filter_map(|a| cluster(snapshot, a));
-    clusters.flat_map(|c| c.endpoints.iter().map(|e| e.address).collect::<Vec<_>>()).any(|a| a == address)
+/// Whether questions to an authorizer lead back to an address: it is the authorizer's own, or that of one who is asked about them.
+fn is_asked_first<'s>(snapshot: &'s Snapshot, address: SocketAddr, provider: &'s Arc<str>) -> bool {
+    let mut asked = vec![provider];
+    let mut at = 0;
+    while let Some(name) = asked.get(at).copied() {
+        at += 1;
+        let Some(cluster) = snapshot.authorizers.get(name).and_then(|a| cluster(snapshot, a)) else { continue };
+        for endpoint in &cluster.endpoints {
+            if endpoint.address == address {
+                return true;
+            }
+            // Nobody is asked about what goes to others.
+            let Some(workload) = snapshot.workload_by_ip(endpoint.address.ip()).filter(|w| w.enrolled) else { continue };
+            for more in workload.policy.at(endpoint.address.port()).authorizers() {
+                if !asked.contains(&more) {
+                    asked.push(more);
+                }
+            }
+        }
+    }
+    false
 }
 
 /// What becomes of a request nobody could be asked about.

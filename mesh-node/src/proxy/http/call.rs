@@ -1,6 +1,6 @@
 //! A request the proxy itself sends to a service on behalf of a pod: a mirror's copy, or a question to an authorizer.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, pin::pin, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 
@@ -153,7 +153,7 @@ impl Call<'_> {
     }
 }
 
-/// One exchange, and whether the connection is clean after it.
+/// One exchange, and whether the connection is clean after it. Who has answered before the request was sent has answered.
 async fn converse(
     body: &mut impl FrameSource,
     up: &mut UpSink<'_>,
@@ -161,19 +161,36 @@ async fn converse(
     head: &RequestHead,
     sink: &mut impl FrameSink,
 ) -> Result<(Answered, bool), Broken> {
-    pump(body, up).await.map_err(|broken| match broken {
-        body::Broken::Source(_) => Broken::Caller,
-        body::Broken::Sink(_) => Broken::Upstream,
-    })?;
+    let mut sending = pin!(pump(body, up));
+    let mut answer = pin!(answer(source, head, sink));
+    let mut sent = None;
     loop {
-        let answered = source.head(&head.method).await.map_err(|_| Broken::Upstream)?;
-        if is_interim(answered.status) {
-            continue;
+        tokio::select! {
+            biased;
+            done = &mut sending, if sent.is_none() => match done {
+                Ok(()) => sent = Some(true),
+                Err(body::Broken::Source(_)) => return Err(Broken::Caller),
+                // What it said before it stopped reading still counts.
+                Err(body::Broken::Sink(_)) => sent = Some(false),
+            },
+            answered = &mut answer => {
+                return answered.map(|(answered, keep_alive)| (answered, keep_alive && sent == Some(true)));
+            }
         }
-        if answered.status == StatusCode::SWITCHING_PROTOCOLS {
-            return Err(Broken::Upstream);
-        }
-        pump(source, sink).await.map_err(|_| Broken::Upstream)?;
-        return Ok((Answered { status: answered.status, headers: answered.headers }, answered.keep_alive));
     }
+}
+
+/// The answer, and whether the connection may be kept after it.
+async fn answer(source: &mut UpSource<'_>, head: &RequestHead, sink: &mut impl FrameSink) -> Result<(Answered, bool), Broken> {
+    let answered = loop {
+        let answered = source.head(&head.method).await.map_err(|_| Broken::Upstream)?;
+        if !is_interim(answered.status) {
+            break answered;
+        }
+    };
+    if answered.status == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Broken::Upstream);
+    }
+    pump(source, sink).await.map_err(|_| Broken::Upstream)?;
+    Ok((Answered { status: answered.status, headers: answered.headers }, answered.keep_alive))
 }

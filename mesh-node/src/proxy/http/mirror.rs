@@ -88,7 +88,7 @@ impl FrameSource for CopiedBody {
             return Ok(None);
         }
         match self.frames.recv().await {
-            Some(Copied::Frame(frame)) => Ok(Some(frame)),
+            Some(Copied::Frame { frame, .. }) => Ok(Some(frame)),
             Some(Copied::End) => {
                 self.ended = true;
                 Ok(None)

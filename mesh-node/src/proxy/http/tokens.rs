@@ -59,7 +59,9 @@ pub async fn authenticate(proxy: &Proxy, asked: &[Arc<JwtRule>], head: &RequestH
         Err(refused) if refused.fault == Fault::NoKey => {
             let mut renewed = false;
             for (rule, keys) in &mut rules {
+                // Those of other issuers have nothing to do with it.
                 if let (KeySource::Remote(remote), Some(_)) = (&rule.keys, &keys)
+                    && needs_keys(rule, head, now)
                     && let Some(newer) = proxy.jwks.renewed(remote).await
                 {
                     (*keys, renewed) = (Some(newer), true);

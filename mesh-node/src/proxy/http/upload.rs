@@ -52,6 +52,23 @@ pub struct Replays {
     all: Arc<AtomicUsize>,
 }
 
+/// How much of the room a use may fill.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    All,
+    /// Mirrors that are slow leave requests at least the other half.
+    Half,
+}
+
+impl Part {
+    fn of(self, all: usize) -> usize {
+        match self {
+            Self::All => all,
+            Self::Half => all / 2,
+        }
+    }
+}
+
 /// What the requests of one pod keep of bodies, bytes.
 #[derive(Debug, Clone, Default)]
 pub struct Share(Arc<AtomicUsize>);
@@ -62,9 +79,10 @@ impl Replays {
         Self { own: own.clone(), all: self.all.clone() }
     }
 
-    fn take(&self, n: usize) -> bool {
+    /// Takes it if there is room in this part of what there is.
+    fn take(&self, n: usize, part: Part) -> bool {
         let up = |most: usize| move |used: usize| used.checked_add(n).filter(|used| *used <= most);
-        let take = |of: &AtomicUsize, most| of.fetch_update(Ordering::Relaxed, Ordering::Relaxed, up(most)).is_ok();
+        let take = |of: &AtomicUsize, most| of.fetch_update(Ordering::Relaxed, Ordering::Relaxed, up(part.of(most))).is_ok();
         if !take(&self.own.0, REPLAY_SHARE) {
             return false;
         }
@@ -105,9 +123,33 @@ pub struct Upload<'a, B> {
 
 /// What a mirror is sent of a body.
 pub enum Copied {
-    Frame(Frame),
+    Frame {
+        frame: Frame,
+        _room: Charge,
+    },
     /// It is complete. Without this it was cut.
     End,
+}
+
+impl Copied {
+    /// A copy of the frame, if there is room for it.
+    fn of(frame: &Frame, replays: &Replays) -> Option<Self> {
+        let n = cost(frame);
+        let room = || Charge { replays: replays.clone(), n };
+        replays.take(n, Part::Half).then(|| Self::Frame { frame: compact(frame), _room: room() })
+    }
+}
+
+/// Room that is taken until this is dropped.
+pub struct Charge {
+    replays: Replays,
+    n: usize,
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.replays.give_back(self.n);
+    }
 }
 
 impl<'a, B: FrameSource> Upload<'a, B> {
@@ -185,7 +227,8 @@ impl<'a, B: FrameSource> Upload<'a, B> {
 
     /// A mirror that is too far behind, or gone, is given up; the request goes on.
     fn copy(&mut self, frame: &Frame) {
-        self.mirrors.retain(|mirror| mirror.try_send(Copied::Frame(frame.clone())).is_ok());
+        let replays = &self.replays;
+        self.mirrors.retain(|mirror| Copied::of(frame, replays).is_some_and(|copied| mirror.try_send(copied).is_ok()));
     }
 
     fn finish_mirrors(&mut self) {
@@ -198,7 +241,7 @@ impl<'a, B: FrameSource> Upload<'a, B> {
     /// Counts what keeping a frame costs. Nought when there is no room for it, unless it is forced in.
     fn charge(&self, frame: &Frame, forced: bool) -> usize {
         let n = cost(frame);
-        if self.replays.take(n) {
+        if self.replays.take(n, Part::All) {
             return n;
         }
         if forced {
@@ -479,6 +522,36 @@ mod tests {
         held.clear();
         assert_eq!(used(&all), 0, "given back");
         assert!(owners.iter().all(|owner| used(&all.of(owner)) == 0 && owner.0.load(Ordering::Relaxed) == 0));
+    }
+
+    #[tokio::test]
+    async fn what_mirrors_hold_is_bounded_in_bytes_and_leaves_requests_room() {
+        let (all_of, owner) = (Replays::default(), Share::default());
+        let replays = all_of.of(&owner);
+        let mut held = Vec::new();
+        let mut ended = 0;
+        for _ in 0..40 {
+            let mut body = Frames { left: 16, size: 64 * 1024, meter: Meter::default() };
+            let mut upload = Upload::new(&mut body, false, &replays);
+            let (sender, receiver) = mpsc::channel(MIRROR_BEHIND);
+            upload.copy_to(sender);
+            assert_eq!(all(&mut upload).await, 16 * 64 * 1024, "the request goes on");
+            held.push(receiver);
+        }
+        assert!(used(&replays) <= REPLAY_SHARE / 2, "{}", used(&replays));
+        assert!(used(&replays) > REPLAY_SHARE / 4, "{}", used(&replays));
+        let mut body = Frames { left: 10, size: 64 * 1024, meter: Meter::default() };
+        let mut upload = Upload::new(&mut body, true, &replays);
+        all(&mut upload).await;
+        assert!(upload.can_repeat(), "there is room for requests");
+        drop(upload);
+        for mut receiver in held.drain(..) {
+            while let Some(piece) = receiver.recv().await {
+                ended += usize::from(matches!(piece, Copied::End));
+            }
+        }
+        assert!((1..40).contains(&ended), "those there was no room for are cut: {ended}");
+        assert_eq!(used(&all_of), 0, "given back");
     }
 
     #[tokio::test]
