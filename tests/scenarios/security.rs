@@ -802,3 +802,28 @@ async fn only_websockets_are_switched_to_where_requests_are_judged() {
         }
     }
 }
+
+/// What would not be switched to any more ends once requests are judged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_became_something_else_ends_when_requests_are_judged() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let upstream = scripted::http1("up1", &Seen::default()).expect("an upstream");
+    let judged =
+        security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
+    for (protocol, stays) in [("websocket", true), ("TLS/1.2", false)] {
+        let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &[])).await.expect("started");
+        let mut stream = engine.connect(VIP.parse().expect("an address")).await.expect("connected");
+        let request = get("/a", "x", &format!("x-plan: upgrade\r\nconnection: upgrade\r\nupgrade: {protocol}\r\n"));
+        stream.write_all(request.as_bytes()).await.expect("asked");
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            answer.push(stream.read_u8().await.expect("an answer"));
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 101"), "{protocol}: {}", String::from_utf8_lossy(&answer));
+        for (policies, open) in [(vec![], true), (vec![judged.clone()], stays)] {
+            engine.apply(&served(upstream, &policies)).await.expect("applied");
+            let end = tokio::time::timeout(std::time::Duration::from_millis(700), stream.read_u8()).await;
+            assert_eq!(end.is_err(), open, "{protocol}, {} policies: {end:?}", policies.len());
+        }
+    }
+}

@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -75,12 +75,18 @@ pub struct Pass {
     pub to_client: ToClient,
     /// Policies ask about what is sent on its connection.
     pub judged: bool,
+    /// It was allowed to become something else, of which nobody sees what it carries.
+    unseen: AtomicBool,
 }
 
 impl Pass {
     /// The upgrade that may be asked for: where requests are judged, none to what could carry others.
     pub fn upgrade<'u>(&self, upgrade: Option<&'u HeaderValue>) -> Option<&'u HeaderValue> {
-        upgrade.filter(|upgrade| !self.judged || is_websocket(upgrade))
+        let upgrade = upgrade.filter(|upgrade| !self.judged || is_websocket(upgrade));
+        if upgrade.is_some_and(|upgrade| !is_websocket(upgrade)) {
+            self.unseen.store(true, Ordering::Relaxed);
+        }
+        upgrade
     }
 }
 
@@ -246,7 +252,7 @@ impl Gate {
             refusal.head = changed;
             return Err(refusal);
         }
-        Ok(Pass { head: changed, claims, client_cert, to_client, judged: true })
+        Ok(Pass { head: changed, claims, client_cert, to_client, judged: true, unseen: AtomicBool::new(false) })
     }
 
     /// What passes without being asked about.
@@ -307,7 +313,10 @@ impl Gate {
                     if self.free.load(Ordering::Relaxed) != judged {
                         let mut request = Request::new(head, pass.claims.as_ref(), self.remote(&snapshot, &head.headers));
                         request.also = pass.client_cert.as_ref().map(|value| (&CLIENT_CERT, value));
-                        if workload.policy.request(&self.facts, &request).is_err() {
+                        let policy = &workload.policy;
+                        // What would not be switched to any more ends.
+                        let asks = || !matches!(policy.connection(&self.facts), Ok(Verdict::Allowed(_)));
+                        if policy.request(&self.facts, &request).is_err() || pass.unseen.load(Ordering::Relaxed) && asks() {
                             return;
                         }
                     }
