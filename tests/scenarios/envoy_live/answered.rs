@@ -357,7 +357,8 @@ async fn serve(mut stream: TcpStream, says: &[(Says, End)], turn: &AtomicUsize, 
                     End::Keep => {}
                     End::Fin => return stream.shutdown().await,
                     End::Reset => {
-                        sleep(Duration::from_millis(30)).await;
+                        // What its peer has not read by then is lost to it.
+                        sleep(Duration::from_millis(200)).await;
                         return socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
                     }
                 }
