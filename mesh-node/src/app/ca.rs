@@ -51,7 +51,7 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
         ClusterSettings::Files { tokens, config_dir, state_dir } => {
             let mesh = MeshSettings::new("", settings.service.trust_domain.clone());
             let last_good =
-                LastGood::open(&state_dir.join("last-good")).with_context(|| format!("state directory {}", state_dir.display()))?;
+                LastGood::open(&state_dir.join("last-good-ca")).with_context(|| format!("state directory {}", state_dir.display()))?;
             let source = Directory::open(config_dir, last_good, "default")
                 .with_context(|| format!("configuration directory {}", config_dir.display()))?;
             let (sender, receiver) = mpsc::channel(16);
