@@ -3,6 +3,7 @@
 //! One task owns the [`store::Store`]; it builds a snapshot after every batch of changes and publishes it whole. Readers
 //! load it once per decision.
 
+pub mod authorizers;
 pub mod build;
 pub mod publish;
 pub mod settings;

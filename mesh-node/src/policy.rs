@@ -334,6 +334,11 @@ impl Governing {
         self.authorization.custom.keys()
     }
 
+    /// Those that can have to be asked about what goes to an address.
+    pub fn authorizers_of(&self, destination: SocketAddr) -> impl Iterator<Item = &Arc<str>> {
+        self.authorization.custom.iter().filter(move |(_, rules)| rules.concern(destination)).map(|(provider, _)| provider)
+    }
+
     /// The policy on whose behalf an external authorizer has to be asked about a request.
     pub fn asks_about(&self, provider: &str, facts: &Facts, request: &Request<'_>) -> Option<&Arc<str>> {
         let view = View { facts, seen: Seen::Now(request) };

@@ -45,7 +45,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     let mut reports = Reports::new(&mut builder);
     builder.workloads(&mut policies, &mut reports, &attachments, &mut snapshot);
     snapshot.remote_keys = policies.finish(&mut builder);
-    snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers);
+    snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers).into_values().collect();
     snapshot.normalization = builder.parts.normalization;
     snapshot.client_cert = builder.parts.client_cert;
     services::build(&mut builder, previous, &mut snapshot, now);

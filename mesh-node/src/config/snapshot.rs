@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::settings::MeshSettings;
+use super::{authorizers::Authorizers, settings::MeshSettings};
 use crate::{
     id::{ObjectName, WorkloadUid},
     resource::{
@@ -43,8 +43,7 @@ pub struct Snapshot {
     pub mesh: Arc<MeshSettings>,
     /// Key sets the policies need.
     pub remote_keys: BTreeSet<RemoteKeys>,
-    /// External authorizers by name.
-    pub authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
+    pub authorizers: Authorizers,
     pub normalization: Normalization,
     pub client_cert: ClientCert,
     /// Authorization policies in force, for inspection.
@@ -70,7 +69,7 @@ impl Snapshot {
             lag: Duration::ZERO,
             mesh,
             remote_keys: BTreeSet::new(),
-            authorizers: HashMap::new(),
+            authorizers: Authorizers::default(),
             normalization: Normalization::default(),
             client_cert: ClientCert::default(),
             policies: Vec::new(),

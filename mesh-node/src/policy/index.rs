@@ -4,7 +4,7 @@
 //! what a path begins with, a host. Only rules under keys a request has are looked at, and those that demand nothing of
 //! that kind.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
 use super::{
     Request,
@@ -75,6 +75,11 @@ impl RuleSet {
 
     pub fn rules(&self) -> &[CompiledRule] {
         &self.rules
+    }
+
+    /// Whether one of them can match what goes to an address.
+    pub(super) fn concern(&self, destination: SocketAddr) -> bool {
+        self.rules.iter().any(|rule| rule.concerns(destination))
     }
 
     fn file(&mut self, key: Key, number: u32) {

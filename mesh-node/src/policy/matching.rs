@@ -2,7 +2,10 @@
 //!
 //! What is not known yet is neither true nor false: three values, as of Kleene's logic.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use http::HeaderName;
 use ipnet::IpNet;
@@ -224,6 +227,16 @@ thread_local! {
 }
 
 impl CompiledRule {
+    /// Whether it can match what goes to an address, whoever sends it and whatever it is.
+    pub(super) fn concerns(&self, destination: SocketAddr) -> bool {
+        let can = |test: &Test| match test {
+            Test::DestinationIp(values) => holds(values, |net| contains(net, destination.ip())),
+            Test::DestinationPort(values) => holds(values, |port| *port == destination.port()),
+            _ => true,
+        };
+        self.clauses.iter().all(|clause| clause.iter().any(|tests| tests.iter().all(can)))
+    }
+
     pub(super) fn truth(&self, view: &View<'_>) -> Truth {
         #[cfg(test)]
         LOOKED_AT.set(LOOKED_AT.get() + 1);

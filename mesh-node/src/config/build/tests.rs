@@ -251,6 +251,41 @@ fn authorizers_that_cannot_be_asked_are_said() {
 }
 
 #[test]
+fn questions_lead_where_authorizers_are_and_who_is_asked_about_them() {
+    let provider =
+        |name: &str| json!({"name": name, "envoyExtAuthzGrpc": {"service": format!("{name}.default.svc.cluster.local"), "port": 80}});
+    let providers = json!({"extensionProviders": [provider("a"), provider("b"), provider("c")]});
+    let mut documents = vec![
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": providers}}),
+    ];
+    for (i, name) in ["a", "b", "c"].into_iter().enumerate() {
+        let mut service = service();
+        merge(&mut service, &json!({"metadata": {"name": name}, "spec": {"clusterIP": format!("10.96.0.{i}")}}));
+        let mut slice = slice(name, &[&format!("10.0.0.{i}")], true);
+        slice["metadata"]["labels"]["kubernetes.io/service-name"] = json!(name);
+        documents.extend([
+            service,
+            slice,
+            pod(name, &format!("10.0.0.{i}"), &json!({"metadata": {"labels": {"istio.io/dataplane-mode": "ambient"}}})),
+        ]);
+    }
+    // b is asked about all of a's, c about another port of b's than where b is asked.
+    for (app, provider, rule) in [("a", "b", json!({})), ("b", "c", json!({"to": [{"operation": {"ports": ["1", "2"]}}]}))] {
+        documents.push(
+            json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": app, "namespace": "default"},
+            "spec": {"selector": {"matchLabels": {"app": app}}, "action": "CUSTOM", "provider": {"name": provider}, "rules": [rule]}}),
+        );
+    }
+    let (snapshot, statuses) = built(&documents);
+    assert!(statuses.is_empty(), "{statuses:?}");
+    for (provider, to) in [("a", [true, true, false]), ("b", [false, true, false]), ("c", [false, false, true]), ("d", [false; 3])] {
+        let leads = [0, 1, 2].map(|i| snapshot.is_asked_first(provider, SocketAddr::from(([10, 0, 0, i], 8080))));
+        assert_eq!(leads, to, "{provider}");
+    }
+    assert!(!snapshot.is_asked_first("a", SocketAddr::from(([10, 0, 0, 0], 8081))));
+}
+
+#[test]
 fn ten_thousand_pods_build_into_one_snapshot() {
     let mut documents = vec![service()];
     documents.extend((0..10_000_u32).map(|i| pod(&format!("p{i}"), &std::net::Ipv4Addr::from(0x0a00_0000 + i).to_string(), &json!({}))));

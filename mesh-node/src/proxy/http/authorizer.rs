@@ -6,7 +6,7 @@
 mod changes;
 mod proto;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -170,7 +170,7 @@ enum Whom<'s> {
 fn whom<'s>(gate: &Gate, snapshot: &'s Snapshot, provider: &Arc<str>) -> Whom<'s> {
     let found = snapshot.authorizers.get(provider).map(|authorizer| (authorizer, cluster(snapshot, authorizer)));
     let whom = match found {
-        Some((_, Some(_))) if is_asked_first(snapshot, gate.facts.destination, provider) => {
+        Some((_, Some(_))) if snapshot.is_asked_first(provider, gate.facts.destination) => {
             gate.proxy.metrics.authorizer_call("exempt");
             return Whom::Nobody;
         }
@@ -202,29 +202,6 @@ async fn in_time<T>(
 
 fn cluster(snapshot: &Snapshot, authorizer: &Authorizer) -> Option<Arc<Cluster>> {
     snapshot.cluster_at(&authorizer.service, authorizer.port)
-}
-
-/// Whether questions to an authorizer lead back to an address: it is the authorizer's own, or that of one who is asked about them.
-fn is_asked_first<'s>(snapshot: &'s Snapshot, address: SocketAddr, provider: &'s Arc<str>) -> bool {
-    let mut asked = vec![provider];
-    let mut at = 0;
-    while let Some(name) = asked.get(at).copied() {
-        at += 1;
-        let Some(cluster) = snapshot.authorizers.get(name).and_then(|a| cluster(snapshot, a)) else { continue };
-        for endpoint in &cluster.endpoints {
-            if endpoint.address == address {
-                return true;
-            }
-            // Nobody is asked about what goes to others.
-            let Some(workload) = snapshot.workload_by_ip(endpoint.address.ip()).filter(|w| w.enrolled) else { continue };
-            for more in workload.policy.at(endpoint.address.port()).authorizers() {
-                if !asked.contains(&more) {
-                    asked.push(more);
-                }
-            }
-        }
-    }
-    false
 }
 
 /// What becomes of a request nobody could be asked about.

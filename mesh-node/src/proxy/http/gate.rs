@@ -185,7 +185,7 @@ impl Gate {
     /// Whether an authorizer may be shown bodies.
     pub fn shows_bodies(&self) -> bool {
         let snapshot = self.proxy.config.load();
-        let shown = |provider| snapshot.authorizers.get(provider).is_some_and(|a| a.body.is_some());
+        let shown = |provider: &Arc<str>| snapshot.authorizers.get(provider).is_some_and(|a| a.body.is_some());
         let workload = snapshot.workload(&self.pod.uid);
         workload.is_some_and(|w| w.policy.at(self.facts.destination.port()).authorizers().any(shown))
     }
