@@ -7,6 +7,8 @@
 
 /// Largest message that is redirected. Larger ones are bulk, which TCP moves faster.
 pub const MAX_MESSAGE: u32 = 16 * 1024;
+/// Smallest. What programs send as urgent data is one byte, and its flag is not shown here: by TCP it is urgent.
+pub const MIN_MESSAGE: u32 = 2;
 /// Most bytes a receiver has unread before its sender is sent to TCP, and so to TCP's back-pressure.
 pub const MAX_QUEUED: u32 = 256 * 1024;
 /// Large messages, less the small ones between them, after which a stream counts as bulk and leaves.
@@ -73,6 +75,10 @@ pub struct End {
     pub wake: u32,
     /// 1: it is the server's end of the flow.
     pub server: u32,
+    /// 1: its owner uses `io_uring`, by which it may send without a copy: the kernel refuses that for good on a socket that was entered
+    /// once.
+    pub ring: u32,
+    pub pad: u32,
     /// The direct connection whose end it is, to count its bytes at; 0 when it is of none.
     pub flow: u64,
     /// What was redirected.
@@ -125,7 +131,7 @@ pub fn step(end: &mut End, size: u32, facts: &Facts) -> Step {
         end.large -= 1;
     }
     if end.way == Way::TCP {
-        if size > MAX_MESSAGE || !facts.quiet {
+        if !(MIN_MESSAGE..=MAX_MESSAGE).contains(&size) || !facts.quiet {
             return Step::Tcp;
         }
         end.way = Way::REDIRECT;
@@ -133,7 +139,7 @@ pub fn step(end: &mut End, size: u32, facts: &Facts) -> Step {
     if end.way != Way::REDIRECT {
         return Step::Tcp;
     }
-    let fits = size <= MAX_QUEUED && facts.queued <= MAX_QUEUED - size;
+    let fits = size >= MIN_MESSAGE && size <= MAX_QUEUED && facts.queued <= MAX_QUEUED - size;
     if fits && (size <= MAX_MESSAGE || facts.queued > 0) {
         // A large one too, behind redirected bytes that are unread: it would have to be waited for otherwise.
         return Step::Redirect;
@@ -180,6 +186,12 @@ pub struct KernelLayout {
     /// Of `struct sk_psock`.
     pub references: u32,
     pub queue: u32,
+    /// Of `struct sock`: how far it was peeked at, where it asks for that; all ones otherwise.
+    pub peek_off: u32,
+    /// Of `struct task_struct`; all ones in a kernel without `io_uring`.
+    pub io_uring: u32,
+    pub task_flags: u32,
+    pub pad: u32,
 }
 
 /// What the node process asks of `mesh_pair` about one socket.
@@ -246,7 +258,8 @@ pub struct PairReply {
     pub received: u64,
     /// How far what came by TCP has been taken, by whatever means: a sequence number.
     pub copied_seq: u32,
-    pub pad: u32,
+    /// As in [`End`].
+    pub ring: u32,
 }
 
 impl PairReply {
@@ -266,8 +279,8 @@ pub struct Event {
     pub why: u32,
 }
 
-const _: () = assert!(size_of::<End>() == 96);
-const _: () = assert!(size_of::<KernelLayout>() == 64);
+const _: () = assert!(size_of::<End>() == 104);
+const _: () = assert!(size_of::<KernelLayout>() == 80);
 const _: () = assert!(size_of::<PairRequest>() == 80);
 const _: () = assert!(size_of::<PairReply>() == 96);
 const _: () = assert!(size_of::<Event>() == 16);
@@ -310,6 +323,15 @@ mod tests {
     }
 
     #[test]
+    fn a_single_byte_goes_by_tcp_as_it_may_be_urgent_and_is_waited_for_when_others_are_unread() {
+        let mut end = joined();
+        assert_eq!(step(&mut end, 1, &FREE), Step::Tcp);
+        assert_eq!(step(&mut end, 1, &Facts { quiet: true, ..FREE }), Step::Tcp);
+        assert_eq!(step(&mut end, 2, &Facts { quiet: true, ..FREE }), Step::Redirect);
+        assert_eq!(step(&mut end, 1, &Facts { queued: 2, ..FREE }), Step::Turned);
+    }
+
+    #[test]
     fn a_large_message_turns_to_tcp_without_overtaking_or_being_waited_for() {
         let mut end = joined();
         assert_eq!(step(&mut end, MAX_MESSAGE + 1, &FREE), Step::Tcp);
@@ -339,8 +361,8 @@ mod tests {
         assert_eq!((special.way, special.why), (Way::LEFT, Why::Special as u32));
         let mut slow = joined();
         let full = Facts { queued: MAX_QUEUED, quiet: true, ..FREE };
-        assert!((0..MAX_TURNS).all(|_| step(&mut slow, 1, &full) == Step::Turned));
-        assert_eq!((step(&mut slow, 1, &full), slow.why), (Step::Leave, Why::SlowReader as u32));
+        assert!((0..MAX_TURNS).all(|_| step(&mut slow, 2, &full) == Step::Turned));
+        assert_eq!((step(&mut slow, 2, &full), slow.why), (Step::Leave, Why::SlowReader as u32));
     }
 
     #[test]

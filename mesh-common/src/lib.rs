@@ -17,7 +17,7 @@ pub use addr::Address;
 ///
 /// The object carries it in the ELF section [`maps::ABI_SECTION`]; the loader refuses another value, and pins
 /// live under a directory named after it, so two layouts never share a map.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// In-pod listener that captured outbound connections are aimed at.
 pub const OUTBOUND_PORT: u16 = 15001;

@@ -13,7 +13,7 @@ use aya_ebpf::{
     helpers::{
         bpf_probe_read_kernel,
         generated::{
-            bpf_getsockopt, bpf_map_update_elem, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release, bpf_sk_storage_get, bpf_tcp_sock,
+            bpf_get_current_task, bpf_getsockopt, bpf_map_update_elem, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release, bpf_sk_storage_get, bpf_tcp_sock,
         },
     },
     macros::{btf_tracepoint, classifier, sk_msg},
@@ -47,10 +47,16 @@ static KERNEL_LAYOUT: Global<KernelLayout> = Global::new(KernelLayout {
     timestamping_mask: 0,
     references: 0,
     queue: 0,
+    peek_off: 0,
+    io_uring: 0,
+    task_flags: 0,
+    pad: 0,
 });
 
 /// Bits of `sk_user_data` that are not the pointer's.
 const USER_DATA_FLAGS: u64 = 7;
+/// Of a task that works for `io_uring`.
+const PF_IO_WORKER: u32 = 0x10;
 const SOL_SOCKET: i32 = 1;
 const SO_RCVLOWAT: i32 = 18;
 const MSG_OOB: i32 = 1;
@@ -210,9 +216,21 @@ pub fn mesh_received(ctx: BtfTracePointContext) -> i32 {
         let end: *mut End = bpf_sk_storage_get((&raw const ENDS).cast_mut().cast(), sk, core::ptr::null_mut(), 0).cast();
         if !end.is_null() {
             (*end).received += u64::from(received.unsigned_abs());
+            if (*end).peer == 0 && of_a_ring() {
+                (*end).ring = 1;
+            }
         }
     }
     0
+}
+
+/// Whether this task uses `io_uring`, or works for one that does.
+#[inline(always)]
+fn of_a_ring() -> bool {
+    let layout = KERNEL_LAYOUT.load();
+    // SAFETY: the helper takes nothing.
+    let task = unsafe { bpf_get_current_task() };
+    layout.io_uring != u32::MAX && (pointer(task, layout.io_uring) != 0 || word(task, layout.task_flags) & PF_IO_WORKER != 0)
 }
 
 /// What is done about one socket for the node process, which runs this by `BPF_PROG_TEST_RUN` from inside the socket's network
@@ -332,7 +350,8 @@ fn tell_of(reply: &mut PairReply, end: &End) {
     let own = unsafe { (&raw const end.own_socket).read_volatile() };
     reply.socket = own;
     reply.nonblocking = u32::from(nonblocking(flags(&layout, own)));
-    reply.special = u32::from(special(&layout, own));
+    reply.special = u32::from(special(&layout, own) || word(own, layout.peek_off) != u32::MAX);
+    reply.ring = end.ring;
     (reply.way, reply.why) = (end.way, end.why);
     (reply.messages, reply.bytes, reply.received) = (end.messages, end.bytes, end.received);
     reply.copied_seq = word(own, layout.copied_seq);

@@ -269,12 +269,32 @@ fn io_uring_is_as_on_tcp() {
             let to = near.address(9000);
             end(start(bed, &client, "soak", &[&["uring", &to, "1000000"], more].concat()))
         };
-        for (state, more) in [("accelerated", &[][..]), ("blocking", &["--blocking"])] {
+        for (state, more) in [("io_uring", &[][..]), ("blocking", &["--blocking"])] {
             talk_until(
                 same_node,
                 || reached(&bed, state) > 0.0,
                 || {
                     let report = talk(&bed, more);
+                    assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn urgent_data_is_no_part_of_the_stream() {
+    for same_node in ["proxy", "direct"] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", same_node])).expect("bed");
+        let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
+        let accelerated = |bed: &Bed| bed.nodes()[0].metric("mesh_acceleration_total", &["state=\"accelerated\""]).unwrap_or(0.0);
+        for to in [near.address(9000), near.address6(9000)] {
+            let before = accelerated(&bed);
+            talk_until(
+                same_node,
+                || accelerated(&bed) > before,
+                || {
+                    let report = end(start(&bed, &client, "soak", &["urgent", &to, "1000000"]));
                     assert_eq!(report["read"], 1_000_000, "{same_node}: {report}");
                 },
             );

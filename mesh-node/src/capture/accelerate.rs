@@ -73,6 +73,10 @@ pub fn kernel_layout() -> Result<KernelLayout, String> {
         timestamping_mask: if size < 4 && cfg!(target_endian = "little") { (1 << (8 * size)) - 1 } else { u32::MAX },
         references: at("sk_psock", &["refcnt", "refs", "counter"])?,
         queue: at("sk_psock", &["ingress_msg", "next"])?,
+        peek_off: at("sock", &["sk_peek_off"])?,
+        io_uring: btf.offset("task_struct", &["io_uring"]).unwrap_or(u32::MAX),
+        task_flags: at("task_struct", &["flags"])?,
+        pad: 0,
     })
 }
 
@@ -99,8 +103,10 @@ pub enum State {
     SlowReader,
     /// The owner of one of the sockets takes what comes by other means than `recv` and its kin, such as `splice`.
     Spliced,
-    /// One of the sockets has TLS in the kernel, or its owner asks to be told when messages were sent.
+    /// One of the sockets has TLS in the kernel, or its owner asks to be told when messages were sent, or to peek at ever more of what comes.
     Special,
+    /// The owner of one of the sockets uses `io_uring`, by which it may send without a copy.
+    Ring,
     /// A program of the pod has made a socket blocking in the midst of a conversation: it will do so again.
     Unfit,
     /// No memory or no room in the kernel.
@@ -122,6 +128,7 @@ impl State {
             Self::SlowReader => "slow_reader",
             Self::Spliced => "spliced",
             Self::Special => "special",
+            Self::Ring => "io_uring",
             Self::Unfit => "unfit",
             Self::Full => "full",
             Self::Gone => "gone",
@@ -586,6 +593,10 @@ impl Accelerator {
         if one.special != 0 || other.special != 0 {
             self.set(id, State::Special);
             return Ok(young);
+        }
+        if one.ring != 0 || other.ring != 0 {
+            self.set(id, State::Ring);
+            return Ok(false);
         }
         if young {
             self.set(id, State::Young);

@@ -58,7 +58,10 @@ enum Command {
     },
     /// Exchange BYTES in turns, reading with `splice` alone; print how much came back.
     Splice { to: SocketAddr, bytes: u64 },
-    /// Exchange BYTES in turns through `io_uring`; print how much came back.
+    /// Exchange BYTES in turns, of the second half each behind a byte of urgent data, which is not part of the stream; print how much came
+    /// back.
+    Urgent { to: SocketAddr, bytes: u64 },
+    /// Exchange BYTES in turns through `io_uring`, every other of them sent without a copy; print how much came back.
     Uring {
         to: SocketAddr,
         bytes: u64,
@@ -105,6 +108,10 @@ fn main() -> Result<()> {
         }
         Command::Splice { to, bytes } => {
             println!("{}", splice::talk(to, bytes).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
+            Ok(())
+        }
+        Command::Urgent { to, bytes } => {
+            println!("{}", urgent(to, bytes).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
             Ok(())
         }
         Command::Uring { to, bytes, blocking } => {
@@ -394,6 +401,34 @@ fn flip(to: SocketAddr, bytes: u64) -> Result<serde_json::Value> {
     }
     stream.shutdown(Shutdown::Write)?;
     anyhow::ensure!(stream.read(&mut buffer)? == 0, "more than was sent");
+    Ok(json!({"read": done}))
+}
+
+fn urgent(to: SocketAddr, bytes: u64) -> Result<serde_json::Value> {
+    let mut stream = TcpStream::connect(to)?;
+    stream.set_nodelay(true)?;
+    stream.set_nonblocking(true)?;
+    let (mut done, mut piece, mut buffer) = (0, [0; 500], [0; 500]);
+    while done < bytes {
+        if done >= bytes / 2 {
+            nix::sys::socket::send(stream.as_raw_fd(), b"!", nix::sys::socket::MsgFlags::MSG_OOB)?;
+        }
+        pattern::fill(&mut piece, done);
+        stream.write_all(&piece)?;
+        let (mut got, started) = (0, Instant::now());
+        while got < piece.len() {
+            match stream.read(&mut buffer[got..]) {
+                Ok(0) => anyhow::bail!("ended at {done}"),
+                Ok(n) => got += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && started.elapsed() < STALL => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        anyhow::ensure!(buffer == piece, "bytes after {done} are wrong");
+        done += got as u64;
+    }
     Ok(json!({"read": done}))
 }
 
