@@ -139,7 +139,7 @@ pub fn step(end: &mut End, size: u32, facts: &Facts) -> Step {
     if end.way != Way::REDIRECT {
         return Step::Tcp;
     }
-    let fits = size >= MIN_MESSAGE && size <= MAX_QUEUED && facts.queued <= MAX_QUEUED - size;
+    let fits = (MIN_MESSAGE..=MAX_QUEUED).contains(&size) && facts.queued <= MAX_QUEUED - size;
     if fits && (size <= MAX_MESSAGE || facts.queued > 0) {
         // A large one too, behind redirected bytes that are unread: it would have to be waited for otherwise.
         return Step::Redirect;

@@ -13,7 +13,8 @@ use aya_ebpf::{
     helpers::{
         bpf_probe_read_kernel,
         generated::{
-            bpf_get_current_task, bpf_getsockopt, bpf_map_update_elem, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release, bpf_sk_storage_get, bpf_tcp_sock,
+            bpf_get_current_task, bpf_getsockopt, bpf_map_update_elem, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release,
+            bpf_sk_storage_get, bpf_tcp_sock,
         },
     },
     macros::{btf_tracepoint, classifier, sk_msg},

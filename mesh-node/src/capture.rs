@@ -200,6 +200,11 @@ impl Capture {
         self.direct.take()
     }
 
+    /// Whether what another version of this program left attached is there still.
+    pub fn follows_another(&self) -> bool {
+        pins::others(&self.directory).next().is_some()
+    }
+
     /// Says that this process serves: from here on the fail mode is not asked for. To be called when every pod that is to
     /// be captured is: what another version of this program left attached held them until now, as its process is gone, and
     /// is taken off.

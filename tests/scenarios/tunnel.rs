@@ -86,6 +86,26 @@ fn requests_are_answered_as_ztunnel_answers_them() {
     assert!(counted("foreign_authority") > 2.5 && counted("bad_request") > 1.5 && counted("reserved_port") > 2.5);
 }
 
+/// More than may shake hands at a time begin with it and stop: who means it does not wait for them.
+#[test]
+fn who_says_half_a_word_takes_nobodys_place() {
+    let scene = scene();
+    runtime().block_on(async {
+        let mut begun = Vec::new();
+        for word in [&[22_u8][..], &[22, 3, 1, 2, 0, 1, 0]].into_iter().cycle().take(400) {
+            let mut stream = peer::tcp(&scene.from, scene.hbone).await.expect("connected");
+            stream.write_all(word).await.expect("written");
+            begun.push(stream);
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let dial = scene.dial(Some(Certificate::of(CLIENT)));
+        let to = scene.server.address(8080);
+        let asked = dial.status(scene.hbone, Method::CONNECT, &to);
+        let status = tokio::time::timeout(Duration::from_secs(3), asked).await.expect("in time").expect("an answer");
+        assert_eq!(status, StatusCode::OK);
+    });
+}
+
 #[test]
 fn strangers_are_refused_counted_and_disturb_nobody() {
     let mut scene = scene();

@@ -31,8 +31,10 @@ impl Node {
         self.refresh_upstream();
         self.refresh_certificates();
         let pods = self.pods();
+        // One that has no address yet has no traffic either.
+        let uncaptured = pods.iter().filter(|p| p.enrolled && !p.captured && !p.addresses.is_empty());
         metrics.enrolled_pods.set(gauge(pods.iter().filter(|p| p.captured).count()));
-        metrics.uncaptured_pods.set(gauge(pods.iter().filter(|p| p.enrolled && !p.captured).count()));
+        metrics.uncaptured_pods.set(gauge(uncaptured.count()));
     }
 
     fn refresh_upstream(&self) {

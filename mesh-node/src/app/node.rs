@@ -35,6 +35,8 @@ use crate::{
 
 /// How often the node looks for pods that came or went.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long what another version of this program holds is held on for pods that cannot be looked into.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a released pod's listeners go on, for peers that have not heard of it yet.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
 
@@ -189,7 +191,8 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(direct.run(flows));
     tokio::spawn(proxy.jwks.clone().run());
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
-    let reconciler = Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None };
+    let reconciler =
+        Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None, announced: false };
     reconciler.until_stopped(discovery, config).await
 }
 
@@ -233,6 +236,8 @@ struct Reconciler {
     released: Vec<(u64, Weak<ServedPod>)>,
     /// Namespaces that are, or may have to be, captured. What the kernel has beyond them is released.
     stay: Option<HashSet<u64>>,
+    /// It has been said that this process serves.
+    announced: bool,
 }
 
 struct Served {
@@ -274,6 +279,7 @@ impl Reconciler {
     /// Works for as long as it is let.
     async fn run(&mut self, mut discovery: Discovery, mut config: Configuration) -> anyhow::Result<()> {
         config.ready().await;
+        let mut blind = None;
         loop {
             let (looked, found) = tokio::task::spawn_blocking(move || {
                 let found = discovery.look(Instant::now()).cloned();
@@ -283,8 +289,17 @@ impl Reconciler {
             .await?;
             discovery = looked;
             match found {
-                Ok((found, incomplete)) => self.reconcile(&found, incomplete)?,
-                Err(error) => tracing::error!(target: "app", %error, "cannot look for pods; those captured stay so"),
+                Ok((found, incomplete)) => {
+                    blind = None;
+                    self.reconcile(&found, incomplete)?;
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    if blind.as_ref() != Some(&error) {
+                        tracing::error!(target: "app", %error, "cannot look for pods; those captured stay so");
+                    }
+                    blind = Some(error);
+                }
             }
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
@@ -320,17 +335,24 @@ impl Reconciler {
         states.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         *self.node.pods.lock().unwrap_or_else(PoisonError::into_inner) = states;
         self.node.proxy.identity.retain(&mine.iter().filter(|w| w.enrolled).map(|w| w.identity.clone()).collect());
-        let first = self.stay.is_none();
         if self.stay.as_ref() != Some(&stay) {
             // Pods that were held, or left enrolled by an earlier process, and are gone or not in the mesh.
             self.node.capture().retain(&stay);
             self.stay = Some(stay);
         }
-        if first {
+        if !self.announced && !self.waits(found, incomplete) {
             self.node.capture().announce()?;
+            self.announced = true;
             self.node.reconciled.store(true, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Whether what another version of this program holds is to be held on: pods that cannot be looked into would be let go of with
+    /// it. Not for ever when there are others that can.
+    fn waits(&self, found: &Found, incomplete: bool) -> bool {
+        let others = incomplete && self.node.capture().follows_another();
+        others && (found.is_empty() || self.node.started.elapsed().is_ok_and(|since| since < PATIENCE))
     }
 
     /// Served pods that are to be released, and whether they still exist.

@@ -116,9 +116,17 @@ impl Outliers {
         Self { started: now, history: Mutex::default(), ejected: ArcSwap::default() }
     }
 
-    /// Takes in what became of an attempt; true when it led to an ejection.
-    pub fn record(&self, endpoint: SocketAddr, streak: &Streak, event: Event, settings: &Outlier, endpoints: usize, now: Instant) -> bool {
-        streak.count(event, settings) && self.eject(endpoint, settings, endpoints, now)
+    /// Takes in what became of an attempt; true when it led to an ejection. `endpoints`: how many there are, asked for only then.
+    pub fn record(
+        &self,
+        endpoint: SocketAddr,
+        streak: &Streak,
+        event: Event,
+        settings: &Outlier,
+        endpoints: impl FnOnce() -> usize,
+        now: Instant,
+    ) -> bool {
+        streak.count(event, settings) && self.eject(endpoint, settings, endpoints(), now)
     }
 
     fn eject(&self, endpoint: SocketAddr, settings: &Outlier, endpoints: usize, now: Instant) -> bool {
@@ -187,7 +195,7 @@ mod tests {
     /// Fails an endpoint until it is ejected or has had six failures; how many it took.
     fn fail(outliers: &Outliers, endpoint: SocketAddr, event: Event, settings: &Outlier, of: usize, now: Instant) -> Option<u32> {
         let streak = Streak::default();
-        (1..=6).find(|_| outliers.record(endpoint, &streak, event, settings, of, now))
+        (1..=6).find(|_| outliers.record(endpoint, &streak, event, settings, || of, now))
     }
 
     #[test]
@@ -214,7 +222,7 @@ mod tests {
         let outliers = Outliers::new(now);
         for _ in 0..10 {
             for event in [Event::ServerError, Event::ServerError, Event::Success] {
-                assert!(!outliers.record(address(1), &streak, event, &settings(100), 1, now));
+                assert!(!outliers.record(address(1), &streak, event, &settings(100), || 1, now));
             }
         }
     }

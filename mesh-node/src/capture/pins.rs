@@ -150,10 +150,15 @@ fn versions(entries: fs::ReadDir) -> impl Iterator<Item = PathBuf> {
     entries.filter_map(Result::ok).map(|e| e.path()).filter(move |path| is_version(path))
 }
 
+/// Pins of other ABI versions beside `directory`.
+pub fn others(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = directory.parent().and_then(|base| fs::read_dir(base).ok());
+    entries.into_iter().flat_map(versions).filter(move |v| v != directory)
+}
+
 /// Takes off what another ABI version left attached beside `directory`, and removes its pins.
 pub fn drop_others(directory: &Path) -> Result<(), CaptureError> {
-    let Some(entries) = directory.parent().and_then(|base| fs::read_dir(base).ok()) else { return Ok(()) };
-    for other in versions(entries).filter(|v| v != directory) {
+    for other in others(directory) {
         let links = fs::read_dir(other.join("links")).into_iter().flatten().filter_map(Result::ok);
         links.for_each(|link| detach(&link.path()));
         fs::remove_dir_all(&other).map_err(CaptureError::io(format!("remove {}", other.display())))?;

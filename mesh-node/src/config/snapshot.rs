@@ -118,6 +118,11 @@ impl Snapshot {
         &self.services
     }
 
+    /// A service by its name, as clients of no namespace in particular see it.
+    pub fn service(&self, name: &ObjectName) -> Option<&Arc<Service>> {
+        self.by_name.get(name)
+    }
+
     /// A cluster as clients of a namespace see it.
     pub fn cluster_for(&self, namespace: &str, id: &ClusterId) -> Option<&Arc<Cluster>> {
         let seen = self.views.get(namespace).and_then(|v| v.get(&id.service));

@@ -10,7 +10,11 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::StatusCode;
 pub use inspect::{Inspection, refuse, server_first};
-use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
+use tokio::{
+    net::TcpStream,
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
@@ -39,6 +43,10 @@ use crate::{
 
 /// How long a peer may take to say anything.
 const FIRST_WORD: Duration = Duration::from_secs(5);
+/// How long for the rest of a handshake, while others may be waiting for its place.
+const SECOND_WORD: Duration = Duration::from_secs(4);
+/// As much of a first word as is waited for, bytes: more than a hello with keys of any kind in use.
+const LONGEST_WORD: usize = 4096;
 
 /// A connection that was let in: the application's end of it, and the reason to end it early.
 #[derive(Debug)]
@@ -238,16 +246,38 @@ async fn accept_tls(
     let credentials = timeout(HANDSHAKE_TIMEOUT, proxy.identity.credentials(&identity)).await;
     let credentials = credentials.unwrap_or_else(|_| Err("it took too long".into())).map_err(Failure::Identity)?;
     let accepted = async {
-        // Who says nothing takes nobody's place.
-        timeout(FIRST_WORD, stream.readable()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        // Who has not said all of its first word takes nobody's place.
+        timeout(FIRST_WORD, first_word(&stream)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
         let handshake = timeout(HANDSHAKE_TIMEOUT, pod.handshake()).await.map_err(|_| io::ErrorKind::TimedOut)?;
-        let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(&credentials, stream)).await;
+        let accepted = timeout(SECOND_WORD, tls::accept(&credentials, stream)).await;
         drop(handshake);
         accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     };
     let accepted: io::Result<_> = accepted.await;
     let (stream, peer) = accepted.map_err(|source| Failure::Tls { kind: HandshakeFailure::of(&source), source })?;
     Ok((stream, peer.identity, credentials.trust().clone().revoked(peer.chain)))
+}
+
+/// Waits until the first record of TLS is there as a whole, or as much of it as is looked at; or something that is none.
+async fn first_word(stream: &TcpStream) -> io::Result<()> {
+    const HEADER: usize = 5;
+    const HANDSHAKE: u8 = 22;
+    let mut seen = vec![0; LONGEST_WORD];
+    let mut wait = Duration::from_millis(1);
+    loop {
+        let n = stream.peek(&mut seen).await?;
+        let whole = match seen.first_chunk() {
+            Some([HANDSHAKE, _, _, high, low]) if n >= HEADER => HEADER + usize::from(u16::from_be_bytes([*high, *low])),
+            Some([HANDSHAKE, ..]) if (1..HEADER).contains(&n) => HEADER,
+            _ => return Ok(()),
+        };
+        if n >= whole.min(LONGEST_WORD) {
+            return Ok(());
+        }
+        // The kernel says at once that there is something, and not when there is more.
+        sleep(wait).await;
+        wait = (wait * 2).min(Duration::from_millis(100));
+    }
 }
 
 #[derive(Clone)]
@@ -350,8 +380,7 @@ fn service_of(host: &str) -> Option<ObjectName> {
 
 /// The endpoint of a service, by its cluster name, that is this pod.
 fn endpoint_here(snapshot: &Snapshot, host: &str, port: u16, own: impl Fn(SocketAddr) -> bool) -> Option<SocketAddr> {
-    let name = service_of(host)?;
-    let service = snapshot.services().iter().find(|s| s.name == name)?;
+    let service = snapshot.service(&service_of(host)?)?;
     service.port(port)?.cluster.endpoints.iter().map(|e| e.address).find(|a| own(*a))
 }
 

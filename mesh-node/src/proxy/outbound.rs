@@ -588,7 +588,11 @@ async fn hand_over(
     let mut facts = Facts::new(Some(source.identity.clone()), client_ip, to);
     facts.dialled = service.cloned();
     outcome.dialled.clone_from(&facts.dialled);
-    match inbound::admit(proxy, &destination, facts, Source::Neighbour(client_ip), &mut outcome).await {
+    // Should the client not wait for it, nothing has come of it.
+    outcome.keep_quiet(true);
+    let admitted = inbound::admit(proxy, &destination, facts, Source::Neighbour(client_ip), &mut outcome).await;
+    outcome.keep_quiet(false);
+    match admitted {
         Ok(admitted) => Ok(Local { admitted, pod: destination, outcome, client: SocketAddr::new(client_ip, client.port()) }),
         Err(failure) => {
             let told = mirrored(&failure);

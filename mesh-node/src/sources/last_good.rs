@@ -26,8 +26,8 @@ impl LastGood {
         self.0.join(format!("{number:016x}.{}", quality.suffix()))
     }
 
-    /// The last texts of a file, in the order they were in force: the last good one, and the last one of which something was
-    /// refused, if it came after.
+    /// The last texts of a file, in the order they were in force: the last good one, or the last one of which something was
+    /// refused. Both only when the process ended while it wrote one of them.
     pub fn load(&self, original: &Path) -> Vec<String> {
         let name = original.display().to_string();
         let read = |quality| {
@@ -49,12 +49,13 @@ impl LastGood {
         let copy = self.copy(original, quality);
         let temporary = copy.with_extension("new");
         let written = fs::write(&temporary, format!("{}\n{text}", original.display())).and_then(|()| fs::rename(&temporary, &copy));
-        if let Err(error) = written {
+        if let Err(error) = &written {
             tracing::warn!(target: "config", %error, file = %original.display(), "cannot keep the last good version for a restart");
         }
-        if quality == Quality::Good {
-            // What was in force in part before is over.
-            let _ = fs::remove_file(self.copy(original, Quality::Partial));
+        // All that is in force is in this one: what another says was, and may have been taken back since.
+        let other = if quality == Quality::Good { Quality::Partial } else { Quality::Good };
+        if written.is_ok() {
+            let _ = fs::remove_file(self.copy(original, other));
         }
     }
 

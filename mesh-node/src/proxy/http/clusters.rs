@@ -185,7 +185,7 @@ impl ClusterState {
         let Some(settings) = &cluster.policy.outlier else { return false };
         let now = Instant::now();
         // Of those that are used: others are none of Envoy's hosts.
-        let endpoints = cluster.endpoints.iter().filter(|e| e.ready && e.address.is_ipv4() == address.is_ipv4()).count();
+        let endpoints = || cluster.endpoints.iter().filter(|e| e.ready && e.address.is_ipv4() == address.is_ipv4()).count();
         let ejected = self.outliers.record(address, &endpoint.streak, event, settings, endpoints, now);
         if ejected {
             tracing::info!(target: "proxy", cluster = %cluster.id, endpoint = %address, ?event, "endpoint ejected");
