@@ -132,7 +132,7 @@ async fn what_was_taken_back_stays_so_over_a_restart() {
         format!("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p}}\nspec: {{rules: [{rules}]}}\n")
     };
     let rule = |key: &str, value: &str| format!("{{when: [{{key: {key}, values: [{value}]}}]}}");
-    let rules = |r: &Running| r.config.load().policies.iter().map(|p| format!("{:?}", p.rules)).collect::<String>();
+    let rules = |r: &Running| r.config.load().policies.iter().map(|p| format!("{:?}", p.rules)).collect::<Vec<_>>().concat();
     fs::write(&file, namespace("one") + "---\n" + &policy(&rule("source.namespace", "old"))).expect("write");
     running.wait_for("good", |r| rules(r).contains("old") && r.services() == ["one"]).await;
     fs::write(&file, bad).expect("write");
