@@ -24,7 +24,10 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: Vec<&
     if !settings.enabled || distributes || outlier.is_none() || !known {
         let healthy = if asker.ejected.is_empty() { candidates } else { by_health(vec![candidates], asker, panic) };
         let from = settings.distribute.iter().filter(|_| distributes).find(|d| matches(&d.from, asker.locality));
-        return from.map_or(healthy.clone(), |distribute| distributed(distribute, asker, &healthy));
+        return match from {
+            Some(distribute) => distributed(distribute, asker, &healthy),
+            None => healthy,
+        };
     }
     let mut levels: Vec<(usize, Vec<&Endpoint>)> = Vec::new();
     for endpoint in candidates {

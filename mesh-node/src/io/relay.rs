@@ -20,7 +20,7 @@ use tokio::{
     },
 };
 
-use super::socket::reset_on_close;
+use super::{rarely::Rarely, socket::reset_on_close};
 
 /// First read of a direction, bytes; doubles while reads fill it, up to [`MAX_CHUNK`].
 pub const MIN_CHUNK: usize = 8 * 1024;
@@ -119,6 +119,7 @@ pub async fn relay<C>(
     cut: impl Future<Output = C>,
 ) -> Result<(), Broken<C>> {
     let result = {
+        let cut = std::pin::pin!(Rarely::new(cut));
         let (from_down, to_down) = downstream.halves();
         let (from_up, to_up) = upstream.halves();
         let out = direction(from_down, to_up, Side::Downstream, Side::Upstream, &traffic.sent);

@@ -5,7 +5,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Range,
-    os::fd::{AsRawFd, FromRawFd, IntoRawFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd},
     time::Duration,
 };
 
@@ -73,6 +73,8 @@ fn listening(domain: Domain, address: SocketAddr) -> io::Result<Socket> {
     }
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
+    // Connections it accepts have this from it.
+    tune(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket)
@@ -129,9 +131,8 @@ async fn connect_once(netns: &Netns, to: SocketAddr, source: Source, local: bool
     }
     // SAFETY: the descriptor is a socket we own and give away.
     let socket = unsafe { TcpSocket::from_raw_fd(socket.into_raw_fd()) };
-    let stream = socket.connect(to).await?;
-    tune(&stream)?;
-    Ok(stream)
+    tune(&socket)?;
+    socket.connect(to).await
 }
 
 fn connecting(to: SocketAddr, source: Source) -> io::Result<Socket> {
@@ -167,11 +168,12 @@ fn set_option(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::R
 
 /// Settings of every connection of the data path: no Nagle delay on top of the application's own, a bound for what waits to be sent, and
 /// keepalive.
-pub fn tune(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)?;
+fn tune(socket: &impl AsFd) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_notsent_lowat(UNSENT)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE).with_retries(KEEPALIVE_PROBES);
-    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+    socket.set_tcp_keepalive(&keepalive)
 }
 
 /// Keepalive as configured; what is not given stays as it is.

@@ -57,7 +57,10 @@ use self::{
     wire::{Refused, WireRequest},
 };
 use super::{Proxy, ServedPod, live::Cut, open::Listed, pods::Stage};
-use crate::io::relay::{Prefixed, Traffic};
+use crate::io::{
+    rarely::Rarely,
+    relay::{Prefixed, Traffic},
+};
 
 /// How long a client may take over the head of a request it has begun.
 const HEAD_TIMEOUT: Duration = Duration::from_mins(1);
@@ -98,8 +101,8 @@ impl Connection {
         let (source, sink) = transport.counted_halves(&traffic.sent, &traffic.received);
         let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
         // Apart: every connection has the room for it, all along.
-        let mut draining = Box::pin(self.pod.draining_idle(self.since));
-        let mut ended = std::pin::pin!(self.pod.ended());
+        let mut draining = Box::pin(Rarely::new(self.pod.draining_idle(self.since)));
+        let mut ended = std::pin::pin!(Rarely::new(self.pod.ended()));
         loop {
             let request = tokio::select! {
                 biased;

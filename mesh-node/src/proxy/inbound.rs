@@ -34,7 +34,7 @@ use crate::{
     id::{ObjectName, SpiffeId, canonical},
     io::{
         relay::relay,
-        socket::{self, Source, reset_on_close, tune},
+        socket::{self, Source, reset_on_close},
     },
     policy::{Facts, Permit, Verdict},
     route::Workload,
@@ -168,7 +168,6 @@ async fn plaintext(
             return Err(failure);
         }
     };
-    tune(&downstream).map_err(Failure::Broken)?;
     outcome.opened();
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
@@ -241,7 +240,6 @@ async fn accept_tls(
     pod: &ServedPod,
     stream: TcpStream,
 ) -> Result<(ServerStream<TcpStream>, SpiffeId, impl Future<Output = ()>), Failure> {
-    tune(&stream).map_err(Failure::Broken)?;
     let identity = proxy.config.load().workload(&pod.uid).map(|w| w.identity.clone()).ok_or(Failure::UnknownWorkload)?;
     let credentials = timeout(HANDSHAKE_TIMEOUT, proxy.identity.credentials(&identity)).await;
     let credentials = credentials.unwrap_or_else(|_| Err("it took too long".into())).map_err(Failure::Identity)?;

@@ -37,7 +37,7 @@ use crate::{
     id::ObjectName,
     io::{
         relay::{Broken, Prefixed, Traffic, relay},
-        socket::{self, Source, reset_on_close, tune},
+        socket::{self, Source, reset_on_close},
     },
     policy::Facts,
     route::{
@@ -62,10 +62,6 @@ pub fn lost(proxy: &Arc<Proxy>, downstream: &TcpStream, client: SocketAddr) {
 
 /// A captured connection, as accepted on the outbound listener.
 pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream, client: SocketAddr, original: SocketAddr, since: Stage) {
-    if let Err(error) = tune(&downstream) {
-        tracing::debug!(target: "proxy", %client, %error, "the client is gone");
-        return;
-    }
     let _offered = proxy.accelerate(&pod, &downstream);
     let begun = sniff::begin(&proxy, (&pod, since), downstream, client, original).await;
     match begun {
@@ -128,11 +124,11 @@ impl Opaque {
         let traffic = outcome.traffic.clone();
         let Upstream { stream, limits, held: _held } = upstream;
         let downstream = Prefixed::new(downstream, read);
-        let (pod, cut) = (&self.pod, self.cut(&limits, &traffic));
+        let cut = self.cut(&limits, &traffic);
         let relayed = match stream {
             Stream::Tcp(stream) => relay(downstream, stream, &traffic, cut).await,
             Stream::Tunnel(tunnel) => relay(downstream, *tunnel, &traffic, cut).await,
-            Stream::Local(local) => relay_local(&self.proxy, downstream, *local, (pod, self.since), &traffic, cut).await,
+            Stream::Local(local) => relay_local(&self.proxy, downstream, *local, self.since, &traffic, cut).await,
         };
         if let Err(broken) = relayed {
             outcome.fail(broken.into());
@@ -283,7 +279,7 @@ async fn relay_local(
     proxy: &Arc<Proxy>,
     downstream: Prefixed,
     local: Local,
-    (pod, since): (&ServedPod, Stage),
+    since: Stage,
     traffic: &Arc<Traffic>,
     cut: impl Future<Output = Cut> + Send,
 ) -> Result<(), Broken<Cut>> {
@@ -294,14 +290,7 @@ async fn relay_local(
         let requests = outcome.requests.clone();
         let (since, traffic) = (since.min(destination.stage()), traffic.clone());
         let inspection = Inspection { proxy, pod: &destination, admitted, client, since, traffic, requests };
-        let ended = async {
-            tokio::select! {
-                biased;
-                reason = pod.ended() => reason,
-                reason = cut => reason,
-            }
-        };
-        let inspected = inspection.run(Transport::Prefixed(downstream), ended).await;
+        let inspected = inspection.run(Transport::Prefixed(downstream), cut).await;
         let inspected = match inspected {
             Err(Failure::Cut(reason)) => {
                 outcome.fail(Failure::Cut(reason));
@@ -319,7 +308,6 @@ async fn relay_local(
         tokio::select! {
             biased;
             reason = inbound::cut(&mut registration, &destination) => reason,
-            reason = pod.ended() => reason,
             reason = cut => reason,
         }
     };

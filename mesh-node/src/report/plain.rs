@@ -145,6 +145,7 @@ impl Short {
 pub fn push_number(n: u64, text: &mut Vec<u8>) {
     match u32::try_from(n) {
         Ok(n) if n < 10 => text.push(DIGITS[n as usize]),
+        Ok(n) if n < 100 => text.extend_from_slice(&[DIGITS[(n / 10) as usize], DIGITS[(n % 10) as usize]]),
         Ok(n) => {
             let mut short = Short::new();
             short.number(n);
@@ -162,8 +163,33 @@ pub fn push_ip(ip: IpAddr, text: &mut Vec<u8>) {
     short.push(text);
 }
 
+/// Addresses that are put together once as long as their places are theirs: lines are of the same few connections and endpoints.
+const RECENT: usize = 128;
+
 /// The same, with its port.
 pub fn push_address(address: SocketAddr, text: &mut Vec<u8>) {
+    thread_local! {
+        static KNOWN: RefCell<Vec<(SocketAddr, Short)>> = const { RefCell::new(Vec::new()) };
+    }
+    let last = match address {
+        SocketAddr::V4(v4) => v4.ip().octets()[3],
+        SocketAddr::V6(v6) => v6.ip().octets()[15],
+    };
+    // Clients' ports are every other one, and servers share theirs.
+    let place = (usize::from(address.port() >> 1) ^ usize::from(last) << 2) % RECENT;
+    KNOWN.with_borrow_mut(|known| {
+        if known.is_empty() {
+            known.resize_with(RECENT, || (SocketAddr::from(([0; 4], 0)), Short::new()));
+        }
+        let Some((of, short)) = known.get_mut(place) else { return };
+        if *of != address || short.length == 0 {
+            (*of, *short) = (address, with_port(address));
+        }
+        short.push(text);
+    });
+}
+
+fn with_port(address: SocketAddr) -> Short {
     let mut short = Short::new();
     match address.ip() {
         IpAddr::V4(v4) => short.v4(v4),
@@ -175,7 +201,7 @@ pub fn push_address(address: SocketAddr, text: &mut Vec<u8>) {
     }
     short.byte(b':');
     short.number(address.port().into());
-    short.push(text);
+    short
 }
 
 /// Year, month and day of a day counted from 1970, in the Gregorian calendar: eras of 400 years that begin in March.
@@ -233,6 +259,12 @@ mod tests {
             text.clear();
             push_address(SocketAddr::from((ip, 65535)), &mut text);
             assert_eq!(text, SocketAddr::from((ip, 65535)).to_string().as_bytes());
+        }
+        // Whoever had its place before.
+        for (text, n) in [("0.0.0.0:0", 3), ("10.0.0.1:80", 2), ("10.0.0.1:336", 2), ("[::1]:80", 1), ("10.0.0.1:80", 1)] {
+            let mut line = Vec::new();
+            (0..n).for_each(|_| push_address(text.parse().expect(text), &mut line));
+            assert_eq!(line, text.repeat(n).as_bytes());
         }
         let mut text = Vec::new();
         push_address(([10, 0, 200, 1], 0).into(), &mut text);

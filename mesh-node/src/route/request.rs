@@ -171,7 +171,11 @@ fn decode_all(path: &str) -> String {
 /// A request whose path has to be changed: as it is written is not how the mesh normalises paths. `None` if it need not be.
 pub fn renormalised(head: &RequestHead, normalization: Normalization) -> Result<Option<RequestHead>, BadPath> {
     let path = head.path();
-    let mut text = normalise_path(path)?.unwrap_or_else(|| path.to_owned());
+    let normal = normalise_path(path)?;
+    if normal.is_none() && normalization == Normalization::Base {
+        return Ok(None);
+    }
+    let mut text = normal.unwrap_or_else(|| path.to_owned());
     if normalization == Normalization::DecodeAndMergeSlashes && text.contains('%') {
         for escaped in ["%2f", "%2F", "%5c", "%5C"] {
             text = text.replace(escaped, "/");

@@ -26,7 +26,7 @@ use super::{
     wire::{self, Malformed, Refused, WireRequest},
 };
 use crate::{
-    io::relay::Traffic,
+    io::{rarely::Rarely, relay::Traffic},
     proxy::live::Cut,
     route::{request::RequestHead, retry::Reset},
 };
@@ -64,11 +64,12 @@ async fn h1_loop(
     unread: &mut Unread,
     mut application: Option<Application<'_>>,
     traffic: &Traffic,
-    mut ending: Pin<&mut (impl Future<Output = Cut> + Send)>,
+    ending: Pin<&mut (impl Future<Output = Cut> + Send)>,
 ) -> Result<Next, Cut> {
     let (source, sink) = client.counted_halves(&traffic.sent, &traffic.received);
     let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
-    let mut draining = std::pin::pin!(gate.pod.draining_idle(gate.since));
+    let mut draining = std::pin::pin!(Rarely::new(gate.pod.draining_idle(gate.since)));
+    let mut ending = std::pin::pin!(Rarely::new(ending));
     loop {
         let request = tokio::select! {
             biased;

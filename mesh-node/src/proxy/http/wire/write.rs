@@ -26,7 +26,7 @@ pub fn write_request(
     out.extend_from_slice(b"\r\n");
     // Where the body ends is said once, and by whoever knows: nothing that was put among the headers can say otherwise.
     for (name, value) in &head.headers {
-        if ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE].contains(name) {
+        if !matches!(*name, header::CONTENT_LENGTH | header::TRANSFER_ENCODING | header::CONNECTION | header::UPGRADE) {
             write_header(name, value, out);
         }
     }
