@@ -80,8 +80,11 @@ impl Kept {
         match wanted {
             Wanted::All => Self::All(headers.clone()),
             Wanted::These(names) => {
-                let of = |name| headers.get_all(name).iter().map(move |value: &HeaderValue| (HeaderName::clone(name), value.clone()));
-                Self::Some(names.iter().flat_map(of).collect())
+                let mut kept = Vec::with_capacity(names.len());
+                for name in names {
+                    kept.extend(headers.get_all(name).iter().map(|value| (name.clone(), value.clone())));
+                }
+                Self::Some(kept)
             }
         }
     }

@@ -246,8 +246,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             record.answered_at = Some((*began + took).into_std());
             record.upstream_protocol = Some(wanted.protocol());
             if status != StatusCode::SWITCHING_PROTOCOLS {
-                let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-                headers.insert(headers::SERVICE_TIME.clone(), took.into());
+                headers.insert(headers::SERVICE_TIME.clone(), headers::milliseconds(took));
             }
             forward.decorate(&mut headers, record, Some(status));
             if let Some(cookie) = hashed.cookie.take() {

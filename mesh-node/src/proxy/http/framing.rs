@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, io, io::IoSlice};
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::wire::{Framing, Malformed, write_headers};
@@ -202,6 +202,24 @@ impl Out {
         self.0.front_mut()
     }
 
+    /// Makes one piece of the first few, as far as they have no more than `most` bytes together: where each piece costs more than a copy of
+    /// it.
+    pub fn join(&mut self, most: usize) {
+        let mut bytes = 0;
+        let fits = |piece: &&Bytes| {
+            let sum = bytes + piece.len();
+            let fits = sum <= most;
+            bytes = if fits { sum } else { bytes };
+            fits
+        };
+        let pieces = self.0.iter().take_while(fits).count();
+        if pieces > 1 {
+            let mut joined = BytesMut::with_capacity(bytes);
+            self.0.drain(..pieces).for_each(|piece| joined.extend_from_slice(&piece));
+            self.0.push_front(joined.freeze());
+        }
+    }
+
     /// The next piece, whole.
     pub fn pop(&mut self) -> Option<Bytes> {
         self.0.pop_front()
@@ -288,6 +306,34 @@ mod tests {
             left.extend_from_slice(&buffer);
         }
         Ok((data, trailers, left, decoder.is_done()))
+    }
+
+    #[test]
+    fn small_pieces_become_one_and_large_ones_stay() {
+        for (pieces, most, expected) in [
+            (&[3, 4, 5][..], 12, &[12][..]),
+            (&[3, 4, 5], 11, &[7, 5]),
+            (&[3, 0, 9], 3, &[3, 9]),
+            (&[9, 1], 8, &[9, 1]),
+            (&[4], 8, &[4]),
+            (&[], 8, &[]),
+        ] {
+            let mut out = Out::default();
+            let mut all = Vec::new();
+            for (i, n) in pieces.iter().enumerate() {
+                let piece = vec![u8::try_from(i).expect("few"); *n];
+                all.extend_from_slice(&piece);
+                out.push(piece.into());
+            }
+            out.join(most);
+            let mut lengths = Vec::new();
+            let mut joined = Vec::new();
+            while let Some(piece) = out.pop() {
+                lengths.push(piece.len());
+                joined.extend_from_slice(&piece);
+            }
+            assert_eq!((lengths.as_slice(), joined), (expected, all), "{pieces:?} {most}");
+        }
     }
 
     #[test]

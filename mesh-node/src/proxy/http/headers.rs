@@ -68,6 +68,13 @@ fn request_id(bits: u128) -> [u8; 36] {
     text
 }
 
+/// A time as the value of a header; of short ones nothing is put together.
+pub fn milliseconds(time: Duration) -> HeaderValue {
+    const SHORT: [&str; 10] = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"];
+    let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    usize::try_from(millis).ok().and_then(|n| SHORT.get(n)).map_or_else(|| millis.into(), |text| HeaderValue::from_static(text))
+}
+
 /// Tells the endpoint how long it has.
 pub fn expect_within(headers: &mut HeaderMap, time: Option<Duration>) {
     if let Some(time) = time {

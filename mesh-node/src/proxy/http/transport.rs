@@ -169,6 +169,8 @@ enum SinkKind<'a> {
 
 /// Pieces in one vectored write.
 const SLICES: usize = 16;
+/// Bytes of pieces that go into a tunnel as one: each is a frame of its own, with all that takes at both ends.
+const JOINED: usize = 8 * 1024;
 
 impl TransportSink<'_> {
     /// Writes everything; what is written when this is dropped has left `out`.
@@ -184,14 +186,17 @@ impl TransportSink<'_> {
                     out.written(n)?;
                     n
                 }
-                SinkKind::Tunnel(sink) => match out.first() {
-                    Some(piece) => {
-                        let before = piece.len();
-                        sink.put_part(piece).await?;
-                        before - piece.len()
+                SinkKind::Tunnel(sink) => {
+                    out.join(JOINED);
+                    match out.first() {
+                        Some(piece) => {
+                            let before = piece.len();
+                            sink.put_part(piece).await?;
+                            before - piece.len()
+                        }
+                        None => 0,
                     }
-                    None => 0,
-                },
+                }
             };
             if let Some(written) = self.written {
                 written.fetch_add(n as u64, Ordering::Relaxed);

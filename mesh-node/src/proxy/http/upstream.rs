@@ -282,22 +282,28 @@ pub async fn acquire(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
 async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> {
     let Wanted { cluster, state, endpoint, .. } = wanted;
     let limit = cluster.policy.tcp.max_connections;
+    let idle = || {
+        let (workload, now) = (wanted.workload(), Instant::now());
+        let usable = |idle: &mut Box<H1Upstream>| idle.workload == workload && idle.is_fresh(cluster, now) && idle.is_usable();
+        std::iter::from_fn(|| endpoint.idle.pop()).find_map(|mut idle| usable(&mut idle).then_some(idle))
+    };
+    // Most find one, and have no need to hear of others.
+    if let Some(idle) = idle() {
+        return Ok(idle);
+    }
     let mut pending = None;
     loop {
         let mut freed = pin!(wanted.freed());
         // Registered before anything is looked at, so that nothing that happens after that is missed.
         freed.as_mut().enable();
-        let (workload, now) = (wanted.workload(), Instant::now());
-        while let Some(mut idle) = endpoint.idle.pop() {
-            if idle.workload == workload && idle.is_fresh(cluster, now) && idle.is_usable() {
-                return Ok(idle);
-            }
+        if let Some(idle) = idle() {
+            return Ok(idle);
         }
         if pending.is_none() {
             pending = Some(wanted.pending()?);
         }
         if let Some(slot) = ConnectionSlot::begin(state, endpoint, limit) {
-            return connect_h1(wanted, workload, slot).await.map_err(NoUpstream::Failed);
+            return connect_h1(wanted, wanted.workload(), slot).await.map_err(NoUpstream::Failed);
         }
         freed.await;
     }

@@ -70,6 +70,7 @@ impl Malformed {
 const CODEC: Malformed = Malformed::codec("http1.codec_error");
 const INVALID_CHARACTERS: Malformed = Malformed::codec("http1.invalid_characters");
 const INVALID_URL: Malformed = Malformed::codec("http1.invalid_url");
+static KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 static PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
 /// Where a message's body ends.
@@ -444,7 +445,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
             headers.insert(header::TE, HeaderValue::from_static("trailers"));
         }
     }
-    for name in ["keep-alive", "proxy-connection", "transfer-encoding", "upgrade"] {
+    for name in [&KEEP_ALIVE, &PROXY_CONNECTION, &header::TRANSFER_ENCODING, &header::UPGRADE] {
         headers.remove(name);
     }
 }

@@ -1,0 +1,116 @@
+//! What applications see of the client.
+
+use std::time::Duration;
+
+use mesh_tests::{
+    engine::{Engine, NEAR_CLIENT, security, service},
+    scripted::{self, Seen},
+    wire::exchange,
+};
+use serde_json::json;
+
+use super::{ask, authorizers, get, mesh_config, served};
+
+/// What the application says about its connection reaches the client.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_applications_connection_is_the_clients() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let policy = security("AuthorizationPolicy", "p", &json!({"rules": [{"to": [{"operation": {"methods": ["GET"]}}]}]}));
+    let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &[policy])).await.expect("started");
+    let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+    let kept = exchange(&mut stream, get("/a", "kept", "").into_bytes(), false).await;
+    assert_eq!((kept.status.as_str(), kept.header("connection")), ("200", None));
+    let closing = exchange(&mut stream, get("/b", "closing", "x-plan: 200+connection=close\r\n").into_bytes(), false).await;
+    assert_eq!((closing.status.as_str(), closing.header("connection")), ("200", Some("close")), "{closing:?}");
+    // One that closes while nothing is under way is closed to the client too, and not reset.
+    let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+    let parting = exchange(&mut stream, get("/c", "parting", "x-plan: parting\r\n").into_bytes(), false).await;
+    assert_eq!(parting.status, "200");
+    use tokio::io::AsyncReadExt;
+    let mut rest = Vec::new();
+    let ended = tokio::time::timeout(Duration::from_secs(3), stream.read_to_end(&mut rest)).await.expect("in time");
+    assert!(ended.is_ok() && rest.is_empty(), "{ended:?}");
+    assert!(seen.of("kept")[0].connection == seen.of("closing")[0].connection);
+}
+
+/// Who the client is, as the application is told; nobody can say that of himself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn applications_are_told_who_the_client_is() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let both = "By=spiffe://cluster.local/ns/default/sa/server;URI=spiffe://cluster.local/ns/default/sa/client";
+    let forged = "URI=spiffe://cluster.local/ns/default/sa/admin";
+    let asks = security("AuthorizationPolicy", "p", &json!({"rules": [{"to": [{"operation": {"methods": ["GET"]}}]}]}));
+    // What is denied is asked about what the application would see.
+    let admins = json!({"action": "DENY", "rules": [{"when": [{"key": "request.headers[x-forwarded-client-cert]", "values": ["*admin*", "*sa/admin"]}]}]});
+    let denies = security("AuthorizationPolicy", "d", &admins);
+    let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &[])).await.expect("started");
+    let rows: [(Option<&str>, Option<&str>, Option<&str>); 7] = [
+        // The mode, and what comes of a forged header from outside and from a pod of the node, whose own proxy has taken it off.
+        (None, None, Some(both)),
+        (Some("SANITIZE"), None, None),
+        (Some("FORWARD_ONLY"), None, None),
+        (Some("APPEND_FORWARD"), None, Some(both)),
+        (Some("SANITIZE_SET"), None, Some(both)),
+        (Some("ALWAYS_FORWARD_ONLY"), Some(forged), None),
+        (Some("UNDEFINED"), None, Some(both)),
+    ];
+    for (mode, outside, node) in rows {
+        let headers = mode.map(|mode| json!({"proxyHeaders": {"forwardedClientCert": mode}}));
+        for policies in [vec![], vec![asks.clone()]] {
+            let guarded = !policies.is_empty();
+            let mut more = policies;
+            more.extend(headers.as_ref().map(|h| authorizers::mesh_config(&json!({"defaultConfig": h}))));
+            engine.apply(&served(upstream, &more)).await.expect("applied");
+            for (way, expected) in [("outside", outside), ("node", node)] {
+                let id = format!("{mode:?}-{guarded}-{way}");
+                let got = ask(&engine, way, upstream, &get("/a", &id, &format!("x-forwarded-client-cert: {forged}\r\n"))).await;
+                assert_eq!(got.status, "200", "{id}");
+                let told = seen.of(&id)[0]
+                    .headers
+                    .iter()
+                    .filter(|(n, _)| n == "x-forwarded-client-cert")
+                    .map(|(_, v)| v.clone())
+                    .collect::<Vec<_>>();
+                assert_eq!(told, expected.into_iter().map(str::to_owned).collect::<Vec<_>>(), "{id}");
+            }
+        }
+    }
+    engine.apply(&served(upstream, &[denies])).await.expect("applied");
+    let got = ask(&engine, "outside", upstream, &get("/a", "d", &format!("x-forwarded-client-cert: {forged}\r\n"))).await;
+    assert_eq!(got.status, "200", "a forged header is none");
+    let clients =
+        json!({"action": "DENY", "rules": [{"when": [{"key": "request.headers[x-forwarded-client-cert]", "values": ["*sa/client"]}]}]});
+    engine.apply(&served(upstream, &[security("AuthorizationPolicy", "c", &clients)])).await.expect("applied");
+    for (way, expected) in [("outside", "200"), ("node", "403")] {
+        assert_eq!(
+            ask(&engine, way, upstream, &get("/a", "c", "")).await.status,
+            expected,
+            "{way}: policies see what the application would"
+        );
+    }
+    // An authorizer sees what the application would.
+    let custom = json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": "h"}, "rules": [{}]});
+    let provider = json!({"name": "h", "envoyExtAuthzHttp": {"service": "authz.default.svc.cluster.local", "port": 80,
+        "includeRequestHeadersInCheck": ["x-forwarded-client-cert", "x-pass"], "headersToUpstreamOnAllow": ["x-cert"]}});
+    let mesh = mesh_config(&json!({"extensionProviders": [provider]}));
+    let mut documents = served(upstream, &[mesh, security("AuthorizationPolicy", "custom", &custom)]);
+    documents.extend(service("authz", "10.99.0.3", "http", &[authorizers::authorizer()]));
+    engine.apply(&documents).await.expect("applied");
+    let got = ask(&engine, "node", upstream, &get("/a", "asked", "x-pass: 1\r\n")).await;
+    assert_eq!(got.status, "200");
+    let header = |name: &str| seen.of("asked")[0].headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone());
+    assert_eq!((header("x-cert").as_deref(), header("x-forwarded-client-cert").as_deref()), (Some(both), Some(both)));
+    // Over HTTP/2 too.
+    let upstream_2 = scripted::http2("up2", &seen).await.expect("an upstream");
+    engine.apply(&[served(upstream, &[]), service("two", "10.99.0.2", "http2", &[upstream_2])].concat()).await.expect("applied");
+    let got = exchange(
+        &mut engine.connect("10.99.0.2:80".parse().expect("an address")).await.expect("connected"),
+        get("/a", "h2", "").into_bytes(),
+        false,
+    )
+    .await;
+    assert_eq!(got.status, "200");
+    assert_eq!(seen.of("h2")[0].headers.iter().find(|(n, _)| n == "x-forwarded-client-cert").map(|(_, v)| v.as_str()), Some(both));
+}
