@@ -2,6 +2,7 @@
 //!
 //! Label values are closed sets, or names of workloads and services of the mesh: bounded by the configuration.
 
+mod events;
 mod flags;
 mod lines;
 mod process;
@@ -14,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+pub use events::civil;
 pub use flags::{Flag, Flags};
 pub use lines::Lines;
 use prometheus_client::{
@@ -25,6 +27,7 @@ use prometheus_client::{
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use self::{
+    events::Form,
     process::Process,
     traffic::{Calls, Reporter, Traffic},
     watch::Watch,
@@ -396,29 +399,30 @@ pub fn flush_log() {
 /// Starts logging to standard output. `filter` is in the syntax of `RUST_LOG`.
 pub fn start_logging(filter: &str, json: bool) -> Result<(), String> {
     let parsed = log_filter_of(filter)?;
-    let builder = tracing_subscriber::fmt().with_env_filter(parsed).with_ansi(false).with_writer(Out::get);
+    let form = if json { Form::Json } else { Form::Text };
+    let builder = tracing_subscriber::fmt().event_format(form).with_env_filter(parsed).with_writer(Out::get);
     let told = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         flush_log();
         told(panic);
     }));
-    let set: Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync> = if json {
-        let builder = builder.json().with_filter_reloading();
-        let handle = builder.reload_handle();
-        builder.try_init().map_err(|e| e.to_string())?;
-        Box::new(move |filter| handle.reload(filter).map_err(|e| e.to_string()))
-    } else {
-        let builder = builder.with_filter_reloading();
-        let handle = builder.reload_handle();
-        builder.try_init().map_err(|e| e.to_string())?;
-        Box::new(move |filter| handle.reload(filter).map_err(|e| e.to_string()))
-    };
+    let builder = builder.with_filter_reloading();
+    let handle = builder.reload_handle();
+    builder.try_init().map_err(|e| e.to_string())?;
+    let set = Box::new(move |filter| handle.reload(filter).map_err(|e| e.to_string()));
     // There is one log, started once.
     let _ = LOG.set(LogControl { first: filter.to_owned(), now: Mutex::new(filter.to_owned()), set });
     Ok(())
 }
 
 fn log_filter_of(filter: &str) -> Result<EnvFilter, String> {
+    // A word alone is a target whose every event is logged, and of all others nothing: hardly what is meant by a level that is misspelt.
+    let odd = |clause: &&str| !clause.contains(['=', '[']) && clause.parse::<LevelFilter>().is_err();
+    if let Some(clause) = filter.split(',').map(str::trim).filter(|c| !c.is_empty()).find(odd) {
+        return Err(format!(
+            "log filter {filter:?}: {clause:?} is no level (off, error, warn, info, debug, trace); of a target, say {clause}=debug"
+        ));
+    }
     EnvFilter::try_new(filter).map_err(|e| format!("log filter {filter:?}: {e}"))
 }
 

@@ -340,7 +340,7 @@ fn connections_that_fail_are_counted_by_why_and_logged_as_errors() {
             lines.iter().filter(|l| l.contains(level) && l.contains("connection complete") && l.contains(part)).count()
         };
         assert_eq!(
-            (of("ERROR", "error="), of("INFO", "error="), of("INFO", "dst.workload")),
+            (of("\terror\t", "error="), of("\tinfo\t", "error="), of("\tinfo\t", "dst.workload")),
             (1 + usize::from(connects), 0, 1),
             "{reporter}: {lines:#?}"
         );

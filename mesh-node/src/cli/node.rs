@@ -140,7 +140,7 @@ struct RunArgs {
     /// What is logged, in the syntax of `RUST_LOG`. Every connection is logged with target `access`.
     #[arg(long, env = "MESH_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
-    /// Log JSON instead of text.
+    /// Log JSON instead of text. So does `LOG_FORMAT=json`, as ztunnel has it.
     #[arg(long, env = "MESH_LOG_JSON")]
     log_json: bool,
 }
@@ -250,7 +250,7 @@ struct CaArgs {
     /// What is logged, in the syntax of `RUST_LOG`.
     #[arg(long, env = "MESH_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
-    /// Log JSON instead of text.
+    /// Log JSON instead of text. So does `LOG_FORMAT=json`, as ztunnel has it.
     #[arg(long, env = "MESH_LOG_JSON")]
     log_json: bool,
 }
@@ -266,7 +266,7 @@ fn account(text: &str) -> Result<(String, String), String> {
 
 impl CaArgs {
     fn run(self) -> anyhow::Result<()> {
-        telemetry::start_logging(&self.log, self.log_json).map_err(anyhow::Error::msg)?;
+        telemetry::start_logging(&self.log, self.log_json || wants_json()).map_err(anyhow::Error::msg)?;
         let cluster = match (self.tokens, self.config_dir) {
             (Some(tokens), Some(config_dir)) => ClusterSettings::Files { tokens, config_dir, state_dir: self.state_dir },
             _ => ClusterSettings::Kubernetes,
@@ -305,7 +305,7 @@ impl MeshNode {
 
 impl RunArgs {
     fn run(self) -> anyhow::Result<()> {
-        telemetry::start_logging(&self.log, self.log_json).map_err(anyhow::Error::msg)?;
+        telemetry::start_logging(&self.log, self.log_json || wants_json()).map_err(anyhow::Error::msg)?;
         let workers = self.workers;
         let settings = self.settings()?;
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -393,4 +393,9 @@ mod tests {
         let drained = [1, 2, 8, 10, 11, 30, 86_400].map(|given| drain_period(given).as_millis());
         assert_eq!(drained, [500, 1000, 4000, 5000, 6000, 25_000, 86_395_000]);
     }
+}
+
+/// Whether the environment asks for a log in JSON, in ztunnel's words.
+fn wants_json() -> bool {
+    std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json")
 }

@@ -28,7 +28,10 @@ use crate::{
         mesh_config::{Authorizer, ClientCert, Normalization, Observability},
         selector::Labels,
     },
-    route::Workload,
+    route::{
+        Workload,
+        retry::{RetryPolicy, default_policy},
+    },
 };
 
 /// Builds the next snapshot. Loads of endpoints that stay are carried over from the previous one.
@@ -47,6 +50,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     snapshot.remote_keys = policies.finish(&mut builder);
     snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers).into_values().collect();
     snapshot.normalization = builder.parts.normalization;
+    snapshot.retries = Arc::new(builder.parts.retries.take().unwrap_or_else(default_policy));
     snapshot.client_cert = builder.parts.client_cert;
     services::build(&mut builder, previous, &mut snapshot, now);
     builder.statuses.sort();
@@ -77,6 +81,7 @@ struct Parts<'a> {
     request_authentications: Vec<(&'a Named, &'a RequestAuthentication)>,
     authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
     normalization: Normalization,
+    retries: Option<RetryPolicy>,
     client_cert: ClientCert,
     observability: Observability,
     telemetries: Vec<(&'a Named, &'a Telemetry)>,
@@ -110,6 +115,7 @@ impl<'a> Builder<'a> {
             Object::MeshConfig(m) if named.key.name.namespace == self.mesh.root_namespace => {
                 parts.authorizers = m.authorizers.iter().map(|a| (a.name.clone(), a.clone())).collect();
                 parts.normalization = m.normalization.unwrap_or_default();
+                parts.retries.clone_from(&m.retries);
                 parts.client_cert = m.client_cert;
                 parts.observability = m.observability.clone();
                 m.problems.iter().for_each(|problem| self.remark(Severity::Warning, named, problem));

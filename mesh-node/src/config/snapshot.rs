@@ -15,7 +15,10 @@ use crate::{
         mesh_config::{Authorizer, ClientCert, Normalization},
         request_authentication::{JwtRule, RemoteKeys},
     },
-    route::{Cluster, ClusterId, Service, Target, Workload},
+    route::{
+        Cluster, ClusterId, Service, Target, Workload,
+        retry::{RetryPolicy, default_policy},
+    },
 };
 
 /// An authorization policy, as a list shows it.
@@ -45,6 +48,8 @@ pub struct Snapshot {
     pub remote_keys: BTreeSet<RemoteKeys>,
     pub authorizers: Authorizers,
     pub normalization: Normalization,
+    /// Of routes that say nothing of retries.
+    pub retries: Arc<RetryPolicy>,
     pub client_cert: ClientCert,
     /// Authorization policies in force, for inspection.
     pub policies: Vec<PolicySummary>,
@@ -71,6 +76,7 @@ impl Snapshot {
             remote_keys: BTreeSet::new(),
             authorizers: Authorizers::default(),
             normalization: Normalization::default(),
+            retries: Arc::new(default_policy()),
             client_cert: ClientCert::default(),
             policies: Vec::new(),
             workloads: HashMap::new(),

@@ -100,6 +100,8 @@ impl Failure {
             Self::Denied(_) | Self::Cut(Cut::PolicyChanged) | Self::Tunnel(TunnelError::Refused(::http::StatusCode::UNAUTHORIZED)) => {
                 "DENY"
             }
+            // Hardly anything else keeps a node's port from answering.
+            Self::DialPeer { source, .. } if source.kind() == io::ErrorKind::TimedOut => "NETWORK_POLICY",
             Self::Identity(_) => "IDENTITY_ERROR",
             Self::Tls { .. } => "TLS_FAILURE",
             Self::Tunnel(TunnelError::Handshake(_) | TunnelError::Timeout) => "H2_HANDSHAKE_FAILURE",

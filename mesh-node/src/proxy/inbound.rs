@@ -205,7 +205,7 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
     };
     let (stream, peer, revoked) = match accept_tls(&proxy, &pod, stream).await {
         Ok(accepted) => accepted,
-        Err(failure) => return refused_handshake(&proxy, client, failure),
+        Err(failure) => return refused_handshake(&proxy, client, local, failure),
     };
     drop(caller);
     proxy.metrics.hbone_connections.inc();
@@ -225,12 +225,13 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
     proxy.metrics.hbone_connections.dec();
 }
 
-fn refused_handshake(proxy: &Arc<Proxy>, client: SocketAddr, failure: Failure) {
+fn refused_handshake(proxy: &Arc<Proxy>, client: SocketAddr, local: SocketAddr, failure: Failure) {
     if let Failure::Tls { kind, .. } = &failure {
         proxy.metrics.handshake_failure("server", kind.reason());
     }
     let mut outcome = Outcome::new(proxy, Direction::Inbound);
     outcome.source.address = Some(client);
+    outcome.tunnel = Some(local);
     outcome.fail(failure);
 }
 

@@ -61,6 +61,21 @@ pub struct Party {
     pub workload: Option<Arc<Workload>>,
 }
 
+impl Party {
+    fn name(&self) -> Option<&str> {
+        self.workload.as_ref().map(|w| &*w.name.name)
+    }
+
+    fn namespace(&self) -> Option<&str> {
+        self.workload.as_ref().map(|w| &*w.name.namespace)
+    }
+
+    /// Who it is, on a connection where both have proved it.
+    fn proved(&self, mutual: bool) -> Option<String> {
+        self.identity.as_ref().filter(|_| mutual).map(ToString::to_string)
+    }
+}
+
 /// A connection from its first to its last moment. Dropped, it is counted and logged; without [`Outcome::fail`] it was good.
 pub struct Outcome {
     proxy: Arc<Proxy>,
@@ -151,10 +166,12 @@ impl Outcome {
 
     /// Where it is counted.
     fn edge(&self) -> Option<Arc<Edge>> {
+        // As ztunnel tells it, also of one that has proved nothing.
+        let meant = self.destination.workload.as_ref().map(|w| &w.identity);
         let ends = Ends {
             reporter: self.direction.reporter(),
             source: (self.source.workload.as_deref(), self.source.identity.as_ref()),
-            destination: (self.destination.workload.as_deref(), self.destination.identity.as_ref()),
+            destination: (self.destination.workload.as_deref(), self.destination.identity.as_ref().or(meant)),
             service: self.service(),
         };
         ends.edge(&self.proxy.metrics, &self.told().map(|t| t.tags.clone()).unwrap_or_default())
@@ -226,7 +243,11 @@ impl Outcome {
             open.count();
             if let Some(edge) = &open.edge {
                 let flags = self.failure.as_ref().map_or("-", Failure::response_flag);
-                edge.closed(&TcpKey { flags, tags: open.key.tags.clone() });
+                let key = TcpKey { flags, tags: open.key.tags.clone() };
+                edge.closed(&key);
+                if matches!(self.failure, Some(Failure::Cut(Cut::PolicyChanged))) {
+                    edge.failed(&key);
+                }
             }
             self.proxy.open.remove(open.number);
             self.proxy.metrics.open_connections.dec();
@@ -345,11 +366,9 @@ impl Outcome {
         if !is_wanted {
             return;
         }
-        let name = |p: &Party| p.workload.as_ref().map(|w| w.name.name.to_string());
-        let namespace = |p: &Party| p.workload.as_ref().map(|w| w.name.namespace.to_string());
-        let identity = |p: &Party| p.identity.as_ref().map(ToString::to_string);
+        // Who the two are is known for certain where both have proved it.
+        let mutual = self.source.identity.is_some() && self.destination.identity.is_some();
         let service = self.service().map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace));
-        let address = |a: Option<SocketAddr>| a.map(|a| a.to_string());
         // What the other end dialled: through a tunnel, the HBONE address, with the application's beside it.
         let (dst, hbone) = match self.tunnel {
             Some(tunnel) => (Some(tunnel), self.destination.address),
@@ -361,16 +380,16 @@ impl Outcome {
             Direction::Outbound => (sent, received),
             Direction::Inbound => (received, sent),
         };
-        let (source, destination, dst, hbone) = (&self.source, &self.destination, address(dst), address(hbone));
+        let (source, destination) = (&self.source, &self.destination);
         macro_rules! say {
             ($level:ident, $what:literal) => {
                 tracing::$level!(
                     name: $what,
                     target: "access",
-                    { src.addr = address(source.address), src.workload = name(source), src.namespace = namespace(source),
-                      src.identity = identity(source), dst.addr = dst, dst.hbone_addr = hbone, dst.service = service,
-                      dst.workload = name(destination), dst.namespace = namespace(destination), dst.identity = identity(destination),
-                      direction = self.direction.name(), bytes_sent = out, bytes_recv = back, duration, error },
+                    { src.addr = source.address.map(display), src.workload = source.name(), src.namespace = source.namespace(),
+                      src.identity = source.proved(mutual), dst.addr = dst.map(display), dst.hbone_addr = hbone.map(display),
+                      dst.service = service, dst.workload = destination.name(), dst.namespace = destination.namespace(),
+                      dst.identity = destination.proved(mutual), direction = self.direction.name(), bytes_sent = out, bytes_recv = back, duration, error },
                     $what
                 )
             };

@@ -68,7 +68,7 @@ fn peer(workload: Option<&Workload>, identity: Option<&SpiffeId>, cluster: &Arc<
         app: text(label("app").or_else(|| label("app.kubernetes.io/name"))),
         version: text(label("version").or_else(|| label("app.kubernetes.io/version"))),
         canonical_service: text(workload.and_then(Workload::canonical_service).or(name)),
-        canonical_revision: workload.and_then(Workload::canonical_revision).unwrap_or("latest").into(),
+        canonical_revision: workload.map_or(UNKNOWN, |w| w.canonical_revision().unwrap_or("latest")).into(),
         cluster: if workload.is_some() { cluster.clone() } else { unknown() },
         region: text(workload.map(|w| &*w.locality.region)),
         zone: text(workload.map(|w| &*w.locality.zone)),

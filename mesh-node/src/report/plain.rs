@@ -8,6 +8,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use crate::telemetry::civil;
+
 const DIGITS: [u8; 16] = *b"0123456789abcdef";
 
 /// UTC with milliseconds, as Envoy writes it.
@@ -202,18 +204,6 @@ fn with_port(address: SocketAddr) -> Short {
     short.byte(b':');
     short.number(address.port().into());
     short
-}
-
-/// Year, month and day of a day counted from 1970, in the Gregorian calendar: eras of 400 years that begin in March.
-pub fn civil(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
 }
 
 #[cfg(test)]

@@ -60,7 +60,9 @@ impl GatewayRoute {
             });
             let mut matches = matches.collect::<Result<Vec<_>>>()?;
             if matches.is_empty() {
-                matches.push(HttpMatch { path: Some(PathMatch::Segments("/".into())), ..HttpMatch::default() });
+                // Whatever names a method goes before what is for all of them.
+                let path = (!grpc).then(|| PathMatch::Segments("/".into()));
+                matches.push(HttpMatch { path, ..HttpMatch::default() });
             }
             flat.extend(matches.into_iter().map(|m| Rule { matches: vec![m], ..common.clone() }));
         }
@@ -134,14 +136,14 @@ fn http_match(document: &Match, at: &str) -> Result<HttpMatch> {
 
 fn grpc_match(document: &Match, at: &str) -> Result<HttpMatch> {
     let path = match &document.method {
-        None => PathMatch::Segments("/".into()),
+        None => None,
         Some(Method::Name(_)) => return Err(FieldError::new(format!("{at}.method"), "needs service or method")),
-        Some(Method::Grpc(method)) => grpc_path(method, &format!("{at}.method"))?,
+        Some(Method::Grpc(method)) => Some(grpc_path(method, &format!("{at}.method"))?),
     };
     if document.path.is_some() || !document.query_params.is_empty() {
         return Err(FieldError::new(at, "a GRPCRoute matches method and headers only"));
     }
-    Ok(HttpMatch { path: Some(path), headers: headers(&document.headers, at)?, ..HttpMatch::default() })
+    Ok(HttpMatch { path, headers: headers(&document.headers, at)?, ..HttpMatch::default() })
 }
 
 fn grpc_path(document: &GrpcMethod, at: &str) -> Result<PathMatch> {
@@ -237,7 +239,7 @@ fn retries(retry: Option<&Retry>, per_try: Option<std::time::Duration>, at: &str
     if let Some(i) = retry.codes.iter().position(|c| !(400..600).contains(c)) {
         return Err(FieldError::new(format!("{at}.codes[{i}]"), "is not an error status; use 400 to 599"));
     }
-    let connection = RetryOn::CONNECT_FAILURE.or(RetryOn::REFUSED_STREAM).or(RetryOn::RESET).or(RetryOn::STATUS_CODES);
+    let connection = default_policy().on.or(RetryOn::RESET);
     Ok(Some(RetryPolicy {
         attempts: retry.attempts.unwrap_or(2),
         on: connection,
@@ -424,5 +426,31 @@ impl ReferenceGrant {
         let from = spec.from.into_iter().filter(|f| f.group == "gateway.networking.k8s.io");
         let to = spec.to.into_iter().filter(|t| t.group.is_empty() && t.kind == "Service");
         Self { from: from.filter_map(|f| Some((f.kind, f.namespace?))).collect(), to: to.map(|t| t.name).collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::resource::{Object, Parsed, parse};
+
+    #[test]
+    fn what_names_a_method_goes_before_what_is_for_all() {
+        let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "GRPCRoute", "metadata": {"name": "r", "namespace": "default"},
+        "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s"}], "rules": [
+            {"name": "all"},
+            {"name": "header", "matches": [{"headers": [{"name": "a", "value": "b"}]}]},
+            {"name": "method", "matches": [{"method": {"method": "Echo"}}]},
+            {"name": "service", "matches": [{"method": {"service": "x.Y"}}]},
+            {"name": "both", "matches": [{"method": {"service": "x.Y", "method": "Echo"}}]},
+        ]}});
+        let Ok(Parsed::Object(named)) = parse(&route, "default") else { panic!("a route") };
+        let Object::GatewayRoute(route) = named.object else { panic!("a route") };
+        let mut rules = route.rules;
+        rules.sort_by_key(|rule| std::cmp::Reverse(precedence(&rule.matches[0])));
+        let names = rules.iter().map(|rule| &*rule.name).collect::<Vec<_>>();
+        assert_eq!(names, ["both", "service", "method", "header", "all"]);
     }
 }

@@ -9,12 +9,15 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::route::retry::RetryPolicy;
+
 pub use self::observability::Observability;
 use super::{
     Key, Rejection,
     envelope::{FieldError, typed},
     fields::{Time, header_name, header_value, port},
     strings::StringMatch,
+    virtual_service::{Retries, retries},
 };
 
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -23,8 +26,10 @@ pub struct MeshConfig {
     pub authorizers: Vec<Arc<Authorizer>>,
     pub normalization: Option<Normalization>,
     pub client_cert: ClientCert,
+    /// Of routes that say nothing of retries. Istio's `defaultHttpRetryPolicy`.
+    pub retries: Option<RetryPolicy>,
     pub observability: Observability,
-    /// What is wrong with its telemetry, of which nothing is in force then.
+    /// What is wrong with its telemetry or its retries, of which nothing is in force then.
     pub problems: Vec<String>,
 }
 
@@ -120,6 +125,12 @@ struct Document {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
+struct RetryDocument {
+    default_http_retry_policy: Option<Retries>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct ProxyConfig {
     proxy_headers: Option<ProxyHeaders>,
 }
@@ -182,8 +193,11 @@ struct HttpSpec {
     status_on_error: Option<String>,
     include_request_body_in_check: Option<BodySpec>,
     path_prefix: Option<String>,
-    #[serde(default, alias = "includeHeadersInCheck")]
+    #[serde(default)]
     include_request_headers_in_check: Option<Vec<String>>,
+    /// Its old name, which counts where the other says nothing.
+    #[serde(default)]
+    include_headers_in_check: Option<Vec<String>>,
     #[serde(default)]
     include_additional_headers_in_check: Option<std::collections::BTreeMap<String, String>>,
     #[serde(default)]
@@ -242,7 +256,7 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
         providers.push((at, provider.all));
     }
     // What is wrong with telemetry must not take security with it.
-    let (observability, problems) = match part(mesh, "data.mesh") {
+    let (observability, mut problems) = match part(mesh, "data.mesh") {
         Ok(document) => observability::read(document, &providers),
         Err(error) => {
             let problem = format!("{}: {}; telemetry is as if nothing was configured", error.field, error.problem);
@@ -265,7 +279,14 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
     };
     let headers = document.default_config.and_then(|c| c.proxy_headers);
     let client_cert = client_cert(headers.and_then(|h| h.forwarded_client_cert).as_deref())?;
-    Ok(MeshConfig { authorizers, normalization, client_cert, observability, problems })
+    let retries = part(mesh, "data.mesh").and_then(|document: RetryDocument| {
+        document.default_http_retry_policy.as_ref().map(|r| retries(r, "data.mesh.defaultHttpRetryPolicy")).transpose()
+    });
+    let retries = retries.unwrap_or_else(|error| {
+        problems.push(format!("{}: {}; retries are as if nothing was configured", error.field, error.problem));
+        None
+    });
+    Ok(MeshConfig { authorizers, normalization, client_cert, retries, observability, problems })
 }
 
 fn client_cert(mode: Option<&str>) -> Result<ClientCert, FieldError> {
@@ -321,7 +342,9 @@ fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldE
             }
             let check = HttpCheck {
                 path_prefix: prefix.into(),
-                request_headers: patterns(http.include_request_headers_in_check),
+                request_headers: patterns(
+                    http.include_request_headers_in_check.filter(|all| !all.is_empty()).or(http.include_headers_in_check),
+                ),
                 additional_headers: additional,
                 to_upstream: patterns(http.headers_to_upstream_on_allow),
                 to_downstream_on_allow: patterns(http.headers_to_downstream_on_allow),
@@ -399,5 +422,41 @@ mod tests {
             let error = of(wrong.clone()).expect_err("refused");
             assert!(error.starts_with("at.envoyExtAuthzGrpc.includeRequestBodyInCheck.maxRequestBytes: "), "{wrong}: {error}");
         }
+    }
+
+    #[test]
+    fn headers_in_checks_have_an_old_name_too() {
+        for (more, expected) in [
+            (json!({"includeRequestHeadersInCheck": ["a"]}), "a"),
+            (json!({"includeHeadersInCheck": ["b"]}), "b"),
+            (json!({"includeRequestHeadersInCheck": ["a"], "includeHeadersInCheck": ["b"]}), "a"),
+            (json!({"includeRequestHeadersInCheck": [], "includeHeadersInCheck": ["b"]}), "b"),
+        ] {
+            let mut http = json!({"service": "a.default.svc.cluster.local", "port": 80});
+            http.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+            let spec = serde_json::from_value::<ProviderSpec>(json!({"name": "a", "envoyExtAuthzHttp": http})).expect("a provider");
+            let Check::Http(check) = authorizer(spec, "at").expect("read").expect("an authorizer").check else { panic!("HTTP") };
+            assert_eq!(check.request_headers, [StringMatch::parse(expected)], "{more}");
+        }
+    }
+
+    #[test]
+    fn retries_of_the_mesh_are_read_and_take_nothing_else_with_them() {
+        let of = |policy: Value| {
+            let mesh = json!({"pathNormalization": {"normalization": "MERGE_SLASHES"}, "defaultHttpRetryPolicy": policy});
+            let document = serde_json::from_value(mesh.clone()).expect("a document");
+            config(document, &mesh).expect("read")
+        };
+        let none = of(json!({"attempts": 0}));
+        assert_eq!((none.retries.map(|r| r.attempts), none.problems.len()), (Some(0), 0));
+        let some = of(json!({"attempts": 5, "retryOn": "5xx", "perTryTimeout": "1s"})).retries.expect("some");
+        assert_eq!((some.attempts, some.per_try_timeout), (5, Some(Duration::from_secs(1))));
+        assert!(some.on.has(crate::route::retry::RetryOn::SERVER_ERROR));
+        for wrong in [json!({"attempts": -1}), json!({"attempt": 1})] {
+            let config = of(wrong);
+            assert_eq!((config.retries, config.normalization), (None, Some(Normalization::MergeSlashes)));
+            assert!(config.problems.len() == 1 && config.problems[0].contains("defaultHttpRetryPolicy"), "{:?}", config.problems);
+        }
+        assert_eq!(of(Value::Null).retries, None);
     }
 }

@@ -6,7 +6,8 @@ mod l4;
 
 use std::sync::Arc;
 
-pub(super) use document::Spec;
+pub(super) use document::{Retries, Spec};
+pub(super) use http::retries;
 
 use super::envelope::FieldError;
 use crate::route::{l4::L4Rule, rule::Rule};

@@ -351,6 +351,17 @@ fn cors() -> Vec<Of> {
             json!({"allow_origin_string_match": [{"exact": "*"}], "forward_not_matching_preflights": true}),
         ),
         of(
+            "any-method-and-header",
+            json!({"allowOrigins": [{"prefix": "http://"}], "allowMethods": ["*"], "allowHeaders": ["*"], "exposeHeaders": ["*"], "allowCredentials": true}),
+            json!({"allow_origin_string_match": [{"prefix": "http://"}], "allow_methods": "*", "allow_headers": "*", "expose_headers": "*",
+                "allow_credentials": true, "forward_not_matching_preflights": true}),
+        ),
+        of(
+            "any-of-several",
+            json!({"allowOrigins": [{"prefix": "http://"}], "allowMethods": ["GET", "*"], "allowHeaders": ["*", "x-a"]}),
+            json!({"allow_origin_string_match": [{"prefix": "http://"}], "allow_methods": "GET,*", "allow_headers": "*,x-a", "forward_not_matching_preflights": true}),
+        ),
+        of(
             "regex",
             json!({"allowOrigins": [{"regex": r"http://.*good\.example"}], "allowMethods": ["PUT"]}),
             json!({"allow_origin_string_match": [{"safe_regex": {"regex": r"http://.*good\.example"}}], "allow_methods": "PUT", "forward_not_matching_preflights": true}),

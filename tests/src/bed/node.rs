@@ -214,7 +214,7 @@ impl Node {
 
     /// Lines of the access log.
     pub fn access_log(&self) -> Vec<String> {
-        self.log_text().lines().filter(|l| l.contains(" access")).map(str::to_owned).collect()
+        self.log_text().lines().filter(|l| l.contains("\taccess\t")).map(str::to_owned).collect()
     }
 
     /// The end of the log, for a test that failed.

@@ -1,10 +1,7 @@
 //! One request from its head to the end of its response, in the order things happen (that of Istio's filters): route, fault, CORS, redirect or
 //! direct response, pick a cluster, rewrite, mirror, then attempts until one is answered.
 
-use std::{
-    borrow::Cow,
-    sync::{Arc, LazyLock},
-};
+use std::{borrow::Cow, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use tokio::time::{Instant, sleep};
@@ -29,14 +26,12 @@ use crate::{
         Cluster, Target, Workload,
         matching::{Context, PathMatch},
         request::{RequestHead, renormalised},
-        retry::{Reset, RetryPolicy, default_policy},
+        retry::Reset,
         rewrite,
         rule::{Abort, Action, Cors, DirectResponse, Redirect, Rule, Tell, Weighted, pick_weighted},
         table::ResolvedRule,
     },
 };
-
-static DEFAULT_RETRIES: LazyLock<RetryPolicy> = LazyLock::new(default_policy);
 
 /// Whether the client's connection can go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -211,7 +206,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     async fn missing(&mut self, rule: &Rule) -> End {
         if rule.missing_status == StatusCode::INTERNAL_SERVER_ERROR {
             self.record.details = Cow::Borrowed("direct_response");
-            return self.reply(Reply::new(rule.missing_status, ""), |_, _| {}).await;
+            // Gateway API's `GRPCRoute`: `UNAVAILABLE`.
+            let grpc_status = self.grpc.then_some(14);
+            return self.reply(Reply { grpc_status, ..Reply::new(rule.missing_status, "") }, |_, _| {}).await;
         }
         self.refuse(rule.missing_status, Flag::NoCluster, "cluster_not_found").await
     }
@@ -324,8 +321,21 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             (header::ACCESS_CONTROL_MAX_AGE, &cors.max_age),
             (header::ACCESS_CONTROL_EXPOSE_HEADERS, &cors.expose),
         ] {
+            // What is asked for, where that may be anything: with credentials, browsers take `*` for a name.
+            let asked = match name {
+                header::ACCESS_CONTROL_ALLOW_METHODS => Some(header::ACCESS_CONTROL_REQUEST_METHOD),
+                header::ACCESS_CONTROL_ALLOW_HEADERS => Some(header::ACCESS_CONTROL_REQUEST_HEADERS),
+                _ => None,
+            };
+            let value = match (value, asked) {
+                // Also when nothing is.
+                (Some(any), Some(asked)) if any == "*" => {
+                    Some(head.headers.get(asked).cloned().unwrap_or_else(|| HeaderValue::from_static("")))
+                }
+                (value, _) => value.clone(),
+            };
             if let Some(value) = value {
-                headers.insert(name, value.clone());
+                headers.insert(name, value);
             }
         }
         Preflight::Answer(headers)
@@ -354,7 +364,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         self.record.sent(&head, changed);
         self.record.cluster = Some(forward.cluster.clone());
         let state = self.down.pod.clusters.of(&forward.cluster);
-        let policy = forward.rule.and_then(|r| r.retries.as_ref()).unwrap_or(&DEFAULT_RETRIES);
+        let policy = forward.rule.and_then(|r| r.retries.as_ref()).unwrap_or(&forward.snapshot.retries);
         let timeout = forward.rule.and_then(|r| r.timeout);
         let client = if self.grpc { headers::grpc_timeout(&head.headers) } else { None };
         let client = client.map(|t| timeout.map_or(t, |most| t.min(most)));

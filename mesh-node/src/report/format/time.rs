@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::report::plain::civil;
+use crate::telemetry::civil;
 
 /// How a time is written.
 #[derive(Debug, Clone, PartialEq)]

@@ -310,7 +310,8 @@ fn direct_response(document: &doc::DirectResponse, at: &str) -> Result<DirectRes
     Ok(DirectResponse { status: status(document.status, &format!("{at}.status"))?, body: body.into() })
 }
 
-fn retries(document: &doc::Retries, at: &str) -> Result<RetryPolicy> {
+/// Reads what is said of retries.
+pub fn retries(document: &doc::Retries, at: &str) -> Result<RetryPolicy> {
     let attempts = document.attempts.unwrap_or(0);
     let attempts = u32::try_from(attempts).map_err(|_| FieldError::new(format!("{at}.attempts"), "must be 0 or more"))?;
     let (on, codes) = parse_retry_on(document.retry_on.as_deref().unwrap_or_default())
