@@ -7,7 +7,7 @@
 
 use super::Asker;
 use crate::route::{
-    cluster::{Cluster, Endpoint, Locality},
+    cluster::{Cluster, Endpoint, Locality, Near},
     rule::pick_weighted,
     traffic,
 };
@@ -16,10 +16,14 @@ use crate::route::{
 const OVERPROVISION: usize = 140;
 
 /// The candidates of the locality, or level, that the dice pick.
-pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: Vec<&'a Endpoint>) -> Vec<&'a Endpoint> {
+pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: Vec<&'a Endpoint>) -> Vec<&'a Endpoint> {
     let (settings, outlier) = (&cluster.policy.locality, cluster.policy.outlier.as_ref());
     let panic = outlier.map_or(0, |o| o.min_health_percent) as usize;
     let distributes = settings.enabled && !settings.distribute.is_empty();
+    // What a DestinationRule says of places is more than a preference.
+    if let Some(near) = cluster.near.filter(|_| !distributes) {
+        nearest(near, asker, &mut candidates);
+    }
     let known = !asker.locality.region.is_empty() || !settings.failover_priority.is_empty();
     if !settings.enabled || distributes || outlier.is_none() || !known {
         let healthy = if asker.ejected.is_empty() { candidates } else { by_health(vec![candidates], asker, panic) };
@@ -39,6 +43,25 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: Vec<&
     }
     levels.sort_by_key(|(p, _)| *p);
     by_health(levels.into_iter().map(|(_, level)| level).collect(), asker, panic)
+}
+
+/// Leaves those of the nearest group in which one is healthy.
+fn nearest(near: Near, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) {
+    let rank = |e: &Endpoint| {
+        let (mine, its) = (asker.locality, &e.locality);
+        let node = near == Near::Node;
+        let same = [
+            mine.region == its.region,
+            mine.zone == its.zone,
+            node && mine.subzone == its.subzone,
+            node && e.node.as_deref() == Some(asker.node),
+        ];
+        same.into_iter().take_while(|same| *same).count()
+    };
+    let best = candidates.iter().filter(|e| !asker.is_ejected(e)).map(|e| rank(e)).max();
+    if let Some(best) = best {
+        candidates.retain(|e| rank(e) == best);
+    }
 }
 
 /// What is healthy of the level that the dice pick; all of it where it has less than `panic` percent, and there is not enough elsewhere.

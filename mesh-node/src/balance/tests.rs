@@ -12,6 +12,7 @@ use crate::{
     id::ObjectName,
     route::{
         ClusterId, Load,
+        cluster::Near,
         traffic::{Distribute, HashKey, HashTable, Outlier, TrafficPolicy},
     },
 };
@@ -38,7 +39,7 @@ fn cluster(endpoints: Vec<Endpoint>, policy: TrafficPolicy) -> Cluster {
         _ => None,
     };
     let id = ClusterId { service: ObjectName::new("a", "b"), port: 80, subset: "".into() };
-    Cluster { id, protocol: Protocol::Http, policy: Arc::new(policy), endpoints, local_only: false, table }
+    Cluster { id, protocol: Protocol::Http, policy: Arc::new(policy), endpoints, local_only: false, near: None, table }
 }
 
 fn asker(dice: u64) -> Asker<'static> {
@@ -209,6 +210,46 @@ fn near_localities_are_preferred_and_failed_over_from() {
     assert!(whole.len() == 4 && whole.values().all(|n| n.abs_diff(100) < 40), "all in panic: by their numbers {whole:?}");
     let off = cluster(endpoints, TrafficPolicy::default());
     assert_eq!(counts(&off, 400, |dice, _| Asker { locality: &HERE, ..asker(dice) }).len(), 4, "without outlier detection, all");
+}
+
+#[test]
+fn a_service_may_prefer_what_is_near() {
+    static HERE: LazyLock<Locality> = LazyLock::new(|| place("r1/z1/a"));
+    let mut endpoints = ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80", "10.0.0.5:80", "10.0.0.6:80"].map(endpoint).to_vec();
+    let places = [("r1/z1/a", "n1"), ("r1/z1/a", "n2"), ("r1/z1/b", "n3"), ("r1/z2/a", "n4"), ("r2/z1/a", "n1")];
+    for (endpoint, (at, node)) in endpoints.iter_mut().zip(places) {
+        (endpoint.locality, endpoint.node) = (place(at), Some(node.into()));
+    }
+    let later = *NOW + Duration::from_secs(1);
+    let picked = |near, gone: usize, from: &'static Locality| {
+        let ejected: &'static [_] = endpoints.iter().take(gone).map(|e| (e.address, later)).collect::<Vec<_>>().leak();
+        let cluster = Cluster { near, ..cluster(endpoints.clone(), TrafficPolicy::default()) };
+        let counts = counts(&cluster, 300, |dice, _| Asker { locality: from, ejected, ..asker(dice) });
+        let mut all =
+            endpoints.iter().enumerate().filter(|(_, e)| counts.contains_key(&e.address.to_string())).map(|(i, _)| i).collect::<Vec<_>>();
+        all.sort_unstable();
+        all
+    };
+    let near = |name: &str| Near::of(name);
+    assert_eq!(
+        [near("PreferClose"), near("PreferSameZone"), near("prefersamenode"), near("Any")],
+        [Some(Near::Zone), Some(Near::Zone), Some(Near::Node), None]
+    );
+    assert_eq!(picked(None, 0, &HERE), [0, 1, 2, 3, 4]);
+    for (near, gone, expected) in [
+        (Near::Zone, 0, &[0, 1, 2][..]),
+        (Near::Zone, 2, &[2]),
+        (Near::Zone, 3, &[3]),
+        (Near::Zone, 4, &[4]),
+        (Near::Node, 0, &[0]),
+        (Near::Node, 1, &[1]),
+        (Near::Node, 2, &[2]),
+        (Near::Node, 3, &[3]),
+    ] {
+        assert_eq!(picked(Some(near), gone, &HERE), expected, "{near:?} without {gone}");
+    }
+    // Of a client whose place nobody knows, all are as far.
+    assert_eq!(picked(Some(Near::Zone), 0, &NOWHERE), [0, 1, 2, 3, 4]);
 }
 
 #[test]

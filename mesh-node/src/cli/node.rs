@@ -384,6 +384,11 @@ fn verify() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether the environment asks for a log in JSON, in ztunnel's words.
+fn wants_json() -> bool {
+    std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -393,9 +398,4 @@ mod tests {
         let drained = [1, 2, 8, 10, 11, 30, 86_400].map(|given| drain_period(given).as_millis());
         assert_eq!(drained, [500, 1000, 4000, 5000, 6000, 25_000, 86_395_000]);
     }
-}
-
-/// Whether the environment asks for a log in JSON, in ztunnel's words.
-fn wants_json() -> bool {
-    std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json")
 }

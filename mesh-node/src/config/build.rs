@@ -30,6 +30,7 @@ use crate::{
     },
     route::{
         Workload,
+        cluster::Near,
         retry::{RetryPolicy, default_policy},
     },
 };
@@ -72,6 +73,8 @@ fn summary(named: &Named, policy: &AuthorizationPolicy, mesh: &MeshSettings) -> 
 #[derive(Default)]
 struct Parts<'a> {
     namespaces: HashMap<&'a str, &'a Labels>,
+    /// What is near to clients of a namespace's services, where it says so.
+    near: HashMap<&'a str, Near>,
     nodes: HashMap<&'a str, &'a kube::Node>,
     pods: Vec<(&'a Named, &'a Pod)>,
     services: Vec<(&'a Named, &'a kube::Service)>,
@@ -101,7 +104,11 @@ impl<'a> Builder<'a> {
     fn take(&mut self, named: &'a Named) {
         let parts = &mut self.parts;
         match &named.object {
-            Object::Namespace(n) => drop(parts.namespaces.insert(&named.key.name.name, &n.labels)),
+            Object::Namespace(n) => {
+                let name = &named.key.name.name;
+                parts.namespaces.insert(name, &n.labels);
+                parts.near.extend(n.near.map(|near| (&**name, near)));
+            }
             Object::Pod(p) => parts.pods.push((named, p)),
             Object::Service(s) => parts.services.push((named, s)),
             Object::EndpointSlice(s) => {
@@ -115,7 +122,7 @@ impl<'a> Builder<'a> {
             Object::MeshConfig(m) if named.key.name.namespace == self.mesh.root_namespace => {
                 parts.authorizers = m.authorizers.iter().map(|a| (a.name.clone(), a.clone())).collect();
                 parts.normalization = m.normalization.unwrap_or_default();
-                parts.retries.clone_from(&m.retries);
+                parts.retries = m.retries.as_deref().cloned();
                 parts.client_cert = m.client_cert;
                 parts.observability = m.observability.clone();
                 m.problems.iter().for_each(|problem| self.remark(Severity::Warning, named, problem));

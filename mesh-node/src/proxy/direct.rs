@@ -455,7 +455,10 @@ impl Known {
             let mut outcome = Outcome::since(proxy, direction, flow.begun);
             (outcome.source, outcome.destination) = (source.clone(), destination.clone());
             outcome.direct = true;
-            outcome.service = if direction == Direction::Outbound { service.clone() } else { None };
+            match direction {
+                Direction::Outbound => outcome.service.clone_from(&service),
+                Direction::Inbound => outcome.dialled.clone_from(&service),
+            }
             if flow.opened {
                 outcome.opened();
             }

@@ -351,7 +351,11 @@ async fn answer(
     let destination = destination(connection, &request)?;
     outcome.destination.address = Some(destination);
     let mut facts = Facts::new(Some(connection.peer.clone()), connection.client.ip(), destination);
-    facts.dialled = request.host.as_deref().and_then(service_of);
+    let named = match &request.authority {
+        Authority::Host { name, .. } => Some(&**name),
+        Authority::Address(_) => None,
+    };
+    facts.dialled = request.host.as_deref().or(named).and_then(service_of);
     outcome.dialled.clone_from(&facts.dialled);
     admit(&connection.proxy, &connection.pod, facts, Source::Client(connection.client.ip()), outcome).await
 }

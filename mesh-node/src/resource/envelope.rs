@@ -197,7 +197,7 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
     let created = metadata.creation_timestamp.as_deref().map(parse_time).transpose().map_err(fail)?;
     let spec = document.get("spec");
     let object = match key.kind {
-        Kind::Namespace => Object::Namespace(Namespace { labels: metadata.labels }),
+        Kind::Namespace => Object::Namespace(Namespace::read(metadata)),
         Kind::Node => Object::Node(Node::read(&metadata.labels)),
         Kind::Pod => Object::Pod(Box::new(Pod::read(typed(document, key)?, metadata).map_err(fail)?)),
         Kind::Service => Object::Service(Box::new(Service::read(typed(document, key)?, &metadata).map_err(fail)?)),

@@ -450,7 +450,7 @@ mod tests {
         let Object::GatewayRoute(route) = named.object else { panic!("a route") };
         let mut rules = route.rules;
         rules.sort_by_key(|rule| std::cmp::Reverse(precedence(&rule.matches[0])));
-        let names = rules.iter().map(|rule| &*rule.name).collect::<Vec<_>>();
-        assert_eq!(names, ["both", "service", "method", "header", "all"]);
+        let order = rules.iter().map(|rule| &*rule.name).collect::<Vec<_>>();
+        assert_eq!(order, ["both", "service", "method", "header", "all"]);
     }
 }

@@ -12,11 +12,27 @@ use super::{
     envelope::{FieldError, Metadata, Owner},
     selector::Labels,
 };
-use crate::id::{WorkloadUid, canonical};
+use crate::{
+    id::{WorkloadUid, canonical},
+    route::cluster::Near,
+};
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Namespace {
     pub labels: Labels,
+    /// Of its services, unless they say otherwise.
+    pub near: Option<Near>,
+}
+
+impl Namespace {
+    pub(super) fn read(metadata: Metadata) -> Self {
+        Self { near: annotated(&metadata).and_then(Near::of), labels: metadata.labels }
+    }
+}
+
+/// Istio's way to say `trafficDistribution`, on a Service or a namespace.
+fn annotated(metadata: &Metadata) -> Option<&str> {
+    metadata.annotations.as_ref()?.get("networking.istio.io/traffic-distribution")
 }
 
 /// Where a node is.
@@ -263,6 +279,8 @@ pub struct Service {
     pub internal_traffic_policy: TrafficPolicy,
     /// `sessionAffinity: ClientIP`.
     pub client_ip_affinity: bool,
+    /// `trafficDistribution`, its own; none when it says nothing of it.
+    pub near: Option<Option<Near>>,
     headless: bool,
 }
 
@@ -296,6 +314,7 @@ struct ServiceSpec {
     ports: Option<Vec<ServicePortSpec>>,
     internal_traffic_policy: Option<TrafficPolicy>,
     session_affinity: Option<String>,
+    traffic_distribution: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -334,7 +353,7 @@ impl Service {
         self.headless
     }
 
-    pub(super) fn read(document: ServiceDocument, _metadata: &Metadata) -> Result<Self, FieldError> {
+    pub(super) fn read(document: ServiceDocument, metadata: &Metadata) -> Result<Self, FieldError> {
         let ServiceDocument { spec, status } = document;
         let external_name = spec.r#type.as_deref() == Some("ExternalName");
         let mut texts = spec.cluster_ips.unwrap_or_default();
@@ -356,6 +375,7 @@ impl Service {
             external_ips: if external_name { Vec::new() } else { external_ips },
             ports: spec.ports.unwrap_or_default().into_iter().filter(|p| is_tcp(p.protocol.as_deref())).map(ServicePort::from).collect(),
             internal_traffic_policy: spec.internal_traffic_policy.unwrap_or_default(),
+            near: annotated(metadata).or(spec.traffic_distribution.as_deref()).map(Near::of),
             client_ip_affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
             headless,
         })

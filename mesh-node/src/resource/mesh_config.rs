@@ -27,7 +27,7 @@ pub struct MeshConfig {
     pub normalization: Option<Normalization>,
     pub client_cert: ClientCert,
     /// Of routes that say nothing of retries. Istio's `defaultHttpRetryPolicy`.
-    pub retries: Option<RetryPolicy>,
+    pub retries: Option<Box<RetryPolicy>>,
     pub observability: Observability,
     /// What is wrong with its telemetry or its retries, of which nothing is in force then.
     pub problems: Vec<String>,
@@ -286,7 +286,7 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
         problems.push(format!("{}: {}; retries are as if nothing was configured", error.field, error.problem));
         None
     });
-    Ok(MeshConfig { authorizers, normalization, client_cert, retries, observability, problems })
+    Ok(MeshConfig { authorizers, normalization, client_cert, retries: retries.map(Box::new), observability, problems })
 }
 
 fn client_cert(mode: Option<&str>) -> Result<ClientCert, FieldError> {
@@ -314,6 +314,11 @@ fn part<T: serde::de::DeserializeOwned>(provider: &Value, at: &str) -> Result<T,
     })
 }
 
+/// Names of headers, which are compared without regard to case.
+fn patterns(texts: Option<Vec<String>>) -> Vec<StringMatch> {
+    texts.unwrap_or_default().iter().map(|t| StringMatch::parse(&t.to_ascii_lowercase())).collect()
+}
+
 fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldError> {
     let ProviderSpec { name, envoy_ext_authz_http, envoy_ext_authz_grpc } = spec;
     let (common, check, field) = match (envoy_ext_authz_http, envoy_ext_authz_grpc) {
@@ -327,10 +332,6 @@ fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldE
         }
         (Some(http), None) => {
             let at = format!("{at}.envoyExtAuthzHttp");
-            let patterns = |texts: Option<Vec<String>>| {
-                // Header names are compared without regard to case.
-                texts.unwrap_or_default().iter().map(|t| StringMatch::parse(&t.to_ascii_lowercase())).collect::<Vec<_>>()
-            };
             let mut additional = Vec::new();
             for (name, value) in http.include_additional_headers_in_check.unwrap_or_default() {
                 let at = format!("{at}.includeAdditionalHeadersInCheck.{name}");

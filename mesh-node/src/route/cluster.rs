@@ -37,6 +37,8 @@ pub struct Cluster {
     pub endpoints: Vec<Endpoint>,
     /// Only endpoints of the client's node: `internalTrafficPolicy: Local`.
     pub local_only: bool,
+    /// Endpoints near the client go before others: `trafficDistribution`.
+    pub near: Option<Near>,
     /// For consistent hashing.
     pub table: Option<Arc<Table>>,
 }
@@ -55,6 +57,27 @@ impl Cluster {
 
 /// Where an endpoint or a client is: region, zone and subzone, empty where unknown.
 pub type Locality = Node;
+
+/// What is near. Kubernetes' `trafficDistribution`, with the groups of ztunnel: those of the client's place, of its zone and of its region, the
+/// first in which there is an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Near {
+    /// The zone.
+    Zone,
+    /// The node, in its subzone.
+    Node,
+}
+
+impl Near {
+    /// `PreferClose` and the like; `None` for what prefers nothing, or says something else.
+    pub fn of(distribution: &str) -> Option<Self> {
+        let is = |name: &str| distribution.eq_ignore_ascii_case(name);
+        if is("PreferSameNode") {
+            return Some(Self::Node);
+        }
+        (is("PreferClose") || is("PreferSameZone")).then_some(Self::Zone)
+    }
+}
 
 /// An address a service's connections can go to.
 #[derive(Debug, Clone)]

@@ -1,7 +1,7 @@
 //! Lines of the process' own log, as ztunnel writes them: readers of that log, and of Istio's other components, know both forms.
 //!
 //! ```text
-//! 2026-01-02T03:04:05.678901Z	info	access	connection complete	src.addr=10.0.0.1:2 src.workload="web" bytes_sent=3
+//! 2026-01-02T03:04:05.678901Z<TAB>info<TAB>access<TAB>connection complete<TAB>src.addr=10.0.0.1:2 src.workload="web" bytes_sent=3
 //! {"level":"info","time":"2026-01-02T03:04:05.678901Z","scope":"access","message":"connection complete","src.addr":"10.0.0.1:2",...}
 //! ```
 

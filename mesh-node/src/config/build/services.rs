@@ -21,7 +21,9 @@ use crate::{
         destination_rule::{Layered, Subset},
         kube::{self, TrafficPolicy},
     },
-    route::{Cluster, ClusterId, Endpoint, Load, PortRoutes, Service, ServicePort, Workload, l4::host_matches, traffic::Balancer},
+    route::{
+        Cluster, ClusterId, Endpoint, Load, PortRoutes, Service, ServicePort, Workload, cluster::Near, l4::host_matches, traffic::Balancer,
+    },
 };
 
 /// A service before routes: its ports with their endpoints.
@@ -30,6 +32,7 @@ pub(super) struct Entry<'a> {
     pub service: &'a kube::Service,
     /// Beside the service's ports.
     endpoints: Vec<Vec<Endpoint>>,
+    near: Option<Near>,
 }
 
 /// All services by name.
@@ -118,7 +121,8 @@ fn registry<'a>(builder: &mut Builder<'a>, previous: &Snapshot, snapshot: &Snaps
             };
             endpoints(builder, snapshot, &port.name, slices, load)
         };
-        (name, Entry { named, service, endpoints: service.ports.iter().map(endpoints).collect() })
+        let near = service.near.unwrap_or_else(|| builder.parts.near.get(&*name.namespace).copied());
+        (name, Entry { named, service, endpoints: service.ports.iter().map(endpoints).collect(), near })
     };
     services.into_iter().map(entry).collect()
 }
@@ -282,7 +286,7 @@ impl Clusters<'_> {
         let whole = std::iter::once(None).chain(effective.subsets.iter().copied().map(Some));
         for subset in whole {
             for (port, endpoints) in entry.service.ports.iter().zip(&entry.endpoints) {
-                let cluster = cluster(name, entry.service, port, endpoints, effective.policy, subset, tables);
+                let cluster = cluster(name, entry, port, endpoints, effective.policy, subset, tables);
                 self.by_id.insert(cluster.id.clone(), Arc::new(cluster));
             }
         }
@@ -292,13 +296,14 @@ impl Clusters<'_> {
 
 fn cluster(
     name: &ObjectName,
-    service: &kube::Service,
+    entry: &Entry<'_>,
     port: &kube::ServicePort,
     endpoints: &[Endpoint],
     policy: Option<&Layered>,
     subset: Option<&Subset>,
     tables: &Tables<'_>,
 ) -> Cluster {
+    let service = entry.service;
     let id = ClusterId { service: name.clone(), port: port.port, subset: subset.map(|s| s.name.clone()).unwrap_or_default() };
     let selected = |e: &&Endpoint| subset.is_none_or(|s| s.labels.iter().all(|(k, v)| e.labels.get(k) == Some(v)));
     let endpoints = endpoints.iter().filter(selected).cloned().collect::<Vec<_>>();
@@ -323,6 +328,7 @@ fn cluster(
         policy: Arc::new(policy),
         endpoints,
         local_only: service.internal_traffic_policy == TrafficPolicy::Local,
+        near: entry.near,
         table,
     }
 }

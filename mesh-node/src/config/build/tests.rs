@@ -286,6 +286,28 @@ fn questions_lead_where_authorizers_are_and_who_is_asked_about_them() {
 }
 
 #[test]
+fn what_is_near_is_said_by_a_service_or_its_namespace() {
+    use crate::route::cluster::Near;
+    let annotated = |value: &str| json!({"metadata": {"annotations": {"networking.istio.io/traffic-distribution": value}}});
+    let near = |of_service: &Value, of_namespace: &Value| {
+        let (mut web, mut namespace) = (service(), json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}}));
+        merge(&mut web, of_service);
+        merge(&mut namespace, of_namespace);
+        let (snapshot, statuses) = built(&[namespace, web, slice("a", &["10.0.0.1"], true)]);
+        assert!(statuses.is_empty(), "{statuses:?}");
+        let Target::Service { port, .. } = snapshot.resolve("10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
+        port.cluster.near
+    };
+    let spec = |value: &str| json!({"spec": {"trafficDistribution": value}});
+    assert_eq!(near(&json!({}), &json!({})), None);
+    assert_eq!(near(&spec("PreferClose"), &json!({})), Some(Near::Zone));
+    assert_eq!(near(&json!({}), &annotated("PreferSameNode")), Some(Near::Node));
+    assert_eq!(near(&annotated("PreferSameNode"), &annotated("PreferClose")), Some(Near::Node));
+    // What is nearer counts, also when it wants nothing of the kind.
+    assert_eq!(near(&annotated("Any"), &annotated("PreferClose")), None);
+}
+
+#[test]
 fn ten_thousand_pods_build_into_one_snapshot() {
     let mut documents = vec![service()];
     documents.extend((0..10_000_u32).map(|i| pod(&format!("p{i}"), &std::net::Ipv4Addr::from(0x0a00_0000 + i).to_string(), &json!({}))));
