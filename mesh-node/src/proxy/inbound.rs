@@ -43,8 +43,6 @@ use crate::{
 
 /// How long a peer may take to say anything.
 const FIRST_WORD: Duration = Duration::from_secs(5);
-/// How long for the rest of a handshake, while others may be waiting for its place.
-const SECOND_WORD: Duration = Duration::from_secs(4);
 /// As much of a first word as is waited for, bytes: more than a hello with keys of any kind in use.
 const LONGEST_WORD: usize = 4096;
 
@@ -248,7 +246,7 @@ async fn accept_tls(
         // Who has not said all of its first word takes nobody's place.
         timeout(FIRST_WORD, first_word(&stream)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
         let handshake = timeout(HANDSHAKE_TIMEOUT, pod.handshake()).await.map_err(|_| io::ErrorKind::TimedOut)?;
-        let accepted = timeout(SECOND_WORD, tls::accept(&credentials, stream)).await;
+        let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(&credentials, stream)).await;
         drop(handshake);
         accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     };

@@ -410,6 +410,8 @@ pub struct Endpoint {
     pub serving_while_terminating: bool,
     pub node: Option<Arc<str>>,
     pub zone: Option<Arc<str>>,
+    /// The pod behind it, of the slice's namespace, as `targetRef` names it.
+    pub pod: Option<Arc<str>>,
 }
 
 #[derive(Deserialize)]
@@ -433,6 +435,15 @@ struct EndpointDocument {
     node_name: Option<String>,
     #[serde(default)]
     zone: Option<String>,
+    #[serde(default)]
+    target_ref: Option<TargetRef>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct TargetRef {
+    kind: Option<String>,
+    name: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -477,5 +488,6 @@ fn endpoint(document: EndpointDocument, at: &str) -> Result<Endpoint, FieldError
         serving_while_terminating: terminating.unwrap_or(false) && serving.unwrap_or(false),
         node: document.node_name.map(Arc::from),
         zone: document.zone.map(Arc::from),
+        pod: document.target_ref.filter(|r| r.kind.as_deref() == Some("Pod")).and_then(|r| r.name).map(Arc::from),
     })
 }

@@ -20,6 +20,7 @@ use crate::{
         DestinationRule, EndpointSlice, Named,
         destination_rule::{Layered, Subset},
         kube::{self, TrafficPolicy},
+        selector::Labels,
     },
     route::{
         Cluster, ClusterId, Endpoint, Load, PortRoutes, Service, ServicePort, Workload, cluster::Near, l4::host_matches, traffic::Balancer,
@@ -106,6 +107,9 @@ pub(super) fn build(builder: &mut Builder<'_>, previous: &Snapshot, snapshot: &m
 
 fn registry<'a>(builder: &mut Builder<'a>, previous: &Snapshot, snapshot: &Snapshot, now: Instant) -> Registry<'a> {
     let loads = loads(previous);
+    // Pods that share their node's address: an endpoint says which of them it is.
+    let own = |w: &Workload| w.ips.iter().any(|ip| snapshot.by_ip.get(ip).is_some_and(|other| other.uid == w.uid));
+    let hosted = snapshot.workloads.values().filter(|w| !own(w)).map(|w| (&w.name, &w.labels)).collect::<HashMap<_, _>>();
     let services = std::mem::take(&mut builder.parts.services);
     let entry = |(named, service): (&'a Named, &'a kube::Service)| {
         let name = &named.key.name;
@@ -119,7 +123,7 @@ fn registry<'a>(builder: &mut Builder<'a>, previous: &Snapshot, snapshot: &Snaps
                 }
                 (*load).clone()
             };
-            endpoints(builder, snapshot, &port.name, slices, load)
+            endpoints(builder, (snapshot, &hosted, &name.namespace), &port.name, slices, load)
         };
         let near = service.near.unwrap_or_else(|| builder.parts.near.get(&*name.namespace).copied());
         (name, Entry { named, service, endpoints: service.ports.iter().map(endpoints).collect(), near })
@@ -138,7 +142,7 @@ fn loads(previous: &Snapshot) -> Loads<'_> {
 /// The endpoints of one service port over all slices, each address once, by address.
 fn endpoints(
     builder: &Builder<'_>,
-    snapshot: &Snapshot,
+    (snapshot, hosted, namespace): (&Snapshot, &HashMap<&ObjectName, &Labels>, &Arc<str>),
     port: &str,
     slices: &[&EndpointSlice],
     load: impl Fn(SocketAddr, bool) -> Arc<Load>,
@@ -148,14 +152,18 @@ fn endpoints(
         let Some(target) = slice.ports.get(port) else { continue };
         for (endpoint, ip) in slice.endpoints.iter().flat_map(|e| e.addresses.iter().map(move |ip| (e, ip))) {
             let address = SocketAddr::new(*ip, *target);
-            let workload: Option<&Arc<Workload>> = snapshot.by_ip.get(ip);
+            let labels = || {
+                let pod = endpoint.pod.as_ref().map(|name| ObjectName { namespace: namespace.clone(), name: name.clone() });
+                let hosted = || pod.and_then(|pod| hosted.get(&pod)).copied();
+                snapshot.by_ip.get(ip).map(|w| &w.labels).or_else(hosted).cloned().unwrap_or_default()
+            };
             found.entry(address).or_insert_with(|| Endpoint {
                 address,
                 ready: endpoint.ready,
                 serving_while_terminating: endpoint.serving_while_terminating,
                 node: endpoint.node.clone(),
                 locality: builder.locality(endpoint.node.as_deref().unwrap_or_default(), endpoint.zone.as_ref()),
-                labels: workload.map(|w| w.labels.clone()).unwrap_or_default(),
+                labels: labels(),
                 load: load(address, endpoint.ready),
             });
         }

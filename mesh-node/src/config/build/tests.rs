@@ -286,6 +286,22 @@ fn questions_lead_where_authorizers_are_and_who_is_asked_about_them() {
 }
 
 #[test]
+fn pods_with_their_nodes_address_are_of_subsets_too() {
+    let host = json!({"spec": {"hostNetwork": true}});
+    let mut slice = slice("a", &["10.0.0.1", "10.0.0.2"], true);
+    for (i, name) in ["one", "two"].into_iter().enumerate() {
+        slice["endpoints"][i]["targetRef"] = json!({"kind": "Pod", "name": name});
+    }
+    let rule = json!({"apiVersion": "networking.istio.io/v1", "kind": "DestinationRule", "metadata": {"name": "r", "namespace": "default"},
+        "spec": {"host": "web", "subsets": [{"name": "one", "labels": {"app": "one"}}]}});
+    let (snapshot, statuses) = built(&[service(), slice, rule, pod("one", "10.0.0.1", &host), pod("two", "10.0.0.2", &host)]);
+    assert!(statuses.is_empty(), "{statuses:?}");
+    let Target::Service { port, .. } = snapshot.resolve("10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
+    let of = port.subsets["one"].endpoints.iter().map(|e| e.address.to_string()).collect::<Vec<_>>();
+    assert_eq!(of, ["10.0.0.1:8080"]);
+}
+
+#[test]
 fn what_is_near_is_said_by_a_service_or_its_namespace() {
     use crate::route::cluster::Near;
     let annotated = |value: &str| json!({"metadata": {"annotations": {"networking.istio.io/traffic-distribution": value}}});
