@@ -191,8 +191,15 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(direct.run(flows));
     tokio::spawn(proxy.jwks.clone().run());
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
-    let reconciler =
-        Reconciler { node: node.clone(), served: HashMap::new(), held: HashMap::new(), released: Vec::new(), stay: None, announced: false };
+    let reconciler = Reconciler {
+        node: node.clone(),
+        served: HashMap::new(),
+        held: HashMap::new(),
+        released: Vec::new(),
+        stay: None,
+        announced: false,
+        since: None,
+    };
     reconciler.until_stopped(discovery, config).await
 }
 
@@ -238,6 +245,8 @@ struct Reconciler {
     stay: Option<HashSet<u64>>,
     /// It has been said that this process serves.
     announced: bool,
+    /// When pods were first looked for.
+    since: Option<Instant>,
 }
 
 struct Served {
@@ -350,9 +359,10 @@ impl Reconciler {
 
     /// Whether what another version of this program holds is to be held on: pods that cannot be looked into would be let go of with
     /// it. Not for ever when there are others that can.
-    fn waits(&self, found: &Found, incomplete: bool) -> bool {
+    fn waits(&mut self, found: &Found, incomplete: bool) -> bool {
+        let since = *self.since.get_or_insert_with(Instant::now);
         let others = incomplete && self.node.capture().follows_another();
-        others && (found.is_empty() || self.node.started.elapsed().is_ok_and(|since| since < PATIENCE))
+        others && (found.is_empty() || since.elapsed() < PATIENCE)
     }
 
     /// Served pods that are to be released, and whether they still exist.

@@ -20,8 +20,8 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: V
     let (settings, outlier) = (&cluster.policy.locality, cluster.policy.outlier.as_ref());
     let panic = outlier.map_or(0, |o| o.min_health_percent) as usize;
     let distributes = settings.enabled && !settings.distribute.is_empty();
-    // What a DestinationRule says of places is more than a preference.
-    if let Some(near) = cluster.near.filter(|_| !distributes) {
+    // What a DestinationRule says of places takes the place of what the Service prefers.
+    if let Some(near) = cluster.near.filter(|_| !settings.given) {
         nearest(near, asker, &mut candidates);
     }
     let known = !asker.locality.region.is_empty() || !settings.failover_priority.is_empty();

@@ -248,6 +248,11 @@ fn a_service_may_prefer_what_is_near() {
     ] {
         assert_eq!(picked(Some(near), gone, &HERE), expected, "{near:?} without {gone}");
     }
+    // What a DestinationRule says of places, if only that they do not count, takes its place.
+    let mut policy = TrafficPolicy::default();
+    (policy.locality.given, policy.locality.enabled) = (true, false);
+    let off = Cluster { near: Some(Near::Zone), ..cluster(endpoints.clone(), policy) };
+    assert_eq!(counts(&off, 300, |dice, _| Asker { locality: &HERE, ..asker(dice) }).len(), 5);
     // Of a client whose place nobody knows, all are as far.
     assert_eq!(picked(Some(Near::Zone), 0, &NOWHERE), [0, 1, 2, 3, 4]);
 }

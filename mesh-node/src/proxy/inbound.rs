@@ -259,6 +259,8 @@ async fn accept_tls(
 async fn first_word(stream: &TcpStream) -> io::Result<()> {
     const HEADER: usize = 5;
     const HANDSHAKE: u8 = 22;
+    // RFC 8446 section 5.1, and some more as libraries have it: who says more means no TLS.
+    const MOST: usize = 16_640;
     let mut seen = vec![0; LONGEST_WORD];
     let mut wait = Duration::from_millis(1);
     loop {
@@ -268,7 +270,8 @@ async fn first_word(stream: &TcpStream) -> io::Result<()> {
             Some([HANDSHAKE, ..]) if (1..HEADER).contains(&n) => HEADER,
             _ => return Ok(()),
         };
-        if n >= whole.min(LONGEST_WORD) {
+        let ended = stream.ready(tokio::io::Interest::READABLE).await?.is_read_closed();
+        if ended || whole > HEADER + MOST || n >= whole.min(LONGEST_WORD) {
             return Ok(());
         }
         // The kernel says at once that there is something, and not when there is more.

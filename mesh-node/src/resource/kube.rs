@@ -30,7 +30,7 @@ impl Namespace {
     }
 }
 
-/// Istio's way to say `trafficDistribution`, on a Service or a namespace.
+/// Istio's older way to say `trafficDistribution`, on a Service or a namespace.
 fn annotated(metadata: &Metadata) -> Option<&str> {
     metadata.annotations.as_ref()?.get("networking.istio.io/traffic-distribution")
 }
@@ -375,7 +375,10 @@ impl Service {
             external_ips: if external_name { Vec::new() } else { external_ips },
             ports: spec.ports.unwrap_or_default().into_iter().filter(|p| is_tcp(p.protocol.as_deref())).map(ServicePort::from).collect(),
             internal_traffic_policy: spec.internal_traffic_policy.unwrap_or_default(),
-            near: annotated(metadata).or(spec.traffic_distribution.as_deref()).map(Near::of),
+            near: match spec.traffic_distribution.as_deref().and_then(Near::of) {
+                Some(near) => Some(Some(near)),
+                None => annotated(metadata).map(Near::of),
+            },
             client_ip_affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
             headless,
         })

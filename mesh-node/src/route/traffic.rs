@@ -81,6 +81,8 @@ impl Warmup {
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Locality {
+    /// Somebody has said something of it, if only that it is as it would be.
+    pub given: bool,
     pub enabled: bool,
     pub distribute: Vec<Distribute>,
     /// From region to region.
@@ -91,7 +93,7 @@ pub struct Locality {
 
 impl Default for Locality {
     fn default() -> Self {
-        Self { enabled: true, distribute: Vec::new(), failover: BTreeMap::new(), failover_priority: Vec::new() }
+        Self { given: false, enabled: true, distribute: Vec::new(), failover: BTreeMap::new(), failover_priority: Vec::new() }
     }
 }
 

@@ -131,10 +131,11 @@ impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         let text = format!("{value:?}");
         match self.form {
+            Form::Text if field.name() == "message" && text.contains(char::is_control) => self.message = text.escape_debug().to_string(),
             _ if field.name() == "message" => self.message = text,
             Form::Json => self.put(field, quoted(&text)),
-            // One line each.
-            Form::Text if text.contains(['\n', '\r', '\t']) => self.put(field, format_args!("{text:?}")),
+            // One line each, and nothing for a terminal to obey.
+            Form::Text if text.contains(char::is_control) => self.put(field, format_args!("{text:?}")),
             Form::Text => self.put(field, text),
         }
     }
@@ -171,6 +172,7 @@ mod tests {
                 "connection complete"
             );
             tracing::warn!(target: "app", error = %"two\nlines", "n {}", 1);
+            tracing::error!(target: "app", code = %"\u{1b}[2J", "a\n{}", "\u{1b}b");
         });
         let text = String::from_utf8(lines.0.lock().expect("lock").clone()).expect("a text");
         text.lines().map(str::to_owned).collect()
@@ -184,6 +186,7 @@ mod tests {
             ["info", "access", "connection complete", "src.addr=10.0.0.1:80 src.workload=\"a\\\"b\" bytes_sent=3 ok=true share=0.5"];
         assert_eq!(parts[0][1..], access);
         assert_eq!(parts[1][1..], ["warn", "app", "n 1", "error=\"two\\nlines\""]);
+        assert_eq!(parts[2][1..], ["error", "app", "a\\n\\u{1b}b", "code=\"\\u{1b}[2J\""]);
         let time = parts[0][0];
         assert!(time.len() == 27 && time.starts_with("20") && time.ends_with('Z') && time.as_bytes()[10] == b'T', "{time}");
         let json = logged(Form::Json).iter().map(|line| serde_json::from_str(line).expect("JSON")).collect::<Vec<serde_json::Value>>();

@@ -319,6 +319,10 @@ fn what_is_near_is_said_by_a_service_or_its_namespace() {
     assert_eq!(near(&spec("PreferClose"), &json!({})), Some(Near::Zone));
     assert_eq!(near(&json!({}), &annotated("PreferSameNode")), Some(Near::Node));
     assert_eq!(near(&annotated("PreferSameNode"), &annotated("PreferClose")), Some(Near::Node));
+    let (mut both, mut unknown) = (spec("PreferSameNode"), spec("Nonsense"));
+    merge(&mut both, &annotated("PreferClose"));
+    merge(&mut unknown, &annotated("PreferClose"));
+    assert_eq!((near(&both, &json!({})), near(&unknown, &json!({}))), (Some(Near::Node), Some(Near::Zone)));
     // What is nearer counts, also when it wants nothing of the kind.
     assert_eq!(near(&annotated("Any"), &annotated("PreferClose")), None);
 }

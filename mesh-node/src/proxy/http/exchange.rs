@@ -206,7 +206,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     async fn missing(&mut self, rule: &Rule) -> End {
         if rule.missing_status == StatusCode::INTERNAL_SERVER_ERROR {
             self.record.details = Cow::Borrowed("direct_response");
-            // Gateway API's `GRPCRoute`: `UNAVAILABLE`.
+            // `UNAVAILABLE`, as Gateway API has it of `GRPCRoute`s, whatever kind of route it is.
             let grpc_status = self.grpc.then_some(14);
             return self.reply(Reply { grpc_status, ..Reply::new(rule.missing_status, "") }, |_, _| {}).await;
         }

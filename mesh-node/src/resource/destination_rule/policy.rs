@@ -195,7 +195,7 @@ fn locality(document: &doc::Locality, at: &str) -> Result<Locality> {
     }
     let failover = document.failover.iter().map(|f| (Arc::from(f.from.as_str()), Arc::from(f.to.as_str()))).collect();
     let failover_priority = document.failover_priority.iter().map(|l| Arc::from(l.as_str())).collect();
-    Ok(Locality { enabled: document.enabled.unwrap_or(true), distribute, failover, failover_priority })
+    Ok(Locality { given: true, enabled: document.enabled.unwrap_or(true), distribute, failover, failover_priority })
 }
 
 /// A limit; zero means that none is set, as in Istio.
