@@ -417,7 +417,7 @@ pub fn start_logging(filter: &str, json: bool) -> Result<(), String> {
 
 fn log_filter_of(filter: &str) -> Result<EnvFilter, String> {
     // A word alone is a target whose every event is logged, and of all others nothing: hardly what is meant by a level that is misspelt.
-    let odd = |clause: &&str| !clause.contains(['=', '[']) && clause.parse::<LevelFilter>().is_err();
+    let odd = |clause: &&str| !clause.contains(['=', '[', ']', '{', '}']) && clause.parse::<LevelFilter>().is_err();
     if let Some(clause) = filter.split(',').map(str::trim).filter(|c| !c.is_empty()).find(odd) {
         return Err(format!(
             "log filter {filter:?}: {clause:?} is no level (off, error, warn, info, debug, trace); of a target, say {clause}=debug"
@@ -462,4 +462,20 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_that_are_misspelt_are_refused() {
+        for filter in ["info", "access=debug,info", "OFF", "", "proxy=trace,[span{a=1}]=debug,warn", "proxy[span]"] {
+            assert!(log_filter_of(filter).is_ok(), "{filter}");
+        }
+        for filter in ["debgu", "info,proxy", "access:debug,nonsense"] {
+            let error = log_filter_of(filter).expect_err(filter);
+            assert!(error.contains("is no level"), "{error}");
+        }
+    }
 }

@@ -196,3 +196,15 @@ impl From<Broken<Cut>> for Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_does_not_answer_is_not_one_that_refuses() {
+        let of =
+            |kind: io::ErrorKind| Failure::DialPeer { to: SocketAddr::from(([10, 0, 0, 1], 15008)), source: kind.into() }.response_flag();
+        assert_eq!([of(io::ErrorKind::TimedOut), of(io::ErrorKind::ConnectionRefused)], ["NETWORK_POLICY", "CONNECT"]);
+    }
+}

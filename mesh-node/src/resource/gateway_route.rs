@@ -453,4 +453,15 @@ mod tests {
         let order = rules.iter().map(|rule| &*rule.name).collect::<Vec<_>>();
         assert_eq!(order, ["both", "service", "method", "header", "all"]);
     }
+
+    #[test]
+    fn what_is_said_of_retries_takes_no_condition_away() {
+        let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "default"},
+            "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s"}], "rules": [{"retry": {"attempts": 1}}]}});
+        let Ok(Parsed::Object(named)) = parse(&route, "default") else { panic!("a route") };
+        let Object::GatewayRoute(route) = named.object else { panic!("a route") };
+        let on = route.rules[0].retries.as_ref().expect("retries").on;
+        let wanted = [RetryOn::GRPC_UNAVAILABLE, RetryOn::GRPC_CANCELLED, RetryOn::CONNECT_FAILURE, RetryOn::RESET];
+        assert!(wanted.into_iter().all(|condition| on.has(condition)));
+    }
 }
