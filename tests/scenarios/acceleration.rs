@@ -329,6 +329,22 @@ fn who_reads_by_other_means_is_left_to_tcp() {
 }
 
 #[test]
+fn who_looks_before_it_reads_is_left_to_tcp() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", "direct"])).expect("bed");
+    let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
+    let reached = |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
+    talk_until(
+        "peek",
+        || reached(&bed, "special") > 0.0,
+        || {
+            let report = end(start(&bed, &client, "soak", &["peek", &near.address(9000), "1000000"]));
+            assert_eq!(report["read"], 1_000_000, "{report}");
+        },
+    );
+    assert_eq!(reached(&bed, "accelerated"), 0.0);
+}
+
+#[test]
 fn programs_in_go_cannot_tell() {
     let built = tempfile::tempdir().expect("a directory");
     let talk = built.path().join("talk");

@@ -58,6 +58,9 @@ fn policy(bed: &Bed, name: &str, spec: &str) {
 /// A client and a server on one node, and a service before the server.
 fn scene(options: &NodeOptions) -> (Bed, Pod, Pod, [String; 2]) {
     let mut bed = Bed::ambient(options).expect("bed");
+    // Another service leads to the same port, and is before it by name.
+    let also = "apiVersion: v1\nkind: Service\nmetadata: {name: also}\nspec: {selector: {app: server}, ports: [{name: tcp, port: 7000, targetPort: 8080}]}\n";
+    bed.kubectl_apply("also", also).expect("service");
     let (v4, v6) = bed.service("default", "server", 7000, 8080).expect("service");
     let server = PodSpec::server("server", 0).label("app", "server");
     let [client, server] = bed.meshed([PodSpec::new("client", 0).label("app", "client"), server]).expect("pods");
@@ -88,6 +91,12 @@ fn opaque_connections_go_directly_and_are_counted_and_logged_by_both_reporters()
         assert_eq!(counted(&bed, "istio_tcp_connections_closed_total", reporter), 9.0, "{reporter}");
         // Eight times "who\n", and the upload with its line.
         assert_eq!(counted(&bed, "istio_tcp_received_bytes_total", reporter), 8.0 * 4.0 + 1_000_007.0, "{reporter}");
+    }
+    // Where no service was dialled it is the first that leads there.
+    for (service, dialled) in [("server", 5.0), ("also", 4.0)] {
+        let service = format!("destination_service_name=\"{service}\"");
+        let labels = ["reporter=\"destination\"", &service];
+        assert_eq!(bed.nodes()[0].metric("istio_tcp_connections_opened_total", &labels).unwrap_or(0.0), dialled, "{service}");
     }
     let log = || bed.nodes()[0].access_log();
     let of = |l: &String, direction: &str, bytes: &str| l.contains(direction) && l.contains(bytes) && l.contains("sa/client");

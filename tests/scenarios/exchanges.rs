@@ -479,6 +479,37 @@ async fn a_retry_gives_its_place_back_when_it_is_answered() {
     assert!(waiting.0.starts_with("HTTP/1.1 200") && other.0.starts_with("HTTP/1.1 503"), "{waiting:?} {other:?}");
 }
 
+/// What the mesh configuration says of retries is for every request whose rule says nothing, and for those to which no rule applies.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_mesh_says_how_often_requests_are_tried() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let mesh = |policy: &Value| {
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
+            "data": {"mesh": {"defaultHttpRetryPolicy": policy}}})
+    };
+    let routes = [
+        ("none", vec![]),
+        ("one", vec![virtual_service("web", &json!([{"route": [{"destination": {"host": "web"}}]}]))]),
+        ("own", vec![virtual_service("web", &json!([{"retries": {"attempts": 0}, "route": [{"destination": {"host": "web"}}]}]))]),
+    ];
+    let engine = Engine::start(&service("web", "10.96.9.1", "http", &[up])).await.expect("engine");
+    for (number, attempts) in [(3, [4, 4, 1]), (0, [1, 1, 1])] {
+        let policy = json!({"attempts": number, "retryOn": "5xx"});
+        for ((name, routes), attempts) in routes.iter().zip(attempts) {
+            let documents = [&service("web", "10.96.9.1", "http", &[up])[..], routes, &[mesh(&policy)]].concat();
+            engine.apply(&documents).await.expect("applied");
+            let id = format!("{name}-{number}");
+            let mut stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+            let request = format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: 503\r\nx-id: {id}\r\nconnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.expect("written");
+            let (answer, _) = read(&mut stream).await;
+            assert!(answer.starts_with("HTTP/1.1 503"), "{id}: {answer}");
+            assert_eq!(seen.of(&id).len(), attempts, "{id}");
+        }
+    }
+}
+
 /// Of several rules for a host one may have the subsets, another the policy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_oldest_rule_with_a_policy_counts() {

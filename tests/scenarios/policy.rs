@@ -147,6 +147,12 @@ fn a_policy_change_cuts_what_it_denies_within_a_second_and_nothing_else() {
     assert!(reports[2].get("error").is_none(), "{}", reports[2]);
     let node = &scene.bed.nodes()[0];
     assert!(node.metric("mesh_connection_failures_total", &["inbound", "policy_changed"]).expect("metric") > 1.5);
+    // As with ztunnel's, a dashboard tells by the flag what policy has done.
+    let denied = ["reporter=\"destination\"", "response_flags=\"DENY\"", "destination_workload=\"server\""];
+    for (what, cut) in [("opened", 0.0), ("closed", 2.0), ("failed", 2.0)] {
+        let counted = node.metric(&format!("istio_tcp_connections_{what}_total"), &denied).unwrap_or(0.0);
+        assert_eq!(counted, cut, "{what}: they were let in, and then cut");
+    }
 }
 
 #[test]

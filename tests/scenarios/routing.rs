@@ -123,6 +123,28 @@ fn weights_headers_and_paths_decide_over_two_nodes() {
 }
 
 #[test]
+fn a_service_prefers_endpoints_of_the_client_s_node_if_it_says_so() {
+    let mut scene = scene([web("v2", 1, &[])]);
+    let [near] = scene.bed.meshed([web("v1", 0, &[])]).expect("a server");
+    let far = |report: &Value| count(report, "versions", "v2");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: near}\nspec: {trafficDistribution: PreferSameNode, selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}, {name: tcp, port: 81, targetPort: 8080}]}\n";
+    scene.bed.kubectl_apply("near", service).expect("service");
+    scene.bed.settle().expect("settled");
+    assert!(far(&scene.get("/", 40, &[])) > 0, "who says nothing gets all");
+    for port in [80, 81] {
+        let report = scene.web(&["get", &format!("near:{port}/"), "40"]);
+        assert_eq!((count(&report, "versions", "v1"), far(&report)), (40, 0), "{port}: {report}");
+    }
+    // With nobody left there the others are as good.
+    scene.bed.set_ready(&near, false).expect("unready");
+    scene.bed.settle().expect("settled");
+    for port in [80, 81] {
+        let report = scene.web(&["get", &format!("near:{port}/"), "10"]);
+        assert_eq!(far(&report), 10, "{port}: {report}");
+    }
+}
+
+#[test]
 fn rewrites_headers_redirects_faults_and_timeouts_are_what_the_client_sees() {
     let scene = scene([web("v1", 1, &[])]);
     let route = "route: [{destination: {host: web}}]";

@@ -347,6 +347,33 @@ fn connections_that_fail_are_counted_by_why_and_logged_as_errors() {
     }
 }
 
+/// Who the two ends are is told where it was proved, and of plaintext nowhere; in JSON, if the environment asks for that, in ztunnel's way.
+#[test]
+fn the_log_names_identities_that_were_proved_and_can_be_json() {
+    let environment = vec![("LOG_FORMAT".to_owned(), "json".to_owned())];
+    let mut bed = Bed::ambient(&NodeOptions { environment, ..NodeOptions::default() }).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
+    bed.settle().expect("settled");
+    assert_eq!(bed.probe(&client, &["ask", &server.address(8080), "ping"]).expect("a report")["answer"], "pong");
+    let outside = bed.nodes()[0].run(&program("probe"), &["ask", &server.address(8080), "ping"]).expect("run");
+    assert!(String::from_utf8_lossy(&outside.stdout).contains("pong"), "{outside:?}");
+    let lines = || {
+        let text = bed.nodes()[1].log_text();
+        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect::<Vec<_>>()
+    };
+    let complete = || lines().into_iter().filter(|l| l["message"] == "connection complete").collect::<Vec<_>>();
+    wait_for("two lines", Duration::from_secs(5), || Ok(complete().len() == 2)).unwrap_or_else(|_| panic!("{:#?}", lines()));
+    let [tunnel, plain] = &complete()[..] else { panic!("two lines") };
+    let of = |who: &str| Value::from(format!("spiffe://cluster.local/ns/default/sa/{who}"));
+    assert_eq!((&tunnel["src.identity"], &tunnel["dst.identity"]), (&of("client"), &of("server")), "{tunnel}");
+    assert!(plain.get("src.identity").is_none() && plain.get("dst.identity").is_none(), "{plain}");
+    for line in [tunnel, plain] {
+        assert_eq!((&line["level"], &line["scope"]), (&"info".into(), &"access".into()), "{line}");
+        assert!(line["dst.addr"].as_str().is_some_and(|a| a.ends_with(":8080") || a.ends_with(":15008")), "{line}");
+        assert!(line["bytes_recv"].is_u64() && line["bytes_sent"].is_u64() && line["time"].is_string(), "{line}");
+    }
+}
+
 #[test]
 fn bytes_of_a_connection_are_counted_as_it_goes_on() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

@@ -27,7 +27,13 @@ struct Scene {
 
 fn scene() -> Scene {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
-    let [server] = bed.meshed([PodSpec::server("server", 1)]).expect("server");
+    for name in ["also", "server"] {
+        let service = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: server}}, ports: [{{name: tcp, port: 81, targetPort: 8080}}]}}\n"
+        );
+        bed.kubectl_apply(name, &service).expect("service");
+    }
+    let [server] = bed.meshed([PodSpec::server("server", 1).label("app", "server")]).expect("server");
     Scene { hbone: SocketAddr::new(server.v4(), 15008), from: bed.node_netns(0), ca: bed.directory.join("ca"), server, bed }
 }
 
@@ -71,6 +77,7 @@ fn requests_are_answered_as_ztunnel_answers_them() {
         (Method::CONNECT, format!("{own}:15001"), StatusCode::SERVICE_UNAVAILABLE),
         (Method::CONNECT, format!("{own}:15006"), StatusCode::SERVICE_UNAVAILABLE),
         (Method::CONNECT, format!("{own}:15008"), StatusCode::SERVICE_UNAVAILABLE),
+        (Method::CONNECT, "server.default.svc.cluster.local:81".to_owned(), StatusCode::OK),
         (Method::CONNECT, "nobody.default.svc.cluster.local:80".to_owned(), StatusCode::SERVICE_UNAVAILABLE),
         (Method::GET, format!("http://{own}:8080/"), StatusCode::BAD_REQUEST),
         (Method::POST, format!("https://{own}:8080/x"), StatusCode::BAD_REQUEST),
@@ -83,6 +90,11 @@ fn requests_are_answered_as_ztunnel_answers_them() {
     });
     let node = &scene.bed.nodes()[1];
     let counted = |reason: &str| node.metric("mesh_connection_failures_total", &["inbound", reason]).expect("metric");
+    // Of services that lead to the same port, it is the one that was asked for that is told of.
+    let named = ["reporter=\"destination\"", "destination_service_name=\"server\""];
+    let opened = || node.metric("istio_tcp_connections_opened_total", &named).unwrap_or(0.0);
+    wait_for("the one by name", Duration::from_secs(5), || Ok(opened() > 0.5)).expect("counted");
+    assert_eq!(opened(), 1.0, "by address it is the first that leads there");
     assert!(counted("foreign_authority") > 2.5 && counted("bad_request") > 1.5 && counted("reserved_port") > 2.5);
 }
 
@@ -131,6 +143,8 @@ fn strangers_are_refused_counted_and_disturb_nobody() {
             let refused = scene.dial(certificate).status(scene.hbone, Method::CONNECT, &scene.server.address(8080)).await;
             assert!(refused.is_err(), "{reason}: {refused:?}");
             wait_for(reason, Duration::from_secs(5), || Ok(count() > before)).expect("counted");
+            let told = |line: &String| line.contains(&format!("dst.addr={}", scene.hbone)) && line.contains("error=");
+            wait_for(reason, Duration::from_secs(5), || Ok(node.access_log().iter().any(told))).expect("told where it went to");
         }
         for alpn in [&["http/1.1"][..], &[]] {
             let dial = Dial { alpn, ..scene.dial(Some(Certificate::of(CLIENT))) };

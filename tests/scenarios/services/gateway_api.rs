@@ -410,6 +410,9 @@ async fn routes_belong_to_services_and_ports() {
     let zero = json!([{"backendRefs": [{"name": "echo-v1", "port": 8080, "weight": 0}, {"name": "echo-v2", "port": 8080, "weight": 0}]}]);
     mesh.apply(&[http(&zero)]).await;
     assert_eq!(mesh.backend(vip(1, 80), "/", "").await, "500");
+    // A call of gRPC is told so in its own words.
+    let call = mesh.get(vip(1, 80), "/", "content-type: application/grpc\r\n").await;
+    assert_eq!((&*call.status, call.header("grpc-status")), ("200", Some("14")), "UNAVAILABLE");
     let rules = json!([
         {"name": "named-rule", "matches": [prefix("/named")], "backendRefs": backends("echo-v1")},
         {"matches": [prefix("/unnamed")], "backendRefs": backends("echo-v2")},

@@ -18,6 +18,8 @@ use nix::sys::{
 };
 use serde_json::json;
 
+#[path = "soak/peek.rs"]
+mod peek;
 #[path = "soak/splice.rs"]
 mod splice;
 #[path = "soak/uring.rs"]
@@ -58,6 +60,8 @@ enum Command {
     },
     /// Exchange BYTES in turns, reading with `splice` alone; print how much came back.
     Splice { to: SocketAddr, bytes: u64 },
+    /// Exchange BYTES in turns, looking at all of them before they are read (`SO_PEEK_OFF`); print how much came back.
+    Peek { to: SocketAddr, bytes: u64 },
     /// Exchange BYTES in turns, of the second half each behind a byte of urgent data, which is not part of the stream; print how much came
     /// back.
     Urgent { to: SocketAddr, bytes: u64 },
@@ -92,39 +96,23 @@ const STALLED: Duration = Duration::from_secs(6);
 const STALL: Duration = Duration::from_secs(20);
 
 fn main() -> Result<()> {
-    match Arguments::parse().command {
-        Command::Serve { port, stall_after, shared } => serve(port, stall_after.unwrap_or(u64::MAX), shared),
-        Command::Flood { to, after } => {
-            println!("{}", flood(to, after).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
-            Ok(())
-        }
-        Command::Flip { to, bytes } => {
-            println!("{}", flip(to, bytes).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
-            Ok(())
-        }
-        Command::Zerocopy { to, bytes, late } => {
-            println!("{}", zerocopy(to, bytes, late).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
-            Ok(())
-        }
-        Command::Splice { to, bytes } => {
-            println!("{}", splice::talk(to, bytes).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
-            Ok(())
-        }
-        Command::Urgent { to, bytes } => {
-            println!("{}", urgent(to, bytes).unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
-            Ok(())
-        }
-        Command::Uring { to, bytes, blocking } => {
-            let report = uring::talk(to, bytes, blocking);
-            println!("{}", report.unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
-            Ok(())
-        }
+    let report = match Arguments::parse().command {
+        Command::Serve { port, stall_after, shared } => return serve(port, stall_after.unwrap_or(u64::MAX), shared),
         Command::Run { to, connections, bytes, turns, stay } => {
             let talk = Talk { bytes, turns, stay: Duration::from_secs_f64(stay) };
             println!("{}", run(to, connections, &talk)?);
-            Ok(())
+            return Ok(());
         }
-    }
+        Command::Flood { to, after } => flood(to, after),
+        Command::Flip { to, bytes } => flip(to, bytes),
+        Command::Zerocopy { to, bytes, late } => zerocopy(to, bytes, late),
+        Command::Splice { to, bytes } => splice::talk(to, bytes),
+        Command::Peek { to, bytes } => peek::talk(to, bytes),
+        Command::Urgent { to, bytes } => urgent(to, bytes),
+        Command::Uring { to, bytes, blocking } => uring::talk(to, bytes, blocking),
+    };
+    println!("{}", report.unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
+    Ok(())
 }
 
 /// What a client says on a connection.
