@@ -332,7 +332,8 @@ fn who_reads_by_other_means_is_left_to_tcp() {
 fn who_looks_before_it_reads_is_left_to_tcp() {
     let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", "direct"])).expect("bed");
     let [client, near] = bed.meshed([PodSpec::new("client", 0), echo("near", 0)]).expect("pods");
-    let reached = |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
+    let reached =
+        |bed: &Bed, state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
     talk_until(
         "peek",
         || reached(&bed, "special") > 0.0,

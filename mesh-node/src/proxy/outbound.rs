@@ -1,14 +1,9 @@
 //! Out of a pod: from a captured connection to the destination it was meant for.
 
+mod decision;
 mod tunnel;
 
-use std::{
-    future::Future,
-    io,
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
@@ -16,22 +11,19 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
+pub(super) use self::decision::Way;
+use self::decision::{Chosen, Decision, client_address, decide, describe, hbone_address, way};
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod, direct,
-    http::{
-        self,
-        clusters::{ClusterState, ConnectionSlot, EndpointState},
-        transport::Transport,
-    },
+    http::{self, clusters::ConnectionSlot, transport::Transport},
     inbound::{self, Admitted, Inspection},
     live::Cut,
-    outcome::{Direction, Outcome, Party},
+    outcome::{Direction, Outcome},
     pods::Stage,
     sniff::{self, Begun},
 };
 use crate::{
-    balance::{self, Asker, outlier::Event},
-    config::{OutboundPolicy, Snapshot},
+    balance::outlier::Event,
     detect,
     hbone::{Tunnel, TunnelError, headers::Forwarded},
     id::ObjectName,
@@ -40,11 +32,7 @@ use crate::{
         socket::{self, Source, reset_on_close},
     },
     policy::Facts,
-    route::{
-        Cluster, LoadGuard, Target, Workload,
-        l4::L4Context,
-        traffic::{Balancer, HashKey},
-    },
+    route::{LoadGuard, Workload},
     telemetry::ReasonLabels,
 };
 
@@ -351,125 +339,6 @@ async fn gone(downstream: &TcpStream) -> io::Error {
         Ok(_) => io::ErrorKind::ConnectionReset.into(),
         Err(error) => error,
     }
-}
-
-/// Where one attempt goes, decided from one snapshot.
-struct Decision {
-    way: Way,
-    source: Arc<Workload>,
-    /// The service, and what is counted at it; none for an address that is of no service.
-    cluster: Option<Chosen>,
-}
-
-/// An endpoint picked from a cluster.
-struct Chosen {
-    cluster: Arc<Cluster>,
-    state: Arc<ClusterState>,
-    endpoint: Arc<EndpointState>,
-    load: Option<LoadGuard>,
-}
-
-pub(super) enum Way {
-    /// Unchanged: unknown to the mesh, or known but not in it.
-    Plain(SocketAddr, Option<Arc<Workload>>),
-    /// A pod of this node.
-    Local(SocketAddr, Arc<Workload>),
-    /// A pod of another node.
-    Tunnel(SocketAddr, Arc<Workload>),
-}
-
-impl Decision {
-    fn to(&self) -> SocketAddr {
-        match &self.way {
-            Way::Plain(to, _) | Way::Local(to, _) | Way::Tunnel(to, _) => *to,
-        }
-    }
-}
-
-fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure> {
-    let Opaque { proxy, pod, client, original, sni, .. } = opaque;
-    let snapshot = proxy.config.load();
-    let source = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
-    let (to, cluster) = match snapshot.resolve_for(&source.name.namespace, *original) {
-        Target::Service { service, port } => {
-            let client = client_address(pod, *client, *original);
-            let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
-            let routed = port.routes.find_l4(context, fastrand::u64(..));
-            let cluster = routed.unwrap_or(Some(&port.cluster)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?;
-            let (to, chosen) = choose(&snapshot, &source, pod, cluster, (client, *original, &service.name), tried)?;
-            (to, Some(chosen))
-        }
-        Target::NoSuchPort(service) => return Err(Failure::NoSuchPort { service: service.name.clone(), port: original.port() }),
-        Target::Unknown if snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => return Err(Failure::NotInRegistry(*original)),
-        Target::Workload(_) | Target::Unknown => (*original, None),
-    };
-    Ok(Decision { way: way(&snapshot, to)?, source, cluster })
-}
-
-fn choose(
-    snapshot: &Snapshot,
-    source: &Workload,
-    pod: &ServedPod,
-    cluster: &Arc<Cluster>,
-    (client, original, dialled): (IpAddr, SocketAddr, &ObjectName),
-    tried: &[SocketAddr],
-) -> Result<(SocketAddr, Chosen), Failure> {
-    let state = pod.clusters.of(cluster);
-    let hash = matches!(&cluster.policy.balancer, Balancer::Hash { key: HashKey::SourceIp, .. });
-    let asker = Asker {
-        client,
-        node: &snapshot.mesh.node,
-        locality: &source.locality,
-        labels: &source.labels,
-        dice: fastrand::u64(..),
-        turn: state.turn(),
-        hash: hash.then(|| balance::hash(client.to_string().as_bytes())),
-        tried,
-        elsewhere: false,
-        ejected: &state.outliers.ejected(),
-        now: std::time::Instant::now(),
-    };
-    let (address, load) = if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *dialled {
-        (original, cluster.endpoints.iter().find(|e| e.address == original).map(|e| e.load.begin()))
-    } else {
-        let picked = balance::pick(cluster, &asker).ok_or_else(|| Failure::NoEndpoint(cluster.id.service.clone()))?;
-        (picked.address, Some(picked.load.begin()))
-    };
-    Ok((address, Chosen { cluster: cluster.clone(), endpoint: state.endpoint(address), state, load }))
-}
-
-fn way(snapshot: &Snapshot, to: SocketAddr) -> Result<Way, Failure> {
-    let Some(workload) = snapshot.workload_by_ip(to.ip()) else { return Ok(Way::Plain(to, None)) };
-    if !workload.enrolled {
-        return Ok(Way::Plain(to, Some(workload.clone())));
-    }
-    if mesh_common::is_reserved_port(to.port()) {
-        return Err(Failure::ReservedPort(to.port()));
-    }
-    let workload = workload.clone();
-    Ok(if workload.node == snapshot.mesh.node { Way::Local(to, workload) } else { Way::Tunnel(to, workload) })
-}
-
-/// The client as others are to see it: a pod that connected over loopback has its own address.
-fn client_address(pod: &ServedPod, client: SocketAddr, like: SocketAddr) -> IpAddr {
-    if client.ip().is_loopback() { pod.address_like(like.ip()).unwrap_or(client.ip()) } else { client.ip() }
-}
-
-fn describe(outcome: &mut Outcome, decision: &Decision) {
-    outcome.source.workload = Some(decision.source.clone());
-    outcome.service = decision.cluster.as_ref().map(|c| c.cluster.id.service.clone());
-    let known = |w: &Arc<Workload>| (Some(w.clone()), Some(w.identity.clone()));
-    let (workload, identity) = match &decision.way {
-        Way::Plain(_, workload) => (workload.clone(), None),
-        Way::Local(_, workload) | Way::Tunnel(_, workload) => known(workload),
-    };
-    outcome.source.identity = identity.as_ref().map(|_| decision.source.identity.clone());
-    outcome.destination = Party { address: Some(decision.to()), identity, workload };
-    outcome.tunnel = matches!(decision.way, Way::Tunnel(..)).then(|| hbone_address(decision.to()));
-}
-
-fn hbone_address(to: SocketAddr) -> SocketAddr {
-    SocketAddr::new(to.ip(), mesh_common::HBONE_PORT)
 }
 
 async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> {

@@ -1,13 +1,12 @@
 //! The request's body on its way up: kept as far as it may have to be sent again, and copied to mirrors.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
-
 use bytes::BytesMut;
 use tokio::sync::mpsc;
 
+mod replays;
+
+pub use self::replays::{Copied, Replays, Share};
+use self::replays::{Part, compact, cost};
 use super::{
     body::{Beginning, BodyError, Closed, FrameSource, Preview, RequestBody, Unseen},
     framing::Frame,
@@ -17,98 +16,11 @@ use super::{
 
 /// Most of one body that is kept for another attempt, bytes: Envoy's buffer limit.
 const REPLAY_EACH: usize = 1024 * 1024;
-/// Most that is kept of all bodies of the node, bytes.
-const REPLAY_ALL: usize = 64 * 1024 * 1024;
-/// Most that one pod's requests keep of it, bytes.
-const REPLAY_SHARE: usize = REPLAY_ALL / 4;
 /// Frames a mirror may be behind before it is given up.
 pub const MIRROR_BEHIND: usize = 64;
 
 /// Most of a body that is read before there is a connection to send it on, bytes.
 const READ_AHEAD: usize = 64 * 1024;
-/// Data below this is copied to be kept: a slice would hold all that was read with it.
-const COPY_BELOW: usize = 4 * 1024;
-
-/// What keeping a frame costs, bytes.
-fn cost(frame: &Frame) -> usize {
-    let payload = match frame {
-        Frame::Data(data) => data.len(),
-        Frame::Trailers(trailers) => trailers.iter().map(|(n, v)| n.as_str().len() + v.len() + 64).sum(),
-    };
-    payload + size_of::<Frame>()
-}
-
-fn compact(frame: &Frame) -> Frame {
-    match frame {
-        Frame::Data(data) if data.len() < COPY_BELOW => Frame::Data(bytes::Bytes::copy_from_slice(data)),
-        other => other.clone(),
-    }
-}
-
-/// What requests keep of bodies, bytes: those of one pod, and all of the node.
-#[derive(Debug, Clone, Default)]
-pub struct Replays {
-    own: Share,
-    all: Arc<AtomicUsize>,
-}
-
-/// How much of the room a use may fill.
-#[derive(Debug, Clone, Copy)]
-enum Part {
-    All,
-    /// Mirrors that are slow leave requests at least the other half.
-    Half,
-}
-
-impl Part {
-    fn of(self, all: usize) -> usize {
-        match self {
-            Self::All => all,
-            Self::Half => all / 2,
-        }
-    }
-}
-
-/// What the requests of one pod keep of bodies, bytes.
-#[derive(Debug, Clone, Default)]
-pub struct Share(Arc<AtomicUsize>);
-
-impl Replays {
-    /// The part of a pod, which leaves the others theirs.
-    pub fn of(&self, own: &Share) -> Self {
-        Self { own: own.clone(), all: self.all.clone() }
-    }
-
-    /// Takes it if there is room in this part of what there is.
-    fn take(&self, n: usize, part: Part) -> bool {
-        let up = |most: usize| move |used: usize| used.checked_add(n).filter(|used| *used <= most);
-        let take = |of: &AtomicUsize, most| of.fetch_update(Ordering::Relaxed, Ordering::Relaxed, up(part.of(most))).is_ok();
-        if !take(&self.own.0, REPLAY_SHARE) {
-            return false;
-        }
-        let taken = take(&self.all, REPLAY_ALL);
-        if !taken {
-            self.own.0.fetch_sub(n, Ordering::Relaxed);
-        }
-        taken
-    }
-
-    /// Takes it whether or not there is room.
-    fn force(&self, n: usize) {
-        self.own.0.fetch_add(n, Ordering::Relaxed);
-        self.all.fetch_add(n, Ordering::Relaxed);
-    }
-
-    fn give_back(&self, n: usize) {
-        // Of most requests nothing is kept, and these are shared by all.
-        if n == 0 {
-            return;
-        }
-        self.own.0.fetch_sub(n, Ordering::Relaxed);
-        self.all.fetch_sub(n, Ordering::Relaxed);
-    }
-}
-
 /// A request's body for as many attempts as it takes.
 pub struct Upload<'a, B> {
     live: &'a mut B,
@@ -123,37 +35,6 @@ pub struct Upload<'a, B> {
     mirrors: Vec<mpsc::Sender<Copied>>,
     /// What the attempt under way has been given.
     passed: Meter,
-}
-
-/// What a mirror is sent of a body.
-pub enum Copied {
-    Frame {
-        frame: Frame,
-        _room: Charge,
-    },
-    /// It is complete. Without this it was cut.
-    End,
-}
-
-impl Copied {
-    /// A copy of the frame, if there is room for it.
-    fn of(frame: &Frame, replays: &Replays) -> Option<Self> {
-        let n = cost(frame);
-        let room = || Charge { replays: replays.clone(), n };
-        replays.take(n, Part::Half).then(|| Self::Frame { frame: compact(frame), _room: room() })
-    }
-}
-
-/// Room that is taken until this is dropped.
-pub struct Charge {
-    replays: Replays,
-    n: usize,
-}
-
-impl Drop for Charge {
-    fn drop(&mut self) {
-        self.replays.give_back(self.n);
-    }
 }
 
 impl<'a, B: FrameSource> Upload<'a, B> {
@@ -382,7 +263,7 @@ impl<B> Drop for Upload<'_, B> {
 mod tests {
     use bytes::Bytes;
 
-    use super::*;
+    use super::{replays::REPLAY_SHARE, *};
 
     /// A body of so many frames of a size.
     struct Frames {
@@ -435,11 +316,6 @@ mod tests {
         total
     }
 
-    fn used(replays: &Replays) -> usize {
-        assert!(replays.own.0.load(Ordering::Relaxed) <= replays.all.load(Ordering::Relaxed));
-        replays.all.load(Ordering::Relaxed)
-    }
-
     #[tokio::test]
     async fn a_body_is_sent_again_as_long_as_it_could_be_kept() {
         for (left, size, repeatable) in [(0, 1, true), (10, 1000, true), (63, 16 * 1024, true), (65, 16 * 1024, false), (100_000, 1, false)]
@@ -449,14 +325,14 @@ mod tests {
             let mut upload = Upload::new(&mut body, true, &replays);
             assert_eq!(all(&mut upload).await, left * size);
             assert_eq!(upload.can_repeat(), repeatable, "{left} frames of {size}");
-            assert!(used(&replays) <= REPLAY_EACH + 17 * 1024, "what keeping costs is counted: {}", used(&replays));
+            assert!(replays.used() <= REPLAY_EACH + 17 * 1024, "what keeping costs is counted: {}", replays.used());
             if repeatable {
                 upload.rewind();
                 assert_eq!(all(&mut upload).await, left * size, "the second time");
                 upload.settle();
             }
             drop(upload);
-            assert_eq!(used(&replays), 0, "given back");
+            assert_eq!(replays.used(), 0, "given back");
         }
     }
 
@@ -472,7 +348,7 @@ mod tests {
             assert_eq!(all(&mut upload).await, 20 * 16 * 1024);
             assert_eq!(upload.can_repeat(), keep);
             drop(upload);
-            assert_eq!(used(&replays), 0);
+            assert_eq!(replays.used(), 0);
         }
     }
 
@@ -499,7 +375,7 @@ mod tests {
                 }
                 assert_eq!(all(&mut upload).await, left * size);
                 drop(upload);
-                assert_eq!(used(&replays), 0, "given back");
+                assert_eq!(replays.used(), 0, "given back");
             }
         }
     }
@@ -524,8 +400,8 @@ mod tests {
             }
         }
         held.clear();
-        assert_eq!(used(&all), 0, "given back");
-        assert!(owners.iter().all(|owner| used(&all.of(owner)) == 0 && owner.0.load(Ordering::Relaxed) == 0));
+        assert_eq!(all.used(), 0, "given back");
+        assert!(owners.iter().all(|owner| all.of(owner).used() == 0 && owner.used() == 0));
     }
 
     #[tokio::test]
@@ -542,8 +418,8 @@ mod tests {
             assert_eq!(all(&mut upload).await, 16 * 64 * 1024, "the request goes on");
             held.push(receiver);
         }
-        assert!(used(&replays) <= REPLAY_SHARE / 2, "{}", used(&replays));
-        assert!(used(&replays) > REPLAY_SHARE / 4, "{}", used(&replays));
+        assert!(replays.used() <= REPLAY_SHARE / 2, "{}", replays.used());
+        assert!(replays.used() > REPLAY_SHARE / 4, "{}", replays.used());
         let mut body = Frames { left: 10, size: 64 * 1024, meter: Meter::default() };
         let mut upload = Upload::new(&mut body, true, &replays);
         all(&mut upload).await;
@@ -555,7 +431,7 @@ mod tests {
             }
         }
         assert!((1..40).contains(&ended), "those there was no room for are cut: {ended}");
-        assert_eq!(used(&all_of), 0, "given back");
+        assert_eq!(all_of.used(), 0, "given back");
     }
 
     #[tokio::test]

@@ -1,0 +1,142 @@
+//! Where a connection goes: decided from one snapshot, without touching a socket.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use super::Opaque;
+use crate::{
+    balance::{self, Asker},
+    config::{OutboundPolicy, Snapshot},
+    id::ObjectName,
+    proxy::{
+        Failure, ServedPod,
+        http::clusters::{ClusterState, EndpointState},
+        outcome::{Outcome, Party},
+    },
+    route::{
+        Cluster, LoadGuard, Target, Workload,
+        l4::L4Context,
+        traffic::{Balancer, HashKey},
+    },
+};
+
+/// Where one attempt goes, decided from one snapshot.
+pub struct Decision {
+    pub way: Way,
+    pub source: Arc<Workload>,
+    /// The service, and what is counted at it; none for an address that is of no service.
+    pub cluster: Option<Chosen>,
+}
+
+/// An endpoint picked from a cluster.
+pub struct Chosen {
+    pub cluster: Arc<Cluster>,
+    pub state: Arc<ClusterState>,
+    pub endpoint: Arc<EndpointState>,
+    pub load: Option<LoadGuard>,
+}
+
+pub enum Way {
+    /// Unchanged: unknown to the mesh, or known but not in it.
+    Plain(SocketAddr, Option<Arc<Workload>>),
+    /// A pod of this node.
+    Local(SocketAddr, Arc<Workload>),
+    /// A pod of another node.
+    Tunnel(SocketAddr, Arc<Workload>),
+}
+
+impl Decision {
+    pub fn to(&self) -> SocketAddr {
+        match &self.way {
+            Way::Plain(to, _) | Way::Local(to, _) | Way::Tunnel(to, _) => *to,
+        }
+    }
+}
+
+pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure> {
+    let Opaque { proxy, pod, client, original, sni, .. } = opaque;
+    let snapshot = proxy.config.load();
+    let source = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
+    let (to, cluster) = match snapshot.resolve_for(&source.name.namespace, *original) {
+        Target::Service { service, port } => {
+            let client = client_address(pod, *client, *original);
+            let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
+            let routed = port.routes.find_l4(context, fastrand::u64(..));
+            let cluster = routed.unwrap_or(Some(&port.cluster)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?;
+            let (to, chosen) = choose(&snapshot, &source, pod, cluster, (client, *original, &service.name), tried)?;
+            (to, Some(chosen))
+        }
+        Target::NoSuchPort(service) => return Err(Failure::NoSuchPort { service: service.name.clone(), port: original.port() }),
+        Target::Unknown if snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => return Err(Failure::NotInRegistry(*original)),
+        Target::Workload(_) | Target::Unknown => (*original, None),
+    };
+    Ok(Decision { way: way(&snapshot, to)?, source, cluster })
+}
+
+fn choose(
+    snapshot: &Snapshot,
+    source: &Workload,
+    pod: &ServedPod,
+    cluster: &Arc<Cluster>,
+    (client, original, dialled): (IpAddr, SocketAddr, &ObjectName),
+    tried: &[SocketAddr],
+) -> Result<(SocketAddr, Chosen), Failure> {
+    let state = pod.clusters.of(cluster);
+    let hash = matches!(&cluster.policy.balancer, Balancer::Hash { key: HashKey::SourceIp, .. });
+    let asker = Asker {
+        client,
+        node: &snapshot.mesh.node,
+        locality: &source.locality,
+        labels: &source.labels,
+        dice: fastrand::u64(..),
+        turn: state.turn(),
+        hash: hash.then(|| balance::hash(client.to_string().as_bytes())),
+        tried,
+        elsewhere: false,
+        ejected: &state.outliers.ejected(),
+        now: std::time::Instant::now(),
+    };
+    let (address, load) = if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *dialled {
+        (original, cluster.endpoints.iter().find(|e| e.address == original).map(|e| e.load.begin()))
+    } else {
+        let picked = balance::pick(cluster, &asker).ok_or_else(|| Failure::NoEndpoint(cluster.id.service.clone()))?;
+        (picked.address, Some(picked.load.begin()))
+    };
+    Ok((address, Chosen { cluster: cluster.clone(), endpoint: state.endpoint(address), state, load }))
+}
+
+pub fn way(snapshot: &Snapshot, to: SocketAddr) -> Result<Way, Failure> {
+    let Some(workload) = snapshot.workload_by_ip(to.ip()) else { return Ok(Way::Plain(to, None)) };
+    if !workload.enrolled {
+        return Ok(Way::Plain(to, Some(workload.clone())));
+    }
+    if mesh_common::is_reserved_port(to.port()) {
+        return Err(Failure::ReservedPort(to.port()));
+    }
+    let workload = workload.clone();
+    Ok(if workload.node == snapshot.mesh.node { Way::Local(to, workload) } else { Way::Tunnel(to, workload) })
+}
+
+/// The client as others are to see it: a pod that connected over loopback has its own address.
+pub fn client_address(pod: &ServedPod, client: SocketAddr, like: SocketAddr) -> IpAddr {
+    if client.ip().is_loopback() { pod.address_like(like.ip()).unwrap_or(client.ip()) } else { client.ip() }
+}
+
+pub fn describe(outcome: &mut Outcome, decision: &Decision) {
+    outcome.source.workload = Some(decision.source.clone());
+    outcome.service = decision.cluster.as_ref().map(|c| c.cluster.id.service.clone());
+    let known = |w: &Arc<Workload>| (Some(w.clone()), Some(w.identity.clone()));
+    let (workload, identity) = match &decision.way {
+        Way::Plain(_, workload) => (workload.clone(), None),
+        Way::Local(_, workload) | Way::Tunnel(_, workload) => known(workload),
+    };
+    outcome.source.identity = identity.as_ref().map(|_| decision.source.identity.clone());
+    outcome.destination = Party { address: Some(decision.to()), identity, workload };
+    outcome.tunnel = matches!(decision.way, Way::Tunnel(..)).then(|| hbone_address(decision.to()));
+}
+
+pub fn hbone_address(to: SocketAddr) -> SocketAddr {
+    SocketAddr::new(to.ip(), mesh_common::HBONE_PORT)
+}
