@@ -44,12 +44,8 @@ pub struct Workload {
     /// Whether its traffic is captured and it takes HBONE.
     pub enrolled: bool,
     pub policy: WorkloadPolicy,
-    /// What its ports carry, as far as services declare it.
-    pub protocols: BTreeMap<u16, Protocol>,
-    /// Services of its namespace that lead to its ports.
-    pub services: BTreeMap<u16, PortOf>,
-    /// All of them, where there are several for a port.
-    pub shared: BTreeMap<u16, Vec<ObjectName>>,
+    /// What services make of its ports.
+    pub ports: Arc<Ports>,
     /// What is told of its traffic.
     pub reporting: Arc<Reporting>,
     /// Ports its probes and hooks name.
@@ -58,17 +54,28 @@ pub struct Workload {
     pub accelerate: bool,
 }
 
+/// What the services of a workload's namespace make of its ports.
+#[derive(Debug, Default)]
+pub struct Ports {
+    /// What they carry, as far as it is declared.
+    pub protocols: BTreeMap<u16, Protocol>,
+    /// The service that leads to one.
+    pub services: BTreeMap<u16, PortOf>,
+    /// All of them, where there are several.
+    pub shared: BTreeMap<u16, Vec<ObjectName>>,
+}
+
 impl Workload {
     /// The service that was meant by who has come to a port: the one that was dialled, as far as that leads here.
     pub fn service_at(&self, port: u16, dialled: Option<&ObjectName>) -> Option<&ObjectName> {
-        let first = &self.services.get(&port)?.service;
-        let meant = dialled.and_then(|dialled| self.shared.get(&port)?.iter().find(|service| *service == dialled));
+        let first = &self.ports.services.get(&port)?.service;
+        let meant = dialled.and_then(|dialled| self.ports.shared.get(&port)?.iter().find(|service| *service == dialled));
         Some(meant.unwrap_or(first))
     }
 
     /// What a port of its carries.
     pub fn protocol(&self, port: u16) -> Protocol {
-        self.protocols.get(&port).copied().unwrap_or_default()
+        self.ports.protocols.get(&port).copied().unwrap_or_default()
     }
 
     /// Istio's canonical service name, as far as labels give one.

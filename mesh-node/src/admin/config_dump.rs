@@ -62,7 +62,7 @@ fn workload(w: &Workload, cluster: &str) -> Value {
         "locality": {"region": &*w.locality.region, "zone": &*w.locality.zone, "subzone": &*w.locality.subzone},
         "node": &*w.node, "network": "", "status": "Healthy", "capacity": 1,
         "authorizationPolicies": w.policy.everywhere.authorization.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "services": w.services.values().map(|of| &of.service).map(|s| format!("{}/{}.{}.svc.cluster.local", s.namespace, s.name, s.namespace)).collect::<std::collections::BTreeSet<_>>(),
+        "services": w.ports.services.values().map(|of| &of.service).map(|s| format!("{}/{}.{}.svc.cluster.local", s.namespace, s.name, s.namespace)).collect::<std::collections::BTreeSet<_>>(),
     })
 }
 

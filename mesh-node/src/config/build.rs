@@ -6,22 +6,24 @@ mod routes;
 mod services;
 
 use std::{
-    collections::{BTreeMap, HashMap, btree_map::Entry},
+    collections::{HashMap, hash_map::Entry},
     net::IpAddr,
     sync::Arc,
     time::{Instant, SystemTime},
 };
 
-use policies::{Attachments, Policies};
+use policies::{Attached, Attachments, Policies};
 use reporting::Reports;
 
 use super::{
     settings::MeshSettings,
-    snapshot::{PolicySummary, Snapshot},
+    snapshot::{Map, PolicySummary, Snapshot},
     store::{Severity, Status, Store},
 };
 use crate::{
     id::{ObjectName, SpiffeId},
+    policy::WorkloadPolicy,
+    report::Reporting,
     resource::{
         AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Named, Object, PeerAuthentication, Pod, RequestAuthentication,
         Telemetry, VirtualService, kube,
@@ -29,7 +31,7 @@ use crate::{
         selector::Labels,
     },
     route::{
-        Workload,
+        Ports, Workload,
         cluster::Near,
         retry::{RetryPolicy, default_policy},
     },
@@ -38,7 +40,7 @@ use crate::{
 /// Builds the next snapshot. Loads of endpoints that stay are carried over from the previous one.
 pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: Instant) -> (Snapshot, Vec<Status>) {
     let mut builder = Builder { mesh, store, statuses: store.statuses(), parts: Parts::default() };
-    for named in store.objects().into_values() {
+    for named in store.objects() {
         builder.take(named);
     }
     let mut snapshot = Snapshot::empty(mesh.clone());
@@ -151,10 +153,20 @@ impl<'a> Builder<'a> {
         Status { origin, severity, message: format!("{}: {message}", named.key) }
     }
 
-    fn workloads(&mut self, policies: &mut Policies<'_>, reports: &mut Reports<'_>, attachments: &Attachments, snapshot: &mut Snapshot) {
-        let mut owners: BTreeMap<IpAddr, (&Named, Option<SystemTime>)> = BTreeMap::new();
+    fn workloads(
+        &mut self,
+        policies: &mut Policies<'_>,
+        reports: &mut Reports<'_>,
+        attachments: &Attachments<'_>,
+        snapshot: &mut Snapshot,
+    ) {
         let mut pods = std::mem::take(&mut self.parts.pods);
         pods.sort_by_key(|(named, _)| named.created);
+        let mut owners: Map<IpAddr, (&Named, Option<SystemTime>)> = Map::default();
+        owners.reserve(pods.len());
+        snapshot.workloads.reserve(pods.len());
+        snapshot.by_ip.reserve(pods.len());
+        let mut alike = Alike::default();
         for (named, pod) in pods {
             if pod.finished {
                 continue;
@@ -164,7 +176,7 @@ impl<'a> Builder<'a> {
                 self.remark(Severity::Error, named, &problem);
                 continue;
             }
-            let workload = match self.workload(named, pod, policies, reports, attachments) {
+            let workload = match self.workload(named, pod, policies, reports, attachments, &mut alike) {
                 Ok(workload) => Arc::new(workload),
                 Err(problem) => {
                     self.remark(Severity::Error, named, &problem);
@@ -209,29 +221,32 @@ impl<'a> Builder<'a> {
         locality
     }
 
-    fn workload(
+    fn workload<'p>(
         &self,
-        named: &Named,
-        pod: &Pod,
+        named: &'p Named,
+        pod: &'p Pod,
         policies: &mut Policies<'_>,
         reports: &mut Reports<'_>,
-        attachments: &Attachments,
+        attachments: &'p Attachments<'_>,
+        alike: &mut Alike<'p>,
     ) -> Result<Workload, String> {
         let name = &named.key.name;
         let namespace = self.parts.namespaces.get(&*name.namespace).copied();
         let identity = SpiffeId::new(&self.mesh.trust_domains.local, &name.namespace, &pod.service_account)
             .map_err(|e| format!("spec.serviceAccountName: {e}"))?;
         let ips = if pod.host_network { &[][..] } else { &pod.ips };
-        let attached = ips.iter().filter_map(|ip| attachments.get(ip)).flatten().cloned().collect::<Vec<_>>();
-        let policy = policies.of(name, &pod.labels, &self.mesh.root_namespace, &attached);
+        let attached = ips.iter().filter_map(|ip| attachments.get(ip)).flatten().copied().collect::<Vec<_>>();
+        let Common { policy, ports, reporting } = alike.of((&name.namespace, &pod.labels), attached, |attached| Common {
+            policy: policies.of(name, &pod.labels, &self.mesh.root_namespace, attached),
+            ports: Arc::new(policies::ports(attached, &name.namespace)),
+            reporting: reports.of(name, &pod.labels, attached),
+        });
         if pod.node == self.mesh.node {
             policies.is_local(&policy);
         }
         Ok(Workload {
-            protocols: policies::protocols(&attached, &name.namespace),
-            services: policies::services(&attached, &name.namespace),
-            shared: policies::shared(&attached, &name.namespace),
-            reporting: reports.of(name, &pod.labels, &attached),
+            ports,
+            reporting,
             probes: pod.probes.clone(),
             accelerate: pod.accelerate,
             uid: pod.uid.clone(),
@@ -246,6 +261,31 @@ impl<'a> Builder<'a> {
             enrolled: !pod.host_network && self.mesh.enrolment.enrols(namespace, &pod.labels),
             policy,
         })
+    }
+}
+
+/// What pods with the same labels have in common to which the same services lead.
+#[derive(Clone)]
+struct Common {
+    policy: WorkloadPolicy,
+    ports: Arc<Ports>,
+    reporting: Arc<Reporting>,
+}
+
+/// What pods had in common that came before, by namespace and labels: most of a template's are alike.
+#[derive(Default)]
+struct Alike<'a>(Map<(&'a str, &'a Labels), (Vec<Attached<'a>>, Common)>);
+
+impl<'a> Alike<'a> {
+    fn of(&mut self, key: (&'a str, &'a Labels), attached: Vec<Attached<'a>>, make: impl FnOnce(&[Attached<'a>]) -> Common) -> Common {
+        match self.0.get(&key) {
+            Some((same, common)) if *same == attached => common.clone(),
+            _ => {
+                let common = make(&attached);
+                self.0.insert(key, (attached, common.clone()));
+                common
+            }
+        }
     }
 }
 

@@ -121,6 +121,8 @@ impl Publisher {
         self.shared.snapshot.store(Arc::new(snapshot));
         self.shared.statuses.store(Arc::new(statuses));
         self.generation.send_replace(generation);
+        // Where nothing uses it any more it is large.
+        spawn::aside(|| drop(before));
     }
 }
 

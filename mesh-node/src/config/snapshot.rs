@@ -35,6 +35,10 @@ pub struct PolicySummary {
 /// Namespace and name of what makes pods.
 type MadeBy = (Arc<str>, Arc<str>);
 
+/// By what the configuration names or gives: asked for several times of each request, and made again for each generation. Who could choose
+/// keys that are slow to look up could do worse.
+pub(super) type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
+
 /// Everything the data path asks, as of one generation.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -53,16 +57,16 @@ pub struct Snapshot {
     pub client_cert: ClientCert,
     /// Authorization policies in force, for inspection.
     pub policies: Vec<PolicySummary>,
-    pub(super) workloads: HashMap<WorkloadUid, Arc<Workload>>,
+    pub(super) workloads: Map<WorkloadUid, Arc<Workload>>,
     /// By namespace and name of what makes pods.
-    pub(super) by_workload: HashMap<MadeBy, Vec<Arc<Workload>>>,
-    pub(super) by_ip: HashMap<IpAddr, Arc<Workload>>,
+    pub(super) by_workload: Map<MadeBy, Vec<Arc<Workload>>>,
+    pub(super) by_ip: Map<IpAddr, Arc<Workload>>,
     pub(super) services: Vec<Arc<Service>>,
-    pub(super) by_name: HashMap<ObjectName, Arc<Service>>,
-    pub(super) by_vip: HashMap<IpAddr, Arc<Service>>,
-    pub(super) by_external: HashMap<SocketAddr, Arc<Service>>,
+    pub(super) by_name: Map<ObjectName, Arc<Service>>,
+    pub(super) by_vip: Map<IpAddr, Arc<Service>>,
+    pub(super) by_external: Map<SocketAddr, Arc<Service>>,
     /// Services as clients of a namespace see them, where that differs: by client namespace and service.
-    pub(super) views: HashMap<Arc<str>, HashMap<ObjectName, Arc<Service>>>,
+    pub(super) views: Map<Arc<str>, Map<ObjectName, Arc<Service>>>,
 }
 
 impl Snapshot {
@@ -79,14 +83,14 @@ impl Snapshot {
             retries: Arc::new(default_policy()),
             client_cert: ClientCert::default(),
             policies: Vec::new(),
-            workloads: HashMap::new(),
-            by_workload: HashMap::new(),
-            by_ip: HashMap::new(),
+            workloads: Map::default(),
+            by_workload: Map::default(),
+            by_ip: Map::default(),
             services: Vec::new(),
-            by_name: HashMap::new(),
-            by_vip: HashMap::new(),
-            by_external: HashMap::new(),
-            views: HashMap::new(),
+            by_name: Map::default(),
+            by_vip: Map::default(),
+            by_external: Map::default(),
+            views: Map::default(),
         }
     }
 

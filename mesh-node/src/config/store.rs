@@ -65,7 +65,7 @@ impl fmt::Display for Status {
 
 #[derive(Debug, Default)]
 struct File {
-    objects: BTreeMap<Key, Named>,
+    objects: BTreeMap<Key, Arc<Named>>,
     /// Those of them that stand in for what cannot be read.
     stand_ins: BTreeSet<Key>,
     errors: Vec<String>,
@@ -75,6 +75,8 @@ struct File {
 #[derive(Debug, Default)]
 pub struct Store {
     files: BTreeMap<Origin, File>,
+    /// Where each object is, by origin: the first counts.
+    places: BTreeMap<Key, BTreeMap<Origin, Arc<Named>>>,
 }
 
 impl Store {
@@ -82,7 +84,11 @@ impl Store {
     pub fn apply(&mut self, change: Change) -> bool {
         let Change { origin, content } = change;
         match content {
-            Content::Gone => self.files.remove(&origin).is_some(),
+            Content::Gone => {
+                let old = self.files.remove(&origin);
+                old.iter().for_each(|old| self.displace(&origin, old));
+                old.is_some()
+            }
             Content::Unreadable(problem) => {
                 let file = self.files.entry(origin).or_default();
                 file.errors = vec![format!("{problem}; what this file held before stays in force")];
@@ -90,42 +96,51 @@ impl Store {
             }
             Content::Read { objects, rejections } => {
                 let old = self.files.remove(&origin).unwrap_or_default();
-                self.files.insert(origin, read(old, objects, rejections));
+                self.displace(&origin, &old);
+                let file = read(old, objects, rejections);
+                for (key, named) in &file.objects {
+                    self.places.entry(key.clone()).or_default().insert(origin.clone(), named.clone());
+                }
+                self.files.insert(origin, file);
                 true
             }
         }
     }
 
-    /// The objects in force, each key once: of several the first by origin counts.
-    pub fn objects(&self) -> BTreeMap<&Key, &Named> {
-        let mut all = BTreeMap::new();
-        for (key, named) in self.files.values().flat_map(|f| &f.objects) {
-            all.entry(key).or_insert(named);
+    fn displace(&mut self, origin: &Origin, old: &File) {
+        for key in old.objects.keys() {
+            if let Entry::Occupied(mut places) = self.places.entry(key.clone()) {
+                places.get_mut().remove(origin);
+                if places.get().is_empty() {
+                    places.remove();
+                }
+            }
         }
-        all
+    }
+
+    /// The objects in force by their keys, each once: of several the first by origin counts.
+    pub fn objects(&self) -> impl Iterator<Item = &Named> {
+        self.places.values().filter_map(|places| places.values().next()).map(|named| &**named)
     }
 
     /// What is wrong with what was read.
     pub fn statuses(&self) -> Vec<Status> {
-        let mut first: BTreeMap<&Key, &Origin> = BTreeMap::new();
-        let mut all = Vec::new();
-        for (origin, file) in &self.files {
-            let error = |message: String| Status { origin: origin.to_string(), severity: Severity::Error, message };
-            all.extend(file.errors.iter().cloned().map(error));
-            for key in file.objects.keys() {
-                if let Some(other) = first.get(key) {
-                    all.push(error(format!("{key}: metadata.name: is also defined in {other}, which is used; remove one of them")));
-                } else {
-                    first.insert(key, origin);
-                }
-            }
-        }
-        all
+        let error = |origin: &Origin, message: String| Status { origin: origin.to_string(), severity: Severity::Error, message };
+        let unread = self.files.iter().flat_map(|(origin, file)| file.errors.iter().map(move |message| error(origin, message.clone())));
+        let again = self.places.iter().flat_map(|(key, places)| {
+            let mut origins = places.keys();
+            let first = origins.next();
+            first.into_iter().flat_map(move |first| origins.clone().map(move |other| (key, first, other)))
+        });
+        let again = again.map(|(key, first, other)| {
+            error(other, format!("{key}: metadata.name: is also defined in {first}, which is used; remove one of them"))
+        });
+        unread.chain(again).collect()
     }
 
     /// The origin whose version of an object is in force.
     pub fn origin_of(&self, key: &Key) -> Option<&Origin> {
-        self.files.iter().find(|(_, f)| f.objects.contains_key(key)).map(|(o, _)| o)
+        self.places.get(key)?.keys().next()
     }
 }
 
@@ -133,7 +148,7 @@ fn read(mut old: File, objects: Vec<Named>, rejections: Vec<Rejection>) -> File 
     let mut file = File::default();
     for named in objects {
         let key = named.key.clone();
-        if file.objects.insert(key.clone(), named).is_some() {
+        if file.objects.insert(key.clone(), Arc::new(named)).is_some() {
             file.errors.push(format!("{key}: metadata.name: is defined twice in this file, the last one is used; remove one of them"));
         }
     }
@@ -151,7 +166,7 @@ fn read(mut old: File, objects: Vec<Named>, rejections: Vec<Rejection>) -> File 
         };
         file.errors.push(format!("{rejection}{remark}"));
         let stands_in = partly || kept.is_none();
-        let Some((key, named)) = kept.or_else(|| rejection.instead.map(|named| (named.key.clone(), *named))) else { continue };
+        let Some((key, named)) = kept.or_else(|| rejection.instead.map(|named| (named.key.clone(), Arc::new(*named)))) else { continue };
         if let Entry::Vacant(entry) = file.objects.entry(key.clone()) {
             entry.insert(named);
             if stands_in {
@@ -190,7 +205,7 @@ mod tests {
     }
 
     fn names(store: &Store) -> Vec<String> {
-        store.objects().keys().map(|k| k.name.name.to_string()).collect()
+        store.objects().map(|named| named.key.name.name.to_string()).collect()
     }
 
     #[test]
@@ -237,7 +252,7 @@ mod tests {
         ] {
             let mut store = Store::default();
             store.apply(Change { origin: origin("a"), content: content(&[policy(spec, annotation)]) });
-            let found = store.objects().values().find_map(|named| match &named.object {
+            let found = store.objects().find_map(|named| match &named.object {
                 resource::Object::AuthorizationPolicy(p) => Some(p.rules.len()),
                 _ => None,
             });
@@ -263,7 +278,7 @@ mod tests {
         let rule = |key: &str| json!({"when": [{"key": key, "values": ["x"]}]});
         let (good, bad) = (rule("source.namespace"), rule("experimental.envoy.filters.a"));
         let rules = |store: &Store| {
-            store.objects().values().find_map(|named| match &named.object {
+            store.objects().find_map(|named| match &named.object {
                 resource::Object::AuthorizationPolicy(p) => Some(p.rules.len()),
                 _ => None,
             })
@@ -330,7 +345,7 @@ mod tests {
         let mut store = Store::default();
         store.apply(Change { origin: origin("b"), content: content(&[peer_authentication("x", "STRICT")]) });
         store.apply(Change { origin: origin("a"), content: content(&[peer_authentication("x", "PERMISSIVE")]) });
-        assert_eq!(store.objects().len(), 1);
+        assert_eq!(store.objects().count(), 1);
         let text = store.statuses()[0].to_string();
         assert!(text.starts_with("b: error: PeerAuthentication default/x") && text.contains("also defined in a"), "{text}");
     }

@@ -34,7 +34,7 @@ pub struct Cluster {
     pub protocol: Protocol,
     pub policy: Arc<TrafficPolicy>,
     /// By address.
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Arc<[Endpoint]>,
     /// Only endpoints of the client's node: `internalTrafficPolicy: Local`.
     pub local_only: bool,
     /// Endpoints near the client go before others: `trafficDistribution`.

@@ -8,7 +8,7 @@ use std::{
 
 use super::{Builder, age};
 use crate::{
-    config::store::Severity,
+    config::{snapshot::Map, store::Severity},
     detect::Protocol,
     id::ObjectName,
     policy::{Authorization, CompiledPolicy, Governing, WorkloadPolicy, effective_mtls},
@@ -19,20 +19,20 @@ use crate::{
         selector::{Labels, WorkloadSelector},
         target::TargetRef,
     },
-    route::PortOf,
+    route::{PortOf, Ports},
 };
 
 /// A port of a pod that a service leads to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Attached {
-    service: ObjectName,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Attached<'a> {
+    service: &'a ObjectName,
     /// The service's port, and the pod's.
     service_port: u16,
     port: u16,
     protocol: Protocol,
 }
 
-impl Attached {
+impl Attached<'_> {
     /// Whether it is of this service.
     pub(super) fn is_of(&self, namespace: &str, service: &str) -> bool {
         *self.service.namespace == *namespace && *self.service.name == *service
@@ -40,7 +40,7 @@ impl Attached {
 }
 
 /// By the pod's address.
-pub(super) type Attachments = HashMap<IpAddr, Vec<Attached>>;
+pub(super) type Attachments<'a> = Map<IpAddr, Vec<Attached<'a>>>;
 
 /// Which workloads a policy is for, of those its namespace reaches.
 enum Scope<'a> {
@@ -169,7 +169,7 @@ impl<'a> Policies<'a> {
     }
 
     /// What governs a workload.
-    pub(super) fn of(&mut self, name: &ObjectName, labels: &Labels, root: &str, attached: &[Attached]) -> WorkloadPolicy {
+    pub(super) fn of(&mut self, name: &ObjectName, labels: &Labels, root: &str, attached: &[Attached<'_>]) -> WorkloadPolicy {
         let namespace: &str = &name.namespace;
         let selected = |p: &&&PeerAuthentication| p.selector.as_ref().is_some_and(|s| s.matches(labels));
         let workload = self.workload_mtls.get(namespace).and_then(|all| all.iter().find(selected)).copied();
@@ -187,7 +187,7 @@ impl<'a> Policies<'a> {
                 Scope::Services(names) => {
                     let home = &self.all[i].named.key.name.namespace;
                     let meant = attached.iter().filter(|a| a.service.namespace == *home && names.contains(&&*a.service.name));
-                    let ambiguous = |a: &Attached| attached.iter().any(|b| b.service == a.service && b.service_port == a.port);
+                    let ambiguous = |a: &Attached<'_>| attached.iter().any(|b| b.service == a.service && b.service_port == a.port);
                     by_service.extend(meant.map(|a| (i, a.service_port, a.port, ambiguous(a))));
                 }
             }
@@ -203,7 +203,7 @@ impl<'a> Policies<'a> {
             extra.dedup();
             all_ports.insert(port, self.governing(extra));
         }
-        let opaque = |a: &&Attached| *a.service.namespace == *namespace && matches!(a.protocol, Protocol::Tcp | Protocol::Tls);
+        let opaque = |a: &&Attached<'_>| *a.service.namespace == *namespace && matches!(a.protocol, Protocol::Tcp | Protocol::Tls);
         for a in attached.iter().filter(opaque) {
             for i in &base {
                 self.all[*i].opaque.entry(a.port).or_insert_with(|| name.clone());
@@ -316,17 +316,17 @@ fn scope<'a>(
 }
 
 /// Which services lead to which ports of which addresses.
-pub(super) fn attachments(builder: &Builder<'_>) -> Attachments {
-    let mut all = Attachments::new();
+pub(super) fn attachments<'a>(builder: &Builder<'a>) -> Attachments<'a> {
+    let mut all = Attachments::default();
     for (named, service) in &builder.parts.services {
-        let name = &named.key.name;
+        let name: &'a ObjectName = &named.key.name;
         let slices = builder.parts.slices.get(&(&*name.namespace, &*name.name)).map(Vec::as_slice).unwrap_or_default();
         for port in &service.ports {
             let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref());
             for slice in slices {
                 let Some(target) = slice.ports.get(&port.name) else { continue };
                 for ip in slice.endpoints.iter().flat_map(|e| &e.addresses) {
-                    let attached = Attached { service: name.clone(), service_port: port.port, port: *target, protocol };
+                    let attached = Attached { service: name, service_port: port.port, port: *target, protocol };
                     let list = all.entry(*ip).or_default();
                     if !list.contains(&attached) {
                         list.push(attached);
@@ -338,9 +338,14 @@ pub(super) fn attachments(builder: &Builder<'_>) -> Attachments {
     all
 }
 
+/// What services make of the ports of a pod of a namespace.
+pub(super) fn ports(attached: &[Attached<'_>], namespace: &str) -> Ports {
+    Ports { protocols: protocols(attached, namespace), services: services(attached, namespace), shared: shared(attached, namespace) }
+}
+
 /// What the ports of a pod carry, as the services of its own namespace that lead to them declare: anybody can make a service
 /// that leads to somebody else's pod. Where they disagree, it is found out; which HTTP it is always is.
-pub(super) fn protocols(attached: &[Attached], namespace: &str) -> BTreeMap<u16, Protocol> {
+fn protocols(attached: &[Attached<'_>], namespace: &str) -> BTreeMap<u16, Protocol> {
     let mut found = BTreeMap::new();
     for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
         found.entry(a.port).and_modify(|p: &mut Protocol| *p = p.or(a.protocol)).or_insert(a.protocol);
@@ -349,11 +354,11 @@ pub(super) fn protocols(attached: &[Attached], namespace: &str) -> BTreeMap<u16,
 }
 
 /// The services that lead to ports several lead to.
-pub(super) fn shared(attached: &[Attached], namespace: &str) -> BTreeMap<u16, Vec<ObjectName>> {
+fn shared(attached: &[Attached<'_>], namespace: &str) -> BTreeMap<u16, Vec<ObjectName>> {
     let mut found: BTreeMap<u16, Vec<ObjectName>> = BTreeMap::new();
     for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
         let all = found.entry(a.port).or_default();
-        if !all.contains(&a.service) {
+        if !all.contains(a.service) {
             all.push(a.service.clone());
         }
     }
@@ -362,7 +367,7 @@ pub(super) fn shared(attached: &[Attached], namespace: &str) -> BTreeMap<u16, Ve
 }
 
 /// The services that lead to a workload's ports, of its own namespace: the first by name where there are several.
-pub(super) fn services(attached: &[Attached], namespace: &str) -> BTreeMap<u16, PortOf> {
+fn services(attached: &[Attached<'_>], namespace: &str) -> BTreeMap<u16, PortOf> {
     let mut found: BTreeMap<u16, PortOf> = BTreeMap::new();
     for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
         let this = PortOf { service: a.service.clone(), port: a.service_port };

@@ -129,7 +129,7 @@ impl<'a> Reports<'a> {
     }
 
     /// What is told of a workload.
-    pub(super) fn of(&mut self, name: &ObjectName, labels: &Labels, attached: &[Attached]) -> Arc<Reporting> {
+    pub(super) fn of(&mut self, name: &ObjectName, labels: &Labels, attached: &[Attached<'_>]) -> Arc<Reporting> {
         let selects = |t: &&&Telemetry| match &t.selector {
             Some(selector) => selector.matches(labels),
             None => t.targets.iter().any(|target| match target {

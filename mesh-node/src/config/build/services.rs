@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Instant,
 };
@@ -13,7 +13,10 @@ use std::{
 use super::{Builder, age, routes::Routes};
 use crate::{
     balance::Table,
-    config::{snapshot::Snapshot, store::Severity},
+    config::{
+        snapshot::{Map, Snapshot},
+        store::Severity,
+    },
     detect::Protocol,
     id::ObjectName,
     resource::{
@@ -32,7 +35,7 @@ pub(super) struct Entry<'a> {
     pub named: &'a Named,
     pub service: &'a kube::Service,
     /// Beside the service's ports.
-    endpoints: Vec<Vec<Endpoint>>,
+    endpoints: Vec<Arc<[Endpoint]>>,
     near: Option<Near>,
 }
 
@@ -106,22 +109,22 @@ pub(super) fn build(builder: &mut Builder<'_>, previous: &Snapshot, snapshot: &m
 }
 
 fn registry<'a>(builder: &mut Builder<'a>, previous: &Snapshot, snapshot: &Snapshot, now: Instant) -> Registry<'a> {
-    let loads = loads(previous);
     // Pods that share their node's address: an endpoint says which of them it is.
     let own = |w: &Workload| w.ips.iter().any(|ip| snapshot.by_ip.get(ip).is_some_and(|other| other.uid == w.uid));
-    let hosted = snapshot.workloads.values().filter(|w| !own(w)).map(|w| (&w.name, &w.labels)).collect::<HashMap<_, _>>();
+    let hosted = snapshot.workloads.values().filter(|w| !own(w)).map(|w| (&w.name, &w.labels)).collect::<Map<_, _>>();
     let services = std::mem::take(&mut builder.parts.services);
     let entry = |(named, service): (&'a Named, &'a kube::Service)| {
         let name = &named.key.name;
         let slices = builder.parts.slices.get(&(&*name.namespace, &*name.name)).map(Vec::as_slice).unwrap_or_default();
+        let before = previous.by_name.get(name);
         let endpoints = |port: &kube::ServicePort| {
             let load = |address, ready: bool| {
-                let Some((load, was)) = loads.get(&(name, address)) else { return Arc::new(Load::new(now)) };
-                if ready && !was {
+                let Some(known) = before.and_then(|service| known(service, address)) else { return Arc::new(Load::new(now)) };
+                if ready && !known.ready {
                     // It begins to be used now, whenever it was first heard of.
-                    load.renew(now);
+                    known.load.renew(now);
                 }
-                (*load).clone()
+                known.load.clone()
             };
             endpoints(builder, (snapshot, &hosted, &name.namespace), &port.name, slices, load)
         };
@@ -131,44 +134,47 @@ fn registry<'a>(builder: &mut Builder<'a>, previous: &Snapshot, snapshot: &Snaps
     services.into_iter().map(entry).collect()
 }
 
-/// What is under way at endpoints, and whether they were ready.
-type Loads<'a> = HashMap<(&'a ObjectName, SocketAddr), (&'a Arc<Load>, bool)>;
-
-fn loads(previous: &Snapshot) -> Loads<'_> {
-    let ports = previous.services.iter().flat_map(|s| s.ports.iter().map(move |p| (s, p)));
-    ports.flat_map(|(s, p)| p.cluster.endpoints.iter().map(move |e| ((&s.name, e.address), (&e.load, e.ready)))).collect()
+/// An endpoint as it was, on whatever port of its service.
+fn known(service: &Service, address: SocketAddr) -> Option<&Endpoint> {
+    service.ports.iter().rev().find_map(|port| {
+        // They are by address.
+        let endpoints = &port.cluster.endpoints;
+        endpoints.binary_search_by_key(&address, |e| e.address).ok().map(|i| &endpoints[i])
+    })
 }
 
 /// The endpoints of one service port over all slices, each address once, by address.
 fn endpoints(
     builder: &Builder<'_>,
-    (snapshot, hosted, namespace): (&Snapshot, &HashMap<&ObjectName, &Labels>, &Arc<str>),
+    (snapshot, hosted, namespace): (&Snapshot, &Map<&ObjectName, &Labels>, &Arc<str>),
     port: &str,
     slices: &[&EndpointSlice],
     load: impl Fn(SocketAddr, bool) -> Arc<Load>,
-) -> Vec<Endpoint> {
-    let mut found: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
+) -> Arc<[Endpoint]> {
+    let mut found = Vec::new();
     for slice in slices {
         let Some(target) = slice.ports.get(port) else { continue };
-        for (endpoint, ip) in slice.endpoints.iter().flat_map(|e| e.addresses.iter().map(move |ip| (e, ip))) {
-            let address = SocketAddr::new(*ip, *target);
-            let labels = || {
-                let pod = endpoint.pod.as_ref().map(|name| ObjectName { namespace: namespace.clone(), name: name.clone() });
-                let hosted = || pod.and_then(|pod| hosted.get(&pod)).copied();
-                snapshot.by_ip.get(ip).map(|w| &w.labels).or_else(hosted).cloned().unwrap_or_default()
-            };
-            found.entry(address).or_insert_with(|| Endpoint {
-                address,
-                ready: endpoint.ready,
-                serving_while_terminating: endpoint.serving_while_terminating,
-                node: endpoint.node.clone(),
-                locality: builder.locality(endpoint.node.as_deref().unwrap_or_default(), endpoint.zone.as_ref()),
-                labels: labels(),
-                load: load(address, endpoint.ready),
-            });
+        for endpoint in &slice.endpoints {
+            found.extend(endpoint.addresses.iter().map(|ip| (SocketAddr::new(*ip, *target), endpoint)));
         }
     }
-    found.into_values().collect()
+    // Stable: of several with one address the first counts.
+    found.sort_by_key(|(address, _)| *address);
+    found.dedup_by_key(|(address, _)| *address);
+    let labels = |ip: IpAddr, pod: Option<&Arc<str>>| {
+        let hosted = || hosted.get(&ObjectName { namespace: namespace.clone(), name: pod?.clone() }).copied();
+        snapshot.by_ip.get(&ip).map(|w| &w.labels).or_else(hosted).cloned().unwrap_or_default()
+    };
+    let made = found.into_iter().map(|(address, endpoint)| Endpoint {
+        address,
+        ready: endpoint.ready,
+        serving_while_terminating: endpoint.serving_while_terminating,
+        node: endpoint.node.clone(),
+        locality: builder.locality(endpoint.node.as_deref().unwrap_or_default(), endpoint.zone.as_ref()),
+        labels: labels(address.ip(), endpoint.pod.as_ref()),
+        load: load(address, endpoint.ready),
+    });
+    made.collect()
 }
 
 /// Destination rules by the services they are for, closest host and oldest first.
@@ -263,8 +269,8 @@ impl<'a> Rules<'a> {
 /// Clusters of a view; what is not here is as in the view below.
 #[derive(Default)]
 pub(super) struct Clusters<'a> {
-    by_id: HashMap<ClusterId, Arc<Cluster>>,
-    subsets: HashMap<ObjectName, Vec<Arc<str>>>,
+    by_id: Map<ClusterId, Arc<Cluster>>,
+    subsets: Map<ObjectName, Vec<Arc<str>>>,
     below: Option<&'a Clusters<'a>>,
 }
 
@@ -306,15 +312,17 @@ fn cluster(
     name: &ObjectName,
     entry: &Entry<'_>,
     port: &kube::ServicePort,
-    endpoints: &[Endpoint],
+    endpoints: &Arc<[Endpoint]>,
     policy: Option<&Layered>,
     subset: Option<&Subset>,
     tables: &Tables<'_>,
 ) -> Cluster {
     let service = entry.service;
     let id = ClusterId { service: name.clone(), port: port.port, subset: subset.map(|s| s.name.clone()).unwrap_or_default() };
-    let selected = |e: &&Endpoint| subset.is_none_or(|s| s.labels.iter().all(|(k, v)| e.labels.get(k) == Some(v)));
-    let endpoints = endpoints.iter().filter(selected).cloned().collect::<Vec<_>>();
+    let endpoints = match subset {
+        None => endpoints.clone(),
+        Some(subset) => endpoints.iter().filter(|e| subset.labels.iter().all(|(k, v)| e.labels.get(k) == Some(v))).cloned().collect(),
+    };
     let mut policy = Layered::effective(policy, subset.map(|s| &s.policy), port.port);
     if service.is_headless() {
         // Its clients pick the endpoint themselves, by its address.

@@ -89,7 +89,7 @@ impl Traced {
         let (told, kind, service, port) = match reporter {
             Reporter::Source => (&reporting.client, Kind::Client, cluster.map(|c| &c.service), cluster.map_or(port, |c| c.port)),
             Reporter::Destination => {
-                let of = self.workload.services.get(&port);
+                let of = self.workload.ports.services.get(&port);
                 (&reporting.server, Kind::Server, of.map(|of| &of.service), of.map_or(port, |of| of.port))
             }
         };

@@ -16,8 +16,7 @@ use crate::{
 /// Everything there is to say.
 pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<Status> {
     let mut lint = Lint { store, mesh, snapshot, found: Vec::new() };
-    let objects = store.objects();
-    for named in objects.values() {
+    for named in store.objects() {
         match &named.object {
             Object::VirtualService(vs) => lint.virtual_service(named, vs),
             Object::DestinationRule(rule) => lint.subsets(named, rule),
@@ -28,7 +27,7 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
             _ => {}
         }
     }
-    let mut aged = objects.values().copied().collect::<Vec<_>>();
+    let mut aged = store.objects().collect::<Vec<_>>();
     aged.sort_by_key(|named| (named.created.is_none(), named.created, &named.key));
     lint.destination_rules(&aged);
     lint.peer_authentications(&aged);
