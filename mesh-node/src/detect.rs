@@ -47,6 +47,8 @@ impl Protocol {
         match (self, other) {
             (a, b) if a == b => a,
             (a, b) if a.is_http() && b.is_http() => Self::Http,
+            // Who declares nothing does not say that it is something else.
+            (declared, Self::Detect) | (Self::Detect, declared) if declared.is_http() => declared,
             _ => Self::Detect,
         }
     }
@@ -156,6 +158,11 @@ const METHODS: [&str; 34] = [
 
 pub fn is_method(name: &[u8]) -> bool {
     METHODS.iter().any(|m| m.as_bytes() == name)
+}
+
+/// Whether this is the beginning of a method that is known, or all of it.
+pub fn may_become_method(beginning: &[u8]) -> bool {
+    METHODS.iter().any(|m| m.as_bytes().starts_with(beginning))
 }
 
 /// The method of a name that is known.

@@ -415,6 +415,30 @@ pub fn start_logging(filter: &str, json: bool) -> Result<(), String> {
     Ok(())
 }
 
+/// Targets of what is logged here, and libraries whose own events can be asked for.
+const TARGETS: [&str; 20] = [
+    "access",
+    "admin",
+    "app",
+    "audit",
+    "ca",
+    "capture",
+    "config",
+    "hbone",
+    "identity",
+    "jwks",
+    "proxy",
+    "traces",
+    "aya",
+    "h2",
+    "hyper",
+    "hyper_util",
+    "mesh_node",
+    "rustls",
+    "tokio",
+    "tower",
+];
+
 fn log_filter_of(filter: &str) -> Result<EnvFilter, String> {
     // A word alone is a target whose every event is logged, and of all others nothing: hardly what is meant by a level that is misspelt.
     let odd = |clause: &&str| !clause.contains(['=', '[', ']', '{', '}']) && clause.parse::<LevelFilter>().is_err();
@@ -422,6 +446,11 @@ fn log_filter_of(filter: &str) -> Result<EnvFilter, String> {
         return Err(format!(
             "log filter {filter:?}: {clause:?} is no level (off, error, warn, info, debug, trace); of a target, say {clause}=debug"
         ));
+    }
+    let target = |clause: &str| clause.split(['=', '[', ':']).next().unwrap_or_default().trim().to_owned();
+    let unknown = |clause: &str| clause.contains(['=', '[']) && !target(clause).is_empty() && !TARGETS.contains(&&*target(clause));
+    if let Some(clause) = filter.split(',').map(str::trim).find(|c| unknown(c)) {
+        return Err(format!("log filter {filter:?}: nothing is logged with target {:?}; there are {}", target(clause), TARGETS.join(", ")));
     }
     EnvFilter::try_new(filter).map_err(|e| format!("log filter {filter:?}: {e}"))
 }
@@ -431,19 +460,32 @@ pub fn log_filter() -> Option<String> {
     LOG.get().map(|log| log.now.lock().unwrap_or_else(PoisonError::into_inner).clone())
 }
 
-/// Changes what is logged; with `reset`, to what it was at first and `filter` behind that. Says what it is then.
+/// Changes what is logged, as ztunnel does: `filter` counts beside what is logged now; with `reset`, beside what was at first. Says what it is
+/// then.
 pub fn set_log_filter(reset: bool, filter: &str) -> Result<String, String> {
     let log = LOG.get().ok_or("the process does not log")?;
-    let first = reset.then_some(&*log.first);
-    let filter = first.into_iter().chain(filter.split(',').filter(|clause| !clause.is_empty())).map(as_directive);
-    let filter = filter.collect::<Vec<_>>().join(",");
+    let before = if reset { log.first.clone() } else { log.now.lock().unwrap_or_else(PoisonError::into_inner).clone() };
+    let filter = beside(&before, filter);
     (log.set)(log_filter_of(&filter)?)?;
     filter.clone_into(&mut log.now.lock().unwrap_or_else(PoisonError::into_inner));
     Ok(filter)
 }
 
-/// `target:level`, as istioctl has it, as `target=level`.
+/// One filter beside another, whose clauses count where both have one for the same.
+fn beside(before: &str, filter: &str) -> String {
+    let clauses = |filter: &str| filter.split(',').map(str::trim).filter(|c| !c.is_empty()).map(as_directive).collect::<Vec<_>>();
+    let subject = |clause: &str| clause.rsplit_once('=').map_or_else(String::new, |(subject, _)| subject.to_owned());
+    let mut all: Vec<String> = Vec::new();
+    for clause in clauses(before).into_iter().chain(clauses(filter)) {
+        all.retain(|other| subject(other) != subject(&clause));
+        all.push(clause);
+    }
+    all.join(",")
+}
+
+/// `target:level`, as istioctl has it, as `target=level`; ztunnel's targets are those without its name before them.
 fn as_directive(clause: &str) -> String {
+    let clause = clause.strip_prefix("ztunnel::").unwrap_or(clause);
     match clause.rsplit_once(':') {
         Some((target, level)) if !target.ends_with(':') && !target.contains('=') && level.parse::<LevelFilter>().is_ok() => {
             format!("{target}={level}")

@@ -76,6 +76,14 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
         "audited": explanation.observed.audited.as_deref(),
         "dryRun": explanation.observed.shadow.as_ref().map(|s| json!({"decision": if s.allowed { "allowed" } else { "denied" }, "policy": &*s.policy})),
     });
+    if destination.enrolled && mesh_common::is_reserved_port(question.port) {
+        for (field, value) in [("decision", "denied".into()), ("reason", reserved(question.port).into()), ("judged", "connection".into())] {
+            answer[field] = value;
+        }
+        for field in ["policy", "details", "allowedBy", "request"] {
+            answer[field] = Value::Null;
+        }
+    }
     if !destination.enrolled {
         for (field, value) in [("decision", "allowed".into()), ("reason", OUTSIDE.into()), ("judged", "nothing".into())] {
             answer[field] = value;
@@ -86,6 +94,11 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
         answer["externalAuthorizers"] = json!([]);
     }
     Ok(answer)
+}
+
+/// Why nobody is let in on a port.
+pub(super) fn reserved(port: u16) -> String {
+    format!("port {port} belongs to the mesh itself: whoever dials it is reset")
 }
 
 /// Why what is not in the mesh denies nothing.

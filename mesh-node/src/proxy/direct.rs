@@ -27,7 +27,7 @@ use crate::{
     capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase},
     config::Snapshot,
     id::ObjectName,
-    route::{Target, Workload},
+    route::{ClusterId, Target, Workload},
     spawn,
 };
 
@@ -260,7 +260,7 @@ impl Direct {
                 flow: known.flow.clone(),
                 source: name(&source.source),
                 destination: name(&source.destination),
-                service: source.service.clone(),
+                service: source.cluster.as_ref().map(|cluster| cluster.service.clone()),
                 bytes: None,
             };
             (state, known.ends.as_ref().map(|e| e.source.clone()))
@@ -447,8 +447,8 @@ impl Known {
         };
         let (source, destination) = (party(flow.client), party(flow.endpoint));
         let namespace = source.workload.as_ref().map(|w| w.name.namespace.clone()).unwrap_or_default();
-        let service = match snapshot.resolve_for(&namespace, flow.dialled) {
-            Target::Service { service, .. } => Some(service.name.clone()),
+        let cluster = match snapshot.resolve_for(&namespace, flow.dialled) {
+            Target::Service { service, port } => Some(ClusterId { service: service.name.clone(), port: port.port, subset: "".into() }),
             _ => None,
         };
         let outcomes = [Direction::Outbound, Direction::Inbound].map(|direction| {
@@ -456,8 +456,11 @@ impl Known {
             (outcome.source, outcome.destination) = (source.clone(), destination.clone());
             outcome.direct = true;
             match direction {
-                Direction::Outbound => outcome.service.clone_from(&service),
-                Direction::Inbound => outcome.dialled.clone_from(&service),
+                Direction::Outbound => {
+                    outcome.asked = Some(flow.dialled);
+                    outcome.cluster.clone_from(&cluster);
+                }
+                Direction::Inbound => outcome.dialled = cluster.as_ref().map(|cluster| cluster.service.clone()),
             }
             if flow.opened {
                 outcome.opened();

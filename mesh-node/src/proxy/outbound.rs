@@ -12,7 +12,7 @@ use tokio::{
 };
 
 pub(super) use self::decision::Way;
-use self::decision::{Chosen, Decision, client_address, decide, describe, hbone_address, way};
+use self::decision::{Chosen, Decision, client_address, decide, describe, dialled, hbone_address, way};
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod, direct,
     http::{self, clusters::ConnectionSlot, transport::Transport},
@@ -313,7 +313,7 @@ async fn establish(opaque: &Opaque, downstream: &TcpStream, outcome: &mut Outcom
     loop {
         let attempt = async {
             outcome.asked = Some(opaque.original);
-            let decision = decide(opaque, &tried)?;
+            let decision = decide(opaque, &tried).inspect_err(|_| outcome.cluster = outcome.cluster.take().or_else(|| dialled(opaque)))?;
             describe(outcome, &decision);
             tried.push(decision.to());
             dial(opaque, decision).await

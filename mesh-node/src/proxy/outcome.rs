@@ -23,7 +23,7 @@ use crate::{
         Told,
         entry::{ClusterName, Entry},
     },
-    route::Workload,
+    route::{ClusterId, Workload},
     telemetry::{
         PathLabels, chain,
         traffic::{Edge, Reporter, Tags, TcpKey},
@@ -87,8 +87,9 @@ pub struct Outcome {
     pub asked: Option<SocketAddr>,
     /// The address dialled when it is not the destination's own: the HBONE port.
     pub tunnel: Option<SocketAddr>,
-    pub service: Option<ObjectName>,
-    /// The one that was dialled, as far as the client says so.
+    /// What was asked: the service's port that was dialled, or where its routes led from there.
+    pub cluster: Option<ClusterId>,
+    /// The service that was dialled, as far as the client says so.
     pub dialled: Option<ObjectName>,
     pub traffic: Arc<Traffic>,
     /// It goes past the proxy.
@@ -117,7 +118,7 @@ impl Outcome {
             destination: Party::default(),
             asked: None,
             tunnel: None,
-            service: None,
+            cluster: None,
             dialled: None,
             traffic: Arc::default(),
             direct: false,
@@ -188,7 +189,7 @@ impl Outcome {
 
     /// The service that was meant: as dialled, or, where that is not known, the one that leads to the port.
     fn service(&self) -> Option<&ObjectName> {
-        self.service.as_ref().or_else(|| {
+        self.cluster.as_ref().map(|cluster| &cluster.service).or_else(|| {
             let Party { address, workload, .. } = &self.destination;
             let workload = workload.as_ref().filter(|_| self.direction == Direction::Inbound)?;
             workload.service_at(address.as_ref()?.port(), self.dialled.as_ref())
@@ -284,14 +285,25 @@ impl Outcome {
     fn entry<'a>(&'a self, sent: u64, received: u64, failed: Option<&'a str>) -> Entry<'a> {
         let duration = self.started.elapsed();
         let outbound = self.direction == Direction::Outbound;
-        let port = self.destination.address.map(|a| a.port());
-        let cluster = match (self.service(), port, outbound) {
-            (Some(service), Some(port), true) => Some(ClusterName::Outbound { service, port, subset: "" }),
-            (None, Some(_), true) => Some(ClusterName::Named("PassthroughCluster")),
-            (_, Some(port), false) => Some(ClusterName::Inbound(port)),
+        // Nobody was asked for it, or not there.
+        let nowhere = matches!(
+            &self.failure,
+            Some(
+                Failure::NoEndpoint(_)
+                    | Failure::NoSuchPort { .. }
+                    | Failure::NotInRegistry(_)
+                    | Failure::ReservedPort(_)
+                    | Failure::UnknownWorkload
+            )
+        );
+        let cluster = match (&self.cluster, self.destination.address) {
+            (Some(ClusterId { service, port, subset }), _) if outbound => Some(ClusterName::Outbound { service, port: *port, subset }),
+            (None, Some(_)) if outbound && !nowhere => Some(ClusterName::Named("PassthroughCluster")),
+            (_, Some(address)) if !outbound => Some(ClusterName::Inbound(address.port())),
             _ => None,
         };
-        let (peer, local) = if outbound { (&self.destination, &self.source) } else { (&self.source, &self.destination) };
+        // Of the connection of the client, which in a pod has no certificates.
+        let proved = |party: &'a Party| party.identity.as_ref().filter(|_| !outbound);
         Entry {
             start: SystemTime::now().checked_sub(duration).unwrap_or(SystemTime::UNIX_EPOCH),
             duration,
@@ -313,18 +325,18 @@ impl Outcome {
             bytes_received: sent,
             bytes_sent: received,
             service_time: None,
-            upstream_host: self.tunnel.or(self.destination.address),
+            upstream_host: self.destination.address.filter(|_| !nowhere),
             upstream_cluster: cluster,
             upstream_local: None,
-            downstream_local: self.destination.address,
+            downstream_local: self.asked.filter(|_| outbound).or(self.destination.address),
             downstream_remote: self.source.address,
             sni: None,
             route: None,
             response_headers: None,
             mutual_tls: self.source.identity.is_some() && self.destination.identity.is_some(),
             trace: None,
-            peer: peer.identity.as_ref(),
-            local: local.identity.as_ref(),
+            peer: proved(&self.source),
+            local: proved(&self.destination),
         }
     }
 

@@ -99,6 +99,7 @@ const LINES: &[(&str, &str)] = &[
     ("http-two-digits", "GET /x HTTP/1.10"),
     ("space-first", " GET /x HTTP/1.1"),
     ("line-first", "\r\nGET /x HTTP/1.1"),
+    ("lf-first", "\nGET /x HTTP/1.1"),
     ("lines-first", "\r\n\r\n\r\nGET /x HTTP/1.1"),
     ("empty-path", "GET  HTTP/1.1"),
 ];
@@ -154,6 +155,9 @@ const HEADERS: &[(&str, &str)] = &[
     ("close-and-keep", "connection: close, keep-alive\r\n"),
     ("nominated", "connection: x-a\r\nx-a: b\r\n"),
     ("nominated-close", "connection: close, x-a\r\nx-a: b\r\n"),
+    ("nominated-odd", "connection: x-a, \u{e9}\r\nx-a: b\r\n"),
+    ("close-odd", "connection: close, \u{e9}\r\n"),
+    ("te-odd", "te: trailers, \u{e9}\r\n"),
     ("nominated-host", "connection: host\r\n"),
     ("nominated-te", "connection: te\r\nte: trailers\r\n"),
     ("nominated-cl", "connection: content-length\r\ncontent-length: 0\r\n"),
@@ -211,6 +215,7 @@ const REQUESTS: &[(&str, &str)] = &[
     ("length-minus", "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: -5\r\n\r\nhello"),
     ("length-hex", "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 0x5\r\n\r\nhello"),
     ("length-zeros", "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 0005\r\n\r\nhello"),
+    ("length-many-zeros", "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 0000000000000000000000000000005\r\n\r\nhello"),
     ("length-list", "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5, 5\r\n\r\nhello"),
     ("length-list-differ", "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5, 6\r\n\r\nhello"),
     ("length-twice", "POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ncontent-length: 5\r\n\r\nhello"),
@@ -227,6 +232,10 @@ const REQUESTS: &[(&str, &str)] = &[
     ("chunked-empty", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"),
     ("chunked-extension", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0;c\r\n\r\n"),
     ("chunked-zeros", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n00005\r\nhello\r\n000\r\n\r\n"),
+    (
+        "chunked-many-zeros",
+        "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n000000000000000000000005\r\nhello\r\n0000000000000000000000\r\n\r\n",
+    ),
     ("chunked-trailers", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx-t: v\r\n\r\n"),
     ("chunked-trailer-bad", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx t: v\r\n\r\n"),
     (
@@ -254,6 +263,17 @@ const REQUESTS: &[(&str, &str)] = &[
         "coding-chunked-twice",
         "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
     ),
+    ("coding-odd", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: \u{e9}\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
+    (
+        "coding-chunked-odd",
+        "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: \u{e9}\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    ),
+    (
+        "coding-odd-chunked",
+        "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: \u{e9}\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    ),
+    ("coding-list", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: , chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
+    ("coding-list-behind", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked,\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
     ("coding-tab", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding:\tchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
     ("coding-xchunked", "POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
     ("coding-1.0", "POST /x HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
@@ -274,6 +294,13 @@ const REQUESTS: &[(&str, &str)] = &[
     ("head-cut", "GET /x HTTP/1.1\r\nhos|^"),
     ("head-waits", "GET /x HTTP/1.1\r\nhos"),
     ("garbage", "this is not HTTP\r\n\r\n"),
+    ("garbage-waits", "EHLO x\r\n"),
+    ("garbage-word-waits", "GARBAGE"),
+    ("garbage-nul-waits", "\u{0}"),
+    ("method-odd-waits", "G@T /x"),
+    ("method-half-waits", "GE"),
+    ("path-odd-waits", "GET /\u{0} HTTP/1.1\r\nhos"),
+    ("tls-waits", "\u{16}\u{3}\u{1}\u{0}\u{5}\u{1}\u{0}\u{0}\u{1}\u{0}"),
     ("lf-only", "GET /x HTTP/1.1\nhost: a\n\n"),
     ("bodies-of-delete", "DELETE /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhello"),
     ("1.0-keep-alive", "GET /x HTTP/1.0\r\nhost: a\r\nconnection: keep-alive\r\n\r\n"),
@@ -286,6 +313,21 @@ const ANSWERS: &[(&str, &str, End)] = &[
     ("continue-together", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("processing", "HTTP/1.1 102 Processing\r\nx-p: 1\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     ("early-hints", "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", End::Keep),
+    (
+        "early-hints-length",
+        "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\ncontent-length: 5\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        End::Keep,
+    ),
+    (
+        "early-hints-length-0",
+        "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\ncontent-length: 0\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        End::Keep,
+    ),
+    (
+        "early-hints-chunked",
+        "HTTP/1.1 103 Early Hints\r\ntransfer-encoding: chunked\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        End::Keep,
+    ),
     ("informational-199", "HTTP/1.1 199 Foo\r\n\r\n|HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", End::Keep),
     (
         "informational-many",
@@ -337,6 +379,12 @@ const ANSWERS: &[(&str, &str, End)] = &[
     ("chunked-trailers", "HTTP/1.1 200 OK\r\ntrailer: x-t\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nx-t: v\r\n\r\n", End::Keep),
     ("chunked-extension", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2;a=\"b\"\r\nok\r\n0\r\n\r\n", End::Keep),
     ("chunked-upper", "HTTP/1.1 200 OK\r\nTransfer-Encoding: CHUNKED\r\n\r\nA\r\n0123456789\r\n0\r\n\r\n", End::Keep),
+    (
+        "chunked-many-zeros",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0000000000000000000002\r\nok\r\n0000000000000000000000\r\n\r\n",
+        End::Keep,
+    ),
+    ("chunked-odd", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked, \u{e9}\r\n\r\n2\r\nok\r\n0\r\n\r\n", End::Keep),
     ("chunked-cut", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nok", End::Fin),
     ("chunked-unended", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n", End::Fin),
     ("chunked-bad", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\nok\r\n0\r\n\r\n", End::Keep),
@@ -478,6 +526,24 @@ pub fn all() -> Vec<Case> {
                 all.push(case(format!("answer-to-{to}-{name}"), request, &answer, *end));
             }
         }
+    }
+    // Bodies of which much is not data.
+    let trailers = format!("{}x-t: v\r\n", generated("@20000b"));
+    let posted = |extension: &str, trailers: &str| {
+        format!("POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5{extension}\r\nhello\r\n0\r\n{trailers}\r\n")
+    };
+    all.push(case("request-chunked-large-trailers".to_owned(), &posted("", &trailers), OK, End::Keep));
+    all.push(case("request-chunked-large-extension".to_owned(), &posted(&format!(";a={}", "b".repeat(10_000)), ""), OK, End::Keep));
+    let answer = format!("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n{trailers}\r\n");
+    all.push(case("answer-chunked-large-trailers".to_owned(), GET, &answer, End::Keep));
+    let websocket = "GET /x HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
+    for (name, more) in [
+        ("length", "upgrade: websocket\r\ncontent-length: 5\r\n"),
+        ("chunked", "upgrade: websocket\r\ntransfer-encoding: chunked\r\n"),
+        ("nothing", ""),
+    ] {
+        let answer = format!("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\n{more}\r\nhello");
+        all.push(case(format!("answer-switching-to-{name}"), websocket, &answer, End::Keep));
     }
     // Every status of which anybody has a name, one after the other.
     let codes = (200..600_u16).filter(|c| http::StatusCode::from_u16(*c).is_ok_and(|s| s.canonical_reason().is_some()));

@@ -27,7 +27,7 @@ const AGAIN: &str = "GET /again HTTP/1.1\r\nhost: a.example\r\n\r\n";
 const CHARACTERS: [char; 24] =
     [' ', '\t', '\r', '\n', ':', '\0', '\u{e9}', ';', ',', '"', '0', 'A', 'f', '%', '/', '?', '#', '\u{7f}', '\\', '-', '_', '.', '+', 'z'];
 
-const LINES: [&str; 26] = [
+const LINES: [&str; 30] = [
     "content-length: 3",
     "content-length: 5",
     "content-length: 05",
@@ -54,6 +54,10 @@ const LINES: [&str; 26] = [
     " folded: 1",
     "keep-alive: 5",
     "proxy-connection: close",
+    "transfer-encoding: \u{e9}",
+    "transfer-encoding: , chunked",
+    "connection: x-a, \u{e9}",
+    "content-length: 000000000000000000005",
 ];
 
 /// One of these messages, with one or two things changed.

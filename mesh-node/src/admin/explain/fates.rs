@@ -1,6 +1,6 @@
 //! What becomes of requests or connections at the endpoints they may go to, and all of it in one line.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
 use serde_json::{Value, json};
 
@@ -49,6 +49,9 @@ impl Asked<'_> {
     /// Whether it is denied, why, and by which policy.
     fn judged(self, to: SocketAddr, workload: &Workload) -> (bool, String, Option<String>) {
         let Self { snapshot, source, .. } = self;
+        if mesh_common::is_reserved_port(to.port()) {
+            return (true, authorization::reserved(to.port()), None);
+        }
         let own = source.ips.iter().find(|ip| ip.is_ipv4() == to.is_ipv4()).or(source.ips.first());
         let peer = source.enrolled.then(|| source.identity.clone());
         let mut facts = Facts::new(peer, own.copied().unwrap_or_else(|| to.ip()), to);
@@ -74,9 +77,14 @@ impl Asked<'_> {
         let can_be_asked = authorization::can_be_asked(snapshot, request.is_none());
         let explanation = workload.policy.explain(&facts, request.as_ref(), can_be_asked);
         let policy = explanation.denied.as_ref().map(|d| d.policy().to_owned()).or(explanation.rule.as_deref().map(str::to_owned));
-        (explanation.denied.is_some(), authorization::reason(&explanation), policy)
+        let allowed = explanation.rule.as_deref().filter(|_| explanation.denied.is_none()).map(|rule| format!(", and {rule} allows it"));
+        (explanation.denied.is_some(), authorization::reason(&explanation) + &allowed.unwrap_or_default(), policy)
     }
 }
+
+/// How a policy's refusal is told, and what is said of other refusals.
+const BY_POLICY: &str = "answered 403, or reset if it is no request";
+const DENIED_AS: [&str; 2] = ["answered ", "belongs to the mesh"];
 
 /// What becomes of all there is, by weight.
 #[derive(Debug, Default)]
@@ -85,6 +93,8 @@ pub(super) struct Fates {
     /// Endpoints that are used.
     usable: usize,
     denied: usize,
+    /// What those answer that deny, where it is told.
+    answers: BTreeSet<String>,
     /// What fails whichever endpoint there were.
     failing: Vec<(u32, String)>,
 }
@@ -111,7 +121,11 @@ impl Fates {
             return self.fail(weight, "no endpoint is ready: answered 503 (UH), or reset if it is no request".to_owned());
         }
         self.usable += used.len();
-        self.denied += used.iter().filter(|e| e["decision"] == "denied").count();
+        let denied = used.iter().filter(|e| e["decision"] == "denied").collect::<Vec<_>>();
+        self.denied += denied.len();
+        let answers = |reason: &str| DENIED_AS.iter().any(|way| reason.contains(way)).then(|| reason.to_owned());
+        let answers = denied.iter().map(|e| e["reason"].as_str().and_then(answers).unwrap_or_else(|| BY_POLICY.to_owned()));
+        self.answers.extend(answers);
     }
 
     /// What goes nowhere.
@@ -125,8 +139,11 @@ impl Fates {
     pub fn tell(self, abort: Option<(String, f64)>, answer: &mut Value) {
         let of_endpoints = match (self.usable, self.denied) {
             (1, 0) => "allowed, at its one endpoint".to_owned(),
-            (n, 0) => format!("allowed, at one of {n} endpoints"),
-            (n, d) if n == d => "denied at every endpoint: answered 403, or reset if it is no request".to_owned(),
+            (n, 0) => format!("allowed at all of {n} endpoints, of which one is chosen"),
+            (n, d) if n == d => {
+                let answers = self.answers.iter().map(String::as_str).collect::<Vec<_>>();
+                format!("denied at every endpoint: {}", answers.join("; "))
+            }
             (n, d) => format!("denied at {d} of {n} endpoints"),
         };
         let mut allowed = self.failing.is_empty() && self.denied == 0;
@@ -170,7 +187,7 @@ mod tests {
         };
         assert_eq!(
             told(&[1], &|f| f.add(1, &[yes.clone(), unused.clone(), yes.clone()]), None),
-            (true, "allowed, at one of 2 endpoints".to_owned())
+            (true, "allowed at all of 2 endpoints, of which one is chosen".to_owned())
         );
         assert_eq!(told(&[1], &|f| f.add(1, &[yes.clone(), no.clone()]), None), (false, "denied at 1 of 2 endpoints".to_owned()));
         // One in a thousand counts, and what has no share does not.

@@ -243,7 +243,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
 
     /// Answers without the upstream.
     async fn reply(&mut self, reply: Reply, change: impl FnOnce(&Record, &mut HeaderMap)) -> End {
-        let close = self.close || !self.body.is_end();
+        // Who asks for another protocol may speak it already.
+        let close = self.close || !self.body.is_end() || self.upgrade.is_some();
         let record = &mut *self.record;
         let answered = |status, headers: &mut HeaderMap| {
             change(record, headers);

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, io, io::IoSlice};
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::wire::{Framing, Malformed, write_headers};
+use super::wire::{Framing, MAX_HEAD, Malformed, write_headers};
 
 /// A piece of a body.
 #[derive(Debug, Clone)]
@@ -18,8 +18,8 @@ pub enum Frame {
 /// What says how a message is framed or routed may not come after it (RFC 9110 section 6.5.1).
 const UNTRAILED: [&str; 7] = ["content-length", "transfer-encoding", "host", "connection", "trailer", "te", "upgrade"];
 /// Longest line of a chunk's size with its extensions, bytes, and most trailers in all.
-const CHUNK_LINE: usize = 4 * 1024;
-const TRAILERS: usize = 16 * 1024;
+const CHUNK_LINE: usize = 16 * 1024;
+const TRAILERS: usize = MAX_HEAD;
 
 /// Finds the frames of one body in what is read.
 #[derive(Debug)]
@@ -115,7 +115,7 @@ impl Decoder {
         let end = memchr::memchr(b'\n', buffer);
         let n = end.map_or(buffer.len(), |e| e + 1);
         if self.line.len() + n > most + 2 {
-            return Err(Malformed::BAD_BODY);
+            return Err(if self.state == State::Trailers { Malformed::TOO_LARGE } else { Malformed::BAD_BODY });
         }
         self.line.extend_from_slice(&buffer[..n]);
         buffer.advance(n);
@@ -133,7 +133,10 @@ impl Decoder {
 
     fn trailer(&mut self, line: &[u8]) -> Result<(), Malformed> {
         self.trailer_bytes += line.len();
-        let colon = memchr::memchr(b':', line).filter(|_| self.trailer_bytes <= TRAILERS).ok_or(Malformed::BAD_BODY)?;
+        if self.trailer_bytes > TRAILERS {
+            return Err(Malformed::TOO_LARGE);
+        }
+        let colon = memchr::memchr(b':', line).ok_or(Malformed::BAD_BODY)?;
         let name = HeaderName::from_bytes(&line[..colon]).map_err(|_| Malformed::BAD_BODY)?;
         let value = HeaderValue::from_bytes(line[colon + 1..].trim_ascii()).map_err(|_| Malformed::BAD_BODY)?;
         if !UNTRAILED.contains(&name.as_str()) {
@@ -172,7 +175,8 @@ fn take(buffer: &mut Bytes, left: u64) -> (Bytes, u64) {
 fn chunk_size(line: &[u8]) -> Result<u64, Malformed> {
     let digits = line.iter().position(|b| !b.is_ascii_hexdigit()).unwrap_or(line.len());
     let rest = line[digits..].trim_ascii_start();
-    if digits == 0 || digits > 15 || !(rest.is_empty() || rest.starts_with(b";")) || line.contains(&b'\r') {
+    let zeros = line[..digits].iter().take_while(|b| **b == b'0').count();
+    if digits == 0 || digits - zeros > 15 || !(rest.is_empty() || rest.starts_with(b";")) || line.contains(&b'\r') {
         return Err(Malformed::BAD_BODY);
     }
     let text = std::str::from_utf8(&line[..digits]).map_err(|_| Malformed::BAD_BODY)?;
@@ -368,7 +372,7 @@ mod tests {
         ] {
             assert!(decoded(Framing::Chunked, bad, 100).is_err(), "{}", String::from_utf8_lossy(bad));
         }
-        let long = [b"1".repeat(10).as_slice(), b";", &b"a".repeat(5000)].concat();
+        let long = [b"1".repeat(10).as_slice(), b";", &b"a".repeat(20_000)].concat();
         assert!(decoded(Framing::Chunked, &long, 64).is_err());
     }
 

@@ -89,9 +89,9 @@ impl<'a> Reader<'a> {
     }
 
     /// The bytes of the next head. Nothing is lost when this is dropped.
-    async fn head(&mut self, most: usize) -> Result<Bytes, NoHead> {
+    async fn head(&mut self, most: usize, sort: Sort) -> Result<Bytes, NoHead> {
         loop {
-            let empty = wire::leading_empty_lines(&self.unread.buffer);
+            let empty = sort.leading(&self.unread.buffer);
             drop(self.unread.buffer.split_to(empty));
             if let Some(end) = wire::head_end(&self.unread.buffer) {
                 if end > most {
@@ -102,7 +102,11 @@ impl<'a> Reader<'a> {
             if self.unread.buffer.len() > most {
                 return Err(NoHead::Refused(Malformed::TOO_LARGE.into()));
             }
-            // A line that cannot begin a request need not be waited for to the end.
+            if sort == Sort::Request
+                && let Some(malformed) = wire::is_no_request(&self.unread.buffer)
+            {
+                return Err(NoHead::Refused(malformed.into()));
+            }
             match self.fill().await {
                 Ok(true) => {}
                 Ok(false) => return Err(NoHead::Ended { partial: !self.unread.buffer.is_empty() }),
@@ -111,9 +115,9 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Whether a whole head has been read.
+    /// Whether a whole head of a request has been read.
     pub fn has_head(&self) -> bool {
-        let empty = wire::leading_empty_lines(&self.unread.buffer);
+        let empty = Sort::Request.leading(&self.unread.buffer);
         wire::head_end(&self.unread.buffer[empty..]).is_some()
     }
 
@@ -130,7 +134,7 @@ impl<'a> Reader<'a> {
     }
 
     pub async fn request(&mut self) -> Result<wire::WireRequest, NoHead> {
-        let bytes = self.head(MAX_HEAD).await?;
+        let bytes = self.head(MAX_HEAD, Sort::Request).await?;
         let request = wire::request(&bytes).map_err(NoHead::Refused)?;
         self.begin_body(request.framing);
         self.meter = Meter::default();
@@ -138,7 +142,7 @@ impl<'a> Reader<'a> {
     }
 
     pub async fn response(&mut self, method: &Method) -> Result<wire::WireResponse, NoHead> {
-        let bytes = self.head(MAX_RESPONSE_HEAD).await?;
+        let bytes = self.head(MAX_RESPONSE_HEAD, Sort::Response).await?;
         let response = wire::response(&bytes, method).map_err(|malformed| NoHead::Refused(malformed.into()))?;
         self.begin_body(response.framing);
         Ok(response)
@@ -159,6 +163,23 @@ impl<'a> Reader<'a> {
         };
         // Time is up either way.
         let _ = tokio::time::timeout(LINGER, drain).await;
+    }
+}
+
+/// What a head is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sort {
+    Request,
+    Response,
+}
+
+impl Sort {
+    /// Bytes before it that are to be passed over.
+    fn leading(self, bytes: &[u8]) -> usize {
+        match self {
+            Self::Request => wire::leading_lines(bytes),
+            Self::Response => wire::leading_empty_lines(bytes),
+        }
     }
 }
 

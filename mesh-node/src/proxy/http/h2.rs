@@ -29,6 +29,9 @@ const STREAM_WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 const MAX_STREAMS: u32 = 1024;
 const MAX_FRAME: u32 = 64 * 1024;
+/// What the library is told that a head or trailers may have: of what is larger it loses the rest without a word, and it takes no more
+/// frames of one than that needs, so that it is far above what is let through ([`MAX_HEAD`]).
+const HEADER_LIST: u32 = 16 * 60 * 1024;
 const SEND_BUFFER: usize = 256 * 1024;
 /// Streams a client may reset before they have been served, and what is put up with of streams reset here. Beyond it the
 /// connection ends: a flood of resets must not cost more than it pays (CVE-2023-44487).
@@ -98,6 +101,9 @@ impl FrameSource for H2Source {
             Some(Err(error)) => Err(BodyError::Cut(into_io(error))),
             None => {
                 let trailers = poll_fn(|cx| self.stream.poll_trailers(cx)).await.map_err(|e| BodyError::Cut(into_io(e)))?;
+                if trailers.as_ref().is_some_and(|trailers| list_size(trailers) > MAX_HEAD) {
+                    return Err(BodyError::Cut(io::Error::new(io::ErrorKind::InvalidData, "its trailers are too large")));
+                }
                 self.ended = true;
                 let frame = trailers.map(|trailers| Frame::Trailers(checked_trailers(trailers)));
                 if let Some(frame) = &frame {
@@ -354,7 +360,10 @@ impl Responder for H2Responder {
 pub fn request_head(request: Request<()>) -> Result<(RequestHead, bool), Box<Refused>> {
     let (parts, ()) = request.into_parts();
     let mut headers = parts.headers;
-    if headers.len() > MAX_HEADERS {
+    let said = parts.method.as_str().len()
+        + parts.uri.path_and_query().map_or(0, |target| target.as_str().len())
+        + parts.uri.authority().map_or(0, |authority| authority.as_str().len());
+    if headers.len() > MAX_HEADERS || said + list_size(&headers) > MAX_HEAD {
         return Err(Malformed { details: "http2.too_many_headers", close: false, ..Malformed::TOO_LARGE }.into());
     }
     let ambiguous = is_ambiguous(&headers);
@@ -377,6 +386,11 @@ pub fn request_head(request: Request<()>) -> Result<(RequestHead, bool), Box<Ref
     strip_hop_by_hop(&mut headers);
     join_cookies(&mut headers);
     Ok((RequestHead { method: parts.method, scheme, authority, target, headers }, expects_continue))
+}
+
+/// The size of a head or of trailers as HTTP/2 has it (RFC 9113 section 6.5.2).
+pub fn list_size(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
 }
 
 /// Whose resource, and which.
@@ -431,7 +445,7 @@ where
         .max_concurrent_streams(MAX_STREAMS)
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
-        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_header_list_size(HEADER_LIST)
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_pending_accept_reset_streams(RESET_STREAMS)
         .max_local_error_reset_streams(Some(ERROR_RESETS))
@@ -474,7 +488,7 @@ where
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
-        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_header_list_size(HEADER_LIST)
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_local_error_reset_streams(Some(ERROR_RESETS))
         .data_frame_budget(SMALL_FRAMES)

@@ -149,9 +149,33 @@ pub fn leading_line_ends(bytes: &[u8]) -> usize {
     bytes.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count()
 }
 
-/// How many bytes of empty lines come before a head (RFC 9112 section 2.2). Those end as they have to.
+/// Bytes of empty lines before a message (RFC 9112 section 2.2).
 pub fn leading_empty_lines(bytes: &[u8]) -> usize {
     2 * bytes.chunks_exact(2).take_while(|pair| *pair == b"\r\n").count()
+}
+
+/// The same before a request, where Envoy takes those of clients that end lines in another way, too.
+pub fn leading_lines(bytes: &[u8]) -> usize {
+    let mut n = 0;
+    loop {
+        match &bytes[n..] {
+            [b'\r', b'\n', ..] => n += 2,
+            [b'\n', ..] => n += 1,
+            _ => return n,
+        }
+    }
+}
+
+/// What is wrong with the beginning of a request of which only a part is there, if it can be none, whatever follows: nobody has to wait for
+/// the rest of a TLS hello.
+pub fn is_no_request(bytes: &Bytes) -> Option<Malformed> {
+    if let Some((line, _)) = first_line(bytes) {
+        // What else is wrong with it is told of the whole.
+        return request_line(bytes, line).err().filter(|malformed| *malformed == CODEC);
+    }
+    // Of a line that is not whole Envoy looks at the first byte; a carriage return is half of an empty line's end.
+    let first = bytes.first()?;
+    (*first != b'\r' && !detect::may_become_method(&[*first])).then_some(CODEC)
 }
 
 /// Reads a request head, which must be whole.
@@ -217,6 +241,14 @@ pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malforme
     }
     let mut headers = headers(bytes, rest)?;
     let framing = response_framing(&headers, status, method)?;
+    if status.is_informational() {
+        // There is no body, and nothing may seem to say that there is one (RFC 9110 section 8.6, RFC 9112 section 6.1).
+        let length = headers.remove(header::CONTENT_LENGTH);
+        let has_length = length.is_some_and(|length| length.as_bytes().iter().any(|b| *b != b'0'));
+        if has_length || headers.contains_key(header::TRANSFER_ENCODING) {
+            return Err(CODEC);
+        }
+    }
     let connection = Connection::of(&headers);
     let keep_alive = framing != Framing::UntilClose && !connection.close && (keeps || connection.keep_alive);
     // Whatever it says, there is no body (RFC 9112 section 6.3); if there is one all the same, nothing is to be read behind it.
@@ -341,14 +373,14 @@ impl Connection {
     fn of(headers: &HeaderMap) -> Self {
         let mut found = Self::default();
         for token in tokens(headers, &header::CONNECTION) {
-            found.close |= token.eq_ignore_ascii_case("close");
-            found.keep_alive |= token.eq_ignore_ascii_case("keep-alive");
-            found.upgrade |= token.eq_ignore_ascii_case("upgrade");
+            found.close |= token.eq_ignore_ascii_case(b"close");
+            found.keep_alive |= token.eq_ignore_ascii_case(b"keep-alive");
+            found.upgrade |= token.eq_ignore_ascii_case(b"upgrade");
             let forwarded = ["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"];
-            found.rejected |= token.starts_with(':') || forwarded.iter().any(|name| token.eq_ignore_ascii_case(name));
+            found.rejected |= token.starts_with(b":") || forwarded.iter().any(|name| token.eq_ignore_ascii_case(name.as_bytes()));
         }
         // Nobody has a use for it but clients that mean the other one, and are taken at their word, as by Envoy.
-        found.close |= tokens(headers, &PROXY_CONNECTION).any(|token| token.eq_ignore_ascii_case("close"));
+        found.close |= tokens(headers, &PROXY_CONNECTION).any(|token| token.eq_ignore_ascii_case(b"close"));
         found
     }
 }
@@ -356,7 +388,7 @@ impl Connection {
 /// The protocol asked for. HTTP/2 is not one of them: what is then said over it would be seen by nobody on the way, so the
 /// request is served as it is (RFC 9113 has done away with that upgrade).
 fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
-    let http2 = tokens(headers, &header::UPGRADE).any(|t| t.get(..2).is_some_and(|h2| h2.eq_ignore_ascii_case("h2")));
+    let http2 = tokens(headers, &header::UPGRADE).any(|t| t.get(..2).is_some_and(|h2| h2.eq_ignore_ascii_case(b"h2")));
     // What cannot be read may be anything.
     let odd = headers.get_all(header::UPGRADE).iter().any(|v| v.to_str().is_err());
     headers.get(header::UPGRADE).filter(|_| !http2 && !odd).cloned()
@@ -367,42 +399,44 @@ pub fn is_websocket(upgrade: &HeaderValue) -> bool {
     upgrade.as_bytes().eq_ignore_ascii_case(b"websocket")
 }
 
-fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
-    let lines = headers.get_all(name).iter().filter_map(|v| v.to_str().ok());
-    lines.flat_map(|v| v.split(',')).map(str::trim).filter(|t| !t.is_empty())
+/// The elements of a list. One with odd bytes is one too: it must not hide the others.
+fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
+    let lines = headers.get_all(name).iter().map(HeaderValue::as_bytes);
+    lines.flat_map(|v| v.split(|b| *b == b',')).map(<[u8]>::trim_ascii).filter(|t| !t.is_empty())
+}
+
+/// Whether the one coding is `chunked`, and said so that nobody can take it for another; none where there is no coding.
+fn is_chunked(headers: &HeaderMap) -> Option<bool> {
+    let mut all = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let first = all.next()?;
+    Some(all.next().is_none() && first.as_bytes().eq_ignore_ascii_case(b"chunked"))
 }
 
 fn request_framing(headers: &HeaderMap, minor: u8) -> Result<Framing, Malformed> {
     let length = content_length(headers)?;
-    let codings = headers.get_all(header::TRANSFER_ENCODING).iter().count();
-    if codings == 0 {
+    let Some(chunked) = is_chunked(headers) else {
         return Ok(length.filter(|l| *l > 0).map_or(Framing::Empty, Framing::Length));
-    }
+    };
     if length.is_some() || minor == 0 {
         return Err(Malformed::codec("http1.content_length_and_chunked_not_allowed"));
     }
-    let mut all = tokens(headers, &header::TRANSFER_ENCODING);
-    match (all.next(), all.next()) {
-        (Some(one), None) if one.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
-        _ => Err(Malformed {
+    if !chunked {
+        return Err(Malformed {
             status: StatusCode::NOT_IMPLEMENTED,
             body: "Not Implemented",
             ..Malformed::codec("http1.invalid_transfer_encoding")
-        }),
+        });
     }
+    Ok(Framing::Chunked)
 }
 
 /// What is said of a body has to be right where there is none, too: whoever sent it may send one all the same.
 fn response_framing(headers: &HeaderMap, status: StatusCode, method: &Method) -> Result<Framing, Malformed> {
     let length = content_length(headers)?;
-    let said = if headers.contains_key(header::TRANSFER_ENCODING) {
-        let mut all = tokens(headers, &header::TRANSFER_ENCODING);
-        match (all.next(), all.next(), length) {
-            (Some(one), None, None) if one.eq_ignore_ascii_case("chunked") => Framing::Chunked,
-            _ => return Err(CODEC),
-        }
-    } else {
-        length.map_or(Framing::UntilClose, |l| if l == 0 { Framing::Empty } else { Framing::Length(l) })
+    let said = match is_chunked(headers) {
+        Some(true) if length.is_none() => Framing::Chunked,
+        Some(_) => return Err(CODEC),
+        None => length.map_or(Framing::UntilClose, |l| if l == 0 { Framing::Empty } else { Framing::Length(l) }),
     };
     let bodiless = method == Method::HEAD || status.is_informational() || matches!(status.as_u16(), 204 | 304);
     Ok(if bodiless { Framing::Empty } else { said })
@@ -425,7 +459,8 @@ fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
         return if headers.contains_key(header::CONTENT_LENGTH) { Err(CODEC) } else { Ok(None) };
     };
     let digits = value.as_bytes();
-    if digits.is_empty() || digits.len() > 19 || !digits.iter().all(u8::is_ascii_digit) {
+    let zeros = digits.iter().take_while(|b| **b == b'0').count();
+    if digits.is_empty() || digits.len() - zeros > 19 || !digits.iter().all(u8::is_ascii_digit) {
         return Err(CODEC);
     }
     Ok(digits.iter().try_fold(0_u64, |n, d| n.checked_mul(10)?.checked_add(u64::from(d - b'0'))))
@@ -434,12 +469,12 @@ fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
 /// Removes what is for this connection only: RFC 9110 section 7.6.1. `te: trailers` stays.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
-        let named = tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::from_bytes(t.as_bytes()).ok()).collect::<Vec<_>>();
+        let named = tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::from_bytes(t).ok()).collect::<Vec<_>>();
         named.iter().filter(|n| **n != header::TE).for_each(|n| drop(headers.remove(n)));
         headers.remove(header::CONNECTION);
     }
     if headers.contains_key(header::TE) {
-        let trailers = tokens(headers, &header::TE).any(|t| t.eq_ignore_ascii_case("trailers"));
+        let trailers = tokens(headers, &header::TE).any(|t| t.eq_ignore_ascii_case(b"trailers"));
         headers.remove(header::TE);
         if trailers {
             headers.insert(header::TE, HeaderValue::from_static("trailers"));

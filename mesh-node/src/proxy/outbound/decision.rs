@@ -16,7 +16,7 @@ use crate::{
         outcome::{Outcome, Party},
     },
     route::{
-        Cluster, LoadGuard, Target, Workload,
+        Cluster, ClusterId, LoadGuard, Target, Workload,
         l4::L4Context,
         traffic::{Balancer, HashKey},
     },
@@ -52,6 +52,19 @@ impl Decision {
         match &self.way {
             Way::Plain(to, _) | Way::Local(to, _) | Way::Tunnel(to, _) => *to,
         }
+    }
+}
+
+/// What was dialled, as far as it is of a service.
+pub fn dialled(opaque: &Opaque) -> Option<ClusterId> {
+    let Opaque { proxy, pod, original, .. } = opaque;
+    let snapshot = proxy.config.load();
+    let source = snapshot.workload(&pod.uid)?;
+    match snapshot.resolve_for(&source.name.namespace, *original) {
+        Target::Service { service, .. } | Target::NoSuchPort(service) => {
+            Some(ClusterId { service: service.name.clone(), port: original.port(), subset: "".into() })
+        }
+        Target::Workload(_) | Target::Unknown => None,
     }
 }
 
@@ -126,7 +139,7 @@ pub fn client_address(pod: &ServedPod, client: SocketAddr, like: SocketAddr) -> 
 
 pub fn describe(outcome: &mut Outcome, decision: &Decision) {
     outcome.source.workload = Some(decision.source.clone());
-    outcome.service = decision.cluster.as_ref().map(|c| c.cluster.id.service.clone());
+    outcome.cluster = decision.cluster.as_ref().map(|c| c.cluster.id.clone());
     let known = |w: &Arc<Workload>| (Some(w.clone()), Some(w.identity.clone()));
     let (workload, identity) = match &decision.way {
         Way::Plain(_, workload) => (workload.clone(), None),

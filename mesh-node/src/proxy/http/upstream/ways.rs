@@ -150,11 +150,15 @@ impl UpSource<'_> {
             Self::H2 { response, body } => {
                 let answered = poll_fn(|cx| next_head(response, cx)).await.map_err(|e| Failed::of_h2(&ours::into_io(e)))?;
                 let (mut parts, stream) = answered.into_parts();
+                if ours::list_size(&parts.headers) > wire::MAX_HEAD {
+                    return Err(Failed::new(Reset::ProtocolError));
+                }
                 wire::strip_hop_by_hop(&mut parts.headers);
                 if ours::is_ambiguous(&parts.headers) {
                     return Err(Failed::new(Reset::ProtocolError));
                 }
                 let Some(stream) = stream else {
+                    parts.headers.remove(http::header::CONTENT_LENGTH);
                     return Ok(WireResponse { status: parts.status, headers: parts.headers, framing: Framing::Empty, keep_alive: true });
                 };
                 if parts.status == StatusCode::NO_CONTENT {
