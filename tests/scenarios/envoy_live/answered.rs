@@ -250,8 +250,11 @@ fn conversations() -> Vec<(&'static str, Says, End)> {
         ("trailers-open", says(|s| vec![[head(s, &[OK], 0), data(s, b"ok", 0), head(s, &[("x-t", "1")], 0)].concat()]), End::Keep),
     ];
     all.extend([
-        ("large-50k", says(|s| vec![large(s, 50_000)]), End::Keep),
-        ("large-70k", says(|s| vec![large(s, 70_000)]), End::Keep),
+        ("large-50k", says(|s| vec![large(s, 50_000, 16_384)]), End::Keep),
+        ("large-70k", says(|s| vec![large(s, 70_000, 16_384)]), End::Keep),
+        ("large-in-small-frames", says(|s| vec![large(s, 50_000, 4000)]), End::Keep),
+        ("trailers-large", says(|s| vec![large_trailers(s, 20_000)]), End::Keep),
+        ("trailers-too-large", says(|s| vec![large_trailers(s, 62_000)]), End::Keep),
         ("many-90", says(|s| vec![many(s, 90)]), End::Keep),
         ("many-150", says(|s| vec![many(s, 150)]), End::Keep),
     ]);
@@ -262,10 +265,22 @@ fn many(stream: u32, n: usize) -> Vec<u8> {
     frame(HEADERS, END_HEADERS | END_STREAM, stream, &block(std::iter::once(OK).chain(std::iter::repeat_n(("x-a", "1"), n))))
 }
 
-fn large(stream: u32, bytes: usize) -> Vec<u8> {
+/// A head in frames of so many bytes.
+fn large(stream: u32, bytes: usize, frames_of: usize) -> Vec<u8> {
     let value = "v".repeat(bytes);
-    let block = block([(":status", "200"), ("x-a", &*value)]);
-    let pieces = block.chunks(16_384).collect::<Vec<_>>();
+    in_frames(stream, &block([(":status", "200"), ("x-a", &*value)]), frames_of)
+}
+
+/// An answer to a call of gRPC, whose last word is behind much.
+fn large_trailers(stream: u32, bytes: usize) -> Vec<u8> {
+    let value = "v".repeat(bytes);
+    let trailers = block([("grpc-message", &*value), ("grpc-status", "13")]);
+    let head = head(stream, &[OK, ("content-type", "application/grpc")], 0);
+    [head, data(stream, b"hello", 0), in_frames(stream, &trailers, 16_384)].concat()
+}
+
+fn in_frames(stream: u32, block: &[u8], frames_of: usize) -> Vec<u8> {
+    let pieces = block.chunks(frames_of).collect::<Vec<_>>();
     let last = pieces.len() - 1;
     let one = |(i, piece): (usize, &&[u8])| {
         let end = if i == last { END_HEADERS } else { 0 };

@@ -45,6 +45,8 @@ const ERROR_RESETS: usize = 65_536;
 const SMALL_FRAMES: usize = 64 * 1024 * 1024;
 /// Fields of which there may be only one (RFC 9110 sections 7.2 and 8.6).
 const AMBIGUOUS: Malformed = Malformed::codec("http2.violation.of.messaging.rule");
+/// What is said of trailers that are too large.
+const TOO_MUCH: Reason = Reason::ENHANCE_YOUR_CALM;
 /// Between the last of an answer that is cut and the reset of its stream.
 const BEFORE_RESET: Duration = Duration::from_millis(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -102,7 +104,7 @@ impl FrameSource for H2Source {
             None => {
                 let trailers = poll_fn(|cx| self.stream.poll_trailers(cx)).await.map_err(|e| BodyError::Cut(into_io(e)))?;
                 if trailers.as_ref().is_some_and(|trailers| list_size(trailers) > MAX_HEAD) {
-                    return Err(BodyError::Cut(io::Error::new(io::ErrorKind::InvalidData, "its trailers are too large")));
+                    return Err(BodyError::Cut(into_io(TOO_MUCH.into())));
                 }
                 self.ended = true;
                 let frame = trailers.map(|trailers| Frame::Trailers(checked_trailers(trailers)));
@@ -516,6 +518,12 @@ pub fn is_connection(error: &io::Error) -> bool {
         Some(error) => error.is_go_away() && error.is_remote() || error.is_io(),
         None => true,
     }
+}
+
+/// Whether a stream had more than is taken, which Envoy tells of like of a reset.
+pub fn is_too_much(error: &io::Error) -> bool {
+    let error = error.get_ref().and_then(|e| e.downcast_ref::<h2::Error>());
+    error.is_some_and(|error| error.reason() == Some(TOO_MUCH) && !error.is_go_away())
 }
 
 /// Whether it was the other end's doing.

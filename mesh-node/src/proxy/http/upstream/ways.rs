@@ -52,7 +52,7 @@ impl Failed {
             _ if ours::is_connection(error) => Reset::ConnectionTermination,
             Some(Reason::REFUSED_STREAM) => Reset::RefusedStream,
             Some(Reason::PROTOCOL_ERROR) => Reset::ProtocolError,
-            _ if ours::is_remote(error) => Reset::RemoteReset,
+            _ if ours::is_remote(error) || ours::is_too_much(error) => Reset::RemoteReset,
             _ => Reset::ProtocolError,
         })
     }
