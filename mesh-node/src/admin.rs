@@ -44,7 +44,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECTION_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// What would become of a request, by a configuration; see `meshctl explain`.
-pub fn explain(snapshot: &crate::config::Snapshot, query: &str) -> Result<Value, String> {
+pub fn explain(snapshot: &crate::config::Snapshot, query: &str) -> Result<Value, NoAnswer> {
     explain::answer(snapshot, query)
 }
 
@@ -145,6 +145,29 @@ where
     drop(slot);
 }
 
+/// Why a question has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoAnswer {
+    /// What is asked about is not there.
+    #[error("{0}")]
+    Missing(String),
+    /// It is not asked as it has to be.
+    #[error("{0}")]
+    Misasked(String),
+}
+
+impl From<String> for NoAnswer {
+    fn from(problem: String) -> Self {
+        Self::Misasked(problem)
+    }
+}
+
+impl From<&str> for NoAnswer {
+    fn from(problem: &str) -> Self {
+        Self::Misasked(problem.to_owned())
+    }
+}
+
 const INDEX: &str = "/healthz/ready /metrics /status /pods /workloads /services /routes?service= /certificates /pool /clusters /connections \
     /acceleration /direct /authorization? /explain? /trace?workload= /config_dump /logging?level= /quitquitquit";
 
@@ -157,8 +180,15 @@ fn answer(node: &Node, pages: Pages, method: &Method, uri: &Uri, headers: &Heade
             node.stop.notify_one();
             text(StatusCode::OK, "stopping\n")
         }
-        (_, method, _) if method != Method::GET => {
-            text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here, and POST of /logging and /quitquitquit\n")
+        (Pages::All, _, "/quitquitquit") => not_allowed("POST", "POST stops the process\n"),
+        (_, method, _) if method != Method::GET && method != Method::HEAD => {
+            let besides = if pages == Pages::All { ", and POST of /logging and /quitquitquit" } else { "" };
+            not_allowed("GET, HEAD", format!("only GET is served here{besides}\n"))
+        }
+        (Pages::All, _, "/logging")
+            if query::pairs(query).is_ok_and(|all| all.iter().any(|(name, _)| ["level", "reset"].contains(name))) =>
+        {
+            not_allowed("POST, PUT", "POST changes what is logged; GET says what is, of no parameters\n")
         }
         (Pages::All | Pages::Readiness, _, "/healthz/ready") if node.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
         (Pages::All | Pages::Readiness, _, "/healthz/ready") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n".to_owned()),
@@ -170,14 +200,17 @@ fn answer(node: &Node, pages: Pages, method: &Method, uri: &Uri, headers: &Heade
 }
 
 fn page(node: &Node, path: &str, query: &str) -> Response<Full<Bytes>> {
-    let asked =
-        |answer: Result<Value, String>| answer.map_or_else(|error| text(StatusCode::BAD_REQUEST, error + "\n"), |found| document(&found));
+    let asked = |answer: Result<Value, NoAnswer>| match answer {
+        Ok(found) => document(&found),
+        Err(NoAnswer::Missing(what)) => text(StatusCode::NOT_FOUND, what + "\n"),
+        Err(NoAnswer::Misasked(how)) => text(StatusCode::BAD_REQUEST, how + "\n"),
+    };
     match path {
         "/status" => document(&pages::status(node)),
         "/pods" => document(&json!(node.pods())),
         "/workloads" => document(&pages::workloads(node)),
         "/services" => document(&pages::services(node)),
-        "/routes" => document(&routes::routes(node, query)),
+        "/routes" => asked(routes::routes(node, query)),
         "/certificates" => document(&pages::certificates(node)),
         "/pool" => document(&pages::pool(node)),
         "/clusters" => document(&pages::clusters(node)),
@@ -192,6 +225,12 @@ fn page(node: &Node, path: &str, query: &str) -> Response<Full<Bytes>> {
         "/" => text(StatusCode::OK, format!("{INDEX}\n")),
         path => text(StatusCode::NOT_FOUND, format!("{path} is not served; GET / lists what is\n")),
     }
+}
+
+fn not_allowed(methods: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, body);
+    response.headers_mut().insert(http::header::ALLOW, http::HeaderValue::from_static(methods));
+    response
 }
 
 fn logging() -> Response<Full<Bytes>> {

@@ -8,7 +8,7 @@ use std::{
 use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 use serde_json::{Value, json};
 
-use super::{names::near, query};
+use super::{NoAnswer, names::near, query};
 use crate::{
     config::Snapshot,
     detect::Protocol,
@@ -37,10 +37,10 @@ struct Question {
 }
 
 /// Answers, or says which parameter is wrong.
-pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
+pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, NoAnswer> {
     let question = Question::read(query)?;
     let (source, peer) = question.source(snapshot)?;
-    let destination = find(snapshot, &question.to).ok_or_else(|| unknown(snapshot, "to", &question.to))?;
+    let destination = find(snapshot, &question.to).ok_or_else(|| NoAnswer::Missing(unknown(snapshot, "to", &question.to)))?;
     let to = destination.ips.iter().find(|ip| ip.is_ipv4() == source.is_ipv4()).or(destination.ips.first());
     let to = SocketAddr::new(*to.ok_or_else(|| format!("to: {} has no address", question.to))?, question.port);
     let peer = peer.filter(|w| w.enrolled && destination.enrolled && !question.plaintext).map(|w| w.identity.clone());
@@ -155,10 +155,10 @@ impl Question {
     }
 
     /// Where it comes from, and which workload that is.
-    fn source<'s>(&self, snapshot: &'s Snapshot) -> Result<(IpAddr, Option<&'s Arc<Workload>>), String> {
+    fn source<'s>(&self, snapshot: &'s Snapshot) -> Result<(IpAddr, Option<&'s Arc<Workload>>), NoAnswer> {
         let workload = find(snapshot, &self.from);
         let address = self.from.parse().ok().or_else(|| workload?.ips.first().copied());
-        address.map(|ip: IpAddr| (ip.to_canonical(), workload)).ok_or_else(|| unknown(snapshot, "from", &self.from))
+        address.map(|ip: IpAddr| (ip.to_canonical(), workload)).ok_or_else(|| NoAnswer::Missing(unknown(snapshot, "from", &self.from)))
     }
 
     /// The request, if one is described.

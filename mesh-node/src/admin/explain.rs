@@ -3,13 +3,16 @@
 
 mod fates;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
 use serde_json::{Value, json};
 
 use self::fates::{Asked, Fates};
-use super::{authorization, query};
+use super::{NoAnswer, authorization, query};
 use crate::{
     config::{OutboundPolicy, Snapshot},
     detect::Protocol,
@@ -39,9 +42,15 @@ struct Question {
 }
 
 /// Answers, or says which parameter is wrong.
-pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, String> {
+pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, NoAnswer> {
     let question = Question::read(query)?;
-    let source = authorization::find(snapshot, &question.from).ok_or_else(|| authorization::unknown(snapshot, "from", &question.from))?;
+    let source = authorization::find(snapshot, &question.from).ok_or_else(|| {
+        let from = &question.from;
+        NoAnswer::Missing(match from.parse::<IpAddr>() {
+            Ok(_) => format!("from: no workload has the address {from}, and nothing is routed for others; authorize takes any address"),
+            Err(_) => authorization::unknown(snapshot, "from", from),
+        })
+    })?;
     let (dialled, host) = question.dialled(snapshot, source)?;
     let mut answer = json!({"from": {"workload": source.name.to_string(), "identity": source.identity.to_string(), "enrolled": source.enrolled},
         "dialled": dialled, "allowed": false});
@@ -98,7 +107,7 @@ impl Question {
     }
 
     /// The address that is dialled, and the host that is asked for.
-    fn dialled(&self, snapshot: &Snapshot, source: &Workload) -> Result<(SocketAddr, String), String> {
+    fn dialled(&self, snapshot: &Snapshot, source: &Workload) -> Result<(SocketAddr, String), NoAnswer> {
         if let Ok(address) = self.to.parse::<SocketAddr>() {
             return Ok((SocketAddr::new(address.ip().to_canonical(), address.port()), self.to.clone()));
         }
@@ -342,17 +351,18 @@ fn told(abort: Abort) -> String {
 }
 
 /// A service as a client of a namespace names it: `name`, `name.namespace`, `namespace/name` or in full.
-fn service_named<'s>(snapshot: &'s Snapshot, namespace: &str, text: &str) -> Result<&'s Arc<Service>, String> {
+fn service_named<'s>(snapshot: &'s Snapshot, namespace: &str, text: &str) -> Result<&'s Arc<Service>, NoAnswer> {
     let labels = text.trim_end_matches('.').split('.').collect::<Vec<_>>();
     let (namespace, name) = match (text.split_once('/'), labels.as_slice()) {
         (Some(both), _) => both,
         (None, [name]) => (namespace, *name),
         (None, [name, namespace] | [name, namespace, "svc"] | [name, namespace, "svc", "cluster", "local"]) => (*namespace, *name),
-        (None, _) => return Err(format!("to: {text} is no Service's name; say an address to ask about hosts outside the mesh")),
+        (None, _) => return Err(format!("to: {text} is no Service's name; say an address to ask about hosts outside the mesh").into()),
     };
     let found = snapshot.services().iter().find(|s| *s.name.namespace == *namespace && *s.name.name == *name);
     found.ok_or_else(|| {
         let near = crate::admin::names::near(&format!("{namespace}/{name}"), snapshot.services().iter().map(|s| s.name.to_string()));
-        format!("to: there is no service {namespace}/{name}{near}")
+        let elsewhere = if text.contains('.') { "; of a host outside the mesh say the address" } else { "" };
+        NoAnswer::Missing(format!("to: there is no service {namespace}/{name}{near}{elsewhere}"))
     })
 }

@@ -2,8 +2,16 @@
 
 /// `; did you mean a or b?`, of those that are near; nothing when none is.
 pub fn near(text: &str, names: impl Iterator<Item = String>) -> String {
-    let of = |name: &str| distance(name, text).min(distance(name.rsplit('/').next().unwrap_or(name), text));
-    let mut near = names.map(|n| (of(&n), n)).filter(|(d, _)| *d <= (text.chars().count() / 3).max(2)).collect::<Vec<_>>();
+    let parts = |name: &'_ str| name.split_once('/').map(|(namespace, name)| (namespace.to_owned(), name.to_owned()));
+    let (namespace, short) = parts(text).map_or((None, text.to_owned()), |(namespace, name)| (Some(namespace), name));
+    let of = |name: &str| {
+        let (its_namespace, its_name) = parts(name).unwrap_or_else(|| (String::new(), name.to_owned()));
+        // Of what begins so there may be several.
+        let begins = short.chars().count() >= 3 && its_name.starts_with(&short);
+        let apart = namespace.as_ref().map_or(0, |namespace| distance(&its_namespace, namespace));
+        apart + if begins { 1 } else { distance(&its_name, &short) }
+    };
+    let mut near = names.map(|n| (of(&n), n)).filter(|(d, _)| *d <= (short.chars().count() / 3).max(2)).collect::<Vec<_>>();
     near.sort();
     near.dedup();
     let near = near.iter().take(3).map(|(_, n)| n.as_str()).collect::<Vec<_>>();

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::query;
+use super::{NoAnswer, query};
 use crate::{
     app::Node,
     proxy::http::clusters::{ClusterState, Limited},
@@ -44,11 +44,12 @@ pub(super) fn workloads(node: &Node) -> Value {
 
 fn workload(w: &Workload) -> Value {
     let mode = |strict: bool| if strict { "STRICT" } else { "PERMISSIVE" };
-    let ports = w.policy.mtls.ports.iter().map(|(port, strict)| (port.to_string(), json!(mode(*strict))));
+    // Of what is not in the mesh nobody asks for certificates.
+    let ports = w.policy.mtls.ports.iter().filter(|_| w.enrolled).map(|(port, strict)| (port.to_string(), json!(mode(*strict))));
     json!({
         "namespace": &*w.name.namespace, "name": &*w.name.name, "uid": w.uid.to_string(), "node": &*w.node,
         "identity": w.identity.to_string(), "addresses": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
-        "mtls": mode(w.policy.mtls.strict), "mtlsByPort": ports.collect::<serde_json::Map<_, _>>(),
+        "mtls": w.enrolled.then(|| mode(w.policy.mtls.strict)), "mtlsByPort": ports.collect::<serde_json::Map<_, _>>(),
         "policies": governing(&w.policy.everywhere),
         "policiesByPort": w.policy.ports.iter().map(|(port, g)| (port.to_string(), governing(g))).collect::<serde_json::Map<_, _>>(),
     })
@@ -184,21 +185,26 @@ pub(super) fn connections(node: &Node) -> Value {
 }
 
 /// What a workload of this node did lately: asks once without `from`, and then with `from=` what was `next` in the answer before.
-pub(super) fn trace(node: &Node, query: &str) -> Result<Value, String> {
+pub(super) fn trace(node: &Node, query: &str) -> Result<Value, NoAnswer> {
     let (mut workload, mut from) = (None, None);
     for (name, value) in query::pairs(query)? {
         match name {
             "workload" => workload = Some(value),
             "from" => from = Some(value.parse().map_err(|_| format!("from: {value:?} is not a number"))?),
-            _ => return Err(format!("{name}: is not known; workload and from are")),
+            _ => return Err(format!("{name}: is not known; workload and from are").into()),
         }
     }
     let workload = workload.ok_or("workload: is missing; say namespace/name of a pod")?;
     let snapshot = node.proxy.config.load();
-    let found =
-        super::authorization::find(&snapshot, &workload).ok_or_else(|| super::authorization::unknown(&snapshot, "workload", &workload))?;
+    let unknown = || NoAnswer::Missing(super::authorization::unknown(&snapshot, "workload", &workload));
+    let found = super::authorization::find(&snapshot, &workload).ok_or_else(unknown)?;
     if node.proxy.pods.by_uid(&found.uid).is_none() {
-        return Err(format!("workload: {} is not captured by this node; its node is {:?}", found.name, found.node));
+        let why = match (found.enrolled, found.node == snapshot.mesh.node) {
+            (_, false) => format!("is a pod of node {:?}: ask there", found.node),
+            (false, true) => "is not in the mesh: nothing of it is seen".to_owned(),
+            (true, true) => "is not captured (yet): meshctl pods says why".to_owned(),
+        };
+        return Err(NoAnswer::Missing(format!("workload: {} {why}", found.name)));
     }
     let name = found.name.to_string();
     let events = node.proxy.metrics.watch.fetch(&name, from).ok_or("workload: too many are looked at; wait until others are done")?;

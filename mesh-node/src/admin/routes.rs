@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::{NoAnswer, names::near, query};
 use crate::{
     app::Node,
     route::{
@@ -14,10 +15,20 @@ use crate::{
 };
 
 /// As a query asks: `service=namespace/name`, or a name alone.
-pub(super) fn routes(node: &Node, query: &str) -> Value {
-    let wanted = query.strip_prefix("service=").unwrap_or_default();
+pub(super) fn routes(node: &Node, query: &str) -> Result<Value, NoAnswer> {
+    let mut wanted = String::new();
+    for (name, value) in query::pairs(query)? {
+        match name {
+            "service" => wanted = value,
+            _ => return Err(format!("{name}: is not known; service is").into()),
+        }
+    }
     let snapshot = node.proxy.config.load();
     let is_it = |s: &Service| wanted.is_empty() || s.name.to_string() == wanted || (!wanted.contains('/') && *s.name.name == *wanted);
+    if !snapshot.services().iter().any(|s| is_it(s)) && !wanted.is_empty() {
+        let near = near(&wanted, snapshot.services().iter().map(|s| s.name.to_string()));
+        return Err(NoAnswer::Missing(format!("service: there is no service {wanted:?}{near}")));
+    }
     let mut all = Vec::new();
     for service in snapshot.services().iter().filter(|s| is_it(s)) {
         let common = of_service(service);
@@ -30,7 +41,7 @@ pub(super) fn routes(node: &Node, query: &str) -> Value {
         }
         all.extend(common.into_iter().map(|one| for_clients(one, None)));
     }
-    all.into()
+    Ok(all.into())
 }
 
 fn for_clients(mut one: Value, namespace: Option<&str>) -> Value {

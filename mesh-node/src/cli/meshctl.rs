@@ -61,9 +61,12 @@ pub enum Failure {
     /// One may be there, but does not answer as it should.
     #[error("{0}")]
     Broken(String),
-    /// What was asked about is not there, or was asked wrongly.
+    /// What was asked about is not there.
     #[error("{0}")]
     Asked(String),
+    /// It was not asked as it has to be.
+    #[error("{0}")]
+    Misasked(String),
     #[error("{0}")]
     Other(String),
 }
@@ -73,6 +76,7 @@ impl Failure {
         match self {
             Self::Absent(_) | Self::Broken(_) => 3,
             Self::Asked(_) => 4,
+            Self::Misasked(_) => 2,
             Self::Other(_) => 1,
         }
     }
@@ -127,14 +131,14 @@ enum What {
         /// namespace/name of a pod.
         workload: String,
         /// End after so many.
-        #[arg(long)]
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
         count: Option<u64>,
         /// End after so many seconds.
         #[arg(long, value_name = "SECONDS")]
         time: Option<u64>,
     },
-    /// Stop the node's mesh-node in order, as SIGTERM does: it is not ready any more, takes no more connections, and waits a
-    /// little for those there are. Pods stay captured: until it is started again, their new connections meet the fail mode.
+    /// Stop the node's mesh-node in order, as SIGTERM does: it is not ready any more, and still serves who comes while it waits a
+    /// little for those there are to end. Pods stay captured: until it is started again, their new connections meet the fail mode.
     Drain {
         /// Fail (1) when it has not ended after so many seconds.
         #[arg(long, value_name = "SECONDS", default_value_t = 15)]
@@ -222,7 +226,7 @@ struct Authorize {
     #[arg(long, value_name = "WORKLOAD|ADDRESS")]
     to: String,
     /// The port the application listens on.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
     /// Outside a tunnel: the destination does not know the client's identity.
     #[arg(long)]
@@ -269,8 +273,10 @@ impl Explain {
     fn query(&self) -> String {
         let mut all = vec![("from", self.from.as_str()), ("to", &self.to)];
         // `-X GET /path`, `-X GET` and `-X /path`.
-        for word in &self.request {
-            all.push((if word.starts_with('/') { "path" } else { "method" }, word));
+        match self.request.as_slice() {
+            [method, path] => all.extend([("method", method.as_str()), ("path", path)]),
+            [path] if path.starts_with('/') => all.push(("path", path)),
+            methods => all.extend(methods.iter().map(|method| ("method", method.as_str()))),
         }
         all.extend(self.headers.iter().map(|header| ("header", header.as_str())));
         all.extend(self.claims.iter().map(|claims| ("claims", claims.as_str())));
@@ -283,7 +289,10 @@ impl Explain {
         match &self.dir {
             Some(dir) => {
                 let (snapshot, _) = analyze::load(dir, self.mesh.settings())?;
-                admin::explain(&snapshot, &query).map_err(Failure::Asked)
+                admin::explain(&snapshot, &query).map_err(|unanswered| match unanswered {
+                    admin::NoAnswer::Missing(what) => Failure::Asked(what),
+                    admin::NoAnswer::Misasked(how) => Failure::Misasked(how),
+                })
             }
             None => admin.document(&format!("/explain?{query}")),
         }
@@ -504,9 +513,16 @@ impl Offline {
     }
 }
 
-/// Prints; who has stopped reading gets no more.
+/// Prints; who has stopped reading gets no more, and what cannot be written does not look as if it were.
 fn say(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("meshctl: the answer cannot be written: {error}");
+            std::process::exit(1);
+        }
+        Ok(()) | Err(_) => {}
+    }
 }
 
 #[cfg(test)]

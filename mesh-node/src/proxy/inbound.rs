@@ -159,7 +159,7 @@ async fn plaintext(
         Err(failure) => {
             if matches!(failure, Failure::Denied(_)) {
                 // A client that speaks HTTP is told in HTTP.
-                refuse(proxy, pod, facts, downstream, client).await;
+                refuse(proxy, pod, facts, downstream, client, &outcome.requests).await;
             } else {
                 reset_on_close(&downstream);
             }

@@ -93,7 +93,7 @@ fn decisions_are_explained() {
         ("from=default/front&to=default/web&port=80&header=x", "header: \"x\" is not `name: value`"),
         ("from=default/front&to=default/web&port=80&claims=%7B%22iss%22:%22other%22%7D", "takes tokens of: i"),
     ] {
-        let said = asked(query).expect_err("an error");
+        let said = asked(query).expect_err("an error").to_string();
         assert!(said.contains(error), "{query}: {said}");
     }
 }

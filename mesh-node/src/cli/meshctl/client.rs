@@ -35,7 +35,10 @@ impl FromStr for Admin {
         if text.starts_with('/') {
             return Ok(Self::Socket(text.into()));
         }
-        text.parse().map(Self::Address).map_err(|_| format!("{text:?} is neither ADDRESS:PORT nor the path of a socket"))
+        let address = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+        // Whatever a resolver may say.
+        let address = address.strip_prefix("localhost:").map_or_else(|| address.to_owned(), |port| format!("127.0.0.1:{port}"));
+        address.parse().map(Self::Address).map_err(|_| format!("{text:?} is neither ADDRESS:PORT nor the path of a socket"))
     }
 }
 
@@ -96,7 +99,8 @@ impl Admin {
         }
         match head.split(' ').nth(1).unwrap_or_default() {
             "200" => Ok(body.to_owned()),
-            "400" => Err(Failure::Asked(body.trim().to_owned())),
+            "400" => Err(Failure::Misasked(body.trim().to_owned())),
+            "404" => Err(Failure::Asked(body.trim().to_owned())),
             status => Err(Failure::Other(format!("it answered {status}: {}", body.trim()))),
         }
     }

@@ -212,8 +212,15 @@ async fn judge_opaque(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: &Facts, c
     Ok(())
 }
 
-/// Tells a client that is not let in, in HTTP if it speaks that; else its connection is reset.
-pub async fn refuse(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: Facts, downstream: TcpStream, client: SocketAddr) {
+/// Tells a client that is not let in, in HTTP if it speaks that, which `requests` is told; else its connection is reset.
+pub async fn refuse(
+    proxy: &Arc<Proxy>,
+    pod: &Arc<ServedPod>,
+    facts: Facts,
+    downstream: TcpStream,
+    client: SocketAddr,
+    requests: &AtomicBool,
+) {
     let mut downstream = Transport::Tcp(downstream);
     let protocol = declared(proxy, pod, &facts);
     let spoken = match protocol {
@@ -223,6 +230,7 @@ pub async fn refuse(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: Facts, down
     let Ok((spoken, read)) = spoken else { return downstream.reset() };
     let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
     let mut downstream = downstream.unread(read);
+    requests.store(!matches!(spoken, Spoken::Opaque(_)), Ordering::Relaxed);
     let told = async {
         match spoken {
             Spoken::Opaque(_) => downstream.reset(),
