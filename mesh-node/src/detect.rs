@@ -271,6 +271,16 @@ mod tests {
         for (name, app, expected) in cases {
             assert_eq!(Protocol::declared(name, app), expected, "{name} {app:?}");
         }
+        for (one, other, both) in [
+            (Protocol::Http, Protocol::Http, Protocol::Http),
+            (Protocol::Http, Protocol::Grpc, Protocol::Http),
+            (Protocol::Grpc, Protocol::Detect, Protocol::Grpc),
+            (Protocol::Detect, Protocol::Http, Protocol::Http),
+            (Protocol::Http, Protocol::Tcp, Protocol::Detect),
+            (Protocol::Tcp, Protocol::Detect, Protocol::Detect),
+        ] {
+            assert_eq!(one.or(other), both, "{one:?} and {other:?}");
+        }
     }
 
     #[test]

@@ -511,9 +511,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_asked_for_is_logged_beside_the_rest() {
+        for (before, asked, expected) in [
+            ("info", "proxy=debug", "info,proxy=debug"),
+            ("info", "proxy:debug", "info,proxy=debug"),
+            ("info", "ztunnel::proxy=debug,ztunnel::access:warn", "info,proxy=debug,access=warn"),
+            ("info,proxy=debug", "proxy=off", "info,proxy=off"),
+            ("info,proxy=debug", "debug", "proxy=debug,debug"),
+            ("info,proxy=debug", ",,,", "info,proxy=debug"),
+        ] {
+            assert_eq!(beside(before, asked), expected, "{before} and {asked}");
+        }
+    }
+
+    #[test]
     fn levels_that_are_misspelt_are_refused() {
         for filter in ["info", "access=debug,info", "OFF", "", "proxy=trace,[span{a=1}]=debug,warn", "proxy[span]"] {
             assert!(log_filter_of(filter).is_ok(), "{filter}");
+        }
+        for filter in ["prxy=debug", "ztunnel::proxy=debug", "info,acces[x]=trace"] {
+            let error = log_filter_of(filter).expect_err(filter);
+            assert!(error.contains("nothing is logged with target"), "{error}");
         }
         for filter in ["debgu", "info,proxy", "access:debug,nonsense"] {
             let error = log_filter_of(filter).expect_err(filter);

@@ -155,11 +155,20 @@ fn exit_statuses_tell_scripts_what_happened() {
         (&["completion", "bash"], 0, "complete"),
         (&["logs", "level"], 0, "current log level is info"),
         (&["logs", "level", "proxy=debug,info"], 0, "current log level is proxy=debug,info"),
-        (&["logs", "level", "=,="], 4, "log filter"),
-        // As istioctl says it.
-        (&["logs", "level", "access:debug,info"], 0, "current log level is access=debug,info"),
+        (&["logs", "level", "=,="], 2, "log filter"),
+        (&["logs", "level", "prxy=debug"], 2, "nothing is logged with target \"prxy\""),
+        // As istioctl says it, beside what is logged already.
+        (&["logs", "level", "access:debug,info"], 0, "current log level is proxy=debug,access=debug,info"),
         (&["logs", "level", "reset"], 0, "current log level is info"),
         (&["explain", "--from", "a-pod", "--to", "nothing:80"], 4, "there is no service default/nothing"),
+        (&["explain", "--from", "a-pod", "--to", "nothing"], 2, "is not service:port or address:port"),
+        (&["explain", "--from", "9.9.9.9", "--to", "shop-front:80"], 4, "no workload has the address 9.9.9.9"),
+        (&["explain", "--from", "a-pod", "--to", "shop-front:80", "-X", "GET", "path"], 2, "is not a path"),
+        (&["authorize", "--from", "a-pod", "--to", "a-pod", "--port", "0"], 2, "0 is not in 1.."),
+        (&["authorize", "--from", "a-pod", "--to", "a-pod", "--port", "15008", "--check"], 1, "port 15008 belongs to the mesh itself"),
+        (&["routes", "shop-front.default.svc:80"], 0, "80||shop-front.default.svc.cluster.local"),
+        (&["--admin", "localhost:15000", "status"], 0, "Ready                   yes"),
+        (&["trace", "a-pod", "--count", "0"], 2, "0 is not in 1.."),
     ] {
         let (code, text) = run(arguments);
         assert!(code == Some(status) && text.contains(part), "{arguments:?}: {code:?}: {text}");
@@ -179,6 +188,13 @@ fn metrics_and_readiness_have_ports_of_their_own_and_the_admin_a_socket() {
         let output = bed.nodes()[0].run(std::path::Path::new("curl"), &arguments).expect("curl");
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
+    // Load balancers ask so, and ztunnel does not mind either.
+    for page in ["15021/healthz/ready", "15020/metrics", "15000/status"] {
+        let head = curl(&format!("http://127.0.0.1:{page}"), &["-I"]);
+        assert!(head.starts_with("HTTP/1.1 200 OK"), "{page}: {head}");
+    }
+    let raised = curl("http://127.0.0.1:15000/logging?level=debug", &[]);
+    assert!(raised.contains("POST changes what is logged") && raised.contains(" 405 "), "{raised}");
     for host in ["127.0.0.1", "[::1]", &bed.node_address(0).to_string()] {
         let metrics = curl(&format!("http://{host}:15020/stats/prometheus"), &[]);
         assert!(

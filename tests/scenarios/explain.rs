@@ -180,7 +180,7 @@ fn a_workload_is_followed_and_a_node_is_stopped_in_order() {
     assert_eq!((&event["reporter"], &event["source"], &event["path"]), (&"destination".into(), &"default/client".into(), &"/a".into()));
     assert_eq!((&event["code"], &event["mutualTls"], &event["requestId"]), (&200.into(), &true.into(), &"followed".into()));
     let (code, text) = scene.meshctl(&["trace", "web-v2"]);
-    assert!(code == Some(4) && text.contains("is not captured by this node"), "{code:?} {text}");
+    assert!(code == Some(4) && text.contains("is a pod of node \"node2\": ask there"), "{code:?} {text}");
     let (code, text) = scene.meshctl(&["drain"]);
     assert!(code == Some(0) && text.ends_with("stopped\n"), "{code:?} {text}");
     assert_eq!(scene.meshctl(&["status"]).0, Some(3));

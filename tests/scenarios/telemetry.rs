@@ -347,6 +347,60 @@ fn connections_that_fail_are_counted_by_why_and_logged_as_errors() {
     }
 }
 
+/// Connections that carry no requests are told of as Envoy's TCP proxy tells of them: by the service's port that was dialled, and by where
+/// they went from there.
+#[test]
+fn connections_are_told_of_by_what_was_dialled() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let service = |name: &str, port: u16| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: {name}}}, ports: [{{name: tcp, port: {port}, targetPort: 8080}}]}}\n"
+        )
+    };
+    for (name, port) in [("server", 90), ("empty", 91)] {
+        bed.kubectl_apply(name, &service(name, port)).expect("service");
+    }
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1).label("app", "server")]).expect("pods");
+    let log = tempfile::Builder::new().prefix("access").suffix(".log").tempfile().expect("a file");
+    let mesh = format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {}, logFormat: {{labels: {{local: '%DOWNSTREAM_LOCAL_ADDRESS%', host: '%UPSTREAM_HOST%', cluster: '%UPSTREAM_CLUSTER%', peer: '%DOWNSTREAM_PEER_URI_SAN%', code: '%RESPONSE_CODE%'}}}}}}\n---\napiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: mesh, namespace: istio-system}}\nspec: {{accessLogging: [{{providers: [{{name: file}}]}}]}}\n",
+        log.path().display()
+    );
+    bed.apply("mesh", &mesh).expect("applied");
+    bed.settle().expect("settled");
+    let all = bed.nodes()[0].admin_json("/services").expect("services");
+    let of = |name: &str| all.as_array().into_iter().flatten().find(|s| s["name"] == name).expect("it")["addresses"][0].clone();
+    let vip = |name: &str, port: u16| format!("{}:{port}", of(name).as_str().expect("an address"));
+    assert_eq!(bed.probe(&client, &["ask", &vip("server", 90), "ping"]).expect("a report")["answer"], "pong");
+    assert!(bed.probe(&client, &["ask", &vip("empty", 91), "ping"]).expect("a report")["answer"].is_null());
+    let lines = || {
+        let text = std::fs::read_to_string(log.path()).expect("the log");
+        text.lines().map(|l| serde_json::from_str::<Value>(l).expect("JSON")).collect::<Vec<_>>()
+    };
+    wait_for("three lines", Duration::from_secs(5), || Ok(lines().len() == 3)).unwrap_or_else(|_| panic!("{:#?}", lines()));
+    let told =
+        |cluster: &str| lines().into_iter().find(|l| l["cluster"] == *cluster).unwrap_or_else(|| panic!("{cluster}: {:#?}", lines()));
+    let (host, peer) = (Value::from(server.address(8080)), Value::from("spiffe://cluster.local/ns/default/sa/client"));
+    let outbound = told("outbound|90||server.default.svc.cluster.local");
+    assert_eq!((&outbound["local"], &outbound["host"], &outbound["peer"]), (&vip("server", 90).into(), &host, &Value::Null));
+    let inbound = told("inbound|8080||");
+    assert_eq!((&inbound["local"], &inbound["host"], &inbound["peer"]), (&host, &host, &peer));
+    let nowhere = told("outbound|91||empty.default.svc.cluster.local");
+    assert_eq!((&nowhere["local"], &nowhere["host"]), (&vip("empty", 91).into(), &Value::Null));
+    let failed = ["destination_service_name=\"empty\"", "response_flags=\"CONNECT\""];
+    assert_eq!(bed.nodes()[0].metric("istio_tcp_connections_failed_total", &failed).unwrap_or(0.0), 1.0);
+    // A client without a certificate that speaks HTTP is answered, and told of once.
+    let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
+    bed.apply("strict", strict).expect("applied");
+    bed.settle().expect("settled");
+    let script = "import http.client, sys\nc = http.client.HTTPConnection(sys.argv[1], 9999, timeout=5)\nc.request('GET', '/')\nprint(c.getresponse().status)\n";
+    let asked = bed.nodes()[0].run(std::path::Path::new("/usr/bin/python3"), &["-c", script, &server.v4().to_string()]).expect("python");
+    assert_eq!(String::from_utf8_lossy(&asked.stdout).trim(), "403", "{asked:?}");
+    wait_for("one more line", Duration::from_secs(5), || Ok(lines().len() > 3)).expect("a line");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!((lines().len(), &lines()[3]["code"]), (4, &Value::from(403)), "{:#?}", lines());
+}
+
 /// Who the two ends are is told where it was proved, and of plaintext nowhere; in JSON, if the environment asks for that, in ztunnel's way.
 #[test]
 fn the_log_names_identities_that_were_proved_and_can_be_json() {
