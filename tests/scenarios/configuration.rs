@@ -222,8 +222,8 @@ fn metrics_and_readiness_have_ports_of_their_own_and_the_admin_a_socket() {
 fn the_configuration_is_dumped_as_ztunnel_does() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
     bed.service("default", "shop-front", 80, 8080).expect("service");
-    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1)]).expect("pods");
-    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"9\"]}}]}]}\n";
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1).label("app", "server")]).expect("pods");
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"9\"]}}]}]}\n---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: all, namespace: default}\nspec: {mtls: {mode: STRICT}}\n---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: server, namespace: default}\nspec: {selector: {matchLabels: {app: server}}, mtls: {mode: STRICT}, portLevelMtls: {9: {mode: PERMISSIVE}}}\n";
     bed.apply("policy", policy).expect("applied");
     bed.settle().expect("settled");
     let mut hold = bed.command(&client, &program("probe"), &["hold", &server.address(8080), "1", "3"]).spawn().expect("started");
@@ -263,6 +263,19 @@ fn the_configuration_is_dumped_as_ztunnel_does() {
     assert_eq!(
         (&policy["action"], &policy["scope"], policy["rules"].as_array().map(Vec::len)),
         (&"Deny".into(), &"Namespace".into(), Some(1))
+    );
+    // What clients have to prove is a policy there, too.
+    let strict = "istio-system/istio_converted_static_strict";
+    assert_eq!(find("workloads", "client")["authorizationPolicies"], serde_json::json!(["default/p", strict]));
+    assert_eq!(
+        find("workloads", "server")["authorizationPolicies"],
+        serde_json::json!(["default/p", "default/converted_peer_authentication_server"])
+    );
+    let unproved = serde_json::json!([{"notPrincipals": [{"Presence": []}]}]);
+    assert_eq!(find("policies", "istio_converted_static_strict")["rules"], serde_json::json!([[unproved]]));
+    assert_eq!(
+        find("policies", "converted_peer_authentication_server")["rules"],
+        serde_json::json!([[[{"notDestinationPorts": [9]}], unproved]])
     );
     let certificate = &dump["certificates"][0];
     assert_eq!(

@@ -391,6 +391,27 @@ spec:
   exportTo: ["."]
   gateways: [gw]
   http: [{route: [{destination: {host: web}}]}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: mute}
+spec:
+  rules:
+  - from: [{source: {principals: ["spiffe://cluster.local/ns/default/sa/a"]}}]
+    to: [{operation: {methods: [get], paths: [api, "/ok", "*.html"]}}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: shade}
+spec:
+  hosts: [shady]
+  http:
+  - match: [{uri: {prefix: /a}}]
+    route: [{destination: {host: web}}]
+  - match: [{uri: {prefix: /a/b}, method: {exact: GET}}, {uri: {exact: /a/c}}]
+    route: [{destination: {host: web}}]
+  - match: [{uri: {prefix: /b}}, {uri: {exact: /a/c}}]
+    route: [{destination: {host: web}}]
 "#;
     std::fs::write(directory.path().join("rules.yaml"), yaml).expect("written");
     let (code, text) = run(&directory.path().display().to_string());
@@ -407,9 +428,22 @@ spec:
         ":55: warning: AuthorizationPolicy default/nobody: spec.selector: matches no pod",
         ": warning: VirtualService default/left: spec.hosts: is empty and no VirtualService delegates to it",
         ":68: warning: VirtualService default/own: spec.gateways: mesh is not among them",
+        "spec.rules[0].from[0].source.principals: \"spiffe://cluster.local/ns/default/sa/a\" is nobody",
+        "spec.rules[0].to[0].operation.methods: no request has the method \"get\"; they are told apart by case: \"GET\"",
+        "spec.rules[0].to[0].operation.paths: no path is like \"api\"",
+        "VirtualService default/shade: spec.http[1]: is never reached, as spec.http[0] takes all paths that begin like its own",
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
+    assert!(!text.contains("default/shade: spec.http[2]: is never reached") && text.matches("no path is like").count() == 1, "{text}");
+    // One file is as good as a directory of one.
+    let (code, alone) = run(&directory.path().join("rules.yaml").display().to_string());
+    assert!(code == Some(1) && alone.contains("no request has the method"), "{alone}");
+    let twice = directory.path().join("twice.yml");
+    std::fs::write(&twice, "apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\nmetadata: {name: b}\n").expect("written");
+    let (_, text) = run(&twice.display().to_string());
+    assert!(text.contains("duplicate") && !text.contains("DuplicateKeyPolicy"), "{text}");
+    std::fs::remove_file(twice).expect("removed");
     let output = std::process::Command::new(program("meshctl"));
     let mut output = output;
     let output = output.args(["analyze", "-o", "json", &directory.path().display().to_string()]).output().expect("meshctl");

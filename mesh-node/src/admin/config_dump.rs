@@ -4,7 +4,7 @@
 
 mod rules;
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
@@ -26,13 +26,15 @@ pub(super) fn dump(node: &Node) -> Value {
     let mut workloads = snapshot.workloads().collect::<Vec<_>>();
     workloads.sort_by(|a, b| a.name.cmp(&b.name));
     let settings = &node.settings;
+    let root = &*snapshot.mesh.root_namespace;
+    let strictness = workloads.iter().filter_map(|w| strict(w, root)).collect::<BTreeMap<_, _>>();
     json!({
-        "workloads": workloads.iter().map(|w| workload(w, cluster)).collect::<Vec<_>>(),
+        "workloads": workloads.iter().map(|w| workload(w, cluster, root)).collect::<Vec<_>>(),
         "services": snapshot.services().iter().map(|s| service(s, &snapshot, cluster)).collect::<Vec<_>>(),
         "policies": snapshot.policies.iter().map(|p| json!({
             "namespace": &*p.name.namespace, "name": &*p.name.name, "scope": p.scope, "action": p.action,
             "rules": rules::rules(&p.rules, &p.name.namespace), "dryRun": p.dry_run,
-        })).collect::<Vec<_>>(),
+        })).chain(strictness.into_values()).collect::<Vec<_>>(),
         "certificates": node.proxy.identity.states().iter().map(certificate).collect::<Vec<_>>(),
         "workloadState": workload_state(node, &snapshot, cluster),
         "staticConfig": {"workloads": [], "policies": [], "services": []},
@@ -52,7 +54,31 @@ fn account(workload: &Workload) -> String {
     workload.identity.service_account().to_owned()
 }
 
-fn workload(w: &Workload, cluster: &str) -> Value {
+/// What `PeerAuthentication` asks of a workload's clients, as the policy that istiod makes of it for ztunnel; its full name and itself.
+fn strict(w: &Workload, root: &str) -> Option<(String, Value)> {
+    let mtls = &w.policy.mtls;
+    let ports = |strict: bool| mtls.ports.iter().filter(|(_, is)| **is == strict).map(|(port, _)| *port).collect::<Vec<_>>();
+    let nobody = json!({"notPrincipals": [{"Presence": []}]});
+    let (namespace, name, mut clauses) = match (mtls.strict, ports(!mtls.strict)) {
+        _ if !w.enrolled => return None,
+        (true, others) if others.is_empty() => (root, "istio_converted_static_strict".to_owned(), vec![json!([nobody])]),
+        (false, others) if others.is_empty() => return None,
+        (strict, others) => {
+            let which = if strict { "notDestinationPorts" } else { "destinationPorts" };
+            (&*w.name.namespace, format!("converted_peer_authentication_{}", w.name.name), vec![json!([{which: others}])])
+        }
+    };
+    if clauses[0] != json!([nobody]) {
+        clauses.push(json!([nobody]));
+    }
+    let policy =
+        json!({"namespace": namespace, "name": name, "scope": "WorkloadSelector", "action": "Deny", "rules": [clauses], "dryRun": false});
+    Some((format!("{namespace}/{name}"), policy))
+}
+
+fn workload(w: &Workload, cluster: &str, root: &str) -> Value {
+    let policies = w.policy.everywhere.authorization.policies.iter().map(ToString::to_string);
+    let policies = policies.chain(strict(w, root).map(|(name, _)| name)).collect::<Vec<_>>();
     json!({
         "uid": uid(w, cluster), "workloadIps": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
         "name": &*w.name.name, "namespace": &*w.name.namespace, "serviceAccount": account(w),
@@ -61,7 +87,7 @@ fn workload(w: &Workload, cluster: &str) -> Value {
         "clusterId": cluster, "trustDomain": w.identity.trust_domain().as_str(),
         "locality": {"region": &*w.locality.region, "zone": &*w.locality.zone, "subzone": &*w.locality.subzone},
         "node": &*w.node, "network": "", "status": "Healthy", "capacity": 1,
-        "authorizationPolicies": w.policy.everywhere.authorization.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "authorizationPolicies": policies,
         "services": w.ports.services.values().map(|of| &of.service).map(|s| format!("{}/{}.{}.svc.cluster.local", s.namespace, s.name, s.namespace)).collect::<std::collections::BTreeSet<_>>(),
     })
 }

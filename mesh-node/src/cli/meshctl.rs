@@ -24,7 +24,7 @@ use self::{
 };
 use crate::{
     admin,
-    config::{EnrolmentLabel, MeshSettings, OutboundPolicy},
+    config::{EnrolmentLabel, MeshSettings, OutboundPolicy, store::Severity},
     id::TrustDomain,
 };
 
@@ -157,8 +157,9 @@ enum What {
     /// none; dry-run, AUDIT and external authorizers included. On a port declared to carry no HTTP policies see the connection,
     /// whatever is asked. Nothing is sent.
     Authorize(Authorize),
-    /// Check a directory of manifests without a node: everything that would not be in force, by file and line.
+    /// Check manifests without a node: everything that would not be in force, by file and line.
     Analyze {
+        /// A directory, or a single file.
         directory: PathBuf,
         #[command(flatten)]
         mesh: Offline,
@@ -288,9 +289,12 @@ impl Explain {
         let query = self.query();
         match &self.dir {
             Some(dir) => {
-                let (snapshot, _) = analyze::load(dir, self.mesh.settings())?;
+                let (snapshot, statuses) = analyze::load(dir, self.mesh.settings())?;
+                let refused = statuses.iter().filter(|s| s.severity == Severity::Error).count();
+                let hint = format!("; {refused} objects or files of {} are refused: meshctl analyze says why", dir.display());
+                let hint = if refused > 0 { hint } else { String::new() };
                 admin::explain(&snapshot, &query).map_err(|unanswered| match unanswered {
-                    admin::NoAnswer::Missing(what) => Failure::Asked(what),
+                    admin::NoAnswer::Missing(what) => Failure::Asked(what + &hint),
                     admin::NoAnswer::Misasked(how) => Failure::Misasked(how),
                 })
             }
@@ -427,6 +431,11 @@ impl Meshctl {
             let known = self.admin.document("/workloads")?;
             let name = find("workload", workload, known.as_array().map_or(&[], Vec::as_slice))?;
             list.retain(|c| c["source"] == *name || c["destination"] == *name);
+            let found = known.as_array().into_iter().flatten().find(|w| named(w) == name);
+            let (own, node) = (self.admin.document("/status")?["node"].clone(), found.map(|w| w["node"].clone()).unwrap_or_default());
+            if list.is_empty() && node != own {
+                eprintln!("meshctl: {name} is a pod of node {node}: ask there for its connections");
+            }
         }
         self.print(&all, views::connections);
         Ok(ExitCode::SUCCESS)

@@ -239,10 +239,15 @@ impl Directory {
 
 /// Reads a directory once, as it is: for a look without a node.
 pub fn once(root: &Path, default_namespace: &str) -> io::Result<Vec<Change>> {
-    fs::read_dir(root)?;
     let mut found = BTreeMap::new();
     let mut changes = Vec::new();
-    if find(root, MAX_DEPTH, &mut found) {
+    let metadata = fs::metadata(root)?;
+    if metadata.is_file() {
+        found.insert(root.to_owned(), Ok(Version::of(&metadata)));
+    } else {
+        fs::read_dir(root)?;
+    }
+    if metadata.is_dir() && find(root, MAX_DEPTH, &mut found) {
         let content = Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"));
         changes.push(Change { origin: origin(root), content });
     }

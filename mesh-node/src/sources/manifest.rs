@@ -82,8 +82,14 @@ fn with_mesh_config(mut document: Value) -> Value {
     document
 }
 
+/// What the library says, without what it says to programmers.
 fn one_line(text: &str) -> String {
-    text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ")
+    let text = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
+    let text = text.replace(", set DuplicateKeyPolicy in Options if acceptable", "");
+    match text.split_once("budget breached") {
+        Some((before, _)) => format!("{before}it unfolds to more than is read of a file, by its aliases or its size"),
+        None => text,
+    }
 }
 
 /// The items of a `List` (also a `PodList` and the like), or the document itself.

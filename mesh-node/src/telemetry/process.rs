@@ -31,6 +31,12 @@ impl Stat<'_> {
     }
 }
 
+/// When the machine started, seconds since the epoch.
+fn booted() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/stat").ok()?;
+    text.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
+}
+
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let mut gauge = |name: &str, help: &str, value: Option<u64>| match value.and_then(|v| i64::try_from(v).ok()) {
@@ -51,6 +57,12 @@ impl Collector for Process {
         gauge("process_virtual_memory_bytes", "Virtual memory", stat.field(23))?;
         gauge("process_resident_memory_bytes", "Resident memory", stat.field(24).zip(page).map(|(pages, size)| pages * size))?;
         gauge("process_threads", "Threads", stat.field(20))?;
+        let since_boot = stat.field(22).zip(tick).map(|(ticks, tick)| ticks / tick);
+        gauge(
+            "process_start_time_seconds",
+            "When it started, since the epoch",
+            since_boot.zip(booted()).map(|(since, boot)| boot + since),
+        )?;
         if let (Some(user), Some(system), Some(tick)) = (stat.field(14), stat.field(15), tick) {
             #[expect(clippy::cast_precision_loss, reason = "ticks of a hundredth of a second for less than a million years")]
             let seconds = ConstCounter::new((user + system) as f64 / tick as f64);

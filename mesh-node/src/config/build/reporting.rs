@@ -119,7 +119,10 @@ impl<'a> Reports<'a> {
             if known(name, kind) {
                 continue;
             }
-            let message = if self.observability.others.contains(name) {
+            let other = ["accessLogging", "tracing", "metrics"].into_iter().find(|other| *other != kind && known(name, other));
+            let message = if let Some(other) = other {
+                format!("spec.{kind}: provider {name:?} is one of {other}, and none for this; name another")
+            } else if self.observability.others.contains(name) {
                 format!("spec.{kind}: provider {name:?} is of a kind that is not honoured by this version of mesh-node")
             } else {
                 format!("spec.{kind}: provider {name:?} does not exist for this; add it to extensionProviders of the mesh configuration")

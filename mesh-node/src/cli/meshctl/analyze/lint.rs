@@ -9,8 +9,18 @@ use crate::{
         store::{Severity, Status, Store},
     },
     id::ObjectName,
-    resource::{DestinationRule, Named, Object, VirtualService, selector::WorkloadSelector},
-    route::{Workload, matching::HttpMatch, rule::Action},
+    resource::{
+        DestinationRule, Named, Object, VirtualService,
+        authorization::{self, Values},
+        paths::PathPattern,
+        selector::WorkloadSelector,
+        strings::StringMatch,
+    },
+    route::{
+        Workload,
+        matching::{HttpMatch, PathMatch},
+        rule::{Action, Rule},
+    },
 };
 
 /// Everything there is to say.
@@ -21,7 +31,10 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
             Object::VirtualService(vs) => lint.virtual_service(named, vs),
             Object::DestinationRule(rule) => lint.subsets(named, rule),
             Object::PeerAuthentication(p) => lint.selector(named, p.selector.as_ref()),
-            Object::AuthorizationPolicy(p) => lint.selector(named, p.selector.as_ref()),
+            Object::AuthorizationPolicy(p) => {
+                lint.selector(named, p.selector.as_ref());
+                lint.never_said(named, &p.rules);
+            }
             Object::RequestAuthentication(p) => lint.selector(named, p.selector.as_ref()),
             Object::Telemetry(t) => lint.selector(named, t.selector.as_ref()),
             _ => {}
@@ -33,6 +46,29 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
     lint.peer_authentications(&aged);
     lint.delegates(&aged);
     lint.found
+}
+
+/// The texts of values that are asked for as a whole or by how they begin.
+fn texts(values: &Values<StringMatch>) -> impl Iterator<Item = &str> {
+    values.any_of.iter().chain(&values.none_of).filter_map(|value| match value {
+        StringMatch::Exact(text) | StringMatch::Prefix(text) => Some(&**text),
+        StringMatch::Suffix(_) | StringMatch::Present => None,
+    })
+}
+
+/// Whether a rule takes everything that a match of a later one could, by how the path begins.
+fn takes_its(rule: &Rule, later: &HttpMatch) -> bool {
+    let Some(PathMatch::Exact { path: wanted, ignore_case: false } | PathMatch::Prefix { path: wanted, ignore_case: false }) = &later.path
+    else {
+        return false;
+    };
+    rule.matches.iter().any(|earlier| match &earlier.path {
+        Some(PathMatch::Prefix { path, .. }) => {
+            let rest = HttpMatch { path: None, name: std::sync::Arc::default(), ..earlier.clone() };
+            rest == HttpMatch::default() && wanted.starts_with(&**path)
+        }
+        _ => false,
+    })
 }
 
 struct Lint<'a> {
@@ -59,11 +95,52 @@ impl Lint<'_> {
                 self.say(named, &message);
             }
         }
+        for (i, rule) in vs.http.iter().enumerate().filter(|(_, rule)| !takes_all(&rule.matches)) {
+            let before = vs.http.iter().take(i).enumerate().find(|(_, earlier)| rule.matches.iter().all(|m| takes_its(earlier, m)));
+            if let Some((earlier, _)) = before.filter(|(_, earlier)| !takes_all(&earlier.matches)) {
+                let message = format!(
+                    "spec.http[{i}]: is never reached, as spec.http[{earlier}] takes all paths that begin like its own; put it before that one"
+                );
+                self.say(named, &message);
+            }
+        }
         for (kind, rules) in [("tcp", &vs.tcp), ("tls", &vs.tls)] {
             if let Some(last) = rules.iter().position(|rule| rule.matches.is_empty()) {
                 for i in last + 1..rules.len() {
                     let message =
                         format!("spec.{kind}[{i}]: is never reached, as spec.{kind}[{last}] takes everything; put it before that one");
+                    self.say(named, &message);
+                }
+            }
+        }
+    }
+
+    /// Values that nothing ever has.
+    fn never_said(&mut self, named: &Named, rules: &[authorization::Rule]) {
+        for (i, rule) in rules.iter().enumerate() {
+            for (j, from) in rule.from.iter().enumerate() {
+                for text in texts(&from.principals).filter(|text| text.starts_with("spiffe://")) {
+                    let short = text.trim_start_matches("spiffe://");
+                    let message = format!(
+                        "spec.rules[{i}].from[{j}].source.principals: {text:?} is nobody; principals are written without their scheme: {short:?}"
+                    );
+                    self.say(named, &message);
+                }
+            }
+            for (j, to) in rule.to.iter().enumerate() {
+                for text in texts(&to.methods).filter(|text| text.chars().any(|c| c.is_ascii_lowercase())) {
+                    let message = format!(
+                        "spec.rules[{i}].to[{j}].operation.methods: no request has the method {text:?}; they are told apart by case: {:?}",
+                        text.to_uppercase()
+                    );
+                    self.say(named, &message);
+                }
+                let paths = to.paths.any_of.iter().chain(&to.paths.none_of).filter_map(|path| match path {
+                    PathPattern::Text(StringMatch::Exact(text) | StringMatch::Prefix(text)) => Some(text),
+                    _ => None,
+                });
+                for text in paths.filter(|text| !text.starts_with('/')) {
+                    let message = format!("spec.rules[{i}].to[{j}].operation.paths: no path is like {text:?}; they begin with a slash");
                     self.say(named, &message);
                 }
             }
