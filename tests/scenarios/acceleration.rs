@@ -119,7 +119,7 @@ fn a_reader_that_does_not_read_holds_its_sender_up_and_loses_nothing() {
         assert!(held <= 1_000_000 && (held > 0 || same_node == "direct"), "{way} {same_node}: {held} bytes in the kernel");
         let report = end(flood);
         assert!(report["error"].is_null() && report["read"] == report["written"], "{way}: {report}");
-        let turned = bed.nodes()[0].metric("mesh_capture_events", &["\"acceleration_turned\""]).expect("a metric");
+        let turned = bed.nodes()[0].metric("mesh_capture_events_total", &["\"acceleration_turned\""]).expect("a metric");
         assert_eq!(turned > 0.0, way == "on", "back to TCP");
     }
 }

@@ -186,7 +186,7 @@ fn a_pod_reaches_itself_by_address_by_loopback_and_through_its_service() {
         assert_exchanged(&report(&bed, &pod, &["exchange", &to, "200000"]), 200_000, &to);
     }
     // Its own address is left alone: only the connections to the service were captured, two each.
-    let captured = bed.node(0).metric("mesh_capture_events", &["captured"]).expect("metric");
+    let captured = bed.node(0).metric("mesh_capture_events_total", &["captured"]).expect("metric");
     assert!((captured - 4.0).abs() < 0.5, "{captured}");
     for port in [15001, 15006, 15008] {
         let refused = bed.probe(&pod, &["ask", &pod.address(port), "ping"]).expect("a report");
@@ -223,7 +223,7 @@ fn multipath_tcp_is_captured_as_tcp() {
     let output = bed.run(&client, Path::new("/usr/bin/python3"), &["-c", script, &to]).expect("python");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.starts_with("pong"), "{text} {}", String::from_utf8_lossy(&output.stderr));
-    assert!(bed.node(0).metric("mesh_capture_events", &["\"captured\""]).expect("metric") > 0.5, "{text}");
+    assert!(bed.node(0).metric("mesh_capture_events_total", &["\"captured\""]).expect("metric") > 0.5, "{text}");
     wait_for("the connection in the log", std::time::Duration::from_secs(5), || {
         Ok(bed.nodes()[0].access_log().iter().any(|l| l.contains("dst.hbone_addr") && l.contains("sa/server")))
     })
@@ -263,5 +263,5 @@ fn single_stack_pods_work_and_the_other_family_fails_at_once() {
         let refused = bed.probe(from, &["ask", &to, "ping"]).expect("a report");
         assert!(refused["error"].is_string() && started.elapsed() < std::time::Duration::from_secs(1), "{refused}");
     }
-    assert!(bed.node(0).metric("mesh_capture_events", &["refused_no_family"]).expect("metric") > 1.5);
+    assert!(bed.node(0).metric("mesh_capture_events_total", &["refused_no_family"]).expect("metric") > 1.5);
 }

@@ -29,7 +29,7 @@ fn connections(bed: &Bed) -> Vec<Value> {
 }
 
 fn direct(bed: &Bed) -> f64 {
-    bed.nodes()[0].metric("mesh_capture_events", &["\"direct\""]).unwrap_or(0.0)
+    bed.nodes()[0].metric("mesh_capture_events_total", &["\"direct\""]).unwrap_or(0.0)
 }
 
 fn indirect(bed: &Bed, reason: &str) -> f64 {
@@ -299,7 +299,7 @@ fn without_room_for_one_more_they_take_the_proxy() {
     let filled = (0..MAX_FLOWS as u64).filter(|n| flows.insert((1 << 60) + n, filler, 0).is_ok()).count();
     assert_eq!(filled, MAX_FLOWS);
     ask();
-    let full = bed.nodes()[0].metric("mesh_capture_events", &["\"direct_full\""]).expect("a metric");
+    let full = bed.nodes()[0].metric("mesh_capture_events_total", &["\"direct_full\""]).expect("a metric");
     assert_eq!((direct(&bed), full), (1.0, 1.0));
     wait_for("what never got a port is forgotten", Duration::from_secs(20), || Ok(entries(&bed, "FLOWS") == 0)).expect("empty");
     ask();

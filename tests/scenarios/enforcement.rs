@@ -75,7 +75,7 @@ fn a_pod_that_changes_its_addresses_stays_captured() {
     let steady =
         bed.command(&client, &program("probe"), &["steady", &server.address(8080), "4"]).stdout(Stdio::piped()).spawn().expect("steady");
     ip(&server, &["addr", "add", "10.244.16.201/20", "dev", "eth0"]);
-    let before = bed.node(0).metric("mesh_capture_events", &["steered"]).expect("metric");
+    let before = bed.node(0).metric("mesh_capture_events_total", &["steered"]).expect("metric");
     for addresses in [vec!["10.244.16.201".parse().expect("valid"), server.v6()], vec![], server.addresses.clone()] {
         bed.set_addresses(&server, &addresses).expect("changed");
         bed.settle().expect("settled");
@@ -85,7 +85,7 @@ fn a_pod_that_changes_its_addresses_stays_captured() {
     }
     let log = bed.nodes()[0].log_text();
     assert!(!log.contains("pod released") && log.contains("pod has other addresses"), "it was let go of");
-    assert!(bed.node(0).metric("mesh_capture_events", &["steered"]).expect("metric") >= before);
+    assert!(bed.node(0).metric("mesh_capture_events_total", &["steered"]).expect("metric") >= before);
     assert!(answers(&bed, &client, &server.address(8080)));
     let output = steady.wait_with_output().expect("ended");
     let report: Value = serde_json::from_slice(&output.stdout).expect("a report");

@@ -133,11 +133,11 @@ fn a_killed_node_fails_open_when_told_to_and_a_restart_heals() {
     bed.node(0).start().expect("started");
     bed.node(0).wait_ready().expect("ready");
     bed.wait_captured(&client, true).expect("captured again");
-    let captured = |bed: &mut Bed| bed.node(0).metric("mesh_capture_events", &["\"captured\""]).expect("metric");
+    let captured = |bed: &mut Bed| bed.node(0).metric("mesh_capture_events_total", &["\"captured\""]).expect("metric");
     let before = captured(&mut bed);
     assert!(answers(&bed, &client, &far.address(8080)));
     assert!(captured(&mut bed) > before, "traffic goes through the mesh again");
-    assert!(bed.node(0).metric("mesh_capture_events", &["passed_fail_open"]).expect("metric") > 3.5);
+    assert!(bed.node(0).metric("mesh_capture_events_total", &["passed_fail_open"]).expect("metric") > 3.5);
     for report in traffic.map(end) {
         // Only what was under way in the killed process may fail.
         assert!(report["failed"].as_u64().is_some_and(|n| n <= 2) && report["worked"].as_u64().is_some_and(|n| n > 150), "{report}");

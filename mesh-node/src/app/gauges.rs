@@ -1,6 +1,9 @@
 //! Metrics that are read when asked for.
 
-use std::time::{Instant, SystemTime};
+use std::{
+    sync::atomic::Ordering,
+    time::{Instant, SystemTime},
+};
 
 use super::Node;
 use crate::{
@@ -17,7 +20,7 @@ impl Node {
         self.proxy.open.count();
         metrics.calls.count();
         for (counter, value) in self.capture().counters() {
-            metrics.capture_events.get_or_create(&EventLabels { event: counter.name() }).set(i64::try_from(value).unwrap_or(i64::MAX));
+            metrics.capture_events.get_or_create(&EventLabels { event: counter.name() }).inner().store(value, Ordering::Relaxed);
         }
         let gauge = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
         metrics.config_generation.set(i64::try_from(self.proxy.config.load().generation).unwrap_or(i64::MAX));
@@ -27,7 +30,7 @@ impl Node {
         }
         metrics.config_build.set(self.proxy.config.load().built_in.as_secs_f64());
         metrics.config_lag.set(self.proxy.config.load().lag.as_secs_f64());
-        metrics.edges_refused.set(gauge(metrics.traffic.refused()));
+        metrics.edges_refused.inner().store(metrics.traffic.refused() as u64, Ordering::Relaxed);
         self.refresh_upstream();
         self.refresh_certificates();
         let pods = self.pods();

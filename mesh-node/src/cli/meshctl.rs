@@ -486,7 +486,7 @@ impl Meshctl {
 
     fn capture(&self) -> Result<ExitCode, Failure> {
         let (pods, metrics) = (self.admin.document("/pods")?, self.admin.get("/metrics")?);
-        let events = metrics.lines().filter_map(|l| l.strip_prefix("mesh_capture_events{event=\"")?.split_once("\"} "));
+        let events = metrics.lines().filter_map(|l| l.strip_prefix("mesh_capture_events_total{event=\"")?.split_once("\"} "));
         let events = events.map(|(event, n)| (event.to_owned(), n.parse::<u64>().map_or(Value::Null, Value::from)));
         let document = json!({"pods": pods, "events": events.collect::<serde_json::Map<_, _>>()});
         self.print(&document, |v| views::capture(&v["pods"], &metrics));

@@ -127,7 +127,7 @@ struct TracingSpec {
 struct CustomTag {
     literal: Option<Literal>,
     header: Option<Header>,
-    environment: Option<serde_json::Value>,
+    environment: Option<Header>,
     formatter: Option<serde_json::Value>,
 }
 
@@ -282,10 +282,15 @@ fn span_tag(tag: CustomTag, at: &str) -> Result<SpanTag, FieldError> {
             let name: HeaderName = header_name(&header.name, &format!("{at}.header.name"))?;
             Ok(SpanTag::Header(name, header.default_value.map(Into::into)))
         }
-        CustomTag { literal: None, header: None, environment: Some(_), formatter: None } => Err(FieldError::new(
-            format!("{at}.environment"),
-            "is not honoured: the node's proxy has no environment of each workload; use literal or header",
-        )),
+        // The node's proxy has no environment of each workload: there the default counts, as with Envoy.
+        CustomTag { literal: None, header: None, environment: Some(environment), formatter: None } => {
+            let default = environment.default_value.filter(|default| !default.is_empty()).ok_or_else(|| {
+                let problem =
+                    "is not honoured without a defaultValue: the node's proxy has no environment of each workload; use literal or header";
+                FieldError::new(format!("{at}.environment"), problem)
+            })?;
+            Ok(SpanTag::Literal(default.into()))
+        }
         _ => Err(FieldError::new(at, "is not one of literal and header; set exactly one of them")),
     }
 }
@@ -377,7 +382,8 @@ mod tests {
         let read = read(json!({
             "selector": {"matchLabels": {"app": "a"}},
             "tracing": [{"providers": [{"name": "otel"}], "randomSamplingPercentage": 12.5, "customTags": {
-                "a": {"literal": {"value": "x"}}, "b": {"header": {"name": "X-B", "defaultValue": "none"}}}}],
+                "a": {"literal": {"value": "x"}}, "b": {"header": {"name": "X-B", "defaultValue": "none"}},
+                "c": {"environment": {"name": "X", "defaultValue": "y"}}}}],
             "metrics": [{"providers": [{"name": "prometheus"}], "overrides": [
                 {"match": {"metric": "REQUEST_COUNT", "mode": "SERVER"}, "tagOverrides": {
                     "response_code": {"operation": "REMOVE"}, "host": {"value": "request.host"}}},
@@ -387,7 +393,7 @@ mod tests {
                 "filter": {"expression": "response.code >= 400"}}],
         }));
         let read = read.expect("valid");
-        assert_eq!((read.tracing[0].sampling, read.tracing[0].tags.as_ref().map(Vec::len)), (Some(125_000), Some(2)));
+        assert_eq!((read.tracing[0].sampling, read.tracing[0].tags.as_ref().map(Vec::len)), (Some(125_000), Some(3)));
         let overrides = &read.metrics[0].overrides;
         assert_eq!(overrides[0].metric, Some(Metric::RequestCount));
         assert_eq!((overrides[0].mode, overrides[0].tags.len()), (Mode::Server, 2));

@@ -358,7 +358,7 @@ pub fn tls_check(workload: &Value, ports: &[(String, String)], all: bool) -> Str
 /// Hooks' counters and every pod's enrolment.
 pub fn capture(pods: &Value, metrics: &str) -> String {
     let mut table = Table::new(&["EVENT IN THE KERNEL", "COUNT"]);
-    for line in metrics.lines().filter_map(|l| l.strip_prefix("mesh_capture_events{event=\"")) {
+    for line in metrics.lines().filter_map(|l| l.strip_prefix("mesh_capture_events_total{event=\"")) {
         if let Some((event, value)) = line.split_once("\"} ") {
             table.row([event.to_owned(), value.to_owned()]);
         }
