@@ -168,6 +168,29 @@ async fn a_client_of_http_2_that_gives_up_in_the_middle_of_a_response_is_noticed
     }
 }
 
+/// Trailers are whole or there are none: what the library leaves out of them must not look as if it had not been there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn trailers_that_are_too_large_end_in_a_reset() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    let (send, connection) = h2::client::handshake(scene.connect().await).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    for (size, whole) in [(20_000, true), (62_000, false)] {
+        let id = format!("trailers-{size}");
+        let request = Request::post("http://web/x").header("x-id", &id).body(()).expect("a request");
+        let mut send = send.clone().ready().await.expect("ready");
+        let (response, mut body) = send.send_request(request, false).expect("sent");
+        body.send_data("hello".into(), false).expect("data");
+        let mut trailers = http::HeaderMap::new();
+        trailers.insert("x-a", http::HeaderValue::from_static("1"));
+        trailers.insert("x-big", "v".repeat(size).parse().expect("a value"));
+        trailers.insert("x-z", http::HeaderValue::from_static("signature"));
+        body.send_trailers(trailers).expect("trailers");
+        let answer = timeout(Duration::from_secs(5), response).await.expect("in time");
+        assert_eq!(answer.map_err(|e| e.is_reset()).map(|a| a.status().as_u16()), if whole { Ok(200) } else { Err(true) }, "{size}");
+    }
+    scene.until_idle().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_that_wait_for_a_connection_all_get_one() {
     let limits = json!({"connectionPool": {"tcp": {"maxConnections": 2}}});

@@ -212,3 +212,39 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn what_can_be_no_request_is_told_from_what_may_become_one() {
+    for (beginning, refused) in [
+        (&b""[..], false),
+        (b"\r", false),
+        (b"G", false),
+        (b"GET /x HTT", false),
+        (b"GET /x HTTP/1.1\r\nhos", false),
+        (b"GET /x HTTP/2.0\r\nhos", false),
+        (b"\x16\x03\x01", true),
+        (b"\0", true),
+        (b"get", true),
+        (b"EHLO x\r\n", true),
+        (b"SSH-2.0-x\r\n", true),
+        (b"*1\r\n", true),
+        (b"GET /x FOO/1.1\r\nhos", true),
+    ] {
+        assert_eq!(is_no_request(&Bytes::from_static(beginning)).is_some(), refused, "{}", beginning.escape_ascii());
+    }
+    assert_eq!([&b"\r\n\nGET"[..], b"\r", b"\n\r\n"].map(leading_lines), [3, 0, 3]);
+    assert_eq!([&b"\r\n\nGET"[..], b"\n\r\n", b"\r\n\r\n"].map(leading_empty_lines), [2, 0, 4]);
+}
+
+#[test]
+fn an_odd_element_hides_no_other_of_a_list() {
+    let read = |headers: &str| request(&Bytes::from([b"GET / HTTP/1.1\r\nhost: a\r\n", headers.as_bytes(), b"\r\n"].concat()));
+    let odd = "\u{e9}";
+    let nominated = read(&format!("connection: x-secret, {odd}, close\r\nx-secret: 1\r\nte: {odd}, trailers\r\n")).expect("a request");
+    assert!(!nominated.head.headers.contains_key("x-secret") && !nominated.keep_alive);
+    assert_eq!(nominated.head.headers.get("te").map(HeaderValue::as_bytes), Some(&b"trailers"[..]));
+    for coding in [odd, "chunked, \u{e9}", ", chunked", "chunked,", "chunked\r\ntransfer-encoding: \u{e9}"] {
+        let refused = read(&format!("transfer-encoding: {coding}\r\n")).expect_err("a coding nobody knows");
+        assert_eq!(refused.malformed.status, StatusCode::NOT_IMPLEMENTED, "{coding}");
+    }
+}
