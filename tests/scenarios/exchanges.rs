@@ -314,6 +314,146 @@ async fn streams_of_one_connection_are_as_many_as_the_policy_allows() {
     }
 }
 
+/// What is kept for later goes with the destination it is kept for, and with the pod it is kept by.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_kept_for_what_is_no_more_are_closed() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let up = listener.local_addr().expect("an address");
+    let open = std::sync::Arc::new(std::sync::atomic::AtomicI32::new(0));
+    let counted = open.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let counted = counted.clone();
+            tokio::spawn(async move {
+                counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                let mut buffer = [0; 4096];
+                while let Ok(1..) = stream.read(&mut buffer).await {
+                    if stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.is_err() {
+                        break;
+                    }
+                }
+                counted.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+            });
+        }
+    });
+    let until = |wanted: i32| {
+        let open = open.clone();
+        async move {
+            for _ in 0..500 {
+                if open.load(std::sync::atomic::Ordering::SeqCst) == wanted {
+                    return;
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+            panic!("{} connections are open, and not {wanted}", open.load(std::sync::atomic::Ordering::SeqCst));
+        }
+    };
+    let engine = Engine::start(&service("web", "10.96.9.1", "http", &[up])).await.expect("engine");
+    tokio::spawn(engine.proxy.clone().tidy_pool());
+    engine.proxy.pods.insert(engine.pod.clone());
+    let ask = async || {
+        let mut stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+        stream.write_all(b"GET /x HTTP/1.1\r\nhost: web\r\n\r\n").await.expect("written");
+        assert!(read(&mut stream).await.0.starts_with("HTTP/1.1 200"));
+    };
+    ask().await;
+    until(1).await;
+    // The service is gone.
+    engine.apply(&[]).await.expect("applied");
+    until(0).await;
+    engine.apply(&service("web", "10.96.9.1", "http", &[up])).await.expect("applied");
+    ask().await;
+    until(1).await;
+    // So is its only endpoint.
+    engine.apply(&service("web", "10.96.9.1", "http", &[])).await.expect("applied");
+    until(0).await;
+    engine.apply(&service("web", "10.96.9.1", "http", &[up])).await.expect("applied");
+    ask().await;
+    until(1).await;
+    // So is the pod; what it still asks is answered, and nothing is kept of it.
+    engine.pod.clusters.retire();
+    until(0).await;
+    ask().await;
+    until(0).await;
+}
+
+/// HTTP/1.0 knows no Host; what goes on has to have one that is one, for many servers take no other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_without_a_host_is_sent_on_with_the_address_that_was_dialled() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    for (id, head, expected) in [
+        ("old", "GET /x HTTP/1.0\r\n", "10.96.9.1"),
+        ("old-named", "GET /x HTTP/1.0\r\nhost: own\r\n", "own"),
+        ("empty", "GET /x HTTP/1.1\r\nhost:\r\n", ""),
+    ] {
+        let (answer, _) = scene.say(&format!("{head}x-id: {id}\r\nconnection: close\r\n\r\n")).await;
+        assert!(answer.contains(" 200 OK"), "{id}: {answer}");
+        let seen = scene.seen.of(id);
+        let host = seen[0].headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("host")).map(|(_, value)| value.as_str());
+        assert_eq!(host, Some(expected), "{id}");
+    }
+}
+
+/// Of connections that are kept the one that was used last is used next, so that the others may grow old and end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_connection_that_was_used_last_is_used_again() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    let ask = async |id: String, plan: &str| {
+        let (answer, _) =
+            scene.say(&format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: {id}\r\nx-plan: {plan}\r\nconnection: close\r\n\r\n")).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    };
+    tokio::join!(ask("a".into(), "200/300"), ask("b".into(), "200/300"), ask("c".into(), "200/500"));
+    let last = scene.seen.of("c")[0].connection;
+    for i in 0..5 {
+        ask(format!("later-{i}"), "200").await;
+        assert_eq!(scene.seen.of(&format!("later-{i}"))[0].connection, last, "{i}");
+    }
+}
+
+/// An application that answers and goes while its client still sends has answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_server_says_before_it_goes_arrives() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let up = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut some = [0; 1000];
+            let _ = stream.read(&mut some).await;
+            let _ = stream.write_all(b"no more, please").await;
+        }
+    });
+    let engine = Engine::start(&service("web", "10.96.9.1", "tcp", &[up])).await.expect("engine");
+    for i in 0..30 {
+        let stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+        let (mut read, mut write) = stream.into_split();
+        let sending = tokio::spawn(async move {
+            let chunk = vec![b'x'; 64 * 1024];
+            while write.write_all(&chunk).await.is_ok() {}
+        });
+        let mut said = Vec::new();
+        let _ = timeout(Duration::from_secs(5), read.read_to_end(&mut said)).await.expect("in time");
+        assert_eq!(String::from_utf8_lossy(&said), "no more, please", "{i}");
+        sending.abort();
+    }
+}
+
+/// A client that has closed its end and is then gone waits for no answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_closes_and_is_then_reset_is_noticed() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    for plan in ["200/60000", "hdrstall"] {
+        let mut stream = scene.connect().await;
+        stream.write_all(format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: {plan}\r\n\r\n").as_bytes()).await.expect("written");
+        stream.shutdown().await.expect("closed");
+        sleep(Duration::from_millis(200)).await;
+        assert_eq!(scene.engine.proxy.metrics.http_active.get(), 1, "{plan}: it waits for its answer");
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("set");
+        drop(stream);
+        scene.until_idle().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unused_connection_is_kept_as_long_as_the_policy_says() {
     let scene = scene(json!({"retries": {"attempts": 0}}), json!({"connectionPool": {"http": {"idleTimeout": "30s"}}})).await;

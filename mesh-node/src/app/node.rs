@@ -473,6 +473,7 @@ impl Reconciler {
             self.released.push((netns_cookie, Arc::downgrade(&pod)));
         } else {
             pod.end(Cut::PodGone);
+            pod.clusters.retire();
         }
         let node = self.node.clone();
         tokio::spawn(async move {
@@ -484,6 +485,7 @@ impl Reconciler {
                 node.proxy.pods.remove(&pod.uid);
             }
             serving.drain().await;
+            pod.clusters.retire();
         });
     }
 }

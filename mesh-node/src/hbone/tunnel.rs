@@ -9,6 +9,7 @@ use std::{
     future::poll_fn,
     io,
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -118,6 +119,9 @@ impl Tunnel {
     }
 }
 
+/// Between the last of what was said and the reset of its stream.
+const BEFORE_RESET: Duration = Duration::from_millis(5);
+
 impl Duplex for Tunnel {
     type Source<'a> = TunnelSource<'a>;
     type Sink<'a> = TunnelSink<'a>;
@@ -128,7 +132,11 @@ impl Duplex for Tunnel {
     }
 
     fn reset(mut self) {
-        self.send.send_reset(Reason::CONNECT_ERROR);
+        // A reset drops what the library has not written yet, which may be the last that was said.
+        tokio::spawn(async move {
+            tokio::time::sleep(BEFORE_RESET).await;
+            self.send.send_reset(Reason::CONNECT_ERROR);
+        });
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -22,6 +23,8 @@ use tokio::{
 
 use super::{rarely::Rarely, socket::reset_on_close};
 
+/// How long what an end has said before it broke may take to be passed on.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// First read of a direction, bytes; doubles while reads fill it, up to [`MAX_CHUNK`].
 pub const MIN_CHUNK: usize = 8 * 1024;
 /// Largest read of a direction, bytes.
@@ -127,7 +130,7 @@ pub async fn relay<C>(
         tokio::select! {
             biased;
             reason = cut => Err(Broken::Cut(reason)),
-            done = async { tokio::try_join!(out, back) } => done.map(|_| ()),
+            done = both(out, back) => done,
         }
     };
     if result.is_err() {
@@ -135,6 +138,35 @@ pub async fn relay<C>(
         upstream.reset();
     }
     result
+}
+
+/// Runs both directions. Where one breaks because an end takes nothing more, that end may have said something before, which the other
+/// direction still passes on: a server may answer and close while its client is still sending.
+async fn both<C>(
+    out: impl Future<Output = Result<(), Broken<C>>>,
+    back: impl Future<Output = Result<(), Broken<C>>>,
+) -> Result<(), Broken<C>> {
+    let (mut out, mut back) = (std::pin::pin!(out), std::pin::pin!(back));
+    let broken = tokio::select! {
+        biased;
+        done = &mut out => match done {
+            Ok(()) => return back.await,
+            Err(broken) => last_words(broken, back).await,
+        },
+        done = &mut back => match done {
+            Ok(()) => return out.await,
+            Err(broken) => last_words(broken, out).await,
+        },
+    };
+    Err(broken)
+}
+
+async fn last_words<C>(broken: Broken<C>, other: impl Future) -> Broken<C> {
+    if matches!(broken, Broken::Write { .. }) {
+        // Ends by itself, as there is nothing more to come; but for a reader that does not read.
+        let _ = tokio::time::timeout(LAST_WORDS, other).await;
+    }
+    broken
 }
 
 async fn direction<C>(mut from: impl Source, mut to: impl Sink, reader: Side, writer: Side, count: &AtomicU64) -> Result<(), Broken<C>> {

@@ -32,7 +32,7 @@ pub(super) mod whole;
 pub mod wire;
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -106,7 +106,7 @@ impl Connection {
         loop {
             let request = tokio::select! {
                 biased;
-                request = read_request(&mut reader) => request,
+                request = read_request(&mut reader, self.original) => request,
                 () = &mut draining => return Finished::Closed,
                 _ = &mut ended => return Finished::Cut,
             };
@@ -292,15 +292,27 @@ impl Connection {
 }
 
 /// Waits for a request as long as the client likes, and for the rest of one that has begun for a minute.
-async fn read_request(reader: &mut Reader<'_>) -> Result<WireRequest, NoHead> {
+async fn read_request(reader: &mut Reader<'_>, dialled: SocketAddr) -> Result<WireRequest, NoHead> {
     reader.begun().await?;
-    if reader.has_head() {
+    let mut request = if reader.has_head() {
         // Almost always: no timer is needed.
-        return reader.request().await;
+        reader.request().await?
+    } else {
+        tokio::time::timeout(HEAD_TIMEOUT, reader.request()).await.unwrap_or(Err(NoHead::Broken { partial: true }))?
+    };
+    // Of HTTP/1.0, which knows no Host; it goes on in a version that has to have one, and servers take no empty one.
+    if request.minor == 0 && request.head.authority.is_empty() {
+        let host = if dialled.port() == 80 { url_host(dialled.ip()) } else { dialled.to_string() };
+        request.head.authority = ::http::HeaderValue::try_from(host).unwrap_or(request.head.authority);
     }
-    match tokio::time::timeout(HEAD_TIMEOUT, reader.request()).await {
-        Ok(request) => request,
-        Err(_) => Err(NoHead::Broken { partial: true }),
+    Ok(request)
+}
+
+/// An address as it stands in a URL.
+fn url_host(ip: IpAddr) -> String {
+    match ip {
+        IpAddr::V4(v4) => v4.to_string(),
+        IpAddr::V6(v6) => format!("[{v6}]"),
     }
 }
 

@@ -206,7 +206,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
             let (ended, clean) = (exchange.run(&mut judge, first(cut, denied)).await, exchange.clean);
             if clean {
-                release(connection, wanted.cluster, wanted.endpoint);
+                release(connection, wanted.cluster, wanted.state, wanted.endpoint);
             }
             ended
         }
@@ -279,7 +279,7 @@ async fn enter<B: RequestBody, R: Responder>(
     let Some(counted) = wanted.state.begin(Limited::Requests, wanted.cluster.policy.http.max_requests) else {
         wanted.proxy.metrics.overflow("requests");
         if let Upstream::H1(connection) = upstream {
-            release(connection, wanted.cluster, wanted.endpoint);
+            release(connection, wanted.cluster, wanted.state, wanted.endpoint);
         }
         return Err(Attempt::Failed(Failed::new(Reset::Overflow)));
     };
@@ -298,7 +298,7 @@ async fn enter<B: RequestBody, R: Responder>(
             refusal.note(&mut record, &gate, head);
             if let Upstream::H1(connection) = upstream {
                 // Nothing was sent on it.
-                release(connection, wanted.cluster, wanted.endpoint);
+                release(connection, wanted.cluster, wanted.state, wanted.endpoint);
             }
             if refusal.gone {
                 return Err(Attempt::Abandoned);
@@ -359,7 +359,8 @@ async fn obtain<B: RequestBody, R: Responder>(
                 return acquired.map(|upstream| (upstream, half_closed)).map_err(Into::into);
             }
             up = deadlines.passed() => return Err(Attempt::TimeUp(up)),
-            error = responder.gone(), if R::RESETS_APART => return Err(gone(&error)),
+            // Of one that has closed its end the reading half sees nothing more.
+            error = responder.gone(), if R::RESETS_APART || half_closed => return Err(gone(&error)),
             waiting = waiting(upload, received), if !half_closed => match waiting {
                 Event::Closed(Closed::Half) => half_closed = true,
                 Event::Closed(Closed::Gone(error)) => return Err(gone(&error)),

@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::{
     body::{self, FrameSink, FrameSource, pump},
-    clusters::{EndpointState, Limited},
+    clusters::{ClusterState, EndpointState, Limited},
     h2::{H2Sink, wire_request},
     meter::{Meter, Metered},
     record::Flag,
@@ -85,7 +85,9 @@ impl Call<'_> {
         let wanted = Wanted { proxy, pod, client: *client, cluster, state: &state, endpoint: &endpoint, address, http2: *http2 };
         let upstream = acquire(&wanted).await.ok()?;
         // A destination on this node is as well protected from these requests as from others, and they are told of as well.
-        let Some(gate) = upstream.gate() else { return self.exchange(upstream, &endpoint, (head, None), body, framing, sink).await.ok() };
+        let Some(gate) = upstream.gate() else {
+            return self.exchange(upstream, (&state, &endpoint), (head, None), body, framing, sink).await.ok();
+        };
         let (mut record, onward) = gate.record(head, wanted.protocol());
         let traced = onward.map(|onward| onward.on(head));
         let head = traced.as_ref().unwrap_or(head);
@@ -102,7 +104,7 @@ impl Call<'_> {
         };
         let head = (pass.head.as_ref().unwrap_or(head), pass.client_cert.as_ref());
         let (mut body, mut sink) = (Metered::new(&mut body, head.0.is_grpc()), Metered::new(sink, head.0.is_grpc()));
-        let answered = self.exchange(upstream, &endpoint, head, &mut body, framing, &mut sink).await;
+        let answered = self.exchange(upstream, (&state, &endpoint), head, &mut body, framing, &mut sink).await;
         match &answered {
             Ok(answered) => {
                 sink.meter.see_status(&answered.headers);
@@ -119,7 +121,7 @@ impl Call<'_> {
     async fn exchange(
         &self,
         upstream: Upstream,
-        endpoint: &EndpointState,
+        (state, endpoint): (&ClusterState, &EndpointState),
         (head, client_cert): (&RequestHead, Option<&HeaderValue>),
         body: &mut impl FrameSource,
         framing: Framing,
@@ -137,7 +139,7 @@ impl Call<'_> {
                 };
                 let (answered, clean) = answered?;
                 if clean {
-                    release(connection, self.cluster, endpoint);
+                    release(connection, self.cluster, state, endpoint);
                 }
                 Ok(answered)
             }

@@ -7,14 +7,13 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Instant,
 };
 
 use arc_swap::ArcSwap;
-use crossbeam_queue::SegQueue;
 use tokio::sync::Notify;
 
 use super::upstream::{H1Upstream, H2Upstream};
@@ -25,26 +24,33 @@ use crate::{
 };
 
 /// The clusters of one pod. Reading is lock-free; a cluster is added once.
+///
+/// A connection that is kept for later holds what it is counted at, which keeps the connection: whoever lets go of a cluster, or of all of
+/// a pod's, has to retire it.
 #[derive(Debug, Default)]
-pub struct Clusters(Table<ClusterId, ClusterState>);
+pub struct Clusters {
+    table: Table<ClusterId, ClusterState>,
+    retired: AtomicBool,
+}
 
 impl Clusters {
     pub fn of(&self, cluster: &Cluster) -> Arc<ClusterState> {
-        self.0.get_or_insert(&cluster.id, ClusterState::new)
+        let state = self.table.get_or_insert(&cluster.id, ClusterState::new);
+        // After the entry was made: who retires all either finds it or is seen here.
+        if self.retired.load(Ordering::SeqCst) {
+            state.retire();
+        }
+        state
     }
 
     pub fn all(&self) -> Vec<(ClusterId, Arc<ClusterState>)> {
-        self.0.entries.load().iter().map(|(id, state)| (id.clone(), state.clone())).collect()
+        self.table.entries.load().iter().map(|(id, state)| (id.clone(), state.clone())).collect()
     }
 
-    /// Lets go of all connections that nothing goes on on, now or as soon as that is so.
+    /// Lets go of all connections that nothing goes on on, now or as soon as that is so; none is kept for later any more.
     pub fn retire(&self) {
-        for state in self.0.entries.load().values() {
-            for endpoint in state.endpoints.entries.load().values() {
-                while endpoint.idle.pop().is_some() {}
-                endpoint.h2.load().iter().for_each(|connection| connection.close());
-            }
-        }
+        self.retired.store(true, Ordering::SeqCst);
+        self.table.entries.load().values().for_each(|state| state.retire());
     }
 
     /// Forgets clusters that are no more, and lets go of idle connections that are dead or have been idle too long.
@@ -56,10 +62,17 @@ impl Clusters {
             }
             None => true,
         });
-        let gone = gone.map(|(id, _)| id).collect::<Vec<_>>();
+        let gone = gone.collect::<Vec<_>>();
         if !gone.is_empty() {
-            self.0.change(|entries| gone.iter().for_each(|id| drop(entries.remove(id))));
+            self.table.change(|entries| gone.iter().for_each(|(id, _)| drop(entries.remove(id))));
         }
+        gone.iter().for_each(|(_, state)| state.retire());
+    }
+}
+
+impl Drop for Clusters {
+    fn drop(&mut self) {
+        self.retire();
     }
 }
 
@@ -116,6 +129,8 @@ pub struct ClusterState {
     retries: AtomicU32,
     calls: AtomicU32,
     endpoints: Table<SocketAddr, EndpointState>,
+    /// No connection is kept for later any more.
+    retired: AtomicBool,
     /// Woken, all of them, when a connection ends: its place is anybody's.
     pub freed: Notify,
 }
@@ -131,7 +146,31 @@ impl ClusterState {
             retries: AtomicU32::new(0),
             calls: AtomicU32::new(0),
             endpoints: Table::default(),
+            retired: AtomicBool::new(false),
             freed: Notify::new(),
+        }
+    }
+
+    fn retire(&self) {
+        self.retired.store(true, Ordering::SeqCst);
+        self.endpoints.entries.load().values().for_each(|endpoint| endpoint.let_go());
+    }
+
+    /// Keeps a connection for later, unless nobody will ask for it any more.
+    pub fn keep(&self, endpoint: &EndpointState, connection: Box<H1Upstream>) {
+        endpoint.idle().push(connection);
+        endpoint.freed.notify_one();
+        // After it was kept: who retires the cluster either finds it or is seen here.
+        if self.retired.load(Ordering::SeqCst) {
+            endpoint.let_go();
+        }
+    }
+
+    /// Adds a connection that is shared, likewise.
+    pub fn share(&self, endpoint: &EndpointState, connection: &Arc<H2Upstream>) {
+        endpoint.h2.rcu(|all| all.iter().filter(|c| !c.is_closed()).chain([connection]).cloned().collect::<Vec<_>>());
+        if self.retired.load(Ordering::SeqCst) {
+            endpoint.let_go();
         }
     }
 
@@ -197,8 +236,12 @@ impl ClusterState {
         let exists = |a: &SocketAddr| cluster.endpoints.iter().any(|e| e.address == *a);
         self.outliers.retain(exists);
         let all = self.endpoints.entries.load_full();
-        for endpoint in all.values() {
-            endpoint.tidy(cluster, now);
+        for (address, endpoint) in all.iter() {
+            if exists(address) {
+                endpoint.tidy(cluster, now);
+            } else {
+                endpoint.let_go();
+            }
         }
         let unused = |a: &SocketAddr, e: &EndpointState| !exists(a) && e.connections.load(Ordering::Relaxed) == 0;
         if all.iter().any(|(a, e)| unused(a, e)) {
@@ -208,7 +251,7 @@ impl ClusterState {
 
     /// Connections kept for later, over all endpoints.
     pub fn idle(&self) -> usize {
-        self.endpoints.entries.load().values().map(|e| e.idle.len()).sum()
+        self.endpoints.entries.load().values().map(|e| e.idle().len()).sum()
     }
 }
 
@@ -225,11 +268,16 @@ impl Drop for Slot {
     }
 }
 
+/// They come and go as boxes: it is those that are moved, and not what is in them.
+type Idle = Vec<Box<H1Upstream>>;
+
 /// What a pod has with one endpoint of a cluster.
 #[derive(Debug, Default)]
 pub struct EndpointState {
     pub streak: Streak,
-    pub idle: SegQueue<Box<H1Upstream>>,
+    /// Connections for later. The one that was used last goes first, as with Envoy: the others grow old, and an application that closes what
+    /// it has not heard of for a while closes those.
+    idle: Mutex<Idle>,
     /// Open connections of either protocol.
     pub connections: AtomicU32,
     /// Woken when a connection becomes idle or ends.
@@ -244,14 +292,32 @@ pub struct EndpointState {
 }
 
 impl EndpointState {
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection that was used last of those that are kept.
+    pub fn last_used(&self) -> Option<Box<H1Upstream>> {
+        self.idle().pop()
+    }
+
+    /// Lets go of connections that nothing goes on on, and of those that are shared as soon as that is so.
+    fn let_go(&self) {
+        let idle = std::mem::take(&mut *self.idle());
+        drop(idle);
+        self.h2.load().iter().for_each(|connection| connection.close());
+    }
+
     fn tidy(&self, cluster: &Cluster, now: Instant) {
-        for _ in 0..self.idle.len() {
-            let Some(mut connection) = self.idle.pop() else { break };
-            if connection.is_fresh(cluster, now) && connection.is_usable() {
-                self.idle.push(connection);
-                self.freed.notify_one();
-            }
-        }
+        let all = std::mem::take(&mut *self.idle());
+        // Looked at and, some of them, closed without holding up who wants one; back under what was kept meanwhile.
+        let mut usable = all.into_iter().filter_map(|mut c| (c.is_fresh(cluster, now) && c.is_usable()).then_some(c)).collect::<Vec<_>>();
+        let mut idle = self.idle();
+        usable.append(&mut idle);
+        *idle = usable;
+        let kept = idle.len();
+        drop(idle);
+        (0..kept).for_each(|_| self.freed.notify_one());
         if self.h2.load().iter().any(|c| c.is_closed()) {
             self.h2.rcu(|all| all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>());
         }

@@ -74,7 +74,7 @@ async fn h1_loop(
         let request = tokio::select! {
             biased;
             cut = &mut ending => return Err(cut),
-            request = read_request(&mut reader) => request,
+            request = read_request(&mut reader, gate.facts.destination) => request,
             // It has closed, or says something nobody asked for.
             () = over(application.as_mut()) => Err(NoHead::Ended { partial: false }),
             () = &mut draining => Err(NoHead::Ended { partial: false }),

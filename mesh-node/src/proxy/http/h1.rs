@@ -15,7 +15,7 @@ use super::{
 
 /// How long a client may take to read an answer after which the connection is closed, and what it may still send.
 const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 256 * 1024;
+const LINGER_BYTES: usize = 16 * 1024 * 1024;
 
 /// What has been read of a connection and not been used.
 #[derive(Debug, Default)]
@@ -156,7 +156,11 @@ impl<'a> Reader<'a> {
                 let n = self.unread.buffer.len();
                 self.unread.buffer.clear();
                 left = left.saturating_sub(n);
-                if left == 0 || !self.fill().await.unwrap_or(false) {
+                if left == 0 {
+                    // It has time to read all the same.
+                    return std::future::pending().await;
+                }
+                if !self.fill().await.unwrap_or(false) {
                     return;
                 }
             }
@@ -361,6 +365,11 @@ impl FrameSink for H1Responder<'_, '_> {
 
     async fn flush(&mut self) -> io::Result<()> {
         self.sink.flush().await
+    }
+
+    /// While there is nothing to write of an answer that goes on: of a client that has closed its end the reading half sees nothing more.
+    async fn broken(&mut self) -> io::Error {
+        self.sink.broken().await
     }
 }
 

@@ -285,7 +285,7 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
     let idle = || {
         let (workload, now) = (wanted.workload(), Instant::now());
         let usable = |idle: &mut Box<H1Upstream>| idle.workload == workload && idle.is_fresh(cluster, now) && idle.is_usable();
-        std::iter::from_fn(|| endpoint.idle.pop()).find_map(|mut idle| usable(&mut idle).then_some(idle))
+        std::iter::from_fn(|| endpoint.last_used()).find_map(|mut idle| usable(&mut idle).then_some(idle))
     };
     // Most find one, and have no need to hear of others.
     if let Some(idle) = idle() {
@@ -445,12 +445,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     // Of who asked for it: it is not unused before that.
     let guard = StreamGuard::new(&connection);
     tokio::spawn(drive(opened.connection, connection.clone(), (hold, source, leaving), slot, wanted.cluster.policy.clone()));
-    let added = connection.clone();
-    wanted.endpoint.h2.rcu(|all| {
-        let mut all = all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>();
-        all.push(added.clone());
-        all
-    });
+    wanted.state.share(wanted.endpoint, &connection);
     Ok(guard)
 }
 
@@ -494,14 +489,13 @@ async fn drive(
 }
 
 /// Gives an HTTP/1 connection back after an exchange that left it clean.
-pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, endpoint: &EndpointState) {
+pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, state: &ClusterState, endpoint: &EndpointState) {
     connection.requests += 1;
     let worn = cluster.policy.http.max_requests_per_connection.is_some_and(|most| connection.requests >= most);
     // Nobody would use it again, and its peer waits for its end.
     let worn = worn || connection.transport.leaving().is_some_and(|l| l.is_so());
     connection.idle_since = Instant::now();
     if !worn && connection.is_fresh(cluster, connection.idle_since) {
-        endpoint.idle.push(connection);
-        endpoint.freed.notify_one();
+        state.keep(endpoint, connection);
     }
 }

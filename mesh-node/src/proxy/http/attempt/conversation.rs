@@ -63,7 +63,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 () = &mut cut => Event::Cut,
                 up = self.deadlines.passed() => Event::TimeUp(up),
                 event = up(self.upload, &mut self.sink, uploaded, self.half_closed), if watch || !uploaded && !no_more_up => event,
-                error = self.responder.gone(), if R::RESETS_APART => Event::Gone(error),
+                // Of one that has closed its end the reading half sees nothing more.
+                error = self.responder.gone(), if R::RESETS_APART || self.half_closed => Event::Gone(error),
             };
             match event {
                 Event::Head(Ok(head)) if is_interim(head.status) => {
