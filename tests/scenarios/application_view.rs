@@ -265,3 +265,19 @@ fn single_stack_pods_work_and_the_other_family_fails_at_once() {
     }
     assert!(bed.node(0).metric("mesh_capture_events_total", &["refused_no_family"]).expect("metric") > 1.5);
 }
+
+/// A server that answers and closes while its client is still sending has answered, on the node and through a tunnel.
+#[test]
+fn an_answer_before_the_end_of_an_upload_arrives() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--same-node", "proxy"])).expect("bed");
+    let python = |script: &str| vec!["/usr/bin/python3".to_owned(), "-c".to_owned(), script.to_owned()];
+    let script = "import socket\ns = socket.create_server(('', 8080))\nwhile True:\n c, _ = s.accept()\n c.recv(1000)\n c.sendall(b'no more')\n c.close()\n";
+    let server = |name: &str, node| PodSpec { command: python(script), port: Some(8080), ..PodSpec::new(name, node) };
+    let [client, near, far] = bed.meshed([PodSpec::new("client", 0), server("near", 0), server("far", 1)]).expect("pods");
+    bed.settle().expect("settled");
+    let upload = "import socket, sys, threading\nlost = 0\nfor _ in range(30):\n c = socket.create_connection((sys.argv[1], 8080))\n def send():\n  try: c.sendall(bytes(10_000_000))\n  except OSError: pass\n t = threading.Thread(target=send)\n t.start()\n said = b''\n try:\n  while part := c.recv(100): said += part\n except OSError: pass\n lost += said != b'no more'\n c.close()\n t.join()\nprint(lost)\n";
+    for (what, pod) in [("near", &near), ("far", &far)] {
+        let output = bed.run(&client, std::path::Path::new("/usr/bin/python3"), &["-c", upload, &pod.v4().to_string()]).expect("python");
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "0", "{what}: {output:?}");
+    }
+}
