@@ -136,6 +136,7 @@ impl Duplex for Tunnel {
         tokio::spawn(async move {
             tokio::time::sleep(BEFORE_RESET).await;
             self.send.send_reset(Reason::CONNECT_ERROR);
+            drop(self);
         });
     }
 }

@@ -7,7 +7,7 @@ use std::{
     future::{Future, poll_fn},
     io,
     pin::Pin,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -125,12 +125,13 @@ pub async fn relay<C>(
         let cut = std::pin::pin!(Rarely::new(cut));
         let (from_down, to_down) = downstream.halves();
         let (from_up, to_up) = upstream.halves();
-        let out = direction(from_down, to_up, Side::Downstream, Side::Upstream, &traffic.sent);
-        let back = direction(from_up, to_down, Side::Upstream, Side::Downstream, &traffic.received);
+        let orderly = AtomicBool::new(true);
+        let out = direction(from_down, to_up, (Side::Downstream, Side::Upstream), &traffic.sent, &orderly);
+        let back = direction(from_up, to_down, (Side::Upstream, Side::Downstream), &traffic.received, &orderly);
         tokio::select! {
             biased;
             reason = cut => Err(Broken::Cut(reason)),
-            done = both(out, back) => done,
+            done = both(out, back, &orderly) => done,
         }
     };
     if result.is_err() {
@@ -145,23 +146,26 @@ pub async fn relay<C>(
 async fn both<C>(
     out: impl Future<Output = Result<(), Broken<C>>>,
     back: impl Future<Output = Result<(), Broken<C>>>,
+    orderly: &AtomicBool,
 ) -> Result<(), Broken<C>> {
     let (mut out, mut back) = (std::pin::pin!(out), std::pin::pin!(back));
     let broken = tokio::select! {
         biased;
         done = &mut out => match done {
             Ok(()) => return back.await,
-            Err(broken) => last_words(broken, back).await,
+            Err(broken) => last_words(broken, back, orderly).await,
         },
         done = &mut back => match done {
             Ok(()) => return out.await,
-            Err(broken) => last_words(broken, out).await,
+            Err(broken) => last_words(broken, out, orderly).await,
         },
     };
     Err(broken)
 }
 
-async fn last_words<C>(broken: Broken<C>, other: impl Future) -> Broken<C> {
+async fn last_words<C>(broken: Broken<C>, other: impl Future, orderly: &AtomicBool) -> Broken<C> {
+    // Who has heard of the error once is told of an end the next time: that is none.
+    orderly.store(false, Ordering::Relaxed);
     if matches!(broken, Broken::Write { .. }) {
         // Ends by itself, as there is nothing more to come; but for a reader that does not read.
         let _ = tokio::time::timeout(LAST_WORDS, other).await;
@@ -169,7 +173,14 @@ async fn last_words<C>(broken: Broken<C>, other: impl Future) -> Broken<C> {
     broken
 }
 
-async fn direction<C>(mut from: impl Source, mut to: impl Sink, reader: Side, writer: Side, count: &AtomicU64) -> Result<(), Broken<C>> {
+/// `orderly`: an end of the data is one to be passed on.
+async fn direction<C>(
+    mut from: impl Source,
+    mut to: impl Sink,
+    (reader, writer): (Side, Side),
+    count: &AtomicU64,
+    orderly: &AtomicBool,
+) -> Result<(), Broken<C>> {
     let read = |source| Broken::Read { side: reader, source };
     let write = |source| Broken::Write { side: writer, source };
     loop {
@@ -178,7 +189,9 @@ async fn direction<C>(mut from: impl Source, mut to: impl Sink, reader: Side, wr
             next = from.next() => next.map_err(read)?,
             source = to.broken() => return Err(write(source)),
         };
-        let Some(chunk) = next else { return to.finish().await.map_err(write) };
+        let Some(chunk) = next else {
+            return if orderly.load(Ordering::Relaxed) { to.finish().await.map_err(write) } else { Ok(()) };
+        };
         let n = chunk.len();
         tokio::select! {
             biased;
