@@ -82,8 +82,8 @@ pub fn is_http2_server(bytes: &[u8]) -> bool {
     }
 }
 
-/// Longest request line that is waited for, bytes.
-const REQUEST_LINE: usize = 16 * 1024;
+/// Longest request line that is waited for, bytes: as much as a head may have.
+const REQUEST_LINE: usize = 60 * 1024;
 
 /// Looks at the first bytes. HTTP/1 needs its whole request line, so that nothing that merely begins like one is taken for
 /// it.

@@ -205,6 +205,27 @@ fn a_pod_that_leaves_the_mesh_or_is_deleted_loses_them() {
     wait_for("gone", Duration::from_secs(5), || Ok(connections(&bed).is_empty() && entries(&bed, "FLOWS") == 0)).expect("gone");
 }
 
+/// The link of a pod that is deleted may go before anything in it could say that it ends.
+#[test]
+fn a_server_does_not_wait_for_a_client_that_vanished() {
+    let (mut bed, client, server, services) = scene(&NodeOptions::default());
+    let mut steady = start(&bed, &client, &["steady", &services[0], "20"]);
+    wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
+    let open = || {
+        let netns = server.netns.file_name().and_then(|n| n.to_str()).expect("a name");
+        let listed = std::process::Command::new("ss").args(["-N", netns, "-Htn", "state", "established"]).output().expect("ss");
+        String::from_utf8_lossy(&listed.stdout).lines().count()
+    };
+    assert_eq!(open(), 1);
+    let netns = client.netns.file_name().and_then(|n| n.to_str()).expect("a name");
+    let link = std::process::Command::new("ip").args(["-n", netns, "link", "set", "eth0", "down"]).status().expect("ip");
+    assert!(link.success());
+    bed.delete(&client).expect("deleted");
+    wait_for("its end", Duration::from_secs(5), || Ok(open() == 0)).expect("the server has none left");
+    let _ = steady.kill();
+    let _ = steady.wait();
+}
+
 #[test]
 fn what_takes_the_proxy_says_why() {
     let (mut bed, client, server, services) = scene(&NodeOptions::default());

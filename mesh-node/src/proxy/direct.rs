@@ -336,7 +336,7 @@ impl State {
                 if let Some(cut) = self.verdict(proxy, snapshot, flow, ends.as_ref()) {
                     let known = self.flows.entry(flow.cookie).or_insert_with(|| Known::new(proxy, snapshot, ends, flow));
                     known.cut = Some(cut);
-                    self.end(flow);
+                    self.end(flow, cut);
                 }
             }
             Phase::Clash => self.end_client(flow),
@@ -378,7 +378,7 @@ impl State {
         if let Some(known) = self.flows.get_mut(&cookie) {
             known.cut = Some(cut);
         }
-        self.end(&flow);
+        self.end(&flow, cut);
         true
     }
 
@@ -391,7 +391,7 @@ impl State {
     }
 
     /// Ends a flow by the client's socket, or else by the server's. Its end is heard of like any other.
-    fn end(&self, flow: &DirectFlow) {
+    fn end(&self, flow: &DirectFlow, cut: Cut) {
         let ends = self.flows.get(&flow.cookie).map_or_else(|| self.pods.ends(flow), |k| k.ends.clone());
         let by_client = |e: &Ends| capture::direct::destroy(&e.source.netns, flow.client, flow.endpoint, Some(flow.cookie));
         let by_server = |e: &Ends| capture::direct::destroy(&e.destination.netns, flow.endpoint, flow.client, None);
@@ -403,6 +403,10 @@ impl State {
                 None => Err(io::ErrorKind::NotFound.into()),
             },
         };
+        if let Some(ends) = ends.filter(|_| cut == Cut::PodGone) {
+            // A pod whose link went first has no way to say that its end is over: the server would wait for it for ever.
+            let _ = by_server(&ends);
+        }
         match ended {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(target: "proxy", client = %flow.client, to = %flow.endpoint, %error, "a direct connection cannot be cut");
