@@ -306,7 +306,7 @@ mod tests {
         for (bytes, expected) in cases {
             assert_eq!(detect(bytes), expected, "{}", String::from_utf8_lossy(bytes));
         }
-        assert_eq!(detect(&[b"GET /".as_slice(), &[b'a'; REQUEST_LINE]].concat()), Detected::Opaque);
+        assert_eq!(detect(&[b"GET /".as_slice(), &vec![b'a'; REQUEST_LINE]].concat()), Detected::Opaque);
     }
 
     /// A client hello of the smallest kind that has a server name.
