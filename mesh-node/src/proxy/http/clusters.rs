@@ -243,6 +243,10 @@ impl ClusterState {
                 endpoint.let_go();
             }
         }
+        // Retired meanwhile: what was being looked at has been put back.
+        if self.retired.load(Ordering::SeqCst) {
+            all.values().for_each(|endpoint| endpoint.let_go());
+        }
         let unused = |a: &SocketAddr, e: &EndpointState| !exists(a) && e.connections.load(Ordering::Relaxed) == 0;
         if all.iter().any(|(a, e)| unused(a, e)) {
             self.endpoints.change(|entries| entries.retain(|a, e| !unused(a, e)));
