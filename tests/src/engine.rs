@@ -97,7 +97,7 @@ impl Engine {
                 Err(rejection) => anyhow::bail!("{rejection}: {document}"),
             }
         }
-        let content = Content::Read { objects, rejections: Vec::new() };
+        let content = Content::Read { objects, rejections: Vec::new(), unread: Vec::new() };
         self.changes.send(Batch::now(vec![Change { origin: Origin(Arc::new("test".into())), content }])).await?;
         while config.load().generation == before {
             config.changed().await;

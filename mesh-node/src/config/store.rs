@@ -29,8 +29,8 @@ pub struct Change {
 /// What an origin holds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Content {
-    /// Read in full: these objects, and these that cannot be honoured.
-    Read { objects: Vec<Named>, rejections: Vec<Rejection> },
+    /// Read: these objects, these that cannot be honoured, and what is wrong with documents of which it cannot be told what they hold.
+    Read { objects: Vec<Named>, rejections: Vec<Rejection>, unread: Vec<String> },
     /// Cannot be read: what it held last stays in force.
     Unreadable(String),
     /// Is no longer there.
@@ -94,10 +94,10 @@ impl Store {
                 file.errors = vec![format!("{problem}; what this file held before stays in force")];
                 true
             }
-            Content::Read { objects, rejections } => {
+            Content::Read { objects, rejections, unread } => {
                 let old = self.files.remove(&origin).unwrap_or_default();
                 self.displace(&origin, &old);
-                let file = read(old, objects, rejections);
+                let file = read(old, objects, rejections, unread);
                 for (key, named) in &file.objects {
                     self.places.entry(key.clone()).or_default().insert(origin.clone(), named.clone());
                 }
@@ -144,7 +144,7 @@ impl Store {
     }
 }
 
-fn read(mut old: File, objects: Vec<Named>, rejections: Vec<Rejection>) -> File {
+fn read(mut old: File, objects: Vec<Named>, rejections: Vec<Rejection>, unread: Vec<String>) -> File {
     let mut file = File::default();
     for named in objects {
         let key = named.key.clone();
@@ -174,6 +174,19 @@ fn read(mut old: File, objects: Vec<Named>, rejections: Vec<Rejection>) -> File 
             }
         }
     }
+    // Any object that is not there any more may be in what was not read.
+    if !unread.is_empty() {
+        for (key, named) in old.objects {
+            if let Entry::Vacant(entry) = file.objects.entry(key.clone()) {
+                entry.insert(named);
+                if old.stand_ins.contains(&key) {
+                    file.stand_ins.insert(key);
+                }
+            }
+        }
+    }
+    file.errors
+        .extend(unread.into_iter().map(|problem| format!("{problem}; what this file held before, and does not show now, stays in force")));
     file
 }
 
@@ -197,7 +210,7 @@ mod tests {
                 Err(rejection) => rejections.push(rejection),
             }
         }
-        Content::Read { objects, rejections }
+        Content::Read { objects, rejections, unread: Vec::new() }
     }
 
     fn peer_authentication(name: &str, mode: &str) -> serde_json::Value {
@@ -328,6 +341,27 @@ mod tests {
         let text = store.statuses().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
         assert!(text.contains("Namespace n: metadata.labels") && text.contains("PeerAuthentication default/x: apiVersion"), "{text}");
         assert_eq!(text.matches("last good").count(), 2, "{text}");
+    }
+
+    #[test]
+    fn what_a_document_that_is_not_read_may_have_been_stays() {
+        let with = |documents: &[serde_json::Value], unread: &[&str]| match content(documents) {
+            Content::Read { objects, rejections, .. } => {
+                Content::Read { objects, rejections, unread: unread.iter().map(ToString::to_string).collect() }
+            }
+            other => other,
+        };
+        let mut store = Store::default();
+        store.apply(Change { origin: origin("a"), content: content(&["x", "y"].map(|name| peer_authentication(name, "STRICT"))) });
+        let now = [peer_authentication("x", "DISABLE"), peer_authentication("z", "STRICT")];
+        for _ in 0..2 {
+            store.apply(Change { origin: origin("a"), content: with(&now, &["line 7: no"]) });
+            assert_eq!(names(&store), ["x", "y", "z"]);
+            let modes = store.objects().map(|named| format!("{:?}", named.object)).filter(|o| o.contains("Disable")).count();
+            assert_eq!((modes, store.statuses().len()), (1, 1));
+        }
+        store.apply(Change { origin: origin("a"), content: with(&now, &[]) });
+        assert_eq!((names(&store).len(), store.statuses().len()), (2, 0));
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub fn built(documents: &[Value]) -> Snapshot {
         Ok(Parsed::Object(named)) => *named,
         other => panic!("{other:?}: {document}"),
     };
-    let content = Content::Read { objects: documents.iter().map(read).collect(), rejections: Vec::new() };
+    let content = Content::Read { objects: documents.iter().map(read).collect(), rejections: Vec::new(), unread: Vec::new() };
     let mut store = Store::default();
     store.apply(Change { origin: Origin(Arc::new("m.yaml".into())), content });
     let mesh = Arc::new(MeshSettings::new("n1", TrustDomain::parse("cluster.local").expect("valid")));

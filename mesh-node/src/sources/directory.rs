@@ -206,7 +206,7 @@ impl Directory {
     /// Passes a file's content on; before one that is not good and never was seen by this process, what it last said.
     fn take(&mut self, path: &Path, (content, text): (Content, String), look: &mut Look) {
         let quality = match &content {
-            Content::Read { rejections, .. } if rejections.is_empty() => Some(Quality::Good),
+            Content::Read { rejections, unread, .. } if rejections.is_empty() && unread.is_empty() => Some(Quality::Good),
             Content::Read { .. } => Some(Quality::Partial),
             Content::Unreadable(_) | Content::Gone => None,
         };

@@ -18,9 +18,12 @@ const MAX_DOCUMENTS: usize = 200_000;
 /// Nesting of `List`s within `List`s.
 const MAX_LISTS: usize = 4;
 
+/// Documents of a file that are each told about when they cannot be read.
+const MAX_TOLD: usize = 10;
+
 /// Reads a file's text. Objects without a namespace get `default_namespace`.
 pub fn read(text: &str, default_namespace: &str) -> Content {
-    let documents = match documents(text) {
+    let Documents { documents, unread } = match documents(text) {
         Ok(documents) => documents,
         Err(problem) => return Content::Unreadable(format!("is not YAML: {problem}; correct the file")),
     };
@@ -32,16 +35,16 @@ pub fn read(text: &str, default_namespace: &str) -> Content {
             Err(rejection) => rejections.push(rejection),
         }
     }
-    Content::Read { objects, rejections }
+    Content::Read { objects, rejections, unread }
 }
 
 /// The documents in force of a file that says this, after it said those texts one after the other: of an object that is refused its last
-/// good version.
+/// good version, and where a document cannot be read, all that it may have been.
 pub fn in_force(before: &[String], text: &str, default_namespace: &str) -> String {
     // Documents, and whether each is good or there is only something to stand in for it.
     let mut all: BTreeMap<Key, (Value, bool)> = BTreeMap::new();
     for text in before.iter().map(String::as_str).chain([text]) {
-        let Ok(documents) = documents(text) else { continue };
+        let Ok(Documents { documents, unread }) = documents(text) else { continue };
         let mut old = std::mem::take(&mut all);
         for document in documents.into_iter().flat_map(|d| flatten(d, MAX_LISTS)) {
             match resource::parse(&with_mesh_config(document.clone()), default_namespace) {
@@ -58,23 +61,86 @@ pub fn in_force(before: &[String], text: &str, default_namespace: &str) -> Strin
                 }
             }
         }
+        if !unread.is_empty() {
+            for (key, kept) in old {
+                all.entry(key).or_insert(kept);
+            }
+        }
     }
     let texts = all.values().map(|(document, _)| document.to_string()).collect::<Vec<_>>();
     texts.join("\n---\n")
 }
 
-fn documents(text: &str) -> Result<Vec<Value>, String> {
+/// A file's documents, and what is wrong with those that cannot be read.
+struct Documents {
+    documents: Vec<Value>,
+    unread: Vec<String>,
+}
+
+/// Fails when nothing of a text can be read.
+fn documents(text: &str) -> Result<Documents, String> {
+    let whole = match yaml(text) {
+        Ok(documents) => return Ok(Documents { documents, unread: Vec::new() }),
+        Err(problem) => problem,
+    };
+    // What is too much is not looked at in parts, each of which might be.
+    if whole.contains(TOO_MUCH) {
+        return Err(whole);
+    }
+    let (mut documents, mut unread, mut more) = (Vec::new(), Vec::new(), 0);
+    for (line, piece) in pieces(text) {
+        match yaml(piece) {
+            Ok(more) => documents.extend(more),
+            Err(problem) if problem.contains(TOO_MUCH) => return Err(problem),
+            Err(_) if unread.len() == MAX_TOLD => more += 1,
+            // Once more where it is, so that the line is the file's.
+            Err(problem) => {
+                let there = yaml(&format!("{}{piece}", "\n".repeat(line))).err().unwrap_or(problem);
+                unread.push(format!("the document at line {} is not YAML: {there}; correct it", line + 1));
+            }
+        }
+    }
+    if more > 0 {
+        unread.push(format!("{more} more documents are not YAML; correct them"));
+    }
+    if documents.is_empty() { Err(whole) } else { Ok(Documents { documents, unread }) }
+}
+
+fn yaml(text: &str) -> Result<Vec<Value>, String> {
     let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_documents: MAX_DOCUMENTS };
     let options = serde_saphyr::options! { budget: budget, with_snippet: false };
     let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options).map_err(|e| one_line(&e.to_string()))?;
     Ok(documents.into_iter().filter(|d| !d.is_null()).collect())
 }
 
+/// A text cut before each line that begins a document (`---` at its start cannot be anything else), each piece with the lines before it.
+pub(super) fn pieces(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let begins = |line: &str| line.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace));
+    let (mut rest, mut before) = (text, 0);
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let (mut end, mut lines) = (0, 0);
+        for line in rest.split_inclusive('\n') {
+            if lines > 0 && begins(line) {
+                break;
+            }
+            end += line.len();
+            lines += 1;
+        }
+        let (piece, after) = rest.split_at(end);
+        let at = before;
+        (rest, before) = (after, before + lines);
+        Some((at, piece))
+    })
+}
+
 /// Istio keeps its mesh-wide settings as a text within a `ConfigMap`. A text that cannot be read stays one, and is refused.
 fn with_mesh_config(mut document: Value) -> Value {
     let is_config_map = document.get("kind").and_then(Value::as_str) == Some("ConfigMap");
     if is_config_map && let Some(text) = document.pointer_mut("/data/mesh") {
-        let parsed = text.as_str().and_then(|t| documents(t).ok()).and_then(|d| d.into_iter().next());
+        let parsed = text.as_str().and_then(|t| yaml(t).ok()).and_then(|d| d.into_iter().next());
         if let Some(parsed) = parsed {
             *text = parsed;
         }
@@ -82,12 +148,14 @@ fn with_mesh_config(mut document: Value) -> Value {
     document
 }
 
+const TOO_MUCH: &str = "it unfolds to more than is read of a file, by its aliases or its size";
+
 /// What the library says, without what it says to programmers.
 fn one_line(text: &str) -> String {
     let text = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
     let text = text.replace(", set DuplicateKeyPolicy in Options if acceptable", "");
     match text.split_once("budget breached") {
-        Some((before, _)) => format!("{before}it unfolds to more than is read of a file, by its aliases or its size"),
+        Some((before, _)) => format!("{before}{TOO_MUCH}"),
         None => text,
     }
 }
@@ -142,7 +210,7 @@ mod tests {
         ];
         let now = policy("a", "bad") + &policy("b", "bad") + &policy("never", "bad");
         let modes = |text: &str| {
-            let Content::Read { objects, rejections } = read(text, "default") else { panic!("{text}") };
+            let Content::Read { objects, rejections, .. } = read(text, "default") else { panic!("{text}") };
             assert!(rejections.is_empty(), "{rejections:?}");
             let all = objects.iter().map(|named| match &named.object {
                 resource::Object::PeerAuthentication(p) => format!("{}={:?}", named.key.name.name, p.mode),
@@ -168,7 +236,7 @@ mod tests {
             )
         };
         let stands_in = |text: &str| {
-            let Content::Read { objects, rejections } = read(text, "default") else { panic!("{text}") };
+            let Content::Read { objects, rejections, .. } = read(text, "default") else { panic!("{text}") };
             assert!(objects.is_empty(), "{objects:?}");
             rejections.iter().filter(|r| r.instead.is_some()).count()
         };
@@ -184,7 +252,7 @@ mod tests {
 
     fn counts(text: &str) -> Option<(usize, usize)> {
         match read(text, "default") {
-            Content::Read { objects, rejections } => Some((objects.len(), rejections.len())),
+            Content::Read { objects, rejections, unread } => Some((objects.len(), rejections.len() + unread.len())),
             _ => None,
         }
     }
@@ -209,6 +277,28 @@ mod tests {
     }
 
     #[test]
+    fn one_document_that_is_not_yaml_does_not_hurt_the_others() {
+        let text = format!("# first\n{NAMESPACE}---\nkind: Pod\n  metadata: x\n--- # third\n{}", NAMESPACE.replace("name: a", "name: b"));
+        let Content::Read { objects, unread, .. } = read(&text, "default") else { panic!("{text}") };
+        assert_eq!(objects.iter().map(|o| &*o.key.name.name).collect::<Vec<_>>(), ["a", "b"]);
+        assert!(matches!(&*unread, [one] if one.starts_with("the document at line 6 is not YAML") && one.contains("line 8")), "{unread:?}");
+        // What it may have been stays in force.
+        let before = [format!("{NAMESPACE}---\n{}", NAMESPACE.replace("name: a", "name: c"))];
+        assert_eq!(counts(&in_force(&before, &text, "default")), Some((3, 0)));
+        let many = format!("{NAMESPACE}{}", "---\na: [\n".repeat(MAX_TOLD + 5));
+        let Content::Read { unread, .. } = read(&many, "default") else { panic!() };
+        assert_eq!((unread.len(), &*unread[MAX_TOLD]), (MAX_TOLD + 1, "5 more documents are not YAML; correct them"));
+    }
+
+    #[test]
+    fn pieces_are_documents() {
+        let all = |text| pieces(text).collect::<Vec<_>>();
+        assert_eq!(all(""), []);
+        assert_eq!(all("---\na: 1\n---\n"), [(0, "---\na: 1\n"), (2, "---\n")]);
+        assert_eq!(all("a: |\n  ---\n---b\n---\tc\n\n---"), [(0, "a: |\n  ---\n---b\n"), (3, "---\tc\n\n"), (5, "---")]);
+    }
+
+    #[test]
     fn broken_yaml_and_alias_bombs_make_the_file_unreadable() {
         assert_eq!(counts("a: [1, 2\nb: }"), None);
         assert_eq!(counts(&format!("{NAMESPACE}  labels: {{")), None);
@@ -218,6 +308,8 @@ mod tests {
             bomb += &format!("a{i}: &a{i} [{}]\n", vec![previous; 9].join(", "));
         }
         assert_eq!(counts(&bomb), None);
+        assert_eq!(counts(&format!("{NAMESPACE}---\n{bomb}")), None);
+        assert_eq!(counts(&format!("{NAMESPACE}---\na: [\n---\n{bomb}")), None);
         assert_eq!(counts(&"[".repeat(100_000)), None);
         assert_eq!(counts("\u{0}\u{1}\u{2}"), None);
     }

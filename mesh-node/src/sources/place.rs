@@ -3,6 +3,8 @@
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::Spanned;
 
+use super::manifest::pieces;
+
 /// A value of YAML or JSON, with where each part of it begins.
 #[derive(Debug)]
 enum Node {
@@ -18,9 +20,13 @@ enum Node {
 pub struct Places(Vec<Spanned<Node>>);
 
 impl Places {
-    /// Of a file that cannot be read nothing is known.
+    /// Of a document that cannot be read nothing is known.
     pub fn of(text: &str) -> Self {
-        Self(serde_saphyr::from_multiple(text).unwrap_or_default())
+        let one_by_one = || {
+            let documents = pieces(text).map(|(line, piece)| serde_saphyr::from_multiple(&format!("{}{piece}", "\n".repeat(line))));
+            documents.filter_map(Result::ok).flatten().collect()
+        };
+        Self(serde_saphyr::from_multiple(text).unwrap_or_else(|_| one_by_one()))
     }
 
     /// The line of a field of an object, as far as it is found; `object` is `Kind namespace/name`.
@@ -206,5 +212,6 @@ mod tests {
         let json = "{\"kind\": \"Service\", \"metadata\": {\"name\": \"a\"},\n \"spec\": {\n  \"ports\": [\n   {\"port\": 1}]}}";
         assert_eq!(Places::of(json).line("Service default/a", "spec.ports[0].port"), Some(4));
         assert_eq!(Places::of("a: [").line("Service default/a", "spec"), None);
+        assert_eq!(Places::of(&format!("---\na: [\n---\n{yaml}")).line("VirtualService default/web", "spec.http[0].timeout"), Some(11));
     }
 }

@@ -49,15 +49,23 @@ pub fn remarks(statuses: &[Status]) -> Vec<Remark> {
         let (object, field) = parts(&status.message);
         Remark {
             file: status.origin.clone(),
-            line: object.and_then(|object| places.line(object, field)),
+            line: object.and_then(|object| places.line(object, field)).or_else(|| line_of_document(&status.message)),
             severity: status.severity,
-            // Nothing was held before.
-            message: status.message.trim_end_matches("; what this file held before stays in force").to_owned(),
+            message: NOTHING_BEFORE.iter().fold(&*status.message, |text, end| text.trim_end_matches(end)).to_owned(),
         }
     });
     let mut all = all.by_ref().collect::<Vec<_>>();
     all.sort_by(|a, b| (&a.file, a.line, &a.message).cmp(&(&b.file, b.line, &b.message)));
     all
+}
+
+/// What is said of files in force, when nothing was held before.
+const NOTHING_BEFORE: [&str; 2] =
+    ["; what this file held before stays in force", "; what this file held before, and does not show now, stays in force"];
+
+/// The line of a document that cannot be read, of which its message speaks.
+fn line_of_document(message: &str) -> Option<u64> {
+    message.strip_prefix("the document at line ")?.split(' ').next()?.parse().ok()
 }
 
 /// The object a message is about, and the field.

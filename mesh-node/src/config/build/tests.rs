@@ -23,7 +23,7 @@ fn store(documents: &[Value]) -> Store {
             Err(rejection) => rejections.push(rejection),
         }
     }
-    store.apply(Change { origin: Origin(Arc::new("m.yaml".into())), content: Content::Read { objects, rejections } });
+    store.apply(Change { origin: Origin(Arc::new("m.yaml".into())), content: Content::Read { objects, rejections, unread: Vec::new() } });
     store
 }
 

@@ -30,7 +30,10 @@ fn built(documents: &[Value]) -> (Arc<Reporting>, Vec<Status>) {
     };
     let objects = documents.iter().chain([&pod]).map(read).collect();
     let mut store = Store::default();
-    store.apply(Change { origin: Origin(Arc::new("m.yaml".into())), content: Content::Read { objects, rejections: Vec::new() } });
+    store.apply(Change {
+        origin: Origin(Arc::new("m.yaml".into())),
+        content: Content::Read { objects, rejections: Vec::new(), unread: Vec::new() },
+    });
     let mesh = Arc::new(MeshSettings::new("n", TrustDomain::parse("cluster.local").expect("valid")));
     let (snapshot, statuses) = build(&store, &mesh, &Snapshot::empty(mesh.clone()), Instant::now());
     (snapshot.workload(&WorkloadUid("u".into())).expect("the pod").reporting.clone(), statuses)
