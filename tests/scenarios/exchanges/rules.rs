@@ -1,0 +1,180 @@
+//! What rules do to requests one after the other: ejections, mirrors, places of requests and retries, which rule counts.
+
+use super::*;
+
+/// Statuses and flags of requests one after the other.
+async fn sequence(engine: &Engine, vip: SocketAddr, path: &str, plan: &str, n: usize) -> Vec<String> {
+    for i in 0..n {
+        let mut stream = engine.connect(vip).await.expect("connected");
+        let text = format!("GET {path} HTTP/1.1\r\nhost: web\r\nx-plan: {plan}\r\nx-id: {path}{i}\r\nconnection: close\r\n\r\n");
+        stream.write_all(text.as_bytes()).await.expect("written");
+        read(&mut stream).await;
+    }
+    let lines = engine.logged(vip, n).await;
+    lines.iter().map(|l| format!("{} {}", l["response_code"], l["response_flags"])).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endpoints_are_ejected_in_the_recorded_sequences() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port nobody listens on");
+    let ejects = json!({"consecutive5xxErrors": 3, "maxEjectionPercent": 100});
+    let gateway = json!({"consecutive5xxErrors": 100, "consecutiveGatewayErrors": 2, "maxEjectionPercent": 100});
+    let local = json!({"consecutive5xxErrors": 3, "maxEjectionPercent": 100, "splitExternalLocalOriginErrors": true, "consecutiveLocalOriginFailures": 2});
+    let panic = json!({"consecutive5xxErrors": 3, "maxEjectionPercent": 100, "minHealthPercent": 50});
+    let istio = json!({"consecutive5xxErrors": 3});
+    let none = json!({"attempts": 0});
+    let once = json!({"attempts": 1, "retryOn": "5xx"});
+    let cases = [
+        ("od_500", &ejects, &none, up, "500", vec!["500 -", "500 -", "500 -", "503 UH", "503 UH"]),
+        ("od_404", &ejects, &none, up, "404", vec!["404 -"; 6]),
+        ("od_gw2", &gateway, &none, up, "rst", vec!["503 UC", "503 UC", "503 UH", "503 UH"]),
+        ("od_gw", &gateway, &none, up, "502", vec!["502 -", "502 -", "503 UH", "503 UH"]),
+        ("od_gw of 500", &gateway, &none, up, "500", vec!["500 -"; 5]),
+        ("od_retry", &ejects, &once, up, "503", vec!["503 URX", "503 UH", "503 UH"]),
+        ("od_istio", &istio, &none, up, "503", vec!["503 -"; 5]),
+        ("od_cf", &ejects, &none, closed, "200", vec!["503 UF", "503 UF", "503 UF", "503 UH", "503 UH"]),
+        ("od_local", &local, &none, closed, "200", vec!["503 UF", "503 UF", "503 UH", "503 UH"]),
+        ("panic", &panic, &none, up, "503", vec!["503 -"; 6]),
+    ];
+    let vip = |i: usize| SocketAddr::from(([10, 96, 9, u8::try_from(i + 10).expect("few")], 80));
+    let documents = cases.iter().enumerate().flat_map(|(i, (_, outlier, retries, address, ..))| {
+        let name = format!("od-{i}");
+        let mut documents = service(&name, &vip(i).ip().to_string(), "http", &[*address]);
+        documents.push(virtual_service(&name, &json!([{"retries": retries, "route": [{"destination": {"host": name}}]}])));
+        documents.push(destination_rule(&name, &json!({"outlierDetection": outlier})));
+        documents
+    });
+    let engine = Engine::start(&documents.collect::<Vec<_>>()).await.expect("engine");
+    for (i, (case, _, _, _, plan, expected)) in cases.iter().enumerate() {
+        let got = sequence(&engine, vip(i), &format!("/{i}/"), plan, expected.len()).await;
+        assert_eq!(got, *expected, "{case}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mirrors_get_the_recorded_copies() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("upstream"), scripted::http1("up2", &seen).expect("upstream"));
+    let rule = json!({"retries": {"attempts": 0}, "timeout": "0.2s", "route": [{"destination": {"host": "web"}}],
+        "mirrors": [{"destination": {"host": "copy"}}, {"destination": {"host": "copy"}}, {"destination": {"host": "copy"}, "percentage": {"value": 0}}]});
+    let documents = [
+        service("web", "10.96.9.1", "http", &[one]),
+        service("copy", "10.96.9.2", "http", &[two]),
+        vec![virtual_service("web", &json!([rule]))],
+    ]
+    .concat();
+    let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen };
+    for (id, plan, status) in [("m", "200", "200"), ("late", "200/600", "504")] {
+        let (answer, _) =
+            scene.say(&format!("{}hello", post(plan, id, 5)).replace("x-id", "connection: close\r\nx-request-id: r\r\nx-id")).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+        for _ in 0..200 {
+            if scene.seen.of(id).len() == 3 && scene.seen.of(id).iter().all(|a| a.body == 5) {
+                break;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        let attempts = scene.seen.of(id);
+        assert_eq!((attempts.len(), attempts.iter().filter(|a| a.port == two.port()).count()), (3, 2), "{id}: {attempts:?}");
+        for copy in attempts.iter().filter(|a| a.port == two.port()) {
+            let header = |name: &str| copy.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
+            assert_eq!(
+                (header("x-envoy-internal"), header("x-request-id"), header("host"), copy.body),
+                (Some("true"), Some("r"), Some("web"), 5),
+                "{copy:?}"
+            );
+        }
+    }
+}
+
+/// As with Envoy: what waits for a connection is pending, and not among the requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_waits_is_not_counted_as_one_under_way() {
+    let http = json!({"http2MaxRequests": 1, "http1MaxPendingRequests": 10});
+    let limits = json!({"connectionPool": {"tcp": {"maxConnections": 1}, "http": http}});
+    let scene = scene(json!({"retries": {"attempts": 0}}), limits).await;
+    let slow = |id: &str| format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: 200/300\r\nx-id: {id}\r\nconnection: close\r\n\r\n");
+    let (first, second) = (slow("a"), slow("b"));
+    let (first, second) = tokio::join!(scene.say(&first), scene.say(&second));
+    for (answer, _) in [first, second] {
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    scene.until_idle().await;
+}
+
+/// A retry that is answered holds nobody else's up, however long its answer takes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retry_gives_its_place_back_when_it_is_answered() {
+    let scene = scene(json!({"retries": {"attempts": 1, "retryOn": "5xx"}}), json!({"connectionPool": {"http": {"maxRetries": 1}}})).await;
+    let plan = |plan: &str, id: &str| format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: {plan}\r\nx-id: {id}\r\nconnection: close\r\n\r\n");
+    let mut streaming = scene.connect().await;
+    streaming.write_all(plan("503,hdrstall", "a").as_bytes()).await.expect("written");
+    let mut head = [0; 12];
+    timeout(Duration::from_secs(2), streaming.read_exact(&mut head)).await.expect("in time").expect("an answer");
+    assert_eq!(&head, b"HTTP/1.1 200");
+    let (answer, _) = scene.say(&plan("503,200", "b")).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && scene.seen.of("b").len() == 2, "{answer}");
+    // While one is waited for there is no other.
+    let (waiting, other) = (plan("503,200/500", "c"), plan("503,200", "d"));
+    let other = async {
+        sleep(Duration::from_millis(200)).await;
+        scene.say(&other).await
+    };
+    let (waiting, other) = tokio::join!(scene.say(&waiting), other);
+    assert!(waiting.0.starts_with("HTTP/1.1 200") && other.0.starts_with("HTTP/1.1 503"), "{waiting:?} {other:?}");
+}
+
+/// What the mesh configuration says of retries is for every request whose rule says nothing, and for those to which no rule applies.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_mesh_says_how_often_requests_are_tried() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let mesh = |policy: &Value| {
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
+            "data": {"mesh": {"defaultHttpRetryPolicy": policy}}})
+    };
+    let routes = [
+        ("none", vec![]),
+        ("one", vec![virtual_service("web", &json!([{"route": [{"destination": {"host": "web"}}]}]))]),
+        ("own", vec![virtual_service("web", &json!([{"retries": {"attempts": 0}, "route": [{"destination": {"host": "web"}}]}]))]),
+    ];
+    let engine = Engine::start(&service("web", "10.96.9.1", "http", &[up])).await.expect("engine");
+    for (number, attempts) in [(3, [4, 4, 1]), (0, [1, 1, 1])] {
+        let policy = json!({"attempts": number, "retryOn": "5xx"});
+        for ((name, routes), attempts) in routes.iter().zip(attempts) {
+            let documents = [&service("web", "10.96.9.1", "http", &[up])[..], routes, &[mesh(&policy)]].concat();
+            engine.apply(&documents).await.expect("applied");
+            let id = format!("{name}-{number}");
+            let mut stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+            let request = format!("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: 503\r\nx-id: {id}\r\nconnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.expect("written");
+            let (answer, _) = read(&mut stream).await;
+            assert!(answer.starts_with("HTTP/1.1 503"), "{id}: {answer}");
+            assert_eq!(seen.of(&id).len(), attempts, "{id}");
+        }
+    }
+}
+
+/// Of several rules for a host one may have the subsets, another the policy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_oldest_rule_with_a_policy_counts() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let mut documents = service("web", "10.96.9.1", "http", &[up]);
+    documents.push(virtual_service("web", &json!([{"route": [{"destination": {"host": "web"}}]}])));
+    let mut older = destination_rule("web", &json!({}));
+    older["metadata"] = json!({"name": "older", "creationTimestamp": "2020-01-01T00:00:00Z"});
+    older["spec"] = json!({"host": "web", "subsets": [{"name": "v1"}]});
+    let mut younger = destination_rule("web", &json!({"connectionPool": {"http": {"maxRequestsPerConnection": 1}}}));
+    younger["metadata"] = json!({"name": "younger", "creationTimestamp": "2021-01-01T00:00:00Z"});
+    documents.extend([older, younger]);
+    let engine = Engine::start(&documents).await.expect("engine");
+    let mut stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+    for id in ["a", "b"] {
+        stream.write_all(format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: {id}\r\n\r\n").as_bytes()).await.expect("written");
+        assert!(read(&mut stream).await.0.starts_with("HTTP/1.1 200"));
+    }
+    assert_ne!(seen.of("a")[0].connection, seen.of("b")[0].connection, "a connection for each");
+}
