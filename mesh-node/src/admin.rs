@@ -234,7 +234,7 @@ fn not_allowed(methods: &'static str, body: impl Into<Bytes>) -> Response<Full<B
 }
 
 fn logging() -> Response<Full<Bytes>> {
-    match telemetry::log_filter() {
+    match telemetry::log::filter() {
         Some(filter) => text(StatusCode::OK, format!("current log level is {filter}\n")),
         None => text(StatusCode::SERVICE_UNAVAILABLE, "the process does not log\n".to_owned()),
     }
@@ -252,7 +252,7 @@ fn set_logging(query: &str) -> Response<Full<Bytes>> {
     if level.is_empty() && !reset {
         return logging();
     }
-    match telemetry::set_log_filter(reset, if level == "reset" { "" } else { level }) {
+    match telemetry::log::set_filter(reset, if level == "reset" { "" } else { level }) {
         Ok(filter) => {
             tracing::info!(target: "admin", %filter, "the log level was changed");
             text(StatusCode::OK, format!("current log level is {filter}\n"))

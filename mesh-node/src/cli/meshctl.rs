@@ -4,6 +4,7 @@ mod analyze;
 mod client;
 mod follow;
 mod names;
+mod questions;
 mod table;
 mod top;
 mod views;
@@ -15,17 +16,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use self::{
     client::{Admin, query},
     names::{find, named},
-};
-use crate::{
-    admin,
-    config::{EnrolmentLabel, MeshSettings, OutboundPolicy, store::Severity},
-    id::TrustDomain,
+    questions::{Authorize, Explain, Offline},
 };
 
 /// Look inside one mesh-node.
@@ -186,121 +183,6 @@ enum Logs {
         /// As --log of mesh-node: info, debug, proxy=debug,info; `reset` is what it was started with.
         level: Option<String>,
     },
-}
-
-#[derive(Debug, Args)]
-struct Explain {
-    /// Who asks: namespace/name of a workload, or its address.
-    #[arg(long, value_name = "WORKLOAD|ADDRESS")]
-    from: String,
-    /// Whom: a service as the client names it, or an address, with the port.
-    #[arg(long, value_name = "SERVICE:PORT|ADDRESS:PORT")]
-    to: String,
-    /// The request's method and path.
-    #[arg(short = 'X', long, num_args = 1..=2, value_names = ["METHOD", "PATH"])]
-    request: Vec<String>,
-    /// A header; may be given several times.
-    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
-    headers: Vec<String>,
-    /// Claims of the token it is taken to have, as JSON with the issuer in `iss`.
-    #[arg(long, value_name = "JSON")]
-    claims: Option<String>,
-    /// The server name of the application's own TLS.
-    #[arg(long)]
-    sni: Option<String>,
-    /// Ask this directory of manifests instead of a node.
-    #[arg(long, value_name = "DIR")]
-    dir: Option<PathBuf>,
-    #[command(flatten)]
-    mesh: Offline,
-    /// Fail (1) when it is not allowed everywhere: denied at some endpoint, or answered by the route or its fault.
-    #[arg(long)]
-    check: bool,
-}
-
-#[derive(Debug, Args)]
-struct Authorize {
-    /// Who asks: namespace/name of a workload, or any address.
-    #[arg(long, value_name = "WORKLOAD|ADDRESS")]
-    from: String,
-    /// Whom: namespace/name of a workload, or its address.
-    #[arg(long, value_name = "WORKLOAD|ADDRESS")]
-    to: String,
-    /// The port the application listens on.
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
-    port: u16,
-    /// Outside a tunnel: the destination does not know the client's identity.
-    #[arg(long)]
-    plaintext: bool,
-    /// The request's method [default: GET].
-    #[arg(short = 'X', long, value_name = "METHOD")]
-    method: Option<String>,
-    /// The request's path, with its query [default: /].
-    #[arg(long)]
-    path: Option<String>,
-    /// The request's host [default: the address].
-    #[arg(long)]
-    host: Option<String>,
-    /// A header; may be given several times.
-    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
-    headers: Vec<String>,
-    /// The server name of the application's own TLS.
-    #[arg(long)]
-    sni: Option<String>,
-    /// Claims of the token it is taken to have, as JSON with the issuer in `iss`.
-    #[arg(long, value_name = "JSON")]
-    claims: Option<String>,
-    /// Fail (1) when it is denied.
-    #[arg(long)]
-    check: bool,
-}
-
-impl Authorize {
-    fn path(&self) -> String {
-        let Self { from, to, port, plaintext, method, path, host, headers, claims, sni, check: _ } = self;
-        let port = port.to_string();
-        let mut all = vec![("from", from.as_str()), ("to", to), ("port", &port)];
-        let told = [("method", method), ("path", path), ("host", host), ("claims", claims), ("sni", sni)];
-        all.extend(told.iter().filter_map(|(name, value)| Some((*name, value.as_deref()?))));
-        all.extend(headers.iter().map(|header| ("header", header.as_str())));
-        if *plaintext {
-            all.push(("plaintext", "true"));
-        }
-        query("/authorization", &all)
-    }
-}
-
-impl Explain {
-    fn query(&self) -> String {
-        let mut all = vec![("from", self.from.as_str()), ("to", &self.to)];
-        // `-X GET /path`, `-X GET` and `-X /path`.
-        match self.request.as_slice() {
-            [method, path] => all.extend([("method", method.as_str()), ("path", path)]),
-            [path] if path.starts_with('/') => all.push(("path", path)),
-            methods => all.extend(methods.iter().map(|method| ("method", method.as_str()))),
-        }
-        all.extend(self.headers.iter().map(|header| ("header", header.as_str())));
-        all.extend(self.claims.iter().map(|claims| ("claims", claims.as_str())));
-        all.extend(self.sni.iter().map(|sni| ("sni", sni.as_str())));
-        query("", &all).trim_start_matches('?').to_owned()
-    }
-
-    fn answer(&self, admin: &Admin) -> Result<Value, Failure> {
-        let query = self.query();
-        match &self.dir {
-            Some(dir) => {
-                let (snapshot, statuses) = analyze::load(dir, self.mesh.settings())?;
-                let refused = statuses.iter().filter(|s| s.severity == Severity::Error).count();
-                let hint = format!("; {refused} objects or files of {} are refused: meshctl analyze says why", dir.display());
-                let hint = if refused > 0 { hint } else { String::new() };
-                admin::explain(&snapshot, &query).map_err(|unanswered| match unanswered {
-                    admin::NoAnswer::Missing(what) => Failure::Asked(what + &hint),
-                    admin::NoAnswer::Misasked(how) => Failure::Misasked(how),
-                })
-            }
-            None => admin.document(&format!("/explain?{query}")),
-        }
-    }
 }
 
 impl Meshctl {
@@ -491,34 +373,6 @@ impl Meshctl {
         let document = json!({"pods": pods, "events": events.collect::<serde_json::Map<_, _>>()});
         self.print(&document, |v| views::capture(&v["pods"], &metrics));
         Ok(ExitCode::SUCCESS)
-    }
-}
-
-/// What a node would be told beside manifests; the same flags as of `mesh-node run`.
-#[derive(Debug, Args)]
-struct Offline {
-    /// Namespace whose policies without a selector apply to the whole mesh, of manifests without a node.
-    #[arg(long, default_value = "istio-system")]
-    root_namespace: String,
-    /// The trust domain, of manifests without a node.
-    #[arg(long, default_value = "cluster.local", value_parser = TrustDomain::parse)]
-    trust_domain: TrustDomain,
-    /// The label that enrols namespaces and pods, of manifests without a node.
-    #[arg(long, value_name = "LABEL=VALUE")]
-    enrolment_label: Option<EnrolmentLabel>,
-    /// Whether addresses the mesh does not know may be reached, of manifests without a node.
-    #[arg(long, value_enum, default_value_t)]
-    outbound_policy: OutboundPolicy,
-}
-
-impl Offline {
-    fn settings(&self) -> MeshSettings {
-        MeshSettings {
-            root_namespace: self.root_namespace.as_str().into(),
-            enrolment: self.enrolment_label.clone().unwrap_or_default(),
-            outbound: self.outbound_policy,
-            ..MeshSettings::new("", self.trust_domain.clone())
-        }
     }
 }
 

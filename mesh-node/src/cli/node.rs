@@ -266,7 +266,7 @@ fn account(text: &str) -> Result<(String, String), String> {
 
 impl CaArgs {
     fn run(self) -> anyhow::Result<()> {
-        telemetry::start_logging(&self.log, self.log_json || wants_json()).map_err(anyhow::Error::msg)?;
+        telemetry::log::start(&self.log, self.log_json || wants_json()).map_err(anyhow::Error::msg)?;
         let cluster = match (self.tokens, self.config_dir) {
             (Some(tokens), Some(config_dir)) => ClusterSettings::Files { tokens, config_dir, state_dir: self.state_dir },
             _ => ClusterSettings::Kubernetes,
@@ -298,14 +298,14 @@ impl MeshNode {
             Command::Uninstall(args) => uninstall(&args),
             Command::Verify => verify(),
         };
-        telemetry::flush_log();
+        telemetry::log::flush();
         done
     }
 }
 
 impl RunArgs {
     fn run(self) -> anyhow::Result<()> {
-        telemetry::start_logging(&self.log, self.log_json || wants_json()).map_err(anyhow::Error::msg)?;
+        telemetry::log::start(&self.log, self.log_json || wants_json()).map_err(anyhow::Error::msg)?;
         let workers = self.workers;
         let settings = self.settings()?;
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
