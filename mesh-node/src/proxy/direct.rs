@@ -4,30 +4,34 @@
 //!
 //! They need no process to go on: when this one stops they stay, and the next one finds them in the kernel.
 
+mod known;
 pub mod table;
 
 use std::{
     collections::{HashMap, HashSet},
     io,
-    net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use tokio::sync::Notify;
 
-use self::table::{Basis, Served};
+use self::{
+    known::{Ends, Known},
+    table::{Basis, Served},
+};
 use super::{
-    Failure, Proxy, ServedPod,
+    Proxy, ServedPod,
     live::{Carries, Cut, is_denied},
-    outcome::{Direction, Outcome, Party},
+    outcome::{Outcome, Party},
     pods::Stage,
 };
 use crate::{
-    capture::{self, DirectFlow, FlowEvents, Offered, Pair, Phase},
+    capture::{self, DirectFlow, FlowEvents, Phase},
     config::Snapshot,
     id::ObjectName,
-    route::{ClusterId, Target, Workload},
+    route::Workload,
     spawn,
 };
 
@@ -81,23 +85,6 @@ impl Pods {
     fn ends(&self, flow: &DirectFlow) -> Option<Ends> {
         Some(Ends { source: self.by_cookie.get(&flow.source)?.clone(), destination: self.by_ip.get(&flow.endpoint.ip())?.clone() })
     }
-}
-
-/// A flow that is open.
-struct Known {
-    flow: DirectFlow,
-    ends: Option<Ends>,
-    /// By the source and by the destination.
-    outcomes: [Outcome; 2],
-    cut: Option<Cut>,
-    _offered: Option<Offered>,
-}
-
-/// The pods it is between.
-#[derive(Clone)]
-struct Ends {
-    source: Arc<ServedPod>,
-    destination: Arc<ServedPod>,
 }
 
 /// A direct connection, for inspection.
@@ -440,81 +427,5 @@ impl State {
         let (source, workload) = (source?, workload?);
         let facts = table::facts(snapshot, source, flow.client.ip(), flow.endpoint);
         is_denied(workload, &facts, Carries::Unknown, &[]).then_some(Cut::PolicyChanged)
-    }
-}
-
-impl Known {
-    fn new(proxy: &Arc<Proxy>, snapshot: &Snapshot, ends: Option<Ends>, flow: &DirectFlow) -> Self {
-        let party = |address: SocketAddr| {
-            let workload = snapshot.workload_by_ip(address.ip()).cloned();
-            Party { address: Some(address), identity: workload.as_ref().map(|w| w.identity.clone()), workload }
-        };
-        let (source, destination) = (party(flow.client), party(flow.endpoint));
-        let namespace = source.workload.as_ref().map(|w| w.name.namespace.clone()).unwrap_or_default();
-        let cluster = match snapshot.resolve_for(&namespace, flow.dialled) {
-            Target::Service { service, port } => Some(ClusterId { service: service.name.clone(), port: port.port, subset: "".into() }),
-            _ => None,
-        };
-        let outcomes = [Direction::Outbound, Direction::Inbound].map(|direction| {
-            let mut outcome = Outcome::since(proxy, direction, flow.begun);
-            (outcome.source, outcome.destination) = (source.clone(), destination.clone());
-            outcome.direct = true;
-            match direction {
-                Direction::Outbound => {
-                    outcome.asked = Some(flow.dialled);
-                    outcome.cluster.clone_from(&cluster);
-                }
-                Direction::Inbound => outcome.dialled = cluster.as_ref().map(|cluster| cluster.service.clone()),
-            }
-            if flow.opened {
-                outcome.opened();
-            }
-            outcome
-        });
-        let accelerate = [&source, &destination].iter().all(|p| p.workload.as_ref().is_some_and(|w| w.accelerate));
-        let offered = match (&ends, proxy.accelerated()) {
-            (Some(ends), Some(offers)) if flow.phase == Phase::Open && accelerate => {
-                Some(offers.offer(Pair::of_flow(&ends.source.netns, &ends.destination.netns, flow)))
-            }
-            _ => None,
-        };
-        Self { flow: flow.clone(), ends, outcomes, cut: None, _offered: offered }
-    }
-
-    /// Takes in that it is established, if that was not known: it was to be ended while it was being dialled, and was not.
-    fn open(&mut self, flow: &DirectFlow) {
-        if self.flow.is_same(flow) && !self.flow.opened {
-            self.flow = flow.clone();
-            self.outcomes.iter_mut().for_each(Outcome::opened);
-        }
-    }
-
-    /// Counts and logs it.
-    fn close(mut self, flow: &DirectFlow) {
-        if flow.opened {
-            self.open(flow);
-        }
-        let [mut outbound, mut inbound] = self.outcomes;
-        if let Some(cut) = self.cut {
-            outbound.fail(Failure::Cut(cut));
-            inbound.fail(Failure::Cut(cut));
-        } else if !flow.opened {
-            let problem = || io::Error::other("it did not accept the connection");
-            outbound.fail(Failure::Dial { to: flow.endpoint, source: problem() });
-            inbound.fail(Failure::Application { to: flow.endpoint, source: problem() });
-        }
-        carried(&[outbound, inbound], (flow.sent, flow.received));
-    }
-
-    /// It has carried so much, at least.
-    fn carried(&self, bytes: (u64, u64)) {
-        carried(&self.outcomes, bytes);
-    }
-}
-
-fn carried(outcomes: &[Outcome; 2], (sent, received): (u64, u64)) {
-    for outcome in outcomes {
-        outcome.traffic.sent.fetch_max(sent, Ordering::Relaxed);
-        outcome.traffic.received.fetch_max(received, Ordering::Relaxed);
     }
 }

@@ -3,24 +3,23 @@
 //!
 //! Nothing else is done to requests and responses; when the application's connection ends, so does the client's.
 
-use std::{borrow::Cow, io, pin::Pin, sync::Arc};
+mod streams;
 
-use ::h2::{SendStream, client::ResponseFuture};
-use bytes::Bytes;
+use std::{borrow::Cow, pin::Pin};
+
 use http::{HeaderMap, Method, StatusCode};
-use tokio::sync::watch;
 
+pub use self::streams::serve_h2;
 use super::{
     Next,
     attempt::{self, Answered, Attempt, Plan},
     body::{FrameSink, FrameSource, RequestBody, Responder},
     gate::{Gate, Pass},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
-    h2::{self, Accepted, H2Responder, H2Sink, H2Source, wire_request},
     read_request,
     record::{Flag, Record},
     reply::Reply,
-    transport::{Counted, Transport},
+    transport::Transport,
     upload::Upload,
     upstream::{UpSink, UpSource},
     wire::{self, Malformed, Refused, WireRequest},
@@ -288,242 +287,5 @@ fn conclude(ended: &Attempt, record: &mut Record) -> Ended {
         Attempt::Malformed(malformed) => Ended::Malformed(*malformed),
         Attempt::Failed(failed) if failed.reset == Reset::ProtocolError => Ended::Unreadable,
         _ => Ended::Broken,
-    }
-}
-
-/// The application's end of an HTTP/2 connection: streams can be opened on it until it says otherwise.
-#[derive(Clone)]
-struct Streams {
-    send: ::h2::client::SendRequest<Bytes>,
-    over: Arc<watch::Sender<bool>>,
-}
-
-impl Streams {
-    /// Opens a stream when there is a place for it; the client is told to open no more when there is none any more.
-    async fn open(self, request: http::Request<()>, empty: bool) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
-        let Self { send, over } = self;
-        let opened = async { send.ready().await?.send_request(request, empty) };
-        opened.await.map_err(|_| {
-            over.send_replace(true);
-            ::h2::Reason::REFUSED_STREAM
-        })
-    }
-}
-
-/// Serves HTTP/2, until it is cut. `application`: none for a client that is not allowed in and is only told so.
-pub async fn serve_h2(
-    gate: Arc<Gate>,
-    client: Transport,
-    application: Option<Transport>,
-    traffic: Arc<Traffic>,
-    ending: impl Future<Output = Cut> + Send,
-) -> Result<io::Result<()>, Cut> {
-    let cut = Arc::new(watch::Sender::new(false));
-    tokio::select! {
-        biased;
-        reason = ending => {
-            // What has not ended on its streams is told of as cut, before its ends go.
-            cut.send_replace(true);
-            Err(reason)
-        }
-        served = streams(gate, client, application, traffic, &cut) => Ok(served),
-    }
-}
-
-async fn streams(
-    gate: Arc<Gate>,
-    client: Transport,
-    application: Option<Transport>,
-    traffic: Arc<Traffic>,
-    cut: &Arc<watch::Sender<bool>>,
-) -> io::Result<()> {
-    let opened = match application {
-        Some(transport) => Some(h2::connect(transport).await.map_err(h2::into_io)?),
-        None => None,
-    };
-    let over = Arc::new(watch::Sender::new(false));
-    let (send, connection) = opened.map_or((None, None), |o| (Some(o.send), Some(o.connection)));
-    let streams = send.map(|send| Streams { send, over: over.clone() });
-    let drive = async {
-        if let Some(connection) = connection {
-            let result = connection.await;
-            over.send_replace(true);
-            result.map_err(h2::into_io)
-        } else {
-            std::future::pending().await
-        }
-    };
-    let mut ended = over.subscribe();
-    let (pod, since) = (gate.pod.clone(), gate.since);
-    let draining = async move {
-        tokio::select! {
-            // The sender lives as long as this is waited for.
-            _ = ended.wait_for(|e| *e) => {}
-            () = pod.draining(since) => {}
-        }
-    };
-    let client = Counted::downstream(client, traffic);
-    let serving =
-        h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), accepted))), draining);
-    let (mut drive, mut serving) = (std::pin::pin!(drive), std::pin::pin!(serving));
-    tokio::select! {
-        served = &mut serving => served.map_err(h2::into_io),
-        // Its own streams have ended; the client is told to open no more, and goes on with what is left.
-        driven = &mut drive => {
-            driven?;
-            serving.await.map_err(h2::into_io)
-        }
-    }
-}
-
-async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::Receiver<bool>, accepted: Accepted) {
-    let (request, respond) = accepted;
-    let (parts_of, stream) = request.into_parts();
-    let mut body = H2Source::new(stream, &parts_of.headers);
-    let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
-    let mut record;
-    let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
-        Ok((mut head, expects_continue)) => {
-            let (begun, onward) = gate.record(&head, "HTTP/2");
-            record = begun;
-            if let Some(onward) = onward {
-                onward.write(&mut head.headers);
-            }
-            if record.grpc {
-                record.follow([body.meter().count_messages(), responder.meter().count_messages()]);
-            }
-            let end = tokio::select! {
-                biased;
-                // Without its sender, the connection is over, which its ends say.
-                Ok(_) = cut.wait_for(|c| *c) => None,
-                end = h2_request(&gate, streams, (&head, expects_continue), &mut body, &mut responder, &mut record) => Some(end),
-            };
-            record.moved(body.meter(), responder.meter());
-            end.unwrap_or_else(|| {
-                record.cut();
-                Err(::h2::Reason::CANCEL)
-            })
-        }
-        Err(refused) => {
-            record = gate.unread("HTTP/2", &refused);
-            let reply = Reply::new(refused.malformed.status, refused.malformed.body);
-            if refused.is_grpc() {
-                responder.meter().count_messages();
-            }
-            answer(reply, refused.is_grpc(), &mut responder, &mut record).await;
-            Ok(())
-        }
-    };
-    match end {
-        Err(reason) if !responder.is_complete() => responder.reset(reason).await,
-        _ if !responder.is_complete() => responder.reset(::h2::Reason::INTERNAL_ERROR).await,
-        // Whatever the client still sends is not wanted: h2 says so itself when both ends are dropped, after the answer, which a
-        // reset from here could overtake (RFC 9113 section 8.1).
-        _ => {}
-    }
-}
-
-async fn answer(reply: Reply, grpc: bool, responder: &mut H2Responder, record: &mut Record) {
-    let status = reply.start(grpc, false, responder, |status, headers| record.answered(status, headers)).ok();
-    record.refused(status, responder.meter());
-    while !responder.is_flushed() {
-        if responder.flush().await.is_err() {
-            return record.abandoned();
-        }
-    }
-}
-
-/// Opens a stream to the application, as long as the client waits and nothing denies the request meanwhile.
-async fn open(
-    gate: &Gate,
-    streams: Streams,
-    (request, empty): (http::Request<()>, bool),
-    (sent, pass): (&RequestHead, &Pass),
-    responder: &mut H2Responder,
-    record: &mut Record,
-) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
-    tokio::select! {
-        biased;
-        opened = streams.open(request, empty) => opened.inspect_err(|_| record.raise(Flag::UpstreamConnectionTermination)),
-        () = gate.denied_later(sent, pass) => {
-            record.cut();
-            Err(::h2::Reason::REFUSED_STREAM)
-        }
-        _ = responder.gone() => {
-            record.abandoned();
-            Err(::h2::Reason::CANCEL)
-        }
-    }
-}
-
-async fn h2_request(
-    gate: &Gate,
-    streams: Option<Streams>,
-    (head, mut expects_continue): (&RequestHead, bool),
-    body: &mut H2Source,
-    responder: &mut H2Responder,
-    record: &mut Record,
-) -> Result<(), ::h2::Reason> {
-    let grpc = head.is_grpc();
-    if expects_continue && gate.shows_bodies() {
-        // A client that is gone is noticed when it is answered.
-        let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;
-        expects_continue = false;
-    }
-    let empty = body.is_end();
-    let mut upload = Upload::new(body, false, &gate.proxy.replays.of(&gate.pod.kept));
-    let admitted = tokio::select! {
-        biased;
-        admitted = gate.admit(head, record.protocol, &mut upload) => admitted,
-        _ = responder.gone() => {
-            record.abandoned();
-            return Err(::h2::Reason::CANCEL);
-        }
-    };
-    let pass = match admitted {
-        Ok(pass) => pass,
-        Err(refusal) => {
-            refusal.note(record, gate, head);
-            if refusal.gone {
-                return Err(::h2::Reason::CANCEL);
-            }
-            answer(refusal.reply, grpc, responder, record).await;
-            return Ok(());
-        }
-    };
-    // A new connection is judged anew.
-    let Some(streams) = streams else {
-        record.raise(Flag::UpstreamConnectionTermination);
-        return Err(::h2::Reason::REFUSED_STREAM);
-    };
-    if head.method == Method::CONNECT {
-        record.raise(Flag::NoRoute);
-        record.details = Cow::Borrowed("route_not_found");
-        answer(Reply::new(StatusCode::NOT_FOUND, ""), grpc, responder, record).await;
-        return Ok(());
-    }
-    if expects_continue {
-        // A client that is gone is noticed when it is answered.
-        let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;
-    }
-    let sent = went_on(head, &pass, record);
-    let Some(request) = wire_request(sent, pass.client_cert.as_ref()) else {
-        record.details = Cow::Borrowed(Malformed::BAD_AUTHORITY.details);
-        return Err(::h2::Reason::PROTOCOL_ERROR);
-    };
-    let opened = open(gate, streams, (request, empty), (sent, &pass), responder, record).await;
-    let (response, stream) = opened?;
-    let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
-    let plan = Plan::once(sent, None);
-    let cut = gate.denied_later(sent, &pass);
-    let (ended, _) = attempt::exchange(&plan, sink, source, &mut upload, responder, &pass.to_client, cut, record).await;
-    let reason = match &ended {
-        Attempt::Failed(failed) if failed.reset == Reset::RefusedStream => ::h2::Reason::REFUSED_STREAM,
-        Attempt::Malformed(_) => ::h2::Reason::PROTOCOL_ERROR,
-        _ => ::h2::Reason::INTERNAL_ERROR,
-    };
-    match conclude(&ended, record) {
-        Ended::Whole => Ok(()),
-        Ended::Broken | Ended::Malformed(_) | Ended::Unreadable => Err(reason),
     }
 }

@@ -1,5 +1,6 @@
 //! Connections to endpoints: pooled for each source pod, cluster and endpoint, and one message exchange at a time on them.
 
+mod hold;
 mod ways;
 
 use std::{
@@ -17,11 +18,13 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 use tokio::{
     sync::{Notify, futures::Notified},
-    task::JoinHandle,
     time::{sleep, timeout},
 };
 
-pub use self::ways::{Failed, UpSink, UpSource, is_interim};
+pub use self::{
+    hold::LocalHold,
+    ways::{Failed, UpSink, UpSource, is_interim},
+};
 use super::{
     clusters::{ClusterState, ConnectionSlot, EndpointState, Limited, Slot},
     gate::Gate,
@@ -32,10 +35,8 @@ use crate::{
     hbone::Leaving,
     id::WorkloadUid,
     proxy::{
-        Failure, Proxy, ServedPod, inbound,
-        live::{Carries, Registration},
+        Failure, Proxy, ServedPod,
         outbound::{self, Dial},
-        outcome::Outcome,
     },
     route::{Cluster, traffic::TrafficPolicy},
 };
@@ -91,55 +92,6 @@ pub struct Wanted<'a> {
     pub endpoint: &'a Arc<EndpointState>,
     pub address: SocketAddr,
     pub http2: bool,
-}
-
-/// Something a connection within the node keeps: that it is counted and can be cut on the other pod's side.
-///
-/// A task of its own waits for that, so that exchanges do not have to ask what all connections of the pod share.
-#[derive(Debug)]
-pub struct LocalHold {
-    ended: Arc<Ended>,
-    watcher: JoinHandle<()>,
-    gate: Arc<Gate>,
-    outcome: Outcome,
-}
-
-#[derive(Debug, Default)]
-struct Ended {
-    is: AtomicBool,
-    wake: Notify,
-}
-
-impl LocalHold {
-    fn new(mut registration: Registration, pod: Arc<ServedPod>, outcome: Outcome, gate: Gate) -> Self {
-        registration.note().carries(Carries::Requests);
-        let ended = Arc::<Ended>::default();
-        let seen = ended.clone();
-        let watcher = tokio::spawn(async move {
-            inbound::cut(&mut registration, &pod).await;
-            seen.is.store(true, Ordering::Release);
-            seen.wake.notify_one();
-        });
-        Self { ended, watcher, gate: Arc::new(gate), outcome }
-    }
-
-    fn is_cut(&self) -> bool {
-        self.ended.is.load(Ordering::Acquire)
-    }
-
-    /// Completes when the connection is to end. One at a time waits.
-    async fn cut(hold: Option<&Self>) {
-        let Some(hold) = hold else { return std::future::pending().await };
-        while !hold.is_cut() {
-            hold.ended.wake.notified().await;
-        }
-    }
-}
-
-impl Drop for LocalHold {
-    fn drop(&mut self) {
-        self.watcher.abort();
-    }
 }
 
 /// An HTTP/1 connection, used by one exchange at a time.
