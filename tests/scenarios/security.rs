@@ -17,10 +17,13 @@ mod authorizers;
 mod recorded;
 #[path = "security/routed.rs"]
 mod routed;
+#[path = "security/servers.rs"]
+mod servers;
 #[path = "security/told.rs"]
 mod told;
 
-use authorizers::{grpc_authorizer, mesh_config};
+use authorizers::mesh_config;
+use servers::grpc_authorizer;
 
 const VIP: &str = "10.99.0.1:80";
 const ISSUER: &str = "https://issuer.example";

@@ -9,7 +9,7 @@ use mesh_tests::{
 };
 use serde_json::json;
 
-use super::{ask, authorizers, get, mesh_config, served};
+use super::{ask, authorizers, get, mesh_config, served, servers};
 
 /// What the application says about its connection reaches the client.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -96,7 +96,7 @@ async fn applications_are_told_who_the_client_is() {
         "includeRequestHeadersInCheck": ["x-forwarded-client-cert", "x-pass"], "headersToUpstreamOnAllow": ["x-cert"]}});
     let mesh = mesh_config(&json!({"extensionProviders": [provider]}));
     let mut documents = served(upstream, &[mesh, security("AuthorizationPolicy", "custom", &custom)]);
-    documents.extend(service("authz", "10.99.0.3", "http", &[authorizers::authorizer()]));
+    documents.extend(service("authz", "10.99.0.3", "http", &[servers::authorizer()]));
     engine.apply(&documents).await.expect("applied");
     let got = ask(&engine, "node", upstream, &get("/a", "asked", "x-pass: 1\r\n")).await;
     assert_eq!(got.status, "200");

@@ -1,0 +1,156 @@
+//! Connections that carry no requests: TCP and TLS routes, limits, who speaks first.
+
+use super::*;
+
+/// A TLS client hello that asks for a name, as any client begins.
+pub fn client_hello(name: &str) -> Vec<u8> {
+    let config = rustls::ClientConfig::builder().with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+    let name = rustls::pki_types::ServerName::try_from(name.to_owned()).expect("a name");
+    let mut connection = rustls::ClientConnection::new(std::sync::Arc::new(config), name).expect("TLS");
+    let mut hello = Vec::new();
+    connection.write_tls(&mut hello).expect("written");
+    hello
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tcp_and_tls_connections_are_routed_too() {
+    let (a, b, c) = (named("a").await, named("b").await, named("c").await);
+    let tls_web = service("tls-web", "10.97.0.4", "tls", &[a]);
+    let tcp_web = service("tcp-web", "10.97.0.5", "tcp", &[a]);
+    let any_web = service("any-web", "10.97.0.6", "any", &[a]);
+    let others = http_services(&[("b", 2, b), ("c", 3, c)]);
+    let vs = |name: &str, more: Value| {
+        let mut spec = json!({"hosts": [name]});
+        spec.as_object_mut().expect("object").extend(more.as_object().expect("object").clone());
+        json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": name}, "spec": spec})
+    };
+    let rules = vec![
+        vs(
+            "tls-web",
+            json!({"tls": [
+                {"match": [{"sniHosts": ["b.example"]}], "route": to("b")},
+                {"match": [{"sniHosts": ["*.wild.example"]}], "route": to("c")},
+            ], "tcp": [{"match": [{"port": 80}], "route": to("c")}]}),
+        ),
+        vs(
+            "tcp-web",
+            json!({"tcp": [
+                {"match": [{"sourceLabels": {"app": "other"}}], "route": to("c")},
+                {"match": [{"port": 80, "destinationSubnets": ["10.97.0.0/24"]}], "route": [{"destination": {"host": "b"}, "weight": 50}, {"destination": {"host": "c"}, "weight": 50}]},
+            ]}),
+        ),
+        vs("any-web", json!({"tcp": [{"route": to("b")}], "http": [{"route": to("c")}]})),
+    ];
+    let engine = Engine::start(&[tls_web, tcp_web, any_web, others, rules].concat()).await.expect("engine");
+    for (name, expected) in [("b.example", "b"), ("x.wild.example", "c"), ("other.example", "c")] {
+        assert_eq!(say(&engine, vip(4), &client_hello(name)).await, expected, "{name}");
+    }
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for _ in 0..100 {
+        *counts.entry(say(&engine, vip(5), b"hello").await).or_default() += 1;
+    }
+    assert!(counts.len() == 2 && counts["b"].abs_diff(50) <= 20, "{counts:?}");
+    // On a port that declares nothing the first bytes tell which rules are meant.
+    assert_eq!(say(&engine, vip(6), b"GET key\r\n").await, "b");
+    assert_eq!(get(&engine, vip(6), "/x", "").await, "c");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tcp_connections_are_limited_too() {
+    for end in ["maxConnectionDuration", "idleTimeout"] {
+        limited(&json!({"connectionPool": {"tcp": {"maxConnections": 1, end: "600ms"}}})).await;
+    }
+}
+
+async fn limited(policy: &Value) {
+    let a = named("a").await;
+    let documents = [service("db", "10.97.0.9", "tcp", &[a]), vec![destination_rule("db", policy)]].concat();
+    let engine = Engine::start(&documents).await.expect("engine");
+    let mut first = engine.connect(vip(9)).await.expect("connected");
+    first.write_all(b"hello").await.expect("written");
+    let mut answer = [0; 1];
+    first.read_exact(&mut answer).await.expect("an answer");
+    assert_eq!(say(&engine, vip(9), b"hello").await, "", "there is one already");
+    let over = tokio::time::timeout(std::time::Duration::from_secs(5), first.read(&mut answer)).await.expect("it ends");
+    assert!(over.is_err() || over.is_ok_and(|n| n == 0), "it lasted as long as it may");
+    let mut again = String::new();
+    for _ in 0..50 {
+        again = say(&engine, vip(9), b"hello").await;
+        if !again.is_empty() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(again, "a", "there is room again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_speaks_first_on_an_undeclared_port_is_heard() {
+    // Speaks first, then echoes.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let _ = stream.write_all(b"220 hello\n").await;
+                let (mut reader, mut writer) = stream.split();
+                let _ = tokio::io::copy(&mut reader, &mut writer).await;
+            });
+        }
+    });
+    let web = named("web").await;
+    let documents = [service("smtp", "10.97.0.7", "any", &[address]), service("web", "10.97.0.8", "any", &[web])].concat();
+    let rules = virtual_service("web", &json!([{"directResponse": {"status": 418}}]));
+    let engine = Engine::start(&[documents, vec![rules]].concat()).await.expect("engine");
+    let mut stream = engine.connect(vip(7)).await.expect("connected");
+    let started = std::time::Instant::now();
+    let mut banner = [0; 10];
+    stream.read_exact(&mut banner).await.expect("a banner");
+    assert!(started.elapsed() < std::time::Duration::from_millis(500), "no stall: {:?}", started.elapsed());
+    stream.write_all(b"EHLO\n").await.expect("written");
+    let mut echo = [0; 5];
+    stream.read_exact(&mut echo).await.expect("an echo");
+    assert_eq!((&banner[..], &echo[..]), (&b"220 hello\n"[..], &b"EHLO\n"[..]));
+    // A client that takes its time is still understood.
+    let mut stream = engine.connect(vip(8)).await.expect("connected");
+    for part in ["GE", "T / HTTP/1.1\r", "\nhost: a\r\n\r\n"] {
+        tokio::time::sleep(std::time::Duration::from_millis(60)).await;
+        stream.write_all(part.as_bytes()).await.expect("written");
+    }
+    let mut answer = vec![0; 1000];
+    let n = stream.read(&mut answer).await.expect("an answer");
+    assert!(answer[..n].starts_with(b"HTTP/1.1 418"), "{}", String::from_utf8_lossy(&answer[..n]));
+}
+
+/// A client that says nothing at first, and then something that is no request, has one connection to the server all the while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_hesitates_is_connected_once() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let address = listener.local_addr().expect("an address");
+    let accepted = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = accepted.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            tokio::spawn(async move {
+                let mut buffer = [0; 64];
+                while let Ok(n @ 1..) = stream.read(&mut buffer).await {
+                    if stream.write_all(&buffer[..n]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    let engine = Engine::start(&service("any-web", "10.97.0.6", "any", &[address])).await.expect("engine");
+    let mut stream = engine.connect(vip(6)).await.expect("connected");
+    // Long enough that the server is connected, so that it could speak first.
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    for said in ["hello world", "and more"] {
+        stream.write_all(said.as_bytes()).await.expect("written");
+        let mut echo = vec![0; said.len()];
+        stream.read_exact(&mut echo).await.expect("an echo");
+        assert_eq!(echo, said.as_bytes());
+    }
+    assert_eq!(accepted.load(std::sync::atomic::Ordering::Relaxed), 1);
+}
