@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use kubelet::{Pod, PodSpec};
 pub use node::{Node, NodeOptions};
-pub use process::Process;
+pub use process::{Process, place};
 
 use net::Network;
 

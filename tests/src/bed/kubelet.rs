@@ -142,6 +142,7 @@ pub(super) struct Services {
 struct Service {
     document: Value,
     selector: BTreeMap<String, String>,
+    number: u16,
 }
 
 impl Bed {
@@ -265,7 +266,9 @@ impl Bed {
 
     fn add_service(&mut self, mut document: Value, namespace: &str) -> Result<(IpAddr, IpAddr)> {
         let name = document["metadata"]["name"].as_str().context("a service's name")?.to_owned();
-        let number = u16::try_from(self.services.by_name.len() + 1)?;
+        // One that is applied again keeps its addresses.
+        let known = self.services.by_name.get(&(namespace.to_owned(), name.clone())).map(|service| service.number);
+        let number = known.map_or_else(|| u16::try_from(self.services.by_name.len() + 1), Ok)?;
         let [high, low] = number.to_be_bytes();
         let v4 = IpAddr::from(Ipv4Addr::new(10, 96, high, low));
         let v6 = IpAddr::from(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, number));
@@ -273,7 +276,8 @@ impl Bed {
         if document["spec"]["clusterIP"] != "None" {
             document["spec"]["clusterIP"] = json!(v4);
             document["spec"]["clusterIPs"] = json!([v4, v6]);
-            for (file, names) in self.host_names(namespace, &name)? {
+            let files = if known.is_some() { Vec::new() } else { self.host_names(namespace, &name)? };
+            for (file, names) in files {
                 let mut text = fs::read_to_string(&file)?;
                 text += &format!("{v4} {names}\n{v6} {names}\n");
                 // In place: the file is mounted into pods that run.
@@ -282,7 +286,7 @@ impl Bed {
         }
         write_atomically(&self.config().join(format!("services/{namespace}-{name}.json")), &document.to_string())?;
         let selector = serde_json::from_value(document["spec"]["selector"].clone()).unwrap_or_default();
-        self.services.by_name.insert((namespace.to_owned(), name), Service { document, selector });
+        self.services.by_name.insert((namespace.to_owned(), name), Service { document, selector, number });
         self.write_slices()?;
         Ok((v4, v6))
     }

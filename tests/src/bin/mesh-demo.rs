@@ -500,6 +500,11 @@ fn explore(bed: Bed) -> Result<()> {
         program("meshctl").display()
     );
     println!("   $EDITOR {}/applied/x.yaml            policies written here take effect at once", bed.config().display());
+    println!(
+        "   nsenter --net=/run/netns/NAME sh -c 'echo $$ > CGROUP/cgroup.procs; exec curl http://...'   run something in a pod (NAME as above; \
+         CGROUP is in {} capture)",
+        program("meshctl").display()
+    );
     println!("   tail -f {directory}/logs/node1.log             every connection");
     println!("The STRICT and DENY policies are still in force. To remove everything: {} --remove {id}", program("mesh-demo").display());
     bed.keep()
