@@ -85,6 +85,11 @@ impl Bed {
         &self.nodes
     }
 
+    /// The pods that run.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values()
+    }
+
     pub fn config(&self) -> PathBuf {
         self.directory.join("config")
     }

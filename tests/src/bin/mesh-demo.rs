@@ -500,11 +500,15 @@ fn explore(bed: Bed) -> Result<()> {
         program("meshctl").display()
     );
     println!("   $EDITOR {}/applied/x.yaml            policies written here take effect at once", bed.config().display());
-    println!(
-        "   nsenter --net=/run/netns/NAME sh -c 'echo $$ > CGROUP/cgroup.procs; exec curl http://...'   run something in a pod (NAME as above; \
-         CGROUP is in {} capture)",
-        program("meshctl").display()
-    );
+    if let Some((client, page)) = bed.pods().find(|p| p.name == "client").zip(bed.pods().find(|p| p.name.starts_with("productpage"))) {
+        println!("   in a pod (here the client):");
+        println!(
+            "     nsenter --net={} sh -c 'echo $$ > {}/cgroup.procs; exec curl http://{}/productpage'",
+            client.netns.display(),
+            client.cgroup.display(),
+            page.address(9080)
+        );
+    }
     println!("   tail -f {directory}/logs/node1.log             every connection");
     println!("The STRICT and DENY policies are still in force. To remove everything: {} --remove {id}", program("mesh-demo").display());
     bed.keep()
