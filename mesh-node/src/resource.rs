@@ -7,6 +7,7 @@ pub mod authorization;
 pub mod destination_rule;
 pub mod envelope;
 pub mod fields;
+mod further;
 pub mod gateway_route;
 pub mod kube;
 pub mod mesh_config;
@@ -130,3 +131,4 @@ pub enum Parsed {
 }
 
 pub use envelope::parse;
+pub use further::further;

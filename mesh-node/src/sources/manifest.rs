@@ -32,7 +32,11 @@ pub fn read(text: &str, default_namespace: &str) -> Content {
         match resource::parse(&document, default_namespace) {
             Ok(Parsed::Object(named)) => objects.push(*named),
             Ok(Parsed::Ignored(kind)) => tracing::debug!(target: "config", %kind, "ignored: not a kind of the mesh"),
-            Err(rejection) => rejections.push(rejection),
+            Err(rejection) => {
+                let further = resource::further(&document, default_namespace, &rejection);
+                rejections.push(rejection);
+                rejections.extend(further);
+            }
         }
     }
     Content::Read { objects, rejections, unread }
