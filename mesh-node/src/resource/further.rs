@@ -48,15 +48,11 @@ fn take_out(node: &mut Value, path: &str, taken: &mut Vec<Taken>) -> bool {
                 items.get_mut(index).is_some_and(|item| within(item, rest.trim_start_matches('.'), format!("{at}[{written}]"), taken))
             }
             Value::Object(fields) => {
-                let key = match path.strip_prefix('[').and_then(|p| p.split_once(']')) {
-                    Some((key, rest)) => Some((key.to_owned(), rest)),
-                    // Names may have dots in them: the longest that is there.
-                    None => {
-                        let follows = |key: &str| path.strip_prefix(key).filter(|rest| rest.is_empty() || rest.starts_with(['.', '[']));
-                        let there = fields.keys().filter_map(|key| Some((key.clone(), follows(key)?)));
-                        there.max_by_key(|(key, _)| key.len())
-                    }
-                };
+                // Names may have dots in them: the longest that is there.
+                let follows = |key: &str| path.strip_prefix(key).filter(|rest| rest.is_empty() || rest.starts_with(['.', '[']));
+                let there = || fields.keys().filter_map(|key| Some((key.clone(), follows(key)?))).max_by_key(|(key, _)| key.len());
+                let quoted = path.strip_prefix('[').and_then(|p| p.split_once(']')).map(|(key, rest)| (key.to_owned(), rest));
+                let key = quoted.or_else(there);
                 let Some((key, rest)) = key else { return false };
                 if rest.is_empty() {
                     return fields.remove(&key).is_some();
