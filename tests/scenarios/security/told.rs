@@ -32,6 +32,12 @@ async fn the_applications_connection_is_the_clients() {
     let ended = tokio::time::timeout(Duration::from_secs(3), stream.read_to_end(&mut rest)).await.expect("in time");
     assert!(ended.is_ok() && rest.is_empty(), "{ended:?}");
     assert!(seen.of("kept")[0].connection == seen.of("closing")[0].connection);
+    // One that ends without an answer ends so for the client: a close is a close, and a reset a reset.
+    for (plan, end) in [("fin", "FIN"), ("rst", "RST")] {
+        let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+        let silent = exchange(&mut stream, get("/d", plan, &format!("x-plan: {plan}\r\n")).into_bytes(), false).await;
+        assert_eq!((&*silent.end, silent.complete), (end, false), "{plan}: {silent:?}");
+    }
 }
 
 /// Who the client is, as the application is told; nobody can say that of himself.

@@ -222,8 +222,9 @@ async fn h1_request(
     record.moved(reader.meter(), responder.meter());
     match conclude(&ended, record) {
         Ended::Whole if clean && responder.keeps_alive() && reader.is_end() => Next::Another,
-        Ended::Broken if !responder.has_started() || responder.would_look_complete() => Next::Abort,
-        Ended::Whole | Ended::Broken => Next::Close,
+        Ended::Silent if !responder.has_started() => Next::Close,
+        Ended::Broken | Ended::Silent if !responder.has_started() || responder.would_look_complete() => Next::Abort,
+        Ended::Whole | Ended::Broken | Ended::Silent => Next::Close,
         Ended::Malformed(malformed) => refuse(Reply::new(malformed.status, malformed.body), grpc, true, responder, reader, record).await,
         // An application that ends its connection ends the client's; one that says what is no HTTP, the client could not read either.
         Ended::Unreadable => refuse(Reply::reset(Reset::ProtocolError, false), grpc, true, responder, reader, record).await,
@@ -274,6 +275,8 @@ async fn refuse_h1(gate: &Gate, refused: &Refused, reader: &mut Reader<'_>, sink
 enum Ended {
     Whole,
     Broken,
+    /// The application has ended its connection, and said nothing: no failure that its client would not see without a node between them.
+    Silent,
     Malformed(Malformed),
     /// There was an answer that is no HTTP.
     Unreadable,
@@ -286,6 +289,7 @@ fn conclude(ended: &Attempt, record: &mut Record) -> Ended {
         Attempt::Answered(Answered::Whole) => Ended::Whole,
         Attempt::Malformed(malformed) => Ended::Malformed(*malformed),
         Attempt::Failed(failed) if failed.reset == Reset::ProtocolError => Ended::Unreadable,
+        Attempt::Failed(failed) if failed.orderly => Ended::Silent,
         _ => Ended::Broken,
     }
 }

@@ -261,6 +261,6 @@ async fn h2_request(
     };
     match conclude(&ended, record) {
         Ended::Whole => Ok(()),
-        Ended::Broken | Ended::Malformed(_) | Ended::Unreadable => Err(reason),
+        Ended::Broken | Ended::Silent | Ended::Malformed(_) | Ended::Unreadable => Err(reason),
     }
 }

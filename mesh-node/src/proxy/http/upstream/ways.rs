@@ -39,11 +39,13 @@ pub struct Failed {
     pub detail: Cow<'static, str>,
     /// There was an interim answer.
     pub begun: bool,
+    /// The upstream ended the connection in order, without a word.
+    pub orderly: bool,
 }
 
 impl Failed {
     pub fn new(reset: Reset) -> Self {
-        Self { reset, detail: Cow::Borrowed(""), begun: false }
+        Self { reset, detail: Cow::Borrowed(""), begun: false, orderly: false }
     }
 
     fn of_h2(error: &io::Error) -> Self {
@@ -140,12 +142,11 @@ impl UpSource<'_> {
     /// The next head of a response, informational ones among them. Nothing is lost when this is dropped.
     pub async fn head(&mut self, method: &Method) -> Result<WireResponse, Failed> {
         match self {
-            Self::H1(reader) => reader.response(method).await.map_err(|no_head| {
-                Failed::new(match no_head {
-                    NoHead::Ended { partial: false } | NoHead::Broken { partial: false, .. } => Reset::ConnectionTermination,
-                    // As Envoy has it: a part of a head is a broken one.
-                    NoHead::Ended { .. } | NoHead::Broken { .. } | NoHead::Refused(_) => Reset::ProtocolError,
-                })
+            Self::H1(reader) => reader.response(method).await.map_err(|no_head| match no_head {
+                NoHead::Ended { partial: false } => Failed { orderly: true, ..Failed::new(Reset::ConnectionTermination) },
+                NoHead::Broken { partial: false, .. } => Failed::new(Reset::ConnectionTermination),
+                // As Envoy has it: a part of a head is a broken one.
+                NoHead::Ended { .. } | NoHead::Broken { .. } | NoHead::Refused(_) => Failed::new(Reset::ProtocolError),
             }),
             Self::H2 { response, body } => {
                 let answered = poll_fn(|cx| next_head(response, cx)).await.map_err(|e| Failed::of_h2(&ours::into_io(e)))?;
