@@ -367,6 +367,28 @@ fn programs_in_go_cannot_tell() {
 }
 
 #[test]
+fn programs_in_java_cannot_tell() {
+    // Compiled in memory, and with little that starts beside it.
+    let java = [
+        "java",
+        "-XX:TieredStopAtLevel=1",
+        "-XX:+UseSerialGC",
+        "-Dsun.net.httpserver.nodelay=true",
+        concat!(env!("CARGO_MANIFEST_DIR"), "/programs/Talk.java"),
+    ];
+    for same_node in ["proxy", "direct"] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on", "--same-node", same_node])).expect("bed");
+        let serve = java.into_iter().chain(["serve"]).map(str::to_owned).collect();
+        let [client, near] = bed.meshed([PodSpec::new("client", 0), PodSpec { command: serve, ..echo("near", 0) }]).expect("pods");
+        let run = bed.command(&client, "java".as_ref(), &[&java[1..], &["run", &near.v4().to_string()]].concat()).output().expect("ended");
+        assert_eq!(String::from_utf8_lossy(&run.stdout), "done\n", "{same_node}: {}", String::from_utf8_lossy(&run.stderr));
+        let reached = |state: &str| bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]).unwrap_or(0.0);
+        assert!(reached("accelerated") > 0.0 && reached("blocking") > 0.0, "{same_node}");
+        wait_for("empty maps", Duration::from_secs(5), || Ok(entered(&bed, 0) == 0 && states(&bed, 0).is_empty())).expect("nothing left");
+    }
+}
+
+#[test]
 fn servers_that_share_a_port_are_accelerated_each() {
     let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
     let serve = format!("{} serve 9000 --shared", program("soak").display());

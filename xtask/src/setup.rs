@@ -36,6 +36,7 @@ const RUNTIME: &[Package] = &[
 
 const TESTS: &[Package] = &[
     Package { file: "/usr/bin/promtool", package: "prometheus", why: "a test has it read the nodes' metrics, rules and dashboards" },
+    Package { file: "/usr/bin/javac", package: "openjdk-17-jdk-headless", why: "a test has programs in Java talk to each other" },
     Package { file: "/usr/bin/go", package: "golang-go", why: "a test has programs in Go talk to each other" },
     Package {
         file: "/usr/share/gocode/src/golang.org/x/net/http2/h2c/h2c.go",

@@ -36,7 +36,7 @@ async fn the_applications_connection_is_the_clients() {
     for (plan, end) in [("fin", "FIN"), ("rst", "RST")] {
         let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
         let silent = exchange(&mut stream, get("/d", plan, &format!("x-plan: {plan}\r\n")).into_bytes(), false).await;
-        assert_eq!((&*silent.end, silent.complete), (end, false), "{plan}: {silent:?}");
+        assert_eq!((silent.end, silent.complete), (end, false), "{plan}: {silent:?}");
     }
 }
 
