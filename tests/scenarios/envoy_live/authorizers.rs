@@ -92,6 +92,10 @@ const ANSWERS: &[(&str, &str)] = &[
     ),
     ("200 with a header twice", "HTTP/1.1 200 OK\r\nx-up: one\r\nx-up: two\r\ncontent-length: 0\r\n\r\n"),
     ("200 with an empty header", "HTTP/1.1 200 OK\r\nx-up: \r\ncontent-length: 0\r\n\r\n"),
+    (
+        "200 with names to remove",
+        "HTTP/1.1 200 OK\r\nx-up: one\r\nx-envoy-auth-headers-to-remove: x-other, X-EXT-A,,:path\r\nx-envoy-auth-headers-to-remove: host,x-up,none\r\ncontent-length: 0\r\n\r\n",
+    ),
     ("201", "HTTP/1.1 201 Created\r\ncontent-length: 0\r\n\r\n"),
     ("204", "HTTP/1.1 204 No Content\r\n\r\n"),
     ("302", "HTTP/1.1 302 Found\r\nlocation: /login\r\nset-cookie: s=1\r\ncontent-length: 0\r\n\r\n"),

@@ -113,6 +113,8 @@ struct CheckResponse {
     denied_response: Option<Denied>,
     #[prost(message, optional, tag = "3")]
     ok_response: Option<Allowed>,
+    #[prost(message, optional, tag = "5")]
+    error_response: Option<Denied>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -277,14 +279,22 @@ fn header(key: &str, value: &str, append: Option<bool>, append_action: i32) -> H
 }
 
 fn allowed(ok: Allowed) -> Says {
-    let response = CheckResponse { status: Some(Status { code: 0 }), ok_response: Some(ok), denied_response: None };
+    let response = CheckResponse { status: Some(Status { code: 0 }), ok_response: Some(ok), ..CheckResponse::default() };
     Says::Message(response.encode_to_vec(), "0")
 }
 
 fn denied(code: i32, http: i32, headers: Vec<HeaderValueOption>, body: &str) -> Says {
     let status = (http != 0).then_some(Status { code: http });
     let denied = Denied { status, headers, body: body.into() };
-    let response = CheckResponse { status: Some(Status { code }), denied_response: Some(denied), ok_response: None };
+    let response = CheckResponse { status: Some(Status { code }), denied_response: Some(denied), ..CheckResponse::default() };
+    Says::Message(response.encode_to_vec(), "0")
+}
+
+fn failed(code: i32, http: i32) -> Says {
+    let status = (http != 0).then_some(Status { code: http });
+    let headers = vec![header("x-e", "1", None, 0), header("x-e", "2", Some(true), 0)];
+    let error = Denied { status, headers, body: "err".into() };
+    let response = CheckResponse { status: Some(Status { code }), error_response: Some(error), ..CheckResponse::default() };
     Says::Message(response.encode_to_vec(), "0")
 }
 
@@ -311,6 +321,19 @@ pub fn answers() -> Vec<(&'static str, Says)> {
                 ..Allowed::default()
             }),
         ),
+        (
+            "set and removed",
+            allowed(Allowed {
+                headers: vec![header("x-up", "9", None, 0), header("x-new", "1", None, 0), header("x-kept", "1", None, 0)],
+                headers_to_remove: ["x-up", "x-new", "authorization"].map(Into::into).into(),
+                ..Allowed::default()
+            }),
+        ),
+        ("failed with 502", failed(13, 502)),
+        ("failed without status", failed(13, 0)),
+        ("failed with 200", failed(13, 200)),
+        ("failed with 999", failed(13, 999)),
+        ("failed, and allowed", failed(0, 502)),
         (
             "odd headers",
             allowed(Allowed {

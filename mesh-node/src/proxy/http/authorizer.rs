@@ -47,6 +47,9 @@ const INVALID: &str = "ext_authz_invalid";
 /// Says whether an authorizer is shown only the beginning of a body.
 const PARTIAL_BODY: &str = "x-envoy-auth-partial-body";
 
+/// Names of request headers, by commas, that an authorizer over HTTP wants taken off.
+const TO_REMOVE: &str = "x-envoy-auth-headers-to-remove";
+
 /// What an authorizer says.
 pub enum Answer {
     /// It may pass, with the changes made to it.
@@ -54,6 +57,23 @@ pub enum Answer {
         to_client: ToClient,
     },
     Denied(Box<Refusal>),
+}
+
+/// What comes of a question that was answered.
+enum Told {
+    Decided(Answer),
+    /// The authorizer says that it failed, and what its client is to be told.
+    Failed(Box<Reply>),
+}
+
+impl Told {
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Decided(Answer::Allowed { .. }) => "allowed",
+            Self::Decided(Answer::Denied(_)) => "denied",
+            Self::Failed(_) => "failed",
+        }
+    }
 }
 
 /// Asks one authorizer about a request, and changes the request as it says.
@@ -80,10 +100,15 @@ pub async fn ask(
                     Check::Grpc => ask_grpc(gate, &cluster, authorizer, (head, protocol), shown).await,
                 }
             };
-            in_time(gate, authorizer, answer, |answer| matches!(answer, Answer::Allowed { .. })).await.ok_or(authorizer)
+            (in_time(gate, authorizer, answer, Told::word).await, authorizer)
         }
     };
-    asked.unwrap_or_else(unanswered)
+    match asked {
+        (Some(Told::Decided(answer)), _) => answer,
+        (Some(Told::Failed(_)) | None, authorizer) if authorizer.fail_open => Answer::Allowed { to_client: ToClient::default() },
+        (Some(Told::Failed(reply)), _) => Answer::Denied(refusal(*reply, ERROR.to_owned())),
+        (None, authorizer) => refused(authorizer.status_on_error, ERROR.to_owned()),
+    }
 }
 
 /// As much of a request's body as an authorizer is shown.
@@ -143,9 +168,12 @@ pub async fn ask_connection(gate: &Gate, snapshot: &Arc<Snapshot>, provider: &Ar
             return Err(ERROR);
         }
         Whom::Found(authorizer, cluster) => {
-            let question = proto::connection_question(&gate.facts, gate.client);
-            let answer = async { check(gate, &cluster, authorizer, Scheme::Http, None, &question).await.map(|r| r.is_ok()) };
-            (authorizer, in_time(gate, authorizer, answer, |ok| *ok).await)
+            let question = proto::connection_question(gate);
+            let answer = async {
+                let response = check(gate, &cluster, authorizer, Scheme::Http, None, &question).await?;
+                (!response.has_failed()).then(|| response.is_ok())
+            };
+            (authorizer, in_time(gate, authorizer, answer, |ok| if *ok { "allowed" } else { "denied" }).await)
         }
     };
     match answer {
@@ -187,12 +215,11 @@ async fn in_time<T>(
     gate: &Gate,
     authorizer: &Authorizer,
     answer: impl Future<Output = Option<T>>,
-    allows: impl Fn(&T) -> bool,
+    word: impl Fn(&T) -> &'static str,
 ) -> Option<T> {
     let answer = timeout(authorizer.timeout, answer).await;
     let result = match &answer {
-        Ok(Some(answer)) if allows(answer) => "allowed",
-        Ok(Some(_)) => "denied",
+        Ok(Some(answer)) => word(answer),
         Ok(None) => "failed",
         Err(_) => "timeout",
     };
@@ -202,14 +229,6 @@ async fn in_time<T>(
 
 fn cluster(snapshot: &Snapshot, authorizer: &Authorizer) -> Option<Arc<Cluster>> {
     snapshot.cluster_at(&authorizer.service, authorizer.port)
-}
-
-/// What becomes of a request nobody could be asked about.
-fn unanswered(authorizer: &Authorizer) -> Answer {
-    if authorizer.fail_open {
-        return Answer::Allowed { to_client: ToClient::default() };
-    }
-    refused(authorizer.status_on_error, ERROR.to_owned())
 }
 
 fn refused(status: StatusCode, details: String) -> Answer {
@@ -226,7 +245,7 @@ fn call<'a>(gate: &'a Gate, cluster: &'a Arc<Cluster>, http2: bool) -> Call<'a> 
     Call { proxy: &gate.proxy, pod: &gate.pod, client: gate.client, cluster, http2, at_once: AT_ONCE }
 }
 
-async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: &mut RequestHead, shown: Option<Shown>) -> Option<Answer> {
+async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: &mut RequestHead, shown: Option<Shown>) -> Option<Told> {
     let mut headers = HeaderMap::new();
     for (name, value) in &head.headers {
         let sent = name == header::AUTHORIZATION || any(&check.request_headers, name);
@@ -271,11 +290,14 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
                 head.headers.insert(name, value.clone());
             }
         }
+        // The last thing that is done, as with Envoy.
+        let gone = headers.get_all(TO_REMOVE).iter().filter_map(|names| names.to_str().ok()).flat_map(|names| names.split(','));
+        changes::remove(&mut head.headers, gone);
         let mut to_client = ToClient::default();
         for (name, value) in headers.iter().filter(|(n, _)| any(&check.to_downstream_on_allow, n) && is_end_to_end(n)) {
             to_client.push(name.clone(), value.clone(), How::Append);
         }
-        return Some(Answer::Allowed { to_client });
+        return Some(Told::Decided(Answer::Allowed { to_client }));
     }
     let always = [header::WWW_AUTHENTICATE, header::LOCATION];
     let gone =
@@ -289,7 +311,7 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
     reply.headers = headers;
     // A gRPC client is told in gRPC.
     reply.verbatim = (!head.is_grpc()).then(|| body.data.into());
-    Some(Answer::Denied(refusal(reply, DENIED.to_owned())))
+    Some(Told::Decided(Answer::Denied(refusal(reply, DENIED.to_owned()))))
 }
 
 impl Shown {
@@ -314,14 +336,15 @@ async fn ask_grpc(
     authorizer: &Authorizer,
     (head, protocol): (&mut RequestHead, &'static str),
     shown: Option<Shown>,
-) -> Option<Answer> {
-    let question = proto::question(&gate.facts, gate.client, (head, protocol), shown);
+) -> Option<Told> {
+    let question = proto::question(gate, (head, protocol), shown);
     let response = check(gate, cluster, authorizer, head.scheme, Some(&head.headers), &question).await?;
-    Some(match proto::apply(&response, head) {
+    Some(Told::Decided(match proto::apply(&response, head, authorizer.status_on_error) {
         proto::Outcome::Allowed { to_client } => Answer::Allowed { to_client },
         proto::Outcome::Denied(reply) => Answer::Denied(refusal(*reply, DENIED.to_owned())),
+        proto::Outcome::Failed(reply) => return Some(Told::Failed(reply)),
         proto::Outcome::Invalid => refused(StatusCode::INTERNAL_SERVER_ERROR, INVALID.to_owned()),
-    })
+    }))
 }
 
 /// One call of `envoy.service.auth.v3.Authorization/Check`.

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     config::Snapshot,
+    id::SpiffeId,
     jwt::Fault,
     policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, strip},
     proxy::{
@@ -286,6 +287,12 @@ impl Gate {
             ClientCert::Verified | ClientCert::SanitizeSet | ClientCert::AppendForward => set(own()),
             ClientCert::Sanitize | ClientCert::ForwardOnly => set(None),
         }
+    }
+
+    /// Who this end of the connection has proved to be; it has only where the other one has.
+    pub fn proved(&self) -> Option<SpiffeId> {
+        self.facts.peer.as_ref()?;
+        Some(self.proxy.config.load().workload(&self.pod.uid)?.identity.clone())
     }
 
     /// None where the client has not proved who it is.

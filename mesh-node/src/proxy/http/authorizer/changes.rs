@@ -56,6 +56,13 @@ pub fn lengthen(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue)
     }
 }
 
+/// Takes headers off; neither pseudo headers nor the host can be.
+pub fn remove<'a>(headers: &mut HeaderMap, names: impl Iterator<Item = &'a str>) {
+    for name in names.map(str::trim).filter(|name| !name.eq_ignore_ascii_case("host")) {
+        headers.remove(name);
+    }
+}
+
 /// A target with parameters set and removed, which puts all of them in the order of their names; none when that is no target.
 pub fn with_parameters<'a>(
     target: &'a PathAndQuery,
@@ -73,10 +80,23 @@ pub fn with_parameters<'a>(
     for name in removed {
         all.remove(name);
     }
-    let query = all.iter().flat_map(|(name, values)| values.iter().map(move |value| format!("{name}={value}")));
+    let query = all.iter().flat_map(|(name, values)| values.iter().map(move |value| format!("{}={}", query(name), query(value))));
     let query = query.collect::<Vec<_>>().join("&");
     let path = target.path();
     PathAndQuery::try_from(if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") }).ok()
+}
+
+/// What an authorizer may write into a query as it means it: what cannot stand in one is escaped, and what separates parameters stays.
+fn query(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_graphic() && !matches!(byte, b'#' | b'"' | b'<' | b'>') {
+            escaped.push(char::from(byte));
+        } else {
+            escaped.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    escaped
 }
 
 /// Text of bytes that may be none: a `!` for each that is not.
@@ -106,7 +126,8 @@ mod tests {
             let changed = with_parameters(&target, set.iter().copied(), removed.iter().copied());
             assert_eq!(changed.expect("a target").as_str(), expected);
         }
-        let target = "/x".parse().expect("a target");
-        assert!(with_parameters(&target, std::iter::once(("a", " \u{7f}")), std::iter::empty()).is_none());
+        let target = "/x?q=1".parse().expect("a target");
+        let changed = with_parameters(&target, [("a", "a b\u{7f}"), ("x y", "#\u{e9}&%41")].into_iter(), std::iter::once("q"));
+        assert_eq!(changed.expect("a target").as_str(), "/x?a=a%20b%7F&x%20y=%23%C3%A9&%41");
     }
 }

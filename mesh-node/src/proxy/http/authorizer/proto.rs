@@ -13,12 +13,9 @@ use super::{
         wire::{checked_authority, path_and_query},
     },
     PARTIAL_BODY, Shown,
-    changes::{How, ToClient, lengthen, text, with_parameters},
+    changes::{How, ToClient, lengthen, remove, text, with_parameters},
 };
-use crate::{
-    policy::{Facts, Sni},
-    route::request::RequestHead,
-};
+use crate::{policy::Sni, proxy::http::gate::Gate, route::request::RequestHead};
 
 #[derive(Clone, PartialEq, Message)]
 pub struct CheckRequest {
@@ -114,6 +111,8 @@ pub struct CheckResponse {
     denied: Option<Denied>,
     #[prost(message, optional, tag = "3")]
     ok: Option<Allowed>,
+    #[prost(message, optional, tag = "5")]
+    error: Option<Denied>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -192,32 +191,39 @@ impl CheckResponse {
     pub fn is_ok(&self) -> bool {
         self.status.as_ref().is_none_or(|s| s.code == 0)
     }
+
+    /// Whether the authorizer says that it failed, which is no decision.
+    pub fn has_failed(&self) -> bool {
+        !self.is_ok() && self.error.is_some()
+    }
 }
 
 /// What is asked about a connection.
-pub fn connection_question(facts: &Facts, client: SocketAddr) -> CheckRequest {
-    let sni = match &facts.sni {
+pub fn connection_question(gate: &Gate) -> CheckRequest {
+    let sni = match &gate.facts.sni {
         Sni::Read(Some(name)) => Some(TlsSession { sni: name.to_string() }),
         Sni::Read(None) | Sni::Unread => None,
     };
-    CheckRequest { attributes: Some(Attributes { tls_session: sni, ..attributes(facts, client) }) }
+    CheckRequest { attributes: Some(Attributes { tls_session: sni, ..attributes(gate) }) }
 }
 
-fn attributes(facts: &Facts, client: SocketAddr) -> Attributes {
+fn attributes(gate: &Gate) -> Attributes {
+    let facts = &gate.facts;
     let peer = |at: SocketAddr, principal: String| {
         let socket = SocketAddress { address: at.ip().to_string(), port: at.port().into() };
         Some(Peer { address: Some(Address { socket: Some(socket) }), principal })
     };
     Attributes {
-        source: peer(client, facts.peer.as_ref().map(ToString::to_string).unwrap_or_default()),
-        destination: peer(facts.destination, String::new()),
+        source: peer(gate.client, facts.peer.as_ref().map(ToString::to_string).unwrap_or_default()),
+        // Who this end has proved to be, which it has only where the other one has.
+        destination: peer(facts.destination, gate.proved().map(|own| own.to_string()).unwrap_or_default()),
         request: None,
         tls_session: None,
     }
 }
 
 /// What is asked about a request.
-pub fn question(facts: &Facts, client: SocketAddr, (head, protocol): (&RequestHead, &'static str), shown: Option<Shown>) -> CheckRequest {
+pub fn question(gate: &Gate, (head, protocol): (&RequestHead, &'static str), shown: Option<Shown>) -> CheckRequest {
     let mut headers: HashMap<String, String> = HashMap::new();
     for name in head.headers.keys() {
         let values = head.headers.get_all(name).iter().map(|v| text(v.as_bytes()));
@@ -254,7 +260,7 @@ pub fn question(facts: &Facts, client: SocketAddr, (head, protocol): (&RequestHe
     };
     let time = Timestamp { seconds: i64::try_from(now.as_secs()).unwrap_or(0), nanos: i32::try_from(now.subsec_nanos()).unwrap_or(0) };
     let request = Some(Request { time: Some(time), http: Some(http) });
-    CheckRequest { attributes: Some(Attributes { request, ..attributes(facts, client) }) }
+    CheckRequest { attributes: Some(Attributes { request, ..attributes(gate) }) }
 }
 
 /// What an answer comes to.
@@ -263,23 +269,21 @@ pub enum Outcome {
         to_client: ToClient,
     },
     Denied(Box<Reply>),
+    /// Nothing was decided; this is what a client is told unless such requests pass.
+    Failed(Box<Reply>),
     /// It would make something of the request that is no request.
     Invalid,
 }
 
-/// Changes the request as the answer says.
-pub fn apply(response: &CheckResponse, head: &mut RequestHead) -> Outcome {
+/// Changes the request as the answer says. `on_error`: the status of a failure that names none.
+pub fn apply(response: &CheckResponse, head: &mut RequestHead, on_error: StatusCode) -> Outcome {
     if response.is_ok() {
         let Some(ok) = &response.ok else { return Outcome::Allowed { to_client: ToClient::default() } };
-        for name in &ok.headers_to_remove {
-            // Neither pseudo headers nor the host can be taken away.
-            if name != "host" {
-                head.headers.remove(name);
-            }
-        }
         if !ok.headers.iter().all(|option| change(option, head)) {
             return Outcome::Invalid;
         }
+        // After they were set, as with Envoy.
+        remove(&mut head.headers, ok.headers_to_remove.iter().map(|name| &**name));
         if !ok.query_parameters_to_set.is_empty() || !ok.query_parameters_to_remove.is_empty() {
             let set = ok.query_parameters_to_set.iter().map(|p| (&*p.key, &*p.value));
             if let Some(target) = with_parameters(&head.target, set, ok.query_parameters_to_remove.iter().map(|name| &**name)) {
@@ -294,17 +298,26 @@ pub fn apply(response: &CheckResponse, head: &mut RequestHead) -> Outcome {
         }
         return Outcome::Allowed { to_client };
     }
-    let denied = response.denied.clone().unwrap_or_default();
-    let status = denied.status.as_ref().and_then(|s| u16::try_from(s.code).ok()).and_then(|s| StatusCode::from_u16(s).ok());
-    let status = status.filter(|s| s.as_u16() >= 200).unwrap_or(StatusCode::FORBIDDEN);
-    let mut reply = Reply::new(status, denied.body);
-    // All of one name that are not to be appended: there would be nothing to append them to.
-    for option in denied.headers.iter().filter(|o| !o.appends()) {
-        if let Some((name, value)) = option.field() {
-            reply.headers.append(name, value);
-        }
+    match &response.error {
+        Some(error) => Outcome::Failed(Box::new(error.reply(on_error, true))),
+        // All of one name that are not to be appended: there would be nothing to append them to.
+        None => Outcome::Denied(Box::new(response.denied.clone().unwrap_or_default().reply(StatusCode::FORBIDDEN, false))),
     }
-    Outcome::Denied(Box::new(reply))
+}
+
+impl Denied {
+    /// `unsaid`: the status where it names none that can be one. `appended`: with headers that are to be appended too.
+    fn reply(&self, unsaid: StatusCode, appended: bool) -> Reply {
+        let status = self.status.as_ref().and_then(|s| u16::try_from(s.code).ok()).and_then(|s| StatusCode::from_u16(s).ok());
+        let status = status.filter(|s| s.as_u16() >= 200).unwrap_or(unsaid);
+        let mut reply = Reply::new(status, self.body.clone());
+        for option in self.headers.iter().filter(|o| appended || !o.appends()) {
+            if let Some((name, value)) = option.field() {
+                reply.headers.append(name, value);
+            }
+        }
+        reply
+    }
 }
 
 impl HeaderOption {
@@ -356,6 +369,8 @@ fn change(option: &HeaderOption, head: &mut RequestHead) -> bool {
                 head.method = method;
             }
         }
+        // No value of a header can be made of it, and without it the request is not what was let in.
+        Some(name) if HeaderName::from_bytes(name.as_bytes()).is_ok() && HeaderValue::from_bytes(bytes).is_err() => return false,
         _ => match option.field() {
             Some((name, value)) if option.appends() => lengthen(&mut head.headers, &name, &value),
             Some((name, value)) => drop(head.headers.insert(name, value)),
@@ -389,6 +404,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_set_may_be_removed_and_a_failure_is_no_decision() {
+        let mut head = RequestHead {
+            method: Method::GET,
+            scheme: Scheme::Http,
+            authority: HeaderValue::from_static("a"),
+            target: http::uri::PathAndQuery::from_static("/"),
+            headers: HeaderMap::from_iter([(HeaderName::from_static("x-old"), HeaderValue::from_static("1"))]),
+        };
+        let set = |key: &str| {
+            let header = Some(Header { key: key.into(), value: "9".into(), raw_value: Vec::new() });
+            HeaderOption { header, append: None, append_action: 0 }
+        };
+        let removed = ["x-a", "X-Old", "host", ":path"].map(str::to_owned).to_vec();
+        let ok = Allowed { headers: vec![set("x-a"), set("x-b")], headers_to_remove: removed, ..Allowed::default() };
+        apply(&CheckResponse { ok: Some(ok), ..CheckResponse::default() }, &mut head, StatusCode::FORBIDDEN);
+        assert_eq!(head.headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-b"]);
+        for (code, expected) in [(502, 502), (0, 503), (100, 503), (70_000, 503)] {
+            let error = Denied { status: Some(HttpStatus { code }), headers: vec![set("x-e")], body: "err".into() };
+            let response = CheckResponse { status: Some(RpcStatus { code: 13 }), error: Some(error), ..CheckResponse::default() };
+            let Outcome::Failed(reply) = apply(&response, &mut head, StatusCode::SERVICE_UNAVAILABLE) else { panic!("a failure") };
+            assert_eq!((reply.status.as_u16(), reply.headers.len(), response.has_failed()), (expected, 1, true));
+        }
+    }
+
+    #[test]
     fn what_would_be_no_request_is_not_made_of_one() {
         for (key, value, valid) in [
             (":path", "/b?c", true),
@@ -401,6 +441,8 @@ mod tests {
             (":method", "P T", false),
             ("x-a", "1", true),
             ("x a", "1", true),
+            ("x-a", "1\n2", false),
+            ("x a", "1\n2", true),
         ] {
             let mut head = RequestHead {
                 method: Method::GET,
@@ -411,7 +453,7 @@ mod tests {
             };
             let header = Some(Header { key: key.into(), value: value.into(), raw_value: Vec::new() });
             let ok = Allowed { headers: vec![HeaderOption { header, append: None, append_action: 0 }], ..Allowed::default() };
-            let outcome = apply(&CheckResponse { status: None, denied: None, ok: Some(ok) }, &mut head);
+            let outcome = apply(&CheckResponse { ok: Some(ok), ..CheckResponse::default() }, &mut head, StatusCode::FORBIDDEN);
             assert_eq!(matches!(outcome, Outcome::Allowed { .. }), valid, "{key}: {value:?}");
         }
     }
