@@ -14,7 +14,8 @@ const LOOK: Duration = Duration::from_secs(2);
 /// force.
 pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Output = ()> + Send, IssueError> {
     let mut seen = Stamp::of(paths.iter().cloned());
-    read(&paths, &trust)?;
+    let lists = read(&paths, &trust)?;
+    tracing::info!(target: "identity", lists, "revocation lists read");
     Ok(async move {
         loop {
             tokio::time::sleep(LOOK).await;
@@ -23,9 +24,9 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
                 continue;
             }
             match read(&paths, &trust) {
-                Ok(()) => {
+                Ok(lists) => {
                     seen = now;
-                    tracing::info!(target: "identity", lists = paths.len(), "revocation lists read again");
+                    tracing::info!(target: "identity", lists, "revocation lists read again");
                 }
                 Err(error) => {
                     tracing::warn!(target: "identity", error = chain(&error), "revocation lists cannot be read; those read before stay in force");
@@ -35,7 +36,7 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
     })
 }
 
-fn read(paths: &[PathBuf], trust: &Trust) -> Result<(), IssueError> {
+fn read(paths: &[PathBuf], trust: &Trust) -> Result<usize, IssueError> {
     let texts = paths.iter().map(|p| fs::read(p).map_err(state("read", p))).collect::<Result<Vec<_>, _>>()?;
     Ok(trust.set_revocations(texts.iter().map(Vec::as_slice))?)
 }

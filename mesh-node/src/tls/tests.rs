@@ -1,5 +1,8 @@
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
-use rustls::NamedGroup;
+use rustls::{
+    NamedGroup,
+    pki_types::{CertificateRevocationListDer, pem::PemObject},
+};
 
 use super::*;
 
@@ -32,9 +35,20 @@ fn issued(ca: &Issuing, written: &str, identity: &str) -> Result<Credentials, Tl
 }
 
 fn trusting(ca: &Issuing, written: &str, identity: &str, trust: Arc<Trust>) -> Result<Credentials, TlsError> {
+    until(ca, written, identity, trust, None)
+}
+
+fn until(
+    ca: &Issuing,
+    written: &str,
+    identity: &str,
+    trust: Arc<Trust>,
+    end: Option<time::OffsetDateTime>,
+) -> Result<Credentials, TlsError> {
     let mut params = CertificateParams::default();
     params.subject_alt_names = vec![SanType::URI(written.try_into().expect("ascii"))];
     params.serial_number = Some(rcgen::SerialNumber::from(vec![7]));
+    params.not_after = end.unwrap_or(params.not_after);
     let key = KeyPair::generate().expect("key");
     let leaf = params.signed_by(&key, ca).expect("leaf");
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
@@ -160,7 +174,41 @@ async fn a_revoked_peer_is_refused_and_its_connections_end() {
     server.trust.set_revocations([revocations(&self::ca(), &[7]).as_bytes()]).expect("lists");
     let (forged, _) = shake(&client, SERVER, &server).await;
     assert!(forged.is_ok(), "{forged:?}");
-    assert!(server.trust.set_revocations([&b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"[..]]).is_err());
+    // What is no list replaces none, and one in DER is one.
+    let revoked = revocations(&ca, &[7]);
+    let der = CertificateRevocationListDer::from_pem_slice(revoked.as_bytes()).expect("a list");
+    assert_eq!(server.trust.set_revocations([&*der, &b" \n"[..]]).expect("lists"), 1);
+    let certificate = ca.as_ref().pem();
+    for odd in ["-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n", "not a list", &certificate] {
+        assert!(server.trust.set_revocations([odd.as_bytes()]).is_err(), "{odd}");
+    }
+    let (_, verdict) = shake(&client, SERVER, &server).await;
+    assert_eq!(HandshakeFailure::of(&verdict.expect_err("refused")), HandshakeFailure::Revoked);
+    assert_eq!(server.trust.set_revocations([&b""[..]]).expect("none"), 0);
+    assert!(shake(&client, SERVER, &server).await.0.is_ok());
+}
+
+/// Connections outlive certificates and roots.
+#[tokio::test]
+async fn neither_time_nor_other_roots_hide_a_revocation() {
+    let ca = ca();
+    for other_roots in [false, true] {
+        let server = credentials(&ca, SERVER).expect("server");
+        let end = time::OffsetDateTime::now_utc() + time::Duration::seconds(2);
+        let client = until(&ca, CLIENT, CLIENT, trust(&ca, KeyExchange::Hybrid), (!other_roots).then_some(end)).expect("client");
+        assert!(shake(&client, SERVER, &server).await.0.is_ok());
+        let ended = tokio::spawn(server.trust.clone().revoked(client.key.cert.clone()));
+        tokio::task::yield_now().await;
+        if other_roots {
+            server.trust.set_roots([self::ca().as_ref().der()]).expect("roots");
+        } else {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+        }
+        assert!(shake(&client, SERVER, &server).await.0.is_err(), "it would not be believed now");
+        assert!(!ended.is_finished());
+        server.trust.set_revocations([revocations(&ca, &[7]).as_bytes()]).expect("lists");
+        tokio::time::timeout(Duration::from_secs(1), ended).await.expect("told").expect("joined");
+    }
 }
 
 #[tokio::test]

@@ -77,19 +77,26 @@ impl Trust {
         Ok(true)
     }
 
-    /// Replaces the revocation lists: PEM, several lists in each text.
-    pub fn set_revocations<'a>(&self, texts: impl IntoIterator<Item = &'a [u8]>) -> Result<(), TlsError> {
+    /// Replaces the revocation lists: PEM, several lists in each text, or one in DER. Of an empty text there is none; one in which there is
+    /// something else is refused, and nothing replaced. How many there are.
+    pub fn set_revocations<'a>(&self, texts: impl IntoIterator<Item = &'a [u8]>) -> Result<usize, TlsError> {
         let mut revocations = Vec::new();
         for text in texts {
-            for der in CertificateRevocationListDer::pem_slice_iter(text) {
-                let der = der.map_err(|e| TlsError::Revocations(e.to_string()))?;
+            let in_pem = CertificateRevocationListDer::pem_slice_iter(text).collect::<Result<Vec<_>, _>>();
+            let lists = match in_pem.map_err(|e| TlsError::Revocations(e.to_string()))? {
+                none if none.is_empty() && !text.trim_ascii().is_empty() => vec![CertificateRevocationListDer::from(text)],
+                lists => lists,
+            };
+            for der in lists {
                 let list = BorrowedCertRevocationList::from_der(&der).and_then(|list| list.to_owned());
-                revocations.push(list.map_err(|e| TlsError::Revocations(e.to_string()))?.into());
+                let unread = |e| TlsError::Revocations(format!("{e}; what is expected is PEM (X509 CRL), or one list in DER"));
+                revocations.push(list.map_err(unread)?.into());
             }
         }
+        let count = revocations.len();
         let revocations = Arc::new(revocations);
         self.replace(|old| Store { certificates: old.certificates.clone(), anchors: old.anchors.clone(), revocations });
-        Ok(())
+        Ok(count)
     }
 
     fn replace(&self, new: impl FnOnce(&Store) -> Store) {
@@ -118,18 +125,27 @@ impl Trust {
         role: Role,
     ) -> Result<(), webpki::Error> {
         let store = self.store.load();
+        self.verify_with(&store.anchors, &store.revocations, (leaf, intermediates), now, role)
+    }
+
+    fn verify_with(
+        &self,
+        anchors: &[TrustAnchor<'static>],
+        revocations: &[CertRevocationList<'static>],
+        (leaf, intermediates): (&CertificateDer<'_>, &[CertificateDer<'_>]),
+        now: UnixTime,
+        role: Role,
+    ) -> Result<(), webpki::Error> {
         let usage = match role {
             Role::Client => KeyUsage::client_auth(),
             Role::Server => KeyUsage::server_auth(),
         };
         let algorithms = super::provider(self.key_exchange).signature_verification_algorithms.all;
         let parsed = EndEntityCert::try_from(leaf)?;
-        let verify =
-            |revocation| parsed.verify_for_usage(algorithms, &store.anchors, intermediates, now, usage, revocation, None).map(drop);
-        verify(None)?;
+        parsed.verify_for_usage(algorithms, anchors, intermediates, now, usage, None, None)?;
         // One list at a time: of one that does not fit (another authority of the same name signed it, as during a rotation),
         // nothing follows. A certificate no list speaks of is as good as before there were lists.
-        for list in store.revocations.iter() {
+        for list in revocations {
             let lists = [list];
             let Ok(options) = RevocationOptionsBuilder::new(&lists) else { continue };
             let options = options
@@ -137,7 +153,7 @@ impl Trust {
                 .with_status_policy(UnknownStatusPolicy::Allow)
                 .with_expiration_policy(ExpirationPolicy::Ignore);
             let options = Some(options.build());
-            let verified = parsed.verify_for_usage(algorithms, &store.anchors, intermediates, now, usage, options, None);
+            let verified = parsed.verify_for_usage(algorithms, anchors, intermediates, now, usage, options, None);
             if let Err(revoked @ webpki::Error::CertRevoked) = verified {
                 return Err(revoked);
             }
@@ -159,14 +175,18 @@ impl Trust {
                 && found.service_account() == expected.service_account()
     }
 
-    /// Completes when a chain that was good is revoked.
+    /// Completes when a chain that is good now is revoked. It is judged as of now, by the roots of now: neither that it has expired since nor that
+    /// its root has gone ends a connection, and neither hides that it was taken back.
     pub async fn revoked(self: Arc<Self>, chain: Vec<CertificateDer<'static>>) {
+        let (then, believed) = (UnixTime::now(), self.store.load_full());
         let mut generation = self.generation.subscribe();
         let Some((leaf, rest)) = chain.split_first() else { return std::future::pending().await };
         loop {
             generation.borrow_and_update();
-            // Either usage: mesh certificates have both, and time does not end a connection.
-            let revoked = [Role::Client, Role::Server].map(|role| self.verify(leaf, rest, UnixTime::now(), role));
+            let revocations = self.store.load().revocations.clone();
+            // Either usage: mesh certificates have both.
+            let revoked =
+                [Role::Client, Role::Server].map(|role| self.verify_with(&believed.anchors, &revocations, (leaf, rest), then, role));
             if revoked.iter().any(|r| matches!(r, Err(webpki::Error::CertRevoked))) {
                 return;
             }
