@@ -47,7 +47,7 @@ impl Asker<'_> {
     }
 }
 
-/// Picks an endpoint of the client's address family, or `None` when none can be used.
+/// Picks an endpoint, or `None` when none can be used: of the client's address family, as long as there is one of it.
 ///
 /// Ready endpoints are used; when there are none, those that still serve while they terminate, as kube-proxy does.
 /// Ejected ones are left out, unless so few are left that the policy says to use all (panic, see [`locality`]). One already tried is
@@ -68,10 +68,15 @@ pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint>
 
 /// Those that a client of a node may be led to, healthy or not.
 pub fn usable<'a>(cluster: &'a Cluster, client: IpAddr, node: &str) -> Vec<&'a Endpoint> {
-    let reachable = |e: &&Endpoint| e.address.is_ipv4() == client.is_ipv4() && (!cluster.local_only || e.node.as_deref() == Some(node));
-    let select = |test: fn(&Endpoint) -> bool| cluster.endpoints.iter().filter(reachable).filter(|e| test(e)).collect::<Vec<_>>();
-    let ready = select(|e| e.ready);
-    if ready.is_empty() { select(|e| e.serving_while_terminating) } else { ready }
+    let reachable = |e: &&Endpoint| !cluster.local_only || e.node.as_deref() == Some(node);
+    let select = |v4: bool, test: fn(&Endpoint) -> bool| {
+        cluster.endpoints.iter().filter(|e| e.address.is_ipv4() == v4).filter(reachable).filter(|e| test(e)).collect::<Vec<_>>()
+    };
+    // A route may lead to a Service that has one family, whichever the client dialled.
+    let families = [client.is_ipv4(), !client.is_ipv4()];
+    let tests: [fn(&Endpoint) -> bool; 2] = [|e| e.ready, |e| e.serving_while_terminating];
+    let all = families.into_iter().flat_map(|v4| tests.map(|test| (v4, test)));
+    all.map(|(v4, test)| select(v4, test)).find(|found| !found.is_empty()).unwrap_or_default()
 }
 
 fn avoid(candidates: &mut Vec<&Endpoint>, tried: &[SocketAddr]) {
@@ -106,7 +111,8 @@ fn at<'a>(candidates: &[&'a Endpoint], i: u64) -> Option<&'a Endpoint> {
     candidates.get(i).copied()
 }
 
-/// The less loaded of two different candidates picked at random; the first pick when they are level.
+/// The less loaded of two candidates picked at random, the first when they are level. They may be the same one, as with Envoy: a request that
+/// stays (a watch, a `WebSocket`) must not keep all others from one of two endpoints.
 fn least_request<'a>(candidates: &[&'a Endpoint], dice: u64) -> Option<&'a Endpoint> {
     let n = candidates.len() as u64;
     match n {
@@ -114,7 +120,7 @@ fn least_request<'a>(candidates: &[&'a Endpoint], dice: u64) -> Option<&'a Endpo
         1 => candidates.first().copied(),
         _ => {
             let first = (dice >> 32) % n;
-            let second = (first + 1 + (dice & 0xffff_ffff) % (n - 1)) % n;
+            let second = (dice & 0xffff_ffff) % n;
             let (a, b) = (at(candidates, first)?, at(candidates, second)?);
             Some(if b.load.current() < a.load.current() { b } else { a })
         }

@@ -410,3 +410,34 @@ fn seed_manifests_do_on_bookinfo_what_their_comments_say() {
     let remarks = scene.bed.nodes()[0].admin("/status").expect("status");
     assert!(!remarks.contains("VirtualService") && !remarks.contains("DestinationRule"), "{remarks}");
 }
+
+/// A Service that has one address family is reached whichever its client dialled: by its routes, and at layer 4.
+#[test]
+fn endpoints_of_the_other_family_are_used_where_there_are_no_others() {
+    let scene = scene([web("v1", 0, &[]), web("v2", 1, &[])]);
+    let pods = [1, 2].map(|n| scene.bed.pods().find(|p| p.name == format!("web-v{n}")).cloned().expect("a pod"));
+    let slice = |index: usize| {
+        let endpoints = pods.iter().map(|pod| format!("{{addresses: [\"{}\"]}}", pod.addresses[index])).collect::<Vec<_>>().join(", ");
+        let family = ["IPv4", "IPv6"][index];
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: front}}\nspec: {{clusterIPs: [10.97.0.8], ports: [{{name: http, port: 80}}]}}\n---\n\
+             apiVersion: v1\nkind: Service\nmetadata: {{name: only}}\nspec: {{clusterIPs: [10.97.0.9, \"fd00:97::9\"], ports: [{{name: http, port: 80}}, {{name: tcp, port: 90}}]}}\n---\n\
+             apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: {family}\nmetadata: {{name: only-1, labels: {{kubernetes.io/service-name: only}}}}\n\
+             ports: [{{name: http, port: 8080}}, {{name: tcp, port: 8080}}]\nendpoints: [{endpoints}]\n---\n\
+             apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: front}}\nspec: {{hosts: [front], http: [{{route: [{{destination: {{host: only, port: {{number: 80}}}}}}]}}]}}\n"
+        )
+    };
+    for index in [0, 1] {
+        scene.apply(&slice(index));
+        for to in ["10.97.0.8:80", "10.97.0.9:80", "[fd00:97::9]:80", "10.97.0.9:90", "[fd00:97::9]:90"] {
+            let report = scene.web(&["get", &format!("{to}/"), "20"]);
+            assert_eq!(count(&report, "statuses", "200"), 20, "{index} {to}: {report}");
+            if to.ends_with(":80") {
+                assert!(count(&report, "versions", "v1") > 0 && count(&report, "versions", "v2") > 0, "{index} {to}: {report}");
+            }
+            // The application sees the client's address of its own family.
+            let seen = scene.web(&["get", &format!("{to}/client"), "1"])["body"].clone();
+            assert_eq!(seen, scene.client.addresses[index].to_string(), "{to}");
+        }
+    }
+}

@@ -15,7 +15,9 @@ const LOOK: Duration = Duration::from_secs(2);
 pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Output = ()> + Send, IssueError> {
     let mut seen = Stamp::of(paths.iter().cloned());
     let lists = read(&paths, &trust)?;
-    tracing::info!(target: "identity", lists, "revocation lists read");
+    if !paths.is_empty() {
+        tracing::info!(target: "identity", lists, "revocation lists read");
+    }
     Ok(async move {
         loop {
             tokio::time::sleep(LOOK).await;

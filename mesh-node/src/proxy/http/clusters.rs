@@ -282,8 +282,9 @@ pub struct EndpointState {
     /// Connections for later. The one that was used last goes first, as with Envoy: the others grow old, and an application that closes what
     /// it has not heard of for a while closes those.
     idle: Mutex<Idle>,
-    /// Open connections of either protocol.
+    /// Open connections of either protocol, and those of them for requests of HTTP/1 and of HTTP/2.
     pub connections: AtomicU32,
+    pooled: [AtomicU32; 2],
     /// Woken when a connection becomes idle or ends.
     pub freed: Notify,
     pub h2: ArcSwap<Vec<Arc<H2Upstream>>>,
@@ -298,6 +299,11 @@ pub struct EndpointState {
 impl EndpointState {
     fn idle(&self) -> MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pooled(&self, http2: bool) -> &AtomicU32 {
+        let [http1, two] = &self.pooled;
+        if http2 { two } else { http1 }
     }
 
     /// The connection that was used last of those that are kept.
@@ -333,26 +339,36 @@ impl EndpointState {
 pub struct ConnectionSlot {
     endpoint: Arc<EndpointState>,
     slot: Option<Slot>,
+    /// Of a connection for requests, in which protocol.
+    http2: Option<bool>,
 }
 
 impl ConnectionSlot {
-    /// Room for one more connection for requests. An endpoint without any always gets one, or requests to it would wait for ever.
-    pub fn begin(state: &Arc<ClusterState>, endpoint: &Arc<EndpointState>, limit: Option<u32>) -> Option<Self> {
-        let alone = endpoint.connections.load(Ordering::Acquire) == 0;
-        Self::within(state, endpoint, limit).or_else(|| if alone { Self::within(state, endpoint, None) } else { None })
+    /// Room for one more connection for requests. An endpoint without any of the protocol always gets one, or requests in it would wait for ever:
+    /// those of the other do not become free for them.
+    pub fn begin(state: &Arc<ClusterState>, endpoint: &Arc<EndpointState>, limit: Option<u32>, http2: bool) -> Option<Self> {
+        let pooled = endpoint.pooled(http2);
+        let alone = pooled.load(Ordering::Acquire) == 0;
+        let mut slot = Self::within(state, endpoint, limit).or_else(|| if alone { Self::within(state, endpoint, None) } else { None })?;
+        pooled.fetch_add(1, Ordering::AcqRel);
+        slot.http2 = Some(http2);
+        Some(slot)
     }
 
     /// Room for one more connection, for itself.
     pub fn within(state: &Arc<ClusterState>, endpoint: &Arc<EndpointState>, limit: Option<u32>) -> Option<Self> {
         let slot = state.begin(Limited::Connections, limit)?;
         endpoint.connections.fetch_add(1, Ordering::AcqRel);
-        Some(Self { endpoint: endpoint.clone(), slot: Some(slot) })
+        Some(Self { endpoint: endpoint.clone(), slot: Some(slot), http2: None })
     }
 }
 
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         self.endpoint.connections.fetch_sub(1, Ordering::AcqRel);
+        if let Some(http2) = self.http2 {
+            self.endpoint.pooled(http2).fetch_sub(1, Ordering::AcqRel);
+        }
         let state = self.slot.take().map(|slot| slot.state.clone());
         if let Some(state) = state {
             state.freed.notify_waiters();
@@ -414,10 +430,14 @@ mod tests {
     fn an_endpoint_without_connections_gets_one_beyond_the_limit() {
         let state = Arc::new(ClusterState::new());
         let [a, b] = ["10.0.0.1:80", "10.0.0.2:80"].map(|a| state.endpoint(a.parse().expect("valid")));
-        let first = ConnectionSlot::begin(&state, &a, Some(1)).expect("room");
-        assert!(ConnectionSlot::begin(&state, &a, Some(1)).is_none());
-        let other = ConnectionSlot::begin(&state, &b, Some(1)).expect("or its requests would wait for ever");
-        drop((first, other));
-        assert_eq!(state.count(Limited::Connections), 0);
+        let begin = |endpoint, http2| ConnectionSlot::begin(&state, endpoint, Some(1), http2);
+        let first = begin(&a, false).expect("room");
+        assert!(begin(&a, false).is_none());
+        let other = begin(&b, false).expect("or its requests would wait for ever");
+        let second = begin(&a, true).expect("and so would those of the other protocol");
+        assert!(begin(&a, true).is_none());
+        drop((first, other, second));
+        assert_eq!((state.count(Limited::Connections), a.connections.load(Ordering::Relaxed)), (0, 0));
+        assert!(begin(&a, true).is_some());
     }
 }

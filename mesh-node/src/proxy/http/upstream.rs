@@ -254,7 +254,7 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
         if pending.is_none() {
             pending = Some(wanted.pending()?);
         }
-        if let Some(slot) = ConnectionSlot::begin(state, endpoint, limit) {
+        if let Some(slot) = ConnectionSlot::begin(state, endpoint, limit, false) {
             return connect_h1(wanted, wanted.workload(), slot).await.map_err(NoUpstream::Failed);
         }
         freed.await;
@@ -338,7 +338,7 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
             let one_at_a_time = endpoint.dialling.lock().await;
             if let Some(guard) = find() {
                 guard
-            } else if let Some(slot) = ConnectionSlot::begin(wanted.state, endpoint, wanted.cluster.policy.tcp.max_connections) {
+            } else if let Some(slot) = ConnectionSlot::begin(wanted.state, endpoint, wanted.cluster.policy.tcp.max_connections, true) {
                 // The dial that was waited for has failed: those who waited do not fail one after the other.
                 let alone = endpoint.failed_dials.load(Ordering::Acquire) == failures;
                 let one_at_a_time = alone.then_some(one_at_a_time);

@@ -132,9 +132,11 @@ pub fn way(snapshot: &Snapshot, to: SocketAddr) -> Result<Way, Failure> {
     Ok(if workload.node == snapshot.mesh.node { Way::Local(to, workload) } else { Way::Tunnel(to, workload) })
 }
 
-/// The client as others are to see it: a pod that connected over loopback has its own address.
+/// The client as others are to see it: a pod that connected over loopback has its own address, and one that is led to the other family has
+/// its address of that.
 pub fn client_address(pod: &ServedPod, client: SocketAddr, like: SocketAddr) -> IpAddr {
-    if client.ip().is_loopback() { pod.address_like(like.ip()).unwrap_or(client.ip()) } else { client.ip() }
+    let other = client.ip().is_loopback() || client.is_ipv4() != like.is_ipv4();
+    if other { pod.address_like(like.ip()).unwrap_or(client.ip()) } else { client.ip() }
 }
 
 pub fn describe(outcome: &mut Outcome, decision: &Decision) {
