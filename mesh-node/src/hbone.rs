@@ -11,7 +11,7 @@ pub mod tunnel;
 
 use std::time::Duration;
 
-pub use client::{Connection, Leaving, TunnelError};
+pub use client::{Connection, Leaving, TunnelError, is_sent_away};
 pub use pool::{Pool, PoolKey};
 pub use tunnel::Tunnel;
 

@@ -104,14 +104,17 @@ impl Shared {
 
     /// Whether the peer has said that it takes no more streams.
     fn is_sent_away(&self) -> bool {
-        let mut send = self.send.lock().unwrap_or_else(PoisonError::into_inner);
-        let ready = send.as_mut().map(|send| send.poll_ready(&mut Context::from_waker(Waker::noop())));
-        matches!(ready, Some(Poll::Ready(Err(_))))
+        self.send.lock().unwrap_or_else(PoisonError::into_inner).as_mut().is_some_and(is_sent_away)
     }
 
     fn sender(&self) -> Option<SendRequest<Bytes>> {
         self.send.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// Whether the peer of a connection has said that it takes no more streams, of which the library tells who asks for one.
+pub fn is_sent_away(send: &mut SendRequest<Bytes>) -> bool {
+    matches!(send.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
 }
 
 /// One open stream of a connection.

@@ -40,6 +40,29 @@ async fn the_applications_connection_is_the_clients() {
     }
 }
 
+/// An application that takes no more streams on a connection says so while others go on; its client is told then, and not when one was refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_application_that_says_goaway_has_its_client_sent_away() {
+    let seen = Seen::default();
+    let upstream = scripted::http2("up1", &seen).await.expect("an upstream");
+    let policy = security("AuthorizationPolicy", "p", &json!({"rules": [{"to": [{"operation": {"methods": ["GET"]}}]}]}));
+    let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &[policy])).await.expect("started");
+    let stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+    let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    let mut ask = |plan: &str| {
+        let request = http::Request::get("http://a/").header("x-plan", plan).body(()).expect("a request");
+        send.send_request(request, true).expect("sent").0
+    };
+    let long = ask("200/2000");
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(ask("drain").await.expect("answered").status(), 200);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let refused = std::future::poll_fn(|cx| send.poll_ready(cx)).await.expect_err("sent away");
+    assert!(refused.is_go_away() && refused.is_remote(), "{refused}");
+    assert_eq!(long.await.expect("answered").status(), 200);
+}
+
 /// Who the client is, as the application is told; nobody can say that of himself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn applications_are_told_who_the_client_is() {

@@ -1,6 +1,6 @@
 //! HTTP/2 on its way into such a pod: each stream to one of the application's connection.
 
-use std::{borrow::Cow, io, sync::Arc};
+use std::{borrow::Cow, future::poll_fn, io, pin::Pin, sync::Arc};
 
 use ::h2::{SendStream, client::ResponseFuture};
 use bytes::Bytes;
@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::{Ended, conclude, went_on};
 use crate::{
+    hbone,
     io::relay::Traffic,
     proxy::{
         http::{
@@ -80,10 +81,19 @@ async fn streams(
     };
     let over = Arc::new(watch::Sender::new(false));
     let (send, connection) = opened.map_or((None, None), |o| (Some(o.send), Some(o.connection)));
+    let mut asked = send.clone();
     let streams = send.map(|send| Streams { send, over: over.clone() });
     let drive = async {
-        if let Some(connection) = connection {
-            let result = connection.await;
+        if let Some(mut connection) = connection {
+            let result = poll_fn(|cx| {
+                let polled = Pin::new(&mut connection).poll(cx);
+                // Those it has go on; the client is to open others elsewhere, and not only when one has been refused.
+                if polled.is_pending() && !*over.borrow() && asked.as_mut().is_some_and(hbone::is_sent_away) {
+                    over.send_replace(true);
+                }
+                polled
+            });
+            let result = result.await;
             over.send_replace(true);
             result.map_err(h2::into_io)
         } else {
