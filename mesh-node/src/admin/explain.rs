@@ -62,7 +62,7 @@ pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, NoAnswer
             answer["verdict"] = format!("{} has no port {}: the connection is reset", service.name, dialled.port()).into();
         }
         Target::Workload(workload) => asker.to_pod(workload, &mut answer)?,
-        Target::Unknown if source.enrolled && snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => {
+        Target::Unknown if source.enrolled && snapshot.outbound == OutboundPolicy::RegistryOnly => {
             answer["verdict"] = "not part of the mesh, and REGISTRY_ONLY is in force: the connection is reset".into();
         }
         Target::Unknown => {

@@ -25,7 +25,7 @@ pub(super) fn status(node: &Node) -> Value {
         "uptimeSeconds": node.started.elapsed().unwrap_or_default().as_secs(),
         "failMode": format!("{:?}", settings.capture.fail_mode).to_lowercase(),
         "trustDomain": settings.mesh.trust_domains.local.as_str(),
-        "outboundTrafficPolicy": match settings.mesh.outbound {
+        "outboundTrafficPolicy": match snapshot.outbound {
             crate::config::OutboundPolicy::AllowAny => "ALLOW_ANY",
             crate::config::OutboundPolicy::RegistryOnly => "REGISTRY_ONLY",
         },

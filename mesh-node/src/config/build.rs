@@ -16,7 +16,7 @@ use policies::{Attached, Attachments, Policies};
 use reporting::Reports;
 
 use super::{
-    settings::MeshSettings,
+    settings::{MeshSettings, OutboundPolicy},
     snapshot::{Map, PolicySummary, Snapshot},
     store::{Severity, Status, Store},
 };
@@ -53,6 +53,10 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     snapshot.remote_keys = policies.finish(&mut builder);
     snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers).into_values().collect();
     snapshot.normalization = builder.parts.normalization;
+    // Either of them may close.
+    if builder.parts.registry_only {
+        snapshot.outbound = OutboundPolicy::RegistryOnly;
+    }
     snapshot.retries = Arc::new(builder.parts.retries.take().unwrap_or_else(default_policy));
     snapshot.client_cert = builder.parts.client_cert;
     services::build(&mut builder, previous, &mut snapshot, now);
@@ -86,6 +90,7 @@ struct Parts<'a> {
     request_authentications: Vec<(&'a Named, &'a RequestAuthentication)>,
     authorizers: HashMap<Arc<str>, Arc<Authorizer>>,
     normalization: Normalization,
+    registry_only: bool,
     retries: Option<RetryPolicy>,
     client_cert: ClientCert,
     observability: Observability,
@@ -124,6 +129,7 @@ impl<'a> Builder<'a> {
             Object::MeshConfig(m) if named.key.name.namespace == self.mesh.root_namespace => {
                 parts.authorizers = m.authorizers.iter().map(|a| (a.name.clone(), a.clone())).collect();
                 parts.normalization = m.normalization.unwrap_or_default();
+                parts.registry_only = m.registry_only == Some(true);
                 parts.retries = m.retries.as_deref().cloned();
                 parts.client_cert = m.client_cert;
                 parts.observability = m.observability.clone();

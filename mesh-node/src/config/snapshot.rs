@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use super::{authorizers::Authorizers, settings::MeshSettings};
+use super::{
+    authorizers::Authorizers,
+    settings::{MeshSettings, OutboundPolicy},
+};
 use crate::{
     id::{ObjectName, WorkloadUid},
     resource::{
@@ -52,6 +55,8 @@ pub struct Snapshot {
     pub remote_keys: BTreeSet<RemoteKeys>,
     pub authorizers: Authorizers,
     pub normalization: Normalization,
+    /// As the node was started with, or as the mesh configuration says, whichever is closed.
+    pub outbound: OutboundPolicy,
     /// Of routes that say nothing of retries.
     pub retries: Arc<RetryPolicy>,
     pub client_cert: ClientCert,
@@ -76,6 +81,7 @@ impl Snapshot {
             generation: 0,
             built_in: Duration::ZERO,
             lag: Duration::ZERO,
+            outbound: mesh.outbound,
             mesh,
             remote_keys: BTreeSet::new(),
             authorizers: Authorizers::default(),

@@ -2,6 +2,7 @@
 //! normalization, and telemetry ([`observability`]). The rest of it is for other programs.
 
 pub mod observability;
+mod spelling;
 
 use std::{sync::Arc, time::Duration};
 
@@ -29,7 +30,9 @@ pub struct MeshConfig {
     /// Of routes that say nothing of retries. Istio's `defaultHttpRetryPolicy`.
     pub retries: Option<Box<RetryPolicy>>,
     pub observability: Observability,
-    /// What is wrong with its telemetry or its retries, of which nothing is in force then.
+    /// Whether addresses the mesh does not know are refused: `outboundTrafficPolicy`.
+    pub registry_only: Option<bool>,
+    /// What is wrong with its telemetry or its retries, of which nothing is in force then, and what is not acted on.
     pub problems: Vec<String>,
 }
 
@@ -121,6 +124,12 @@ struct Document {
     extension_providers: Option<Vec<Provider>>,
     path_normalization: Option<NormalizationSpec>,
     default_config: Option<ProxyConfig>,
+    outbound_traffic_policy: Option<OutboundSpec>,
+}
+
+#[derive(Deserialize)]
+struct OutboundSpec {
+    mode: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -167,7 +176,7 @@ struct ProviderSpec {
 struct GrpcSpec {
     #[serde(default)]
     service: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "spelling::number")]
     port: u32,
     timeout: Option<Time>,
     #[serde(default)]
@@ -183,7 +192,7 @@ struct GrpcSpec {
 struct HttpSpec {
     #[serde(default)]
     service: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "spelling::number")]
     port: u32,
     timeout: Option<Time>,
     #[serde(default)]
@@ -211,7 +220,7 @@ struct HttpSpec {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct BodySpec {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "spelling::number")]
     max_request_bytes: u32,
     #[serde(default)]
     allow_partial_message: bool,
@@ -238,6 +247,7 @@ pub(super) fn read(document: &Value, key: &Key) -> Result<MeshConfig, Rejection>
     if !mesh.is_object() {
         return Err(FieldError::new("data.mesh", "is not a YAML mapping; correct it").of(key));
     }
+    let mesh = &spelling::normalised(mesh);
     let document: Document = typed(mesh, key).map_err(|mut r: Rejection| {
         r.field = format!("data.mesh.{}", r.field);
         r
@@ -279,6 +289,16 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
     };
     let headers = document.default_config.and_then(|c| c.proxy_headers);
     let client_cert = client_cert(headers.and_then(|h| h.forwarded_client_cert).as_deref())?;
+    let registry_only = match document.outbound_traffic_policy.and_then(|o| o.mode).as_deref() {
+        None => None,
+        Some("REGISTRY_ONLY") => Some(true),
+        Some("ALLOW_ANY") => Some(false),
+        Some(other) => {
+            let problem = format!("{other:?} is neither REGISTRY_ONLY nor ALLOW_ANY");
+            return Err(FieldError::new("data.mesh.outboundTrafficPolicy.mode", problem));
+        }
+    };
+    problems.extend(spelling::remarks(mesh));
     let retries = part(mesh, "data.mesh").and_then(|document: RetryDocument| {
         document.default_http_retry_policy.as_ref().map(|r| retries(r, "data.mesh.defaultHttpRetryPolicy")).transpose()
     });
@@ -286,7 +306,7 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
         problems.push(format!("{}: {}; retries are as if nothing was configured", error.field, error.problem));
         None
     });
-    Ok(MeshConfig { authorizers, normalization, client_cert, retries: retries.map(Box::new), observability, problems })
+    Ok(MeshConfig { authorizers, normalization, client_cert, retries: retries.map(Box::new), observability, registry_only, problems })
 }
 
 fn client_cert(mode: Option<&str>) -> Result<ClientCert, FieldError> {

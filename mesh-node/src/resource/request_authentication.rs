@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::HeaderName;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{
     envelope::FieldError,
@@ -137,6 +138,43 @@ const LONGEST_FETCH: Duration = Duration::from_secs(30);
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl RequestAuthentication {
+    /// What stands in for one that cannot be read: rules that can be, and of the others their issuers, none of whose tokens is taken. None where
+    /// it cannot be told whom it is for.
+    pub(super) fn as_far_as_it_can_be_read(spec: &Value) -> Option<Self> {
+        let whom = ["selector", "targetRefs", "targetRef"];
+        let strange = spec.as_object()?.keys().any(|k| !whom.contains(&k.as_str()) && k != "jwtRules");
+        if strange && whom.iter().all(|field| spec.get(field).is_none_or(Value::is_null)) {
+            return None;
+        }
+        let for_whom = |rules: Vec<Value>| {
+            let mut one = serde_json::json!({"jwtRules": rules});
+            for field in whom {
+                if let Some(value) = spec.get(field) {
+                    one[field] = value.clone();
+                }
+            }
+            serde_json::from_value::<Spec>(one).ok().and_then(|spec| Self::read(spec).ok())
+        };
+        let mut all = for_whom(Vec::new())?;
+        let rules = spec.get("jwtRules").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let unread = |rule: &Value| {
+            let issuer = rule.get("issuer").and_then(Value::as_str).unwrap_or_default();
+            Arc::new(JwtRule {
+                issuer: issuer.into(),
+                audiences: Vec::new(),
+                keys: KeySource::Inline(Arc::new(Keys::none())),
+                locations: usual_locations(),
+                forward: false,
+                payload_header: None,
+                claim_headers: Vec::new(),
+                word_lists: Vec::new(),
+            })
+        };
+        let read = |rule: &Value| for_whom(vec![rule.clone()]).and_then(|one| one.rules.into_iter().next());
+        all.rules = rules.iter().map(|rule| read(rule).unwrap_or_else(|| unread(rule))).collect();
+        Some(all)
+    }
+
     pub(super) fn read(spec: Spec) -> Result<Self, FieldError> {
         let targets = targets(spec.target_ref, spec.target_refs, spec.selector.is_some())?;
         let rules = spec.jwt_rules.unwrap_or_default().into_iter().enumerate();
@@ -235,11 +273,11 @@ fn locations(
     };
     all.extend(named(parameters, "fromParams", Location::Parameter)?);
     all.extend(named(cookies, "fromCookies", Location::Cookie)?);
-    if all.is_empty() {
-        all.push(Location::Header(http::header::AUTHORIZATION, "Bearer ".into()));
-        all.push(Location::Parameter("access_token".into()));
-    }
-    Ok(all)
+    Ok(if all.is_empty() { usual_locations() } else { all })
+}
+
+fn usual_locations() -> Vec<Location> {
+    vec![Location::Header(http::header::AUTHORIZATION, "Bearer ".into()), Location::Parameter("access_token".into())]
 }
 
 #[cfg(test)]
@@ -272,6 +310,30 @@ mod tests {
         assert_eq!(rule.keys, KeySource::Remote(remote));
         let usual = [Location::Header(http::header::AUTHORIZATION, "Bearer ".into()), Location::Parameter("access_token".into())];
         assert_eq!((rule.locations.as_slice(), rule.forward), (&usual[..], false));
+    }
+
+    #[test]
+    fn what_cannot_be_read_refuses_its_issuers_tokens() {
+        let rejected = |spec: &Value| {
+            let document =
+                json!({"apiVersion": "security.istio.io/v1", "kind": "RequestAuthentication", "metadata": {"name": "p"}, "spec": spec});
+            let instead = resource::parse(&document, "default").expect_err("refused").instead?;
+            match instead.object {
+                Object::RequestAuthentication(read) => Some(read),
+                other => panic!("{other:?}"),
+            }
+        };
+        let good = json!({"issuer": "https://a.example", "jwksUri": "https://a.example/keys"});
+        let bad = json!({"issuer": "https://b.example", "jwksUri": "https://b.example/keys", "required": true});
+        let read =
+            rejected(&json!({"selector": {"matchLabels": {"app": "a"}}, "jwtRules": [good, bad, {"jwks": 7}]})).expect("what there is");
+        let none = KeySource::Inline(Arc::new(Keys::none()));
+        let rules = read.rules.iter().map(|rule| (&*rule.issuer, rule.keys == none)).collect::<Vec<_>>();
+        assert_eq!(rules, [("https://a.example", false), ("https://b.example", true), ("", true)]);
+        assert!(read.selector.is_some());
+        for unknown in [json!({"selecter": {}, "jwtRules": [bad]}), json!({"selector": 7, "jwtRules": [bad]})] {
+            assert!(rejected(&unknown).is_none(), "{unknown}");
+        }
     }
 
     #[test]

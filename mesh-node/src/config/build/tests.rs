@@ -65,6 +65,20 @@ fn slice(name: &str, addresses: &[&str], ready: bool) -> Value {
 }
 
 #[test]
+fn the_mesh_configuration_may_close_what_is_not_known_and_is_told_of_what_it_says_in_vain() {
+    let outbound = |mesh: Value| {
+        let document = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": mesh}});
+        let (snapshot, statuses) = built(&[document]);
+        (snapshot.outbound, statuses.len())
+    };
+    use crate::config::OutboundPolicy::{AllowAny, RegistryOnly};
+    assert_eq!(outbound(json!({})), (AllowAny, 0));
+    assert_eq!(outbound(json!({"outboundTrafficPolicy": {"mode": "REGISTRY_ONLY"}})), (RegistryOnly, 0));
+    assert_eq!(outbound(json!({"outbound_traffic_policy": {"mode": "ALLOW_ANY"}, "connect_timeout": "1s"})), (AllowAny, 1));
+    assert_eq!(outbound(json!({"outboundTrafficPolicy": {"mode": "x"}})), (AllowAny, 1));
+}
+
+#[test]
 fn service_resolves_to_the_target_ports_of_all_its_slices() {
     let (snapshot, statuses) = built(&[service(), slice("a", &["10.0.0.1"], true), slice("b", &["10.0.0.2", "10.0.0.1"], false)]);
     assert!(statuses.is_empty(), "{statuses:?}");

@@ -82,7 +82,7 @@ pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure
             (to, Some(chosen))
         }
         Target::NoSuchPort(service) => return Err(Failure::NoSuchPort { service: service.name.clone(), port: original.port() }),
-        Target::Unknown if snapshot.mesh.outbound == OutboundPolicy::RegistryOnly => return Err(Failure::NotInRegistry(*original)),
+        Target::Unknown if snapshot.outbound == OutboundPolicy::RegistryOnly => return Err(Failure::NotInRegistry(*original)),
         Target::Workload(_) | Target::Unknown => (*original, None),
     };
     Ok(Decision { way: way(&snapshot, to)?, source, cluster })

@@ -130,7 +130,7 @@ struct LogFormat {
 struct OpenTelemetry {
     #[serde(default)]
     service: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "super::spelling::number")]
     port: u32,
     http: Option<OtlpHttp>,
     max_tag_length: Option<u32>,
