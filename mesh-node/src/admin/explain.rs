@@ -227,10 +227,9 @@ impl<'a> Asker<'a> {
             answer["verdict"] = "no rule takes it: answered 404 (NR)".into();
             return Ok(());
         };
-        let number = table.rules.iter().position(|r| std::ptr::eq(r, found.resolved)).map(|n| n + 1);
         self.routed(found, &head, answer);
-        answer["route"]["from"] = (*table.origin).into();
-        answer["route"]["rule"] = json!(number);
+        answer["route"]["from"] = (*found.resolved.origin).into();
+        answer["route"]["rule"] = found.resolved.number.into();
         Ok(())
     }
 

@@ -61,7 +61,7 @@ fn of_port(service: &Service, port: &ServicePort) -> Vec<Value> {
         all.extend(rules.iter().enumerate().map(|(i, rule)| l4(shared.clone(), kind, i, rule)));
     }
     let tables = port.routes.http.iter().flat_map(HttpTable::all);
-    all.extend(tables.flat_map(|table| table.rules.iter().enumerate().map(|(i, rule)| http(shared.clone(), table, i, rule))));
+    all.extend(tables.flat_map(|table| table.rules.iter().map(|rule| http(shared.clone(), rule))));
     if all.is_empty() {
         let mut one = shared;
         one["from"] = Value::Null;
@@ -77,11 +77,11 @@ fn destinations(all: &[Weighted], clusters: &[Option<Arc<Cluster>>]) -> Value {
     all.iter().zip(clusters).map(one).collect()
 }
 
-fn http(mut one: Value, table: &HttpTable, number: usize, resolved: &ResolvedRule) -> Value {
+fn http(mut one: Value, resolved: &ResolvedRule) -> Value {
     let rule: &Rule = &resolved.rule;
     one["kind"] = "http".into();
-    one["from"] = (*table.origin).into();
-    one["rule"] = json!(number + 1);
+    one["from"] = (*resolved.origin).into();
+    one["rule"] = resolved.number.into();
     one["name"] = (*rule.name).into();
     one["matches"] = rule.matches.iter().map(|m| format!("{m}")).collect();
     one["action"] = match &rule.action {

@@ -283,7 +283,7 @@ impl fmt::Display for PathMatch {
         match self {
             Self::Exact { path, ignore_case } => write!(f, "= {path}{}", case(ignore_case)),
             Self::Prefix { path, ignore_case } => write!(f, "= {path}*{}", case(ignore_case)),
-            Self::Segments(path) => write!(f, "= {path}/**"),
+            Self::Segments(path) => write!(f, "= {}/**", path.trim_end_matches('/')),
             Self::Regex(pattern) => write!(f, "~ {}", pattern.text),
         }
     }

@@ -24,7 +24,7 @@ pub struct PortRoutes {
 
 #[derive(Debug)]
 pub struct HttpTable {
-    /// The object they come from, for the log.
+    /// The object they come from, or the first of several.
     pub origin: Arc<str>,
     pub rules: Vec<ResolvedRule>,
     /// Some rule asks about claims.
@@ -40,6 +40,9 @@ pub struct HttpTable {
 /// A rule and, beside each of its destinations, the cluster it names; `None` when that does not exist.
 #[derive(Debug)]
 pub struct ResolvedRule {
+    /// The object it comes from, for the log, and its number there, from 1.
+    pub origin: Arc<str>,
+    pub number: usize,
     pub rule: Arc<Rule>,
     pub destinations: Vec<Option<Arc<Cluster>>>,
     pub mirrors: Vec<Option<Arc<Cluster>>>,

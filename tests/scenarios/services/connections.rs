@@ -30,7 +30,7 @@ async fn tcp_and_tls_connections_are_routed_too() {
             json!({"tls": [
                 {"match": [{"sniHosts": ["b.example"]}], "route": to("b")},
                 {"match": [{"sniHosts": ["*.wild.example"]}], "route": to("c")},
-            ], "tcp": [{"match": [{"port": 80}], "route": to("c")}]}),
+            ], "tcp": [{"route": to("c")}, {"match": [{"port": 80}], "route": to("c")}]}),
         ),
         vs(
             "tcp-web",
@@ -39,10 +39,14 @@ async fn tcp_and_tls_connections_are_routed_too() {
                 {"match": [{"port": 80, "destinationSubnets": ["10.97.0.0/24"]}], "route": [{"destination": {"host": "b"}, "weight": 50}, {"destination": {"host": "c"}, "weight": 50}]},
             ]}),
         ),
-        vs("any-web", json!({"tcp": [{"route": to("b")}], "http": [{"route": to("c")}]})),
+        vs(
+            "any-web",
+            json!({"tcp": [{"route": to("b")}], "http": [{"route": to("c")}], "tls": [{"match": [{"sniHosts": ["c.example"]}], "route": to("c")}]}),
+        ),
     ];
     let engine = Engine::start(&[tls_web, tcp_web, any_web, others, rules].concat()).await.expect("engine");
-    for (name, expected) in [("b.example", "b"), ("x.wild.example", "c"), ("other.example", "c")] {
+    // Rules for TCP are not for ports that are declared to carry TLS.
+    for (name, expected) in [("b.example", "b"), ("x.wild.example", "c"), ("other.example", "a")] {
         assert_eq!(say(&engine, vip(4), &client_hello(name)).await, expected, "{name}");
     }
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
@@ -53,6 +57,7 @@ async fn tcp_and_tls_connections_are_routed_too() {
     // On a port that declares nothing the first bytes tell which rules are meant.
     assert_eq!(say(&engine, vip(6), b"GET key\r\n").await, "b");
     assert_eq!(get(&engine, vip(6), "/x", "").await, "c");
+    assert_eq!(say(&engine, vip(6), &client_hello("c.example")).await, "b", "rules for TLS are for ports that are declared to carry it");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

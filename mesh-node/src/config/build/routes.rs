@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     config::store::{Severity, Status},
+    detect::Protocol,
     id::ObjectName,
     resource::{GatewayRoute, Kind, Named, VirtualService, gateway_route::precedence},
     route::{
@@ -145,8 +146,16 @@ impl<'a> Routes<'a> {
         self.virtual_services.get(service).is_some_and(|l| l.iter().any(visible)) || self.gateway_routes.contains_key(service)
     }
 
-    /// The routes of one port of a service in one view.
-    pub fn of(&self, builder: &Builder<'_>, service: &ObjectName, port: u16, client: Option<&str>, clusters: &Clusters<'_>) -> PortRoutes {
+    /// The routes of one port of a service in one view. As in Istio, `tls` rules are for ports declared to carry TLS, and `tcp` rules for others.
+    pub fn of(
+        &self,
+        builder: &Builder<'_>,
+        service: &ObjectName,
+        (port, protocol): (u16, Protocol),
+        client: Option<&str>,
+        clusters: &Clusters<'_>,
+    ) -> PortRoutes {
+        let is_tls = protocol == Protocol::Tls;
         let resolver = Resolver { routes: self, builder, port, clusters };
         let visible =
             |(_, named, vs): &&(usize, &'a Named, &'a VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, client);
@@ -154,15 +163,15 @@ impl<'a> Routes<'a> {
         let mut tables = Vec::new();
         for (_, named, vs) in self.virtual_services.get(service).into_iter().flatten().filter(visible) {
             let l4 = |rules: &[L4Rule]| rules.iter().map(|r| resolver.l4(named, r)).collect::<Vec<_>>();
-            if found.tcp.is_empty() {
+            if !is_tls && found.tcp.is_empty() {
                 found.tcp = l4(&vs.tcp);
             }
-            if found.tls.is_empty() {
+            if is_tls && found.tls.is_empty() {
                 found.tls = l4(&vs.tls);
             }
             if !vs.http.is_empty() {
                 let rules = vs.http.iter().flat_map(|r| self.expand(builder, named, r));
-                let rules = rules.map(|(rule, namespace)| resolver.http(named, &namespace, rule)).collect();
+                let rules = rules.enumerate().map(|(i, (rule, namespace))| resolver.http((named, i), &namespace, rule)).collect();
                 tables.push(HttpTable::new(named.key.to_string().into(), rules));
                 if tables.last().is_some_and(HttpTable::is_for_all) {
                     break;
@@ -196,10 +205,11 @@ impl<'a> Routes<'a> {
             routes.retain(|(named, _)| named.key.kind == Kind::GRPCRoute);
         }
         let origin = routes.first()?.0.key.to_string();
-        let mut rules = routes.iter().flat_map(|(named, route)| route.rules.iter().map(move |r| (*named, r))).collect::<Vec<_>>();
+        let mut rules =
+            routes.iter().flat_map(|(named, route)| route.rules.iter().enumerate().map(move |(i, r)| ((*named, i), r))).collect::<Vec<_>>();
         // Stable: among equals the older route, and the earlier rule, stays first.
         rules.sort_by_key(|(_, rule)| std::cmp::Reverse(rule.matches.first().map(precedence)));
-        let rules = rules.into_iter().map(|(named, r)| resolver.http(named, &named.key.name.namespace, r.clone())).collect();
+        let rules = rules.into_iter().map(|(of, r)| resolver.http(of, &of.0.key.name.namespace, r.clone())).collect();
         Some(HttpTable::new(origin.into(), rules))
     }
 
@@ -250,14 +260,14 @@ struct Resolver<'r, 'a> {
 }
 
 impl Resolver<'_, '_> {
-    fn http(&self, named: &Named, namespace: &str, mut rule: Rule) -> ResolvedRule {
+    fn http(&self, (named, index): (&Named, usize), namespace: &str, mut rule: Rule) -> ResolvedRule {
         rule.settle();
         let destinations = match &rule.action {
             Action::Forward(all) => all.iter().map(|d| self.cluster(named, namespace, &d.destination)).collect(),
             _ => Vec::new(),
         };
         let mirrors = rule.mirrors.iter().map(|m| self.cluster(named, namespace, &m.destination)).collect();
-        ResolvedRule { rule: Arc::new(rule), destinations, mirrors }
+        ResolvedRule { origin: named.key.to_string().into(), number: index + 1, rule: Arc::new(rule), destinations, mirrors }
     }
 
     fn l4(&self, named: &Named, rule: &L4Rule) -> ResolvedL4 {

@@ -79,6 +79,20 @@ fn the_mesh_configuration_may_close_what_is_not_known_and_is_told_of_what_it_say
 }
 
 #[test]
+fn rules_know_which_route_they_are_of() {
+    let route = |name: &str, paths: &[&str]| {
+        let rule = |path: &&str| json!({"matches": [{"path": {"value": path}}], "backendRefs": [{"name": "web", "port": 80}]});
+        json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": name},
+            "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "web"}], "rules": paths.iter().map(rule).collect::<Vec<_>>()}})
+    };
+    let documents = [service(), slice("a", &["10.0.0.1"], true), route("ra", &["/a"]), route("rb", &["/b", "/longest"])];
+    let (snapshot, _) = built(&documents);
+    let Target::Service { port, .. } = snapshot.resolve("10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
+    let rules = port.routes.http.as_ref().expect("routes").rules.iter().map(|r| (&*r.origin, r.number)).collect::<Vec<_>>();
+    assert_eq!(rules, [("HTTPRoute default/rb", 2), ("HTTPRoute default/ra", 1), ("HTTPRoute default/rb", 1)]);
+}
+
+#[test]
 fn service_resolves_to_the_target_ports_of_all_its_slices() {
     let (snapshot, statuses) = built(&[service(), slice("a", &["10.0.0.1"], true), slice("b", &["10.0.0.2", "10.0.0.1"], false)]);
     assert!(statuses.is_empty(), "{statuses:?}");

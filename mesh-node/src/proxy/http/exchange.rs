@@ -136,7 +136,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         };
         let (resolved, path) = (found.resolved, found.path);
         let rule = &*resolved.rule;
-        self.record.routed(found.name, &table.origin);
+        self.record.routed(found.name, &resolved.origin);
         let picked = if let Action::Forward(all) = &rule.action { pick_destination(resolved, all) } else { None };
         self.record.cluster = picked.as_ref().map(|(cluster, _)| cluster.clone());
         if let Some(end) = self.fault(rule, picked.as_ref().map(|(_, destination)| *destination), &head).await {
