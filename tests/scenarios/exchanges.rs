@@ -283,3 +283,24 @@ async fn a_client_that_closes_its_side_after_a_large_body_has_all_of_it_delivere
         assert_eq!(scene.seen.of(&format!("h{i}"))[0].body, 3_000_000);
     }
 }
+
+/// As with Envoy, the time of the upstream begins when its request is whole, and an answer that does not wait for that has none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_time_of_the_upstream_is_not_that_of_the_client() {
+    let scene = scene(json!({}), json!({})).await;
+    let time = |text: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix("x-envoy-upstream-service-time: ")).map(str::to_owned);
+        line.map(|line| line.parse::<u64>().expect("a number"))
+    };
+    let mut stream = scene.connect().await;
+    stream.write_all(post("200/50", "slow", 10).as_bytes()).await.expect("written");
+    sleep(Duration::from_millis(600)).await;
+    stream.write_all(b"0123456789").await.expect("written");
+    let (answer, _) = read(&mut stream).await;
+    assert!(time(&answer).is_some_and(|t| (50..500).contains(&t)), "{answer}");
+    let mut stream = scene.connect().await;
+    stream.write_all(post("early:413", "early", 10).as_bytes()).await.expect("written");
+    let (answer, _) = read(&mut stream).await;
+    assert!(answer.starts_with("HTTP/1.1 413") && time(&answer).is_none(), "{answer}");
+    assert!(time(&scene.say("GET /x HTTP/1.1\r\nhost: web\r\n\r\n").await.0).is_some());
+}

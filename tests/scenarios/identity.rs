@@ -190,8 +190,7 @@ fn a_revoked_peer_is_cut_and_refused() {
     let held = held.stdout(Stdio::piped()).spawn().expect("web");
     std::thread::sleep(Duration::from_millis(500));
     let serial = scene.certificate(1, "/sa/far")["serial"].as_str().expect("a serial").to_owned();
-    let bytes = serial.split(':').map(|b| u8::from_str_radix(b, 16).expect("hex")).collect::<Vec<_>>();
-    std::fs::write(&list, revocations(&scene.ca(), &[bytes])).expect("written");
+    std::fs::write(&list, revocations(&scene.ca(), &[bytes_of(&serial)])).expect("written");
     let begun = std::time::Instant::now();
     let report: Value = serde_json::from_slice(&held.wait_with_output().expect("ended").stdout).expect("a report");
     assert!(begun.elapsed() < Duration::from_secs(8) && report["statuses"].get("200").is_none(), "{report}");
@@ -205,6 +204,30 @@ fn a_revoked_peer_is_cut_and_refused() {
     // Taken off the list, it is as good as before.
     std::fs::write(&list, revocations(&scene.ca(), &[])).expect("written");
     wait_for("the peer is let in again", Duration::from_secs(10), || Ok(scene.ask() == "200")).expect("let in");
+    // A connection that carries no requests says why it was cut, at the end that cut it: the destination of a client, and the source of a server.
+    let far = bytes_of(&serial);
+    let echo = bytes_of(scene.certificate(0, "/sa/echo")["serial"].as_str().expect("a serial"));
+    for (serial, node, reporter) in [(far, 0, "destination"), (echo, 1, "source")] {
+        let mut held = scene.bed.command(&scene.far, &program("probe"), &["steady", &scene.echo.address(8080), "30"]);
+        let held = held.stdout(Stdio::piped()).spawn().expect("probe");
+        std::thread::sleep(Duration::from_secs(1));
+        let node = &scene.bed.nodes()[node];
+        let rejections = || node.metric("istio_crl_policy_rejections_total", &[&format!("reporter=\"{reporter}\"")]);
+        let before = rejections().unwrap_or(0.0);
+        std::fs::write(&list, revocations(&scene.ca(), &[serial])).expect("written");
+        let report: Value = serde_json::from_slice(&held.wait_with_output().expect("ended").stdout).expect("a report");
+        assert!(report["answers"].as_u64() > Some(10) && report["error"].is_string(), "{report}");
+        assert!(rejections().expect("metric") > before, "{reporter}");
+        let labels = [&*format!("reporter=\"{reporter}\""), "response_flags=\"CERT_REVOKED\""];
+        let closed = node.metric("istio_tcp_connections_closed_total", &labels).expect("metric");
+        assert!(closed > 0.5, "{reporter}");
+        std::fs::write(&list, revocations(&scene.ca(), &[])).expect("written");
+        wait_for("the peer is let in again", Duration::from_secs(10), || Ok(scene.ask() == "200")).expect("let in");
+    }
+}
+
+fn bytes_of(serial: &str) -> Vec<u8> {
+    serial.split(':').map(|b| u8::from_str_radix(b, 16).expect("hex")).collect()
 }
 
 /// `mesh-node ca` on node 1, the nodes with tokens of their own.

@@ -53,6 +53,7 @@ struct Shared {
     closed: AtomicBool,
     /// What goes on in it does well to go elsewhere.
     leaving: AtomicBool,
+    revoked: AtomicBool,
     /// Woken when the number of streams changes, and to close.
     changed: Notify,
     /// Woken, all of them, when that is so.
@@ -68,6 +69,11 @@ pub struct Leaving(Arc<Shared>);
 impl Leaving {
     pub fn is_so(&self) -> bool {
         self.0.leaving.load(Ordering::SeqCst)
+    }
+
+    /// Whether it is because the peer's certificate has been revoked.
+    pub fn is_revoked(&self) -> bool {
+        self.0.revoked.load(Ordering::SeqCst)
     }
 
     /// Completes when it is so.
@@ -168,6 +174,7 @@ impl Connection {
             streams: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
+            revoked: AtomicBool::new(false),
             changed: Notify::new(),
             left: Notify::new(),
             keeper: OnceLock::new(),
@@ -259,7 +266,8 @@ where
         },
         () = lost => tracing::debug!(target: "hbone", "the peer stopped answering pings"),
         () = unused => {}
-        () = revoked => tracing::info!(target: "hbone", "the peer's certificate has been revoked; its connection is cut"),
+        // Said by who knows whose it was.
+        () = revoked => shared.revoked.store(true, Ordering::SeqCst),
     }
     shared.leave();
     shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -91,6 +91,7 @@ impl Failure {
             Self::Cut(Cut::Shutdown) => "shutdown",
             Self::Cut(Cut::Idle) => "idle",
             Self::Cut(Cut::MaxDuration) => "max_duration",
+            Self::Cut(Cut::Revoked) => "revoked",
         }
     }
 
@@ -103,6 +104,7 @@ impl Failure {
             // Hardly anything else keeps a node's port from answering.
             Self::DialPeer { source, .. } if source.kind() == io::ErrorKind::TimedOut => "NETWORK_POLICY",
             Self::Identity(_) => "IDENTITY_ERROR",
+            Self::Cut(Cut::Revoked) | Self::Tls { kind: HandshakeFailure::Revoked, .. } => "CERT_REVOKED",
             Self::Tls { .. } => "TLS_FAILURE",
             Self::Tunnel(TunnelError::Handshake(_) | TunnelError::Timeout) => "H2_HANDSHAKE_FAILURE",
             Self::Dial { .. }

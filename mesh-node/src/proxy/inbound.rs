@@ -6,7 +6,15 @@
 
 mod inspect;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use http::StatusCode;
 pub use inspect::{Inspection, refuse, server_first};
@@ -208,7 +216,17 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
     drop(caller);
     proxy.metrics.hbone_connections.inc();
     let asked = Arc::new(Semaphore::new(SERVER_MAX_STREAMS as usize));
-    let connection = HboneConnection { proxy: proxy.clone(), pod: pod.clone(), peer, client, since, local, asked };
+    let is_revoked = Arc::<AtomicBool>::default();
+    let connection = HboneConnection {
+        proxy: proxy.clone(),
+        pod: pod.clone(),
+        peer: peer.clone(),
+        client,
+        since,
+        local,
+        asked,
+        revoked: is_revoked.clone(),
+    };
     let serving = server::serve(stream, |offer| drop(tokio::spawn(serve_offer(connection.clone(), offer))), pod.draining(since));
     tokio::select! {
         result = serving => if let Err(error) = result {
@@ -216,7 +234,8 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
         },
         _ = pod.ended() => {}
         () = revoked => {
-            tracing::info!(target: "proxy", %client, "the peer's certificate has been revoked; its connection is cut");
+            is_revoked.store(true, Ordering::Release);
+            tracing::info!(target: "proxy", %client, %peer, "the peer's certificate has been revoked; its connection is cut");
             proxy.metrics.handshake_failure("server", "revoked_later");
         }
     }
@@ -290,6 +309,14 @@ struct HboneConnection {
     local: SocketAddr,
     /// Room for what is asked for and not answered yet: who asks and takes it back does not have the node dial without end.
     asked: Arc<Semaphore>,
+    /// What breaks from now on does because the peer's certificate has been revoked.
+    revoked: Arc<AtomicBool>,
+}
+
+impl HboneConnection {
+    fn ended(&self, failure: Failure) -> Failure {
+        if self.revoked.load(Ordering::Acquire) { Failure::Cut(Cut::Revoked) } else { failure }
+    }
 }
 
 async fn serve_offer(connection: HboneConnection, offer: Offer) {
@@ -333,13 +360,13 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
         let HboneConnection { proxy, pod, client, since, .. } = &connection;
         let inspection = Inspection { proxy, pod, admitted, client: *client, since: *since, traffic, requests: outcome.requests.clone() };
         if let Err(failure) = inspection.run(Transport::Tunnel(Box::new(tunnel)), std::future::pending()).await {
-            outcome.fail(failure);
+            outcome.fail(connection.ended(failure));
         }
         return;
     }
     let mut registration = admitted.registration;
     if let Err(broken) = relay(tunnel, admitted.application, &traffic, cut(&mut registration, &connection.pod)).await {
-        outcome.fail(broken.into());
+        outcome.fail(connection.ended(broken.into()));
     }
 }
 

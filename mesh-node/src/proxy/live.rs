@@ -35,6 +35,8 @@ pub enum Cut {
     Idle,
     /// It lasted as long as its destination allows.
     MaxDuration,
+    /// The peer's certificate has been taken back.
+    Revoked,
 }
 
 impl fmt::Display for Cut {
@@ -46,6 +48,7 @@ impl fmt::Display for Cut {
             Self::Shutdown => "the proxy is shutting down",
             Self::Idle => "the connection was idle for longer than its DestinationRule allows",
             Self::MaxDuration => "the connection lasted longer than its DestinationRule allows",
+            Self::Revoked => "the peer's certificate has been revoked",
         })
     }
 }

@@ -113,13 +113,15 @@ impl Opaque {
         let Upstream { stream, limits, held: _held } = upstream;
         let downstream = Prefixed::new(downstream, read);
         let cut = self.cut(&limits, &traffic);
+        let tunnel = if let Stream::Tunnel(tunnel) = &stream { tunnel.leaving() } else { None };
         let relayed = match stream {
             Stream::Tcp(stream) => relay(downstream, stream, &traffic, cut).await,
             Stream::Tunnel(tunnel) => relay(downstream, *tunnel, &traffic, cut).await,
             Stream::Local(local) => relay_local(&self.proxy, downstream, *local, self.since, &traffic, cut).await,
         };
         if let Err(broken) = relayed {
-            outcome.fail(broken.into());
+            let is_revoked = tunnel.is_some_and(|tunnel| tunnel.is_revoked());
+            outcome.fail(if is_revoked { Failure::Cut(Cut::Revoked) } else { broken.into() });
         }
     }
 

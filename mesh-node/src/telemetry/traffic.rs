@@ -162,7 +162,7 @@ impl Metric {
             Self::TcpClosed => "TCP connections closed",
             Self::TcpSent => "Bytes sent as responses on TCP connections",
             Self::TcpReceived => "Bytes received as requests on TCP connections",
-            Self::TcpFailed => "TCP connections that did not come about (unstable)",
+            Self::TcpFailed => "TCP connections that did not come about, or that policy ended (unstable)",
         }
     }
 

@@ -72,7 +72,16 @@ pub enum Answered {
     Abandoned,
 }
 
-/// What is answered to a response, asked with whether the request could be sent again.
+/// What is known of the request when its response is judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Heard {
+    /// It could be sent again.
+    pub repeatable: bool,
+    /// When the last of it came from the client, if that was before the response.
+    pub received: Option<Instant>,
+}
+
+/// What is answered to a response.
 pub struct Verdict {
     /// Another attempt is wanted instead.
     pub again: bool,
@@ -116,7 +125,7 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     record: &mut Record,
 ) -> (Attempt, bool) {
     let mut deadlines = Deadlines::default();
-    let mut judge = |status: StatusCode, mut headers: HeaderMap, _: bool| {
+    let mut judge = |status: StatusCode, mut headers: HeaderMap, _: Heard| {
         record.details = Cow::Borrowed("via_upstream");
         add.apply(&mut headers);
         record.answered(status, &headers);
@@ -135,7 +144,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     upload: &mut Upload<'_, B>,
     responder: &mut R,
     deadlines: &mut Deadlines,
-    judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
+    judge: &mut (impl FnMut(StatusCode, HeaderMap, Heard) -> Verdict + Send),
 ) -> (Attempt, Option<SocketAddr>) {
     let Entered { upstream, half_closed, admitted, counted: _counted } =
         match enter(plan, wanted, upload, responder, deadlines, judge).await {
@@ -153,7 +162,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         record.follow([upload.passed().count_messages(), responder.meter().count_messages()]);
     }
     let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
-    let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
+    let mut judge = |status: StatusCode, mut headers: HeaderMap, heard: Heard| {
         if let Some(more) = to_client {
             more.apply(&mut headers);
         }
@@ -162,7 +171,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             record.answered(status, &headers);
             record.down.grpc_status = grpc_status(&headers);
         }
-        judge(status, headers, repeatable)
+        judge(status, headers, heard)
     };
     let denied = denied_later(pass.as_ref(), plan.head);
     let ended = match upstream {
@@ -233,7 +242,7 @@ async fn enter<B: RequestBody, R: Responder>(
     upload: &mut Upload<'_, B>,
     responder: &mut R,
     deadlines: &mut Deadlines,
-    judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
+    judge: &mut (impl FnMut(StatusCode, HeaderMap, Heard) -> Verdict + Send),
 ) -> Result<Entered, Attempt> {
     let (upstream, half_closed) = obtain(plan, wanted, upload, responder, deadlines).await?;
     // It could not be told that its client has left, and need not be asked.
@@ -375,7 +384,7 @@ async fn answer_here<B: RequestBody, R: Responder>(
     reply: Reply,
     upload: &mut Upload<'_, B>,
     responder: &mut R,
-    judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
+    judge: &mut (impl FnMut(StatusCode, HeaderMap, Heard) -> Verdict + Send),
     record: &mut Record,
 ) -> Attempt {
     let (status, mut headers, body) = reply.into_parts(plan.head.is_grpc(), responder.is_head());
@@ -385,7 +394,7 @@ async fn answer_here<B: RequestBody, R: Responder>(
         headers.insert(http::header::CONTENT_LENGTH, body.len().into());
     }
     let framing = if body.is_empty() { Framing::Empty } else { Framing::Length(body.len() as u64) };
-    let verdict = judge(status, headers, upload.can_repeat());
+    let verdict = judge(status, headers, upload.heard());
     if verdict.again {
         return Attempt::Again;
     }

@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     Downstream,
-    attempt::{Answered, Attempt, Deadlines, Plan, TimeUp, Verdict, attempt},
+    attempt::{Answered, Attempt, Deadlines, Heard, Plan, TimeUp, Verdict, attempt},
     body::{RequestBody, Responder},
     clusters::{ClusterState, EndpointState, Slot},
     exchange::{End, Forward, flag_of},
@@ -93,7 +93,6 @@ pub(super) struct Attempts<'x, 'd, 'b, B, R> {
     pub(super) forward: &'x Forward<'x>,
     pub(super) hashed: Hashed,
     pub(super) tried: Vec<SocketAddr>,
-    pub(super) began: Instant,
     /// Of the attempt under way, counted from one.
     pub(super) number: u32,
     /// Counts the retry under way.
@@ -230,22 +229,24 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             tied: false,
             client_cert: None,
         };
-        let Self { responder, record, upload, deadlines, policy, forward, hashed, began, number, retry, .. } = self;
-        let mut judge = |status: StatusCode, mut headers: HeaderMap, repeatable: bool| {
+        let Self { responder, record, upload, deadlines, policy, forward, hashed, number, retry, .. } = self;
+        let mut judge = |status: StatusCode, mut headers: HeaderMap, heard: Heard| {
             let grpc = headers.get("grpc-status").map(|s| http_status_of_grpc(s.as_bytes()));
             if state.observe(cluster, address, endpoint, Event::of_status(grpc.unwrap_or(status))) {
                 metrics.ejections.inc();
             }
             let again = policy.wants_after_response(status, &headers);
-            let again = allowed(again, *number, policy, repeatable, &state, cluster, retry, record);
+            let again = allowed(again, *number, policy, heard.repeatable, &state, cluster, retry, record);
             if again {
                 return Verdict { again, headers };
             }
-            let took = began.elapsed();
-            (record.details, record.answered_after) = (Cow::Borrowed("via_upstream"), Some(took));
-            record.answered_at = Some((*began + took).into_std());
+            let now = Instant::now();
+            // Without the time the client took to send it; none of an answer that did not wait for that.
+            let took = heard.received.map(|received| now.saturating_duration_since(received));
+            (record.details, record.answered_after) = (Cow::Borrowed("via_upstream"), took);
+            record.answered_at = Some(now.into_std());
             record.upstream_protocol = Some(wanted.protocol());
-            if status != StatusCode::SWITCHING_PROTOCOLS {
+            if let Some(took) = took.filter(|_| status != StatusCode::SWITCHING_PROTOCOLS) {
                 headers.insert(headers::SERVICE_TIME.clone(), headers::milliseconds(took));
             }
             forward.decorate(&mut headers, record, Some(status));

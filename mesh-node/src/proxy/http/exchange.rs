@@ -390,7 +390,6 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             forward: &forward,
             hashed,
             tried: Vec::new(),
-            began: Instant::now(),
             number: 0,
             retry: None,
         };

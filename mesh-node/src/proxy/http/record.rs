@@ -253,7 +253,7 @@ impl Record {
     pub fn answered(&mut self, status: StatusCode, headers: &HeaderMap) {
         self.status = Some(status);
         // Not of what is answered here.
-        if self.answered_after.is_none() && self.described.is_some() && self.details == "via_upstream" {
+        if self.answered_after.is_none() && self.answered_at.is_none() && self.described.is_some() && self.details == "via_upstream" {
             self.answered_after = Some(self.started.elapsed());
         }
         if let (Some(described), Some(reporting)) = (&mut self.described, &self.reporting)

@@ -1,13 +1,14 @@
 //! The request's body on its way up: kept as far as it may have to be sent again, and copied to mirrors.
 
 use bytes::BytesMut;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 mod replays;
 
 pub use self::replays::{Copied, Replays, Share};
 use self::replays::{Part, compact, cost};
 use super::{
+    attempt::Heard,
     body::{Beginning, BodyError, Closed, FrameSource, Preview, RequestBody, Unseen},
     framing::Frame,
     meter::Meter,
@@ -21,6 +22,7 @@ pub const MIRROR_BEHIND: usize = 64;
 
 /// Most of a body that is read before there is a connection to send it on, bytes.
 const READ_AHEAD: usize = 64 * 1024;
+
 /// A request's body for as many attempts as it takes.
 pub struct Upload<'a, B> {
     live: &'a mut B,
@@ -35,13 +37,15 @@ pub struct Upload<'a, B> {
     mirrors: Vec<mpsc::Sender<Copied>>,
     /// What the attempt under way has been given.
     passed: Meter,
+    /// When it was first seen to be whole.
+    received: Option<Instant>,
 }
 
 impl<'a, B: FrameSource> Upload<'a, B> {
     pub fn new(live: &'a mut B, keep: bool, replays: &Replays) -> Self {
         let (kept, mirrors) = (Vec::new(), Vec::new());
         let passed = Meter::default();
-        Self { live, kept, kept_bytes: 0, at: 0, keeping: keep, lost: false, replays: replays.clone(), mirrors, passed }
+        Self { live, kept, kept_bytes: 0, at: 0, keeping: keep, lost: false, replays: replays.clone(), mirrors, passed, received: None }
     }
 
     /// Copies every frame to a mirror, as long as it keeps up.
@@ -86,8 +90,17 @@ impl<'a, B: FrameSource> Upload<'a, B> {
     }
 
     /// Whether the client has sent the whole request.
-    pub fn is_received(&self) -> bool {
-        self.live.is_end()
+    pub fn is_received(&mut self) -> bool {
+        let is_end = self.live.is_end();
+        if is_end && self.received.is_none() {
+            self.received = Some(Instant::now());
+        }
+        is_end
+    }
+
+    /// What a response to it is judged with.
+    pub fn heard(&mut self) -> Heard {
+        Heard { repeatable: self.can_repeat(), received: self.is_received().then_some(self.received).flatten() }
     }
 
     /// Reads on while the request cannot be sent yet, as far as may be kept.

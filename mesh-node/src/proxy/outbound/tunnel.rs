@@ -75,5 +75,10 @@ async fn dial(proxy: Arc<Proxy>, pod: Arc<ServedPod>, key: PoolKey) -> Result<Co
         Failure::Tls { kind, source }
     })?;
     let revoked = credentials.trust().clone().revoked(peer.chain);
+    let revoked = async move {
+        revoked.await;
+        tracing::info!(target: "proxy", peer = %key.destination, address = %key.address, "the peer's certificate has been revoked; its connection is cut");
+        proxy.metrics.handshake_failure("client", "revoked_later");
+    };
     Ok(Connection::handshake(stream, revoked).await?)
 }

@@ -11,7 +11,7 @@ use super::{
         upstream::{Failed, UpSink, UpSource, is_interim},
         wire::{Framing, WireResponse},
     },
-    Answered, Attempt, Deadlines, Plan, TimeUp, Verdict, arm, arm_route, broken_request, gone,
+    Answered, Attempt, Deadlines, Heard, Plan, TimeUp, Verdict, arm, arm_route, broken_request, gone,
 };
 use crate::route::retry::Reset;
 
@@ -48,7 +48,7 @@ pub(super) enum Event {
 impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
     pub(super) async fn run(
         &mut self,
-        judge: &mut (impl FnMut(StatusCode, HeaderMap, bool) -> Verdict + Send),
+        judge: &mut (impl FnMut(StatusCode, HeaderMap, Heard) -> Verdict + Send),
         cut: impl Future<Output = ()> + Send,
     ) -> Attempt {
         let mut cut = pin!(cut);
@@ -107,7 +107,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         };
         self.deadlines.attempt = None;
         let WireResponse { status, headers, framing, keep_alive } = response;
-        let verdict = judge(status, headers, self.upload.can_repeat());
+        let verdict = judge(status, headers, self.upload.heard());
         if verdict.again {
             return Attempt::Again;
         }
