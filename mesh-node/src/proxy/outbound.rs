@@ -38,7 +38,15 @@ use crate::{
 
 /// How long attempts go on while the destination's node is still enrolling it, and how far apart they are.
 pub(super) const RETRY_FOR: Duration = Duration::from_secs(3);
-const RETRY_EVERY: Duration = Duration::from_millis(50);
+/// Waits between dials: the first, and the longest. Between nodes each dial is a handshake, of which one that is overloaded wants no more.
+const RETRY_AFTER: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(400)];
+
+/// How long to wait before the next dial, after so many: twice as long each time, and not when others do.
+fn pause(dials: u32) -> Duration {
+    let [first, longest] = RETRY_AFTER;
+    let full = first.saturating_mul(1 << dials.min(8)).min(longest);
+    full.mul_f64(0.75 + fastrand::f64() / 2.0)
+}
 
 /// A captured connection of which nobody knows where it was meant to go.
 pub fn lost(proxy: &Arc<Proxy>, downstream: &TcpStream, client: SocketAddr) {
@@ -311,7 +319,7 @@ async fn relay_local(
 /// Resolves, picks and dials; again with a new decision as long as that may help and the client is still there.
 async fn establish(opaque: &Opaque, downstream: &TcpStream, outcome: &mut Outcome) -> Result<Upstream, Failure> {
     let deadline = Instant::now() + RETRY_FOR;
-    let mut tried = Vec::new();
+    let (mut tried, mut dials) = (Vec::new(), 0);
     loop {
         let attempt = async {
             outcome.asked = Some(opaque.original);
@@ -331,7 +339,8 @@ async fn establish(opaque: &Opaque, downstream: &TcpStream, outcome: &mut Outcom
         if !failure.retryable() || Instant::now() >= deadline {
             return Err(failure);
         }
-        sleep(RETRY_EVERY).await;
+        sleep(pause(dials)).await;
+        dials += 1;
     }
 }
 
@@ -390,6 +399,7 @@ impl<'d> Dial<'d> {
     /// Connects to `to`, however it is reached; again while that may help and patience lasts.
     pub(super) async fn connect(&self) -> Result<Stream, Failure> {
         let deadline = Instant::now() + self.patience;
+        let mut dials = 0;
         loop {
             let (way, source) = {
                 let snapshot = self.proxy.config.load();
@@ -397,9 +407,10 @@ impl<'d> Dial<'d> {
                 (way(&snapshot, self.to)?, source)
             };
             match self.go(way, &source).await {
-                Err(failure) if failure.retryable() && Instant::now() < deadline => sleep(RETRY_EVERY).await,
+                Err(failure) if failure.retryable() && Instant::now() < deadline => sleep(pause(dials)).await,
                 other => return other,
             }
+            dials += 1;
         }
     }
 
@@ -469,4 +480,24 @@ fn mirrored(failure: &Failure) -> Failure {
         _ => ::http::StatusCode::SERVICE_UNAVAILABLE,
     };
     Failure::Tunnel(TunnelError::Refused(status))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_dials_are_made_before_patience_ends() {
+        for _ in 0..100 {
+            let (mut waited, mut dials) = (Duration::ZERO, 0);
+            while waited < RETRY_FOR {
+                let pause = pause(dials);
+                assert!(pause >= RETRY_AFTER[0].mul_f64(0.75) && pause <= RETRY_AFTER[1].mul_f64(1.25), "{pause:?}");
+                waited += pause;
+                dials += 1;
+            }
+            assert!((7..=14).contains(&dials), "{dials}");
+        }
+        assert!(pause(u32::MAX) <= RETRY_AFTER[1] * 2);
+    }
 }
