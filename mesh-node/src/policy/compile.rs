@@ -30,7 +30,7 @@ impl TrustDomains {
             StringMatch::Exact(t) => (t, |s| StringMatch::Exact(s.into())),
             StringMatch::Prefix(t) => (t, |s| StringMatch::Prefix(s.into())),
             StringMatch::Suffix(text) => return self.expand_suffix(pattern, text),
-            StringMatch::Present => return vec![pattern.clone()],
+            StringMatch::Present | StringMatch::Glob(_) => return vec![pattern.clone()],
         };
         let Some((domain, rest)) = text.split_once('/') else { return vec![pattern.clone()] };
         let mut all = vec![self.local.as_str(), "cluster.local"];

@@ -327,7 +327,7 @@ fn source(spec: SourceSpec, at: &str) -> Result<SourceMatch, FieldError> {
     let found = SourceMatch {
         principals: values(spec.principals, spec.not_principals, &field("principals"), pattern)?,
         request_principals: values(spec.request_principals, spec.not_request_principals, &field("requestPrincipals"), request_principal)?,
-        namespaces: values(spec.namespaces, spec.not_namespaces, &field("namespaces"), pattern)?,
+        namespaces: values(spec.namespaces, spec.not_namespaces, &field("namespaces"), namespace)?,
         service_accounts: values(spec.service_accounts, spec.not_service_accounts, &field("serviceAccounts"), service_account)?,
         trust_domains: values(spec.trust_domains, spec.not_trust_domains, &field("trustDomains"), pattern)?,
         ip_blocks: values(spec.ip_blocks, spec.not_ip_blocks, &field("ipBlocks"), ip_block)?,
@@ -363,7 +363,7 @@ fn condition(spec: WhenSpec, at: &str) -> Result<Condition, FieldError> {
     Ok(match spec.key.as_str() {
         "source.ip" => Condition::SourceIp(values(yes, no, &field, ip_block)?),
         "remote.ip" => Condition::RemoteIp(values(yes, no, &field, ip_block)?),
-        "source.namespace" => Condition::SourceNamespace(values(yes, no, &field, pattern)?),
+        "source.namespace" => Condition::SourceNamespace(values(yes, no, &field, namespace)?),
         "source.principal" => Condition::SourcePrincipal(values(yes, no, &field, pattern)?),
         "source.serviceAccount" => Condition::SourceServiceAccount(values(yes, no, &field, service_account)?),
         "source.trustDomain" => Condition::SourceTrustDomain(values(yes, no, &field, pattern)?),
@@ -421,6 +421,10 @@ fn exact(text: &str) -> Result<StringMatch, String> {
 /// An empty pattern would match whoever has no identity; Istio's validation refuses it.
 fn pattern(text: &str) -> Result<StringMatch, String> {
     if text.is_empty() { Err("is empty; name a value, or remove it".to_owned()) } else { Ok(StringMatch::parse(text)) }
+}
+
+fn namespace(text: &str) -> Result<StringMatch, String> {
+    pattern(text).map(|_| StringMatch::glob(text))
 }
 
 fn values<T>(any_of: Texts, none_of: Texts, at: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<Values<T>, FieldError> {

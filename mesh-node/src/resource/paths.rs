@@ -77,7 +77,7 @@ impl PathPattern {
         match self {
             Self::Text(StringMatch::Exact(text)) => Some((text.clone(), true)),
             Self::Text(StringMatch::Prefix(text)) => Some((text.clone(), false)),
-            Self::Text(StringMatch::Suffix(_) | StringMatch::Present) => None,
+            Self::Text(StringMatch::Suffix(_) | StringMatch::Present | StringMatch::Glob(_)) => None,
             Self::Template(template) => {
                 let mut plain = String::new();
                 for segment in template.segments.iter().map_while(|s| s.as_deref()) {
@@ -94,7 +94,7 @@ impl PathPattern {
         let odd = |text: &str| text.contains(['%', ';']) || text.contains("//");
         match self {
             Self::Text(StringMatch::Exact(t) | StringMatch::Prefix(t) | StringMatch::Suffix(t)) => odd(t),
-            Self::Text(StringMatch::Present) => false,
+            Self::Text(StringMatch::Present | StringMatch::Glob(_)) => false,
             Self::Template(t) => t.segments.iter().flatten().any(|s| odd(s)) || t.rest.as_deref().is_some_and(odd),
         }
     }

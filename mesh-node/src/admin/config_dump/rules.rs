@@ -108,6 +108,8 @@ fn text(pattern: &StringMatch) -> Value {
         StringMatch::Prefix(text) => json!({"Prefix": &**text}),
         StringMatch::Suffix(text) => json!({"Suffix": &**text}),
         StringMatch::Present => json!({"Presence": []}),
+        // ztunnel has none of these.
+        StringMatch::Glob(_) => json!({"Exact": format!("{pattern:?}")}),
     }
 }
 

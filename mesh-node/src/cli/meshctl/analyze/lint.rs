@@ -52,7 +52,7 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
 fn texts(values: &Values<StringMatch>) -> impl Iterator<Item = &str> {
     values.any_of.iter().chain(&values.none_of).filter_map(|value| match value {
         StringMatch::Exact(text) | StringMatch::Prefix(text) => Some(&**text),
-        StringMatch::Suffix(_) | StringMatch::Present => None,
+        StringMatch::Suffix(_) | StringMatch::Present | StringMatch::Glob(_) => None,
     })
 }
 
