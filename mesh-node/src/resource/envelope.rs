@@ -92,7 +92,7 @@ pub fn parse(document: &Value, default_namespace: &str) -> Result<Parsed, Reject
 
 /// What there is of a policy of which something cannot be read.
 fn stand_in(document: &Value, key: &Key) -> Option<Box<Named>> {
-    if !matches!(key.kind, Kind::AuthorizationPolicy | Kind::RequestAuthentication) {
+    if !matches!(key.kind, Kind::AuthorizationPolicy | Kind::RequestAuthentication | Kind::HTTPRoute | Kind::GRPCRoute) {
         return None;
     }
     let text = |pointer: &str| document.pointer(pointer).and_then(Value::as_str);
@@ -103,10 +103,12 @@ fn stand_in(document: &Value, key: &Key) -> Option<Box<Named>> {
     }
     let empty = Value::Object(serde_json::Map::new());
     let spec = document.get("spec").filter(|spec| !spec.is_null()).unwrap_or(&empty);
-    let object = if key.kind == Kind::RequestAuthentication {
-        Object::RequestAuthentication(RequestAuthentication::as_far_as_it_can_be_read(spec)?)
-    } else {
-        Object::AuthorizationPolicy(AuthorizationPolicy::as_far_as_it_can_be_read(spec)?)
+    let object = match key.kind {
+        Kind::RequestAuthentication => Object::RequestAuthentication(RequestAuthentication::as_far_as_it_can_be_read(spec)?),
+        Kind::HTTPRoute | Kind::GRPCRoute => {
+            Object::GatewayRoute(GatewayRoute::as_far_as_it_can_be_read(spec, key.kind == Kind::GRPCRoute)?)
+        }
+        _ => Object::AuthorizationPolicy(AuthorizationPolicy::as_far_as_it_can_be_read(spec)?),
     };
     Some(Box::new(Named { key: key.clone(), created, object }))
 }

@@ -4,6 +4,7 @@ mod document;
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use bytes::Bytes;
 pub(super) use document::Spec;
 use document::{
     CorsDocument, Filter, GrpcMethod, Match, Method, MirrorDocument, Modifier, Pair, PathModifier, RedirectDocument, Reference, Retry,
@@ -11,6 +12,7 @@ use document::{
 };
 use http::StatusCode;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{
     envelope::FieldError,
@@ -20,8 +22,8 @@ use crate::route::{
     matching::{HeaderMatch, HttpMatch, Matched, PathMatch, Pattern, QueryMatch, TextMatch},
     retry::{BASE_BACKOFF, RetryOn, RetryPolicy, default_policy},
     rule::{
-        Action, Cors, Destination, Fault, HeaderChanges, HeaderOperations, Mirror, PathRewrite, Redirect, RedirectPort, Rewrite, Rule,
-        Share, Weighted,
+        Action, Cors, Destination, DirectResponse, Fault, HeaderChanges, HeaderOperations, HeaderText, Mirror, PathRewrite, Redirect,
+        RedirectPort, Rewrite, Rule, Share, Weighted,
     },
 };
 
@@ -42,9 +44,36 @@ pub struct Parent {
     pub name: Arc<str>,
     /// All ports when absent.
     pub port: Option<u16>,
+    /// The name of a port, which it has to be of as well.
+    pub section: Option<Arc<str>>,
 }
 
 impl GatewayRoute {
+    /// What stands in for one that cannot be read: rules that can be, and for what others match, where that can be read, an error, as Gateway API
+    /// asks for of filters that are not known: none may be passed over.
+    pub(super) fn as_far_as_it_can_be_read(spec: &Value, grpc: bool) -> Option<Self> {
+        let with = |rule: Value| {
+            let mut one = spec.clone();
+            *one.as_object_mut()?.get_mut("rules")? = Value::Array(vec![rule]);
+            Self::read(serde_json::from_value(one).ok()?, grpc).ok()
+        };
+        let mut all: Option<Self> = None;
+        for rule in spec.get("rules")?.as_array()? {
+            let read = with(rule.clone()).or_else(|| {
+                let mut refused = with(serde_json::json!({"matches": rule.get("matches").unwrap_or(&Value::Array(Vec::new()))}))?;
+                let answer = || Action::Respond(DirectResponse { status: StatusCode::INTERNAL_SERVER_ERROR, body: Bytes::new() });
+                refused.rules.iter_mut().for_each(|rule| rule.action = answer());
+                Some(refused)
+            });
+            match (&mut all, read) {
+                (Some(all), Some(read)) => all.rules.extend(read.rules),
+                (None, read) => all = read,
+                (Some(_), None) => {}
+            }
+        }
+        all
+    }
+
     pub(super) fn read(spec: Spec, grpc: bool) -> Result<Self> {
         // Host names say nothing about a Service parent, and default gateways are none.
         let Spec { parent_refs, hostnames: _, use_default_gateways: _, rules } = spec;
@@ -90,12 +119,13 @@ fn is_service(reference: &Reference, default: Option<&str>) -> bool {
 }
 
 fn parent(reference: &Reference, at: &str) -> Result<Parent> {
-    let number = match (&reference.port, &reference.section_name) {
-        (Some(number), _) => Some(port(*number, &format!("{at}.port"))?),
-        (None, Some(_)) => return Err(FieldError::new(format!("{at}.sectionName"), "is not supported for a Service; use port")),
-        (None, None) => None,
-    };
-    Ok(Parent { namespace: reference.namespace.as_deref().map(Arc::from), name: reference.name.as_str().into(), port: number })
+    let number = reference.port.map(|number| port(number, &format!("{at}.port"))).transpose()?;
+    Ok(Parent {
+        namespace: reference.namespace.as_deref().map(Arc::from),
+        name: reference.name.as_str().into(),
+        port: number,
+        section: reference.section_name.as_deref().map(Arc::from),
+    })
 }
 
 fn destination(reference: &Reference, at: &str) -> Result<Destination> {
@@ -315,7 +345,11 @@ fn modifier(document: &Modifier, at: &str) -> Result<(HeaderChanges, Option<http
                 continue;
             }
             let name = end_to_end_header(&pair.name, &format!("{at}.name"))?;
-            let text = header_text(&pair.value, &value)?;
+            // Gateway API's values are what they say; Istio's are Envoy's, where they can be.
+            let text = match header_text(&pair.value, &value) {
+                Err(_) if pair.value.contains('%') => Some(HeaderText::Plain(header_value(&pair.value, &value)?)),
+                text => text?,
+            };
             // Of several for one name only the first counts.
             if !out.iter().any(|(n, _)| *n == name) {
                 out.extend(text.map(|text| (name, text)));
@@ -430,38 +464,4 @@ impl ReferenceGrant {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-    use crate::resource::{Object, Parsed, parse};
-
-    #[test]
-    fn what_names_a_method_goes_before_what_is_for_all() {
-        let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "GRPCRoute", "metadata": {"name": "r", "namespace": "default"},
-        "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s"}], "rules": [
-            {"name": "all"},
-            {"name": "header", "matches": [{"headers": [{"name": "a", "value": "b"}]}]},
-            {"name": "method", "matches": [{"method": {"method": "Echo"}}]},
-            {"name": "service", "matches": [{"method": {"service": "x.Y"}}]},
-            {"name": "both", "matches": [{"method": {"service": "x.Y", "method": "Echo"}}]},
-        ]}});
-        let Ok(Parsed::Object(named)) = parse(&route, "default") else { panic!("a route") };
-        let Object::GatewayRoute(route) = named.object else { panic!("a route") };
-        let mut rules = route.rules;
-        rules.sort_by_key(|rule| std::cmp::Reverse(precedence(&rule.matches[0])));
-        let order = rules.iter().map(|rule| &*rule.name).collect::<Vec<_>>();
-        assert_eq!(order, ["both", "service", "method", "header", "all"]);
-    }
-
-    #[test]
-    fn what_is_said_of_retries_takes_no_condition_away() {
-        let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "default"},
-            "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s"}], "rules": [{"retry": {"attempts": 1}}]}});
-        let Ok(Parsed::Object(named)) = parse(&route, "default") else { panic!("a route") };
-        let Object::GatewayRoute(route) = named.object else { panic!("a route") };
-        let on = route.rules[0].retries.as_ref().expect("retries").on;
-        let wanted = [RetryOn::GRPC_UNAVAILABLE, RetryOn::GRPC_CANCELLED, RetryOn::CONNECT_FAILURE, RetryOn::RESET];
-        assert!(wanted.into_iter().all(|condition| on.has(condition)));
-    }
-}
+mod tests;

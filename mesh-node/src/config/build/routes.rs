@@ -17,7 +17,7 @@ use crate::{
     config::store::{Severity, Status},
     detect::Protocol,
     id::ObjectName,
-    resource::{GatewayRoute, Kind, Named, VirtualService, gateway_route::precedence},
+    resource::{GatewayRoute, Kind, Named, VirtualService, gateway_route::precedence, kube},
     route::{
         Cluster, ClusterId, PortRoutes,
         l4::L4Rule,
@@ -102,9 +102,13 @@ impl<'a> Routes<'a> {
                 builder.remark(Severity::Warning, named, &message);
                 continue;
             };
-            if parent.port.is_some_and(|p| !entry.service.ports.iter().any(|e| e.port == p)) {
-                let message =
-                    format!("spec.parentRefs: Service {name} has no port {}; the route is not used for it", parent.port.unwrap_or(0));
+            let is_it = |e: &kube::ServicePort| {
+                parent.port.is_none_or(|port| e.port == port) && parent.section.as_ref().is_none_or(|section| e.name == *section)
+            };
+            if !entry.service.ports.iter().any(is_it) {
+                let asked = parent.port.map(|port| port.to_string()).into_iter().chain(parent.section.as_ref().map(ToString::to_string));
+                let asked = asked.collect::<Vec<_>>().join(" named ");
+                let message = format!("spec.parentRefs: Service {name} has no port {asked}; the route is not used for it");
                 builder.remark(Severity::Warning, named, &message);
                 continue;
             }
@@ -151,12 +155,12 @@ impl<'a> Routes<'a> {
         &self,
         builder: &Builder<'_>,
         service: &ObjectName,
-        (port, protocol): (u16, Protocol),
+        (port, protocol): (&kube::ServicePort, Protocol),
         client: Option<&str>,
         clusters: &Clusters<'_>,
     ) -> PortRoutes {
         let is_tls = protocol == Protocol::Tls;
-        let resolver = Resolver { routes: self, builder, port, clusters };
+        let resolver = Resolver { routes: self, builder, port: port.port, clusters };
         let visible =
             |(_, named, vs): &&(usize, &'a Named, &'a VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, client);
         let mut found = PortRoutes::default();
@@ -184,11 +188,20 @@ impl<'a> Routes<'a> {
     }
 
     /// Gateway API routes of one port: a consumer's own before the producer's; the most specific match first.
-    fn gateway_table(&self, service: &ObjectName, port: u16, client: Option<&str>, resolver: &Resolver<'_, '_>) -> Option<HttpTable> {
+    fn gateway_table(
+        &self,
+        service: &ObjectName,
+        port: &kube::ServicePort,
+        client: Option<&str>,
+        resolver: &Resolver<'_, '_>,
+    ) -> Option<HttpTable> {
         let attached = self.gateway_routes.get(service)?.iter().filter(|(named, route)| {
             route.parents.iter().any(|p| {
                 let namespace = p.namespace.as_ref().unwrap_or(&named.key.name.namespace);
-                p.name == service.name && *namespace == service.namespace && p.port.is_none_or(|p| p == port)
+                p.name == service.name
+                    && *namespace == service.namespace
+                    && p.port.is_none_or(|p| p == port.port)
+                    && p.section.as_ref().is_none_or(|name| *name == port.name)
             })
         });
         let of = |namespace: &str| attached.clone().filter(|(named, _)| &*named.key.name.namespace == namespace).collect::<Vec<_>>();

@@ -349,13 +349,18 @@ fn cluster(
     }
 }
 
-fn assemble(name: &ObjectName, entry: &Entry<'_>, clusters: &Clusters<'_>, routes: impl Fn((u16, Protocol)) -> PortRoutes) -> Service {
+fn assemble(
+    name: &ObjectName,
+    entry: &Entry<'_>,
+    clusters: &Clusters<'_>,
+    routes: impl Fn((&kube::ServicePort, Protocol)) -> PortRoutes,
+) -> Service {
     let id = |port: u16, subset: &Arc<str>| ClusterId { service: name.clone(), port, subset: subset.clone() };
     let none: Arc<str> = "".into();
     let ports = entry.service.ports.iter().filter_map(|p| {
         let subsets = clusters.subsets(name).iter().filter_map(|s| Some((s.clone(), clusters.get(&id(p.port, s))?.clone())));
         let cluster = clusters.get(&id(p.port, &none))?.clone();
-        let routes = routes((p.port, cluster.protocol));
+        let routes = routes((p, cluster.protocol));
         Some(ServicePort { name: p.name.clone(), port: p.port, cluster, subsets: subsets.collect(), routes })
     });
     Service { name: name.clone(), vips: entry.service.vips.clone(), ports: ports.collect() }

@@ -1,0 +1,76 @@
+use serde_json::json;
+
+use super::*;
+use crate::resource::{Object, Parsed, parse};
+
+#[test]
+fn what_names_a_method_goes_before_what_is_for_all() {
+    let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "GRPCRoute", "metadata": {"name": "r", "namespace": "default"},
+    "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s"}], "rules": [
+        {"name": "all"},
+        {"name": "header", "matches": [{"headers": [{"name": "a", "value": "b"}]}]},
+        {"name": "method", "matches": [{"method": {"method": "Echo"}}]},
+        {"name": "service", "matches": [{"method": {"service": "x.Y"}}]},
+        {"name": "both", "matches": [{"method": {"service": "x.Y", "method": "Echo"}}]},
+    ]}});
+    let Ok(Parsed::Object(named)) = parse(&route, "default") else { panic!("a route") };
+    let Object::GatewayRoute(route) = named.object else { panic!("a route") };
+    let mut rules = route.rules;
+    rules.sort_by_key(|rule| std::cmp::Reverse(precedence(&rule.matches[0])));
+    let order = rules.iter().map(|rule| &*rule.name).collect::<Vec<_>>();
+    assert_eq!(order, ["both", "service", "method", "header", "all"]);
+}
+
+#[test]
+fn what_is_said_of_retries_takes_no_condition_away() {
+    let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "default"},
+        "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s"}], "rules": [{"retry": {"attempts": 1}}]}});
+    let Ok(Parsed::Object(named)) = parse(&route, "default") else { panic!("a route") };
+    let Object::GatewayRoute(route) = named.object else { panic!("a route") };
+    let on = route.rules[0].retries.as_ref().expect("retries").on;
+    let wanted = [RetryOn::GRPC_UNAVAILABLE, RetryOn::GRPC_CANCELLED, RetryOn::CONNECT_FAILURE, RetryOn::RESET];
+    assert!(wanted.into_iter().all(|condition| on.has(condition)));
+}
+
+fn parsed(rules: Value) -> std::result::Result<GatewayRoute, crate::resource::Rejection> {
+    let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "default"},
+        "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s", "sectionName": "http"}], "rules": rules}});
+    match parse(&route, "default")? {
+        Parsed::Object(named) => match named.object {
+            Object::GatewayRoute(route) => Ok(route),
+            other => panic!("{other:?}"),
+        },
+        Parsed::Ignored(kind) => panic!("{kind}"),
+    }
+}
+
+#[test]
+fn values_of_headers_are_what_they_say() {
+    let filter = json!({"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "a", "value": "50%"}, {"name": "b", "value": "%REQ(x)%"}]}});
+    let route = parsed(json!([{"filters": [filter]}])).expect("a route");
+    let set = &route.rules[0].headers.request.set;
+    assert!(matches!(&set[0].1, HeaderText::Plain(value) if value == "50%"), "{set:?}");
+    assert!(matches!(&set[1].1, HeaderText::Told(_)), "{set:?}");
+    assert_eq!(route.parents[0].section.as_deref(), Some("http"));
+}
+
+#[test]
+fn a_filter_that_is_not_known_is_not_passed_over() {
+    let external = json!({"type": "ExternalAuth", "externalAuth": {"protocol": "GRPC"}});
+    let matched = json!([{"path": {"value": "/private"}}]);
+    let rules = json!([
+        {"matches": matched, "filters": [external]},
+        {"name": "other", "backendRefs": [{"name": "s", "port": 80}]},
+        {"matches": [{"path": {"type": "No", "value": "/x"}}], "backendRefs": []},
+    ]);
+    let rejection = parsed(rules).expect_err("refused");
+    assert_eq!(rejection.field, "spec.rules[0].filters[0].externalAuth");
+    let instead = rejection.instead.expect("what there is");
+    let Object::GatewayRoute(route) = instead.object else { panic!("a route") };
+    let actions = route.rules.iter().map(|rule| match &rule.action {
+        Action::Respond(answer) => answer.status.as_u16(),
+        _ => 0,
+    });
+    assert_eq!(actions.collect::<Vec<_>>(), [500, 0]);
+    assert!(matches!(&route.rules[0].matches[0].path, Some(PathMatch::Segments(path)) if &**path == "/private"));
+}
