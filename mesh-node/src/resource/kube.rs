@@ -281,6 +281,8 @@ pub struct Service {
     pub client_ip_affinity: bool,
     /// `trafficDistribution`, its own; none when it says nothing of it.
     pub near: Option<Option<Near>>,
+    /// Of one of type `ExternalName`: the host it stands for.
+    pub alias: Option<Arc<str>>,
     headless: bool,
 }
 
@@ -315,6 +317,7 @@ struct ServiceSpec {
     internal_traffic_policy: Option<TrafficPolicy>,
     session_affinity: Option<String>,
     traffic_distribution: Option<String>,
+    external_name: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -356,6 +359,7 @@ impl Service {
     pub(super) fn read(document: ServiceDocument, metadata: &Metadata) -> Result<Self, FieldError> {
         let ServiceDocument { spec, status } = document;
         let external_name = spec.r#type.as_deref() == Some("ExternalName");
+        let alias = spec.external_name.filter(|name| external_name && !name.is_empty()).map(Arc::from);
         let mut texts = spec.cluster_ips.unwrap_or_default();
         if texts.is_empty() {
             texts.extend(spec.cluster_ip);
@@ -380,6 +384,7 @@ impl Service {
                 None => annotated(metadata).map(Near::of),
             },
             client_ip_affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+            alias,
             headless,
         })
     }

@@ -33,6 +33,8 @@ pub(super) struct Routes<'a> {
     delegates: HashMap<&'a ObjectName, &'a VirtualService>,
     gateway_routes: HashMap<&'a ObjectName, Vec<(&'a Named, &'a GatewayRoute)>>,
     ports: HashMap<&'a ObjectName, Vec<u16>>,
+    /// Services that stand for another host (`ExternalName`).
+    aliases: HashMap<&'a ObjectName, &'a str>,
     /// Namespaces whose clients are routed otherwise.
     pub special: BTreeSet<&'a str>,
     pub remarks: RefCell<Vec<Status>>,
@@ -45,6 +47,7 @@ impl<'a> Routes<'a> {
             delegates: HashMap::new(),
             gateway_routes: HashMap::new(),
             ports: registry.iter().map(|(name, e)| (*name, e.service.ports.iter().map(|p| p.port).collect())).collect(),
+            aliases: registry.iter().filter_map(|(name, e)| Some((*name, e.service.alias.as_deref()?))).collect(),
             special: BTreeSet::new(),
             remarks: RefCell::default(),
         };
@@ -85,7 +88,15 @@ impl<'a> Routes<'a> {
                 continue;
             }
             match service_of(host, namespace).and_then(|n| registry.get_key_value(&n)) {
-                Some((name, _)) => self.virtual_services.entry(name).or_default().push((usize::MAX, named, vs)),
+                Some((name, _)) => {
+                    if let Some(alias) = self.aliases.get(name) {
+                        let message = format!(
+                            "spec.hosts: Service {name} is an ExternalName of {alias}, which its clients dial; write routes for that"
+                        );
+                        builder.remark(Severity::Warning, named, &message);
+                    }
+                    self.virtual_services.entry(name).or_default().push((usize::MAX, named, vs));
+                }
                 None => {
                     builder.remark(Severity::Warning, named, &format!("spec.hosts: there is no Service {host}; its routes are not used"));
                 }
@@ -141,6 +152,18 @@ impl<'a> Routes<'a> {
                 }
             }
         }
+    }
+
+    /// The service that a host is in the end, where it stands for another.
+    fn concrete(&self, host: &str, namespace: &str) -> Result<Option<ObjectName>, String> {
+        const MOST: usize = 4;
+        let mut service = service_of(host, namespace);
+        for _ in 0..MOST {
+            let Some((name, alias)) = service.as_ref().and_then(|name| Some((name, self.aliases.get(name)?))) else { return Ok(service) };
+            let target = service_of(alias, &name.namespace).filter(|target| self.ports.contains_key(target));
+            service = Some(target.ok_or_else(|| format!("the Service stands for {alias}, which is none of the mesh"))?);
+        }
+        Err("the Service stands for others that stand for others, too many of them".into())
     }
 
     /// Whether a service has any routes a client of a namespace can see.
@@ -301,7 +324,7 @@ impl Resolver<'_, '_> {
         if destination.refused {
             return Err("is not a Service".into());
         }
-        let service = service_of(&destination.host, namespace);
+        let service = self.routes.concrete(&destination.host, namespace)?;
         let known = service.as_ref().and_then(|s| self.routes.ports.get_key_value(s));
         let (service, ports) = known.ok_or("there is no such Service")?;
         let port = match (destination.port, ports.as_slice()) {
@@ -310,7 +333,11 @@ impl Resolver<'_, '_> {
             (None, _) => self.port,
         };
         if !ports.contains(&port) {
-            return Err(format!("the Service has no port {port}"));
+            return Err(match destination.port {
+                Some(_) => format!("the Service has no port {port}"),
+                // Once, and not for each port the route is for.
+                None => "of several ports the Service has none for some that the route is for; say destination.port".into(),
+            });
         }
         let id = ClusterId { service: (*service).clone(), port, subset: destination.subset.clone() };
         self.clusters.get(&id).cloned().ok_or_else(|| format!("no DestinationRule defines a subset {}", destination.subset))

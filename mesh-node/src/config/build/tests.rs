@@ -79,6 +79,38 @@ fn the_mesh_configuration_may_close_what_is_not_known_and_is_told_of_what_it_say
 }
 
 #[test]
+fn a_service_that_stands_for_another_is_that_other_to_routes() {
+    let stands_for = |name: &str, host: &str| json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": {"type": "ExternalName", "externalName": host}});
+    let front = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "front"},
+        "spec": {"clusterIP": "10.96.0.9", "ports": [{"name": "http", "port": 80}]}});
+    for (to, expected, remarks) in [
+        ("one", Some("default/web"), 0),
+        ("two", Some("default/web"), 0),
+        ("outside", None, 1),
+        ("loop", None, 1),
+        ("web", Some("default/web"), 0),
+    ] {
+        let routes = json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": "v"},
+            "spec": {"hosts": ["front"], "http": [{"route": [{"destination": {"host": to}}]}]}});
+        let documents = [
+            service(),
+            slice("a", &["10.0.0.1"], true),
+            front.clone(),
+            stands_for("one", "web.default.svc.cluster.local"),
+            stands_for("two", "one"),
+            stands_for("outside", "example.com"),
+            stands_for("loop", "loop"),
+            routes,
+        ];
+        let (snapshot, statuses) = built(&documents);
+        let Target::Service { port, .. } = snapshot.resolve("10.96.0.9:80".parse().expect("valid")) else { panic!("no service") };
+        let rule = &port.routes.http.as_ref().expect("routes").rules[0];
+        let found = rule.destinations[0].as_ref().map(|cluster| cluster.id.service.to_string());
+        assert_eq!((found.as_deref(), statuses.len()), (expected, remarks), "{to}: {statuses:?}");
+    }
+}
+
+#[test]
 fn rules_know_which_route_they_are_of() {
     let route = |name: &str, paths: &[&str]| {
         let rule = |path: &&str| json!({"matches": [{"path": {"value": path}}], "backendRefs": [{"name": "web", "port": 80}]});
