@@ -79,11 +79,13 @@ struct Set {
     used: Mutex<Option<Instant>>,
     /// Held by whoever fetches; what became of the last time.
     last: Arc<tokio::sync::Mutex<Option<Last>>>,
+    /// Why they could not be had the last time.
+    problem: ArcSwapOption<String>,
 }
 
 impl Default for Set {
     fn default() -> Self {
-        Self { keys: ArcSwapOption::empty(), used: Mutex::default(), last: Arc::default() }
+        Self { keys: ArcSwapOption::empty(), used: Mutex::default(), last: Arc::default(), problem: ArcSwapOption::empty() }
     }
 }
 
@@ -119,6 +121,20 @@ impl Jwks {
         let set = self.set(remote);
         *set.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         set.keys.load_full()
+    }
+
+    /// What is wrong with the sets the configuration needs, in the words of a remark.
+    pub fn problems(&self) -> Vec<String> {
+        let wanted = &self.config.load().remote_keys;
+        let all = self.lock().iter().map(|(remote, set)| (remote.clone(), set.clone())).collect::<Vec<_>>();
+        let told = |(remote, set): (RemoteKeys, Arc<Set>)| {
+            let problem = set.problem.load_full().filter(|_| wanted.contains(&remote))?;
+            let kept = if set.keys.load().is_some() { "those fetched before are used" } else { "tokens of its issuers are answered 401" };
+            Some(format!("keys at {} cannot be fetched ({problem}): {kept}", remote.uri))
+        };
+        let mut told = all.into_iter().filter_map(told).collect::<Vec<_>>();
+        told.sort();
+        told
     }
 
     /// The keys of an issuer, fetched again unless that was just done.
@@ -192,12 +208,14 @@ impl Jwks {
             Ok(keys) => {
                 self.metrics.jwks_fetch("ok");
                 set.keys.store(Some(Arc::new(keys)));
+                set.problem.store(None);
                 true
             }
             Err(error) => {
                 self.metrics.jwks_fetch("failed");
-                let kept = set.keys.load().is_some();
-                tracing::warn!(target: "jwks", uri = &*remote.uri, error = chain(&error), kept, "keys cannot be fetched");
+                let (kept, error) = (set.keys.load().is_some(), chain(&error));
+                tracing::warn!(target: "jwks", uri = &*remote.uri, error, kept, "keys cannot be fetched");
+                set.problem.store(Some(Arc::new(error)));
                 false
             }
         }

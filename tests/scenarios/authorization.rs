@@ -459,6 +459,10 @@ fn keys_of_an_issuer_may_be_away_and_may_change() {
     node.wait_ready().expect("ready");
     wait_for("the node answers", Duration::from_secs(10), || Ok(scene.ask(&scene.far, "server:80", "/x", &rotated) == "401"))
         .expect("refused");
+    let remarks = || scene.bed.nodes()[0].admin_json("/status").map(|status| status["remarks"].to_string());
+    let told = remarks().expect("a status");
+    assert!(told.contains("cannot be fetched") && told.contains("answered 401"), "{told}");
     away.store(false, Ordering::SeqCst);
     wait_for("keys again", Duration::from_secs(20), || Ok(scene.ask(&scene.far, "server:80", "/x", &rotated) == "200")).expect("let in");
+    assert_eq!(remarks().expect("a status"), "[]");
 }

@@ -31,7 +31,7 @@ pub(super) fn status(node: &Node) -> Value {
         },
         "generation": snapshot.generation,
         "openConnections": node.proxy.metrics.open_connections.get(),
-        "remarks": node.proxy.config.statuses().iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "remarks": node.proxy.config.statuses().iter().map(ToString::to_string).chain(node.proxy.jwks.problems()).collect::<Vec<_>>(),
     })
 }
 

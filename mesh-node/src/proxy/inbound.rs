@@ -13,7 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::StatusCode;
@@ -209,9 +209,10 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
         Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
         Err(_) => return,
     };
+    let begun = Instant::now();
     let (stream, peer, revoked) = match accept_tls(&proxy, &pod, stream).await {
         Ok(accepted) => accepted,
-        Err(failure) => return refused_handshake(&proxy, client, local, failure),
+        Err(failure) => return refused_handshake(&proxy, (client, local), begun, failure),
     };
     drop(caller);
     proxy.metrics.hbone_connections.inc();
@@ -242,11 +243,11 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
     proxy.metrics.hbone_connections.dec();
 }
 
-fn refused_handshake(proxy: &Arc<Proxy>, client: SocketAddr, local: SocketAddr, failure: Failure) {
+fn refused_handshake(proxy: &Arc<Proxy>, (client, local): (SocketAddr, SocketAddr), begun: Instant, failure: Failure) {
     if let Failure::Tls { kind, .. } = &failure {
         proxy.metrics.handshake_failure("server", kind.reason());
     }
-    let mut outcome = Outcome::new(proxy, Direction::Inbound);
+    let mut outcome = Outcome::since(proxy, Direction::Inbound, begun);
     outcome.source.address = Some(client);
     outcome.tunnel = Some(local);
     outcome.fail(failure);

@@ -49,11 +49,32 @@ pub struct Match {
     pub method: Option<Method>,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
 pub enum Method {
     Name(String),
     Grpc(GrpcMethod),
+}
+
+impl<'de> Deserialize<'de> for Method {
+    /// By what is written: which of the two it should be is a matter of the route's kind, and an error names the field.
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl<'de> serde::de::Visitor<'de> for Read {
+            type Value = Method;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("the name of a method, or a service and method of gRPC")
+            }
+
+            fn visit_str<E>(self, name: &str) -> Result<Method, E> {
+                Ok(Method::Name(name.to_owned()))
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Method, A::Error> {
+                GrpcMethod::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(Method::Grpc)
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
 }
 
 #[derive(Deserialize, Default)]

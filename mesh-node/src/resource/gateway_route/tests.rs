@@ -55,6 +55,18 @@ fn values_of_headers_are_what_they_say() {
 }
 
 #[test]
+fn what_is_wrong_with_a_method_is_told() {
+    for (method, field, words) in [
+        (json!({"type": "Exact", "service": "a.B", "bogus": 1}), "spec.rules[0].matches[0].method.bogus", "unknown field"),
+        (json!(false), "spec.rules[0].matches[0].method", "the name of a method"),
+        (json!({"service": 7}), "spec.rules[0].matches[0].method.service", "string"),
+    ] {
+        let rejection = parsed(json!([{"matches": [{"method": method}]}])).expect_err("refused");
+        assert!(rejection.field == field && rejection.problem.contains(words), "{rejection}");
+    }
+}
+
+#[test]
 fn a_filter_that_is_not_known_is_not_passed_over() {
     let external = json!({"type": "ExternalAuth", "externalAuth": {"protocol": "GRPC"}});
     let matched = json!([{"path": {"value": "/private"}}]);

@@ -35,6 +35,8 @@ pub struct HttpRoute {
     pub fault: Option<Fault>,
     pub mirror: Option<Destination>,
     pub mirrors: Vec<Mirror>,
+    /// Its first name is still in Istio's schema.
+    #[serde(alias = "mirror_percent")]
     pub mirror_percent: Option<u32>,
     pub mirror_percentage: Option<Percent>,
     pub cors_policy: Option<Cors>,

@@ -97,6 +97,8 @@ fn defaults_are_istios() {
     let mirrored = |more: Value| rule(&with(&more)).expect("valid").mirrors[0].share;
     assert_eq!(mirrored(json!({"mirror": {"host": "m"}})), Share::ALL);
     assert_eq!(mirrored(json!({"mirror": {"host": "m"}, "mirrorPercentage": {"value": 0}})), Share::default());
+    let half = mirrored(json!({"mirror": {"host": "m"}, "mirrorPercentage": {"value": 50}}));
+    assert_eq!(mirrored(json!({"mirror": {"host": "m"}, "mirror_percent": 50})), half);
     let redirect = rule(&json!({"redirect": {"uri": "/n"}})).expect("valid");
     let Action::Redirect(redirect) = redirect.action else { panic!("no redirect") };
     assert_eq!((redirect.status, redirect.port), (StatusCode::MOVED_PERMANENTLY, RedirectPort::Keep));
