@@ -464,5 +464,5 @@ fn keys_of_an_issuer_may_be_away_and_may_change() {
     assert!(told.contains("cannot be fetched") && told.contains("answered 401"), "{told}");
     away.store(false, Ordering::SeqCst);
     wait_for("keys again", Duration::from_secs(20), || Ok(scene.ask(&scene.far, "server:80", "/x", &rotated) == "200")).expect("let in");
-    assert_eq!(remarks().expect("a status"), "[]");
+    assert!(!remarks().expect("a status").contains("cannot be fetched"));
 }
