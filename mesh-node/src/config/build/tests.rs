@@ -71,11 +71,11 @@ fn the_mesh_configuration_may_close_what_is_not_known_and_is_told_of_what_it_say
         let (snapshot, statuses) = built(&[document]);
         (snapshot.outbound, statuses.len())
     };
-    use crate::config::OutboundPolicy::{AllowAny, RegistryOnly};
-    assert_eq!(outbound(json!({})), (AllowAny, 0));
-    assert_eq!(outbound(json!({"outboundTrafficPolicy": {"mode": "REGISTRY_ONLY"}})), (RegistryOnly, 0));
-    assert_eq!(outbound(json!({"outbound_traffic_policy": {"mode": "ALLOW_ANY"}, "connect_timeout": "1s"})), (AllowAny, 1));
-    assert_eq!(outbound(json!({"outboundTrafficPolicy": {"mode": "x"}})), (AllowAny, 1));
+    let (open, closed) = (OutboundPolicy::AllowAny, OutboundPolicy::RegistryOnly);
+    assert_eq!(outbound(json!({})), (open, 0));
+    assert_eq!(outbound(json!({"outboundTrafficPolicy": {"mode": "REGISTRY_ONLY"}})), (closed, 0));
+    assert_eq!(outbound(json!({"outbound_traffic_policy": {"mode": "ALLOW_ANY"}, "connect_timeout": "1s"})), (open, 1));
+    assert_eq!(outbound(json!({"outboundTrafficPolicy": {"mode": "x"}})), (open, 1));
 }
 
 #[test]

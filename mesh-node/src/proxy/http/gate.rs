@@ -366,7 +366,7 @@ impl Gate {
             };
             let Some(policy) = policy else { continue };
             let mut seen = changed.take().unwrap_or_else(|| head.clone());
-            match authorizer::ask(self, snapshot, provider, (&mut seen, protocol), body).await {
+            match Box::pin(authorizer::ask(self, snapshot, provider, (&mut seen, protocol), body)).await {
                 Answer::Allowed { to_client: more } => {
                     changed = Some(seen);
                     to_client.extend(more);

@@ -262,7 +262,8 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
 }
 
 async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Box<H1Upstream>, Failure> {
-    let (transport, hold) = dial(wanted).await?;
+    // Seldom, and large.
+    let (transport, hold) = Box::pin(dial(wanted)).await?;
     let (unread, idle_since, local) = (Unread::default(), Instant::now(), transport.local());
     Ok(Box::new(H1Upstream { transport, unread, hold, workload, local, requests: 0, made: idle_since, idle_since, _slot: slot }))
 }
@@ -377,7 +378,7 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
 }
 
 async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<StreamGuard, NoUpstream> {
-    let (transport, hold) = dial(wanted).await.map_err(NoUpstream::Failed)?;
+    let (transport, hold) = Box::pin(dial(wanted)).await.map_err(NoUpstream::Failed)?;
     let traffic = hold.as_ref().map(|h| h.outcome.traffic.clone()).unwrap_or_default();
     let (local, leaving) = (transport.local(), transport.leaving());
     let opened = super::h2::connect(Counted::upstream(transport, traffic)).await;

@@ -32,7 +32,7 @@ fn what_is_said_of_retries_takes_no_condition_away() {
     assert!(wanted.into_iter().all(|condition| on.has(condition)));
 }
 
-fn parsed(rules: Value) -> std::result::Result<GatewayRoute, crate::resource::Rejection> {
+fn parsed(rules: &Value) -> std::result::Result<GatewayRoute, crate::resource::Rejection> {
     let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "default"},
         "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s", "sectionName": "http"}], "rules": rules}});
     match parse(&route, "default")? {
@@ -47,7 +47,7 @@ fn parsed(rules: Value) -> std::result::Result<GatewayRoute, crate::resource::Re
 #[test]
 fn values_of_headers_are_what_they_say() {
     let filter = json!({"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "a", "value": "50%"}, {"name": "b", "value": "%REQ(x)%"}]}});
-    let route = parsed(json!([{"filters": [filter]}])).expect("a route");
+    let route = parsed(&json!([{"filters": [filter]}])).expect("a route");
     let set = &route.rules[0].headers.request.set;
     assert!(matches!(&set[0].1, HeaderText::Plain(value) if value == "50%"), "{set:?}");
     assert!(matches!(&set[1].1, HeaderText::Told(_)), "{set:?}");
@@ -61,7 +61,7 @@ fn what_is_wrong_with_a_method_is_told() {
         (json!(false), "spec.rules[0].matches[0].method", "the name of a method"),
         (json!({"service": 7}), "spec.rules[0].matches[0].method.service", "string"),
     ] {
-        let rejection = parsed(json!([{"matches": [{"method": method}]}])).expect_err("refused");
+        let rejection = parsed(&json!([{"matches": [{"method": method}]}])).expect_err("refused");
         assert!(rejection.field == field && rejection.problem.contains(words), "{rejection}");
     }
 }
@@ -75,7 +75,7 @@ fn a_filter_that_is_not_known_is_not_passed_over() {
         {"name": "other", "backendRefs": [{"name": "s", "port": 80}]},
         {"matches": [{"path": {"type": "No", "value": "/x"}}], "backendRefs": []},
     ]);
-    let rejection = parsed(rules).expect_err("refused");
+    let rejection = parsed(&rules).expect_err("refused");
     assert_eq!(rejection.field, "spec.rules[0].filters[0].externalAuth");
     let instead = rejection.instead.expect("what there is");
     let Object::GatewayRoute(route) = instead.object else { panic!("a route") };

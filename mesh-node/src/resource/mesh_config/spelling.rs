@@ -46,13 +46,11 @@ pub fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Erro
         Either::Number(number) => number,
         Either::Text(text) => text.trim().parse().map_err(|_| D::Error::custom(format!("{text:?} is not a number")))?,
     };
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked")]
-    let number = said as u32;
-    if f64::from(number) == said {
-        Ok(number)
-    } else {
-        Err(D::Error::custom(format!("{said} is not a whole number from 0 to {}", u32::MAX)))
+    if said.fract().abs() > 0.0 || !(0.0..=f64::from(u32::MAX)).contains(&said) {
+        return Err(D::Error::custom(format!("{said} is not a whole number from 0 to {}", u32::MAX)));
     }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]
+    Ok(said as u32)
 }
 
 /// Fields that are acted on, or that are for other programs than the data plane, or for how they find each other.

@@ -8,6 +8,7 @@ use crate::{
         MeshSettings, Snapshot,
         store::{Severity, Status, Store},
     },
+    detect::Protocol,
     id::ObjectName,
     resource::{
         DestinationRule, Named, Object, VirtualService,
@@ -53,6 +54,14 @@ fn texts(values: &Values<StringMatch>) -> impl Iterator<Item = &str> {
     values.any_of.iter().chain(&values.none_of).filter_map(|value| match value {
         StringMatch::Exact(text) | StringMatch::Prefix(text) => Some(&**text),
         StringMatch::Suffix(_) | StringMatch::Present | StringMatch::Glob(_) => None,
+    })
+}
+
+/// Values with a star that stands for itself: it is one for anything at either end alone.
+fn with_stars(values: &Values<StringMatch>) -> impl Iterator<Item = &StringMatch> {
+    values.any_of.iter().chain(&values.none_of).filter(|value| match value {
+        StringMatch::Exact(text) | StringMatch::Prefix(text) | StringMatch::Suffix(text) => text.contains('*'),
+        StringMatch::Present | StringMatch::Glob(_) => false,
     })
 }
 
@@ -104,6 +113,15 @@ impl Lint<'_> {
                 self.say(named, &message);
             }
         }
+        for (kind, rules, tls) in [("tcp", &vs.tcp, false), ("tls", &vs.tls, true)] {
+            let namespace: &str = &named.key.name.namespace;
+            let services = vs.hosts.iter().filter_map(|host| self.service(host, namespace)).collect::<Vec<_>>();
+            let mut ports = self.snapshot.services().iter().filter(|s| services.contains(&s.name)).flat_map(|s| &s.ports).peekable();
+            if !rules.is_empty() && ports.peek().is_some() && ports.all(|port| (port.cluster.protocol == Protocol::Tls) != tls) {
+                let which = if tls { "none of its hosts' ports is" } else { "all ports of its hosts are" };
+                self.say(named, &format!("spec.{kind}: counts for nothing, as {which} declared to carry TLS (https, tls)"));
+            }
+        }
         for (kind, rules) in [("tcp", &vs.tcp), ("tls", &vs.tls)] {
             if let Some(last) = rules.iter().position(|rule| rule.matches.is_empty()) {
                 for i in last + 1..rules.len() {
@@ -127,7 +145,29 @@ impl Lint<'_> {
                     self.say(named, &message);
                 }
             }
+            let starred = rule.from.iter().enumerate().flat_map(|(j, from)| {
+                let all = [("principals", &from.principals), ("trustDomains", &from.trust_domains)];
+                all.into_iter().flat_map(move |(field, values)| with_stars(values).map(move |v| (format!("from[{j}].source.{field}"), v)))
+            });
+            let starred = starred.chain(rule.to.iter().enumerate().flat_map(|(j, to)| {
+                let all = [("hosts", &to.hosts), ("methods", &to.methods)];
+                all.into_iter().flat_map(move |(field, values)| with_stars(values).map(move |v| (format!("to[{j}].operation.{field}"), v)))
+            }));
+            let starred = starred.map(|(field, value)| {
+                format!(
+                    "spec.rules[{i}].{field}: a star of {:?} stands for itself; it stands for anything at one end of a value alone",
+                    format!("{value:?}")
+                )
+            });
+            for message in starred.collect::<Vec<_>>() {
+                self.say(named, &message);
+            }
             for (j, to) in rule.to.iter().enumerate() {
+                for text in texts(&to.hosts).filter(|text| text.contains("://") || text.contains('/')) {
+                    let message =
+                        format!("spec.rules[{i}].to[{j}].operation.hosts: no host is like {text:?}; they have neither scheme nor path");
+                    self.say(named, &message);
+                }
                 for text in texts(&to.methods).filter(|text| text.chars().any(|c| c.is_ascii_lowercase())) {
                     let message = format!(
                         "spec.rules[{i}].to[{j}].operation.methods: no request has the method {text:?}; they are told apart by case: {:?}",
@@ -139,6 +179,10 @@ impl Lint<'_> {
                     PathPattern::Text(StringMatch::Exact(text) | StringMatch::Prefix(text)) => Some(text),
                     _ => None,
                 });
+                for text in paths.clone().filter(|text| text.contains('?')) {
+                    let message = format!("spec.rules[{i}].to[{j}].operation.paths: no path is like {text:?}; they end before the query");
+                    self.say(named, &message);
+                }
                 for text in paths.filter(|text| !text.starts_with('/')) {
                     let message = format!("spec.rules[{i}].to[{j}].operation.paths: no path is like {text:?}; they begin with a slash");
                     self.say(named, &message);
