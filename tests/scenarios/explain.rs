@@ -331,6 +331,11 @@ fn explanations_know_claims_and_names() {
         let endpoint = answer["destinations"][0]["endpoints"].get(0).or(answer["endpoints"].get(0)).cloned().unwrap_or_default();
         (endpoint["decision"].as_str().unwrap_or_default().to_owned(), endpoint["reason"].as_str().unwrap_or_default().to_owned(), text)
     };
+    // What is in a header is no claim.
+    for (more, noted) in [(&["-H", "Authorization: bearer a.b.c"][..], true), (&["-H", "Authorization: Basic YQ=="], false)] {
+        let (decision, _, text) = explain("web:80", more);
+        assert_eq!((decision.as_str(), text.contains("say what is in it with --claims")), ("denied", noted), "{text}");
+    }
     for (to, more, decision, why) in [
         ("web:80", &[][..], "denied", ""),
         ("web:80", &["--claims", r#"{"iss": "us", "group": "admin"}"#], "allowed", "no policy denies it"),

@@ -230,11 +230,13 @@ impl Meshctl {
             }
             What::Drain { timeout } => follow::drain(admin, Duration::from_secs(*timeout)),
             What::Explain(question) => {
+                question.note_token();
                 let answer = question.answer(admin)?;
                 self.print(&answer, views::explain);
                 Ok(if question.check && answer["allowed"] != true { ExitCode::FAILURE } else { ExitCode::SUCCESS })
             }
             What::Authorize(question) => {
+                question.note_token();
                 let answer = admin.document(&question.path())?;
                 self.print(&answer, views::authorize);
                 Ok(if question.check && answer["decision"] == "denied" { ExitCode::FAILURE } else { ExitCode::SUCCESS })

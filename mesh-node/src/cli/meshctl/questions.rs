@@ -45,7 +45,24 @@ pub struct Explain {
     pub(super) check: bool,
 }
 
+/// Says that a token in a header is not looked at: nothing is verified here, and no keys are asked for.
+fn note_token(headers: &[String], claims: Option<&str>) {
+    let is_token = |header: &String| {
+        header.split_once(':').is_some_and(|(name, value)| {
+            name.trim().eq_ignore_ascii_case("authorization")
+                && value.trim().get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("bearer "))
+        })
+    };
+    if claims.is_none() && headers.iter().any(is_token) {
+        eprintln!("meshctl: the token is a header like others here, and is not verified; say what is in it with --claims");
+    }
+}
+
 impl Explain {
+    pub fn note_token(&self) {
+        note_token(&self.headers, self.claims.as_deref());
+    }
+
     fn query(&self) -> String {
         let mut all = vec![("from", self.from.as_str()), ("to", &self.to)];
         // `-X GET /path`, `-X GET` and `-X /path`.
@@ -116,6 +133,10 @@ pub struct Authorize {
 }
 
 impl Authorize {
+    pub fn note_token(&self) {
+        note_token(&self.headers, self.claims.as_deref());
+    }
+
     pub fn path(&self) -> String {
         let Self { from, to, port, plaintext, method, path, host, headers, claims, sni, check: _ } = self;
         let port = port.to_string();
