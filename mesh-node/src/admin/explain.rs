@@ -229,7 +229,7 @@ impl<'a> Asker<'a> {
         };
         self.routed(found, &head, answer);
         answer["route"]["from"] = (*found.resolved.origin).into();
-        answer["route"]["rule"] = found.resolved.number.into();
+        answer["route"]["rule"] = (found.resolved.rule.number + 1).into();
         Ok(())
     }
 

@@ -81,7 +81,7 @@ fn http(mut one: Value, resolved: &ResolvedRule) -> Value {
     let rule: &Rule = &resolved.rule;
     one["kind"] = "http".into();
     one["from"] = (*resolved.origin).into();
-    one["rule"] = resolved.number.into();
+    one["rule"] = (rule.number + 1).into();
     one["name"] = (*rule.name).into();
     one["matches"] = rule.matches.iter().map(|m| format!("{m}")).collect();
     one["action"] = match &rule.action {

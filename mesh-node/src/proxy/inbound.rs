@@ -229,13 +229,17 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
         revoked: is_revoked.clone(),
     };
     let serving = server::serve(stream, |offer| drop(tokio::spawn(serve_offer(connection.clone(), offer))), pod.draining(since));
+    let revoked = async {
+        revoked.await;
+        // Before anything breaks of it.
+        is_revoked.store(true, Ordering::Release);
+    };
     tokio::select! {
         result = serving => if let Err(error) = result {
             tracing::debug!(target: "proxy", %client, %error, "HBONE connection ended");
         },
         _ = pod.ended() => {}
         () = revoked => {
-            is_revoked.store(true, Ordering::Release);
             tracing::info!(target: "proxy", %client, %peer, "the peer's certificate has been revoked; its connection is cut");
             proxy.metrics.handshake_failure("server", "revoked_later");
         }

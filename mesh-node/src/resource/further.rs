@@ -17,7 +17,7 @@ struct Taken {
 pub fn further(document: &Value, default_namespace: &str, first: &Rejection) -> Vec<Rejection> {
     let (mut rest, mut found, mut taken) = (document.clone(), Vec::<Rejection>::new(), Vec::new());
     let mut at = first.field.clone();
-    while first.key.is_some() && found.len() < MOST && take_out(&mut rest, &at, &mut taken) {
+    while first.key.is_some() && found.len() < MOST && !is_telling(&at) && take_out(&mut rest, &at, &mut taken) {
         let Err(next) = parse(&rest, default_namespace) else { break };
         at.clone_from(&next.field);
         let field = as_written(&next.field, &taken);
@@ -29,6 +29,12 @@ pub fn further(document: &Value, default_namespace: &str, first: &Rejection) -> 
         found.push(Rejection { field, key: None, instead: None, ..next });
     }
     found
+}
+
+/// Whether something else would be meant without a field: what were said then would be about that.
+fn is_telling(field: &str) -> bool {
+    const TELLING: [&str; 8] = ["action", "provider", "jwks", "jwksUri", "issuer", "type", "mode", "kind"];
+    field.rsplit(['.', ']']).next().is_some_and(|name| TELLING.contains(&name))
 }
 
 /// Removes what is at a path such as `spec.http[7].timeout`. False when there is nothing.
@@ -126,6 +132,12 @@ mod tests {
         // Without its only destination the route would have none.
         assert_eq!(all(&service(json!([{"route": [{"destination": 7}]}]))).len(), 1);
         assert_eq!(all(&service(json!(7))).len(), 1);
+        let custom = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "p"},
+            "spec": {"action": "CUSTOMM", "provider": {"name": "x"}}});
+        assert_eq!(all(&custom), ["spec.action"]);
+        let keys = json!({"apiVersion": "security.istio.io/v1", "kind": "RequestAuthentication", "metadata": {"name": "p"},
+            "spec": {"jwtRules": [{"issuer": "me@x", "jwks": "garbage"}]}});
+        assert_eq!(all(&keys), ["spec.jwtRules[0].jwks"]);
         let version = json!({"apiVersion": "security.istio.io/v7", "kind": "PeerAuthentication", "metadata": {"name": "p"}, "spec": {"mtls": {"mode": "x"}}});
         assert_eq!(all(&version), ["apiVersion"]);
         assert_eq!(further(&json!([]), "default", &parse(&json!([]), "default").expect_err("refused")).len(), 0);

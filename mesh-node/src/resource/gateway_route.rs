@@ -52,26 +52,32 @@ impl GatewayRoute {
     /// What stands in for one that cannot be read: rules that can be, and for what others match, where that can be read, an error, as Gateway API
     /// asks for of filters that are not known: none may be passed over.
     pub(super) fn as_far_as_it_can_be_read(spec: &Value, grpc: bool) -> Option<Self> {
-        let with = |rule: Value| {
-            let mut one = spec.clone();
-            *one.as_object_mut()?.get_mut("rules")? = Value::Array(vec![rule]);
+        let rules = spec.get("rules")?.as_array()?;
+        let mut all = Self { parents: Vec::new(), rules: Vec::new() };
+        let read = |field: &str, value: &Value| {
+            let one = Value::Object([(field.to_owned(), Value::Array(vec![value.clone()]))].into_iter().collect());
             Self::read(serde_json::from_value(one).ok()?, grpc).ok()
         };
-        let mut all: Option<Self> = None;
-        for rule in spec.get("rules")?.as_array()? {
-            let read = with(rule.clone()).or_else(|| {
-                let mut refused = with(serde_json::json!({"matches": rule.get("matches").unwrap_or(&Value::Array(Vec::new()))}))?;
-                let answer = || Action::Respond(DirectResponse { status: StatusCode::INTERNAL_SERVER_ERROR, body: Bytes::new() });
-                refused.rules.iter_mut().for_each(|rule| rule.action = answer());
-                Some(refused)
-            });
-            match (&mut all, read) {
-                (Some(all), Some(read)) => all.rules.extend(read.rules),
-                (None, read) => all = read,
-                (Some(_), None) => {}
-            }
+        for parent in spec.get("parentRefs")?.as_array()? {
+            all.parents.extend(read("parentRefs", parent).into_iter().flat_map(|one| one.parents));
         }
-        all
+        for (i, rule) in rules.iter().enumerate() {
+            let of_rule = match read("rules", rule) {
+                Some(whole) => whole.rules,
+                None => {
+                    let none = Vec::new();
+                    let matches = match rule.get("matches") {
+                        None | Some(Value::Null) => vec![serde_json::json!({})],
+                        Some(matches) => matches.as_array().unwrap_or(&none).iter().map(|m| serde_json::json!({"matches": [m]})).collect(),
+                    };
+                    let refused = matches.iter().filter_map(|of_match| read("rules", of_match)).flat_map(|one| one.rules);
+                    let answer = || Action::Respond(DirectResponse { status: StatusCode::INTERNAL_SERVER_ERROR, body: Bytes::new() });
+                    refused.map(|rule| Rule { action: answer(), ..rule }).collect()
+                }
+            };
+            all.rules.extend(of_rule.into_iter().map(|rule| Rule { number: i, ..rule }));
+        }
+        Some(all)
     }
 
     pub(super) fn read(spec: Spec, grpc: bool) -> Result<Self> {
@@ -93,7 +99,7 @@ impl GatewayRoute {
                 let path = (!grpc).then(|| PathMatch::Segments("/".into()));
                 matches.push(HttpMatch { path, ..HttpMatch::default() });
             }
-            flat.extend(matches.into_iter().map(|m| Rule { matches: vec![m], ..common.clone() }));
+            flat.extend(matches.into_iter().map(|m| Rule { matches: vec![m], number: i, ..common.clone() }));
         }
         Ok(Self { parents, rules: flat })
     }
@@ -251,6 +257,7 @@ fn rule(document: &RuleDocument, at: &str) -> Result<Rule> {
     let per_try = nonzero(timeouts.and_then(|t| t.backend_request));
     Ok(Rule {
         name: document.name.as_deref().unwrap_or_default().into(),
+        number: 0,
         matches: Vec::new(),
         action,
         headers: filters.headers,

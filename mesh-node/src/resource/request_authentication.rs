@@ -40,6 +40,34 @@ pub struct JwtRule {
 }
 
 impl JwtRule {
+    /// What stands in for a rule that cannot be read: its issuer, where it has one, none of whose tokens is taken wherever they are, as far as that
+    /// can be read; and headers of which it says that they are written are no client's.
+    fn unread(rule: &Value) -> Self {
+        let text = |field: &str| rule.get(field).and_then(Value::as_str).unwrap_or_default();
+        let list = |field: &str| rule.get(field).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let header = |name: &Value| name.as_str().and_then(|name| end_to_end_header(name, "").ok());
+        let of_headers = list("fromHeaders").iter().filter_map(|spec| {
+            let name = header_name(spec.get("name")?.as_str()?, "").ok()?;
+            Some(Location::Header(name, spec.get("prefix").and_then(Value::as_str).unwrap_or_default().into()))
+        });
+        let named =
+            |field: &str| list(field).iter().filter_map(Value::as_str).filter(|name| !name.is_empty()).map(Arc::from).collect::<Vec<_>>();
+        let parameters = named("fromParams").into_iter().map(Location::Parameter);
+        let cookies = named("fromCookies").into_iter().map(Location::Cookie);
+        let locations = of_headers.chain(parameters).chain(cookies).collect::<Vec<_>>();
+        let claim = |spec: &Value| Some(ClaimHeader { header: header(spec.get("header")?)?, claim: Vec::new() });
+        Self {
+            issuer: text("issuer").into(),
+            audiences: Vec::new(),
+            keys: KeySource::Inline(Arc::new(Keys::none())),
+            locations: if locations.is_empty() { usual_locations() } else { locations },
+            forward: false,
+            payload_header: rule.get("outputPayloadToHeader").and_then(header),
+            claim_headers: list("outputClaimToHeaders").iter().filter_map(claim).collect(),
+            word_lists: Vec::new(),
+        }
+    }
+
     /// Headers that are not the client's once a token has been verified, or taken out with it.
     pub fn changed_headers(&self) -> impl Iterator<Item = &HeaderName> {
         let written = self.payload_header.iter().chain(self.claim_headers.iter().map(|c| &c.header));
@@ -156,22 +184,13 @@ impl RequestAuthentication {
             serde_json::from_value::<Spec>(one).ok().and_then(|spec| Self::read(spec).ok())
         };
         let mut all = for_whom(Vec::new())?;
-        let rules = spec.get("jwtRules").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-        let unread = |rule: &Value| {
-            let issuer = rule.get("issuer").and_then(Value::as_str).unwrap_or_default();
-            Arc::new(JwtRule {
-                issuer: issuer.into(),
-                audiences: Vec::new(),
-                keys: KeySource::Inline(Arc::new(Keys::none())),
-                locations: usual_locations(),
-                forward: false,
-                payload_header: None,
-                claim_headers: Vec::new(),
-                word_lists: Vec::new(),
-            })
+        let rules = match spec.get("jwtRules") {
+            None | Some(Value::Null) => &[][..],
+            Some(Value::Array(rules)) => rules,
+            Some(odd) => std::slice::from_ref(odd),
         };
         let read = |rule: &Value| for_whom(vec![rule.clone()]).and_then(|one| one.rules.into_iter().next());
-        all.rules = rules.iter().map(|rule| read(rule).unwrap_or_else(|| unread(rule))).collect();
+        all.rules = rules.iter().map(|rule| read(rule).unwrap_or_else(|| Arc::new(JwtRule::unread(rule)))).collect();
         Some(all)
     }
 
@@ -324,13 +343,21 @@ mod tests {
             }
         };
         let good = json!({"issuer": "https://a.example", "jwksUri": "https://a.example/keys"});
-        let bad = json!({"issuer": "https://b.example", "jwksUri": "https://b.example/keys", "required": true});
+        let bad = json!({"issuer": "https://b.example", "jwksUri": "https://b.example/keys", "required": true,
+            "fromHeaders": [{"name": "x-jwt"}, {"name": "a b"}], "outputPayloadToHeader": "x-payload",
+            "outputClaimToHeaders": [{"header": "x-user", "claim": "sub"}]});
         let read =
             rejected(&json!({"selector": {"matchLabels": {"app": "a"}}, "jwtRules": [good, bad, {"jwks": 7}]})).expect("what there is");
         let none = KeySource::Inline(Arc::new(Keys::none()));
         let rules = read.rules.iter().map(|rule| (&*rule.issuer, rule.keys == none)).collect::<Vec<_>>();
         assert_eq!(rules, [("https://a.example", false), ("https://b.example", true), ("", true)]);
         assert!(read.selector.is_some());
+        assert_eq!(read.rules[1].locations, [Location::Header(HeaderName::from_static("x-jwt"), "".into())]);
+        let mut written = read.rules[1].changed_headers().map(HeaderName::as_str).collect::<Vec<_>>();
+        written.sort_unstable();
+        assert_eq!(written, ["x-jwt", "x-payload", "x-user"]);
+        let mapping = rejected(&json!({"jwtRules": {"issuer": "https://b.example"}})).expect("what there is");
+        assert_eq!(mapping.rules.len(), 1);
         for unknown in [json!({"selecter": {}, "jwtRules": [bad]}), json!({"selector": 7, "jwtRules": [bad]})] {
             assert!(rejected(&unknown).is_none(), "{unknown}");
         }

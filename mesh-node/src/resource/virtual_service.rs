@@ -35,7 +35,10 @@ impl VirtualService {
         if nothing {
             return Err(FieldError::new("spec", "has no http, tls or tcp routes; add at least one"));
         }
-        let http = http.into_iter().enumerate().map(|(i, r)| http::rule(r, &format!("spec.http[{i}]"), hosts.is_empty()));
+        let http = http.into_iter().enumerate().map(|(i, r)| {
+            let rule = http::rule(r, &format!("spec.http[{i}]"), hosts.is_empty())?;
+            Ok(Rule { number: i, ..rule })
+        });
         let http = http.collect::<Result<Vec<_>, _>>()?;
         let tls = tls.iter().enumerate().map(|(i, r)| l4::tls(r, &format!("spec.tls[{i}]"))).collect::<Result<Vec<_>, _>>()?;
         let tcp = tcp.iter().enumerate().map(|(i, r)| l4::tcp(r, &format!("spec.tcp[{i}]"))).collect::<Result<Vec<_>, _>>()?;

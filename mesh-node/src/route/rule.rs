@@ -18,6 +18,8 @@ use super::{
 pub struct Rule {
     /// For the log and statistics.
     pub name: Arc<str>,
+    /// Its place in the object it is of, from 0.
+    pub number: usize,
     /// Any of them; none means always.
     pub matches: Vec<HttpMatch>,
     pub action: Action,

@@ -40,9 +40,8 @@ pub struct HttpTable {
 /// A rule and, beside each of its destinations, the cluster it names; `None` when that does not exist.
 #[derive(Debug)]
 pub struct ResolvedRule {
-    /// The object it comes from, for the log, and its number there, from 1.
+    /// The object it comes from, for the log.
     pub origin: Arc<str>,
-    pub number: usize,
     pub rule: Arc<Rule>,
     pub destinations: Vec<Option<Arc<Cluster>>>,
     pub mirrors: Vec<Option<Arc<Cluster>>>,

@@ -83,7 +83,7 @@ struct Documents {
 
 /// Fails when nothing of a text can be read.
 fn documents(text: &str) -> Result<Documents, String> {
-    let whole = match yaml(text) {
+    let whole = match yaml(text, MAX_EVENTS) {
         Ok(documents) => return Ok(Documents { documents, unread: Vec::new() }),
         Err(problem) => problem,
     };
@@ -91,15 +91,23 @@ fn documents(text: &str) -> Result<Documents, String> {
     if whole.contains(TOO_MUCH) {
         return Err(whole);
     }
-    let (mut documents, mut unread, mut more) = (Vec::new(), Vec::new(), 0);
+    let (mut documents, mut unread, mut more) = (Vec::<Value>::new(), Vec::new(), 0);
+    // All pieces together may have what is written in the file, which is less than it has bytes, and little that aliases make of it.
+    let mut left = MAX_EVENTS.min(text.len() * 2 + 1000);
     for (line, piece) in pieces(text) {
-        match yaml(piece) {
-            Ok(more) => documents.extend(more),
+        match yaml(piece, left) {
+            Ok(read) => {
+                left = left.saturating_sub(read.iter().map(nodes).sum());
+                if left == 0 || documents.len() + read.len() > MAX_DOCUMENTS {
+                    return Err(TOO_MUCH.to_owned());
+                }
+                documents.extend(read);
+            }
             Err(problem) if problem.contains(TOO_MUCH) => return Err(problem),
             Err(_) if unread.len() == MAX_TOLD => more += 1,
             // Once more where it is, so that the line is the file's.
             Err(problem) => {
-                let there = yaml(&format!("{}{piece}", "\n".repeat(line))).err().unwrap_or(problem);
+                let there = yaml(&format!("{}{piece}", "\n".repeat(line)), left).err().unwrap_or(problem);
                 unread.push(format!("the document at line {} is not YAML: {there}; correct it", line + 1));
             }
         }
@@ -110,8 +118,17 @@ fn documents(text: &str) -> Result<Documents, String> {
     if documents.is_empty() { Err(whole) } else { Ok(Documents { documents, unread }) }
 }
 
-fn yaml(text: &str) -> Result<Vec<Value>, String> {
-    let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_documents: MAX_DOCUMENTS };
+/// Parts of a document, aliases unfolded.
+fn nodes(document: &Value) -> usize {
+    1 + match document {
+        Value::Array(items) => items.iter().map(nodes).sum(),
+        Value::Object(fields) => fields.values().map(nodes).sum::<usize>() + fields.len(),
+        _ => 0,
+    }
+}
+
+fn yaml(text: &str, most: usize) -> Result<Vec<Value>, String> {
+    let budget = serde_saphyr::budget! { max_events: most, max_nodes: most, max_documents: MAX_DOCUMENTS };
     let options = serde_saphyr::options! { budget: budget, with_snippet: false };
     let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options).map_err(|e| one_line(&e.to_string()))?;
     Ok(documents.into_iter().filter(|d| !d.is_null()).collect())
@@ -126,10 +143,13 @@ pub(super) fn pieces(text: &str) -> impl Iterator<Item = (usize, &str)> {
             return None;
         }
         let (mut end, mut lines) = (0, 0);
+        let mut directives = true;
         for line in rest.split_inclusive('\n') {
-            if lines > 0 && begins(line) {
+            if lines > 0 && begins(line) && !directives {
                 break;
             }
+            // What is said of a document before it begins belongs to it.
+            directives &= line.trim().is_empty() || line.starts_with(['%', '#']);
             end += line.len();
             lines += 1;
         }
@@ -144,7 +164,7 @@ pub(super) fn pieces(text: &str) -> impl Iterator<Item = (usize, &str)> {
 fn with_mesh_config(mut document: Value) -> Value {
     let is_config_map = document.get("kind").and_then(Value::as_str) == Some("ConfigMap");
     if is_config_map && let Some(text) = document.pointer_mut("/data/mesh") {
-        let parsed = text.as_str().and_then(|t| yaml(t).ok()).and_then(|d| d.into_iter().next());
+        let parsed = text.as_str().and_then(|t| yaml(t, MAX_EVENTS).ok()).and_then(|d| d.into_iter().next());
         if let Some(parsed) = parsed {
             *text = parsed;
         }
@@ -299,6 +319,7 @@ mod tests {
         let all = |text| pieces(text).collect::<Vec<_>>();
         assert_eq!(all(""), []);
         assert_eq!(all("---\na: 1\n---\n"), [(0, "---\na: 1\n"), (2, "---\n")]);
+        assert_eq!(all("%YAML 1.2\n---\na: 1\n---\nb"), [(0, "%YAML 1.2\n---\na: 1\n"), (3, "---\nb")]);
         assert_eq!(all("a: |\n  ---\n---b\n---\tc\n\n---"), [(0, "a: |\n  ---\n---b\n"), (3, "---\tc\n\n"), (5, "---")]);
     }
 
@@ -314,6 +335,13 @@ mod tests {
         assert_eq!(counts(&bomb), None);
         assert_eq!(counts(&format!("{NAMESPACE}---\n{bomb}")), None);
         assert_eq!(counts(&format!("{NAMESPACE}---\na: [\n---\n{bomb}")), None);
+        // Nor are many that are each small enough.
+        let mut small = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for i in 1..6 {
+            small += &format!("a{i}: &a{i} [{}]\n", vec![format!("*a{}", i - 1); 9].join(", "));
+        }
+        assert_eq!(counts(&small), Some((0, 1)));
+        assert_eq!(counts(&format!("{NAMESPACE}---\na: [\n{}", format!("---\n{small}").repeat(100))), None);
         assert_eq!(counts(&"[".repeat(100_000)), None);
         assert_eq!(counts("\u{0}\u{1}\u{2}"), None);
     }

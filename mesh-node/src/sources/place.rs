@@ -17,26 +17,34 @@ enum Node {
 
 /// A file's objects. Those of lists are objects of their own.
 #[derive(Debug, Default)]
-pub struct Places(Vec<Spanned<Node>>);
+pub struct Places(Vec<Document>);
+
+/// A document, and the lines before what was read with it.
+#[derive(Debug)]
+struct Document {
+    before: u64,
+    node: Spanned<Node>,
+}
 
 impl Places {
     /// Of a document that cannot be read nothing is known.
     pub fn of(text: &str) -> Self {
-        let one_by_one = || {
-            let documents = pieces(text).map(|(line, piece)| serde_saphyr::from_multiple(&format!("{}{piece}", "\n".repeat(line))));
-            documents.filter_map(Result::ok).flatten().collect()
+        let read = |before: usize, text: &str| {
+            let documents = serde_saphyr::from_multiple(text).ok()?.into_iter();
+            Some(documents.map(|node| Document { before: before as u64, node }).collect::<Vec<_>>())
         };
-        Self(serde_saphyr::from_multiple(text).unwrap_or_else(|_| one_by_one()))
+        let one_by_one = || pieces(text).filter_map(|(before, piece)| read(before, piece)).flatten().collect();
+        Self(read(0, text).unwrap_or_else(one_by_one))
     }
 
     /// The line of a field of an object, as far as it is found; `object` is `Kind namespace/name`.
     pub fn line(&self, object: &str, field: &str) -> Option<u64> {
         let (kind, name) = object.split_once(' ')?;
         let (namespace, name) = name.split_once('/').unwrap_or(("", name));
-        let objects = self.0.iter().flat_map(|document| objects(document, 4));
-        let node = objects.into_iter().find(|node| node.is(kind, namespace, name))?;
+        let objects = self.0.iter().flat_map(|document| objects(&document.node, 4).into_iter().map(|node| (document.before, node)));
+        let (before, node) = objects.into_iter().find(|(_, node)| node.is(kind, namespace, name))?;
         let own = node.value.get("kind").map_or(node.referenced.line(), |(key, _)| key.referenced.line());
-        Some(node.value.line(field).or_else(|| node.value.line_of_host(field)).unwrap_or(own))
+        Some(before + node.value.line(field).or_else(|| node.value.line_of_host(field)).unwrap_or(own))
     }
 }
 

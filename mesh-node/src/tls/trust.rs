@@ -31,7 +31,7 @@ pub struct Trust {
 #[derive(Debug, Default)]
 struct Store {
     certificates: BTreeSet<Vec<u8>>,
-    anchors: Vec<TrustAnchor<'static>>,
+    anchors: Arc<Vec<TrustAnchor<'static>>>,
     revocations: Arc<Vec<CertRevocationList<'static>>>,
 }
 
@@ -73,6 +73,7 @@ impl Trust {
             Some(error) => tracing::warn!(target: "identity", %error, "a trusted root cannot be read and is left out"),
             None => {}
         }
+        let anchors = Arc::new(anchors);
         self.replace(|old| Store { certificates, anchors, revocations: old.revocations.clone() });
         Ok(true)
     }
@@ -178,15 +179,14 @@ impl Trust {
     /// Completes when a chain that is good now is revoked. It is judged as of now, by the roots of now: neither that it has expired since nor that
     /// its root has gone ends a connection, and neither hides that it was taken back.
     pub async fn revoked(self: Arc<Self>, chain: Vec<CertificateDer<'static>>) {
-        let (then, believed) = (UnixTime::now(), self.store.load_full());
+        let (then, anchors) = (UnixTime::now(), self.store.load().anchors.clone());
         let mut generation = self.generation.subscribe();
         let Some((leaf, rest)) = chain.split_first() else { return std::future::pending().await };
         loop {
             generation.borrow_and_update();
             let revocations = self.store.load().revocations.clone();
             // Either usage: mesh certificates have both.
-            let revoked =
-                [Role::Client, Role::Server].map(|role| self.verify_with(&believed.anchors, &revocations, (leaf, rest), then, role));
+            let revoked = [Role::Client, Role::Server].map(|role| self.verify_with(&anchors, &revocations, (leaf, rest), then, role));
             if revoked.iter().any(|r| matches!(r, Err(webpki::Error::CertRevoked))) {
                 return;
             }

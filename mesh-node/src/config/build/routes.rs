@@ -158,7 +158,7 @@ impl<'a> Routes<'a> {
     fn concrete(&self, host: &str, namespace: &str) -> Result<Option<ObjectName>, String> {
         const MOST: usize = 4;
         let mut service = service_of(host, namespace);
-        for _ in 0..MOST {
+        for _ in 0..=MOST {
             let Some((name, alias)) = service.as_ref().and_then(|name| Some((name, self.aliases.get(name)?))) else { return Ok(service) };
             let target = service_of(alias, &name.namespace).filter(|target| self.ports.contains_key(target));
             service = Some(target.ok_or_else(|| format!("the Service stands for {alias}, which is none of the mesh"))?);
@@ -198,7 +198,7 @@ impl<'a> Routes<'a> {
             }
             if !vs.http.is_empty() {
                 let rules = vs.http.iter().flat_map(|r| self.expand(builder, named, r));
-                let rules = rules.enumerate().map(|(i, (rule, namespace))| resolver.http((named, i), &namespace, rule)).collect();
+                let rules = rules.map(|(rule, namespace)| resolver.http(named, &namespace, rule)).collect();
                 tables.push(HttpTable::new(named.key.to_string().into(), rules));
                 if tables.last().is_some_and(HttpTable::is_for_all) {
                     break;
@@ -241,11 +241,10 @@ impl<'a> Routes<'a> {
             routes.retain(|(named, _)| named.key.kind == Kind::GRPCRoute);
         }
         let origin = routes.first()?.0.key.to_string();
-        let mut rules =
-            routes.iter().flat_map(|(named, route)| route.rules.iter().enumerate().map(move |(i, r)| ((*named, i), r))).collect::<Vec<_>>();
+        let mut rules = routes.iter().flat_map(|(named, route)| route.rules.iter().map(move |r| (*named, r))).collect::<Vec<_>>();
         // Stable: among equals the older route, and the earlier rule, stays first.
         rules.sort_by_key(|(_, rule)| std::cmp::Reverse(rule.matches.first().map(precedence)));
-        let rules = rules.into_iter().map(|(of, r)| resolver.http(of, &of.0.key.name.namespace, r.clone())).collect();
+        let rules = rules.into_iter().map(|(named, r)| resolver.http(named, &named.key.name.namespace, r.clone())).collect();
         Some(HttpTable::new(origin.into(), rules))
     }
 
@@ -261,7 +260,8 @@ impl<'a> Routes<'a> {
             return Vec::new();
         };
         let merged = delegate.http.iter().enumerate().filter_map(|(i, d)| {
-            let merged = delegation::merge(rule, d);
+            // The one that delegates, which the log names.
+            let merged = delegation::merge(rule, d).map(|merged| Rule { number: rule.number, ..merged });
             if merged.is_none() {
                 let message =
                     format!("spec.http: rule {} of {to} asks for what the rule that delegates to it rules out; it is not used", i + 1);
@@ -296,14 +296,14 @@ struct Resolver<'r, 'a> {
 }
 
 impl Resolver<'_, '_> {
-    fn http(&self, (named, index): (&Named, usize), namespace: &str, mut rule: Rule) -> ResolvedRule {
+    fn http(&self, named: &Named, namespace: &str, mut rule: Rule) -> ResolvedRule {
         rule.settle();
         let destinations = match &rule.action {
             Action::Forward(all) => all.iter().map(|d| self.cluster(named, namespace, &d.destination)).collect(),
             _ => Vec::new(),
         };
         let mirrors = rule.mirrors.iter().map(|m| self.cluster(named, namespace, &m.destination)).collect();
-        ResolvedRule { origin: named.key.to_string().into(), number: index + 1, rule: Arc::new(rule), destinations, mirrors }
+        ResolvedRule { origin: named.key.to_string().into(), rule: Arc::new(rule), destinations, mirrors }
     }
 
     fn l4(&self, named: &Named, rule: &L4Rule) -> ResolvedL4 {

@@ -120,7 +120,7 @@ fn rules_know_which_route_they_are_of() {
     let documents = [service(), slice("a", &["10.0.0.1"], true), route("ra", &["/a"]), route("rb", &["/b", "/longest"])];
     let (snapshot, _) = built(&documents);
     let Target::Service { port, .. } = snapshot.resolve("10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
-    let rules = port.routes.http.as_ref().expect("routes").rules.iter().map(|r| (&*r.origin, r.number)).collect::<Vec<_>>();
+    let rules = port.routes.http.as_ref().expect("routes").rules.iter().map(|r| (&*r.origin, r.rule.number + 1)).collect::<Vec<_>>();
     assert_eq!(rules, [("HTTPRoute default/rb", 2), ("HTTPRoute default/ra", 1), ("HTTPRoute default/rb", 1)]);
 }
 

@@ -66,10 +66,24 @@ fn what_is_wrong_with_a_method_is_told() {
     }
 }
 
+/// A parent that cannot be read takes no other with it, and many rules are read once each.
+#[test]
+fn what_can_be_read_of_a_long_route_is_read() {
+    let rules = (0..20_000).map(|i| json!({"matches": [{"path": {"value": format!("/{i}")}}]})).collect::<Vec<_>>();
+    let document = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r"},
+        "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "s"}, {"kind": "Service", "group": "", "name": "t", "port": 0}], "rules": rules}});
+    let begun = std::time::Instant::now();
+    let rejection = parse(&document, "default").expect_err("refused");
+    assert_eq!(crate::resource::further(&document, "default", &rejection).len(), 0);
+    let Object::GatewayRoute(route) = rejection.instead.expect("what there is").object else { panic!("a route") };
+    assert_eq!((route.parents.len(), route.rules.len()), (1, 20_000));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(20), "{:?}", begun.elapsed());
+}
+
 #[test]
 fn a_filter_that_is_not_known_is_not_passed_over() {
     let external = json!({"type": "ExternalAuth", "externalAuth": {"protocol": "GRPC"}});
-    let matched = json!([{"path": {"value": "/private"}}]);
+    let matched = json!([{"path": {"value": "/private"}}, {"path": {"type": "No", "value": "/x"}}]);
     let rules = json!([
         {"matches": matched, "filters": [external]},
         {"name": "other", "backendRefs": [{"name": "s", "port": 80}]},
@@ -84,5 +98,6 @@ fn a_filter_that_is_not_known_is_not_passed_over() {
         _ => 0,
     });
     assert_eq!(actions.collect::<Vec<_>>(), [500, 0]);
+    assert_eq!(route.rules.iter().map(|rule| rule.number).collect::<Vec<_>>(), [0, 1]);
     assert!(matches!(&route.rules[0].matches[0].path, Some(PathMatch::Segments(path)) if &**path == "/private"));
 }

@@ -41,6 +41,7 @@ pub(super) fn rule(route: HttpRoute, at: &str, delegated: bool) -> Result<Rule> 
     let action = action(route, at, delegated)?;
     Ok(Rule {
         name: name.into(),
+        number: 0,
         matches,
         action,
         headers,
