@@ -58,23 +58,20 @@ impl GatewayRoute {
             let one = Value::Object([(field.to_owned(), Value::Array(vec![value.clone()]))].into_iter().collect());
             Self::read(serde_json::from_value(one).ok()?, grpc).ok()
         };
+        let refused = |rule: &Value| {
+            let matches = match rule.get("matches") {
+                None | Some(Value::Null) => vec![serde_json::json!({})],
+                Some(matches) => matches.as_array().into_iter().flatten().map(|m| serde_json::json!({"matches": [m]})).collect(),
+            };
+            let rules = matches.iter().filter_map(|of_match| read("rules", of_match)).flat_map(|one| one.rules);
+            let answer = || Action::Respond(DirectResponse { status: StatusCode::INTERNAL_SERVER_ERROR, body: Bytes::new() });
+            rules.map(|rule| Rule { action: answer(), ..rule }).collect::<Vec<_>>()
+        };
         for parent in spec.get("parentRefs")?.as_array()? {
             all.parents.extend(read("parentRefs", parent).into_iter().flat_map(|one| one.parents));
         }
         for (i, rule) in rules.iter().enumerate() {
-            let of_rule = match read("rules", rule) {
-                Some(whole) => whole.rules,
-                None => {
-                    let none = Vec::new();
-                    let matches = match rule.get("matches") {
-                        None | Some(Value::Null) => vec![serde_json::json!({})],
-                        Some(matches) => matches.as_array().unwrap_or(&none).iter().map(|m| serde_json::json!({"matches": [m]})).collect(),
-                    };
-                    let refused = matches.iter().filter_map(|of_match| read("rules", of_match)).flat_map(|one| one.rules);
-                    let answer = || Action::Respond(DirectResponse { status: StatusCode::INTERNAL_SERVER_ERROR, body: Bytes::new() });
-                    refused.map(|rule| Rule { action: answer(), ..rule }).collect()
-                }
-            };
+            let of_rule = read("rules", rule).map_or_else(|| refused(rule), |whole| whole.rules);
             all.rules.extend(of_rule.into_iter().map(|rule| Rule { number: i, ..rule }));
         }
         Some(all)
