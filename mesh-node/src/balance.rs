@@ -23,6 +23,8 @@ const WARMUP_THROWS: u32 = 16;
 #[derive(Debug, Clone, Copy)]
 pub struct Asker<'a> {
     pub client: IpAddr,
+    /// All addresses of the client's pod.
+    pub own: &'a [IpAddr],
     pub node: &'a str,
     pub locality: &'a Locality,
     pub labels: &'a Labels,
@@ -53,7 +55,7 @@ impl Asker<'_> {
 /// Ejected ones are left out, unless so few are left that the policy says to use all (panic, see [`locality`]). One already tried is
 /// avoided as long as there is another.
 pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint> {
-    let mut candidates = usable(cluster, asker.client, asker.node);
+    let mut candidates = usable(cluster, (asker.client, asker.own), asker.node);
     if asker.elsewhere {
         avoid_localities(cluster, asker, &mut candidates);
     }
@@ -67,15 +69,16 @@ pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint>
 }
 
 /// Those that a client of a node may be led to, healthy or not.
-pub fn usable<'a>(cluster: &'a Cluster, client: IpAddr, node: &str) -> Vec<&'a Endpoint> {
+pub fn usable<'a>(cluster: &'a Cluster, (client, own): (IpAddr, &[IpAddr]), node: &str) -> Vec<&'a Endpoint> {
     let reachable = |e: &&Endpoint| !cluster.local_only || e.node.as_deref() == Some(node);
     let select = |v4: bool, test: fn(&Endpoint) -> bool| {
         cluster.endpoints.iter().filter(|e| e.address.is_ipv4() == v4).filter(reachable).filter(|e| test(e)).collect::<Vec<_>>()
     };
-    // A route may lead to a Service that has one family, whichever the client dialled.
-    let families = [client.is_ipv4(), !client.is_ipv4()];
+    // A route may lead to a Service that has one family, whichever the client dialled; where its pod has an address of that.
+    let other = own.iter().any(|ip| ip.is_ipv4() != client.is_ipv4()).then(|| !client.is_ipv4());
+    let families = std::iter::once(client.is_ipv4()).chain(other);
     let tests: [fn(&Endpoint) -> bool; 2] = [|e| e.ready, |e| e.serving_while_terminating];
-    let all = families.into_iter().flat_map(|v4| tests.map(|test| (v4, test)));
+    let all = families.flat_map(|v4| tests.map(|test| (v4, test)));
     all.map(|(v4, test)| select(v4, test)).find(|found| !found.is_empty()).unwrap_or_default()
 }
 

@@ -323,7 +323,7 @@ impl<'a> Asker<'a> {
     /// The endpoints of a cluster, and what policy says at each.
     fn endpoints(self, cluster: &Cluster, head: Option<&RequestHead>) -> Vec<Value> {
         let asked = self.asked(head);
-        let usable = crate::balance::usable(cluster, self.dialled.ip(), &self.source.node);
+        let usable = crate::balance::usable(cluster, (self.dialled.ip(), &self.source.ips), &self.source.node);
         // An endpoint that is dialled by its own address is not balanced.
         let alone = cluster.policy.balancer == Balancer::Passthrough && cluster.endpoints.iter().any(|e| e.address == self.dialled);
         let one = |e: &Endpoint| {

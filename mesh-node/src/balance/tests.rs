@@ -45,6 +45,7 @@ fn cluster(endpoints: Vec<Endpoint>, policy: TrafficPolicy) -> Cluster {
 fn asker(dice: u64) -> Asker<'static> {
     Asker {
         client: "10.0.0.1".parse().expect("valid"),
+        own: &[],
         node: "n1",
         locality: &NOWHERE,
         labels: &NO_LABELS,
@@ -123,7 +124,10 @@ fn family_locality_and_history_narrow_the_choice() {
     let v6 = Asker { client: "fd00::1".parse().expect("valid"), ..asker(1) };
     assert_eq!(pick(&cluster, &v6).expect("some").address.to_string(), "[fd00::2]:80");
     let only = self::cluster(vec![endpoint("[fd00::2]:80")], TrafficPolicy::default());
-    assert_eq!(pick(&only, &asker(1)).map(|e| e.address.to_string()), Some("[fd00::2]:80".into()), "better than none");
+    assert!(pick(&only, &asker(1)).is_none(), "out of reach");
+    let own = ["10.0.0.1".parse().expect("valid"), "fd00::1".parse().expect("valid")];
+    let both = Asker { own: &own, ..asker(1) };
+    assert_eq!(pick(&only, &both).map(|e| e.address.to_string()), Some("[fd00::2]:80".into()), "better than none");
     let tried = [address("10.0.0.3:80")];
     for dice in 0..50 {
         let asker = Asker { tried: &tried, ..asker(dice << 32 | dice) };

@@ -168,6 +168,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let tried: &[_] = if self.policy.ignore_previous_hosts { &self.tried } else { &[] };
         let asker = Asker {
             client: self.down.client.ip(),
+            own: &source.ips,
             node: &snapshot.mesh.node,
             locality: &source.locality,
             labels: &source.labels,

@@ -68,6 +68,7 @@ impl Call<'_> {
             let ejected = state.outliers.ejected();
             let asker = Asker {
                 client: client.ip(),
+                own: &source.ips,
                 node: &snapshot.mesh.node,
                 locality: &source.locality,
                 labels: &source.labels,

@@ -100,6 +100,7 @@ fn choose(
     let hash = matches!(&cluster.policy.balancer, Balancer::Hash { key: HashKey::SourceIp, .. });
     let asker = Asker {
         client,
+        own: &source.ips,
         node: &snapshot.mesh.node,
         locality: &source.locality,
         labels: &source.labels,
