@@ -64,6 +64,55 @@ fn a_good_peer_gets_a_tunnel_and_half_close_works_in_it() {
 }
 
 #[test]
+fn a_source_that_nothing_else_is_known_of_is_told_as_it_says_itself() {
+    const SAYS: &str = "k8s.cluster.name=elsewhere,k8s.namespace.name=kube-system,k8s.deployment.name=far,service.name=far-app,\
+                        service.version=v7,cloud.region=north,cloud.availability_zone=n1";
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    bed.kubectl_apply("web", service).expect("service");
+    let web = PodSpec {
+        command: vec![program("web").display().to_string(), "serve".into(), "8080".into(), "web".into()],
+        port: Some(8080),
+        ..PodSpec::new("web", 1).label("app", "web")
+    };
+    let [web, tcp] = bed.meshed([web, PodSpec::server("tcp", 1)]).expect("pods");
+    let (from, ca) = (bed.node_netns(0), bed.directory.join("ca"));
+    let dial = Dial { netns: &from, ca: &ca, certificate: Some(Certificate::of(CLIENT)), alpn: &["h2"] };
+    runtime().block_on(async {
+        for (pod, port, says) in [(&web, 8080, "GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n"), (&tcp, 8080, "upload\n")] {
+            let mut send = dial.h2(SocketAddr::new(pod.v4(), 15008)).await.expect("connected");
+            let request = http::Request::builder().method("CONNECT").uri(pod.address(port)).header("baggage", SAYS);
+            let (response, mut stream) = send.send_request(request.body(()).expect("request"), false).expect("sent");
+            let response = response.await.expect("answered");
+            assert_eq!(response.status(), StatusCode::OK);
+            stream.send_data(says.into(), true).expect("data");
+            let mut body = response.into_body();
+            while let Some(data) = body.data().await {
+                data.expect("data");
+            }
+        }
+    });
+    let source = [
+        "reporter=\"destination\"",
+        "source_workload=\"far\"",
+        "source_app=\"far-app\"",
+        "source_canonical_service=\"far-app\"",
+        "source_canonical_revision=\"v7\"",
+        "source_version=\"v7\"",
+        "source_cluster=\"elsewhere\"",
+        // What it has proved, and not what it says.
+        "source_workload_namespace=\"default\"",
+        "source_principal=\"spiffe://cluster.local/ns/default/sa/client\"",
+    ];
+    for (metric, to) in
+        [("istio_requests_total", "destination_workload=\"web\""), ("istio_tcp_connections_closed_total", "destination_workload=\"tcp\"")]
+    {
+        let told = || Ok(bed.nodes()[1].metric(metric, &[&source[..], &[to]].concat()).unwrap_or(0.0) > 0.5);
+        wait_for(metric, Duration::from_secs(5), told).expect(metric);
+    }
+}
+
+#[test]
 fn requests_are_answered_as_ztunnel_answers_them() {
     let scene = scene();
     let good = scene.dial(Some(Certificate::of(CLIENT)));

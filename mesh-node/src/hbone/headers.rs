@@ -1,6 +1,6 @@
 //! The CONNECT request of HBONE, read and written without touching a socket.
 
-use std::{fmt, net::SocketAddr, str::FromStr};
+use std::{fmt, net::SocketAddr, str::FromStr, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Method, Request, Version};
 
@@ -71,6 +71,8 @@ pub struct ConnectRequest {
     /// The host that was dialled, as far as the `forwarded` header says it.
     pub host: Option<String>,
     pub traceparent: Option<TraceParent>,
+    /// Who the client says it is, for telemetry.
+    pub introduction: Option<Arc<Introduction>>,
 }
 
 /// Reads a request that came in on an HBONE connection.
@@ -91,6 +93,7 @@ pub fn parse<B>(request: &Request<B>) -> Result<ConnectRequest, BadRequest> {
         authority,
         host: header("forwarded").and_then(forwarded_host),
         traceparent: header("traceparent").and_then(|v| v.parse().ok()),
+        introduction: header("baggage").and_then(Introduction::read).map(Arc::new),
     })
 }
 
@@ -112,6 +115,46 @@ pub fn baggage<'a>(pairs: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) 
     let legal = |v: &str| !v.is_empty() && v.bytes().all(|b| b.is_ascii_graphic() && b != b',' && b != b'=');
     let known = pairs.into_iter().filter_map(|(k, v)| Some(format!("{k}={}", v.filter(|v| legal(v))?)));
     known.collect::<Vec<_>>().join(",")
+}
+
+/// What a `baggage` header says of the source workload. Nothing vouches for it: it is for telemetry of sources that nothing else is
+/// known of.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Introduction {
+    pub cluster: Option<String>,
+    pub namespace: Option<String>,
+    pub workload: Option<String>,
+    pub service: Option<String>,
+    pub version: Option<String>,
+    pub region: Option<String>,
+    pub zone: Option<String>,
+}
+
+impl Introduction {
+    /// Reads a header of ztunnel's keys; none of one that has none of them. What cannot be a value of a label is left out.
+    fn read(text: &str) -> Option<Self> {
+        /// The longest name of a Kubernetes object.
+        const LONGEST: usize = 253;
+        let mut read = Self::default();
+        for (key, value) in text.split(',').filter_map(|pair| pair.split_once('=')) {
+            let place = match key.trim() {
+                "k8s.cluster.name" => &mut read.cluster,
+                "k8s.namespace.name" => &mut read.namespace,
+                "k8s.deployment.name" | "k8s.job.name" | "k8s.cronjob.name" | "k8s.pod.name" => &mut read.workload,
+                "service.name" => &mut read.service,
+                "service.version" => &mut read.version,
+                "cloud.region" => &mut read.region,
+                "cloud.availability_zone" => &mut read.zone,
+                _ => continue,
+            };
+            // Properties of a pair, as W3C baggage has them, are of no interest.
+            let value = value.split(';').next().unwrap_or_default().trim();
+            if (1..=LONGEST).contains(&value.len()) {
+                *place = Some(value.to_owned());
+            }
+        }
+        (read != Self::default()).then_some(read)
+    }
 }
 
 /// RFC 7239 as ztunnel writes it: `for="ip:port"[;host=name]`.
@@ -216,17 +259,22 @@ mod tests {
         let trace = TraceParent::fresh(7, 9);
         assert_eq!(trace.to_string().len(), 55);
         let carried = baggage([
+            ("k8s.cluster.name", Some("Kubernetes")),
             ("k8s.namespace.name", Some("web")),
             ("k8s.pod.name", None),
             ("service.name", Some("a,b")),
             ("service.version", Some("v1")),
         ]);
-        assert_eq!(carried, "k8s.namespace.name=web,service.version=v1");
+        assert_eq!(carried, "k8s.cluster.name=Kubernetes,k8s.namespace.name=web,service.version=v1");
         let request = build(&to, &forwarded, &carried, trace).expect("built");
         assert_eq!(request.headers()["baggage"], carried.as_str());
         assert_eq!(request.uri().to_string(), "[fd00::1]:8080");
         let read = parse(&request).expect("read");
-        assert_eq!(read, ConnectRequest { authority: to, host: forwarded.host, traceparent: Some(trace) });
+        let text = |text: &str| Some(text.to_owned());
+        let introduction =
+            Introduction { cluster: text("Kubernetes"), namespace: text("web"), version: text("v1"), ..Introduction::default() };
+        let introduction = Some(Arc::new(introduction));
+        assert_eq!(read, ConnectRequest { authority: to, host: forwarded.host, traceparent: Some(trace), introduction });
     }
 
     #[test]
@@ -247,7 +295,22 @@ mod tests {
             request.headers_mut().insert(name, value.parse().expect("value"));
         }
         let read = parse(&request).expect("read");
-        assert_eq!((read.host, read.traceparent), (None, None));
+        assert_eq!((read.host, read.traceparent, read.introduction), (None, None, None));
+    }
+
+    #[test]
+    fn an_introduction_is_what_is_known_of_it() {
+        let long = format!("k8s.pod.name={},service.name=s", "x".repeat(254));
+        for (text, workload, service) in [
+            ("k8s.deployment.name=d,service.name=s", Some("d"), Some("s")),
+            (" k8s.job.name = j ;p=1 , other=x", Some("j"), None),
+            ("k8s.cronjob.name=,service.name=s", None, Some("s")),
+            (&*long, None, Some("s")),
+        ] {
+            let read = Introduction::read(text).expect(text);
+            assert_eq!((read.workload.as_deref(), read.service.as_deref()), (workload, service), "{text}");
+        }
+        assert_eq!(Introduction::read("other=x,k8s.pod.name"), None);
     }
 
     #[test]

@@ -178,7 +178,7 @@ async fn plaintext(
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
         let requests = outcome.requests.clone();
-        let inspection = Inspection { proxy, pod, admitted, client, since, traffic, requests };
+        let inspection = Inspection { proxy, pod, admitted, client, since, traffic, requests, introduction: None };
         return inspection.run(Transport::Tcp(downstream), std::future::pending()).await;
     }
     let mut registration = admitted.registration;
@@ -363,7 +363,8 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
         let HboneConnection { proxy, pod, client, since, .. } = &connection;
-        let inspection = Inspection { proxy, pod, admitted, client: *client, since: *since, traffic, requests: outcome.requests.clone() };
+        let (client, since, requests, introduction) = (*client, *since, outcome.requests.clone(), outcome.introduction.clone());
+        let inspection = Inspection { proxy, pod, admitted, client, since, traffic, requests, introduction };
         if let Err(failure) = inspection.run(Transport::Tunnel(Box::new(tunnel)), std::future::pending()).await {
             outcome.fail(connection.ended(failure));
         }
@@ -383,6 +384,7 @@ async fn answer(
     let request = request.map_err(Failure::BadRequest)?;
     let destination = destination(connection, &request)?;
     outcome.destination.address = Some(destination);
+    outcome.introduction = request.introduction;
     let mut facts = Facts::new(Some(connection.peer.clone()), connection.client.ip(), destination);
     let named = match &request.authority {
         Authority::Host { name, .. } => Some(&**name),

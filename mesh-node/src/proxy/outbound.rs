@@ -287,7 +287,7 @@ async fn relay_local(
     if admitted.per_request {
         let requests = outcome.requests.clone();
         let (since, traffic) = (since.min(destination.stage()), traffic.clone());
-        let inspection = Inspection { proxy, pod: &destination, admitted, client, since, traffic, requests };
+        let inspection = Inspection { proxy, pod: &destination, admitted, client, since, traffic, requests, introduction: None };
         let inspected = inspection.run(Transport::Prefixed(downstream), cut).await;
         let inspected = match inspected {
             Err(Failure::Cut(reason)) => {

@@ -17,6 +17,7 @@ use super::{
     reporting::{self, Ends},
 };
 use crate::{
+    hbone::headers::Introduction,
     id::{ObjectName, SpiffeId},
     io::relay::Traffic,
     report::{
@@ -91,6 +92,8 @@ pub struct Outcome {
     pub cluster: Option<ClusterId>,
     /// The service that was dialled, as far as the client says so.
     pub dialled: Option<ObjectName>,
+    /// Who the client says it is.
+    pub introduction: Option<Arc<Introduction>>,
     pub traffic: Arc<Traffic>,
     /// It goes past the proxy.
     pub direct: bool,
@@ -120,6 +123,7 @@ impl Outcome {
             tunnel: None,
             cluster: None,
             dialled: None,
+            introduction: None,
             traffic: Arc::default(),
             direct: false,
             requests: Arc::default(),
@@ -174,6 +178,7 @@ impl Outcome {
             source: (self.source.workload.as_deref(), self.source.identity.as_ref()),
             destination: (self.destination.workload.as_deref(), self.destination.identity.as_ref().or(meant)),
             service: self.service(),
+            introduction: self.introduction.as_deref(),
         };
         ends.edge(&self.proxy.metrics, &self.told().map(|t| t.tags.clone()).unwrap_or_default())
     }

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::{
     config::Snapshot,
+    hbone::headers::Introduction,
     id::{ObjectName, SpiffeId},
     report::{
         LogTo,
@@ -36,6 +37,8 @@ pub struct Ends<'a> {
     pub source: (Option<&'a Workload>, Option<&'a SpiffeId>),
     pub destination: (Option<&'a Workload>, Option<&'a SpiffeId>),
     pub service: Option<&'a ObjectName>,
+    /// Who the source says it is, where it is no workload that is known.
+    pub introduction: Option<&'a Introduction>,
 }
 
 impl Ends<'_> {
@@ -47,7 +50,10 @@ impl Ends<'_> {
         let peer = |(workload, identity): (Option<&Workload>, Option<&SpiffeId>)| peer(workload, identity, &metrics.cluster);
         metrics.traffic.edge(EdgeKey {
             reporter: self.reporter,
-            source: peer(self.source),
+            source: match (self.source, self.introduction) {
+                ((None, identity), Some(introduction)) => introduced(introduction, identity),
+                (source, _) => peer(source),
+            },
             destination: peer(self.destination),
             service: service_names(self.service),
             mutual_tls: self.source.1.is_some() && self.destination.1.is_some(),
@@ -72,6 +78,24 @@ fn peer(workload: Option<&Workload>, identity: Option<&SpiffeId>, cluster: &Arc<
         cluster: if workload.is_some() { cluster.clone() } else { unknown() },
         region: text(workload.map(|w| &*w.locality.region)),
         zone: text(workload.map(|w| &*w.locality.zone)),
+    }
+}
+
+/// As it says itself, but for what it has proved.
+fn introduced(introduction: &Introduction, identity: Option<&SpiffeId>) -> Peer {
+    let text = |value: &Option<String>| value.as_deref().unwrap_or(UNKNOWN).into();
+    let service = introduction.service.as_ref().or(introduction.workload.as_ref()).cloned();
+    Peer {
+        workload: text(&introduction.workload),
+        namespace: identity.map_or_else(|| text(&introduction.namespace), |i| i.namespace().into()),
+        principal: identity.map_or_else(|| UNKNOWN.into(), |i| i.to_string().into()),
+        app: text(&service),
+        version: text(&introduction.version),
+        canonical_service: text(&service),
+        canonical_revision: text(&introduction.version),
+        cluster: text(&introduction.cluster),
+        region: text(&introduction.region),
+        zone: text(&introduction.zone),
     }
 }
 
@@ -208,7 +232,7 @@ mod tests {
         let snapshot = built(&[pod("a", &[]), pod("b", &version("v1"))]);
         let metrics = Metrics::new("cluster");
         let [a, b] = ["10.0.0.1", "10.0.0.2"].map(|ip| snapshot.workload_by_ip(ip.parse().expect("valid")).expect("a pod").clone());
-        let ends = |reporter, source, destination| Ends { reporter, source, destination, service: None };
+        let ends = |reporter, source, destination| Ends { reporter, source, destination, service: None, introduction: None };
         let (from, to) = ((Some(&*a), Some(&a.identity)), (Some(&*b), Some(&b.identity)));
         let edge = |ends: Ends<'_>, of: &Workload| ends.edge(&metrics, &of.reporting.server.tags).expect("room");
         let (both, half) = (edge(ends(Reporter::Destination, from, to), &b), edge(ends(Reporter::Source, from, (None, None)), &a));

@@ -220,6 +220,25 @@ async fn an_unused_connection_is_kept_as_long_as_the_policy_says() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_may_be_unused_for_a_moment_ends_after_that() {
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({"connectionPool": {"http": {"idleTimeout": "0.4s"}}})).await;
+    let clusters = &scene.engine.pod.clusters;
+    let idle = || clusters.all().iter().map(|(_, state)| state.idle()).sum::<usize>();
+    // The second time too: nobody was waiting for it any more.
+    for round in 0..2 {
+        let begun = std::time::Instant::now();
+        let ask = || scene.say("GET /x HTTP/1.1\r\nhost: web\r\nx-plan: 200/100\r\nconnection: close\r\n\r\n");
+        tokio::join!(ask(), ask());
+        assert_eq!(idle(), 2, "round {round}");
+        while idle() > 0 {
+            assert!(begun.elapsed() < Duration::from_secs(5), "round {round}: nobody tidies here");
+            sleep(Duration::from_millis(20)).await;
+        }
+        assert!(begun.elapsed() >= Duration::from_millis(500), "round {round}: {:?}", begun.elapsed());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_policy_decides_which_version_is_spoken_upstream() {
     let seen = Seen::default();
     let (h1, h2) = (scripted::http1("up1", &seen).expect("upstream"), scripted::http2("h2up", &seen).await.expect("upstream"));

@@ -195,6 +195,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 source: (Some(source), identity.map(|_| &source.identity)),
                 destination: (destination.map(|d| &**d), identity),
                 service: Some(&cluster.id.service),
+                introduction: None,
             };
             ends.edge(&self.down.proxy.metrics, &source.reporting.client.tags)
         })

@@ -122,7 +122,7 @@ impl Call<'_> {
     async fn exchange(
         &self,
         upstream: Upstream,
-        (state, endpoint): (&ClusterState, &EndpointState),
+        (state, endpoint): (&ClusterState, &Arc<EndpointState>),
         (head, client_cert): (&RequestHead, Option<&HeaderValue>),
         body: &mut impl FrameSource,
         framing: Framing,

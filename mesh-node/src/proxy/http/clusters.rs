@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -282,6 +282,8 @@ pub struct EndpointState {
     /// Connections for later. The one that was used last goes first, as with Envoy: the others grow old, and an application that closes what
     /// it has not heard of for a while closes those.
     idle: Mutex<Idle>,
+    /// Somebody waits for the next of them to have been idle for too long.
+    expiring: AtomicBool,
     /// Open connections of either protocol, and those of them for requests of HTTP/1 and of HTTP/2.
     pub connections: AtomicU32,
     pooled: [AtomicU32; 2],
@@ -309,6 +311,32 @@ impl EndpointState {
     /// The connection that was used last of those that are kept.
     pub fn last_used(&self) -> Option<Box<H1Upstream>> {
         self.idle().pop()
+    }
+
+    /// Sees to it that connections end in time that may be idle only for a moment: others do when this is next tidied.
+    pub fn expire(self: &Arc<Self>, cluster: &Arc<Cluster>) {
+        const MOMENT: Duration = Duration::from_secs(10);
+        if cluster.policy.http.idle_timeout >= MOMENT || self.expiring.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let (endpoint, cluster) = (Arc::downgrade(self), cluster.clone());
+        tokio::spawn(async move {
+            while let Some(next) = endpoint.upgrade().and_then(|e| e.next_to_expire(&cluster)) {
+                tokio::time::sleep_until(next.into()).await;
+                let Some(endpoint) = endpoint.upgrade() else { return };
+                endpoint.tidy(&cluster, Instant::now());
+            }
+        });
+    }
+
+    /// When the next connection has been idle for too long. Without one nobody waits for it.
+    fn next_to_expire(&self, cluster: &Cluster) -> Option<Instant> {
+        let next = || self.idle().iter().filter_map(|connection| connection.expires(cluster)).min();
+        next().or_else(|| {
+            self.expiring.store(false, Ordering::SeqCst);
+            // One that was kept meanwhile, and that nobody else has begun to wait for.
+            next().filter(|_| !self.expiring.swap(true, Ordering::SeqCst))
+        })
     }
 
     /// Lets go of connections that nothing goes on on, and of those that are shared as soon as that is so.

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     config::Snapshot,
+    hbone::headers::Introduction,
     id::SpiffeId,
     jwt::Fault,
     policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, strip},
@@ -47,6 +48,8 @@ pub struct Gate {
     pub pod: Arc<ServedPod>,
     pub facts: Facts,
     pub client: SocketAddr,
+    /// Who the client says it is.
+    introduction: Option<Arc<Introduction>>,
     /// When the connection came, or the one it came in.
     pub since: Stage,
     /// This end of the connection to the application.
@@ -111,6 +114,7 @@ impl Gate {
             pod,
             facts,
             client,
+            introduction: None,
             local: None,
             free: Arc::new(AtomicU64::new(u64::MAX)),
             edge: Arc::default(),
@@ -121,6 +125,11 @@ impl Gate {
     /// With the connection that was made to the application.
     pub fn before(self, application: &tokio::net::TcpStream) -> Self {
         Self { local: application.local_addr().ok(), ..self }
+    }
+
+    /// Of a client that says who it is.
+    pub fn introduced(self, introduction: Option<Arc<Introduction>>) -> Self {
+        Self { introduction, ..self }
     }
 
     /// Of a connection that came then, or in one that did.
@@ -171,6 +180,7 @@ impl Gate {
                 source: (client.map(|c| &**c), self.facts.peer.as_ref()),
                 destination: (Some(workload), self.facts.peer.as_ref().map(|_| &workload.identity)),
                 service: workload.service_at(self.facts.destination.port(), self.facts.dialled.as_ref()),
+                introduction: self.introduction.as_deref(),
             };
             ends.edge(metrics, &workload.reporting.server.tags)
         }));

@@ -419,7 +419,7 @@ impl Record {
         let service: Option<&ObjectName> = self.cluster.as_ref().map(|c| &c.id.service);
         let source = (self.source.as_deref(), self.source.as_ref().map(|s| &s.identity));
         let tags = self.reporting.as_ref().map(|r| told(r, self.reporter).tags.clone()).unwrap_or_default();
-        Ends { reporter: self.reporter, source, destination: (None, None), service }.edge(&self.metrics, &tags)
+        Ends { reporter: self.reporter, source, destination: (None, None), service, introduction: None }.edge(&self.metrics, &tags)
     }
 
     fn count(&mut self, duration: Duration, tags: Tags) {

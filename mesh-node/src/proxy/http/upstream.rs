@@ -116,6 +116,11 @@ impl H1Upstream {
             && policy.tcp.max_connection_duration.is_none_or(|most| now.saturating_duration_since(self.made) < most)
     }
 
+    /// When it has been idle for too long, if it stays so.
+    pub fn expires(&self, cluster: &Cluster) -> Option<Instant> {
+        self.idle_since.checked_add(cluster.policy.http.idle_timeout)
+    }
+
     /// Whether it can be used again, and is not better made anew.
     pub fn is_usable(&mut self) -> bool {
         let cut = self.hold.as_ref().is_some_and(LocalHold::is_cut);
@@ -442,7 +447,7 @@ async fn drive(
 }
 
 /// Gives an HTTP/1 connection back after an exchange that left it clean.
-pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, state: &ClusterState, endpoint: &EndpointState) {
+pub fn release(mut connection: Box<H1Upstream>, cluster: &Arc<Cluster>, state: &ClusterState, endpoint: &Arc<EndpointState>) {
     connection.requests += 1;
     let worn = cluster.policy.http.max_requests_per_connection.is_some_and(|most| connection.requests >= most);
     // Nobody would use it again, and its peer waits for its end.
@@ -450,5 +455,6 @@ pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, state: &Clust
     connection.idle_since = Instant::now();
     if !worn && connection.is_fresh(cluster, connection.idle_since) {
         state.keep(endpoint, connection);
+        endpoint.expire(cluster);
     }
 }

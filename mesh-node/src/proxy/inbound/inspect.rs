@@ -19,6 +19,7 @@ use tokio::{
 use super::{Admitted, cut};
 use crate::{
     detect::{Detected, Protocol, detect, is_http2_server},
+    hbone::headers::Introduction,
     io::{
         relay::{Traffic, relay},
         socket::reset_on_close,
@@ -59,6 +60,8 @@ pub struct Inspection<'a> {
     pub traffic: Arc<Traffic>,
     /// Told when it turns out to carry requests.
     pub requests: Arc<AtomicBool>,
+    /// Who the client says it is.
+    pub introduction: Option<Arc<Introduction>>,
 }
 
 /// What a connection carries.
@@ -74,7 +77,7 @@ enum Spoken {
 impl Inspection<'_> {
     /// Serves the connection to its end, or until policy, the end of the pod or `ended` wants it cut.
     pub async fn run(self, mut downstream: Transport, ended: impl Future<Output = Cut> + Send) -> Result<(), Failure> {
-        let Self { proxy, pod, admitted, client, since, traffic, requests } = self;
+        let Self { proxy, pod, admitted, client, since, traffic, requests, introduction } = self;
         let Admitted { application, mut registration, mut facts, .. } = admitted;
         let protocol = declared(proxy, pod, &facts);
         let note = registration.note();
@@ -110,13 +113,13 @@ impl Inspection<'_> {
             Spoken::Http1 | Spoken::Unlike => {
                 note.carries(Carries::Requests);
                 requests.store(true, Ordering::Relaxed);
-                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application).come(since);
+                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application).come(since).introduced(introduction);
                 Box::pin(http1(&gate, downstream, application, ending, &traffic)).await
             }
             Spoken::Http2 => {
                 note.carries(Carries::Requests);
                 requests.store(true, Ordering::Relaxed);
-                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application).come(since);
+                let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application).come(since).introduced(introduction);
                 Box::pin(http2(gate, downstream, application, ending, traffic)).await
             }
             Spoken::Opaque(name) => {
