@@ -143,6 +143,7 @@ fn what_people_read_stays_as_it_is() {
     for (name, arguments) in [
         ("workloads", &["workloads"][..]),
         ("services", &["services"]),
+        ("endpoints", &["services", "web.default.svc"]),
         ("routes", &["routes", "web"]),
         ("policies", &["policies", "web-v2"]),
         ("tls-check", &["tls-check", "web-v1"]),

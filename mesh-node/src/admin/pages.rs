@@ -74,12 +74,13 @@ fn governing(governing: &crate::policy::Governing) -> Value {
 
 pub(super) fn services(node: &Node) -> Value {
     let snapshot = node.proxy.config.load();
+    let workload = |ip| snapshot.workload_by_ip(ip).map(|w| w.name.to_string());
     let port = |p: &crate::route::ServicePort| {
         let endpoints = p
             .cluster
             .endpoints
             .iter()
-            .map(|e| json!({"address": e.address.to_string(), "ready": e.ready, "connections": e.load.current()}));
+            .map(|e| json!({"address": e.address.to_string(), "workload": workload(e.address.ip()), "ready": e.ready, "connections": e.load.current()}));
         let subsets = p.subsets.iter().map(|(name, c)| json!({"name": &**name, "endpoints": c.endpoints.len()}));
         json!({
             "name": &*p.name, "port": p.port, "protocol": format!("{:?}", p.cluster.protocol).to_lowercase(),

@@ -87,8 +87,11 @@ enum What {
     Pods,
     /// Every workload of the mesh with its identity and how it takes connections.
     Workloads,
-    /// Services, their ports and endpoints.
-    Services,
+    /// Services and their ports, or the endpoints of one.
+    Services {
+        /// namespace/name, or name.
+        service: Option<String>,
+    },
     /// Routing rules in force, of every service or of one.
     Routes {
         /// namespace/name, or name.
@@ -156,7 +159,7 @@ enum What {
     Authorize(Authorize),
     /// Check manifests without a node: everything that would not be in force, by file and line.
     Analyze {
-        /// A directory, or a single file.
+        /// A directory or a single file; - is standard input.
         directory: PathBuf,
         #[command(flatten)]
         mesh: Offline,
@@ -203,7 +206,7 @@ impl Meshctl {
             What::Status => self.show("/status", views::status),
             What::Pods => self.show("/pods", views::pods),
             What::Workloads => self.show("/workloads", views::workloads),
-            What::Services => self.show("/services", views::services),
+            What::Services { service } => self.services(service.as_deref()),
             What::Certificates => self.show("/certificates", views::certificates),
             What::Pool => self.show("/pool", views::pool),
             What::Clusters => self.show("/clusters", views::clusters),
@@ -287,6 +290,17 @@ impl Meshctl {
         }
     }
 
+    fn services(&self, service: Option<&str>) -> Result<ExitCode, Failure> {
+        let Some(service) = service else { return self.show("/services", views::services) };
+        let mut all = self.admin.document("/services")?;
+        let name = find("service", service, all.as_array().map_or(&[], Vec::as_slice))?;
+        if let Some(all) = all.as_array_mut() {
+            all.retain(|one| named(one) == name);
+        }
+        self.print(&all, views::endpoints);
+        Ok(ExitCode::SUCCESS)
+    }
+
     fn routes(&self, service: Option<&str>) -> Result<ExitCode, Failure> {
         let Some(service) = service else { return self.show("/routes", views::routes) };
         let all = self.admin.document("/services")?;
@@ -354,8 +368,9 @@ impl Meshctl {
     }
 
     fn analyze(&self, directory: &std::path::Path, mesh: &Offline) -> Result<ExitCode, Failure> {
-        let (snapshot, statuses) = analyze::load(directory, mesh.settings())?;
-        let remarks = analyze::remarks(&statuses);
+        let mut manifests = analyze::Manifests::read(directory)?;
+        let (snapshot, statuses) = analyze::load(&mut manifests, mesh.settings());
+        let remarks = analyze::remarks(&statuses, &manifests);
         let document = json!({"remarks": remarks.iter().map(analyze::Remark::document).collect::<Vec<_>>(),
             "workloads": snapshot.workloads().count(), "services": snapshot.services().len()});
         self.print(&document, |v| {

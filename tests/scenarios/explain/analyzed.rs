@@ -41,6 +41,20 @@ fn what_is_refused_is_told_by_file_and_line() {
     assert_eq!(analyze(&["/nowhere"]).0, Some(1));
 }
 
+#[test]
+fn standard_input_is_looked_at_like_a_file() {
+    for name in ["-", "/dev/stdin"] {
+        let mut command = std::process::Command::new(program("meshctl"));
+        command.args(["analyze", name]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut child = command.spawn().expect("meshctl");
+        std::io::Write::write_all(&mut child.stdin.take().expect("piped"), REFUSED.as_bytes()).expect("written");
+        let output = child.wait_with_output().expect("ended");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(&format!("{name}:13: error: VirtualService default/web: spec.http[0].timeout")), "{text}");
+    }
+}
+
 /// One document that is not YAML hides nothing of the others.
 #[test]
 fn a_document_that_cannot_be_read_is_told_and_the_others_too() {

@@ -2,7 +2,7 @@
 
 mod lint;
 
-use std::{collections::HashMap, path::Path, sync::Arc, time::Instant};
+use std::{collections::HashMap, io::Read as _, path::Path, sync::Arc, time::Instant};
 
 use serde_json::{Value, json};
 
@@ -10,16 +10,57 @@ use super::Failure;
 use crate::{
     config::{
         MeshSettings, Snapshot, build,
-        store::{Severity, Status, Store},
+        store::{Change, Origin, Severity, Status, Store},
     },
-    sources::{directory, place::Places},
+    sources::{
+        directory,
+        manifest::{self, MAX_FILE},
+        place::Places,
+    },
 };
 
-/// The configuration a directory makes, and what is to be said of it.
-pub fn load(directory: &Path, mesh: MeshSettings) -> Result<(Snapshot, Vec<Status>), Failure> {
-    let cannot = |e: std::io::Error| Failure::Other(format!("{}: {e}", directory.display()));
+/// Where objects are that do not say it.
+const NAMESPACE: &str = "default";
+/// What stands for standard input on the command line.
+const STANDARD_INPUT: [&str; 2] = ["-", "/dev/stdin"];
+
+/// Manifests, as they are read for a look.
+#[derive(Debug)]
+pub struct Manifests {
+    changes: Vec<Change>,
+    /// What standard input said, which is read but once.
+    text: Option<String>,
+}
+
+impl Manifests {
+    /// Those of a directory or file, or of standard input.
+    pub fn read(from: &Path) -> Result<Self, Failure> {
+        let cannot = |e: std::io::Error| Failure::Other(format!("{}: {e}", from.display()));
+        if !STANDARD_INPUT.iter().any(|name| from == Path::new(name)) {
+            return Ok(Self { changes: directory::once(from, NAMESPACE).map_err(cannot)?, text: None });
+        }
+        let mut text = String::new();
+        std::io::stdin().lock().take(MAX_FILE + 1).read_to_string(&mut text).map_err(cannot)?;
+        if text.len() as u64 > MAX_FILE {
+            return Err(Failure::Other(format!("standard input says more than {MAX_FILE} bytes; analyze a directory")));
+        }
+        let change = Change { origin: Origin(Arc::new(from.to_owned())), content: manifest::read(&text, NAMESPACE) };
+        Ok(Self { changes: vec![change], text: Some(text) })
+    }
+
+    /// The lines a file has its objects at.
+    fn places(&self, file: &str) -> Places {
+        match &self.text {
+            Some(text) => Places::of(text),
+            None => std::fs::read_to_string(file).map(|text| Places::of(&text)).unwrap_or_default(),
+        }
+    }
+}
+
+/// The configuration that manifests make, and what is to be said of it.
+pub fn load(manifests: &mut Manifests, mesh: MeshSettings) -> (Snapshot, Vec<Status>) {
     let mut store = Store::default();
-    for change in directory::once(directory, "default").map_err(cannot)? {
+    for change in std::mem::take(&mut manifests.changes) {
         store.apply(change);
     }
     let mesh = Arc::new(mesh);
@@ -27,7 +68,7 @@ pub fn load(directory: &Path, mesh: MeshSettings) -> Result<(Snapshot, Vec<Statu
     statuses.extend(lint::remarks(&store, &mesh, &snapshot));
     statuses.sort();
     statuses.dedup();
-    Ok((snapshot, statuses))
+    (snapshot, statuses)
 }
 
 /// A remark, and where it belongs.
@@ -40,12 +81,10 @@ pub struct Remark {
 }
 
 /// The remarks, in the order of files and lines.
-pub fn remarks(statuses: &[Status]) -> Vec<Remark> {
+pub fn remarks(statuses: &[Status], manifests: &Manifests) -> Vec<Remark> {
     let mut files: HashMap<&str, Places> = HashMap::new();
     let mut all = statuses.iter().map(|status| {
-        let places = files
-            .entry(&status.origin)
-            .or_insert_with(|| std::fs::read_to_string(&status.origin).map(|text| Places::of(&text)).unwrap_or_default());
+        let places = files.entry(&status.origin).or_insert_with(|| manifests.places(&status.origin));
         let (object, field) = parts(&status.message);
         Remark {
             file: status.origin.clone(),

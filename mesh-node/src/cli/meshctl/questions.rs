@@ -81,7 +81,7 @@ impl Explain {
         let query = self.query();
         match &self.dir {
             Some(dir) => {
-                let (snapshot, statuses) = analyze::load(dir, self.mesh.settings())?;
+                let (snapshot, statuses) = analyze::load(&mut analyze::Manifests::read(dir)?, self.mesh.settings());
                 let refused = statuses.iter().filter(|s| s.severity == Severity::Error).count();
                 let hint = format!("; {refused} objects or files of {} are refused: meshctl analyze says why", dir.display());
                 let hint = if refused > 0 { hint } else { String::new() };

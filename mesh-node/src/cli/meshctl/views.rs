@@ -85,6 +85,24 @@ pub fn services(v: &Value) -> String {
     table.render()
 }
 
+/// Where each port of services leads.
+pub fn endpoints(v: &Value) -> String {
+    let mut table = Table::new(&["SERVICE", "PORT", "PROTOCOL", "ENDPOINT", "WORKLOAD", "READY", "CONNECTIONS"]);
+    for s in list(v).iter().filter(|s| list(&s["ports"]).is_empty()) {
+        table.row([full_name(s)].into_iter().chain((0..6).map(|_| "-".to_owned())));
+    }
+    for (s, p) in list(v).iter().flat_map(|s| list(&s["ports"]).iter().map(move |p| (s, p))) {
+        let port = || [full_name(s), cell(&p["port"]), cell(&p["protocol"])].into_iter();
+        if list(&p["endpoints"]).is_empty() {
+            table.row(port().chain(["none", "-", "-", "-"].map(str::to_owned)));
+        }
+        for e in list(&p["endpoints"]) {
+            table.row(port().chain([cell(&e["address"]), cell(&e["workload"]), cell(&e["ready"]), cell(&e["connections"])]));
+        }
+    }
+    table.render()
+}
+
 pub fn routes(v: &Value) -> String {
     let mut table = Table::new(&["SERVICE", "PORT", "FOR", "FROM", "RULE", "MATCH", "ACTION", "DESTINATIONS"]);
     for r in list(v) {
