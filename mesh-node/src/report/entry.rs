@@ -154,6 +154,44 @@ fn lossy(bytes: &[u8]) -> Cow<'_, str> {
 }
 
 impl Entry<'_> {
+    /// One of a request that nothing is known of but that it has begun.
+    pub fn begun(start: SystemTime) -> Self {
+        Self {
+            start,
+            duration: Duration::ZERO,
+            request: None,
+            protocol: None,
+            code: 0,
+            grpc_status: None,
+            grpc_said: false,
+            flags: Cow::Borrowed("-"),
+            flags_long: Cow::Borrowed("-"),
+            flag_bits: 0,
+            details: None,
+            termination_details: None,
+            transport_failure: None,
+            bytes_received: 0,
+            bytes_sent: 0,
+            service_time: None,
+            answered_after: None,
+            attempts: 0,
+            upstream_protocol: None,
+            tells_a_request: true,
+            upstream_host: None,
+            upstream_cluster: None,
+            upstream_local: None,
+            downstream_local: None,
+            downstream_remote: None,
+            sni: None,
+            route: None,
+            response_headers: None,
+            mutual_tls: false,
+            trace: None,
+            peer: None,
+            local: None,
+        }
+    }
+
     /// A header's value.
     pub fn header_of(&self, whose: HeadersOf, header: &Header) -> Option<&[u8]> {
         if whose == HeadersOf::Response {

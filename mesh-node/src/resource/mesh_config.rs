@@ -6,17 +6,17 @@ mod spelling;
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderName, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::route::retry::RetryPolicy;
+use crate::route::{retry::RetryPolicy, rule::HeaderText};
 
 pub use self::observability::Observability;
 use super::{
     Key, Rejection,
     envelope::{FieldError, typed},
-    fields::{Time, header_name, header_value, port},
+    fields::{Time, header_name, header_text, port},
     strings::StringMatch,
     virtual_service::{Retries, retries},
 };
@@ -110,7 +110,8 @@ pub struct HttpCheck {
     pub path_prefix: Arc<str>,
     /// Request headers it gets, beside authority, method and path.
     pub request_headers: Vec<StringMatch>,
-    pub additional_headers: Vec<(HeaderName, HeaderValue)>,
+    /// What it gets besides.
+    pub additional_headers: Vec<(HeaderName, HeaderText)>,
     /// Headers of its answer that go to the application, to a client that is let in, and to one that is not.
     pub to_upstream: Vec<StringMatch>,
     pub to_downstream_on_allow: Vec<StringMatch>,
@@ -355,7 +356,8 @@ fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldE
             let mut additional = Vec::new();
             for (name, value) in http.include_additional_headers_in_check.unwrap_or_default() {
                 let at = format!("{at}.includeAdditionalHeadersInCheck.{name}");
-                additional.push((header_name(&name, &at)?, header_value(&value, &at)?));
+                let name = header_name(&name, &at)?;
+                additional.extend(header_text(&value, &at)?.map(|text| (name, text)));
             }
             let prefix = http.path_prefix.unwrap_or_default();
             if !prefix.is_empty() && (!prefix.starts_with('/') || prefix.contains(['?', '#', ' '])) {

@@ -47,11 +47,11 @@ fn exact(text: &str) -> Value {
 }
 
 fn sets() -> Vec<Set> {
-    let full = json!({"includeRequestHeadersInCheck": ["X-Ext-*", "cookie", "x-exact"], "includeAdditionalHeadersInCheck": {"x-add": "v"},
+    let full = json!({"includeRequestHeadersInCheck": ["X-Ext-*", "cookie", "x-exact"], "includeAdditionalHeadersInCheck": {"x-add": "v", "x-told": "https://%REQ(:authority)%%REQ(:path)%", "x-empty": "%REQ(x-absent)%", "x-to": "%PROTOCOL% %REQ(x-other)% 100%% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"},
         "headersToUpstreamOnAllow": ["x-up", "authorization"], "headersToDownstreamOnAllow": ["x-down", "set-cookie"],
         "headersToDownstreamOnDeny": ["x-deny", "set-cookie", "content-type"], "pathPrefix": "/check"});
     let envoy = json!({"allowed_headers": patterns(&[json!({"prefix": "x-ext-", "ignore_case": true}), exact("cookie"), exact("x-exact")]),
-        "http_service": {"path_prefix": "/check", "authorization_request": {"headers_to_add": [{"key": "x-add", "value": "v"}]},
+        "http_service": {"path_prefix": "/check", "authorization_request": {"headers_to_add": [{"key": "x-add", "value": "v"}, {"key": "x-told", "value": "https://%REQ(:authority)%%REQ(:path)%"}, {"key": "x-empty", "value": "%REQ(x-absent)%"}, {"key": "x-to", "value": "%PROTOCOL% %REQ(x-other)% 100%% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"}]},
             "authorization_response": {"allowed_upstream_headers": patterns(&[exact("x-up"), exact("authorization")]),
                 "allowed_client_headers_on_success": patterns(&[exact("x-down"), exact("set-cookie")]),
                 "allowed_client_headers": patterns(&[exact("x-deny"), exact("set-cookie"), exact("content-type")])}}});

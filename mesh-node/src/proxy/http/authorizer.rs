@@ -6,7 +6,7 @@
 mod changes;
 mod proto;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -25,7 +25,12 @@ use super::{
 };
 use crate::{
     config::Snapshot,
-    report::trace,
+    report::{
+        entry::{Asked, Entry},
+        format::Template,
+        kept::Kept,
+        trace,
+    },
     resource::{
         mesh_config::{Authorizer, BodyInCheck, Check, HttpCheck},
         strings::StringMatch,
@@ -33,6 +38,7 @@ use crate::{
     route::{
         Cluster,
         request::{RequestHead, Scheme},
+        rule::HeaderText,
     },
 };
 
@@ -96,7 +102,7 @@ pub async fn ask(
             };
             let answer = async {
                 match &authorizer.check {
-                    Check::Http(check) => ask_http(gate, &cluster, check, head, shown).await,
+                    Check::Http(check) => ask_http(gate, &cluster, check, (head, protocol), shown).await,
                     Check::Grpc => ask_grpc(gate, &cluster, authorizer, (head, protocol), shown).await,
                 }
             };
@@ -245,7 +251,32 @@ fn call<'a>(gate: &'a Gate, cluster: &'a Arc<Cluster>, http2: bool) -> Call<'a> 
     Call { proxy: &gate.proxy, pod: &gate.pod, client: gate.client, cluster, http2, at_once: AT_ONCE }
 }
 
-async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: &mut RequestHead, shown: Option<Shown>) -> Option<Told> {
+/// What is told of a request in a header of the question. None of nothing.
+fn tell(gate: &Gate, template: &Template, head: &RequestHead, protocol: &'static str) -> Option<HeaderValue> {
+    let kept = Kept::of(&head.headers, &template.asks().request);
+    let (method, path, authority) = (head.method.as_str(), head.target.as_str(), head.authority.to_str().unwrap_or_default());
+    let snapshot = gate.proxy.config.load();
+    let local = snapshot.workload(&gate.pod.uid).map(|w| &w.identity);
+    let entry = Entry {
+        request: Some(Asked { method, path, sent_path: path, authority, scheme: head.scheme.as_str(), headers: &kept }),
+        protocol: Some(protocol),
+        downstream_local: Some(gate.facts.destination),
+        downstream_remote: Some(gate.client),
+        mutual_tls: gate.facts.peer.is_some(),
+        peer: gate.facts.peer.as_ref(),
+        local: local.filter(|_| gate.facts.peer.is_some()),
+        ..Entry::begun(SystemTime::now())
+    };
+    HeaderValue::from_str(&template.text(&entry)).ok().filter(|value| !value.is_empty())
+}
+
+async fn ask_http(
+    gate: &Gate,
+    cluster: &Arc<Cluster>,
+    check: &HttpCheck,
+    (head, protocol): (&mut RequestHead, &'static str),
+    shown: Option<Shown>,
+) -> Option<Told> {
     let mut headers = HeaderMap::new();
     for (name, value) in &head.headers {
         let sent = name == header::AUTHORIZATION || any(&check.request_headers, name);
@@ -253,8 +284,14 @@ async fn ask_http(gate: &Gate, cluster: &Arc<Cluster>, check: &HttpCheck, head: 
             headers.append(name.clone(), value.clone());
         }
     }
-    for (name, value) in &check.additional_headers {
-        headers.insert(name.clone(), value.clone());
+    for (name, text) in &check.additional_headers {
+        let value = match text {
+            HeaderText::Plain(value) => Some(value.clone()),
+            HeaderText::Told(template) => tell(gate, template, head, protocol),
+        };
+        if let Some(value) = value {
+            headers.insert(name.clone(), value);
+        }
     }
     trace::copy(&head.headers, &mut headers);
     let length = shown.as_ref().map_or(0, |s| s.data.len());
