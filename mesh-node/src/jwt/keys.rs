@@ -1,5 +1,7 @@
 //! JSON Web Key Sets, and verification with their keys.
 
+use std::collections::BTreeMap;
+
 use aws_lc_rs::signature::{
     self, ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ECDSA_P521_SHA512_FIXED, ED25519, RSA_PKCS1_2048_8192_SHA256,
     RSA_PKCS1_2048_8192_SHA384, RSA_PKCS1_2048_8192_SHA512, RSA_PSS_2048_8192_SHA256, RSA_PSS_2048_8192_SHA384, RSA_PSS_2048_8192_SHA512,
@@ -7,6 +9,7 @@ use aws_lc_rs::signature::{
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::Deserialize;
+use x509_parser::{pem::parse_x509_pem, public_key::PublicKey};
 
 use super::Fault;
 
@@ -138,10 +141,19 @@ impl Keys {
 
     /// Reads a set. Keys of other kinds, for encryption, or that are broken, are passed over: one of them must not make the
     /// others useless. Only a set without a single usable key is an error.
+    ///
+    /// Certificates by the ids of their keys, as Google has them for some of its accounts, are a set too, as with Envoy.
     pub fn parse(text: &str) -> Result<Self, KeysError> {
-        let document: Document = serde_json::from_str(text).map_err(|e| KeysError::Json(e.to_string()))?;
-        let keys =
-            document.keys.into_iter().take(MAX_KEYS).filter_map(|k| serde_json::from_value(k).ok()).filter_map(key).collect::<Vec<_>>();
+        let json = |e: serde_json::Error| KeysError::Json(e.to_string());
+        let keys = match serde_json::from_str::<BTreeMap<String, String>>(text) {
+            Ok(certificates) if !certificates.is_empty() => {
+                certificates.into_iter().take(MAX_KEYS).filter_map(|(id, pem)| certified(id, &pem)).collect::<Vec<_>>()
+            }
+            _ => {
+                let keys = serde_json::from_str::<Document>(text).map_err(json)?.keys.into_iter().take(MAX_KEYS);
+                keys.filter_map(|k| serde_json::from_value(k).ok()).filter_map(key).collect()
+            }
+        };
         if keys.is_empty() { Err(KeysError::Empty) } else { Ok(Self(keys)) }
     }
 
@@ -182,6 +194,30 @@ impl Material {
             }
         }
     }
+}
+
+/// The key of a certificate; nothing else of that counts, not even its end.
+fn certified(id: String, pem: &str) -> Option<Key> {
+    let (_, pem) = parse_x509_pem(pem.as_bytes()).ok()?;
+    let certificate = pem.parse_x509().ok()?;
+    let key = certificate.public_key();
+    let material = match key.parsed().ok()? {
+        PublicKey::RSA(rsa) => {
+            let number = |bytes: &[u8]| bytes.iter().copied().skip_while(|b| *b == 0).collect();
+            Material::Rsa { n: number(rsa.modulus), e: number(rsa.exponent) }
+        }
+        PublicKey::EC(point) => {
+            let curve = match point.key_size() {
+                256 => Curve::P256,
+                384 => Curve::P384,
+                521..=528 => Curve::P521,
+                _ => return None,
+            };
+            Material::Curve(curve, point.data().to_vec())
+        }
+        _ => return None,
+    };
+    Some(Key { id: Some(id).filter(|id| !id.is_empty()), algorithm: None, material })
 }
 
 fn key(jwk: Jwk) -> Option<Key> {

@@ -241,3 +241,29 @@ fn a_set_is_as_good_as_its_usable_keys() {
     }
     assert!(matches!(Keys::parse("{}"), Err(KeysError::Json(_))));
 }
+
+#[test]
+fn certificates_by_id_are_a_set() {
+    let random = SystemRandom::new();
+    let (signed, mut certificates) = (b"header.payload", serde_json::Map::new());
+    let mut certify = |id: &str, key: &rcgen::KeyPair| {
+        let certificate = rcgen::CertificateParams::default().self_signed(key).expect("a certificate");
+        certificates.insert(id.to_owned(), certificate.pem().into());
+    };
+    let rsa = RsaKeyPair::generate(KeySize::Rsa2048).expect("a key");
+    let der: aws_lc_rs::encoding::Pkcs8V1Der<'_> = aws_lc_rs::encoding::AsDer::as_der(&rsa).expect("a key");
+    certify("rsa", &rcgen::KeyPair::try_from(der.as_ref()).expect("a key"));
+    let ec = rcgen::KeyPair::generate().expect("a key");
+    certify("ec", &ec);
+    certificates.insert("odd".to_owned(), "no certificate".into());
+    let keys = Keys::parse(&Value::Object(certificates).to_string()).expect("a set");
+    let mut signature = vec![0; rsa.public_modulus_len()];
+    rsa.sign(&signature::RSA_PKCS1_SHA256, &random, signed, &mut signature).expect("signed");
+    assert_eq!(keys.verify(Algorithm::Rs256, Some("rsa"), signed, &signature), Ok(()));
+    assert_eq!(keys.verify(Algorithm::Rs256, Some("ec"), signed, &signature), Err(Fault::Signature));
+    assert_eq!(keys.verify(Algorithm::Rs256, Some("odd"), signed, &signature), Err(Fault::NoKey));
+    let ec = EcdsaKeyPair::from_pkcs8(&signature::ECDSA_P256_SHA256_FIXED_SIGNING, &ec.serialize_der()).expect("a key");
+    let signature = ec.sign(&random, signed).expect("signed");
+    assert_eq!(keys.verify(Algorithm::Es256, Some("ec"), signed, signature.as_ref()), Ok(()));
+    assert_eq!(Keys::parse(r#"{"k": "no certificate"}"#), Err(KeysError::Empty));
+}
