@@ -59,6 +59,8 @@ struct Wanted {
 
 #[path = "envoy_live/answered.rs"]
 mod answered;
+#[path = "envoy_live/answers.rs"]
+mod answers;
 #[path = "envoy_live/authorizers.rs"]
 mod authorizers;
 #[path = "envoy_live/bodies.rs"]
@@ -87,6 +89,10 @@ mod random_frames;
 mod random_policies;
 #[path = "envoy_live/random_retries.rs"]
 mod random_retries;
+#[path = "envoy_live/requests.rs"]
+mod requests;
+#[path = "envoy_live/resilience.rs"]
+mod resilience;
 #[path = "envoy_live/routes.rs"]
 mod routes;
 #[path = "envoy_live/spans.rs"]

@@ -9,7 +9,8 @@ use super::{
     Answer, Case, End,
     cases::case,
     random::{chance, number, pick},
-    routes::{all_paths, retries, route, rule},
+    resilience::retries,
+    routes::{all_paths, route, rule},
 };
 
 const RETRIES: u64 = 40;
