@@ -27,7 +27,7 @@ const OWNED: &[(&str, &[&str])] = &[
     ("aya", &["capture"]),
     ("h2", &["hbone", "proxy", "grpc"]),
     ("rustls", &["tls", "identity"]),
-    ("x509_parser", &["tls", "identity"]),
+    ("x509_parser", &["tls", "identity", "jwt"]),
     ("aws_lc_rs", &["tls", "jwt"]),
     ("tokio_rustls", &["tls"]),
     ("rcgen", &["identity"]),
