@@ -220,8 +220,13 @@ async fn an_unused_connection_is_kept_as_long_as_the_policy_says() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_that_may_be_unused_for_a_moment_ends_after_that() {
-    let scene = scene(json!({"retries": {"attempts": 0}}), json!({"connectionPool": {"http": {"idleTimeout": "0.4s"}}})).await;
+async fn a_connection_that_may_be_unused_or_open_for_a_moment_ends_after_that() {
+    let end = |layer: &str, field: &str| json!({"connectionPool": {layer: {field: "0.5s"}}});
+    tokio::join!(ends_in_time(end("http", "idleTimeout")), ends_in_time(end("tcp", "maxConnectionDuration")));
+}
+
+async fn ends_in_time(policy: Value) {
+    let scene = scene(json!({"retries": {"attempts": 0}}), policy).await;
     let clusters = &scene.engine.pod.clusters;
     let idle = || clusters.all().iter().map(|(_, state)| state.idle()).sum::<usize>();
     // The second time too: nobody was waiting for it any more.

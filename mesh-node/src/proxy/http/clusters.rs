@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use arc_swap::ArcSwap;
@@ -313,10 +313,9 @@ impl EndpointState {
         self.idle().pop()
     }
 
-    /// Sees to it that connections end in time that may be idle only for a moment: others do when this is next tidied.
+    /// Sees to it that connections that may not be kept for long end in time: others do when this is next tidied.
     pub fn expire(self: &Arc<Self>, cluster: &Arc<Cluster>) {
-        const MOMENT: Duration = Duration::from_secs(10);
-        if cluster.policy.http.idle_timeout >= MOMENT || self.expiring.swap(true, Ordering::SeqCst) {
+        if self.expiring.swap(true, Ordering::SeqCst) {
             return;
         }
         let (endpoint, cluster) = (Arc::downgrade(self), cluster.clone());

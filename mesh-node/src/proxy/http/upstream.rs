@@ -116,9 +116,11 @@ impl H1Upstream {
             && policy.tcp.max_connection_duration.is_none_or(|most| now.saturating_duration_since(self.made) < most)
     }
 
-    /// When it has been idle for too long, if it stays so.
+    /// When it has been idle for too long, or open, if nobody uses it.
     pub fn expires(&self, cluster: &Cluster) -> Option<Instant> {
-        self.idle_since.checked_add(cluster.policy.http.idle_timeout)
+        let policy = &cluster.policy;
+        let old = policy.tcp.max_connection_duration.and_then(|most| self.made.checked_add(most));
+        self.idle_since.checked_add(policy.http.idle_timeout).into_iter().chain(old).min()
     }
 
     /// Whether it can be used again, and is not better made anew.
@@ -446,6 +448,9 @@ async fn drive(
     drop(slot);
 }
 
+/// Who may be kept for less than this is not left to what tidies now and then.
+const MOMENT: Duration = Duration::from_secs(10);
+
 /// Gives an HTTP/1 connection back after an exchange that left it clean.
 pub fn release(mut connection: Box<H1Upstream>, cluster: &Arc<Cluster>, state: &ClusterState, endpoint: &Arc<EndpointState>) {
     connection.requests += 1;
@@ -454,7 +459,10 @@ pub fn release(mut connection: Box<H1Upstream>, cluster: &Arc<Cluster>, state: &
     let worn = worn || connection.transport.leaving().is_some_and(|l| l.is_so());
     connection.idle_since = Instant::now();
     if !worn && connection.is_fresh(cluster, connection.idle_since) {
+        let soon = connection.expires(cluster).is_some_and(|at| at.saturating_duration_since(connection.idle_since) < MOMENT);
         state.keep(endpoint, connection);
-        endpoint.expire(cluster);
+        if soon {
+            endpoint.expire(cluster);
+        }
     }
 }
