@@ -281,3 +281,62 @@ fn an_answer_before_the_end_of_an_upload_arrives() {
         assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "0", "{what}: {output:?}");
     }
 }
+
+/// Serves HTTP/1 and writes down how each connection ended: with its last request, or by a failure.
+const ENDS: &str = r#"
+import socket, sys, threading
+def serve(c):
+    try:
+        while True:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                piece = c.recv(65536)
+                if not piece:
+                    end = "end" if not head else "cut"
+                    break
+                head += piece
+            else:
+                c.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+                continue
+            break
+    except OSError as error:
+        end = error.strerror
+    with open(sys.argv[1], "a") as ends:
+        ends.write(end + "\n")
+    c.close()
+s = socket.create_server(("", 8080), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+"#;
+
+/// A connection that the client's node has no use for any more ends as one does whose client has closed it.
+#[test]
+fn a_connection_that_is_not_needed_any_more_ends_in_order() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    for name in ["near", "far"] {
+        let yaml = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: {name}}}, ports: [{{name: http, port: 80, targetPort: 8080}}]}}\n---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {name}}}\nspec: {{host: {name}, trafficPolicy: {{connectionPool: {{http: {{maxRequestsPerConnection: 2, idleTimeout: 0.5s}}}}}}}}\n"
+        );
+        bed.kubectl_apply(name, &yaml).expect("service");
+    }
+    let ends = |name: &str| bed.directory.join(format!("ends-{name}"));
+    let files = [ends("near"), ends("far")];
+    let server = |name: &str, node: usize| PodSpec {
+        command: ["/usr/bin/python3", "-c", ENDS, &files[node].display().to_string()].map(str::to_owned).to_vec(),
+        port: Some(8080),
+        ..PodSpec::new(name, node).label("app", name)
+    };
+    let [client, ..] = bed.meshed([PodSpec::new("client", 0), server("near", 0), server("far", 1)]).expect("pods");
+    bed.settle().expect("settled");
+    // Readiness has been asked for by now, and not by a client that says anything.
+    files.iter().for_each(|file| std::fs::write(file, "").expect("emptied"));
+    for (name, file) in ["near", "far"].into_iter().zip(&files) {
+        let url = format!("http://{name}/");
+        let output = bed.run(&client, Path::new("/usr/bin/curl"), &["-sS", &url, &url, &url]).expect("curl");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "okokok", "{name}: {output:?}");
+        // The first has had as many requests as it may, the other is not used.
+        let ended = || Ok(std::fs::read_to_string(file)?.lines().count() == 2);
+        wait_for("both have ended", Duration::from_secs(5), ended).expect(name);
+        assert_eq!(std::fs::read_to_string(file).expect("a file"), "end\nend\n", "{name}");
+    }
+}

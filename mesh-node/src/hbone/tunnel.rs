@@ -113,12 +113,31 @@ impl Tunnel {
         Poll::Ready(sent.map(|()| n).map_err(into_io))
     }
 
+    /// Ends it in order: its other end is told that no more will come, and has a moment to say the same. Let go of as it is, a tunnel
+    /// looks broken there.
+    pub fn end(mut self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if self.shutdown().is_err() {
+            return;
+        }
+        runtime.spawn(async move {
+            let ended = async {
+                while let Some(Ok(data)) = self.receive.data().await {
+                    let _ = self.receive.flow_control().release_capacity(data.len());
+                }
+            };
+            let _ = tokio::time::timeout(UNTIL_ENDED, ended).await;
+        });
+    }
+
     /// Says that no more data will come.
     pub fn shutdown(&mut self) -> io::Result<()> {
         self.send.send_data(Bytes::new(), true).map_err(into_io)
     }
 }
 
+/// How long an end that has been told of the other's may take to come.
+const UNTIL_ENDED: Duration = Duration::from_secs(5);
 /// Between the last of what was said and the reset of its stream.
 const BEFORE_RESET: Duration = Duration::from_millis(5);
 

@@ -341,14 +341,17 @@ impl EndpointState {
     /// Lets go of connections that nothing goes on on, and of those that are shared as soon as that is so.
     fn let_go(&self) {
         let idle = std::mem::take(&mut *self.idle());
-        drop(idle);
+        idle.into_iter().for_each(|connection| connection.retire());
         self.h2.load().iter().for_each(|connection| connection.close());
     }
 
     fn tidy(&self, cluster: &Cluster, now: Instant) {
         let all = std::mem::take(&mut *self.idle());
         // Looked at and, some of them, closed without holding up who wants one; back under what was kept meanwhile.
-        let mut usable = all.into_iter().filter_map(|mut c| (c.is_fresh(cluster, now) && c.is_usable()).then_some(c)).collect::<Vec<_>>();
+        let keep = |c: &mut Box<H1Upstream>| c.is_fresh(cluster, now) && c.is_usable();
+        let (mut usable, mut gone) = (Vec::with_capacity(all.len()), Vec::new());
+        all.into_iter().for_each(|mut c| if keep(&mut c) { &mut usable } else { &mut gone }.push(c));
+        gone.into_iter().for_each(|c| c.retire());
         let mut idle = self.idle();
         usable.append(&mut idle);
         *idle = usable;

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll},
 };
@@ -111,6 +111,14 @@ impl Transport {
             Self::Tcp(stream) => reset_on_close(stream),
             Self::Prefixed(stream) => reset_on_close(stream.get_ref()),
             Self::Tunnel(_) => {}
+        }
+    }
+
+    /// Ends it so that the other end sees no failure, of a connection on which nothing is under way.
+    pub fn end(self) {
+        match self {
+            Self::Tcp(_) | Self::Prefixed(_) => {}
+            Self::Tunnel(tunnel) => tunnel.end(),
         }
     }
 
@@ -222,21 +230,28 @@ impl TransportSink<'_> {
 
 /// A transport whose bytes are counted, for HTTP/2.
 pub struct Counted {
-    transport: Transport,
+    /// There until this is dropped.
+    transport: Option<Transport>,
     traffic: Arc<Traffic>,
     /// It is the connection to the application: what is written is what was sent.
     upstream: bool,
+    /// Nothing is under way on it any more.
+    unused: Arc<AtomicBool>,
 }
 
 impl Counted {
     /// A connection from a client.
     pub fn downstream(transport: Transport, traffic: Arc<Traffic>) -> Self {
-        Self { transport, traffic, upstream: false }
+        Self { transport: Some(transport), traffic, upstream: false, unused: Arc::default() }
     }
 
-    /// A connection to an application.
-    pub fn upstream(transport: Transport, traffic: Arc<Traffic>) -> Self {
-        Self { transport, traffic, upstream: true }
+    /// A connection to an application; it ends in order when it is dropped unused.
+    pub fn upstream(transport: Transport, traffic: Arc<Traffic>, unused: Arc<AtomicBool>) -> Self {
+        Self { transport: Some(transport), traffic, upstream: true, unused }
+    }
+
+    fn transport(&mut self) -> io::Result<Pin<&mut Transport>> {
+        self.transport.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
     fn count(&self, written: bool, n: usize) {
@@ -249,7 +264,7 @@ impl AsyncRead for Counted {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buf.filled().len();
-        let polled = Pin::new(&mut this.transport).poll_read(cx, buf);
+        let polled = this.transport()?.poll_read(cx, buf);
         this.count(false, buf.filled().len() - before);
         polled
     }
@@ -258,7 +273,7 @@ impl AsyncRead for Counted {
 impl AsyncWrite for Counted {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let polled = Pin::new(&mut this.transport).poll_write(cx, buf);
+        let polled = this.transport()?.poll_write(cx, buf);
         if let Poll::Ready(Ok(n)) = &polled {
             this.count(true, *n);
         }
@@ -267,7 +282,7 @@ impl AsyncWrite for Counted {
 
     fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let polled = Pin::new(&mut this.transport).poll_write_vectored(cx, slices);
+        let polled = this.transport()?.poll_write_vectored(cx, slices);
         if let Poll::Ready(Ok(n)) = &polled {
             this.count(true, *n);
         }
@@ -275,15 +290,23 @@ impl AsyncWrite for Counted {
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.transport.is_write_vectored()
+        self.transport.as_ref().is_some_and(AsyncWrite::is_write_vectored)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().transport).poll_flush(cx)
+        self.get_mut().transport()?.poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().transport).poll_shutdown(cx)
+        self.get_mut().transport()?.poll_shutdown(cx)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if let Some(transport) = self.transport.take().filter(|_| self.unused.load(Ordering::Acquire)) {
+            transport.end();
+        }
     }
 }
 

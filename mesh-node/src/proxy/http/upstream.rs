@@ -130,6 +130,11 @@ impl H1Upstream {
         !cut && !leaving && self.unread.buffer.is_empty() && self.transport.is_quiet()
     }
 
+    /// Lets go of it between exchanges: the application sees an end, and no failure.
+    pub fn retire(self: Box<Self>) {
+        self.transport.end();
+    }
+
     /// Both halves for one exchange, and what ends it from outside.
     pub fn halves(&mut self) -> (UpSink<'_>, UpSource<'_>, impl Future<Output = ()> + Send + '_) {
         let (source, sink) = match &self.hold {
@@ -244,7 +249,13 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
     let idle = || {
         let (workload, now) = (wanted.workload(), Instant::now());
         let usable = |idle: &mut Box<H1Upstream>| idle.workload == workload && idle.is_fresh(cluster, now) && idle.is_usable();
-        std::iter::from_fn(|| endpoint.last_used()).find_map(|mut idle| usable(&mut idle).then_some(idle))
+        while let Some(mut idle) = endpoint.last_used() {
+            if usable(&mut idle) {
+                return Some(idle);
+            }
+            idle.retire();
+        }
+        None
     };
     // Most find one, and have no need to hear of others.
     if let Some(idle) = idle() {
@@ -388,7 +399,8 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     let (transport, hold) = Box::pin(dial(wanted)).await.map_err(NoUpstream::Failed)?;
     let traffic = hold.as_ref().map(|h| h.outcome.traffic.clone()).unwrap_or_default();
     let (local, leaving) = (transport.local(), transport.leaving());
-    let opened = super::h2::connect(Counted::upstream(transport, traffic)).await;
+    let unused = Arc::<AtomicBool>::default();
+    let opened = super::h2::connect(Counted::upstream(transport, traffic, unused.clone())).await;
     let opened = opened.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
     let connection = Arc::new(H2Upstream {
         gate: hold.as_ref().map(|h| h.gate.clone()),
@@ -404,7 +416,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     let source = wanted.pod.clone();
     // Of who asked for it: it is not unused before that.
     let guard = StreamGuard::new(&connection);
-    tokio::spawn(drive(opened.connection, connection.clone(), (hold, source, leaving), slot, wanted.cluster.policy.clone()));
+    tokio::spawn(drive(opened.connection, connection.clone(), (hold, source, leaving), slot, (wanted.cluster.policy.clone(), unused)));
     wanted.state.share(wanted.endpoint, &connection);
     Ok(guard)
 }
@@ -415,7 +427,7 @@ async fn drive(
     shared: Arc<H2Upstream>,
     (hold, source, leaving): (Option<LocalHold>, Arc<ServedPod>, Option<Leaving>),
     slot: ConnectionSlot,
-    policy: Arc<TrafficPolicy>,
+    (policy, unused): (Arc<TrafficPolicy>, Arc<AtomicBool>),
 ) {
     let mut slot = Some(slot);
     let old = async {
@@ -440,7 +452,7 @@ async fn drive(
         },
         () = LocalHold::cut(hold.as_ref()) => {}
         _ = source.ended() => {}
-        () = shared.until_unused(policy.http.idle_timeout) => {}
+        () = shared.until_unused(policy.http.idle_timeout) => unused.store(true, Ordering::Release),
         () = led_away => {}
         () = old => {}
     }
@@ -458,7 +470,9 @@ pub fn release(mut connection: Box<H1Upstream>, cluster: &Arc<Cluster>, state: &
     // Nobody would use it again, and its peer waits for its end.
     let worn = worn || connection.transport.leaving().is_some_and(|l| l.is_so());
     connection.idle_since = Instant::now();
-    if !worn && connection.is_fresh(cluster, connection.idle_since) {
+    if worn || !connection.is_fresh(cluster, connection.idle_since) {
+        connection.retire();
+    } else {
         let soon = connection.expires(cluster).is_some_and(|at| at.saturating_duration_since(connection.idle_since) < MOMENT);
         state.keep(endpoint, connection);
         if soon {
