@@ -158,7 +158,7 @@ fn configuration(listeners: &[Listener], log: &Value, path: &Path) -> Value {
 const TYPES: &str = "type.googleapis.com/envoy.extensions";
 
 fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
-    let action = json!({"cluster": of.name, "timeout": "0s", "retry_policy": {
+    let action = json!({"cluster": of.name, "timeout": "0s", "max_grpc_timeout": "0s", "retry_policy": {
         "retry_on": "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes", "num_retries": 2,
         "retry_host_predicate": [{"name": "envoy.retry_host_predicates.previous_hosts", "typed_config":
             {"@type": format!("{TYPES}.retry.host.previous_hosts.v3.PreviousHostsPredicate")}}],
@@ -176,7 +176,7 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
         "upgrade_configs": [{"upgrade_type": "websocket"}], "server_name": "istio-envoy",
         "access_log": [{"name": "file", "typed_config": {"@type": format!("{TYPES}.access_loggers.file.v3.FileAccessLog"),
             "path": path, "log_format": {"json_format": log}}}],
-        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "include_request_attempt_count": true,
+        "route_config": {"validate_clusters": false, "virtual_hosts": [{"name": "all", "domains": ["*"], "include_request_attempt_count": true,
             "routes": routes}]},
         "http_filters": of.filters.iter().chain(&usual).collect::<Vec<_>>(),
     });

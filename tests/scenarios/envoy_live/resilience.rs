@@ -75,6 +75,7 @@ pub fn resilience() -> Vec<(&'static str, Value, Value, &'static str, End)> {
             "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nok",
             End::Keep,
         ),
+        of("timeout-of-grpc", json!({"timeout": "20s"}), json!({"timeout": "20s"}), ANSWER, End::Keep),
         of("timeout-not-reached", json!({"timeout": "5s"}), json!({"timeout": "5s"}), ANSWER, End::Keep),
     ]
 }

@@ -22,6 +22,8 @@ pub fn rule(more: Value) -> Value {
 pub fn route(matched: Value, action: Value, more: Value) -> Value {
     let mut to = json!({"cluster": "@cluster", "timeout": "0s"});
     to.as_object_mut().expect("an object").extend(action.as_object().expect("an object").clone());
+    // As Istio has it.
+    to["max_grpc_timeout"] = to["timeout"].clone();
     let mut route = json!({"match": matched, "route": to});
     route.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
     route
@@ -378,6 +380,52 @@ fn cors() -> Vec<Of> {
     ]
 }
 
+/// Answers that a rule gives, to HTTP and to gRPC.
+fn direct() -> Vec<Of> {
+    let paths: &[&str] = &["/a?b", "HEAD /a", "/a|content-type: application/grpc", "/a|content-type: application/grpc\r\norigin: http://o"];
+    let of = |name: &'static str, status: u16, body: &str| {
+        let (istio, envoy) = if body.is_empty() {
+            (json!({"status": status}), json!({"status": status}))
+        } else {
+            (json!({"status": status, "body": {"string": body}}), json!({"status": status, "body": {"inline_string": body}}))
+        };
+        (name, json!([{"directResponse": istio}]), json!([{"match": all_paths(), "direct_response": envoy}]), paths)
+    };
+    vec![
+        of("200", 200, "fine"),
+        of("200-empty", 200, ""),
+        of("201", 201, "made"),
+        of("302", 302, ""),
+        of("304", 304, ""),
+        of("403", 403, "no % \u{e9}"),
+        of("404", 404, "nah"),
+        of("503", 503, "later"),
+    ]
+}
+
+/// Destinations that do not exist.
+fn missing() -> Vec<Of> {
+    let paths: &[&str] = &[
+        "/a",
+        "/a|origin: http://good",
+        "/a|content-type: application/grpc",
+        "OPTIONS /a|origin: http://good\r\naccess-control-request-method: PUT",
+    ];
+    let cors =
+        json!({"allowOrigins": [{"exact": "http://good"}], "allowMethods": ["PUT"], "exposeHeaders": ["x-e"], "allowCredentials": true});
+    let theirs = json!({"@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.CorsPolicy", "filter_enabled": {"default_value": {"numerator": 100}},
+        "allow_origin_string_match": [{"exact": "http://good"}], "allow_methods": "PUT", "expose_headers": "x-e", "allow_credentials": true, "forward_not_matching_preflights": true});
+    let added = json!([{"header": {"key": "x-q", "value": "1"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]);
+    let istio =
+        json!([{"route": [{"destination": {"host": "nowhere"}}], "headers": {"response": {"set": {"x-q": "1"}}}, "corsPolicy": cors}]);
+    let envoy = json!([route(
+        all_paths(),
+        json!({"cluster": "nowhere", "cluster_not_found_response_code": "SERVICE_UNAVAILABLE"}),
+        json!({"response_headers_to_add": added, "typed_per_filter_config": {"envoy.filters.http.cors": theirs}})
+    )]);
+    vec![("cors", istio, envoy, paths)]
+}
+
 pub fn all() -> Vec<Case> {
     let mut all = Vec::new();
     for (name, rules, routes, answer, end) in resilience() {
@@ -402,6 +450,8 @@ pub fn all() -> Vec<Case> {
         ("match", matches()),
         ("cors", cors()),
         ("fault", faults()),
+        ("direct", direct()),
+        ("missing", missing()),
     ] {
         for (name, rules, routes, requests) in of {
             for (i, request) in requests.iter().enumerate() {

@@ -92,6 +92,7 @@ pub(super) struct Attempts<'x, 'd, 'b, B, R> {
     pub(super) state: Arc<ClusterState>,
     pub(super) forward: &'x Forward<'x>,
     pub(super) hashed: Hashed,
+    pub(super) grpc: bool,
     pub(super) tried: Vec<SocketAddr>,
     /// Of the attempt under way, counted from one.
     pub(super) number: u32,
@@ -113,7 +114,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             self.record.place(self.edge(address, &endpoint));
             self.upload.rewind();
             self.deadlines.attempt = None;
-            headers::expect_within(&mut head.headers, self.time_left());
+            headers::expect_within(&mut head.headers, self.time_left(), self.grpc);
             headers::count_attempt(&mut head.headers, self.number);
             let ended = self.attempt(&head, address, &endpoint).await;
             let again = match ended {
@@ -202,12 +203,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     }
 
     fn time_left(&self) -> Option<Duration> {
-        let whole = self.timeout.map(|t| self.deadlines.route.map_or(t, |at| at.saturating_duration_since(Instant::now())));
-        let each = self.policy.per_try_timeout;
-        match (whole, each) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+        let until = |at: Instant| at.saturating_duration_since(Instant::now());
+        let whole = self.timeout.map(|t| self.deadlines.route.map_or(t, until));
+        whole.into_iter().chain(self.deadlines.client.map(until)).chain(self.policy.per_try_timeout).min()
     }
 
     async fn attempt(&mut self, head: &RequestHead, address: SocketAddr, endpoint: &Arc<EndpointState>) -> Attempt {

@@ -138,7 +138,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let rule = &*resolved.rule;
         self.record.routed(found.name, &resolved.origin);
         let picked = if let Action::Forward(all) = &rule.action { pick_destination(resolved, all) } else { None };
-        self.record.cluster = picked.as_ref().map(|(cluster, _)| cluster.clone());
+        self.record.cluster = picked.as_ref().and_then(|(cluster, _)| cluster.clone());
         if let Some(end) = self.fault(rule, picked.as_ref().map(|(_, destination)| *destination), &head).await {
             return end;
         }
@@ -152,7 +152,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     Some(Preflight::Pass(answer)) => answer,
                     None => None,
                 };
-                let Some((cluster, destination)) = picked else { return self.missing(rule).await };
+                let Some((cluster, destination)) = picked else { return self.missing(rule, None, None, &head).await };
+                let Some(cluster) = cluster else { return self.missing(rule, Some(destination), cors.as_ref(), &head).await };
                 let rewritten = self.rewrite(&mut head, rule, path, destination);
                 let forward = Forward {
                     cluster,
@@ -167,7 +168,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                 let mirrors = Self::mirrors(resolved);
                 self.forward_rewritten(head, forward, rewritten, mirrors).await
             }
-            Action::Delegate { .. } => self.missing(rule).await,
+            Action::Delegate { .. } => self.missing(rule, None, None, &head).await,
         }
     }
 
@@ -182,12 +183,22 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         }
     }
 
-    /// Answers with what the route says.
+    /// Answers with what the route says; in gRPC to gRPC.
     async fn respond(&mut self, rule: &Rule, response: &DirectResponse, head: &RequestHead) -> End {
-        let mut reply = Reply::new(response.status, "");
-        reply.verbatim = Some(response.body.clone());
+        let mut reply = if self.grpc {
+            Reply::new(response.status, String::from_utf8_lossy(&response.body).into_owned())
+        } else {
+            Reply { verbatim: Some(response.body.clone()), ..Reply::new(response.status, "") }
+        };
+        // What was created, or is elsewhere, is where it was asked for, as far as Envoy knows.
+        if response.status == StatusCode::CREATED || response.status.is_redirection() {
+            let (host, path) = (String::from_utf8_lossy(head.authority.as_bytes()), head.target.as_str());
+            if let Ok(location) = HeaderValue::from_str(&format!("{}://{host}{path}", head.scheme.as_str())) {
+                reply.headers.insert(header::LOCATION, location);
+            }
+        }
         self.record.details = Cow::Borrowed("direct_response");
-        self.reply_as(reply, head, Some(rule), None).await
+        self.reply_as(reply, head, (Some(rule), None), None).await
     }
 
     /// A path that cannot be normalised.
@@ -203,14 +214,16 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     /// A destination that does not exist.
-    async fn missing(&mut self, rule: &Rule) -> End {
+    async fn missing(&mut self, rule: &Rule, picked: Option<&Weighted>, cors: Option<&CorsAnswer>, head: &RequestHead) -> End {
         if rule.missing_status == StatusCode::INTERNAL_SERVER_ERROR {
             self.record.details = Cow::Borrowed("direct_response");
             // `UNAVAILABLE`, as Gateway API has it of `GRPCRoute`s, whatever kind of route it is.
             let grpc_status = self.grpc.then_some(14);
             return self.reply(Reply { grpc_status, ..Reply::new(rule.missing_status, "") }, |_, _| {}).await;
         }
-        self.refuse(rule.missing_status, Flag::NoCluster, "cluster_not_found").await
+        self.record.raise(Flag::NoCluster);
+        self.record.details = Cow::Borrowed("cluster_not_found");
+        self.reply_as(Reply::new(rule.missing_status, ""), head, (Some(rule), picked), cors).await
     }
 
     async fn refuse(&mut self, status: StatusCode, flag: Flag, details: &'static str) -> End {
@@ -226,17 +239,24 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             reply.headers.insert(header::LOCATION, location);
         }
         self.record.details = Cow::Borrowed("direct_response");
-        self.reply_as(reply, head, Some(rule), None).await
+        self.reply_as(reply, head, (Some(rule), None), None).await
     }
 
-    /// Answers as a rule and a destination say.
-    async fn reply_as(&mut self, reply: Reply, head: &RequestHead, rule: Option<&Rule>, destination: Option<&Weighted>) -> End {
+    /// Answers as a rule, a destination and CORS say.
+    async fn reply_as(
+        &mut self,
+        reply: Reply,
+        head: &RequestHead,
+        (rule, destination): (Option<&Rule>, Option<&Weighted>),
+        cors: Option<&CorsAnswer>,
+    ) -> End {
         let asked = rule.and_then(|rule| asked_of(head, rule, destination));
         let change = |record: &Record, headers: &mut HeaderMap| {
             let tell = |template: &Template, headers: &HeaderMap| {
                 record.tell(template, asked.as_deref().map(Described::asked), Some((None, headers)))
             };
             respond_as(headers, rule, destination, &tell);
+            cors_headers(headers, cors);
         };
         self.reply(reply, change).await
     }
@@ -297,7 +317,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         };
         // What goes nowhere has no say in it, as with Envoy.
         let rule = Some(rule).filter(|rule| matches!(rule.action, Action::Forward(_)));
-        Some(self.reply_as(reply, head, rule, destination).await)
+        Some(self.reply_as(reply, head, (rule, destination), None).await)
     }
 
     fn cors(cors: &Cors, head: &RequestHead) -> Preflight {
@@ -389,6 +409,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             state,
             forward: &forward,
             hashed,
+            grpc: self.grpc,
             tried: Vec::new(),
             number: 0,
             retry: None,
@@ -457,12 +478,13 @@ enum Preflight {
     Pass(Option<CorsAnswer>),
 }
 
-fn pick_destination<'s>(resolved: &ResolvedRule, all: &'s [Weighted]) -> Option<(Arc<Cluster>, &'s Weighted)> {
+/// One of the destinations by their weights, and its cluster, if there is one.
+fn pick_destination<'s>(resolved: &ResolvedRule, all: &'s [Weighted]) -> Option<(Option<Arc<Cluster>>, &'s Weighted)> {
     let picked = match all {
         [only] => (only.weight > 0).then_some(0)?,
         _ => pick_weighted(all.iter().map(|d| d.weight), fastrand::u64(..))?,
     };
-    Some((resolved.destinations.get(picked)?.clone()?, all.get(picked)?))
+    Some((resolved.destinations.get(picked)?.clone(), all.get(picked)?))
 }
 
 /// Changes an answer's headers as destination and rule say.

@@ -29,6 +29,7 @@ const CONTROL: [&str; 17] = [
 
 static X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub static SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+static GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 static EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 static ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 /// Who the client has proved to be: by a proxy's word, so what others say in it is taken off.
@@ -75,10 +76,26 @@ pub fn milliseconds(time: Duration) -> HeaderValue {
     usize::try_from(millis).ok().and_then(|n| SHORT.get(n)).map_or_else(|| millis.into(), |text| HeaderValue::from_static(text))
 }
 
-/// Tells the endpoint how long it has.
-pub fn expect_within(headers: &mut HeaderMap, time: Option<Duration>) {
-    if let Some(time) = time {
-        headers.insert(EXPECTED_TIMEOUT.clone(), u64::try_from(time.as_millis()).unwrap_or(u64::MAX).into());
+/// Tells the endpoint how long it has, if there is an end to it; in gRPC's own way too.
+pub fn expect_within(headers: &mut HeaderMap, time: Option<Duration>, grpc: bool) {
+    let Some(time) = time else { return };
+    // As it was written, but for what has gone by since.
+    let millis = u64::try_from(time.as_micros().div_ceil(1000)).unwrap_or(u64::MAX);
+    headers.insert(EXPECTED_TIMEOUT.clone(), millis.into());
+    if grpc && let Ok(value) = HeaderValue::try_from(grpc_timeout_text(millis)) {
+        headers.insert(GRPC_TIMEOUT.clone(), value);
+    }
+}
+
+/// Milliseconds as a `grpc-timeout`, whose number has eight digits at most.
+fn grpc_timeout_text(millis: u64) -> String {
+    const MOST: u64 = 99_999_999;
+    let [seconds, minutes, hours] = [1000, 60_000, 3_600_000].map(|unit| millis / unit);
+    match millis {
+        ..=MOST => format!("{millis}m"),
+        _ if seconds <= MOST => format!("{seconds}S"),
+        _ if minutes <= MOST => format!("{minutes}M"),
+        _ => format!("{}H", hours.min(MOST)),
     }
 }
 
@@ -88,7 +105,8 @@ pub fn count_attempt(headers: &mut HeaderMap, number: u32) {
     headers.insert(ATTEMPT_COUNT.clone(), value);
 }
 
-/// `grpc-timeout`: at most eight digits and a unit (the gRPC project's `PROTOCOL-HTTP2.md`). Nothing is no timeout, as for Envoy.
+/// `grpc-timeout`: at most eight digits and a unit (the gRPC project's `PROTOCOL-HTTP2.md`). Nothing is no timeout, and parts of a
+/// millisecond are a whole one, as for Envoy.
 pub fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -98,8 +116,8 @@ pub fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
         "M" => Duration::from_secs(n * 60),
         "S" => Duration::from_secs(n),
         "m" => Duration::from_millis(n),
-        "u" => Duration::from_micros(n),
-        "n" => Duration::from_nanos(n),
+        "u" => Duration::from_millis(n.div_ceil(1000)),
+        "n" => Duration::from_millis(n.div_ceil(1_000_000)),
         _ => return None,
     })
 }
@@ -117,11 +135,20 @@ mod tests {
     }
 
     #[test]
+    fn grpc_timeouts_are_written() {
+        for (millis, text) in [(0, "0m"), (99_999_999, "99999999m"), (100_000_000, "100000S"), (u64::MAX / 1000, "99999999H")] {
+            assert_eq!(grpc_timeout_text(millis), text);
+        }
+    }
+
+    #[test]
     fn grpc_timeouts_are_read() {
         for (text, expected) in [
             ("200m", Some(Duration::from_millis(200))),
             ("1H", Some(Duration::from_hours(1))),
             ("5S", Some(Duration::from_secs(5))),
+            ("1n", Some(Duration::from_millis(1))),
+            ("1500u", Some(Duration::from_millis(2))),
             ("123456789S", None),
             ("S", None),
             ("0n", None),
