@@ -11,7 +11,7 @@ use aya::maps::{HashMap, Map, MapData};
 use mesh_common::direct::{Flow, MAX_FLOWS};
 use mesh_tests::{
     Bed, NodeOptions, Pod, PodSpec,
-    bed::{program, wait_for},
+    bed::{AMBIENT, program, wait_for},
 };
 use serde_json::Value;
 
@@ -203,6 +203,20 @@ fn a_pod_that_leaves_the_mesh_or_is_deleted_loses_them() {
     bed.delete(&server).expect("deleted");
     assert!(end(steady)["afterMilliseconds"].is_u64());
     wait_for("gone", Duration::from_secs(5), || Ok(connections(&bed).is_empty() && entries(&bed, "FLOWS") == 0)).expect("gone");
+}
+
+#[test]
+fn a_connection_between_pods_that_leave_and_come_back_goes_on() {
+    let (mut bed, client, server, services) = scene(&NodeOptions::default());
+    let steady = start(&bed, &client, &["steady", &services[0], "4"]);
+    wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
+    for (labels, captured) in [(&[][..], false), (AMBIENT, true)] {
+        bed.namespace("default", labels).expect("labelled");
+        [&client, &server].iter().for_each(|pod| bed.wait_captured(pod, captured).expect("followed"));
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    let report = end(steady);
+    assert!(report.get("error").is_none(), "{report}");
 }
 
 /// The link of a pod that is deleted may go before anything in it could say that it ends.

@@ -26,6 +26,8 @@ pub struct LocalPod {
     pub uid: WorkloadUid,
     pub netns: Arc<Netns>,
     pub netns_cookie: u64,
+    /// A process is in it.
+    pub alive: bool,
     /// The process its namespace was found through.
     pid: u32,
 }
@@ -58,8 +60,9 @@ impl Discovery {
         })
     }
 
-    /// The pods that run now and have a network namespace of their own. After an error nothing is known: pods found
-    /// before are still there for all anybody can tell.
+    /// The pods that are there now and have a network namespace of their own. One without a process is there for as long as its cgroup
+    /// is: what it has sent is still under way, and what is started in it next is of the same pod. After an error nothing is known:
+    /// pods found before are still there for all anybody can tell.
     pub fn look(&mut self, now: Instant) -> io::Result<&HashMap<WorkloadUid, LocalPod>> {
         if self.searched.is_none_or(|at| now.duration_since(at) >= FULL_SEARCH) {
             let mut parents = Vec::new();
@@ -98,8 +101,8 @@ impl Discovery {
         self.incomplete
     }
 
-    /// Finds the pod's namespace through its processes: the known one as long as a process is in it, else that of the
-    /// oldest. None while it has none of its own.
+    /// Finds the pod's namespace through its processes: the known one as long as a process is in it or none is in another, else that of
+    /// the oldest. None while it has none of its own.
     fn open(&self, uid: &WorkloadUid, directory: &Path, known: Option<&LocalPod>) -> io::Result<Option<LocalPod>> {
         let mut pids = Vec::new();
         collect_pids(directory, MAX_DEPTH, &mut pids)?;
@@ -120,13 +123,17 @@ impl Discovery {
                 continue;
             }
             if let Some(known) = known.filter(|k| k.netns.inode() == netns.inode()) {
-                return Ok(Some(LocalPod { pid, ..known.clone() }));
+                return Ok(Some(LocalPod { alive: true, pid, ..known.clone() }));
             }
             first = first.or(Some((pid, netns)));
         }
-        let Some((pid, netns)) = first else { return denied.map_or(Ok(None), Err) };
+        let Some((pid, netns)) = first else {
+            // Its cgroup may have gone with its last process.
+            let known = known.filter(|_| directory.exists()).map(|known| LocalPod { alive: false, ..known.clone() });
+            return denied.map_or(Ok(known), Err);
+        };
         let netns_cookie = netns.cookie()?;
-        Ok(Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, pid }))
+        Ok(Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, alive: true, pid }))
     }
 }
 

@@ -59,7 +59,7 @@ struct State {
     /// When the table last changed, as long as flows that were being dialled then have not been judged.
     unjudged: Option<Instant>,
     /// Namespaces of pods that are, or may have to be, in the mesh; none before they have been looked for.
-    stay: Option<HashSet<u64>>,
+    there: Option<HashSet<u64>>,
     /// Another process sees to them now.
     handed_over: bool,
     /// When this process came: what flows had carried before, another has counted.
@@ -108,7 +108,7 @@ impl Direct {
             pods: Pods::default(),
             flows: HashMap::new(),
             unjudged: None,
-            stay: None,
+            there: None,
             handed_over: false,
             since: Instant::now(),
         });
@@ -151,12 +151,12 @@ impl Direct {
     }
 
     /// Brings the table in line with the configuration and the pods that are served, and cuts what it denies. To be called when the
-    /// latter have changed; costs little when not. Nothing happens to a flow before the first time. `stay`: the network
-    /// namespaces of pods that are, or may have to be, in the mesh.
-    pub fn serve(&self, stay: &HashSet<u64>) {
+    /// latter have changed; costs little when not. Nothing happens to a flow before the first time. `there`: the network
+    /// namespaces of pods that are there, or may be.
+    pub fn serve(&self, there: &HashSet<u64>) {
         let mut state = self.lock();
-        if state.stay.as_ref() != Some(stay) {
-            state.stay = Some(stay.clone());
+        if state.there.as_ref() != Some(there) {
+            state.there = Some(there.clone());
             state.basis = None;
         }
         drop(state);
@@ -165,7 +165,7 @@ impl Direct {
 
     fn sync(&self) {
         let mut state = self.lock();
-        if state.stay.is_none() || state.handed_over {
+        if state.there.is_none() || state.handed_over {
             return;
         }
         let (snapshot, served) = (self.proxy.config.load(), served(&self.proxy));
@@ -188,7 +188,7 @@ impl Direct {
     /// Goes through all flows: sees what no event told, and cuts what must not go on.
     fn go_through(&self) {
         let (mut state, snapshot) = (self.lock(), self.proxy.config.load());
-        if state.handed_over || state.stay.is_none() {
+        if state.handed_over || state.there.is_none() {
             return;
         }
         let mut unjudged = false;
@@ -206,7 +206,7 @@ impl Direct {
         let mut denied = 0;
         let cookies = state.flows.keys().copied().collect::<Vec<_>>();
         for cookie in cookies {
-            denied += usize::from(state.check(&self.proxy, &snapshot, cookie));
+            denied += usize::from(state.check(&snapshot, cookie));
         }
         if denied > 0 {
             tracing::info!(target: "proxy", connections = denied, generation = snapshot.generation, "cut direct connections");
@@ -308,7 +308,7 @@ impl State {
 
     /// Takes in what has happened to a flow.
     fn hear(&mut self, proxy: &Arc<Proxy>, snapshot: &Snapshot, flow: &DirectFlow) {
-        if self.handed_over || self.stay.is_none() {
+        if self.handed_over || self.there.is_none() {
             return;
         }
         match flow.phase {
@@ -320,7 +320,7 @@ impl State {
             Phase::Connecting => {
                 // Not open yet, but what must not go on need not begin. Its end is heard of, and says why.
                 let ends = self.pods.ends(flow);
-                if let Some(cut) = self.verdict(proxy, snapshot, flow, ends.as_ref()) {
+                if let Some(cut) = self.verdict(snapshot, flow, ends.as_ref()) {
                     let known = self.flows.entry(flow.cookie).or_insert_with(|| Known::new(proxy, snapshot, ends, flow));
                     known.cut = Some(cut);
                     self.end(flow, cut);
@@ -338,7 +338,7 @@ impl State {
                     let known = Known::new(proxy, snapshot, ends, flow);
                     self.begins_with(&known);
                     self.flows.insert(flow.cookie, known);
-                    self.check(proxy, snapshot, flow.cookie);
+                    self.check(snapshot, flow.cookie);
                 }
             }
             Phase::Closed => {
@@ -358,9 +358,9 @@ impl State {
     }
 
     /// Cuts a flow that must not go on; whether it did.
-    fn check(&mut self, proxy: &Arc<Proxy>, snapshot: &Snapshot, cookie: u64) -> bool {
+    fn check(&mut self, snapshot: &Snapshot, cookie: u64) -> bool {
         let Some(known) = self.flows.get(&cookie) else { return false };
-        let Some(cut) = known.cut.or_else(|| self.verdict(proxy, snapshot, &known.flow, known.ends.as_ref())) else { return false };
+        let Some(cut) = known.cut.or_else(|| self.verdict(snapshot, &known.flow, known.ends.as_ref())) else { return false };
         let flow = known.flow.clone();
         if let Some(known) = self.flows.get_mut(&cookie) {
             known.cut = Some(cut);
@@ -405,7 +405,7 @@ impl State {
 
 impl State {
     /// Why a flow must not go on. Only on evidence: what cannot be found out changes nothing.
-    fn verdict(&self, proxy: &Proxy, snapshot: &Snapshot, flow: &DirectFlow, ends: Option<&Ends>) -> Option<Cut> {
+    fn verdict(&self, snapshot: &Snapshot, flow: &DirectFlow, ends: Option<&Ends>) -> Option<Cut> {
         let source = ends.map(|e| &e.source).or_else(|| self.pods.by_cookie.get(&flow.source)).and_then(|p| snapshot.workload(&p.uid));
         let workload = match ends {
             Some(ends) => snapshot.workload(&ends.destination.uid),
@@ -418,9 +418,8 @@ impl State {
             (false, false) => {}
             _ => return Some(Cut::LeftTheMesh),
         }
-        let is_served = |pod: &Arc<ServedPod>| proxy.pods.by_uid(&pod.uid).is_some_and(|p| p.cookie() == pod.cookie());
-        let stays = self.stay.as_ref().is_some_and(|stay| stay.contains(&flow.source));
-        if !stays || ends.is_some_and(|e| !is_served(&e.destination)) {
+        let is_there = |cookie: u64| self.there.as_ref().is_none_or(|there| there.contains(&cookie));
+        if !is_there(flow.source) || ends.and_then(|e| e.destination.cookie()).is_some_and(|cookie| !is_there(cookie)) {
             return Some(Cut::PodGone);
         }
         // What is gone from the configuration only is the pod watcher's business: its end is not a policy change.
