@@ -339,8 +339,24 @@ async fn consistent_hashing_keeps_clients_where_they_were() {
         }
         assert!(used.len() >= 3, "{policy}: {used:?}");
     }
-    engine.apply(&documents(json!({"httpCookie": {"name": "s", "ttl": "60s", "path": "/p"}}))).await.expect("applied");
+    // Of several values the order says nothing.
+    engine.apply(&documents(json!({"httpHeaderName": "x-user"}))).await.expect("applied");
+    for user in 0..10 {
+        let two = [format!("x-user: {user}\r\nx-user: b\r\n"), format!("x-user: b\r\nx-user: {user}\r\n")];
+        assert_eq!(get(&engine, vip(1), "/x", &two[0]).await, get(&engine, vip(1), "/x", &two[1]).await, "{user}");
+    }
+    let attributes = json!([{"name": "SameSite", "value": "Strict"}, {"name": "Secure"}]);
+    engine
+        .apply(&documents(json!({"httpCookie": {"name": "s", "ttl": "60s", "path": "/p", "attributes": attributes}})))
+        .await
+        .expect("applied");
+    // One without a value is none, and what is beside one may be of any bytes.
+    for (sent, given) in [(&b"s="[..], true), (b"s=\"\"", true), (b"x=\xe9; s=abc", false)] {
+        let answer = say(&engine, vip(1), &[b"GET / HTTP/1.1\r\nhost: web\r\ncookie: ", sent, b"\r\n\r\n"].concat()).await;
+        assert_eq!(answer.contains("set-cookie: "), given, "{answer}");
+    }
     let answer = say(&engine, vip(1), b"GET / HTTP/1.1\r\nhost: web\r\n\r\n").await;
+    assert!(answer.contains("; Path=/p; SameSite=Strict; Secure; HttpOnly"), "{answer}");
     let cookie = answer.lines().find_map(|l| l.strip_prefix("set-cookie: ")).expect("a cookie").to_owned();
     assert!(cookie.starts_with("s=\"") && cookie.contains("Max-Age=60") && cookie.contains("Path=/p"), "{cookie}");
     let server = answer.split("\r\n\r\n").nth(1).and_then(|b| b.split(' ').next()).expect("a body").to_owned();

@@ -91,7 +91,9 @@ fn locate_at<'a>(location: &'a Location, head: &RequestHead) -> Vec<Found<'a>> {
         Location::Header(name, prefix) => tokens_in_header(&head.headers, name, prefix).unwrap_or_default(),
         // One without a value is a token that is none.
         Location::Parameter(name) => head.query().and_then(|q| decoded_parameter(q, name)).into_iter().collect(),
-        Location::Cookie(name) => cookie(&head.headers, name).map(str::to_owned).into_iter().collect(),
+        Location::Cookie(name) => {
+            cookie(&head.headers, name).and_then(|value| std::str::from_utf8(value).ok()).map(str::to_owned).into_iter().collect()
+        }
     };
     texts.into_iter().map(|text| Found { location, text }).collect()
 }

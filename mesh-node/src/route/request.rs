@@ -54,11 +54,11 @@ impl RequestHead {
     }
 }
 
-/// Whether headers name gRPC as their content type: `application/grpc`, alone or with a suffix or parameter.
+/// Whether headers name gRPC as their content type: `application/grpc`, alone or with a suffix. With a parameter it is none for Envoy.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
     let Some(value) = headers.get(http::header::CONTENT_TYPE) else { return false };
     let Some(rest) = value.as_bytes().strip_prefix(b"application/grpc") else { return false };
-    matches!(rest.first(), None | Some(b'+' | b';' | b' '))
+    matches!(rest.first(), None | Some(b'+'))
 }
 
 /// The first value of a query parameter, as it stands in the query. Envoy does not decode it for matching either.
@@ -194,12 +194,12 @@ pub fn renormalised(head: &RequestHead, normalization: Normalization) -> Result<
     Ok(Some(RequestHead { target, ..head.clone() }))
 }
 
-/// The value of a cookie.
-pub fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    headers.get_all(http::header::COOKIE).iter().filter_map(|v| v.to_str().ok()).find_map(|line| {
-        line.split(';').find_map(|pair| {
-            let (key, value) = pair.trim().split_once('=')?;
-            (key == name).then(|| value.trim_matches('"'))
+/// The value of a cookie, which may be of any bytes.
+pub fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {
+    headers.get_all(http::header::COOKIE).iter().find_map(|line| {
+        line.as_bytes().split(|b| *b == b';').find_map(|pair| {
+            let value = pair.trim_ascii().strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+            Some(value.strip_prefix(b"\"").and_then(|v| v.strip_suffix(b"\"")).unwrap_or(value))
         })
     })
 }
@@ -398,16 +398,23 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.append("cookie", HeaderValue::from_static("a=1; session=\"x\""));
         headers.append("cookie", HeaderValue::from_static("b=2"));
-        assert_eq!(cookie(&headers, "session"), Some("x"));
-        assert_eq!(cookie(&headers, "b"), Some("2"));
+        headers.append("cookie", HeaderValue::from_bytes(b"odd=\xe9; after=y; empty=; quotes=\"\"").expect("a value"));
+        assert_eq!(cookie(&headers, "session"), Some(&b"x"[..]));
+        assert_eq!(cookie(&headers, "b"), Some(&b"2"[..]));
+        assert_eq!(cookie(&headers, "after"), Some(&b"y"[..]));
+        assert_eq!((cookie(&headers, "empty"), cookie(&headers, "quotes")), (Some(&b""[..]), Some(&b""[..])));
         assert_eq!(cookie(&headers, "c"), None);
     }
 
     #[test]
     fn grpc_is_known_by_its_content_type() {
-        for (kind, expected) in
-            [("application/grpc", true), ("application/grpc+proto", true), ("application/grpc-web", false), ("text/plain", false)]
-        {
+        for (kind, expected) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc-web", false),
+            ("application/grpc;x", false),
+            ("text/plain", false),
+        ] {
             let mut headers = HeaderMap::new();
             headers.insert("content-type", HeaderValue::from_static(kind));
             assert_eq!(is_grpc(&headers), expected, "{kind}");

@@ -41,8 +41,9 @@ pub enum HashKey {
     /// With a life, a client without the cookie is given one.
     Cookie {
         name: Arc<str>,
-        path: Option<Arc<str>>,
         ttl: Option<Duration>,
+        /// Its path, and what else is said with it.
+        attributes: Arc<str>,
     },
     SourceIp,
     Query(Arc<str>),

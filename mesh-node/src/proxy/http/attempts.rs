@@ -43,22 +43,26 @@ impl Hashed {
         let Balancer::Hash { key, .. } = &cluster.policy.balancer else { return Self::default() };
         let plain = |value: Option<&[u8]>| Self { hash: value.map(balance::hash), cookie: None };
         match key {
-            HashKey::Header(name) => plain(head.headers.get(name).map(HeaderValue::as_bytes)),
+            HashKey::Header(name) => {
+                let mut values = head.headers.get_all(name).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();
+                // Of several the order says nothing.
+                values.sort_unstable();
+                plain((!values.is_empty()).then(|| values.concat()).as_deref())
+            }
             HashKey::Query(name) => plain(head.query().and_then(|q| query_parameter(q, name)).map(str::as_bytes)),
             HashKey::SourceIp => plain(Some(down.client.ip().to_string().as_bytes())),
-            HashKey::Cookie { name, path, ttl } => match (cookie(&head.headers, name), ttl) {
-                (Some(value), _) => plain(Some(value.as_bytes())),
+            HashKey::Cookie { name, ttl, attributes } => match (cookie(&head.headers, name).filter(|v| !v.is_empty()), ttl) {
+                (Some(value), _) => plain(Some(value)),
                 (None, None) => Self::default(),
-                (None, Some(ttl)) => Self::fresh_cookie(name, path.as_deref(), *ttl),
+                (None, Some(ttl)) => Self::fresh_cookie(name, attributes, *ttl),
             },
         }
     }
 
-    fn fresh_cookie(name: &str, path: Option<&str>, ttl: Duration) -> Self {
+    fn fresh_cookie(name: &str, attributes: &str, ttl: Duration) -> Self {
         let value = format!("{:016x}", fastrand::u64(..));
         let age = if ttl.is_zero() { String::new() } else { format!("; Max-Age={}", ttl.as_secs()) };
-        let path = path.map(|p| format!("; Path={p}")).unwrap_or_default();
-        let cookie = HeaderValue::from_str(&format!("{name}=\"{value}\"{age}{path}; HttpOnly")).ok();
+        let cookie = HeaderValue::from_str(&format!("{name}=\"{value}\"{age}{attributes}; HttpOnly")).ok();
         Self { hash: Some(balance::hash(value.as_bytes())), cookie }
     }
 }

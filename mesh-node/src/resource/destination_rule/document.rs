@@ -96,6 +96,16 @@ pub struct Cookie {
     pub path: Option<String>,
     #[serde(default)]
     pub ttl: Option<Time>,
+    #[serde(default)]
+    pub attributes: Vec<CookieAttribute>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CookieAttribute {
+    pub name: String,
+    #[serde(default)]
+    pub value: String,
 }
 
 #[derive(Deserialize, Default)]

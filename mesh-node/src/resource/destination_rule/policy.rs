@@ -139,15 +139,28 @@ fn warmup(document: &doc::Warmup, at: &str) -> Result<Warmup> {
     Ok(Warmup { duration: positive(document.duration, &format!("{at}.duration"))?, minimum, aggression })
 }
 
+fn hash_cookie(document: &doc::Cookie, at: &str) -> Result<HashKey> {
+    if document.name.is_empty() {
+        return Err(FieldError::new(format!("{at}.name"), "is missing"));
+    }
+    let mut attributes = document.path.iter().filter(|p| !p.is_empty()).map(|p| format!("; Path={p}")).collect::<String>();
+    for (i, doc::CookieAttribute { name, value }) in document.attributes.iter().enumerate() {
+        let legal = |text: &str| text.bytes().all(|b| b.is_ascii_graphic() && b != b';' && b != b',') || text.is_empty();
+        if name.is_empty() || !legal(name) || name.contains('=') || !legal(value) {
+            return Err(FieldError::new(
+                format!("{at}.attributes[{i}]"),
+                "is no attribute of a cookie: name it, without blanks, commas and semicolons",
+            ));
+        }
+        attributes += &if value.is_empty() { format!("; {name}") } else { format!("; {name}={value}") };
+    }
+    Ok(HashKey::Cookie { name: document.name.as_str().into(), ttl: document.ttl.map(|t| t.0), attributes: attributes.into() })
+}
+
 fn consistent_hash(document: &doc::ConsistentHash, at: &str) -> Result<Balancer> {
     let keys = [
         document.http_header_name.as_deref().map(|n| header_name(n, &format!("{at}.httpHeaderName")).map(HashKey::Header)),
-        document.http_cookie.as_ref().map(|c| {
-            if c.name.is_empty() {
-                return Err(FieldError::new(format!("{at}.httpCookie.name"), "is missing"));
-            }
-            Ok(HashKey::Cookie { name: c.name.as_str().into(), path: c.path.as_deref().map(Arc::from), ttl: c.ttl.map(|t| t.0) })
-        }),
+        document.http_cookie.as_ref().map(|c| hash_cookie(c, &format!("{at}.httpCookie"))),
         document.use_source_ip.filter(|u| *u).map(|_| Ok(HashKey::SourceIp)),
         document.http_query_parameter_name.as_deref().map(|n| Ok(HashKey::Query(n.into()))),
     ];

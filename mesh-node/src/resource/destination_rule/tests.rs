@@ -63,7 +63,7 @@ fn everything_a_policy_can_say_is_read() {
     }))
     .expect("valid");
     let Balancer::Hash { key, table } = &policy.balancer else { panic!("{:?}", policy.balancer) };
-    assert_eq!(*key, HashKey::Cookie { name: "c".into(), path: Some("/p".into()), ttl: Some(Duration::ZERO) });
+    assert_eq!(*key, HashKey::Cookie { name: "c".into(), ttl: Some(Duration::ZERO), attributes: "; Path=/p".into() });
     assert_eq!(*table, HashTable::Maglev { size: 101 });
     assert_eq!((policy.tcp.max_connections, policy.tcp.connect_timeout), (None, Some(Duration::from_millis(250))), "zero is no limit");
     assert_eq!((policy.http.max_retries, policy.http.upgrade, policy.http.max_streams), (Some(3), Upgrade::Always, Some(7)));
