@@ -59,10 +59,13 @@ async fn mirrors_get_the_recorded_copies() {
     let (one, two) = (scripted::http1("up1", &seen).expect("upstream"), scripted::http1("up2", &seen).expect("upstream"));
     let rule = json!({"retries": {"attempts": 0}, "timeout": "0.2s", "route": [{"destination": {"host": "web"}}],
         "mirrors": [{"destination": {"host": "copy"}}, {"destination": {"host": "copy"}}, {"destination": {"host": "copy"}, "percentage": {"value": 0}}]});
+    let nowhere =
+        json!({"match": [{"uri": {"prefix": "/nowhere"}}], "route": [{"destination": {"host": "none"}}], "mirror": {"host": "copy"}});
     let documents = [
         service("web", "10.96.9.1", "http", &[one]),
         service("copy", "10.96.9.2", "http", &[two]),
-        vec![virtual_service("web", &json!([rule]))],
+        service("none", "10.96.9.3", "http", &[]),
+        vec![virtual_service("web", &json!([nowhere, rule]))],
     ]
     .concat();
     let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen };
@@ -87,6 +90,21 @@ async fn mirrors_get_the_recorded_copies() {
             );
         }
     }
+    // The route's time is the mirrors', too.
+    let failures = || scene.engine.proxy.metrics.mirror_failures.get();
+    for _ in 0..50 {
+        if failures() == 2 {
+            break;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(failures(), 2, "both are given up before they would be answered");
+    // What goes nowhere is not copied.
+    let text = "POST /nowhere HTTP/1.1\r\nhost: web\r\nx-id: n\r\ncontent-length: 5\r\nconnection: close\r\n\r\nhello";
+    let (answer, _) = scene.say(text).await;
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("no healthy upstream"), "{answer}");
+    sleep(Duration::from_millis(100)).await;
+    assert!(scene.seen.of("n").is_empty());
 }
 
 /// As with Envoy: what waits for a connection is pending, and not among the requests.

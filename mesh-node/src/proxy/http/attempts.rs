@@ -11,7 +11,7 @@ use super::{
     body::{RequestBody, Responder},
     clusters::{ClusterState, EndpointState, Slot},
     exchange::{End, Forward, flag_of},
-    headers,
+    headers, mirror,
     record::{Flag, Record},
     reply::{http_status_of_grpc, reason},
     upload::Upload,
@@ -97,6 +97,8 @@ pub(super) struct Attempts<'x, 'd, 'b, B, R> {
     pub(super) forward: &'x Forward<'x>,
     pub(super) hashed: Hashed,
     pub(super) grpc: bool,
+    /// Who gets a copy of the request, until that has begun.
+    pub(super) mirrors: Vec<Arc<Cluster>>,
     pub(super) tried: Vec<SocketAddr>,
     /// Of the attempt under way, counted from one.
     pub(super) number: u32,
@@ -112,6 +114,10 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 self.down.proxy.metrics.retries.inc();
             }
             let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
+            // Not of what goes nowhere.
+            for cluster in std::mem::take(&mut self.mirrors) {
+                mirror::start(self.down, (&head, self.record.is_traced()), cluster, self.timeout, &mut self.upload);
+            }
             self.record.attempts = self.number;
             self.record.endpoint = Some(address);
             self.record.upstream_local = None;

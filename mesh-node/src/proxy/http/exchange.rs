@@ -11,7 +11,7 @@ use super::{
     attempt::{Deadlines, TimeUp},
     attempts::{Attempts, Hashed, Outcome, Unanswered},
     body::{RequestBody, Responder},
-    gate, headers, mirror,
+    gate, headers,
     record::{Described, Flag, Record},
     reply::{Reply, reason},
     tokens,
@@ -392,10 +392,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let hashed = Hashed::of(&forward.cluster, &head, self.down);
         let replays = self.down.proxy.replays.of(&self.down.pod.kept);
         let keep = policy.attempts > 0 && self.upgrade.is_none();
-        let mut upload = Upload::new(self.body, keep, &replays);
-        for cluster in mirrors {
-            mirror::start(self.down, &head, self.record.is_traced(), cluster, &mut upload);
-        }
+        let upload = Upload::new(self.body, keep, &replays);
         let attempts = Attempts {
             down: self.down,
             responder: self.responder,
@@ -410,6 +407,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             forward: &forward,
             hashed,
             grpc: self.grpc,
+            mirrors,
             tried: Vec::new(),
             number: 0,
             retry: None,

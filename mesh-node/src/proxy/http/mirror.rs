@@ -4,7 +4,10 @@
 use std::{sync::Arc, time::Duration};
 
 use http::{HeaderValue, StatusCode};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{sleep, timeout},
+};
 
 use super::{
     Downstream,
@@ -21,13 +24,20 @@ use crate::{
     route::{Cluster, request::RequestHead},
 };
 
-/// How long a mirrored request may take in all.
+/// How long a mirrored request may take in all, and its answer where the route sets no time.
 const PATIENCE: Duration = Duration::from_mins(5);
 /// Mirrored requests under way for one pod; more are dropped and counted.
 const AT_ONCE: u32 = 1024;
 
 /// Begins to mirror a request; its body follows as the upload proceeds. `traced`: it is part of a trace that is told from here.
-pub fn start<B: RequestBody>(down: &Downstream<'_>, head: &RequestHead, traced: bool, cluster: Arc<Cluster>, upload: &mut Upload<'_, B>) {
+/// `limit`: how long the answer may take from the end of the request.
+pub fn start<B: RequestBody>(
+    down: &Downstream<'_>,
+    (head, traced): (&RequestHead, bool),
+    cluster: Arc<Cluster>,
+    limit: Option<Duration>,
+    upload: &mut Upload<'_, B>,
+) {
     let mut head = head.clone();
     head.headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
     if let Ok(client) = HeaderValue::from_str(&down.client.ip().to_string()) {
@@ -49,7 +59,8 @@ pub fn start<B: RequestBody>(down: &Downstream<'_>, head: &RequestHead, traced: 
         http2: down.http2,
         cluster,
         head,
-        body: CopiedBody { frames: receiver, framing, ended: framing == Framing::Empty },
+        limit,
+        body: CopiedBody { frames: receiver, framing, ended: watch::Sender::new(framing == Framing::Empty) },
     };
     tokio::spawn(async move {
         let metrics = mirror.proxy.metrics.clone();
@@ -72,6 +83,7 @@ struct Mirror {
     http2: bool,
     cluster: Arc<Cluster>,
     head: RequestHead,
+    limit: Option<Duration>,
     body: CopiedBody,
 }
 
@@ -79,18 +91,18 @@ struct Mirror {
 struct CopiedBody {
     frames: mpsc::Receiver<Copied>,
     framing: Framing,
-    ended: bool,
+    ended: watch::Sender<bool>,
 }
 
 impl FrameSource for CopiedBody {
     async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
-        if self.ended {
+        if self.is_end() {
             return Ok(None);
         }
         match self.frames.recv().await {
             Some(Copied::Frame { frame, .. }) => Ok(Some(frame)),
             Some(Copied::End) => {
-                self.ended = true;
+                self.ended.send_replace(true);
                 Ok(None)
             }
             // Given up for being behind, or the client broke off: what was sent must not look complete.
@@ -103,17 +115,27 @@ impl FrameSource for CopiedBody {
     }
 
     fn is_end(&self) -> bool {
-        self.ended
+        *self.ended.borrow()
     }
 }
 
 impl Mirror {
     /// Sends the copy and reads the response. `None` when that did not work.
     async fn run(self) -> Option<StatusCode> {
-        let Self { proxy, pod, client, http2, cluster, head, mut body } = self;
+        let Self { proxy, pod, client, http2, cluster, head, limit, mut body } = self;
         let http2 = cluster.speaks_http2(http2);
         let call = Call { proxy: &proxy, pod: &pod, client, cluster: &cluster, http2, at_once: AT_ONCE };
         let framing = body.framing;
-        call.run(&head, &mut body, framing, &mut Collected::up_to(0)).await.map(|a| a.status)
+        let mut ended = body.ended.subscribe();
+        let late = async {
+            // Its sender is the body's own.
+            let _ = ended.wait_for(|ended| *ended).await;
+            sleep(limit.unwrap_or(PATIENCE)).await;
+        };
+        let mut answer = Collected::up_to(0);
+        tokio::select! {
+            answered = call.run(&head, &mut body, framing, &mut answer) => answered.map(|a| a.status),
+            () = late => None,
+        }
     }
 }
