@@ -75,6 +75,8 @@ pub struct Program {
     texts: String,
     headers: Vec<Named>,
     times: Vec<TimeFormat>,
+    /// Names of query parameters.
+    parameters: Vec<Box<str>>,
     expressions: Vec<Expression>,
     /// What has no value is left out: Envoy's `omit_empty_values`.
     omits: bool,

@@ -426,6 +426,29 @@ fn missing() -> Vec<Of> {
     vec![("cors", istio, envoy, paths)]
 }
 
+/// What a rule makes of the count of attempts.
+fn attempts() -> Vec<Of> {
+    let (name, paths) = ("x-envoy-attempt-count", &["/a"][..]);
+    vec![
+        (
+            "set",
+            json!([rule(json!({"headers": {"request": {"set": {name: "7"}}}}))]),
+            json!([route(
+                all_paths(),
+                json!({}),
+                json!({"request_headers_to_add": [{"header": {"key": name, "value": "7"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]})
+            )]),
+            paths,
+        ),
+        (
+            "removed",
+            json!([rule(json!({"headers": {"request": {"remove": [name]}}}))]),
+            json!([route(all_paths(), json!({}), json!({"request_headers_to_remove": [name]}))]),
+            paths,
+        ),
+    ]
+}
+
 pub fn all() -> Vec<Case> {
     let mut all = Vec::new();
     for (name, rules, routes, answer, end) in resilience() {
@@ -452,6 +475,7 @@ pub fn all() -> Vec<Case> {
         ("fault", faults()),
         ("direct", direct()),
         ("missing", missing()),
+        ("attempts", attempts()),
     ] {
         for (name, rules, routes, requests) in of {
             for (i, request) in requests.iter().enumerate() {

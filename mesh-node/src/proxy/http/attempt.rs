@@ -137,7 +137,14 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     (ended, exchange.clean)
 }
 
-/// Makes one attempt; says also from where it was made.
+/// A connection an attempt was made on.
+#[derive(Debug, Clone, Copy)]
+pub struct Reached {
+    /// This end of it; none of a tunnel.
+    pub local: Option<SocketAddr>,
+}
+
+/// Makes one attempt; says also on what, if there was something.
 pub async fn attempt<B: RequestBody, R: Responder>(
     plan: &Plan<'_>,
     wanted: &Wanted<'_>,
@@ -145,13 +152,13 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     responder: &mut R,
     deadlines: &mut Deadlines,
     judge: &mut (impl FnMut(StatusCode, HeaderMap, Heard) -> Verdict + Send),
-) -> (Attempt, Option<SocketAddr>) {
+) -> (Attempt, Option<Reached>) {
     let Entered { upstream, half_closed, admitted, counted: _counted } =
         match enter(plan, wanted, upload, responder, deadlines, judge).await {
             Ok(entered) => entered,
             Err(ended) => return (ended, None),
         };
-    let local = upstream.local();
+    let reached = Reached { local: upstream.local() };
     let (pass, mut inbound) = admitted.map(|Admitted { gate, pass, record }| ((gate, pass), record)).unzip();
     // As the destination sees it.
     let passed = pass.as_ref().map(|(_, pass)| pass);
@@ -206,7 +213,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     if let Some(record) = inbound {
         tell(record, &ended, upload.passed(), responder.meter());
     }
-    (ended, local)
+    (ended, Some(reached))
 }
 
 /// Takes down how an attempt ended for the destination on this node.

@@ -113,19 +113,22 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             if self.number > 1 {
                 self.down.proxy.metrics.retries.inc();
             }
+            self.record.attempts = self.number;
             let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
             // Not of what goes nowhere.
             for cluster in std::mem::take(&mut self.mirrors) {
                 mirror::start(self.down, (&head, self.record.is_traced()), cluster, self.timeout, &mut self.upload);
             }
-            self.record.attempts = self.number;
             self.record.endpoint = Some(address);
             self.record.upstream_local = None;
             self.record.place(self.edge(address, &endpoint));
             self.upload.rewind();
             self.deadlines.attempt = None;
             headers::expect_within(&mut head.headers, self.time_left(), self.grpc);
-            headers::count_attempt(&mut head.headers, self.number);
+            // The first is counted before rules have their say.
+            if self.number > 1 {
+                headers::count_attempt(&mut head.headers, self.number);
+            }
             let ended = self.attempt(&head, address, &endpoint).await;
             let again = match ended {
                 Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),
@@ -266,9 +269,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             record.answered(status, &headers);
             Verdict { again, headers }
         };
-        let (ended, local) = attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await;
-        self.record.upstream_local = local;
-        self.record.upstream_protocol = local.map(|_| wanted.protocol());
+        let (ended, reached) = attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await;
+        self.record.upstream_local = reached.and_then(|reached| reached.local);
+        self.record.upstream_protocol = reached.map(|_| wanted.protocol());
         ended
     }
 

@@ -177,6 +177,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         self.record.source = Some(source.clone());
         // Before routes see it, as with Envoy.
         headers::prepare(head);
+        headers::count_attempt(&mut head.headers, 1);
         self.record.describe(head, source);
         if let Some(onward) = self.record.trace(head, source, &self.down.proxy.spans) {
             onward.write(&mut head.headers);

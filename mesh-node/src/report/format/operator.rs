@@ -10,7 +10,7 @@ use crate::{
     id::SpiffeId,
     report::{
         attributes::HeadersOf,
-        entry::{ClusterName, Header},
+        entry::{Asked, ClusterName, Header},
         expression::Expression,
         kept::Asks,
         plain,
@@ -77,10 +77,15 @@ enum What {
     /// As the client sent it.
     Path,
     PathWithoutQuery,
+    /// The same, if it went on otherwise.
+    OriginalPath,
+    OriginalPathWithoutQuery,
     /// As it went on.
     SentPath,
     SentPathWithoutQuery,
     Nothing,
+    /// The value of one of the program's query parameters.
+    QueryParameter(u16),
     /// When it began, or when it is told, in one of the program's formats.
     Time {
         began: bool,
@@ -139,6 +144,9 @@ impl<V: Values> Values for Cut<'_, V> {
         self.text(cluster.to_string().as_bytes());
     }
 }
+
+/// Those of [`ALL`] whose argument changes nothing here.
+const EITHER_WAY: [(&str, &str); 1] = [("RESPONSE_CODE_DETAILS", "ALLOW_WHITESPACES")];
 
 const ALL: [(&str, What); 49] = [
     ("START_TIME", What::StartTime),
@@ -248,6 +256,11 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
             program.times.push(format);
             What::Time { began: name == "START_TIME", format: number }
         }
+        ("QUERY_PARAM", Some(name)) if !name.is_empty() => {
+            let number = u16::try_from(program.parameters.len()).map_err(|_| "names too many parameters".to_owned())?;
+            program.parameters.push(name.into());
+            What::QueryParameter(number)
+        }
         _ => plain(text, name, argument)?,
     };
     if what == What::Nothing {
@@ -266,14 +279,17 @@ fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<What, String>
         (Some(What::GrpcStatus), Some("SNAKE_STRING")) => What::GrpcStatusSnake,
         (Some(What::GrpcStatus), Some("NUMBER")) => What::GrpcStatusNumber,
         (Some(What::Path), Some(options)) => match options.split(':').find(|o| !["NQ", "WQ", "ORIG", "PATH", "ORIG_OR_PATH"].contains(o)) {
-            None => match (options.starts_with("NQ"), options.ends_with(":PATH")) {
-                (false, false) => What::Path,
-                (true, false) => What::PathWithoutQuery,
-                (false, true) => What::SentPath,
-                (true, true) => What::SentPathWithoutQuery,
+            None => match (options.starts_with("NQ"), options.rsplit(':').next()) {
+                (false, Some("PATH")) => What::SentPath,
+                (true, Some("PATH")) => What::SentPathWithoutQuery,
+                (false, Some("ORIG")) => What::OriginalPath,
+                (true, Some("ORIG")) => What::OriginalPathWithoutQuery,
+                (false, _) => What::Path,
+                (true, _) => What::PathWithoutQuery,
             },
             Some(other) => return Err(format!("%{text}%: {other:?} is none of NQ, WQ, ORIG, PATH, ORIG_OR_PATH")),
         },
+        (Some(plain), Some(argument)) if EITHER_WAY.contains(&(name, argument)) => plain,
         (Some(plain), None) => plain,
         (Some(_), Some(_)) => return Err(format!("%{text}% has an argument that {name} does not take")),
         (None, _) if NOTHING.contains(&name) || WITH_ARGUMENTS.contains(&name) => What::Nothing,
@@ -392,9 +408,12 @@ impl What {
             Self::ResponseTxDuration => millis(entry.answered_after.map(|after| entry.duration.saturating_sub(after)), values),
             Self::Path => text(entry.request.map(|r| r.path), values),
             Self::PathWithoutQuery => text(entry.request.and_then(|r| r.path.split('?').next()), values),
+            Self::OriginalPath => text(entry.request.and_then(original), values),
+            Self::OriginalPathWithoutQuery => text(entry.request.and_then(original).and_then(|p| p.split('?').next()), values),
             Self::SentPath => text(entry.request.map(|r| r.sent_path), values),
             Self::SentPathWithoutQuery => text(entry.request.and_then(|r| r.sent_path.split('?').next()), values),
             Self::Nothing => values.nothing(),
+            Self::QueryParameter(number) => text(parameter(entry, program.parameters.get(usize::from(number))), values),
             Self::PeerUriSan => some!(values, entry.peer, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
             Self::LocalUriSan => some!(values, entry.local, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
             Self::TraceId => some!(values, entry.trace, |trace| values.text(format!("{trace:032x}").as_bytes())),
@@ -409,6 +428,17 @@ impl What {
             }
         }
     }
+}
+
+/// The path the client sent, where another went on.
+fn original<'a>(asked: Asked<'a>) -> Option<&'a str> {
+    Some(asked.path).filter(|path| *path != asked.sent_path)
+}
+
+fn parameter<'e>(entry: &Entry<'e>, name: Option<&Box<str>>) -> Option<&'e str> {
+    let (_, query) = entry.request?.sent_path.split_once('?')?;
+    let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.find(|(key, _)| name.is_some_and(|name| *key == &**name)).map(|(_, value)| value)
 }
 
 /// An empty one is none.

@@ -101,7 +101,11 @@ fn operators_take_alternatives_and_lengths() {
         ("%START_TIME(%s.%3f)% %START_TIME(%H:%M)%", "1795552496.789 20:34\n"),
         ("%UPSTREAM_REQUEST_ATTEMPT_COUNT% %UPSTREAM_PROTOCOL% %ACCESS_LOG_TYPE%", "2 HTTP/2 DownstreamEnd\n"),
         ("%RESPONSE_FLAGS_LONG% %RESPONSE_DURATION% %RESPONSE_TX_DURATION%", "NoHealthyUpstream 2 10\n"),
-        ("%PATH% %PATH(NQ)% %PATH(WQ:ORIG)%", "/a?b=c /a /a?b=c\n"),
+        ("%PATH% %PATH(NQ)% %PATH(WQ:ORIG)%", "/a?b=c /a -\n"),
+        (
+            "%QUERY_PARAM(b)% %QUERY_PARAM(c)% %RESPONSE_CODE_DETAILS(ALLOW_WHITESPACES)% %ROUNDTRIP_DURATION%",
+            "c - no_healthy_upstream -\n",
+        ),
         ("%REQUEST_HEADER(user-agent)% %DYNAMIC_METADATA(a:b)% %HOSTNAME%", "curl/8 - -\n"),
         ("%DOWNSTREAM_TLS_VERSION% %GRPC_STATUS(SNAKE_STRING)%", "- -\n"),
         ("%REQ_WITHOUT_QUERY(X-ENVOY-ORIGINAL-PATH?:PATH)% %REQ_WITHOUT_QUERY(user-agent)%", "/a curl/8\n"),

@@ -16,11 +16,13 @@ enum Part {
     Text(String),
     /// A conversion of `strftime`.
     Field(char),
+    /// The second, with so many digits of its fraction, or as many as it has.
+    Second(Option<usize>),
     /// So many digits of the fraction of the second.
     Fraction(usize),
 }
 
-const FIELDS: &str = "YmdeHMSsyjbBaAzZTFDRIpn%";
+const FIELDS: &str = "YmdeHMSsyjbBaAzZTFDRIpnUWGVuwhCklPcxXrt%";
 const MONTHS: [&str; 12] =
     ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"];
 const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
@@ -41,10 +43,11 @@ impl TimeFormat {
                 Some('f') => Part::Fraction(9),
                 Some(digit @ '1'..='9') if rest.next() == Some('f') => Part::Fraction(digit.to_digit(10).unwrap_or(3) as usize),
                 Some(c) if FIELDS.contains(c) => Part::Field(c),
+                Some('E') => extended(&mut rest)?,
                 other => {
                     let other = other.map(String::from).unwrap_or_default();
                     let known = FIELDS.chars().map(|c| format!("%{c}")).collect::<Vec<_>>().join(" ");
-                    return Err(format!("%{other} is not known in times; known are %f, %1f to %9f, {known}"));
+                    return Err(format!("%{other} is not known in times; known are %f, %1f to %9f, {EXTENDED}, {known}"));
                 }
             };
             if !text.is_empty() {
@@ -58,6 +61,7 @@ impl TimeFormat {
         Ok(Self(parts))
     }
 
+    /// The time, in UTC.
     pub fn text(&self, time: SystemTime) -> String {
         let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
         let mut out = String::with_capacity(32);
@@ -68,10 +72,36 @@ impl TimeFormat {
                     let nanos = format!("{:09}", since.subsec_nanos());
                     out.push_str(nanos.get(..*digits).unwrap_or(&nanos));
                 }
+                Part::Second(digits) => {
+                    let nanos = format!("{:09}", since.subsec_nanos());
+                    let fraction = digits.map_or_else(|| nanos.trim_end_matches('0'), |n| nanos.get(..n).unwrap_or(&nanos));
+                    out.push_str(&format!("{:02}{}{fraction}", since.as_secs() % 60, if fraction.is_empty() { "" } else { "." }));
+                }
                 Part::Field(field) => push(*field, since.as_secs(), &mut out),
             }
         }
         out
+    }
+}
+
+/// What Envoy's library for times has beyond `strftime`.
+const EXTENDED: &str = "%E0S to %E9S, %E*S, %E4Y, %Ez, %E*z";
+
+/// Reads what follows `%E`.
+fn extended(rest: &mut std::str::Chars<'_>) -> Result<Part, String> {
+    let first = rest.next();
+    if first == Some('z') {
+        return Ok(Part::Text("+00:00".to_owned()));
+    }
+    match (first, rest.next()) {
+        (Some('*'), Some('S')) => Ok(Part::Second(None)),
+        (Some(digit @ '0'..='9'), Some('S')) => Ok(Part::Second(digit.to_digit(10).map(|n| n as usize))),
+        (Some('4'), Some('Y')) => Ok(Part::Field('Y')),
+        (Some('*'), Some('z')) => Ok(Part::Text("+00:00:00".to_owned())),
+        (a, b) => {
+            let other = a.into_iter().chain(b).collect::<String>();
+            Err(format!("%E{other} is not known in times; known of these are {EXTENDED}"))
+        }
     }
 }
 
@@ -96,7 +126,7 @@ fn push(field: char, since: u64, out: &mut String) {
         'S' => write!(out, "{second:02}"),
         's' => write!(out, "{since}"),
         'j' => write!(out, "{:03}", days - first_of(year, days) + 1),
-        'b' => write!(out, "{}", short(of(&MONTHS, month - 1))),
+        'b' | 'h' => write!(out, "{}", short(of(&MONTHS, month - 1))),
         'B' => write!(out, "{}", of(&MONTHS, month - 1)),
         'a' => write!(out, "{}", short(of(&DAYS, days % 7))),
         'A' => write!(out, "{}", of(&DAYS, days % 7)),
@@ -106,9 +136,37 @@ fn push(field: char, since: u64, out: &mut String) {
         'R' => write!(out, "{hour:02}:{minute:02}"),
         'F' => write!(out, "{year:04}-{month:02}-{day:02}"),
         'D' => write!(out, "{month:02}/{day:02}/{:02}", year % 100),
+        'C' => write!(out, "{:02}", year / 100),
+        'k' => write!(out, "{hour:2}"),
+        'l' => write!(out, "{clock:2}"),
+        'P' => out.write_str(if hour < 12 { "am" } else { "pm" }),
+        'r' => write!(out, "{clock:02}:{minute:02}:{second:02} {}", if hour < 12 { "AM" } else { "PM" }),
+        'X' => write!(out, "{hour:02}:{minute:02}:{second:02}"),
+        'x' => write!(out, "{month:02}/{day:02}/{:02}", year % 100),
+        'c' => write!(
+            out,
+            "{} {} {day:2} {hour:02}:{minute:02}:{second:02} {year:04}",
+            short(of(&DAYS, days % 7)),
+            short(of(&MONTHS, month - 1))
+        ),
+        'u' => write!(out, "{}", (days + 3) % 7 + 1),
+        'w' => write!(out, "{}", (days + 4) % 7),
+        // Of the year, weeks that begin on Sundays and on Mondays.
+        'U' => write!(out, "{:02}", (days - first_of(year, days) + 7 - (days + 4) % 7) / 7),
+        'W' => write!(out, "{:02}", (days - first_of(year, days) + 7 - (days + 3) % 7) / 7),
+        'G' => write!(out, "{:04}", iso_week(days).0),
+        'V' => write!(out, "{:02}", iso_week(days).1),
+        't' => out.write_char('\t'),
         'n' => out.write_char('\n'),
         _ => write!(out, "%"),
     };
+}
+
+/// The year and week of ISO 8601: those of the week's Thursday.
+fn iso_week(days: u64) -> (u64, u64) {
+    let thursday = days + 3 - (days + 3) % 7;
+    let year = civil(thursday).0;
+    (year, (thursday - first_of(year, thursday)) / 7 + 1)
 }
 
 /// The first day of the year that this day is in.
@@ -129,14 +187,23 @@ mod tests {
             ("%F %T %z", "2024-02-29 23:59:59 +0000"),
             ("%a, %d %b %Y %I:%M:%S %p", "Thu, 29 Feb 2024 11:59:59 PM"),
             ("%A %e %B %y %j %R %D %Z %f", "Thursday 29 February 24 060 23:59 02/29/24 UTC 045678901"),
+            ("%E3S %E*S %E0S %Ez %E*z %E4Y", "59.045 59.045678901 59 +00:00 +00:00:00 2024"),
+            ("%c|%U|%W|%k|%G|%V|%u|%w|%h|%C|%l|%P", "Thu Feb 29 23:59:59 2024|08|09|23|2024|09|4|4|Feb|20|11|pm"),
+            ("%x %X %r%t", "02/29/24 23:59:59 11:59:59 PM\t"),
             ("100%%", "100%"),
             ("", ""),
         ] {
             assert_eq!(TimeFormat::parse(format).expect(format).text(time), expected);
         }
-        for bad in ["%", "%Q", "%3", "%3s"] {
+        for bad in ["%", "%Q", "%3", "%3s", "%E", "%E3", "%E3f"] {
             let error = TimeFormat::parse(bad).expect_err(bad);
-            assert!(error.contains("is not known in times; known are"), "{error}");
+            assert!(error.contains("is not known in times; known"), "{error}");
+        }
+        // The last days of a year may be of the next one's first week, and the first of the last one's.
+        for (at, expected) in
+            [(1_735_603_200, "2025-01 2024-12-31"), (1_609_459_200, "2020-53 2021-01-01"), (1_704_067_200, "2024-01 2024-01-01")]
+        {
+            assert_eq!(TimeFormat::parse("%G-%V %F").expect("known").text(SystemTime::UNIX_EPOCH + Duration::from_secs(at)), expected);
         }
         assert_eq!(TimeFormat::parse("%j").expect("known").text(SystemTime::UNIX_EPOCH), "001");
     }

@@ -207,7 +207,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                         _ = self.responder.flush() => {}
                         () = std::future::ready(()) => {}
                     }
-                    return Answered::Truncated(self.source.broken_off(&error));
+                    // What was switched to has no protocol that could be broken.
+                    let reset = if switched { Reset::ConnectionTermination } else { self.source.broken_off(&error) };
+                    return Answered::Truncated(reset);
                 }
                 Event::Closed(Closed::Half) if self.sink.can_half_close() => self.half_close(uploaded).await,
                 Event::Downloaded(Err(Broken::Source(_) | Broken::Sink(_)))

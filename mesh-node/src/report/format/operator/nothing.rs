@@ -1,7 +1,7 @@
 //! Operators of Envoy's that have no value here, whatever is told.
 
 /// Operators of Envoy 1.40 that nothing is known of here: they have no value, as they often have none there.
-pub(super) const NOTHING: [&str; 92] = [
+pub(super) const NOTHING: [&str; 94] = [
     "BYTES_RETRANSMITTED",
     "CONNECTION_ID",
     "CUSTOM_FLAGS",
@@ -48,11 +48,13 @@ pub(super) const NOTHING: [&str; 92] = [
     "HOSTNAME",
     "LISTENER_NAME",
     "LOCAL_REPLY_BODY",
+    "PACKETS_RETRANSMITTED",
     "REQUEST_DURATION",
     "REQUEST_HEADERS_BYTES",
     "REQUEST_TX_DURATION",
     "RESPONSE_HEADERS_BYTES",
     "RESPONSE_TRAILERS_BYTES",
+    "ROUNDTRIP_DURATION",
     "ROUTE_RESOLUTION_COUNT",
     "ROUTE_RESOLUTION_TIME_US",
     "SPAN_ID",
@@ -97,7 +99,7 @@ pub(super) const NOTHING: [&str; 92] = [
 ];
 
 /// Operators of which the argument may be anything.
-pub(super) const WITH_ARGUMENTS: [&str; 13] = [
+pub(super) const WITH_ARGUMENTS: [&str; 12] = [
     "CLUSTER_METADATA",
     "COALESCE",
     "COMMON_DURATION",
@@ -105,7 +107,6 @@ pub(super) const WITH_ARGUMENTS: [&str; 13] = [
     "ENVIRONMENT",
     "FILTER_STATE",
     "METADATA",
-    "QUERY_PARAM",
     "QUERY_PARAMS",
     "RESPONSE_TRAILER",
     "TRAILER",
