@@ -16,7 +16,7 @@ use super::{
     body::{FrameSink, FrameSource, RequestBody, Responder},
     gate::{Gate, Pass},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
-    read_request,
+    headers, read_request,
     record::{Flag, Record},
     reply::Reply,
     transport::Transport,
@@ -137,8 +137,9 @@ async fn h1_exchange(
     ending: Pin<&mut (impl Future<Output = Cut> + Send)>,
 ) -> Result<Next, Cut> {
     let protocol = if request.minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
-    let (mut record, onward) = gate.record(&request.head, protocol);
     let mut request = request;
+    headers::identify(&mut request.head.headers);
+    let (mut record, onward) = gate.record(&request.head, protocol);
     if let Some(onward) = onward {
         onward.write(&mut request.head.headers);
     }

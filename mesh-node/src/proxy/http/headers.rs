@@ -46,10 +46,15 @@ pub fn prepare(head: &mut RequestHead) {
         // How it came here, whatever the client says that it is for: applications' TLS is not ended here.
         head.headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));
     }
-    if !head.headers.contains_key(&X_REQUEST_ID)
+    identify(&mut head.headers);
+}
+
+/// Gives a request a name, if it has none.
+pub fn identify(headers: &mut HeaderMap) {
+    if !headers.contains_key(&X_REQUEST_ID)
         && let Ok(id) = HeaderValue::from_bytes(&request_id(fastrand::u128(..)))
     {
-        head.headers.insert(X_REQUEST_ID.clone(), id);
+        headers.insert(X_REQUEST_ID.clone(), id);
     }
 }
 
