@@ -329,10 +329,16 @@ impl Sink for TunnelSink<'_> {
         match reason {
             // The other direction tells whether that was all.
             Ok(Reason::NO_ERROR) if self.asks => std::future::pending().await,
-            Ok(reason) => io::Error::new(io::ErrorKind::ConnectionReset, format!("stream reset: {reason}")),
+            Ok(reason) => into_io(reason.into()),
             Err(error) => into_io(error),
         }
     }
+}
+
+/// Whether an error of a tunnel is that whoever is at its other end has reset the connection.
+pub fn is_reset(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<h2::Error>());
+    inner.and_then(h2::Error::reason) == Some(Reason::CONNECT_ERROR)
 }
 
 fn into_io(error: h2::Error) -> io::Error {

@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr, sync::Arc};
 
 use super::live::Cut;
 use crate::{
-    hbone::{TunnelError, headers::BadRequest},
+    hbone::{TunnelError, headers::BadRequest, tunnel},
     id::ObjectName,
     io::relay::Broken,
     policy::Denial,
@@ -128,6 +128,13 @@ impl Failure {
         }
     }
 
+    /// Whether it is that one end has reset an open connection, or gone while the other still sent: that is how some connections end, and
+    /// no failure of anything, as for ztunnel. What breaks between nodes is one.
+    pub fn is_an_end(&self) -> bool {
+        let Self::Broken(error) = self else { return false };
+        matches!(error.raw_os_error(), Some(libc::ECONNRESET | libc::EPIPE | libc::ENOTCONN)) || tunnel::is_reset(error)
+    }
+
     /// Whether it was over before it was known where the connection was to go: ztunnel tells of these with a warning, and counts none of
     /// them as opened.
     pub fn is_early(&self) -> bool {
@@ -208,5 +215,14 @@ mod tests {
         let of =
             |kind: io::ErrorKind| Failure::DialPeer { to: SocketAddr::from(([10, 0, 0, 1], 15008)), source: kind.into() }.response_flag();
         assert_eq!([of(io::ErrorKind::TimedOut), of(io::ErrorKind::ConnectionRefused)], ["NETWORK_POLICY", "CONNECT"]);
+    }
+
+    #[test]
+    fn a_reset_by_one_of_its_ends_is_how_a_connection_ends() {
+        let of = |error: io::Error| Failure::Broken(error).is_an_end();
+        let stream = |reason: h2::Reason| io::Error::new(io::ErrorKind::ConnectionReset, h2::Error::from(reason));
+        assert!(of(io::Error::from_raw_os_error(libc::EPIPE)) && of(io::Error::from_raw_os_error(libc::ECONNRESET)));
+        assert!(of(stream(h2::Reason::CONNECT_ERROR)) && !of(stream(h2::Reason::CANCEL)) && !of(io::ErrorKind::ConnectionReset.into()));
+        assert!(!of(io::Error::from_raw_os_error(libc::ETIMEDOUT)) && !Failure::Cut(Cut::PodGone).is_an_end());
     }
 }

@@ -235,8 +235,12 @@ impl Outcome {
         }
     }
 
-    /// The connection did not go through, or broke.
+    /// The connection did not go through, or broke; one that its ends have ended has not.
     pub fn fail(&mut self, failure: Failure) {
+        if self.opened.is_some() && failure.is_an_end() {
+            tracing::debug!(target: "proxy", error = %chain(&failure), "an end of a connection is gone");
+            return;
+        }
         self.failure.get_or_insert(failure);
     }
 

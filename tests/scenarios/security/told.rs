@@ -32,6 +32,15 @@ async fn the_applications_connection_is_the_clients() {
     let ended = tokio::time::timeout(Duration::from_secs(3), stream.read_to_end(&mut rest)).await.expect("in time");
     assert!(ended.is_ok() && rest.is_empty(), "{ended:?}");
     assert!(seen.of("kept")[0].connection == seen.of("closing")[0].connection);
+    // Who asks from outside has named nothing; a name that is there stays.
+    let named = |id: &str| {
+        let headers = seen.of(id)[0].headers.clone();
+        headers.into_iter().find(|(name, _)| name == "x-request-id").map(|(_, value)| value)
+    };
+    let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+    exchange(&mut stream, get("/e", "own", "x-request-id: mine\r\n").into_bytes(), false).await;
+    assert_eq!((named("kept").map(|id| id.len()), named("own").as_deref()), (Some(36), Some("mine")));
+    assert_ne!(named("kept"), named("closing"));
     // One that ends without an answer ends so for the client: a close is a close, and a reset a reset.
     for (plan, end) in [("fin", "FIN"), ("rst", "RST")] {
         let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
