@@ -207,7 +207,7 @@ fn a_pod_that_leaves_the_mesh_or_is_deleted_loses_them() {
 
 #[test]
 fn a_connection_between_pods_that_leave_and_come_back_goes_on() {
-    let (mut bed, client, server, services) = scene(&NodeOptions::default());
+    let (bed, client, server, services) = scene(&NodeOptions::default());
     let steady = start(&bed, &client, &["steady", &services[0], "4"]);
     wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
     for (labels, captured) in [(&[][..], false), (AMBIENT, true)] {

@@ -1,10 +1,10 @@
 //! The same bytes to a real Envoy and to this proxy, the same bytes from the upstream behind them, and what comes out of both ends
 //! and the access log compared. Where they differ on purpose, `corpora/envoy_differences.json` says why.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_tests::{
-    engine::{Engine, security, server_pod, service, virtual_service},
+    engine::{Engine, logging, security, server_pod, service, virtual_service},
     envoy::{Envoy, Listener, lines_of},
     raw::{Answer, End, Reached, converse, upstream},
 };
@@ -203,16 +203,6 @@ async fn of_envoy(cases: &[Case]) -> Side {
         outcome.log = about(&lines, at);
     }
     side
-}
-
-/// Has everything logged to a file.
-fn logging(path: &Path, format: &Value) -> Vec<Value> {
-    let provider = json!({"extensionProviders": [{"name": "file", "envoyFileAccessLog": {"path": path, "logFormat": {"labels": format}}}]});
-    vec![
-        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": provider}}),
-        json!({"apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "all", "namespace": "istio-system"},
-            "spec": {"accessLogging": [{"providers": [{"name": "file"}]}]}}),
-    ]
 }
 
 async fn of_mesh(cases: &[Case], way: Way, policies: &[Value]) -> Side {

@@ -3,7 +3,10 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use mesh_tests::engine::{Engine, destination_rule, service, virtual_service};
+use mesh_tests::{
+    engine::{Engine, destination_rule, logging, service, virtual_service},
+    envoy::lines_of,
+};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

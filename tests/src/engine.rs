@@ -223,3 +223,13 @@ impl<S: tracing::Subscriber> Layer<S> for Collector {
         }
     }
 }
+
+/// Has all that is told written to a file, each line an object of these operators.
+pub fn logging(path: &Path, format: &Value) -> Vec<Value> {
+    let provider = json!({"extensionProviders": [{"name": "file", "envoyFileAccessLog": {"path": path, "logFormat": {"labels": format}}}]});
+    vec![
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": provider}}),
+        json!({"apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "all", "namespace": "istio-system"},
+            "spec": {"accessLogging": [{"providers": [{"name": "file"}]}]}}),
+    ]
+}

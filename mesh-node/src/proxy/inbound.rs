@@ -177,8 +177,8 @@ async fn plaintext(
     outcome.opened();
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
-        let requests = outcome.requests.clone();
-        let inspection = Inspection { proxy, pod, admitted, client, since, traffic, requests, introduction: None };
+        let (requests, sni) = (outcome.requests.clone(), outcome.sni.clone());
+        let inspection = Inspection { proxy, pod, admitted, client, since, traffic, requests, sni, introduction: None };
         return inspection.run(Transport::Tcp(downstream), std::future::pending()).await;
     }
     let mut registration = admitted.registration;
@@ -363,8 +363,9 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     let traffic = outcome.traffic.clone();
     if admitted.per_request {
         let HboneConnection { proxy, pod, client, since, .. } = &connection;
-        let (client, since, requests, introduction) = (*client, *since, outcome.requests.clone(), outcome.introduction.clone());
-        let inspection = Inspection { proxy, pod, admitted, client, since, traffic, requests, introduction };
+        let Outcome { requests, sni, introduction, .. } = &outcome;
+        let (requests, sni, introduction) = (requests.clone(), sni.clone(), introduction.clone());
+        let inspection = Inspection { proxy, pod, admitted, client: *client, since: *since, traffic, requests, sni, introduction };
         if let Err(failure) = inspection.run(Transport::Tunnel(Box::new(tunnel)), std::future::pending()).await {
             outcome.fail(connection.ended(failure));
         }

@@ -117,7 +117,7 @@ impl Opaque {
             },
         };
         outcome.opened();
-        let traffic = outcome.traffic.clone();
+        let (traffic, names) = (outcome.traffic.clone(), outcome.sni.clone());
         let Upstream { stream, limits, held: _held } = upstream;
         let downstream = Prefixed::new(downstream, read);
         let cut = self.cut(&limits, &traffic);
@@ -125,7 +125,11 @@ impl Opaque {
         let relayed = match stream {
             Stream::Tcp(stream) => relay(downstream, stream, &traffic, cut).await,
             Stream::Tunnel(tunnel) => relay(downstream, *tunnel, &traffic, cut).await,
-            Stream::Local(local) => relay_local(&self.proxy, downstream, *local, self.since, &traffic, cut).await,
+            Stream::Local(mut local) => {
+                // What its client has said is known at both of its ends.
+                local.outcome.sni = names.clone();
+                relay_local(&self.proxy, downstream, *local, self.since, &traffic, cut).await
+            }
         };
         if let Err(broken) = relayed {
             let is_revoked = tunnel.is_some_and(|tunnel| tunnel.is_revoked());
@@ -156,6 +160,10 @@ impl Opaque {
         outcome.source.address = Some(self.client);
         outcome.source.workload = self.proxy.config.load().workload(&self.pod.uid).cloned();
         outcome.destination.address = Some(self.original);
+        if let Some(name) = &self.sni {
+            // It is the first to say so.
+            let _ = outcome.sni.set(name.as_str().into());
+        }
         outcome
     }
 
@@ -285,9 +293,9 @@ async fn relay_local(
     outcome.traffic = traffic.clone();
     outcome.opened();
     if admitted.per_request {
-        let requests = outcome.requests.clone();
+        let (requests, sni) = (outcome.requests.clone(), outcome.sni.clone());
         let (since, traffic) = (since.min(destination.stage()), traffic.clone());
-        let inspection = Inspection { proxy, pod: &destination, admitted, client, since, traffic, requests, introduction: None };
+        let inspection = Inspection { proxy, pod: &destination, admitted, client, since, traffic, requests, sni, introduction: None };
         let inspected = inspection.run(Transport::Prefixed(downstream), cut).await;
         let inspected = match inspected {
             Err(Failure::Cut(reason)) => {

@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Instant, SystemTime},
@@ -99,6 +99,8 @@ pub struct Outcome {
     pub direct: bool,
     /// It turned out to carry requests: they are what access logs tell of.
     pub requests: Arc<AtomicBool>,
+    /// The server its client has named, once that has been read.
+    pub sni: Arc<OnceLock<Arc<str>>>,
     opened: Option<Arc<Open>>,
     failure: Option<Failure>,
     /// Nothing is said of it.
@@ -127,6 +129,7 @@ impl Outcome {
             traffic: Arc::default(),
             direct: false,
             requests: Arc::default(),
+            sni: Arc::default(),
             opened: None,
             failure: None,
             quiet: false,
@@ -339,7 +342,7 @@ impl Outcome {
             upstream_local: None,
             downstream_local: self.asked.filter(|_| outbound).or(self.destination.address),
             downstream_remote: self.source.address,
-            sni: None,
+            sni: self.sni.get().map(|name| &**name),
             route: None,
             response_headers: None,
             mutual_tls: self.source.identity.is_some() && self.destination.identity.is_some(),

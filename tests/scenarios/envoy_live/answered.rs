@@ -12,7 +12,7 @@ use std::{
 
 use fastrand::Rng;
 use mesh_tests::{
-    engine::{Engine, security, server_pod, service, virtual_service},
+    engine::{Engine, logging, security, server_pod, service, virtual_service},
     envoy::{Envoy, Listener, lines_of},
     frames::{ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS, frame},
     raw::Reached,
@@ -27,7 +27,7 @@ use tokio::{
 use super::{
     Case, Compared, End, Listed, Side, Way, about,
     answers::{BARE, HEADS, OK, Says, conversations, data, goaway, head, reset, says},
-    cases, format, framed, logging, named, of_requests, of_the_answer, random_retries,
+    cases, format, framed, named, of_requests, of_the_answer, random_retries,
     requests::{GET, HEAD, POST},
     run, vip,
 };

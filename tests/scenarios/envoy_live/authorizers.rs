@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_tests::{
-    engine::{Engine, security, server_pod, service},
+    engine::{Engine, logging, security, server_pod, service},
     envoy::{Envoy, Listener, lines_of},
     raw::{Answer, Reached, upstream},
 };
@@ -14,7 +14,7 @@ use super::{
     Case, Compared, End, Outcome, Way, about, bodies,
     cases::case,
     checks::{self, Says},
-    format, logging, named, of_the_answer, run, upstreams,
+    format, named, of_the_answer, run, upstreams,
 };
 
 /// A case, and the authorizer's part in it.

@@ -44,7 +44,10 @@ async fn tcp_and_tls_connections_are_routed_too() {
             json!({"tcp": [{"route": to("b")}], "http": [{"route": to("c")}], "tls": [{"match": [{"sniHosts": ["c.example"]}], "route": to("c")}]}),
         ),
     ];
-    let engine = Engine::start(&[tls_web, tcp_web, any_web, others, rules].concat()).await.expect("engine");
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("access.log");
+    let logs = logging(&path, &json!({"sni": "%REQUESTED_SERVER_NAME%", "tells": "%CEL(connection.requested_server_name)%"}));
+    let engine = Engine::start(&[tls_web, tcp_web, any_web, others, rules, logs].concat()).await.expect("engine");
     // Rules for TCP are not for ports that are declared to carry TLS.
     for (name, expected) in [("b.example", "b"), ("x.wild.example", "c"), ("other.example", "a")] {
         assert_eq!(say(&engine, vip(4), &client_hello(name)).await, expected, "{name}");
@@ -58,6 +61,17 @@ async fn tcp_and_tls_connections_are_routed_too() {
     assert_eq!(say(&engine, vip(6), b"GET key\r\n").await, "b");
     assert_eq!(get(&engine, vip(6), "/x", "").await, "c");
     assert_eq!(say(&engine, vip(6), &client_hello("c.example")).await, "b", "rules for TLS are for ports that are declared to carry it");
+    // Who has named a server has it told.
+    let named = |name: &str| lines_of(&path).iter().filter(|line| line["sni"] == *name && line["tells"] == *name).count();
+    for name in ["b.example", "x.wild.example", "other.example", "c.example"] {
+        for _ in 0..100 {
+            if named(name) == 1 {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert_eq!(named(name), 1, "{name}: {:?}", lines_of(&path));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

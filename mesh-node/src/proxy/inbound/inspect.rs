@@ -4,7 +4,7 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -60,6 +60,8 @@ pub struct Inspection<'a> {
     pub traffic: Arc<Traffic>,
     /// Told when it turns out to carry requests.
     pub requests: Arc<AtomicBool>,
+    /// Told which server the client names.
+    pub sni: Arc<OnceLock<Arc<str>>>,
     /// Who the client says it is.
     pub introduction: Option<Arc<Introduction>>,
 }
@@ -77,7 +79,7 @@ enum Spoken {
 impl Inspection<'_> {
     /// Serves the connection to its end, or until policy, the end of the pod or `ended` wants it cut.
     pub async fn run(self, mut downstream: Transport, ended: impl Future<Output = Cut> + Send) -> Result<(), Failure> {
-        let Self { proxy, pod, admitted, client, since, traffic, requests, introduction } = self;
+        let Self { proxy, pod, admitted, client, since, traffic, requests, sni, introduction } = self;
         let Admitted { application, mut registration, mut facts, .. } = admitted;
         let protocol = declared(proxy, pod, &facts);
         let note = registration.note();
@@ -123,6 +125,10 @@ impl Inspection<'_> {
                 Box::pin(http2(gate, downstream, application, ending, traffic)).await
             }
             Spoken::Opaque(name) => {
+                if let Sni::Read(Some(name)) = &name {
+                    // It is the first to say so.
+                    let _ = sni.set(name.clone());
+                }
                 facts.sni = name;
                 let mut downstream = downstream;
                 let gone = async { downstream.halves().1.broken().await };
