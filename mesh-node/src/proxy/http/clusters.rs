@@ -341,7 +341,7 @@ impl EndpointState {
     /// Lets go of connections that nothing goes on on, and of those that are shared as soon as that is so.
     fn let_go(&self) {
         let idle = std::mem::take(&mut *self.idle());
-        idle.into_iter().for_each(|connection| connection.retire());
+        idle.into_iter().for_each(H1Upstream::retire);
         self.h2.load().iter().for_each(|connection| connection.close());
     }
 
@@ -351,7 +351,7 @@ impl EndpointState {
         let keep = |c: &mut Box<H1Upstream>| c.is_fresh(cluster, now) && c.is_usable();
         let (mut usable, mut gone) = (Vec::with_capacity(all.len()), Vec::new());
         all.into_iter().for_each(|mut c| if keep(&mut c) { &mut usable } else { &mut gone }.push(c));
-        gone.into_iter().for_each(|c| c.retire());
+        gone.into_iter().for_each(H1Upstream::retire);
         let mut idle = self.idle();
         usable.append(&mut idle);
         *idle = usable;

@@ -413,7 +413,10 @@ impl What {
             Self::SentPath => text(entry.request.map(|r| r.sent_path), values),
             Self::SentPathWithoutQuery => text(entry.request.and_then(|r| r.sent_path.split('?').next()), values),
             Self::Nothing => values.nothing(),
-            Self::QueryParameter(number) => text(parameter(entry, program.parameters.get(usize::from(number))), values),
+            Self::QueryParameter(number) => {
+                let name = program.parameters.get(usize::from(number));
+                text(name.and_then(|name| parameter(entry, name)), values);
+            }
             Self::PeerUriSan => some!(values, entry.peer, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
             Self::LocalUriSan => some!(values, entry.local, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
             Self::TraceId => some!(values, entry.trace, |trace| values.text(format!("{trace:032x}").as_bytes())),
@@ -431,14 +434,14 @@ impl What {
 }
 
 /// The path the client sent, where another went on.
-fn original<'a>(asked: Asked<'a>) -> Option<&'a str> {
+fn original(asked: Asked<'_>) -> Option<&str> {
     Some(asked.path).filter(|path| *path != asked.sent_path)
 }
 
-fn parameter<'e>(entry: &Entry<'e>, name: Option<&Box<str>>) -> Option<&'e str> {
+fn parameter<'e>(entry: &Entry<'e>, name: &str) -> Option<&'e str> {
     let (_, query) = entry.request?.sent_path.split_once('?')?;
     let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    pairs.find(|(key, _)| name.is_some_and(|name| *key == &**name)).map(|(_, value)| value)
+    pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
 }
 
 /// An empty one is none.

@@ -143,7 +143,8 @@ fn hash_cookie(document: &doc::Cookie, at: &str) -> Result<HashKey> {
     if document.name.is_empty() {
         return Err(FieldError::new(format!("{at}.name"), "is missing"));
     }
-    let mut attributes = document.path.iter().filter(|p| !p.is_empty()).map(|p| format!("; Path={p}")).collect::<String>();
+    let path = document.path.as_deref().filter(|p| !p.is_empty());
+    let mut attributes = path.map(|p| format!("; Path={p}")).unwrap_or_default();
     for (i, doc::CookieAttribute { name, value }) in document.attributes.iter().enumerate() {
         let legal = |text: &str| text.bytes().all(|b| b.is_ascii_graphic() && b != b';' && b != b',') || text.is_empty();
         if name.is_empty() || !legal(name) || name.contains('=') || !legal(value) {
