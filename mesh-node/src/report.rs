@@ -127,4 +127,6 @@ pub enum SpanTag {
     Literal(Arc<str>),
     /// The value of a request header, or the default.
     Header(HeaderName, Option<Arc<str>>),
+    /// What Envoy's operators say of the request; nothing is no tag.
+    Told(format::Template),
 }

@@ -59,6 +59,8 @@ pub struct Workload {
 pub struct Ports {
     /// What they carry, as far as it is declared.
     pub protocols: BTreeMap<u16, Protocol>,
+    /// Those that some say carry HTTP and others do not.
+    pub perhaps_http: BTreeSet<u16>,
     /// The service that leads to one.
     pub services: BTreeMap<u16, PortOf>,
     /// All of them, where there are several.
@@ -76,6 +78,11 @@ impl Workload {
     /// What a port of its carries.
     pub fn protocol(&self, port: u16) -> Protocol {
         self.ports.protocols.get(&port).copied().unwrap_or_default()
+    }
+
+    /// Whether a port of its carries HTTP as far as any service says.
+    pub fn may_carry_http(&self, port: u16) -> bool {
+        self.protocol(port).is_http() || self.ports.perhaps_http.contains(&port)
     }
 
     /// Istio's canonical service name, as far as labels give one.

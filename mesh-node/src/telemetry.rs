@@ -212,6 +212,9 @@ impl Metrics {
         metrics.register();
         // What is lost is seen against nought, and not against nothing.
         ["exported", "rejected", "failed", "dropped"].into_iter().for_each(|result| metrics.spans(result, 0));
+        for limit in ["connections", "pending_requests", "requests", "retries", "kept_bodies"] {
+            metrics.overflows.get_or_create(&LimitLabels { limit }).inc_by(0);
+        }
         metrics
     }
 
@@ -335,6 +338,13 @@ impl Metrics {
 
     pub fn authorizer_call(&self, result: &'static str) {
         self.authorizer_calls.get_or_create(&ResultLabels { result }).inc();
+    }
+
+    /// Counts from nought what may go wrong in handshakes.
+    pub fn expect_handshake_failures(&self, reasons: impl IntoIterator<Item = &'static str>) {
+        for (side, reason) in reasons.into_iter().flat_map(|reason| [("client", reason), ("server", reason)]) {
+            self.handshake_failures.get_or_create(&HandshakeLabels { side, reason }).inc_by(0);
+        }
     }
 
     pub fn handshake_failure(&self, side: &'static str, reason: &'static str) {

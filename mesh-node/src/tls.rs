@@ -354,6 +354,17 @@ pub enum HandshakeFailure {
 }
 
 impl HandshakeFailure {
+    pub const ALL: [Self; 8] = [
+        Self::Protocol,
+        Self::NoCertificate,
+        Self::Expired,
+        Self::Revoked,
+        Self::Untrusted,
+        Self::WrongIdentity,
+        Self::RefusedByPeer,
+        Self::Io,
+    ];
+
     /// Reads the reason out of what the TLS library reports.
     pub fn of(error: &std::io::Error) -> Self {
         use rustls::{CertificateError, Error};

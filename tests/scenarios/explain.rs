@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 
 #[path = "explain/analyzed.rs"]
 mod analyzed;
+#[path = "explain/shared.rs"]
+mod shared;
 
 fn web(version: &str, node: usize) -> PodSpec {
     let command = vec![program("web").display().to_string(), "serve".into(), "8080".into(), version.into()];

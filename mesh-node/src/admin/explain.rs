@@ -205,7 +205,9 @@ impl<'a> Asker<'a> {
             json!({"name": service.name.to_string(), "port": port.port, "protocol": format!("{protocol:?}").to_lowercase()});
         let (opaque, unknown) = (matches!(protocol, Protocol::Tcp | Protocol::Tls), protocol == Protocol::Detect);
         if opaque || (unknown || !self.source.enrolled) && !self.question.is_request() {
-            self.connection(port, answer);
+            // Where services disagree about what a pod's port carries, the pod's node finds out.
+            let head = if opaque && self.question.is_request() { Some(self.request(answer)?) } else { None };
+            self.connection(port, head.as_ref(), answer);
             return Ok(());
         }
         let head = self.request(answer)?;
@@ -233,19 +235,19 @@ impl<'a> Asker<'a> {
         Ok(())
     }
 
-    /// A connection that carries no HTTP, or of which it is not said.
-    fn connection(self, port: &ServicePort, answer: &mut Value) {
+    /// A connection that carries no HTTP for its client's node, or of which it is not said.
+    fn connection(self, port: &ServicePort, head: Option<&RequestHead>, answer: &mut Value) {
         let client = self.source.ips.first().copied().unwrap_or_else(|| self.dialled.ip());
         let context = L4Context { source: self.source, client, destination: self.dialled, sni: self.question.sni.as_deref() };
         let Some((number, found)) = port.routes.l4_rule(context).filter(|_| self.source.enrolled) else {
-            return self.straight(&port.cluster, None, answer);
+            return self.straight(&port.cluster, head, answer);
         };
         let ResolvedL4 { origin, rule, destinations } = found;
         let weights = rule.destinations.iter().map(|d| (d.weight, format!("{}{}", d.destination.host, d.destination.subset)));
         let mut fates = Fates::of(weights.clone().map(|(weight, _)| weight));
         let mut all = Vec::new();
         for ((weight, named), cluster) in weights.zip(destinations) {
-            all.push(self.destination(&mut fates, weight, (cluster.as_deref(), named), "the connection is reset", None));
+            all.push(self.destination(&mut fates, weight, (cluster.as_deref(), named), "the connection is reset", head));
         }
         let kind = if rule.matches.iter().any(|m| !m.sni.is_empty()) { "tls" } else { "tcp" };
         answer["route"] = json!({"from": &**origin, "rule": number + 1, "kind": kind});
@@ -297,6 +299,9 @@ impl<'a> Asker<'a> {
                     found_all.push(one);
                 }
                 answer["destinations"] = found_all.into();
+                if all.iter().all(|d| d.weight == 0) {
+                    fates.fail(1, format!("{}: the rule has no destination", missing()));
+                }
             }
         }
         fates.tell(rule.fault.abort.map(|(abort, share)| (told(abort), share.as_percent())), answer);

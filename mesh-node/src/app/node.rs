@@ -30,7 +30,7 @@ use crate::{
     route::Workload,
     sources::{directory::Directory, last_good::LastGood},
     telemetry::{Metrics, chain},
-    tls::{KeyExchange, Trust},
+    tls::{HandshakeFailure, KeyExchange, Trust},
 };
 
 /// How often the node looks for pods that came or went.
@@ -148,6 +148,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     let (sender, receiver) = mpsc::channel(16);
     let (publisher, config) = Publisher::new(Arc::new(settings.mesh.clone()), receiver);
     let metrics = Arc::new(Metrics::new(&settings.cluster));
+    metrics.expect_handshake_failures(HandshakeFailure::ALL.map(HandshakeFailure::reason));
     let proxy = Proxy::new(config.clone(), Manager::new(certificates), metrics, Limits::for_descriptors(descriptors));
     match capture.accelerator({
         let metrics = proxy.metrics.clone();

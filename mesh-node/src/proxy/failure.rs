@@ -9,6 +9,7 @@ use crate::{
     id::ObjectName,
     io::relay::Broken,
     policy::Denial,
+    telemetry::{Flag, Flags, chain},
     tls::HandshakeFailure,
 };
 
@@ -128,6 +129,50 @@ impl Failure {
         }
     }
 
+    /// What Envoy's TCP proxy says of it in an access log, of a connection it has made (`outbound`) or let in.
+    pub fn flags(&self, outbound: bool) -> Flags {
+        let mut flags = Flags::default();
+        let all: &[Flag] = match self {
+            Self::NoEndpoint(_) | Self::NotInRegistry(_) => &[Flag::NoHealthyUpstream],
+            Self::NoSuchPort { .. } => &[Flag::NoRoute],
+            Self::Overflow(_) => &[Flag::UpstreamOverflow],
+            Self::Cut(Cut::MaxDuration) => &[Flag::DurationTimeout],
+            _ if self.is_of_the_upstream(outbound) => &[Flag::UpstreamConnectionFailure, Flag::RetriesExhausted],
+            _ => &[],
+        };
+        all.iter().for_each(|flag| flags.raise(*flag));
+        flags
+    }
+
+    /// Whether there is no connection to where it goes.
+    fn is_of_the_upstream(&self, outbound: bool) -> bool {
+        match self {
+            Self::Dial { .. } | Self::DialPeer { .. } | Self::DialTimeout(_) | Self::Application { .. } | Self::NotServedYet => true,
+            Self::Identity(_) | Self::Tls { .. } | Self::Tunnel(_) => outbound,
+            _ => false,
+        }
+    }
+
+    /// Why there is no connection to where it goes, in Envoy's words where it has some.
+    pub fn transport_failure(&self, outbound: bool) -> Option<String> {
+        match self {
+            Self::Dial { source, .. } | Self::DialPeer { source, .. } | Self::Application { source, .. } => {
+                Some(format!("delayed_connect_error:_{}", io_words(source).replace(' ', "_")))
+            }
+            Self::DialTimeout(_) => Some("connection_timeout".to_owned()),
+            _ => self.is_of_the_upstream(outbound).then(|| chain(self).replace(' ', "_")),
+        }
+    }
+
+    /// Why a connection was ended, or not let in, where that is not for want of one to where it goes.
+    pub fn termination(&self, outbound: bool) -> Option<String> {
+        match self {
+            Self::Denied(denial) => Some(denial.details()),
+            _ if !self.flags(outbound).is_empty() => None,
+            _ => Some(chain(self).replace(' ', "_")),
+        }
+    }
+
     /// Whether it is that one end has reset an open connection, or gone while the other still sent: that is how some connections end, and
     /// no failure of anything, as for ztunnel. What breaks between nodes is one.
     pub fn is_an_end(&self) -> bool {
@@ -195,6 +240,12 @@ impl Failure {
             | Self::Cut(_) => false,
         }
     }
+}
+
+/// What the system says of an error, without its number.
+pub fn io_words(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or(&text).to_owned()
 }
 
 impl From<Broken<Cut>> for Failure {

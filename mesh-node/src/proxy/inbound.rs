@@ -77,7 +77,7 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
         describe(outcome, &snapshot, workload, &facts);
-        let looked_into = snapshot.mesh.destination_requests == DestinationRequests::Declared && workload.protocol(to.port()).is_http();
+        let looked_into = snapshot.mesh.destination_requests == DestinationRequests::Declared && workload.may_carry_http(to.port());
         let verdict = workload.policy.connection(&facts).inspect_err(|denial| {
             // A client that speaks HTTP is told about each of its requests, and they are counted instead.
             proxy.metrics.policy_decision(denial.policy(), "connection_denied");

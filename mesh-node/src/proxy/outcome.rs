@@ -1,7 +1,6 @@
 //! The end of a connection: counted and logged in one place, however it ends.
 
 use std::{
-    borrow::Cow,
     net::SocketAddr,
     sync::{
         Arc, OnceLock,
@@ -26,7 +25,7 @@ use crate::{
     },
     route::{ClusterId, Workload},
     telemetry::{
-        PathLabels, chain,
+        Flags, PathLabels, chain,
         traffic::{Edge, Reporter, Tags, TcpKey},
     },
 };
@@ -75,6 +74,16 @@ impl Party {
     fn proved(&self, mutual: bool) -> Option<String> {
         self.identity.as_ref().filter(|_| mutual).map(ToString::to_string)
     }
+}
+
+/// How a connection ended, as Envoy's TCP proxy tells it.
+#[derive(Debug, Default)]
+struct Why {
+    flags: Flags,
+    /// It was ended here, or not let in.
+    ended: Option<String>,
+    /// There is no connection to where it goes.
+    unconnected: Option<String>,
 }
 
 /// A connection from its first to its last moment. Dropped, it is counted and logged; without [`Outcome::fail`] it was good.
@@ -213,7 +222,7 @@ impl Outcome {
 
     fn tags(&self) -> Tags {
         let Some(told) = self.told().filter(|t| !t.values.is_empty()) else { return Tags::default() };
-        told.tags_of(&self.entry(0, 0, None))
+        told.tags_of(&self.entry(0, 0, &Why::default()))
     }
 
     /// Nothing is said of the connection: it goes on, and another process sees to it.
@@ -294,7 +303,7 @@ impl Outcome {
         }
     }
 
-    fn entry<'a>(&'a self, sent: u64, received: u64, failed: Option<&'a str>) -> Entry<'a> {
+    fn entry<'a>(&'a self, sent: u64, received: u64, why: &'a Why) -> Entry<'a> {
         let duration = self.started.elapsed();
         let outbound = self.direction == Direction::Outbound;
         // Nobody was asked for it, or not there.
@@ -324,16 +333,16 @@ impl Outcome {
             code: 0,
             grpc_status: None,
             grpc_said: false,
-            flags: Cow::Borrowed(self.failure.as_ref().map_or("-", Failure::response_flag)),
-            flags_long: Cow::Borrowed(self.failure.as_ref().map_or("-", Failure::response_flag)),
+            flags: why.flags.text(),
+            flags_long: why.flags.long(),
             answered_after: None,
             attempts: 0,
             upstream_protocol: None,
             tells_a_request: false,
-            flag_bits: 0,
+            flag_bits: why.flags.bits(),
             details: None,
-            termination_details: failed,
-            transport_failure: failed.filter(|_| matches!(self.failure, Some(Failure::Tls { .. }))),
+            termination_details: why.ended.as_deref(),
+            transport_failure: why.unconnected.as_deref(),
             bytes_received: sent,
             bytes_sent: received,
             service_time: None,
@@ -352,13 +361,22 @@ impl Outcome {
         }
     }
 
+    /// What access logs tell of how it ended.
+    fn why(&self) -> Why {
+        let outbound = self.direction == Direction::Outbound;
+        self.failure.as_ref().map_or_else(Why::default, |failure| Why {
+            flags: failure.flags(outbound),
+            ended: failure.termination(outbound),
+            unconnected: failure.transport_failure(outbound),
+        })
+    }
+
     /// Writes it to the access logs that want it.
     fn tell(&self, sent: u64, received: u64) {
         if let Some(told) = self.told().filter(|t| !t.logs.is_empty())
             && !self.requests.load(Ordering::Relaxed)
         {
-            let failed = self.failure.as_ref().map(|f| chain(f).replace(' ', "_"));
-            reporting::log(&self.proxy.metrics.access, &told.logs, &self.entry(sent, received, failed.as_deref()));
+            reporting::log(&self.proxy.metrics.access, &told.logs, &self.entry(sent, received, &self.why()));
         }
     }
 
@@ -373,9 +391,9 @@ impl Outcome {
             Direction::Inbound => &self.destination,
         };
         let Some(name) = party.workload.as_ref().map(|w| w.name.to_string()).filter(|name| watch.sees(name)) else { return };
-        let failed = self.failure.as_ref().map(|f| chain(f));
+        let why = Why { ended: self.failure.as_ref().map(|f| chain(f)), ..self.why() };
         let edge = self.opened.as_ref().and_then(|open| open.edge.as_ref()).map(|edge| edge.key());
-        watch.tell(&name, reporting::event(&self.entry(sent, received, failed.as_deref()), self.direction.reporter(), edge));
+        watch.tell(&name, reporting::event(&self.entry(sent, received, &why), self.direction.reporter(), edge));
     }
 
     fn log(&self, sent: u64, received: u64) {

@@ -86,12 +86,24 @@ pub(super) async fn begin(
     let read = read.freeze();
     match detected {
         Some(Detected::Http2) => Begun::Http { downstream, read, http2: true },
+        // What a proxy is asked for is its own business, where nothing says that it is for this one.
+        Some(Detected::Http1) if looks == Looks::Any && asks_a_proxy(&read) => {
+            Begun::Opaque { downstream, read, sni: None, established: kept }
+        }
         // A port that declares HTTP gets HTTP: what is not is refused as such.
         Some(found) if found == Detected::Http1 || looks == Looks::Http => Begun::Http { downstream, read, http2: false },
         Some(Detected::Tls(sni)) => Begun::Opaque { downstream, read, sni, established: None },
         None if read.is_empty() => Begun::Gone,
         Some(_) | None => Begun::Opaque { downstream, read, sni: None, established: kept },
     }
+}
+
+/// Whether the first request of HTTP/1 is one for a proxy: a CONNECT, or for a whole URL.
+fn asks_a_proxy(read: &[u8]) -> bool {
+    let mut words = read.trim_ascii_start().split(|b| *b == b' ');
+    let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let begins = |scheme: &[u8]| target.get(..scheme.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(scheme));
+    method == b"CONNECT" || begins(b"http://") || begins(b"https://")
 }
 
 /// Who spoke first.

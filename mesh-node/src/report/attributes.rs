@@ -34,8 +34,16 @@ pub enum Attribute {
     ConnectionLocal,
     UpstreamAddress,
     UpstreamPort,
+    UpstreamLocalAddress,
+    UpstreamAttempts,
+    UpstreamTransportFailure,
+    ConnectionTermination,
+    ConnectionTlsVersion,
     ClusterName,
     RouteName,
+    ListenerDirection,
+    /// One of Envoy's that nothing is known of here: it has no value, as it often has none there.
+    Nothing,
 }
 
 /// Whose headers.
@@ -45,7 +53,7 @@ pub enum HeadersOf {
     Response,
 }
 
-const ALL: [(&str, &str, Attribute); 31] = [
+const ALL: [(&str, &str, Attribute); 48] = [
     ("request", "path", Attribute::RequestPath),
     ("request", "url_path", Attribute::RequestUrlPath),
     ("request", "query", Attribute::RequestQuery),
@@ -77,6 +85,23 @@ const ALL: [(&str, &str, Attribute); 31] = [
     ("upstream", "port", Attribute::UpstreamPort),
     ("xds", "cluster_name", Attribute::ClusterName),
     ("xds", "route_name", Attribute::RouteName),
+    ("upstream", "local_address", Attribute::UpstreamLocalAddress),
+    ("upstream", "request_attempt_count", Attribute::UpstreamAttempts),
+    ("upstream", "transport_failure_reason", Attribute::UpstreamTransportFailure),
+    ("connection", "termination_details", Attribute::ConnectionTermination),
+    ("connection", "tls_version", Attribute::ConnectionTlsVersion),
+    ("xds", "listener_direction", Attribute::ListenerDirection),
+    ("response", "backend_latency", Attribute::Nothing),
+    ("connection", "id", Attribute::Nothing),
+    ("connection", "transport_failure_reason", Attribute::Nothing),
+    ("connection", "subject_local_certificate", Attribute::Nothing),
+    ("connection", "subject_peer_certificate", Attribute::Nothing),
+    ("connection", "dns_san_local_certificate", Attribute::Nothing),
+    ("connection", "dns_san_peer_certificate", Attribute::Nothing),
+    ("connection", "sha256_peer_certificate_digest", Attribute::Nothing),
+    ("upstream", "tls_version", Attribute::Nothing),
+    ("upstream", "uri_san_peer_certificate", Attribute::Nothing),
+    ("xds", "virtual_host_name", Attribute::Nothing),
 ];
 
 impl Attribute {

@@ -249,6 +249,16 @@ impl Attributes for Entry<'_> {
             Attribute::UpstreamAddress => ip(self.upstream_host),
             Attribute::UpstreamPort => port(self.upstream_host),
             Attribute::ClusterName => shown(self.upstream_cluster.as_ref().map(|c| c as &dyn fmt::Display)),
+            Attribute::UpstreamLocalAddress => ip(self.upstream_local),
+            Attribute::UpstreamAttempts => self.tells_a_request.then_some(Value::Int(self.attempts.into())),
+            Attribute::UpstreamTransportFailure => plain(self.transport_failure),
+            Attribute::ConnectionTermination => plain(self.termination_details),
+            Attribute::ConnectionTlsVersion => plain(self.mutual_tls.then_some("TLSv1.3")),
+            // Envoy's numbers: of connections that were let in, and that were made.
+            Attribute::ListenerDirection => {
+                Some(Value::Int(if matches!(self.upstream_cluster, Some(ClusterName::Inbound(_))) { 1 } else { 2 }))
+            }
+            Attribute::Nothing => None,
             Attribute::RouteName => plain(self.route),
         }
     }

@@ -12,7 +12,7 @@ use super::{
     target::{TargetRef, TargetSpec, targets},
 };
 use crate::{
-    report::{SpanTag, expression::Expression},
+    report::{SpanTag, expression::Expression, format::Template},
     telemetry::traffic::Metric,
 };
 
@@ -128,7 +128,7 @@ struct CustomTag {
     literal: Option<Literal>,
     header: Option<Header>,
     environment: Option<Header>,
-    formatter: Option<serde_json::Value>,
+    formatter: Option<Literal>,
 }
 
 #[derive(Deserialize)]
@@ -262,7 +262,9 @@ fn tracing(spec: TracingSpec, at: &str) -> Result<Tracing, FieldError> {
         if tags.len() > MOST {
             return Err(FieldError::new(at, format!("has {} entries; at most {MOST} are honoured", tags.len())));
         }
-        tags.into_iter().map(|(name, tag)| Ok((Arc::from(&*name), span_tag(tag, &format!("{at}.{name}"))?))).collect::<Result<Vec<_>, _>>()
+        let tags = tags.into_iter().map(|(name, tag)| Ok((Arc::from(&*name), span_tag(tag, &format!("{at}.{name}"))?)));
+        let tags = tags.collect::<Result<Vec<_>, FieldError>>()?;
+        Ok(tags.into_iter().filter_map(|(name, tag)| Some((name, tag?))).collect())
     });
     Ok(Tracing {
         mode: spec.matched.map_or(Mode::default(), |m| m.mode),
@@ -273,25 +275,26 @@ fn tracing(spec: TracingSpec, at: &str) -> Result<Tracing, FieldError> {
     })
 }
 
-fn span_tag(tag: CustomTag, at: &str) -> Result<SpanTag, FieldError> {
+/// None of one that never has a value.
+fn span_tag(tag: CustomTag, at: &str) -> Result<Option<SpanTag>, FieldError> {
     match tag {
         CustomTag { literal: Some(literal), header: None, environment: None, formatter: None } => {
-            Ok(SpanTag::Literal(literal.value.into()))
+            Ok(Some(SpanTag::Literal(literal.value.into())))
         }
         CustomTag { literal: None, header: Some(header), environment: None, formatter: None } => {
             let name: HeaderName = header_name(&header.name, &format!("{at}.header.name"))?;
-            Ok(SpanTag::Header(name, header.default_value.map(Into::into)))
+            Ok(Some(SpanTag::Header(name, header.default_value.map(Into::into))))
         }
         // The node's proxy has no environment of each workload: there the default counts, as with Envoy.
         CustomTag { literal: None, header: None, environment: Some(environment), formatter: None } => {
-            let default = environment.default_value.filter(|default| !default.is_empty()).ok_or_else(|| {
-                let problem =
-                    "is not honoured without a defaultValue: the node's proxy has no environment of each workload; use literal or header";
-                FieldError::new(format!("{at}.environment"), problem)
-            })?;
-            Ok(SpanTag::Literal(default.into()))
+            Ok(environment.default_value.filter(|default| !default.is_empty()).map(|default| SpanTag::Literal(default.into())))
         }
-        _ => Err(FieldError::new(at, "is not one of literal and header; set exactly one of them")),
+        CustomTag { literal: None, header: None, environment: None, formatter: Some(formatter) } => {
+            let at = format!("{at}.formatter.value");
+            let template = Template::parse(&formatter.value).map_err(|e| FieldError::new(at, format!("{:?} {e}", formatter.value)))?;
+            Ok(Some(SpanTag::Told(template)))
+        }
+        _ => Err(FieldError::new(at, "is not one of literal, header, environment and formatter; set exactly one of them")),
     }
 }
 
@@ -383,7 +386,8 @@ mod tests {
             "selector": {"matchLabels": {"app": "a"}},
             "tracing": [{"providers": [{"name": "otel"}], "randomSamplingPercentage": 12.5, "customTags": {
                 "a": {"literal": {"value": "x"}}, "b": {"header": {"name": "X-B", "defaultValue": "none"}},
-                "c": {"environment": {"name": "X", "defaultValue": "y"}}}}],
+                "c": {"environment": {"name": "X", "defaultValue": "y"}}, "d": {"environment": {"name": "X"}},
+                "e": {"formatter": {"value": "%REQ(x-e)%"}}}}],
             "metrics": [{"providers": [{"name": "prometheus"}], "overrides": [
                 {"match": {"metric": "REQUEST_COUNT", "mode": "SERVER"}, "tagOverrides": {
                     "response_code": {"operation": "REMOVE"}, "host": {"value": "request.host"}}},
@@ -393,7 +397,11 @@ mod tests {
                 "filter": {"expression": "response.code >= 400"}}],
         }));
         let read = read.expect("valid");
-        assert_eq!((read.tracing[0].sampling, read.tracing[0].tags.as_ref().map(Vec::len)), (Some(125_000), Some(3)));
+        assert_eq!(
+            (read.tracing[0].sampling, read.tracing[0].tags.as_ref().map(Vec::len)),
+            (Some(125_000), Some(4)),
+            "one without a value is none"
+        );
         let overrides = &read.metrics[0].overrides;
         assert_eq!(overrides[0].metric, Some(Metric::RequestCount));
         assert_eq!((overrides[0].mode, overrides[0].tags.len()), (Mode::Server, 2));
@@ -412,7 +420,8 @@ mod tests {
             (json!({"accessLogging": [{"filter": {"expression": "response.code ="}}]}), "spec.accessLogging[0].filter.expression"),
             (json!({"accessLogging": [{"providers": [{}]}]}), "spec.accessLogging[0].providers[0].name"),
             (json!({"tracing": [{"randomSamplingPercentage": 101}]}), "spec.tracing[0].randomSamplingPercentage"),
-            (json!({"tracing": [{"customTags": {"a": {"environment": {"name": "X"}}}}]}), "customTags.a.environment"),
+            (json!({"tracing": [{"customTags": {"a": {}}}]}), "customTags.a: is not one of literal, header, environment and formatter"),
+            (json!({"tracing": [{"customTags": {"a": {"formatter": {"value": "%FOO%"}}}}]}), "customTags.a.formatter.value"),
             (json!({"tracing": [{"foo": 1}]}), "unknown field `foo`"),
             (json!({"selector": {"matchLabels": {"a": "b"}}, "targetRefs": [{"kind": "Service", "name": "x"}]}), "spec.targetRefs"),
         ] {

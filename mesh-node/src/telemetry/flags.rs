@@ -22,6 +22,7 @@ pub enum Flag {
     DelayInjected,
     FaultInjected,
     UnauthorizedExternally,
+    DurationTimeout,
 }
 
 impl Flag {
@@ -42,6 +43,7 @@ impl Flag {
             Self::DelayInjected => "DI",
             Self::FaultInjected => "FI",
             Self::UnauthorizedExternally => "UAEX",
+            Self::DurationTimeout => "DT",
         }
     }
 }
@@ -64,6 +66,7 @@ impl Flag {
             Self::DelayInjected => "DelayInjected",
             Self::FaultInjected => "FaultInjected",
             Self::UnauthorizedExternally => "UnauthorizedExternalService",
+            Self::DurationTimeout => "DurationTimeout",
         }
     }
 
@@ -83,6 +86,7 @@ impl Flag {
             Self::DownstreamDisconnect => 0x4000,
             Self::RetriesExhausted => 0x8000,
             Self::DownstreamProtocolError => 0x4_0000,
+            Self::DurationTimeout => 0x40_0000,
             Self::UpstreamProtocolError => 0x80_0000,
             Self::NoCluster => 0x100_0000,
         }
@@ -118,6 +122,10 @@ impl Flags {
             [Some(one), None, ..] => Cow::Borrowed(one.long()),
             all => Cow::Owned(all.iter().flatten().map(|f| f.long()).collect::<Vec<_>>().join(",")),
         }
+    }
+
+    pub fn is_empty(self) -> bool {
+        self.0.iter().all(Option::is_none)
     }
 
     pub fn raise(&mut self, flag: Flag) {

@@ -125,6 +125,7 @@ impl Lines {
         let counter = |result| self.lines.get_or_create(&ResultLabels { result }).clone();
         let writer = Writer {
             target: Target::of(path),
+            path: path.clone(),
             queue: queue.clone(),
             written: counter("written"),
             failed: counter("failed"),
@@ -230,6 +231,7 @@ fn pieces(mut batch: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 struct Writer {
     target: Target,
+    path: Arc<str>,
     queue: Arc<Queue>,
     written: Counter,
     failed: Counter,
@@ -285,7 +287,7 @@ impl Writer {
             Err(error) => {
                 self.failed.inc_by(lines);
                 if !self.told {
-                    complain(&format!("a log cannot be written: {error}"));
+                    complain(&format!("no log is written to {}: {error}", self.path));
                     self.told = true;
                 }
                 if let Target::File { open, .. } = &mut self.target {

@@ -70,7 +70,7 @@ fn connections_are_told_of_by_what_was_dialled() {
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1).label("app", "server")]).expect("pods");
     let log = tempfile::Builder::new().prefix("access").suffix(".log").tempfile().expect("a file");
     let mesh = format!(
-        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {}, logFormat: {{labels: {{local: '%DOWNSTREAM_LOCAL_ADDRESS%', host: '%UPSTREAM_HOST%', cluster: '%UPSTREAM_CLUSTER%', peer: '%DOWNSTREAM_PEER_URI_SAN%', code: '%RESPONSE_CODE%'}}}}}}\n---\napiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: mesh, namespace: istio-system}}\nspec: {{accessLogging: [{{providers: [{{name: file}}]}}]}}\n",
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {}, logFormat: {{labels: {{local: '%DOWNSTREAM_LOCAL_ADDRESS%', host: '%UPSTREAM_HOST%', cluster: '%UPSTREAM_CLUSTER%', peer: '%DOWNSTREAM_PEER_URI_SAN%', code: '%RESPONSE_CODE%', flags: '%RESPONSE_FLAGS%', ended: '%CONNECTION_TERMINATION_DETAILS%', unconnected: '%UPSTREAM_TRANSPORT_FAILURE_REASON%'}}}}}}\n---\napiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: mesh, namespace: istio-system}}\nspec: {{accessLogging: [{{providers: [{{name: file}}]}}]}}\n",
         log.path().display()
     );
     bed.apply("mesh", &mesh).expect("applied");
@@ -94,8 +94,36 @@ fn connections_are_told_of_by_what_was_dialled() {
     assert_eq!((&inbound["local"], &inbound["host"], &inbound["peer"]), (&host, &host, &peer));
     let nowhere = told("outbound|91||empty.default.svc.cluster.local");
     assert_eq!((&nowhere["local"], &nowhere["host"]), (&vip("empty", 91).into(), &Value::Null));
+    let why = |line: &Value| ["flags", "ended", "unconnected"].map(|field| line[field].as_str().unwrap_or("-").to_owned());
+    assert_eq!((why(&outbound), why(&nowhere)), (["-", "-", "-"].map(str::to_owned), ["UH", "-", "-"].map(str::to_owned)));
     let failed = ["destination_service_name=\"empty\"", "response_flags=\"CONNECT\""];
     assert_eq!(bed.nodes()[0].metric("istio_tcp_connections_failed_total", &failed).unwrap_or(0.0), 1.0);
+    // A port nobody listens on, and one that policy denies: at both ends.
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny, namespace: default}\nspec: {selector: {matchLabels: {app: server}}, action: DENY, rules: [{to: [{operation: {ports: ['8081']}}]}]}\n";
+    bed.apply("deny", deny).expect("applied");
+    bed.settle().expect("settled");
+    for (port, inbound, outbound) in [
+        (
+            7,
+            ["UF,URX", "-", "delayed_connect_error:_Connection_refused"],
+            ["UF,URX", "-", "no_tunnel:_the_peer_refused_the_request_with_503_Service_Unavailable"],
+        ),
+        (
+            8081,
+            ["-", "rbac_access_denied_matched_policy[ns[default]-policy[deny]-rule[0]]", "-"],
+            ["UF,URX", "-", "no_tunnel:_the_peer_refused_the_request_with_401_Unauthorized"],
+        ),
+    ] {
+        assert!(bed.probe(&client, &["ask", &server.address(port), "ping"]).expect("a report")["answer"].is_null());
+        let of = |end: &str| {
+            lines().into_iter().find(|l| l["host"] == server.address(port) && (l["cluster"] == "PassthroughCluster") == (end == "outbound"))
+        };
+        wait_for("both lines", Duration::from_secs(5), || Ok(of("inbound").is_some() && of("outbound").is_some()))
+            .unwrap_or_else(|_| panic!("{:#?}", lines()));
+        let [at, from] = ["inbound", "outbound"].map(|end| why(&of(end).expect("a line")));
+        assert_eq!((at, from), (inbound.map(str::to_owned), outbound.map(str::to_owned)), "port {port}");
+    }
+    let before = lines().len();
     // A client without a certificate that speaks HTTP is answered, and told of once.
     let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
     bed.apply("strict", strict).expect("applied");
@@ -103,9 +131,9 @@ fn connections_are_told_of_by_what_was_dialled() {
     let script = "import http.client, sys\nc = http.client.HTTPConnection(sys.argv[1], 9999, timeout=5)\nc.request('GET', '/')\nprint(c.getresponse().status)\n";
     let asked = bed.nodes()[0].run(std::path::Path::new("/usr/bin/python3"), &["-c", script, &server.v4().to_string()]).expect("python");
     assert_eq!(String::from_utf8_lossy(&asked.stdout).trim(), "403", "{asked:?}");
-    wait_for("one more line", Duration::from_secs(5), || Ok(lines().len() > 3)).expect("a line");
+    wait_for("one more line", Duration::from_secs(5), || Ok(lines().len() > before)).expect("a line");
     std::thread::sleep(Duration::from_millis(300));
-    assert_eq!((lines().len(), &lines()[3]["code"]), (4, &Value::from(403)), "{:#?}", lines());
+    assert_eq!((lines().len(), &lines()[before]["code"]), (before + 1, &Value::from(403)), "{:#?}", lines());
 }
 
 #[test]

@@ -203,10 +203,11 @@ impl<'a> Policies<'a> {
             extra.dedup();
             all_ports.insert(port, self.governing(extra));
         }
-        let opaque = |a: &&Attached<'_>| *a.service.namespace == *namespace && matches!(a.protocol, Protocol::Tcp | Protocol::Tls);
-        for a in attached.iter().filter(opaque) {
+        // Where services disagree it is found out.
+        let opaque = protocols(attached, namespace).into_iter().filter(|(_, protocol)| matches!(protocol, Protocol::Tcp | Protocol::Tls));
+        for (port, _) in opaque {
             for i in &base {
-                self.all[*i].opaque.entry(a.port).or_insert_with(|| name.clone());
+                self.all[*i].opaque.entry(port).or_insert_with(|| name.clone());
             }
         }
         WorkloadPolicy { mtls, everywhere: self.governing(base), ports: all_ports }
@@ -340,7 +341,11 @@ pub(super) fn attachments<'a>(builder: &Builder<'a>) -> Attachments<'a> {
 
 /// What services make of the ports of a pod of a namespace.
 pub(super) fn ports(attached: &[Attached<'_>], namespace: &str) -> Ports {
-    Ports { protocols: protocols(attached, namespace), services: services(attached, namespace), shared: shared(attached, namespace) }
+    let protocols = protocols(attached, namespace);
+    let says_http = |a: &&Attached<'_>| *a.service.namespace == *namespace && a.protocol.is_http();
+    let perhaps_http = attached.iter().filter(says_http).map(|a| a.port).filter(|port| !protocols.get(port).is_some_and(|p| p.is_http()));
+    let perhaps_http = perhaps_http.collect();
+    Ports { protocols, perhaps_http, services: services(attached, namespace), shared: shared(attached, namespace) }
 }
 
 /// What the ports of a pod carry, as the services of its own namespace that lead to them declare: anybody can make a service

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     hbone::TunnelError,
-    proxy::Failure,
+    proxy::{Failure, failure::io_words},
     route::{
         request::RequestHead,
         retry::{Reset, RetryPolicy, default_policy},
@@ -488,10 +488,4 @@ impl From<NoUpstream> for Attempt {
             }
         }
     }
-}
-
-/// What the system says of an error, without its number.
-fn io_words(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or(&text).to_owned()
 }
