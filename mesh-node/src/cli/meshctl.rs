@@ -5,6 +5,7 @@ mod client;
 mod follow;
 mod names;
 mod questions;
+mod samples;
 mod table;
 mod top;
 mod views;
@@ -173,7 +174,7 @@ enum What {
     },
     /// The configuration as ztunnel has it, for `istioctl ztunnel-config`.
     ConfigDump,
-    /// All metrics, in Prometheus' text.
+    /// All metrics, in Prometheus' text unless asked for otherwise.
     Metrics,
     /// Completion for a shell.
     Completion { shell: clap_complete::Shell },
@@ -260,7 +261,8 @@ impl Meshctl {
                 Ok(ExitCode::SUCCESS)
             }
             What::Metrics => {
-                say(&admin.get("/metrics")?);
+                let text = admin.get("/metrics")?;
+                self.print(&samples::of(&text), |_| text.clone());
                 Ok(ExitCode::SUCCESS)
             }
             What::Completion { shell } => {

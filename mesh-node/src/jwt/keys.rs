@@ -111,7 +111,7 @@ pub struct Keys(Vec<Key>);
 pub enum KeysError {
     #[error("is not a JSON Web Key Set: {0}")]
     Json(String),
-    #[error("has no RSA, EC (P-256, P-384, P-521) or Ed25519 public key for signatures")]
+    #[error("has no RSA (of 2048 bits or more), EC (P-256, P-384, P-521) or Ed25519 public key for signatures")]
     Empty,
 }
 
@@ -123,7 +123,7 @@ struct Document {
 #[derive(Deserialize)]
 struct Jwk {
     kty: String,
-    kid: Option<String>,
+    kid: Option<KeyId>,
     alg: Option<String>,
     r#use: Option<String>,
     crv: Option<String>,
@@ -131,6 +131,23 @@ struct Jwk {
     e: Option<String>,
     x: Option<String>,
     y: Option<String>,
+}
+
+/// An id: some write a number.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum KeyId {
+    Text(String),
+    Number(serde_json::Number),
+}
+
+impl KeyId {
+    fn text(self) -> String {
+        match self {
+            Self::Text(text) => text,
+            Self::Number(number) => number.to_string(),
+        }
+    }
 }
 
 impl Keys {
@@ -196,16 +213,22 @@ impl Material {
     }
 }
 
+/// An RSA key, if it is long enough to sign anything with (RFC 7518 section 3.3). Leading zeros are no part of a number (section
+/// 6.3.1.1), and some write them.
+fn rsa(n: &[u8], e: &[u8]) -> Option<Material> {
+    const SHORTEST: usize = 2048 / 8;
+    let number = |bytes: &[u8]| bytes.iter().copied().skip_while(|b| *b == 0).collect::<Vec<_>>();
+    let (n, e) = (number(n), number(e));
+    (n.len() >= SHORTEST).then_some(Material::Rsa { n, e })
+}
+
 /// The key of a certificate; nothing else of that counts, not even its end.
 fn certified(id: String, pem: &str) -> Option<Key> {
     let (_, pem) = parse_x509_pem(pem.as_bytes()).ok()?;
     let certificate = pem.parse_x509().ok()?;
     let key = certificate.public_key();
     let material = match key.parsed().ok()? {
-        PublicKey::RSA(rsa) => {
-            let number = |bytes: &[u8]| bytes.iter().copied().skip_while(|b| *b == 0).collect();
-            Material::Rsa { n: number(rsa.modulus), e: number(rsa.exponent) }
-        }
+        PublicKey::RSA(key) => rsa(key.modulus, key.exponent)?,
         PublicKey::EC(point) => {
             let curve = match point.key_size() {
                 256 => Curve::P256,
@@ -226,11 +249,7 @@ fn key(jwk: Jwk) -> Option<Key> {
     }
     let decode = |text: &Option<String>| URL_SAFE_NO_PAD.decode(text.as_ref()?.trim_end_matches('=')).ok();
     let material = match (jwk.kty.as_str(), jwk.crv.as_deref()) {
-        ("RSA", _) => {
-            // Leading zeros are no part of a number (RFC 7518 section 6.3.1.1), and some write them.
-            let number = |text: &Option<String>| decode(text).map(|b| b.iter().copied().skip_while(|b| *b == 0).collect::<Vec<_>>());
-            Material::Rsa { n: number(&jwk.n)?, e: number(&jwk.e)? }
-        }
+        ("RSA", _) => rsa(&decode(&jwk.n)?, &decode(&jwk.e)?)?,
         ("EC", Some(curve)) => {
             let (curve, size) = match curve {
                 "P-256" => (Curve::P256, 32),
@@ -251,5 +270,5 @@ fn key(jwk: Jwk) -> Option<Key> {
         }
         _ => return None,
     };
-    Some(Key { id: jwk.kid.filter(|k| !k.is_empty()), algorithm: jwk.alg.filter(|a| !a.is_empty()), material })
+    Some(Key { id: jwk.kid.map(KeyId::text).filter(|k| !k.is_empty()), algorithm: jwk.alg.filter(|a| !a.is_empty()), material })
 }

@@ -231,6 +231,8 @@ fn a_set_is_as_good_as_its_usable_keys() {
     for broken in [
         json!({"kty": "oct", "k": "AAAA"}),
         json!({"kty": "RSA", "n": "!!", "e": "AQAB"}),
+        // Too short to be of use.
+        json!({"kty": "RSA", "n": b64([0xff; 128]), "e": "AQAB"}),
         json!({"kty": "EC", "crv": "P-256", "x": "AA"}),
         json!({"kty": "OKP", "crv": "X25519", "x": "AA"}),
         json!({"kty": 1}),
@@ -240,6 +242,9 @@ fn a_set_is_as_good_as_its_usable_keys() {
         assert_eq!(Keys::parse(&json!({"keys": [broken]}).to_string()), Err(KeysError::Empty), "{broken}");
     }
     assert!(matches!(Keys::parse("{}"), Err(KeysError::Json(_))));
+    let mut numbered = good.clone();
+    numbered["kid"] = json!(7);
+    assert!(key_set(&[numbered]).has_key(Some("7")));
 }
 
 #[test]

@@ -125,6 +125,7 @@ fn redirects() -> Vec<Of> {
         of("authority", json!({"authority": "other.example"}), json!({"host_redirect": "other.example"})),
         of("scheme", json!({"scheme": "https"}), json!({"scheme_redirect": "https"})),
         of("port", json!({"port": 8443}), json!({"port_redirect": 8443})),
+        of("default-port", json!({"scheme": "https", "derivePort": "FROM_PROTOCOL_DEFAULT"}), json!({"scheme_redirect": "https"})),
         of("scheme-and-port", json!({"scheme": "https", "port": 8443}), json!({"scheme_redirect": "https", "port_redirect": 8443})),
         of("code-302", json!({"uri": "/n", "redirectCode": 302}), json!({"path_redirect": "/n", "response_code": "FOUND"})),
         of("code-303", json!({"uri": "/n", "redirectCode": 303}), json!({"path_redirect": "/n", "response_code": "SEE_OTHER"})),

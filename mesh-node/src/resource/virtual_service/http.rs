@@ -269,12 +269,12 @@ fn redirect_action(document: &doc::Redirect, at: &str) -> Result<Redirect> {
         (Some(_), Some(_)) => return Err(FieldError::new(at, "has port and derivePort; keep one")),
         (Some(number), None) => RedirectPort::Port(port(number, &format!("{at}.port"))?),
         (None, Some("FROM_REQUEST_PORT")) => RedirectPort::FromRequest,
-        (None, Some("FROM_PROTOCOL_DEFAULT")) => RedirectPort::FromScheme,
+        // Which is what Envoy does of its own accord, as Istio sets it up.
+        (None, None | Some("FROM_PROTOCOL_DEFAULT")) => RedirectPort::Keep,
         (None, Some(other)) => {
             let problem = format!("{other:?} is not one of FROM_PROTOCOL_DEFAULT, FROM_REQUEST_PORT");
             return Err(FieldError::new(format!("{at}.derivePort"), problem));
         }
-        (None, None) => RedirectPort::Keep,
     };
     let scheme = document.scheme.as_deref().filter(|s| !s.is_empty());
     if scheme.is_some_and(|s| s != "http" && s != "https") {
