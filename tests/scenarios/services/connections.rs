@@ -61,6 +61,15 @@ async fn tcp_and_tls_connections_are_routed_too() {
     assert_eq!(say(&engine, vip(6), b"GET key\r\n").await, "b");
     assert_eq!(get(&engine, vip(6), "/x", "").await, "c");
     assert_eq!(say(&engine, vip(6), &client_hello("c.example")).await, "b", "rules for TLS are for ports that are declared to carry it");
+    // What a proxy is asked for is not this one's business: it goes where what is no HTTP goes.
+    for asked in [
+        "CONNECT far.example:80 HTTP/1.1\r\nhost: far.example:80\r\n\r\n",
+        "GET http://far.example/x HTTP/1.1\r\nhost: far.example\r\n\r\n",
+    ] {
+        let answer = say(&engine, vip(6), asked.as_bytes()).await;
+        let line = asked.lines().next().expect("a line");
+        assert!(answer.ends_with(&format!("\r\n\r\nb {line}")), "{asked}: {answer}");
+    }
     // Who has named a server has it told.
     let named = |name: &str| lines_of(&path).iter().filter(|line| line["sni"] == *name && line["tells"] == *name).count();
     for name in ["b.example", "x.wild.example", "other.example", "c.example"] {
