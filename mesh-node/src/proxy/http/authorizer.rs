@@ -314,41 +314,49 @@ async fn ask_http(
     let mut body = Collected::up_to(MAX_ANSWER);
     let http2 = cluster.protocol.is_http2();
     let answered = Box::pin(call(gate, cluster, http2).run(&question, &mut sent, framing, &mut body)).await?;
-    let Answered { status, mut headers } = answered;
     // Envoy takes a server's own failure for one to answer.
-    if body.over || status.is_server_error() {
+    if body.over || answered.status.is_server_error() {
         return None;
     }
-    if status == StatusCode::OK {
-        let names = headers.keys().filter(|n| any(&check.to_upstream, n) && is_end_to_end(n)).cloned().collect::<Vec<_>>();
-        for name in names {
-            // Of several the last, as with Envoy.
-            if let Some(value) = headers.get_all(&name).iter().next_back() {
-                head.headers.insert(name, value.clone());
-            }
+    Some(Told::Decided(if answered.status == StatusCode::OK {
+        allowed_over_http(check, &answered.headers, head)
+    } else {
+        denied_over_http(check, answered, body.data.into(), head.is_grpc())
+    }))
+}
+
+/// Changes a request as the answer that lets it pass says.
+fn allowed_over_http(check: &HttpCheck, headers: &HeaderMap, head: &mut RequestHead) -> Answer {
+    let names = headers.keys().filter(|n| any(&check.to_upstream, n) && is_end_to_end(n));
+    for name in names {
+        // Of several the last, as with Envoy.
+        if let Some(value) = headers.get_all(name).iter().next_back() {
+            head.headers.insert(name.clone(), value.clone());
         }
-        // The last thing that is done, as with Envoy.
-        let gone = headers.get_all(TO_REMOVE).iter().filter_map(|names| names.to_str().ok()).flat_map(|names| names.split(','));
-        changes::remove(&mut head.headers, gone);
-        let mut to_client = ToClient::default();
-        for (name, value) in headers.iter().filter(|(n, _)| any(&check.to_downstream_on_allow, n) && is_end_to_end(n)) {
-            to_client.push(name.clone(), value.clone(), How::Append);
-        }
-        return Some(Told::Decided(Answer::Allowed { to_client }));
     }
+    // The last thing that is done, as with Envoy.
+    let gone = headers.get_all(TO_REMOVE).iter().filter_map(|names| names.to_str().ok()).flat_map(|names| names.split(','));
+    changes::remove(&mut head.headers, gone);
+    let mut to_client = ToClient::default();
+    for (name, value) in headers.iter().filter(|(n, _)| any(&check.to_downstream_on_allow, n) && is_end_to_end(n)) {
+        to_client.push(name.clone(), value.clone(), How::Append);
+    }
+    Answer::Allowed { to_client }
+}
+
+/// What the client of a request is told that the answer does not let pass; in gRPC if it speaks that.
+fn denied_over_http(check: &HttpCheck, Answered { status, mut headers }: Answered, body: Bytes, grpc: bool) -> Answer {
     let always = [header::WWW_AUTHENTICATE, header::LOCATION];
     let gone =
         headers.keys().filter(|n| !check.to_downstream_on_deny.is_empty() && !always.contains(n) && !any(&check.to_downstream_on_deny, n));
     let gone = gone.cloned().chain([header::CONTENT_LENGTH, header::TRANSFER_ENCODING]).collect::<Vec<_>>();
     gone.iter().for_each(|n| drop(headers.remove(n)));
-    if body.data.is_empty() {
+    if body.is_empty() {
         headers.remove(header::CONTENT_TYPE);
     }
-    let mut reply = Reply::new(status, String::from_utf8_lossy(&body.data).into_owned());
-    reply.headers = headers;
-    // A gRPC client is told in gRPC.
-    reply.verbatim = (!head.is_grpc()).then(|| body.data.into());
-    Some(Told::Decided(Answer::Denied(refusal(reply, DENIED.to_owned()))))
+    let reply = Reply { headers, ..Reply::new(status, String::from_utf8_lossy(&body).into_owned()) };
+    let reply = Reply { verbatim: (!grpc).then_some(body), ..reply };
+    Answer::Denied(refusal(reply, DENIED.to_owned()))
 }
 
 impl Shown {

@@ -1,11 +1,15 @@
 //! One request from its head to the end of its response, in the order things happen (that of Istio's filters): route, fault, CORS, redirect or
 //! direct response, pick a cluster, rewrite, mirror, then attempts until one is answered.
 
+mod cors;
+
 use std::{borrow::Cow, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use tokio::time::{Instant, sleep};
 
+pub(super) use self::cors::CorsAnswer;
+use self::cors::Preflight;
 use super::{
     Downstream,
     attempt::{Deadlines, TimeUp},
@@ -28,7 +32,7 @@ use crate::{
         request::{RequestHead, renormalised},
         retry::Reset,
         rewrite,
-        rule::{Abort, Action, Cors, DirectResponse, Redirect, Rule, Tell, Weighted, pick_weighted},
+        rule::{Abort, Action, DirectResponse, Redirect, Rule, Tell, Weighted, pick_weighted},
         table::ResolvedRule,
     },
 };
@@ -86,16 +90,8 @@ impl<'s> Forward<'s> {
             record.tell(template, self.asked.as_deref().map(Described::asked), Some((status, headers)))
         };
         respond_as(headers, self.rule, self.destination, &tell);
-        cors_headers(headers, self.cors.as_ref());
+        cors::tell(headers, self.cors.as_ref());
     }
-}
-
-/// What CORS adds to a response.
-#[derive(Debug, Clone)]
-pub(super) struct CorsAnswer {
-    origin: HeaderValue,
-    credentials: bool,
-    expose: Option<HeaderValue>,
 }
 
 impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
@@ -147,7 +143,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             Action::Respond(response) => self.respond(rule, response, &head).await,
             Action::Forward(_) => {
                 // Of what is answered here Envoy takes no notice of CORS.
-                let cors = match rule.cors.as_ref().map(|cors| Self::cors(cors, &head)) {
+                let cors = match rule.cors.as_ref().map(|cors| cors::judge(cors, &head)) {
                     Some(Preflight::Answer(headers)) => return self.preflight(headers).await,
                     Some(Preflight::Pass(answer)) => answer,
                     None => None,
@@ -257,7 +253,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                 record.tell(template, asked.as_deref().map(Described::asked), Some((None, headers)))
             };
             respond_as(headers, rule, destination, &tell);
-            cors_headers(headers, cors);
+            cors::tell(headers, cors);
         };
         self.reply(reply, change).await
     }
@@ -319,48 +315,6 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         // What goes nowhere has no say in it, as with Envoy.
         let rule = Some(rule).filter(|rule| matches!(rule.action, Action::Forward(_)));
         Some(self.reply_as(reply, head, (rule, destination), None).await)
-    }
-
-    fn cors(cors: &Cors, head: &RequestHead) -> Preflight {
-        let Some(origin) = head.headers.get(header::ORIGIN) else { return Preflight::Pass(None) };
-        let preflight = head.method == Method::OPTIONS && head.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
-        let allowed = cors.allows(origin.as_bytes());
-        if !preflight {
-            let answer = CorsAnswer { origin: origin.clone(), credentials: cors.credentials, expose: cors.expose.clone() };
-            return Preflight::Pass(allowed.then_some(answer));
-        }
-        if !allowed {
-            return if cors.forward_unmatched { Preflight::Pass(None) } else { Preflight::Answer(HeaderMap::new()) };
-        }
-        let mut headers = HeaderMap::new();
-        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
-        if cors.credentials {
-            headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
-        }
-        for (name, value) in [
-            (header::ACCESS_CONTROL_ALLOW_METHODS, &cors.methods),
-            (header::ACCESS_CONTROL_ALLOW_HEADERS, &cors.headers),
-            (header::ACCESS_CONTROL_MAX_AGE, &cors.max_age),
-            (header::ACCESS_CONTROL_EXPOSE_HEADERS, &cors.expose),
-        ] {
-            // What is asked for, where that may be anything: with credentials, browsers take `*` for a name.
-            let asked = match name {
-                header::ACCESS_CONTROL_ALLOW_METHODS => Some(header::ACCESS_CONTROL_REQUEST_METHOD),
-                header::ACCESS_CONTROL_ALLOW_HEADERS => Some(header::ACCESS_CONTROL_REQUEST_HEADERS),
-                _ => None,
-            };
-            let value = match (value, asked) {
-                // Also when nothing is.
-                (Some(any), Some(asked)) if any == "*" => {
-                    Some(head.headers.get(asked).cloned().unwrap_or_else(|| HeaderValue::from_static("")))
-                }
-                (value, _) => value.clone(),
-            };
-            if let Some(value) = value {
-                headers.insert(name, value);
-            }
-        }
-        Preflight::Answer(headers)
     }
 
     /// The mirrors the dice pick.
@@ -472,11 +426,6 @@ pub(super) fn flag_of(reset: Reset) -> Flag {
     }
 }
 
-enum Preflight {
-    Answer(HeaderMap),
-    Pass(Option<CorsAnswer>),
-}
-
 /// One of the destinations by their weights, and its cluster, if there is one.
 fn pick_destination<'s>(resolved: &ResolvedRule, all: &'s [Weighted]) -> Option<(Option<Arc<Cluster>>, &'s Weighted)> {
     let picked = match all {
@@ -500,15 +449,4 @@ fn respond_as(headers: &mut HeaderMap, rule: Option<&Rule>, destination: Option<
 fn asked_of(head: &RequestHead, rule: &Rule, destination: Option<&Weighted>) -> Option<Box<Described>> {
     let tells = rule.headers.response.tells() || destination.is_some_and(|d| d.headers.response.tells());
     tells.then(|| Box::new(Described::rewritten(head, &Wanted::All)))
-}
-
-fn cors_headers(headers: &mut HeaderMap, cors: Option<&CorsAnswer>) {
-    let Some(cors) = cors else { return };
-    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, cors.origin.clone());
-    if cors.credentials {
-        headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
-    }
-    if let Some(expose) = &cors.expose {
-        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, expose.clone());
-    }
 }

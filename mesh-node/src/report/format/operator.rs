@@ -1,5 +1,6 @@
 //! Envoy's command operators, as far as they mean something here: `%NAME%`, `%NAME(ARGUMENT)%`, `%NAME(ARGUMENT):LENGTH%`.
 
+pub(super) mod grpc;
 mod nothing;
 
 use std::{net::SocketAddr, num::NonZeroU16, time::Duration};
@@ -472,9 +473,9 @@ fn time(entry: &Entry<'_>, format: Option<&TimeFormat>, began: bool, values: &mu
 
 /// A status that has no name is told by its number.
 fn grpc_status(status: u32, in_snake_case: bool, values: &mut impl Values) {
-    match grpc_status_name(status) {
+    match grpc::name_of(status) {
         None => values.plain(|line| plain::push_number(status.into(), line)),
-        Some(name) if in_snake_case => values.text(snake(name).as_bytes()),
+        Some(name) if in_snake_case => values.text(grpc::snake(name).as_bytes()),
         Some(name) => values.text(name.as_bytes()),
     }
 }
@@ -484,44 +485,4 @@ fn header_value(entry: &Entry<'_>, header: Option<&Named>, without_query: bool, 
         header.and_then(|Named { whose, name, other }| entry.header_of(*whose, name).or_else(|| entry.header_of(*whose, other.as_ref()?)));
     let end = |value: &[u8]| value.iter().position(|b| without_query && *b == b'?').unwrap_or(value.len());
     some!(values, found, |value: &[u8]| values.text(&value[..end(value)]));
-}
-
-/// `DeadlineExceeded` as `DEADLINE_EXCEEDED`.
-pub(super) fn snake(camel: &str) -> String {
-    // Spelt in two ways by Envoy too.
-    if camel == "Canceled" {
-        return "CANCELLED".to_owned();
-    }
-    let mut out = String::new();
-    for (i, c) in camel.chars().enumerate() {
-        if c.is_uppercase() && i > 0 && camel != "OK" {
-            out.push('_');
-        }
-        out.push(c.to_ascii_uppercase());
-    }
-    out
-}
-
-/// The gRPC project's names of its status codes.
-fn grpc_status_name(status: u32) -> Option<&'static str> {
-    const NAMES: [&str; 17] = [
-        "OK",
-        "Canceled",
-        "Unknown",
-        "InvalidArgument",
-        "DeadlineExceeded",
-        "NotFound",
-        "AlreadyExists",
-        "PermissionDenied",
-        "ResourceExhausted",
-        "FailedPrecondition",
-        "Aborted",
-        "OutOfRange",
-        "Unimplemented",
-        "Internal",
-        "Unavailable",
-        "DataLoss",
-        "Unauthenticated",
-    ];
-    usize::try_from(status).ok().and_then(|s| NAMES.get(s)).copied()
 }

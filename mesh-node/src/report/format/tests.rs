@@ -13,7 +13,7 @@ use super::{
     },
     *,
 };
-use crate::{id::ObjectName, report::format::operator::snake};
+use crate::{id::ObjectName, report::format::operator::grpc::snake};
 
 fn headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
