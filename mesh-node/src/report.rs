@@ -53,7 +53,12 @@ impl Told {
         let filters = logs.iter().filter_map(|l| l.filter.as_deref());
         filters.chain(values.iter().map(|v| &**v)).for_each(|expression| expression.asks(&mut asks));
         logs.iter().for_each(|l| l.log.format.asks(&mut asks));
-        if traces.is_some() {
+        if let Some(traces) = &traces {
+            for (_, tag) in &traces.tags {
+                if let SpanTag::Told(template) = tag {
+                    asks.join(template.asks());
+                }
+            }
             asks.for_one(HeadersOf::Response, &Header::Named(span::GRPC_MESSAGE.clone()));
         }
         Self { tags: Arc::new(tags), values, logs, traces, asks }

@@ -4,7 +4,7 @@
 use std::{
     net::SocketAddr,
     process::{Child, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{HashMap, Map, MapData};
@@ -208,15 +208,33 @@ fn a_pod_that_leaves_the_mesh_or_is_deleted_loses_them() {
 #[test]
 fn a_connection_between_pods_that_leave_and_come_back_goes_on() {
     let (bed, client, server, services) = scene(&NodeOptions::default());
-    let steady = start(&bed, &client, &["steady", &services[0], "4"]);
+    let (steady, begun) = (start(&bed, &client, &["steady", &services[0], "20"]), Instant::now());
     wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
     for (labels, captured) in [(&[][..], false), (AMBIENT, true)] {
         bed.namespace("default", labels).expect("labelled");
         [&client, &server].iter().for_each(|pod| bed.wait_captured(pod, captured).expect("followed"));
-        std::thread::sleep(Duration::from_millis(300));
     }
+    bed.settle().expect("settled");
+    // It is held to policy again, and has lasted until it was.
+    let lasted = begun.elapsed();
+    policy(&bed, "deny", "{selector: {matchLabels: {app: server}}, action: DENY, rules: [{}]}");
     let report = end(steady);
-    assert!(report.get("error").is_none(), "{report}");
+    let after = report["afterMilliseconds"].as_u64().map(Duration::from_millis);
+    assert!(after.is_some_and(|after| after + Duration::from_millis(300) > lasted), "{lasted:?}: {report}");
+}
+
+/// What left the mesh while no process was there is cut by the next.
+#[test]
+fn a_connection_of_a_pod_that_left_meanwhile_is_cut() {
+    let (mut bed, client, _server, services) = scene(&NodeOptions::default());
+    let steady = start(&bed, &client, &["steady", &services[0], "20"]);
+    wait_for("one open", Duration::from_secs(5), || Ok(connections(&bed).len() == 1)).expect("open");
+    bed.node(0).kill();
+    bed.relabel(&client, "istio.io/dataplane-mode", Some("none")).expect("relabelled");
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    assert!(end(steady)["afterMilliseconds"].is_u64());
+    wait_for("gone", Duration::from_secs(5), || Ok(entries(&bed, "FLOWS") == 0)).expect("gone");
 }
 
 /// The link of a pod that is deleted may go before anything in it could say that it ends.

@@ -321,9 +321,6 @@ impl Reconciler {
     /// `incomplete`: pods may be there that are not among those found.
     fn reconcile(&mut self, found: &Found, incomplete: bool) -> anyhow::Result<()> {
         let snapshot = self.node.proxy.config.load().clone();
-        // One that has no process any more, and that nobody knows, is over; its cgroup goes in time.
-        let is_there = |pod: &LocalPod| pod.alive || snapshot.workload(&pod.uid).is_some();
-        let found = &found.iter().filter(|(_, pod)| is_there(pod)).map(|(uid, pod)| (uid.clone(), pod.clone())).collect::<Found>();
         let mine = snapshot.workloads().filter(|w| w.node == snapshot.mesh.node).cloned().collect::<Vec<_>>();
         let leaves = |uid: &WorkloadUid| snapshot.workload(uid).is_some_and(|w| !w.enrolled);
         for (uid, exists) in self.leaving(found, &leaves) {
@@ -337,12 +334,12 @@ impl Reconciler {
             }
         }
         let mut stay = found.values().filter(|f| !leaves(&f.uid)).map(|f| f.netns_cookie).collect::<HashSet<_>>();
-        let mut there = found.values().map(|f| f.netns_cookie).collect::<HashSet<_>>();
+        let mut there = found.values().map(|f| (f.netns_cookie, Some(f.uid.clone()))).collect::<HashMap<_, _>>();
         if incomplete {
             // None is let go of on no evidence.
-            let unknown = self.node.capture().captured().into_iter().filter(|cookie| !there.contains(cookie)).collect::<Vec<_>>();
+            let unknown = self.node.capture().captured().into_iter().filter(|cookie| !there.contains_key(cookie)).collect::<Vec<_>>();
             stay.extend(&unknown);
-            there.extend(unknown);
+            there.extend(unknown.into_iter().map(|cookie| (cookie, None)));
         }
         // Before anything is announced: what an earlier process left in the table goes with this.
         self.node.direct.serve(&there);

@@ -26,8 +26,6 @@ pub struct LocalPod {
     pub uid: WorkloadUid,
     pub netns: Arc<Netns>,
     pub netns_cookie: u64,
-    /// A process is in it.
-    pub alive: bool,
     /// The process its namespace was found through.
     pid: u32,
 }
@@ -123,17 +121,17 @@ impl Discovery {
                 continue;
             }
             if let Some(known) = known.filter(|k| k.netns.inode() == netns.inode()) {
-                return Ok(Some(LocalPod { alive: true, pid, ..known.clone() }));
+                return Ok(Some(LocalPod { pid, ..known.clone() }));
             }
             first = first.or(Some((pid, netns)));
         }
         let Some((pid, netns)) = first else {
             // Its cgroup may have gone with its last process.
-            let known = known.filter(|_| directory.exists()).map(|known| LocalPod { alive: false, ..known.clone() });
+            let known = known.filter(|_| directory.exists()).cloned();
             return denied.map_or(Ok(known), Err);
         };
         let netns_cookie = netns.cookie()?;
-        Ok(Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, alive: true, pid }))
+        Ok(Some(LocalPod { uid: uid.clone(), netns: Arc::new(netns), netns_cookie, pid }))
     }
 }
 

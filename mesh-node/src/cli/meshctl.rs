@@ -262,7 +262,10 @@ impl Meshctl {
             }
             What::Metrics => {
                 let text = admin.get("/metrics")?;
-                self.print(&samples::of(&text), |_| text.clone());
+                match self.output {
+                    Output::Table => say(&text),
+                    Output::Json | Output::Yaml => self.print(&samples::of(&text), |_| String::new()),
+                }
                 Ok(ExitCode::SUCCESS)
             }
             What::Completion { shell } => {

@@ -1,6 +1,6 @@
 //! The CONNECT request of HBONE, read and written without touching a socket.
 
-use std::{fmt, net::SocketAddr, str::FromStr, sync::Arc};
+use std::{fmt, net::SocketAddr, str::FromStr};
 
 use http::{HeaderMap, HeaderValue, Method, Request, Version};
 
@@ -8,6 +8,8 @@ use crate::id::canonical;
 
 /// The longest `:authority` looked at, bytes: a DNS name, a port and brackets.
 const MAX_AUTHORITY: usize = 264;
+/// The longest `baggage` looked at, bytes: its seven names, each as long as it may be.
+const MAX_BAGGAGE: usize = 2048;
 
 /// What a tunnel leads to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,8 +73,8 @@ pub struct ConnectRequest {
     /// The host that was dialled, as far as the `forwarded` header says it.
     pub host: Option<String>,
     pub traceparent: Option<TraceParent>,
-    /// Who the client says it is, for telemetry.
-    pub introduction: Option<Arc<Introduction>>,
+    /// Who the client says it is, for telemetry: an [`Introduction`] to be read.
+    pub introduction: Option<HeaderValue>,
 }
 
 /// Reads a request that came in on an HBONE connection.
@@ -93,7 +95,7 @@ pub fn parse<B>(request: &Request<B>) -> Result<ConnectRequest, BadRequest> {
         authority,
         host: header("forwarded").and_then(forwarded_host),
         traceparent: header("traceparent").and_then(|v| v.parse().ok()),
-        introduction: header("baggage").and_then(Introduction::read).map(Arc::new),
+        introduction: request.headers().get("baggage").filter(|value| value.len() <= MAX_BAGGAGE).cloned(),
     })
 }
 
@@ -132,11 +134,11 @@ pub struct Introduction {
 
 impl Introduction {
     /// Reads a header of ztunnel's keys; none of one that has none of them. What cannot be a value of a label is left out.
-    fn read(text: &str) -> Option<Self> {
+    pub fn read(header: &HeaderValue) -> Option<Self> {
         /// The longest name of a Kubernetes object.
         const LONGEST: usize = 253;
         let mut read = Self::default();
-        for (key, value) in text.split(',').filter_map(|pair| pair.split_once('=')) {
+        for (key, value) in header.to_str().ok()?.split(',').filter_map(|pair| pair.split_once('=')) {
             let place = match key.trim() {
                 "k8s.cluster.name" => &mut read.cluster,
                 "k8s.namespace.name" => &mut read.namespace,
@@ -271,9 +273,9 @@ mod tests {
         assert_eq!(request.uri().to_string(), "[fd00::1]:8080");
         let read = parse(&request).expect("read");
         let text = |text: &str| Some(text.to_owned());
-        let introduction =
-            Introduction { cluster: text("Kubernetes"), namespace: text("web"), version: text("v1"), ..Introduction::default() };
-        let introduction = Some(Arc::new(introduction));
+        let expected = Introduction { cluster: text("Kubernetes"), namespace: text("web"), version: text("v1"), ..Introduction::default() };
+        assert_eq!(read.introduction.as_ref().and_then(Introduction::read), Some(expected));
+        let introduction = read.introduction.clone();
         assert_eq!(read, ConnectRequest { authority: to, host: forwarded.host, traceparent: Some(trace), introduction });
     }
 
@@ -295,7 +297,9 @@ mod tests {
             request.headers_mut().insert(name, value.parse().expect("value"));
         }
         let read = parse(&request).expect("read");
-        assert_eq!((read.host, read.traceparent, read.introduction), (None, None, None));
+        assert_eq!((read.host, read.traceparent, read.introduction.as_ref().and_then(Introduction::read)), (None, None, None));
+        request.headers_mut().insert("baggage", HeaderValue::try_from("x".repeat(2049)).expect("value"));
+        assert_eq!(parse(&request).expect("read").introduction, None);
     }
 
     #[test]
@@ -307,10 +311,10 @@ mod tests {
             ("k8s.cronjob.name=,service.name=s", None, Some("s")),
             (&*long, None, Some("s")),
         ] {
-            let read = Introduction::read(text).expect(text);
+            let read = Introduction::read(&HeaderValue::try_from(text).expect(text)).expect(text);
             assert_eq!((read.workload.as_deref(), read.service.as_deref()), (workload, service), "{text}");
         }
-        assert_eq!(Introduction::read("other=x,k8s.pod.name"), None);
+        assert_eq!(Introduction::read(&HeaderValue::from_static("other=x,k8s.pod.name")), None);
     }
 
     #[test]

@@ -127,6 +127,7 @@ impl Tunnel {
                 }
             };
             let _ = tokio::time::timeout(UNTIL_ENDED, ended).await;
+            drop(self);
         });
     }
 

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     capture::{self, DirectFlow, FlowEvents, Phase},
     config::Snapshot,
-    id::ObjectName,
+    id::{ObjectName, WorkloadUid},
     route::Workload,
     spawn,
 };
@@ -58,8 +58,8 @@ struct State {
     flows: HashMap<u64, Known>,
     /// When the table last changed, as long as flows that were being dialled then have not been judged.
     unjudged: Option<Instant>,
-    /// Namespaces of pods that are, or may have to be, in the mesh; none before they have been looked for.
-    there: Option<HashSet<u64>>,
+    /// Namespaces of pods that are there, or may be, and whose they are; none before they have been looked for.
+    there: Option<HashMap<u64, Option<WorkloadUid>>>,
     /// Another process sees to them now.
     handed_over: bool,
     /// When this process came: what flows had carried before, another has counted.
@@ -152,8 +152,8 @@ impl Direct {
 
     /// Brings the table in line with the configuration and the pods that are served, and cuts what it denies. To be called when the
     /// latter have changed; costs little when not. Nothing happens to a flow before the first time. `there`: the network
-    /// namespaces of pods that are there, or may be.
-    pub fn serve(&self, there: &HashSet<u64>) {
+    /// namespaces of pods that are there, or may be, and whose they are as far as is known.
+    pub fn serve(&self, there: &HashMap<u64, Option<WorkloadUid>>) {
         let mut state = self.lock();
         if state.there.as_ref() != Some(there) {
             state.there = Some(there.clone());
@@ -406,7 +406,9 @@ impl State {
 impl State {
     /// Why a flow must not go on. Only on evidence: what cannot be found out changes nothing.
     fn verdict(&self, snapshot: &Snapshot, flow: &DirectFlow, ends: Option<&Ends>) -> Option<Cut> {
-        let source = ends.map(|e| &e.source).or_else(|| self.pods.by_cookie.get(&flow.source)).and_then(|p| snapshot.workload(&p.uid));
+        // Of a pod that is not in the mesh, too.
+        let there = || self.there.as_ref()?.get(&flow.source)?.as_ref();
+        let source = ends.map(|e| &e.source.uid).or_else(there).and_then(|uid| snapshot.workload(uid));
         let workload = match ends {
             Some(ends) => snapshot.workload(&ends.destination.uid),
             None => snapshot.workload_by_ip(flow.endpoint.ip()),
@@ -418,7 +420,7 @@ impl State {
             (false, false) => {}
             _ => return Some(Cut::LeftTheMesh),
         }
-        let is_there = |cookie: u64| self.there.as_ref().is_none_or(|there| there.contains(&cookie));
+        let is_there = |cookie: u64| self.there.as_ref().is_none_or(|there| there.contains_key(&cookie));
         if !is_there(flow.source) || ends.and_then(|e| e.destination.cookie()).is_some_and(|cookie| !is_there(cookie)) {
             return Some(Cut::PodGone);
         }

@@ -3,7 +3,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc};
 
-use super::live::Cut;
+use super::{live::Cut, outcome::Direction};
 use crate::{
     hbone::{TunnelError, headers::BadRequest, tunnel},
     id::ObjectName,
@@ -57,6 +57,16 @@ pub enum Failure {
     Broken(#[source] io::Error),
     #[error("{0}")]
     Cut(Cut),
+}
+
+/// How a connection ended, as Envoy's TCP proxy tells it.
+#[derive(Debug, Default)]
+pub struct Ended {
+    pub flags: Flags,
+    /// Why there is no connection to where it goes.
+    pub unconnected: Option<String>,
+    /// Why it was ended here, or not let in.
+    pub closed: Option<String>,
 }
 
 impl Failure {
@@ -129,47 +139,39 @@ impl Failure {
         }
     }
 
-    /// What Envoy's TCP proxy says of it in an access log, of a connection it has made (`outbound`) or let in.
-    pub fn flags(&self, outbound: bool) -> Flags {
-        let mut flags = Flags::default();
-        let all: &[Flag] = match self {
-            Self::NoEndpoint(_) | Self::NotInRegistry(_) => &[Flag::NoHealthyUpstream],
-            Self::NoSuchPort { .. } => &[Flag::NoRoute],
-            Self::Overflow(_) => &[Flag::UpstreamOverflow],
-            Self::Cut(Cut::MaxDuration) => &[Flag::DurationTimeout],
-            _ if self.is_of_the_upstream(outbound) => &[Flag::UpstreamConnectionFailure, Flag::RetriesExhausted],
-            _ => &[],
+    /// How Envoy's TCP proxy tells of it in an access log.
+    pub fn told(&self, direction: Direction) -> Ended {
+        let connecting = |why: String| Ended {
+            flags: Flags::of(&[Flag::UpstreamConnectionFailure, Flag::RetriesExhausted]),
+            unconnected: Some(why),
+            closed: None,
         };
-        all.iter().for_each(|flag| flags.raise(*flag));
-        flags
-    }
-
-    /// Whether there is no connection to where it goes.
-    fn is_of_the_upstream(&self, outbound: bool) -> bool {
-        match self {
-            Self::Dial { .. } | Self::DialPeer { .. } | Self::DialTimeout(_) | Self::Application { .. } | Self::NotServedYet => true,
-            Self::Identity(_) | Self::Tls { .. } | Self::Tunnel(_) => outbound,
-            _ => false,
-        }
-    }
-
-    /// Why there is no connection to where it goes, in Envoy's words where it has some.
-    pub fn transport_failure(&self, outbound: bool) -> Option<String> {
-        match self {
-            Self::Dial { source, .. } | Self::DialPeer { source, .. } | Self::Application { source, .. } => {
-                Some(format!("delayed_connect_error:_{}", io_words(source).replace(' ', "_")))
+        let flagged = |flag: Flag| Ended { flags: Flags::of(&[flag]), ..Ended::default() };
+        let closed = |why: String| Ended { closed: Some(why), ..Ended::default() };
+        let text = || chain(self).replace(' ', "_");
+        match (self, direction) {
+            (Self::Dial { source, .. } | Self::DialPeer { source, .. } | Self::Application { source, .. }, _) => {
+                connecting(format!("delayed_connect_error:_{}", io_words(source).replace(' ', "_")))
             }
-            Self::DialTimeout(_) => Some("connection_timeout".to_owned()),
-            _ => self.is_of_the_upstream(outbound).then(|| chain(self).replace(' ', "_")),
-        }
-    }
-
-    /// Why a connection was ended, or not let in, where that is not for want of one to where it goes.
-    pub fn termination(&self, outbound: bool) -> Option<String> {
-        match self {
-            Self::Denied(denial) => Some(denial.details()),
-            _ if !self.flags(outbound).is_empty() => None,
-            _ => Some(chain(self).replace(' ', "_")),
+            (Self::DialTimeout(_), _) => connecting("connection_timeout".to_owned()),
+            (Self::NotServedYet, _) | (Self::Identity(_) | Self::Tls { .. } | Self::Tunnel(_), Direction::Outbound) => connecting(text()),
+            (Self::NoEndpoint(_) | Self::NotInRegistry(_), _) => flagged(Flag::NoHealthyUpstream),
+            (Self::NoSuchPort { .. }, _) => flagged(Flag::NoRoute),
+            (Self::Overflow(_), _) => flagged(Flag::UpstreamOverflow),
+            (Self::Cut(Cut::MaxDuration), _) => flagged(Flag::DurationTimeout),
+            (Self::Denied(denial), _) => closed(denial.details()),
+            (Self::Identity(_) | Self::Tls { .. } | Self::Tunnel(_), Direction::Inbound)
+            | (
+                Self::LostOriginalDestination
+                | Self::ReservedPort(_)
+                | Self::TooManyConnections
+                | Self::UnknownWorkload
+                | Self::BadRequest(_)
+                | Self::ForeignAuthority(_)
+                | Self::Broken(_)
+                | Self::Cut(Cut::PolicyChanged | Cut::PodGone | Cut::LeftTheMesh | Cut::Shutdown | Cut::Idle | Cut::Revoked),
+                _,
+            ) => closed(text()),
         }
     }
 

@@ -9,14 +9,16 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use ::http::HeaderValue;
+
 use super::{
     Failure, Proxy,
+    failure::Ended,
     live::Cut,
     open::{Open, Path},
     reporting::{self, Ends},
 };
 use crate::{
-    hbone::headers::Introduction,
     id::{ObjectName, SpiffeId},
     io::relay::Traffic,
     report::{
@@ -25,7 +27,7 @@ use crate::{
     },
     route::{ClusterId, Workload},
     telemetry::{
-        Flags, PathLabels, chain,
+        PathLabels, chain,
         traffic::{Edge, Reporter, Tags, TcpKey},
     },
 };
@@ -76,16 +78,6 @@ impl Party {
     }
 }
 
-/// How a connection ended, as Envoy's TCP proxy tells it.
-#[derive(Debug, Default)]
-struct Why {
-    flags: Flags,
-    /// It was ended here, or not let in.
-    ended: Option<String>,
-    /// There is no connection to where it goes.
-    unconnected: Option<String>,
-}
-
 /// A connection from its first to its last moment. Dropped, it is counted and logged; without [`Outcome::fail`] it was good.
 pub struct Outcome {
     proxy: Arc<Proxy>,
@@ -102,7 +94,7 @@ pub struct Outcome {
     /// The service that was dialled, as far as the client says so.
     pub dialled: Option<ObjectName>,
     /// Who the client says it is.
-    pub introduction: Option<Arc<Introduction>>,
+    pub introduction: Option<HeaderValue>,
     pub traffic: Arc<Traffic>,
     /// It goes past the proxy.
     pub direct: bool,
@@ -190,7 +182,7 @@ impl Outcome {
             source: (self.source.workload.as_deref(), self.source.identity.as_ref()),
             destination: (self.destination.workload.as_deref(), self.destination.identity.as_ref().or(meant)),
             service: self.service(),
-            introduction: self.introduction.as_deref(),
+            introduction: self.introduction.as_ref(),
         };
         ends.edge(&self.proxy.metrics, &self.told().map(|t| t.tags.clone()).unwrap_or_default())
     }
@@ -222,7 +214,7 @@ impl Outcome {
 
     fn tags(&self) -> Tags {
         let Some(told) = self.told().filter(|t| !t.values.is_empty()) else { return Tags::default() };
-        told.tags_of(&self.entry(0, 0, &Why::default()))
+        told.tags_of(&self.entry(0, 0, &Ended::default()))
     }
 
     /// Nothing is said of the connection: it goes on, and another process sees to it.
@@ -303,7 +295,7 @@ impl Outcome {
         }
     }
 
-    fn entry<'a>(&'a self, sent: u64, received: u64, why: &'a Why) -> Entry<'a> {
+    fn entry<'a>(&'a self, sent: u64, received: u64, ended: &'a Ended) -> Entry<'a> {
         let duration = self.started.elapsed();
         let outbound = self.direction == Direction::Outbound;
         // Nobody was asked for it, or not there.
@@ -333,16 +325,16 @@ impl Outcome {
             code: 0,
             grpc_status: None,
             grpc_said: false,
-            flags: why.flags.text(),
-            flags_long: why.flags.long(),
+            flags: ended.flags.text(),
+            flags_long: ended.flags.long(),
             answered_after: None,
             attempts: 0,
             upstream_protocol: None,
             tells_a_request: false,
-            flag_bits: why.flags.bits(),
+            flag_bits: ended.flags.bits(),
             details: None,
-            termination_details: why.ended.as_deref(),
-            transport_failure: why.unconnected.as_deref(),
+            termination_details: ended.closed.as_deref(),
+            transport_failure: ended.unconnected.as_deref(),
             bytes_received: sent,
             bytes_sent: received,
             service_time: None,
@@ -362,13 +354,8 @@ impl Outcome {
     }
 
     /// What access logs tell of how it ended.
-    fn why(&self) -> Why {
-        let outbound = self.direction == Direction::Outbound;
-        self.failure.as_ref().map_or_else(Why::default, |failure| Why {
-            flags: failure.flags(outbound),
-            ended: failure.termination(outbound),
-            unconnected: failure.transport_failure(outbound),
-        })
+    fn ended(&self) -> Ended {
+        self.failure.as_ref().map_or_else(Ended::default, |failure| failure.told(self.direction))
     }
 
     /// Writes it to the access logs that want it.
@@ -376,7 +363,7 @@ impl Outcome {
         if let Some(told) = self.told().filter(|t| !t.logs.is_empty())
             && !self.requests.load(Ordering::Relaxed)
         {
-            reporting::log(&self.proxy.metrics.access, &told.logs, &self.entry(sent, received, &self.why()));
+            reporting::log(&self.proxy.metrics.access, &told.logs, &self.entry(sent, received, &self.ended()));
         }
     }
 
@@ -391,9 +378,9 @@ impl Outcome {
             Direction::Inbound => &self.destination,
         };
         let Some(name) = party.workload.as_ref().map(|w| w.name.to_string()).filter(|name| watch.sees(name)) else { return };
-        let why = Why { ended: self.failure.as_ref().map(|f| chain(f)), ..self.why() };
+        let ended = Ended { closed: self.failure.as_ref().map(|f| chain(f)), ..self.ended() };
         let edge = self.opened.as_ref().and_then(|open| open.edge.as_ref()).map(|edge| edge.key());
-        watch.tell(&name, reporting::event(&self.entry(sent, received, &why), self.direction.reporter(), edge));
+        watch.tell(&name, reporting::event(&self.entry(sent, received, &ended), self.direction.reporter(), edge));
     }
 
     fn log(&self, sent: u64, received: u64) {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
+use http::HeaderValue;
 use serde_json::json;
 
 use crate::{
@@ -38,7 +39,7 @@ pub struct Ends<'a> {
     pub destination: (Option<&'a Workload>, Option<&'a SpiffeId>),
     pub service: Option<&'a ObjectName>,
     /// Who the source says it is, where it is no workload that is known.
-    pub introduction: Option<&'a Introduction>,
+    pub introduction: Option<&'a HeaderValue>,
 }
 
 impl Ends<'_> {
@@ -48,17 +49,21 @@ impl Ends<'_> {
             return None;
         }
         let peer = |(workload, identity): (Option<&Workload>, Option<&SpiffeId>)| peer(workload, identity, &metrics.cluster);
-        metrics.traffic.edge(EdgeKey {
+        let key = |source: Peer| EdgeKey {
             reporter: self.reporter,
-            source: match (self.source, self.introduction) {
-                ((None, identity), Some(introduction)) => introduced(introduction, identity),
-                (source, _) => peer(source),
-            },
+            source,
             destination: peer(self.destination),
             service: service_names(self.service),
             mutual_tls: self.source.1.is_some() && self.destination.1.is_some(),
             tags: tags.clone(),
-        })
+        };
+        let introduction = self.introduction.filter(|_| self.source.0.is_none()).and_then(Introduction::read);
+        match introduction {
+            Some(introduction) => {
+                metrics.traffic.edge_of_stranger(key(introduced(&introduction, self.source.1)), || key(peer(self.source)))
+            }
+            None => metrics.traffic.edge(key(peer(self.source))),
+        }
     }
 }
 

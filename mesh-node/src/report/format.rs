@@ -102,6 +102,10 @@ enum Then {
 }
 
 impl Program {
+    fn asks_for_identities(&self) -> bool {
+        self.steps.iter().any(|step| matches!(step.then, Then::Value(operator) if operator.asks_for_identities()))
+    }
+
     fn add(&mut self, text: &str, then: Then) -> Result<(), String> {
         let step = self.step(text, then)?;
         self.steps.push(step);
@@ -214,7 +218,7 @@ impl Format {
         let (Self::Text(program) | Self::Json(program)) = self;
         program.headers.iter().for_each(|header| header.asks(all));
         program.expressions.iter().for_each(|expression| expression.asks(all));
-        all.identities |= program.steps.iter().any(|step| matches!(step.then, Then::Value(operator) if operator.asks_for_identities()));
+        all.identities |= program.asks_for_identities();
     }
 
     /// The line, with its end.
@@ -282,6 +286,7 @@ impl Template {
         parse(text, &mut program)?;
         program.headers.iter().for_each(|header| header.asks(&mut asks));
         program.expressions.iter().for_each(|expression| expression.asks(&mut asks));
+        asks.identities |= program.asks_for_identities();
         Ok(Self { program: Arc::new(program), asks: Arc::new(asks) })
     }
 

@@ -58,6 +58,17 @@ impl Asks {
         *self.of(whose) = Wanted::All;
     }
 
+    /// All that others ask about, too.
+    pub(super) fn join(&mut self, others: &Self) {
+        for (own, theirs) in [(&mut self.request, &others.request), (&mut self.response, &others.response)] {
+            match theirs {
+                Wanted::All => *own = Wanted::All,
+                Wanted::These(names) => names.iter().for_each(|name| own.one_more(name.clone())),
+            }
+        }
+        self.identities |= others.identities;
+    }
+
     fn of(&mut self, whose: HeadersOf) -> &mut Wanted {
         match whose {
             HeadersOf::Request => &mut self.request,

@@ -124,8 +124,11 @@ impl Flags {
         }
     }
 
-    pub fn is_empty(self) -> bool {
-        self.0.iter().all(Option::is_none)
+    /// These, in their order.
+    pub fn of(flags: &[Flag]) -> Self {
+        let mut all = Self::default();
+        flags.iter().for_each(|flag| all.raise(*flag));
+        all
     }
 
     pub fn raise(&mut self, flag: Flag) {

@@ -30,6 +30,8 @@ use super::Flags;
 pub const MOST_SERIES: usize = 200;
 /// Most edges of a node.
 pub const MOST_EDGES: usize = 20_000;
+/// Most of them whose source is told as it says itself: whoever is let in may say anything.
+pub const MOST_STRANGERS: usize = 1000;
 /// How long series stay whose ends are gone, so that they are read once more.
 pub const KEPT: Duration = Duration::from_mins(5);
 
@@ -401,11 +403,15 @@ pub struct Traffic {
     reading: Mutex<()>,
     /// Edges that found no room.
     refused: AtomicUsize,
+    /// Edges whose source is told as it says itself.
+    strangers: AtomicUsize,
 }
 
 #[derive(Debug)]
 struct Kept {
     edge: Arc<Edge>,
+    /// Its source is told as it says itself.
+    stranger: bool,
     /// Since when nobody needs it.
     unused: Option<Instant>,
 }
@@ -413,6 +419,16 @@ struct Kept {
 impl Traffic {
     /// The edge with these labels. To be held by what counts on it. None when there are too many.
     pub fn edge(&self, key: EdgeKey) -> Option<Arc<Edge>> {
+        self.find(key, false)
+    }
+
+    /// The same of one whose source is told as it says itself; as `unknown`, where there are many of those.
+    pub fn edge_of_stranger(&self, key: EdgeKey, unknown: impl FnOnce() -> EdgeKey) -> Option<Arc<Edge>> {
+        let is_there = self.lock().contains_key(&key);
+        if is_there || self.strangers.load(Ordering::Relaxed) < MOST_STRANGERS { self.find(key, true) } else { self.find(unknown(), false) }
+    }
+
+    fn find(&self, key: EdgeKey, stranger: bool) -> Option<Arc<Edge>> {
         let mut edges = self.lock();
         if let Some(kept) = edges.get_mut(&key) {
             kept.unused = None;
@@ -423,7 +439,8 @@ impl Traffic {
             return None;
         }
         let edge = Arc::new(Edge::new(key.clone()));
-        edges.insert(key, Kept { edge: edge.clone(), unused: None });
+        edges.insert(key, Kept { edge: edge.clone(), stranger, unused: None });
+        self.strangers.fetch_add(usize::from(stranger), Ordering::Relaxed);
         Some(edge)
     }
 
@@ -449,7 +466,9 @@ impl Traffic {
                 return true;
             }
             let since = *kept.unused.get_or_insert(now);
-            now.saturating_duration_since(since) < KEPT
+            let stays = now.saturating_duration_since(since) < KEPT;
+            self.strangers.fetch_sub(usize::from(!stays && kept.stranger), Ordering::Relaxed);
+            stays
         });
     }
 

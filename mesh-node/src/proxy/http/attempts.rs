@@ -44,10 +44,16 @@ impl Hashed {
         let plain = |value: Option<&[u8]>| Self { hash: value.map(balance::hash), cookie: None };
         match key {
             HashKey::Header(name) => {
-                let mut values = head.headers.get_all(name).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>();
-                // Of several the order says nothing.
-                values.sort_unstable();
-                plain((!values.is_empty()).then(|| values.concat()).as_deref())
+                let mut all = head.headers.get_all(name).iter().map(HeaderValue::as_bytes);
+                match (all.next(), all.next()) {
+                    (Some(first), Some(second)) => {
+                        let mut values = [first, second].into_iter().chain(all).collect::<Vec<_>>();
+                        // The order says nothing.
+                        values.sort_unstable();
+                        plain(Some(&values.concat()))
+                    }
+                    (only, _) => plain(only),
+                }
             }
             HashKey::Query(name) => plain(head.query().and_then(|q| query_parameter(q, name)).map(str::as_bytes)),
             HashKey::SourceIp => plain(Some(down.client.ip().to_string().as_bytes())),
@@ -124,7 +130,12 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             self.record.place(self.edge(address, &endpoint));
             self.upload.rewind();
             self.deadlines.attempt = None;
-            headers::expect_within(&mut head.headers, self.time_left(), self.grpc);
+            if let Some(left) = self.time_left() {
+                headers::expect_within(&mut head.headers, left);
+                if self.grpc {
+                    headers::expect_within_as_grpc(&mut head.headers, left);
+                }
+            }
             // The first is counted before rules have their say.
             if self.number > 1 {
                 headers::count_attempt(&mut head.headers, self.number);

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     config::Snapshot,
     report::{
-        entry::{Asked, Entry},
+        entry::{Asked, ClusterName, Entry},
         format::Template,
         kept::Kept,
         trace,
@@ -102,7 +102,7 @@ pub async fn ask(
             };
             let answer = async {
                 match &authorizer.check {
-                    Check::Http(check) => ask_http(gate, &cluster, check, (head, protocol), shown).await,
+                    Check::Http(check) => ask_http(gate, snapshot, &cluster, check, (head, protocol), shown).await,
                     Check::Grpc => ask_grpc(gate, &cluster, authorizer, (head, protocol), shown).await,
                 }
             };
@@ -252,14 +252,14 @@ fn call<'a>(gate: &'a Gate, cluster: &'a Arc<Cluster>, http2: bool) -> Call<'a> 
 }
 
 /// What is told of a request in a header of the question. None of nothing.
-fn tell(gate: &Gate, template: &Template, head: &RequestHead, protocol: &'static str) -> Option<HeaderValue> {
+fn tell(gate: &Gate, snapshot: &Snapshot, template: &Template, (head, protocol): (&RequestHead, &'static str)) -> Option<HeaderValue> {
     let kept = Kept::of(&head.headers, &template.asks().request);
     let (method, path, authority) = (head.method.as_str(), head.target.as_str(), head.authority.to_str().unwrap_or_default());
-    let snapshot = gate.proxy.config.load();
     let local = snapshot.workload(&gate.pod.uid).map(|w| &w.identity);
     let entry = Entry {
         request: Some(Asked { method, path, sent_path: path, authority, scheme: head.scheme.as_str(), headers: &kept }),
         protocol: Some(protocol),
+        upstream_cluster: Some(ClusterName::Inbound(gate.facts.destination.port())),
         downstream_local: Some(gate.facts.destination),
         downstream_remote: Some(gate.client),
         mutual_tls: gate.facts.peer.is_some(),
@@ -272,6 +272,7 @@ fn tell(gate: &Gate, template: &Template, head: &RequestHead, protocol: &'static
 
 async fn ask_http(
     gate: &Gate,
+    snapshot: &Snapshot,
     cluster: &Arc<Cluster>,
     check: &HttpCheck,
     (head, protocol): (&mut RequestHead, &'static str),
@@ -287,7 +288,7 @@ async fn ask_http(
     for (name, text) in &check.additional_headers {
         let value = match text {
             HeaderText::Plain(value) => Some(value.clone()),
-            HeaderText::Told(template) => tell(gate, template, head, protocol),
+            HeaderText::Told(template) => tell(gate, snapshot, template, (head, protocol)),
         };
         if let Some(value) = value {
             headers.insert(name.clone(), value);

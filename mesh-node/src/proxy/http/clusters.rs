@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -239,6 +239,9 @@ impl ClusterState {
         for (address, endpoint) in all.iter() {
             if exists(address) {
                 endpoint.tidy(cluster, now);
+                if endpoint.next_soon(now) {
+                    endpoint.expire();
+                }
             } else {
                 endpoint.let_go();
             }
@@ -272,6 +275,9 @@ impl Drop for Slot {
     }
 }
 
+/// What is kept for less than this is not left to what tidies now and then.
+pub const MOMENT: Duration = Duration::from_secs(10);
+
 /// They come and go as boxes: it is those that are moved, and not what is in them.
 type Idle = Vec<Box<H1Upstream>>;
 
@@ -282,8 +288,9 @@ pub struct EndpointState {
     /// Connections for later. The one that was used last goes first, as with Envoy: the others grow old, and an application that closes what
     /// it has not heard of for a while closes those.
     idle: Mutex<Idle>,
-    /// Somebody waits for the next of them to have been idle for too long.
+    /// Somebody waits for the next of them to expire, and is woken when that may be another.
     expiring: AtomicBool,
+    sooner: Notify,
     /// Open connections of either protocol, and those of them for requests of HTTP/1 and of HTTP/2.
     pub connections: AtomicU32,
     pooled: [AtomicU32; 2],
@@ -314,28 +321,45 @@ impl EndpointState {
     }
 
     /// Sees to it that connections that may not be kept for long end in time: others do when this is next tidied.
-    pub fn expire(self: &Arc<Self>, cluster: &Arc<Cluster>) {
+    pub fn expire(self: &Arc<Self>) {
         if self.expiring.swap(true, Ordering::SeqCst) {
+            // Who waits may wait for a later one.
+            self.sooner.notify_one();
             return;
         }
-        let (endpoint, cluster) = (Arc::downgrade(self), cluster.clone());
+        let endpoint = Arc::downgrade(self);
         tokio::spawn(async move {
-            while let Some(next) = endpoint.upgrade().and_then(|e| e.next_to_expire(&cluster)) {
-                tokio::time::sleep_until(next.into()).await;
-                let Some(endpoint) = endpoint.upgrade() else { return };
-                endpoint.tidy(&cluster, Instant::now());
+            while let Some(this) = endpoint.upgrade() {
+                let Some(next) = this.next_to_expire() else { return };
+                tokio::select! {
+                    () = tokio::time::sleep_until(next.into()) => this.retire_expired(Instant::now()),
+                    () = this.sooner.notified() => {}
+                }
             }
         });
     }
 
-    /// When the next connection has been idle for too long. Without one nobody waits for it.
-    fn next_to_expire(&self, cluster: &Cluster) -> Option<Instant> {
-        let next = || self.idle().iter().filter_map(|connection| connection.expires(cluster)).min();
-        next().or_else(|| {
+    /// When the next connection expires that does so soon. Without one nobody waits for it.
+    fn next_to_expire(&self) -> Option<Instant> {
+        let soon = || {
+            let until = Instant::now() + MOMENT;
+            self.idle().iter().filter_map(|connection| connection.expires()).min().filter(|at| *at < until)
+        };
+        soon().or_else(|| {
             self.expiring.store(false, Ordering::SeqCst);
             // One that was kept meanwhile, and that nobody else has begun to wait for.
-            next().filter(|_| !self.expiring.swap(true, Ordering::SeqCst))
+            soon().filter(|_| !self.expiring.swap(true, Ordering::SeqCst))
         })
+    }
+
+    /// Whether a connection that is kept expires before this is tidied again.
+    fn next_soon(&self, now: Instant) -> bool {
+        self.idle().iter().any(|connection| connection.expires().is_some_and(|at| at.saturating_duration_since(now) < MOMENT))
+    }
+
+    fn retire_expired(&self, now: Instant) {
+        let gone = self.idle().extract_if(.., |connection| connection.expires().is_some_and(|at| at <= now)).collect::<Vec<_>>();
+        gone.into_iter().for_each(H1Upstream::retire);
     }
 
     /// Lets go of connections that nothing goes on on, and of those that are shared as soon as that is so.

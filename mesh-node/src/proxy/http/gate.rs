@@ -26,7 +26,6 @@ use super::{
 };
 use crate::{
     config::Snapshot,
-    hbone::headers::Introduction,
     id::SpiffeId,
     jwt::Fault,
     policy::{Authenticated, Denial, Facts, Governing, Observed, Request, Verdict, Verified, strip},
@@ -49,7 +48,7 @@ pub struct Gate {
     pub facts: Facts,
     pub client: SocketAddr,
     /// Who the client says it is.
-    introduction: Option<Arc<Introduction>>,
+    introduction: Option<HeaderValue>,
     /// When the connection came, or the one it came in.
     pub since: Stage,
     /// This end of the connection to the application.
@@ -128,7 +127,7 @@ impl Gate {
     }
 
     /// Of a client that says who it is.
-    pub fn introduced(self, introduction: Option<Arc<Introduction>>) -> Self {
+    pub fn introduced(self, introduction: Option<HeaderValue>) -> Self {
         Self { introduction, ..self }
     }
 
@@ -180,7 +179,7 @@ impl Gate {
                 source: (client.map(|c| &**c), self.facts.peer.as_ref()),
                 destination: (Some(workload), self.facts.peer.as_ref().map(|_| &workload.identity)),
                 service: workload.service_at(self.facts.destination.port(), self.facts.dialled.as_ref()),
-                introduction: self.introduction.as_deref(),
+                introduction: self.introduction.as_ref(),
             };
             ends.edge(metrics, &workload.reporting.server.tags)
         }));

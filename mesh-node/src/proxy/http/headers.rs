@@ -81,15 +81,21 @@ pub fn milliseconds(time: Duration) -> HeaderValue {
     usize::try_from(millis).ok().and_then(|n| SHORT.get(n)).map_or_else(|| millis.into(), |text| HeaderValue::from_static(text))
 }
 
-/// Tells the endpoint how long it has, if there is an end to it; in gRPC's own way too.
-pub fn expect_within(headers: &mut HeaderMap, time: Option<Duration>, grpc: bool) {
-    let Some(time) = time else { return };
-    // As it was written, but for what has gone by since.
-    let millis = u64::try_from(time.as_micros().div_ceil(1000)).unwrap_or(u64::MAX);
-    headers.insert(EXPECTED_TIMEOUT.clone(), millis.into());
-    if grpc && let Ok(value) = HeaderValue::try_from(grpc_timeout_text(millis)) {
+/// Tells the endpoint how long it has.
+pub fn expect_within(headers: &mut HeaderMap, time: Duration) {
+    headers.insert(EXPECTED_TIMEOUT.clone(), whole_milliseconds(time).into());
+}
+
+/// The same in gRPC's own way.
+pub fn expect_within_as_grpc(headers: &mut HeaderMap, time: Duration) {
+    if let Ok(value) = HeaderValue::try_from(grpc_timeout_text(whole_milliseconds(time))) {
         headers.insert(GRPC_TIMEOUT.clone(), value);
     }
+}
+
+/// What has gone by since a time was written down does not make it a millisecond less.
+fn whole_milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)
 }
 
 /// Milliseconds as a `grpc-timeout`, whose number has eight digits at most.

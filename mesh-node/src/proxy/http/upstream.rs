@@ -26,7 +26,7 @@ pub use self::{
     ways::{Failed, UpSink, UpSource, is_interim},
 };
 use super::{
-    clusters::{ClusterState, ConnectionSlot, EndpointState, Limited, Slot},
+    clusters::{ClusterState, ConnectionSlot, EndpointState, Limited, MOMENT, Slot},
     gate::Gate,
     h1::{H1Sink, Reader, Unread},
     transport::{Counted, Transport},
@@ -105,6 +105,8 @@ pub struct H1Upstream {
     requests: u32,
     made: Instant,
     idle_since: Instant,
+    /// When it will have been idle for too long, or open, if nobody uses it.
+    expires: Option<Instant>,
     _slot: ConnectionSlot,
 }
 
@@ -116,11 +118,9 @@ impl H1Upstream {
             && policy.tcp.max_connection_duration.is_none_or(|most| now.saturating_duration_since(self.made) < most)
     }
 
-    /// When it has been idle for too long, or open, if nobody uses it.
-    pub fn expires(&self, cluster: &Cluster) -> Option<Instant> {
-        let policy = &cluster.policy;
-        let old = policy.tcp.max_connection_duration.and_then(|most| self.made.checked_add(most));
-        self.idle_since.checked_add(policy.http.idle_timeout).into_iter().chain(old).min()
+    /// When it is not kept any more, by the policy of when it was last given back.
+    pub fn expires(&self) -> Option<Instant> {
+        self.expires
     }
 
     /// Whether it can be used again, and is not better made anew.
@@ -283,7 +283,18 @@ async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     // Seldom, and large.
     let (transport, hold) = Box::pin(dial(wanted)).await?;
     let (unread, idle_since, local) = (Unread::default(), Instant::now(), transport.local());
-    Ok(Box::new(H1Upstream { transport, unread, hold, workload, local, requests: 0, made: idle_since, idle_since, _slot: slot }))
+    Ok(Box::new(H1Upstream {
+        transport,
+        unread,
+        hold,
+        workload,
+        local,
+        requests: 0,
+        made: idle_since,
+        idle_since,
+        expires: None,
+        _slot: slot,
+    }))
 }
 
 async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Failure> {
@@ -460,23 +471,23 @@ async fn drive(
     drop(slot);
 }
 
-/// Who may be kept for less than this is not left to what tidies now and then.
-const MOMENT: Duration = Duration::from_secs(10);
-
 /// Gives an HTTP/1 connection back after an exchange that left it clean.
-pub fn release(mut connection: Box<H1Upstream>, cluster: &Arc<Cluster>, state: &ClusterState, endpoint: &Arc<EndpointState>) {
+pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, state: &ClusterState, endpoint: &Arc<EndpointState>) {
     connection.requests += 1;
     let worn = cluster.policy.http.max_requests_per_connection.is_some_and(|most| connection.requests >= most);
     // Nobody would use it again, and its peer waits for its end.
     let worn = worn || connection.transport.leaving().is_some_and(|l| l.is_so());
     connection.idle_since = Instant::now();
+    let policy = &cluster.policy;
+    let old = policy.tcp.max_connection_duration.and_then(|most| connection.made.checked_add(most));
+    connection.expires = connection.idle_since.checked_add(policy.http.idle_timeout).into_iter().chain(old).min();
     if worn || !connection.is_fresh(cluster, connection.idle_since) {
         connection.retire();
     } else {
-        let soon = connection.expires(cluster).is_some_and(|at| at.saturating_duration_since(connection.idle_since) < MOMENT);
+        let soon = connection.expires.is_some_and(|at| at.saturating_duration_since(connection.idle_since) < MOMENT);
         state.keep(endpoint, connection);
         if soon {
-            endpoint.expire(cluster);
+            endpoint.expire();
         }
     }
 }

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use ::http::HeaderValue;
 use bytes::{Bytes, BytesMut};
 use tokio::{
     net::TcpStream,
@@ -19,7 +20,6 @@ use tokio::{
 use super::{Admitted, cut};
 use crate::{
     detect::{Detected, Protocol, detect, is_http2_server},
-    hbone::headers::Introduction,
     io::{
         relay::{Traffic, relay},
         socket::reset_on_close,
@@ -63,7 +63,7 @@ pub struct Inspection<'a> {
     /// Told which server the client names.
     pub sni: Arc<OnceLock<Arc<str>>>,
     /// Who the client says it is.
-    pub introduction: Option<Arc<Introduction>>,
+    pub introduction: Option<HeaderValue>,
 }
 
 /// What a connection carries.

@@ -157,6 +157,20 @@ fn where_there_is_little_room_edges_go_that_nobody_has_held_for_a_while() {
 }
 
 #[test]
+fn sources_that_say_who_they_are_themselves_leave_room_for_others() {
+    let traffic = Arc::new(Traffic::default());
+    let named = |i: usize| EdgeKey { source: peer(&format!("s{i}")), ..key(TagPlan::default()) };
+    let unknown = || EdgeKey { source: peer("unknown"), ..key(TagPlan::default()) };
+    let edge = |i: usize| traffic.edge_of_stranger(named(i), unknown).expect("room");
+    (0..MOST_STRANGERS).for_each(|i| assert_eq!(edge(i).key(), &named(i)));
+    assert_eq!(edge(MOST_STRANGERS).key(), &unknown(), "there are enough of them");
+    assert_eq!(edge(7).key(), &named(7), "who is known already stays so");
+    let later = Instant::now() + KEPT + KEPT;
+    [Instant::now(), later].into_iter().for_each(|now| traffic.tidy(now, |_| false));
+    assert_eq!(edge(MOST_STRANGERS).key(), &named(MOST_STRANGERS), "there is room again");
+}
+
+#[test]
 fn edges_of_what_is_gone_are_forgotten_after_a_while_unless_held() {
     let traffic = Arc::new(Traffic::default());
     let edge = traffic.edge(key(TagPlan::default())).expect("room");
