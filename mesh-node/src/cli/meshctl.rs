@@ -260,14 +260,7 @@ impl Meshctl {
                 say(&admin.get("/config_dump")?);
                 Ok(ExitCode::SUCCESS)
             }
-            What::Metrics => {
-                let text = admin.get("/metrics")?;
-                match self.output {
-                    Output::Table => say(&text),
-                    Output::Json | Output::Yaml => self.print(&samples::of(&text), |_| String::new()),
-                }
-                Ok(ExitCode::SUCCESS)
-            }
+            What::Metrics => self.metrics(),
             What::Completion { shell } => {
                 let mut text = Vec::new();
                 clap_complete::generate(*shell, &mut Self::command(), "meshctl", &mut text);
@@ -275,6 +268,15 @@ impl Meshctl {
                 Ok(ExitCode::SUCCESS)
             }
         }
+    }
+
+    fn metrics(&self) -> Result<ExitCode, Failure> {
+        let text = self.admin.get("/metrics")?;
+        match self.output {
+            Output::Table => say(&text),
+            Output::Json | Output::Yaml => self.print(&samples::of(&text), |_| String::new()),
+        }
+        Ok(ExitCode::SUCCESS)
     }
 
     fn show(&self, path: &str, view: fn(&Value) -> String) -> Result<ExitCode, Failure> {
