@@ -59,8 +59,8 @@ pub struct Workload {
 pub struct Ports {
     /// What they carry, as far as it is declared.
     pub protocols: BTreeMap<u16, Protocol>,
-    /// Those that some say carry HTTP and others do not.
-    pub perhaps_http: BTreeSet<u16>,
+    /// Of those about which services disagree, the services that say nothing but HTTP of them.
+    pub http_of: BTreeMap<u16, Vec<ObjectName>>,
     /// The service that leads to one.
     pub services: BTreeMap<u16, PortOf>,
     /// All of them, where there are several.
@@ -80,9 +80,10 @@ impl Workload {
         self.ports.protocols.get(&port).copied().unwrap_or_default()
     }
 
-    /// Whether a port of its carries HTTP as far as any service says.
-    pub fn may_carry_http(&self, port: u16) -> bool {
-        self.protocol(port).is_http() || self.ports.perhaps_http.contains(&port)
+    /// Whether a port of its carries HTTP for who has dialled this service, as far as it says so.
+    pub fn carries_http(&self, port: u16, dialled: Option<&ObjectName>) -> bool {
+        let says_so = |service: &ObjectName| self.ports.http_of.get(&port).is_some_and(|all| all.contains(service));
+        self.protocol(port).is_http() || dialled.is_some_and(says_so)
     }
 
     /// Istio's canonical service name, as far as labels give one.

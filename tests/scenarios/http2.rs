@@ -130,6 +130,51 @@ async fn bodies_arrive_whole_through_small_windows_and_a_slow_reader() {
     assert!(total > 50, "{total}");
 }
 
+/// An application that has much to say of `/big`, and little of anything else.
+async fn talkative() -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    let size = if request.uri().path() == "/big" { 1_000_000 } else { 10 };
+                    let Ok(mut stream) = respond.send_response(http::Response::new(()), false) else { continue };
+                    tokio::spawn(async move {
+                        let _ = stream.send_data(vec![b'x'; size].into(), true);
+                        let _ = std::future::poll_fn(|cx| stream.poll_reset(cx)).await;
+                    });
+                }
+            });
+        }
+    });
+    address
+}
+
+/// Each stream has room of its own, however many there are that nobody reads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_that_do_not_read_hold_nobody_else_up() {
+    let up = talkative().await;
+    let engine = Engine::start(&service("web", "10.98.0.1", "http2", &[up])).await.expect("engine");
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        let stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+        let (send, connection) = h2::client::Builder::new().initial_window_size(100).handshake::<_, Bytes>(stream).await.expect("HTTP/2");
+        tokio::spawn(connection);
+        for _ in 0..30 {
+            let request = Request::get("http://svc.example/big").body(()).expect("valid");
+            let (response, _) = send.clone().ready().await.expect("ready").send_request(request, true).expect("sent");
+            held.push(response.await.expect("a response"));
+        }
+    }
+    // Until as much has come of each as is taken.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let asked = tokio::time::timeout(Duration::from_secs(5), ask(&engine, VIP.parse().expect("valid"), "/small", "200")).await;
+    assert_eq!(asked.expect("nobody waits for those who do not read"), (StatusCode::OK, "x".repeat(10), None));
+    drop(held);
+}
+
 /// A frame of HTTP/2.
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).expect("small").to_be_bytes();

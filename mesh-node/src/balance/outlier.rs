@@ -53,6 +53,10 @@ pub struct Streak {
 }
 
 impl Streak {
+    fn clear(&self) {
+        [&self.server, &self.gateway, &self.local].into_iter().for_each(|count| count.store(0, Ordering::Relaxed));
+    }
+
     /// Counts an event; whether a limit has been reached, which starts the count anew.
     fn count(&self, event: Event, settings: &Outlier) -> bool {
         let reset = |c: &AtomicU32| {
@@ -126,7 +130,12 @@ impl Outliers {
         endpoints: impl FnOnce() -> usize,
         now: Instant,
     ) -> bool {
-        streak.count(event, settings) && self.eject(endpoint, settings, endpoints(), now)
+        let ejected = streak.count(event, settings) && self.eject(endpoint, settings, endpoints(), now);
+        if ejected {
+            // It comes back without a past. What comes of requests that are under way counts again.
+            streak.clear();
+        }
+        ejected
     }
 
     fn eject(&self, endpoint: SocketAddr, settings: &Outlier, endpoints: usize, now: Instant) -> bool {
@@ -214,6 +223,16 @@ mod tests {
         for (event, expected) in [(Event::LocalOrigin, Some(2)), (Event::Broken, None), (Event::ServerError, Some(3))] {
             assert_eq!(fail(&Outliers::new(now), address(1), event, &split, 1, now), expected, "split: {event:?}");
         }
+    }
+
+    #[test]
+    fn an_endpoint_comes_back_without_a_past() {
+        let (now, streak) = (Instant::now(), Streak::default());
+        let (outliers, settings) = (Outliers::new(now), Outlier { consecutive_5xx: 5, consecutive_gateway: 2, ..settings(100) });
+        let record = |event, now| outliers.record(address(1), &streak, event, &settings, || 1, now);
+        assert!(!record(Event::GatewayError, now) && record(Event::GatewayError, now));
+        let later = now + SECOND * 3;
+        assert_eq!((1..=6).find(|_| record(Event::ServerError, later)), Some(5));
     }
 
     #[test]

@@ -225,8 +225,12 @@ impl Connection {
         let listed = Listed::requests(&connection.proxy, &pod, connection.client, connection.original);
         let io = Counted::downstream(Transport::Prefixed(Prefixed::new(stream, read)), listed.traffic().clone());
         let client = connection.client;
-        let serving =
-            h2::serve(io, |accepted| drop(tokio::spawn(connection.clone().h2_exchange(accepted))), pod.draining(connection.since));
+        let serving = h2::serve(
+            io,
+            h2::MAX_STREAMS,
+            |accepted| drop(tokio::spawn(connection.clone().h2_exchange(accepted))),
+            pod.draining(connection.since),
+        );
         tokio::select! {
             result = serving => if let Err(error) = result {
                 tracing::debug!(target: "proxy", %client, %error, "HTTP/2 connection ended");

@@ -77,7 +77,8 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
         describe(outcome, &snapshot, workload, &facts);
-        let looked_into = snapshot.mesh.destination_requests == DestinationRequests::Declared && workload.may_carry_http(to.port());
+        let looked_into =
+            snapshot.mesh.destination_requests == DestinationRequests::Declared && workload.carries_http(to.port(), facts.dialled.as_ref());
         let verdict = workload.policy.connection(&facts).inspect_err(|denial| {
             // A client that speaks HTTP is told about each of its requests, and they are counted instead.
             proxy.metrics.policy_decision(denial.policy(), "connection_denied");

@@ -184,6 +184,8 @@ struct HeaderValue {
 pub enum Says {
     /// A message, and the status of the call.
     Message(Vec<u8>, &'static str),
+    /// A message, and no status.
+    Unfinished(Vec<u8>),
     /// The status alone, in the headers.
     Status(&'static str),
     /// A status of HTTP.
@@ -230,6 +232,11 @@ async fn answer(request: http::Request<RecvStream>, mut respond: SendResponse<By
             let _ = stream.send_data([&[0][..], &length, &message].concat().into(), false);
             let trailers = HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), http::HeaderValue::from_static(status))]);
             let _ = stream.send_trailers(trailers);
+        }
+        Says::Unfinished(message) => {
+            let Ok(mut stream) = respond.send_response(response, false) else { return };
+            let length = u32::try_from(message.len()).expect("short").to_be_bytes();
+            let _ = stream.send_data([&[0][..], &length, &message].concat().into(), true);
         }
         Says::Status(status) => {
             response.headers_mut().insert("grpc-status", http::HeaderValue::from_static(status));
@@ -389,6 +396,7 @@ pub fn answers() -> Vec<(&'static str, Says)> {
         ("denied with 302", denied(7, 302, vec![header("location", "/login", None, 0)], "")),
         ("denied with 999", denied(7, 999, Vec::new(), "")),
         ("denied with length", denied(7, 403, vec![header("content-length", "9", None, 0), header("connection", "close", None, 0)], "no")),
+        ("no status", Says::Unfinished(CheckResponse { status: Some(Status { code: 0 }), ..CheckResponse::default() }.encode_to_vec())),
         ("unavailable", Says::Status("14")),
         ("denied by the call", Says::Status("7")),
         ("message and status", Says::Message(CheckResponse::default().encode_to_vec(), "13")),

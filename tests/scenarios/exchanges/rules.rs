@@ -27,6 +27,9 @@ async fn endpoints_are_ejected_in_the_recorded_sequences() {
     let none = json!({"attempts": 0});
     let once = json!({"attempts": 1, "retryOn": "5xx"});
     let cases = [
+        // What gRPC says is nothing where nobody has asked in it.
+        ("od_503_grpc_ok", &ejects, &none, up, "503+grpc-status=0", vec!["503 -", "503 -", "503 -", "503 UH"]),
+        ("od_200_grpc_unavailable", &ejects, &none, up, "200+grpc-status=14", vec!["200 -"; 5]),
         ("od_500", &ejects, &none, up, "500", vec!["500 -", "500 -", "500 -", "503 UH", "503 UH"]),
         ("od_404", &ejects, &none, up, "404", vec!["404 -"; 6]),
         ("od_gw2", &gateway, &none, up, "rst", vec!["503 UC", "503 UC", "503 UH", "503 UH"]),

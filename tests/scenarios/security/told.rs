@@ -72,6 +72,32 @@ async fn an_application_that_says_goaway_has_its_client_sent_away() {
     assert_eq!(long.await.expect("answered").status(), 200);
 }
 
+/// Clients are told how many streams the application takes at a time: who has more goes on another connection, and does not wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_know_how_many_streams_an_application_takes() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let upstream = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut builder = h2::server::Builder::new();
+                let Ok(mut connection) = builder.max_concurrent_streams(7).handshake::<_, bytes::Bytes>(stream).await else { return };
+                while let Some(Ok((_, mut respond))) = connection.accept().await {
+                    let _ = respond.send_response(http::Response::new(()), true);
+                }
+            });
+        }
+    });
+    let policy = security("AuthorizationPolicy", "p", &json!({"rules": [{"to": [{"operation": {"methods": ["GET"]}}]}]}));
+    let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &[policy])).await.expect("started");
+    let stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+    let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    let (response, _) = send.send_request(http::Request::get("http://a/").body(()).expect("a request"), true).expect("sent");
+    assert_eq!(response.await.expect("answered").status(), 200);
+    assert_eq!(send.current_max_send_streams(), 7);
+}
+
 /// Who the client is, as the application is told; nobody can say that of himself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn applications_are_told_who_the_client_is() {

@@ -342,10 +342,14 @@ pub(super) fn attachments<'a>(builder: &Builder<'a>) -> Attachments<'a> {
 /// What services make of the ports of a pod of a namespace.
 pub(super) fn ports(attached: &[Attached<'_>], namespace: &str) -> Ports {
     let protocols = protocols(attached, namespace);
-    let says_http = |a: &&Attached<'_>| *a.service.namespace == *namespace && a.protocol.is_http();
-    let perhaps_http = attached.iter().filter(says_http).map(|a| a.port).filter(|port| !protocols.get(port).is_some_and(|p| p.is_http()));
-    let perhaps_http = perhaps_http.collect();
-    Ports { protocols, perhaps_http, services: services(attached, namespace), shared: shared(attached, namespace) }
+    let mut http_of: BTreeMap<u16, Vec<ObjectName>> = BTreeMap::new();
+    for a in attached.iter().filter(|a| *a.service.namespace == *namespace && a.protocol.is_http()) {
+        let disagree = protocols.get(&a.port).is_some_and(|p| !p.is_http());
+        if disagree && attached.iter().all(|b| (b.service, b.port) != (a.service, a.port) || b.protocol.is_http()) {
+            http_of.entry(a.port).or_default().push(a.service.clone());
+        }
+    }
+    Ports { protocols, http_of, services: services(attached, namespace), shared: shared(attached, namespace) }
 }
 
 /// What the ports of a pod carry, as the services of its own namespace that lead to them declare: anybody can make a service

@@ -253,9 +253,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             tied: false,
             client_cert: None,
         };
-        let Self { responder, record, upload, deadlines, policy, forward, hashed, number, retry, .. } = self;
+        let Self { responder, record, upload, deadlines, policy, forward, hashed, number, retry, grpc: is_grpc, .. } = self;
         let mut judge = |status: StatusCode, mut headers: HeaderMap, heard: Heard| {
-            let grpc = headers.get("grpc-status").map(|s| http_status_of_grpc(s.as_bytes()));
+            let grpc = headers.get("grpc-status").filter(|_| *is_grpc).map(|s| http_status_of_grpc(s.as_bytes()));
             if state.observe(cluster, address, endpoint, Event::of_status(grpc.unwrap_or(status))) {
                 metrics.ejections.inc();
             }

@@ -421,7 +421,7 @@ async fn check(
     let mut body = Collected::up_to(MAX_ANSWER);
     let answered = Box::pin(call(gate, cluster, true).run(&request, &mut Whole::of(message), framing, &mut body)).await?;
     let status = body.trailers.get("grpc-status").or_else(|| answered.headers.get("grpc-status"));
-    if answered.status != StatusCode::OK || body.over || status.is_some_and(|s| s != "0") {
+    if answered.status != StatusCode::OK || body.over || status.is_none_or(|s| s != "0") {
         return None;
     }
     crate::grpc::unframe(&body.data)

@@ -27,10 +27,16 @@ use super::{
     wire::{Framing, MAX_HEAD, Malformed},
 };
 
-/// Settings towards clients: what one stream, and all streams of a connection, may have in flight.
+/// What one stream may have in flight, and all streams of a connection: as much as all of them may have, or a few that nobody reads
+/// would hold up the others.
 const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
-const MAX_STREAMS: u32 = 1024;
+const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
+pub const MAX_STREAMS: u32 = 1024;
+/// Streams a server is taken to take at a time before it has said how many; what stands for that where it is waited for.
+const USUAL_STREAMS: usize = 100;
+const UNTOLD: usize = 1_000_003;
+/// How long it is waited for that; it is the first thing a server says.
+const SETTLES: Duration = Duration::from_millis(200);
 const MAX_FRAME: u32 = 64 * 1024;
 /// What the library is told that a head or trailers may have: of what is larger it loses the rest without a word, and it takes no more
 /// frames of one than that needs, so that it is far above what is let through ([`MAX_HEAD`]).
@@ -359,7 +365,8 @@ pub type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 /// Serves one connection until it ends. Every stream goes to `on_stream`, which must not wait.
 ///
 /// When `drain` completes, the client is told to go elsewhere (GOAWAY); open streams go on to their end.
-pub async fn serve<T>(io: T, mut on_stream: impl FnMut(Accepted), drain: impl Future<Output = ()>) -> Result<(), h2::Error>
+/// `streams`: how many there may be at a time.
+pub async fn serve<T>(io: T, streams: u32, mut on_stream: impl FnMut(Accepted), drain: impl Future<Output = ()>) -> Result<(), h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
@@ -367,7 +374,7 @@ where
     builder
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(MAX_STREAMS)
+        .max_concurrent_streams(streams)
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(HEADER_LIST)
@@ -403,7 +410,23 @@ pub struct Opened {
     pub connection: Box<dyn Future<Output = Result<(), h2::Error>> + Send + Unpin>,
 }
 
+/// Opens a connection on which streams may be opened at once.
 pub async fn connect<T>(io: T) -> Result<Opened, h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    connect_with(io, USUAL_STREAMS).await
+}
+
+/// Opens one to be [settled](Opened::settle).
+pub async fn connect_to_settle<T>(io: T) -> Result<Opened, h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    connect_with(io, UNTOLD).await
+}
+
+async fn connect_with<T>(io: T, streams: usize) -> Result<Opened, h2::Error>
 where
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -418,7 +441,29 @@ where
         .max_local_error_reset_streams(Some(ERROR_RESETS))
         .data_frame_budget(SMALL_FRAMES)
         .reset_stream_duration(RESET_MEMORY)
+        .initial_max_send_streams(streams)
         .enable_push(false);
     let (send, connection) = builder.handshake(io).await?;
     Ok(Opened { send, connection: Box::new(connection) })
+}
+
+/// How many streams a connection takes at a time.
+pub fn most_streams(send: &h2::client::SendRequest<Bytes>) -> u32 {
+    match send.current_max_send_streams() {
+        UNTOLD => MAX_STREAMS,
+        most => u32::try_from(most).unwrap_or(MAX_STREAMS).min(MAX_STREAMS),
+    }
+}
+
+impl Opened {
+    /// Waits until the application has said how many streams it takes at a time, or for a moment. An error is its end.
+    pub async fn settle(&mut self) -> Result<(), h2::Error> {
+        let Self { send, connection } = self;
+        let settled = poll_fn(|cx| match std::pin::Pin::new(&mut *connection).poll(cx) {
+            Poll::Ready(ended) => Poll::Ready(ended),
+            Poll::Pending if send.current_max_send_streams() != UNTOLD => Poll::Ready(Ok(())),
+            Poll::Pending => Poll::Pending,
+        });
+        tokio::time::timeout(SETTLES, settled).await.unwrap_or(Ok(()))
+    }
 }

@@ -167,7 +167,7 @@ impl H2Upstream {
     }
 
     fn has_room(&self, cluster: &Cluster) -> bool {
-        let theirs = u32::try_from(self.send.current_max_send_streams()).unwrap_or(u32::MAX);
+        let theirs = super::h2::most_streams(&self.send);
         let limit = cluster.policy.http.max_streams.unwrap_or(u32::MAX).min(theirs);
         !self.is_closed() && self.streams.load(Ordering::Acquire) < limit
     }

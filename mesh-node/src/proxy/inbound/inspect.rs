@@ -69,7 +69,7 @@ pub struct Inspection<'a> {
 /// What a connection carries.
 enum Spoken {
     Http1,
-    /// What is no HTTP, on a port that is declared to carry it.
+    /// What is no HTTP on a port that is declared to carry it, or may be it to a lenient application.
     Unlike,
     Http2,
     /// With the server name, as far as it is known.
@@ -315,7 +315,7 @@ async fn look(
                 Ok(None) | Err(_) => return match (declared, read.is_empty(), hello) {
                     (_, true, _) => (Spoken::Opaque(Sni::Read(None)), Bytes::new()),
                     (Protocol::Tls, ..) | (_, _, true) => (Spoken::Opaque(Sni::Unread), read.freeze()),
-                    _ => (Spoken::Http1, read.freeze()),
+                    _ => (undecided(declared), read.freeze()),
                 },
             },
             () = speaks_first => return (Spoken::Opaque(Sni::Read(None)), Bytes::new()),
@@ -325,10 +325,15 @@ async fn look(
                 (_, true) if !patient => (deadline, patient) = (Some(Instant::now() + HELLO), true),
                 (_, true) => return (Spoken::Opaque(Sni::Unread), read.freeze()),
                 // A beginning that may yet become a request is held to be one: who waits with the rest does not get past.
-                _ => return (Spoken::Http1, read.freeze()),
+                _ => return (undecided(declared), read.freeze()),
             },
         }
     }
+}
+
+/// What may be the beginning of a request: where nobody says that it is one, and nobody has to know, it is what it is.
+fn undecided(declared: Protocol) -> Spoken {
+    if declared.is_http() { Spoken::Http1 } else { Spoken::Unlike }
 }
 
 /// What has begun so; none when more has to be read. `full`: no more is.
@@ -345,11 +350,11 @@ fn spoken(begun: &[u8], declared: Protocol, full: bool) -> Option<Spoken> {
         Detected::Opaque if declared == Protocol::Tls => Spoken::Opaque(Sni::Read(None)),
         Detected::Opaque => match resembles_http(begun) {
             Some(false) => Spoken::Opaque(Sni::Read(None)),
-            Some(true) => Spoken::Http1,
-            None if full => Spoken::Http1,
+            Some(true) => Spoken::Unlike,
+            None if full => Spoken::Unlike,
             None => return None,
         },
-        Detected::More if full => Spoken::Http1,
+        Detected::More if full => undecided(declared),
         Detected::More => return None,
     })
 }

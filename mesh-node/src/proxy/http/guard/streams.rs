@@ -76,10 +76,16 @@ async fn streams(
     traffic: Arc<Traffic>,
     cut: &Arc<watch::Sender<bool>>,
 ) -> io::Result<()> {
-    let opened = match application {
-        Some(transport) => Some(h2::connect(transport).await.map_err(h2::into_io)?),
+    let mut opened = match application {
+        Some(transport) => Some(h2::connect_to_settle(transport).await.map_err(h2::into_io)?),
         None => None,
     };
+    // The client is told as many as the application takes: others have to go on another connection, and not to wait for them.
+    let settled = match &mut opened {
+        Some(opened) => opened.settle().await,
+        None => Ok(()),
+    };
+    let most = opened.as_ref().map_or(h2::MAX_STREAMS, |opened| h2::most_streams(&opened.send).max(1));
     let over = Arc::new(watch::Sender::new(false));
     let (send, connection) = opened.map_or((None, None), |o| (Some(o.send), Some(o.connection)));
     let mut asked = send.clone();
@@ -94,7 +100,10 @@ async fn streams(
                 }
                 polled
             });
-            let result = result.await;
+            let result = match settled {
+                Ok(()) => result.await,
+                broken => broken,
+            };
             over.send_replace(true);
             result.map_err(h2::into_io)
         } else {
@@ -111,8 +120,12 @@ async fn streams(
         }
     };
     let client = Counted::downstream(client, traffic);
-    let serving =
-        h2::serve(client, |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), accepted))), draining);
+    let serving = h2::serve(
+        client,
+        most,
+        |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), accepted))),
+        draining,
+    );
     let (mut drive, mut serving) = (std::pin::pin!(drive), std::pin::pin!(serving));
     tokio::select! {
         served = &mut serving => served.map_err(h2::into_io),
