@@ -3,6 +3,7 @@
 
 pub mod attributes;
 pub mod entry;
+pub mod environment;
 pub mod expression;
 pub mod format;
 pub mod kept;
@@ -132,6 +133,8 @@ pub enum SpanTag {
     Literal(Arc<str>),
     /// The value of a request header, or the default.
     Header(HeaderName, Option<Arc<str>>),
+    /// A variable of the pod's environment, or the default.
+    Environment(environment::Variable, Option<Arc<str>>),
     /// What Envoy's operators say of the request; nothing is no tag.
     Told(format::Template),
 }

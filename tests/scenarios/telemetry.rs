@@ -219,7 +219,7 @@ fn telemetry_filters_logs_and_changes_tags() {
     scene.apply(
         "mesh",
         &format!(
-            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {path}, logFormat: {{labels: {{}}}}}}\n    - name: peers\n      envoyFileAccessLog: {{path: {}, logFormat: {{labels: {{peer: '%DOWNSTREAM_PEER_URI_SAN%', local: '%DOWNSTREAM_LOCAL_URI_SAN%'}}}}}}\n",
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {path}, logFormat: {{labels: {{}}}}}}\n    - name: peers\n      envoyFileAccessLog: {{path: {}, logFormat: {{labels: {{peer: '%DOWNSTREAM_PEER_URI_SAN%', local: '%DOWNSTREAM_LOCAL_URI_SAN%', host: '%HOSTNAME%', pod: '%ENVIRONMENT(POD_NAMESPACE)%/%ENVIRONMENT(POD_NAME)% %ENVIRONMENT(INSTANCE_IP)%', node: '%ENVIRONMENT(ISTIO_META_NODE_NAME)%'}}}}}}\n",
             peers.path().display()
         ),
     );
@@ -286,6 +286,10 @@ spec:
         let line: Value = serde_json::from_str(line).expect("JSON");
         assert_eq!(line["peer"], of("client"), "{line}");
         assert!(line["local"].as_str().is_some_and(|l| l.starts_with(&of("")) && l != of("client")), "{line}");
+        let host = line["host"].as_str().unwrap_or_default();
+        assert!(host.starts_with("web-"), "{line}");
+        assert!(line["pod"].as_str().is_some_and(|pod| pod.starts_with(&format!("default/{host} 10."))), "{line}");
+        assert!(line["node"].is_string(), "{line}");
     }
     let peer = format!("peer=\"{}\"", of("client"));
     scene.wait_total(5.0, "istio_request_duration_milliseconds_count", &["reporter=\"destination\"", &peer]);

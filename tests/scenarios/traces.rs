@@ -92,7 +92,7 @@ fn bookinfo_is_one_trace_of_every_hop() {
         let pods = scene.bed.kubectl_apply(&format!("bookinfo-{i}"), &std::fs::read_to_string(path).expect("YAML")).expect("bookinfo");
         pods.iter().for_each(|pod| scene.bed.wait_captured(pod, true).expect("captured"));
     }
-    scene.trace("grpc", "100", ", customTags: {tenant: {literal: {value: acme}}, agent: {header: {name: user-agent}}, asked: {formatter: {value: '%REQ(:METHOD)% by %PROTOCOL%'}}, told: {formatter: {value: '%RESP(content-type)% to %DOWNSTREAM_PEER_URI_SAN%'}}}");
+    scene.trace("grpc", "100", ", customTags: {tenant: {literal: {value: acme}}, agent: {header: {name: user-agent}}, asked: {formatter: {value: '%REQ(:METHOD)% by %PROTOCOL%'}}, pod: {environment: {name: POD_NAME, defaultValue: none}}, home: {environment: {name: HOME, defaultValue: none}}, told: {formatter: {value: '%RESP(content-type)% to %DOWNSTREAM_PEER_URI_SAN%'}}}");
     // Which version of reviews is asked is chance; one of the three asks no ratings.
     const ASKED: usize = 16;
     let asked = || drop(scene.get("productpage:9080/productpage", &["user-agent: tester/1"]));
@@ -123,6 +123,7 @@ fn bookinfo_is_one_trace_of_every_hop() {
         assert_eq!((&attributes["response_flags"], &attributes["component"]), (&"-".into(), &"proxy".into()));
         assert_eq!((&attributes["tenant"], &attributes["istio.namespace"]), (&"acme".into(), &"default".into()));
         assert_eq!(attributes["asked"], "GET by HTTP/1.1");
+        assert_eq!((&attributes["pod"], &attributes["home"]), (&hop["resource"]["k8s.pod.name"], &"none".into()), "{hop:#}");
         // The pod's own requests come from no peer.
         let peer =
             attributes["told"].as_str().and_then(|told| told.split_once(" to ")).map(|(kind, peer)| (!kind.is_empty(), !peer.is_empty()));

@@ -27,7 +27,7 @@ use crate::{
     resource::{
         AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Named, Object, PeerAuthentication, Pod, RequestAuthentication,
         Telemetry, VirtualService, kube,
-        mesh_config::{Authorizer, ClientCert, Normalization, Observability},
+        mesh_config::{Authorizer, ClientCert, Defaults, Normalization, Observability},
         selector::Labels,
     },
     route::{
@@ -59,6 +59,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     }
     snapshot.retries = Arc::new(builder.parts.retries.take().unwrap_or_else(default_policy));
     snapshot.client_cert = builder.parts.client_cert;
+    snapshot.headers = builder.parts.defaults.map(|d| d.headers).unwrap_or_default();
     services::build(&mut builder, previous, &mut snapshot, now);
     builder.statuses.sort();
     (snapshot, builder.statuses)
@@ -93,6 +94,7 @@ struct Parts<'a> {
     registry_only: bool,
     retries: Option<RetryPolicy>,
     client_cert: ClientCert,
+    defaults: Option<&'a Defaults>,
     observability: Observability,
     telemetries: Vec<(&'a Named, &'a Telemetry)>,
     virtual_services: Vec<(&'a Named, &'a VirtualService)>,
@@ -132,6 +134,7 @@ impl<'a> Builder<'a> {
                 parts.registry_only = m.registry_only == Some(true);
                 parts.retries = m.retries.as_deref().cloned();
                 parts.client_cert = m.client_cert;
+                parts.defaults = Some(&*m.defaults);
                 parts.observability = m.observability.clone();
                 m.problems.iter().for_each(|problem| self.remark(Severity::Warning, named, problem));
             }

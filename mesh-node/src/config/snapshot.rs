@@ -15,7 +15,7 @@ use crate::{
     id::{ObjectName, WorkloadUid},
     resource::{
         authorization::Rule,
-        mesh_config::{Authorizer, ClientCert, Normalization},
+        mesh_config::{AddedHeaders, Authorizer, ClientCert, Normalization},
         request_authentication::{JwtRule, RemoteKeys},
     },
     route::{
@@ -60,6 +60,8 @@ pub struct Snapshot {
     /// Of routes that say nothing of retries.
     pub retries: Arc<RetryPolicy>,
     pub client_cert: ClientCert,
+    /// Those the proxy adds by itself.
+    pub headers: AddedHeaders,
     /// Authorization policies in force, for inspection.
     pub policies: Vec<PolicySummary>,
     pub(super) workloads: Map<WorkloadUid, Arc<Workload>>,
@@ -88,6 +90,7 @@ impl Snapshot {
             normalization: Normalization::default(),
             retries: Arc::new(default_policy()),
             client_cert: ClientCert::default(),
+            headers: AddedHeaders::default(),
             policies: Vec::new(),
             workloads: Map::default(),
             by_workload: Map::default(),

@@ -250,11 +250,12 @@ fn key(jwk: Jwk) -> Option<Key> {
     let decode = |text: &Option<String>| URL_SAFE_NO_PAD.decode(text.as_ref()?.trim_end_matches('=')).ok();
     let material = match (jwk.kty.as_str(), jwk.crv.as_deref()) {
         ("RSA", _) => rsa(&decode(&jwk.n)?, &decode(&jwk.e)?)?,
-        ("EC", Some(curve)) => {
-            let (curve, size) = match curve {
-                "P-256" => (Curve::P256, 32),
-                "P-384" => (Curve::P384, 48),
-                "P-521" => (Curve::P521, 66),
+        ("EC", curve) => {
+            // Without a curve it is that of the algorithm, or the usual one, as for Envoy.
+            let (curve, size) = match (curve, jwk.alg.as_deref()) {
+                (Some("P-256"), _) | (None, None | Some("" | "ES256")) => (Curve::P256, 32),
+                (Some("P-384"), _) | (None, Some("ES384")) => (Curve::P384, 48),
+                (Some("P-521"), _) | (None, Some("ES512")) => (Curve::P521, 66),
                 _ => return None,
             };
             let mut point = vec![4];

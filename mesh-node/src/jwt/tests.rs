@@ -223,6 +223,13 @@ fn the_key_decides_the_algorithm() {
     let made = ec.sign(&SystemRandom::new(), signed.as_bytes()).expect("signed");
     let token = Token::parse(&format!("{signed}.{}", b64(made))).expect("a token");
     assert_eq!((token.verify(&ec_keys), token.verify(&keys)), (Ok(()), Err(Fault::Signature)));
+    let unnamed = |more: Value| {
+        let mut key = json!({"kty": "EC", "x": b64(&point[1..49]), "y": b64(&point[49..])});
+        key.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        Keys::parse(&json!({"keys": [key]}).to_string()).map(|keys| token.verify(&keys)).map_err(|e| e.to_string())
+    };
+    assert_eq!(unnamed(json!({"alg": "ES384"})), Ok(Ok(())), "the algorithm's curve");
+    assert!(unnamed(json!({})).is_err() && unnamed(json!({"alg": "ES256"})).is_err(), "points of another curve");
 }
 
 #[test]

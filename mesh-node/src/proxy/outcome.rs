@@ -206,9 +206,18 @@ impl Outcome {
     }
 
     fn told(&self) -> Option<&Told> {
+        let reporting = &self.teller()?.reporting;
+        Some(match self.direction {
+            Direction::Outbound => &reporting.client,
+            Direction::Inbound => &reporting.server,
+        })
+    }
+
+    /// The pod that tells it.
+    fn teller(&self) -> Option<&Workload> {
         match self.direction {
-            Direction::Outbound => self.source.workload.as_ref().map(|w| &w.reporting.client),
-            Direction::Inbound => self.destination.workload.as_ref().map(|w| &w.reporting.server),
+            Direction::Outbound => self.source.workload.as_deref(),
+            Direction::Inbound => self.destination.workload.as_deref(),
         }
     }
 
@@ -350,6 +359,7 @@ impl Outcome {
             trace: None,
             peer: proved(&self.source),
             local: proved(&self.destination),
+            teller: self.teller(),
         }
     }
 

@@ -15,7 +15,10 @@ use super::{
     kept::Kept,
     plain::push_number,
 };
-use crate::id::{ObjectName, SpiffeId};
+use crate::{
+    id::{ObjectName, SpiffeId},
+    route::Workload,
+};
 
 /// Everything a line is made of. What does not exist is none.
 #[derive(Debug, Clone)]
@@ -61,6 +64,8 @@ pub struct Entry<'a> {
     /// The other end and this one.
     pub peer: Option<&'a SpiffeId>,
     pub local: Option<&'a SpiffeId>,
+    /// The pod that tells it.
+    pub teller: Option<&'a Workload>,
 }
 
 /// What a request asked for.
@@ -189,6 +194,7 @@ impl Entry<'_> {
             trace: None,
             peer: None,
             local: None,
+            teller: None,
         }
     }
 

@@ -118,6 +118,9 @@ pub fn attributes(entry: &Entry<'_>, failed: bool, place: Place<'_>, traces: &Tr
                 let value = value.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
                 value.or_else(|| default.as_ref().map(ToString::to_string))
             }
+            SpanTag::Environment(variable, default) => {
+                variable.of(workload).map(Cow::into_owned).or_else(|| default.as_ref().map(ToString::to_string))
+            }
             SpanTag::Told(template) => Some(template.text(entry)).filter(|text| !text.is_empty()),
         };
         if let Some(value) = value {

@@ -7,6 +7,14 @@ use std::{collections::BTreeMap, sync::Arc};
 
 pub(super) use document::Spec;
 
+/// What else reads parts of it.
+pub(super) mod defaults {
+    pub(in crate::resource) use super::{
+        document::{Keepalive as KeepaliveSpec, Locality as LocalitySpec},
+        policy::{keepalive, locality},
+    };
+}
+
 use super::{envelope::FieldError, selector::Labels, virtual_service::check_host};
 use crate::route::traffic::TrafficPolicy;
 

@@ -1,6 +1,7 @@
 //! The part of Istio's `MeshConfig` the node acts on, from the `ConfigMap` named `istio`: external authorizers, path
 //! normalization, and telemetry ([`observability`]). The rest of it is for other programs.
 
+pub mod defaults;
 pub mod observability;
 mod spelling;
 
@@ -12,7 +13,10 @@ use serde_json::Value;
 
 use crate::route::{retry::RetryPolicy, rule::HeaderText};
 
-pub use self::observability::Observability;
+pub use self::{
+    defaults::{AddedHeaders, Defaults},
+    observability::Observability,
+};
 use super::{
     Key, Rejection,
     envelope::{FieldError, typed},
@@ -27,6 +31,7 @@ pub struct MeshConfig {
     pub authorizers: Vec<Arc<Authorizer>>,
     pub normalization: Option<Normalization>,
     pub client_cert: ClientCert,
+    pub defaults: Box<Defaults>,
     /// Of routes that say nothing of retries. Istio's `defaultHttpRetryPolicy`.
     pub retries: Option<Box<RetryPolicy>>,
     pub observability: Observability,
@@ -300,6 +305,7 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
         }
     };
     problems.extend(spelling::remarks(mesh));
+    let defaults = Box::new(defaults::read(mesh, &mut problems));
     let retries = part(mesh, "data.mesh").and_then(|document: RetryDocument| {
         document.default_http_retry_policy.as_ref().map(|r| retries(r, "data.mesh.defaultHttpRetryPolicy")).transpose()
     });
@@ -307,7 +313,8 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
         problems.push(format!("{}: {}; retries are as if nothing was configured", error.field, error.problem));
         None
     });
-    Ok(MeshConfig { authorizers, normalization, client_cert, retries: retries.map(Box::new), observability, registry_only, problems })
+    let retries = retries.map(Box::new);
+    Ok(MeshConfig { authorizers, normalization, client_cert, defaults, retries, observability, registry_only, problems })
 }
 
 fn client_cert(mode: Option<&str>) -> Result<ClientCert, FieldError> {

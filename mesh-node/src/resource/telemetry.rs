@@ -12,7 +12,7 @@ use super::{
     target::{TargetRef, TargetSpec, targets},
 };
 use crate::{
-    report::{SpanTag, expression::Expression, format::Template},
+    report::{SpanTag, environment::Variable, expression::Expression, format::Template},
     telemetry::traffic::Metric,
 };
 
@@ -285,9 +285,13 @@ fn span_tag(tag: CustomTag, at: &str) -> Result<Option<SpanTag>, FieldError> {
             let name: HeaderName = header_name(&header.name, &format!("{at}.header.name"))?;
             Ok(Some(SpanTag::Header(name, header.default_value.map(Into::into))))
         }
-        // The node's proxy has no environment of each workload: there the default counts, as with Envoy.
         CustomTag { literal: None, header: None, environment: Some(environment), formatter: None } => {
-            Ok(environment.default_value.filter(|default| !default.is_empty()).map(|default| SpanTag::Literal(default.into())))
+            let default = environment.default_value.filter(|default| !default.is_empty()).map(Arc::from);
+            // Of a variable nothing is known of the default counts, as with Envoy.
+            Ok(match Variable::named(&environment.name) {
+                Some(variable) => Some(SpanTag::Environment(variable, default)),
+                None => default.map(SpanTag::Literal),
+            })
         }
         CustomTag { literal: None, header: None, environment: None, formatter: Some(formatter) } => {
             let at = format!("{at}.formatter.value");
@@ -387,7 +391,7 @@ mod tests {
             "tracing": [{"providers": [{"name": "otel"}], "randomSamplingPercentage": 12.5, "customTags": {
                 "a": {"literal": {"value": "x"}}, "b": {"header": {"name": "X-B", "defaultValue": "none"}},
                 "c": {"environment": {"name": "X", "defaultValue": "y"}}, "d": {"environment": {"name": "X"}},
-                "e": {"formatter": {"value": "%REQ(x-e)%"}}}}],
+                "e": {"formatter": {"value": "%REQ(x-e)%"}}, "f": {"environment": {"name": "POD_NAME"}}}}],
             "metrics": [{"providers": [{"name": "prometheus"}], "overrides": [
                 {"match": {"metric": "REQUEST_COUNT", "mode": "SERVER"}, "tagOverrides": {
                     "response_code": {"operation": "REMOVE"}, "host": {"value": "request.host"}}},
@@ -399,7 +403,7 @@ mod tests {
         let read = read.expect("valid");
         assert_eq!(
             (read.tracing[0].sampling, read.tracing[0].tags.as_ref().map(Vec::len)),
-            (Some(125_000), Some(4)),
+            (Some(125_000), Some(5)),
             "one without a value is none"
         );
         let overrides = &read.metrics[0].overrides;

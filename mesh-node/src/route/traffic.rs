@@ -16,6 +16,33 @@ pub struct TrafficPolicy {
     pub retry_budget: Option<RetryBudget>,
 }
 
+/// What holds where no `DestinationRule` says otherwise: Istio's `MeshConfig`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct TrafficDefaults {
+    pub connect_timeout: Option<Duration>,
+    pub keepalive: Option<Keepalive>,
+    pub locality: Option<Locality>,
+    /// Ports that declare HTTP are asked in HTTP/2 (`h2UpgradePolicy`).
+    pub http2: bool,
+}
+
+impl TrafficPolicy {
+    /// Has the mesh's say where this says nothing. `http`: the port declares it; `located`: the destination itself says which of its endpoints are preferred.
+    pub fn fill(&mut self, defaults: &TrafficDefaults, http: bool, located: bool) {
+        self.tcp.connect_timeout = self.tcp.connect_timeout.or(defaults.connect_timeout);
+        self.tcp.keepalive = self.tcp.keepalive.or(defaults.keepalive);
+        if !self.locality.given
+            && !located
+            && let Some(locality) = &defaults.locality
+        {
+            self.locality = locality.clone();
+        }
+        if defaults.http2 && http && self.http.upgrade == Upgrade::Default {
+            self.http.upgrade = Upgrade::Always;
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Balancer {
     /// None is named: the less busy of two picked at random, as Istio has it, unless the Service has an affinity.
@@ -156,9 +183,11 @@ impl Default for HttpPool {
 /// Which protocol is spoken to the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Upgrade {
-    /// The one the port declares; undeclared, the client's.
+    /// As the mesh has it: unless that says otherwise, as `Declared`.
     #[default]
     Default,
+    /// The one the port declares; undeclared, the client's.
+    Declared,
     /// HTTP/2, whatever the client speaks.
     Always,
     /// The client's.

@@ -206,3 +206,42 @@ async fn the_oldest_rule_with_a_policy_counts() {
     }
     assert_ne!(seen.of("a")[0].connection, seen.of("b")[0].connection, "a connection for each");
 }
+
+/// What the mesh's `proxyHeaders` switch off is not added; what clients say themselves stays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn headers_the_mesh_does_not_want_are_not_added() {
+    let seen = Seen::default();
+    let one = scripted::http1("up1", &seen).expect("upstream");
+    let rules = json!([
+        {"match": [{"uri": {"prefix": "/rewritten"}}], "rewrite": {"uri": "/x"}, "timeout": "5s", "retries": {"attempts": 1, "retryOn": "5xx"},
+         "route": [{"destination": {"host": "web"}}]},
+        {"route": [{"destination": {"host": "web"}}]}]);
+    let names = ["x-request-id", "x-envoy-attempt-count", "x-envoy-expected-rq-timeout-ms", "x-envoy-original-path"];
+    for (switched, expected, timed) in [
+        (json!({}), vec![true, true, true, true], true),
+        (json!({"requestId": {"disabled": true}}), vec![false, true, true, true], true),
+        (json!({"attemptCount": {"disabled": true}}), vec![true, false, true, true], true),
+        (json!({"envoyDebugHeaders": {"disabled": true}}), vec![true, true, false, false], false),
+    ] {
+        let mesh = json!({"defaultConfig": {"proxyHeaders": switched}});
+        let mesh = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": mesh}});
+        let documents = [service("web", "10.96.9.1", "http", &[one]), vec![virtual_service("web", &rules), mesh]].concat();
+        let engine = Engine::start(&documents).await.expect("engine");
+        let scene = Scene { engine, vip: VIP.parse().expect("valid"), seen: seen.clone() };
+        let id = format!("{switched}").replace(['"', '{', '}', ' '], "");
+        let text = format!("GET /rewritten HTTP/1.1\r\nhost: web\r\nx-id: {id}\r\nx-plan: 503,200\r\nconnection: close\r\n\r\n");
+        let (answer, _) = scene.say(&text).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert_eq!(answer.contains("x-envoy-upstream-service-time"), timed, "{switched}: {answer}");
+        let attempts = scene.seen.of(&id);
+        assert_eq!(attempts.len(), 2, "{switched}");
+        for attempt in attempts {
+            let there = names.map(|name| attempt.headers.iter().any(|(n, _)| n == name));
+            assert_eq!(there.to_vec(), expected, "{switched}: {attempt:?}");
+        }
+        let own = format!("GET / HTTP/1.1\r\nhost: web\r\nx-id: own-{id}\r\nx-request-id: mine\r\nconnection: close\r\n\r\n");
+        scene.say(&own).await;
+        let attempt = &scene.seen.of(&format!("own-{id}"))[0];
+        assert!(attempt.headers.iter().any(|(n, v)| n == "x-request-id" && v == "mine"), "{attempt:?}");
+    }
+}

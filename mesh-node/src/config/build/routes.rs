@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     Builder, age,
-    services::{Clusters, Registry, closeness, is_visible, service_of},
+    services::{Clusters, Registry, closeness, is_visible, or_default, service_of},
 };
 use crate::{
     config::store::{Severity, Status},
@@ -32,6 +32,8 @@ pub(super) struct Routes<'a> {
     /// Those that others delegate to.
     delegates: HashMap<&'a ObjectName, &'a VirtualService>,
     gateway_routes: HashMap<&'a ObjectName, Vec<(&'a Named, &'a GatewayRoute)>>,
+    /// Who sees a `VirtualService` that does not say so.
+    exported: &'a [Arc<str>],
     ports: HashMap<&'a ObjectName, Vec<u16>>,
     /// Services that stand for another host (`ExternalName`).
     aliases: HashMap<&'a ObjectName, &'a str>,
@@ -46,6 +48,7 @@ impl<'a> Routes<'a> {
             virtual_services: HashMap::new(),
             delegates: HashMap::new(),
             gateway_routes: HashMap::new(),
+            exported: builder.parts.defaults.map_or(&[][..], |defaults| &defaults.virtual_services),
             ports: registry.iter().map(|(name, e)| (*name, e.service.ports.iter().map(|p| p.port).collect())).collect(),
             aliases: registry.iter().filter_map(|(name, e)| Some((*name, e.service.alias.as_deref()?))).collect(),
             special: BTreeSet::new(),
@@ -76,7 +79,7 @@ impl<'a> Routes<'a> {
         if !vs.mesh {
             return;
         }
-        let restricted = vs.export_to.iter().filter(|to| !["*", "~"].contains(&&***to));
+        let restricted = or_default(&vs.export_to, self.exported).iter().filter(|to| !["*", "~"].contains(&&***to));
         self.special.extend(restricted.map(|to| if &**to == "." { namespace } else { &**to }));
         for host in &vs.hosts {
             if host.starts_with('*') {
@@ -138,9 +141,9 @@ impl<'a> Routes<'a> {
         let clients = std::iter::once(None).chain(self.special.iter().copied().map(Some)).collect::<Vec<_>>();
         for (service, list) in &self.virtual_services {
             for client in &clients {
-                let mut visible = list
-                    .iter()
-                    .filter(|(close, named, vs)| *close == usize::MAX && is_visible(&vs.export_to, &named.key.name.namespace, *client));
+                let mut visible = list.iter().filter(|(close, named, vs)| {
+                    *close == usize::MAX && is_visible(or_default(&vs.export_to, self.exported), &named.key.name.namespace, *client)
+                });
                 let Some((_, first, oldest)) = visible.next() else { continue };
                 for (_, named, _) in visible.filter(|(_, named, vs)| named.key != first.key && is_covered(vs, oldest)) {
                     let message = format!("spec.hosts: {} of {service} is older and is used for it; merge the two", first.key);
@@ -168,8 +171,9 @@ impl<'a> Routes<'a> {
 
     /// Whether a service has any routes a client of a namespace can see.
     pub fn any(&self, service: &ObjectName, client: &str) -> bool {
-        let visible =
-            |(_, named, vs): &(usize, &Named, &VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, Some(client));
+        let visible = |(_, named, vs): &(usize, &Named, &VirtualService)| {
+            is_visible(or_default(&vs.export_to, self.exported), &named.key.name.namespace, Some(client))
+        };
         self.virtual_services.get(service).is_some_and(|l| l.iter().any(visible)) || self.gateway_routes.contains_key(service)
     }
 
@@ -184,8 +188,9 @@ impl<'a> Routes<'a> {
     ) -> PortRoutes {
         let is_tls = protocol == Protocol::Tls;
         let resolver = Resolver { routes: self, builder, port: port.port, clusters };
-        let visible =
-            |(_, named, vs): &&(usize, &'a Named, &'a VirtualService)| is_visible(&vs.export_to, &named.key.name.namespace, client);
+        let visible = |(_, named, vs): &&(usize, &'a Named, &'a VirtualService)| {
+            is_visible(or_default(&vs.export_to, self.exported), &named.key.name.namespace, client)
+        };
         let mut found = PortRoutes::default();
         let mut tables = Vec::new();
         for (_, named, vs) in self.virtual_services.get(service).into_iter().flatten().filter(visible) {

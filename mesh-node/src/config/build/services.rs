@@ -26,7 +26,10 @@ use crate::{
         selector::Labels,
     },
     route::{
-        Cluster, ClusterId, Endpoint, Load, PortRoutes, Service, ServicePort, Workload, cluster::Near, l4::host_matches, traffic::Balancer,
+        Cluster, ClusterId, Endpoint, Load, PortRoutes, Service, ServicePort, Workload,
+        cluster::Near,
+        l4::host_matches,
+        traffic::{Balancer, TrafficDefaults},
     },
 };
 
@@ -66,6 +69,11 @@ pub(super) fn is_visible(export_to: &[Arc<str>], own: &str, client: Option<&str>
         })
 }
 
+/// Who sees an object: whom it says, or whom the mesh says.
+pub(super) fn or_default<'a>(export_to: &'a [Arc<str>], exported: &'a [Arc<str>]) -> &'a [Arc<str>] {
+    if export_to.is_empty() { exported } else { export_to }
+}
+
 /// How closely a host pattern of an object names a service: exactly is the most, a longer wildcard is more.
 pub(super) fn closeness(host: &str, namespace: &str, service: &ObjectName) -> Option<usize> {
     if host.starts_with('*') {
@@ -78,10 +86,10 @@ pub(super) fn build(builder: &mut Builder<'_>, previous: &Snapshot, snapshot: &m
     let registry = registry(builder, previous, snapshot, now);
     let rules = Rules::new(builder, &registry);
     let routes = Routes::new(builder, &registry);
-    let tables = tables(previous);
+    let given = Given { tables: tables(previous), traffic: builder.parts.defaults.map(|d| d.traffic.clone()).unwrap_or_default() };
     let mut clusters = Clusters::default();
     for (name, entry) in &registry {
-        clusters.add(name, entry, &rules.of(name, None, &builder.mesh.root_namespace), &tables);
+        clusters.add(name, entry, &rules.of(name, None, &builder.mesh.root_namespace), &given);
     }
     for (name, entry) in &registry {
         let service = Arc::new(assemble(name, entry, &clusters, |port| routes.of(builder, name, port, None, &clusters)));
@@ -94,7 +102,7 @@ pub(super) fn build(builder: &mut Builder<'_>, previous: &Snapshot, snapshot: &m
         let mut own = Clusters { below: Some(&clusters), ..Clusters::default() };
         let differs = |name: &ObjectName| rules.differs(name, client, &builder.mesh.root_namespace);
         for (name, entry) in registry.iter().filter(|(name, _)| differs(name)) {
-            own.add(name, entry, &rules.of(name, Some(client), &builder.mesh.root_namespace), &tables);
+            own.add(name, entry, &rules.of(name, Some(client), &builder.mesh.root_namespace), &given);
         }
         // A route may lead to a cluster that differs: every service with routes is looked at.
         let seen = registry.iter().filter(|(name, _)| differs(name) || routes.any(name, client)).map(|(name, entry)| {
@@ -180,6 +188,8 @@ fn endpoints(
 /// Destination rules by the services they are for, closest host and oldest first.
 struct Rules<'a> {
     by_service: HashMap<&'a ObjectName, Vec<(usize, &'a Named, &'a DestinationRule)>>,
+    /// Who sees those that do not say so.
+    exported: &'a [Arc<str>],
     /// Namespaces whose clients see some service otherwise.
     special: BTreeSet<&'a str>,
     remarks: std::cell::RefCell<Vec<crate::config::store::Status>>,
@@ -196,13 +206,15 @@ impl<'a> Rules<'a> {
     fn new(builder: &mut Builder<'a>, registry: &Registry<'a>) -> Self {
         let mut all = std::mem::take(&mut builder.parts.destination_rules);
         all.sort_by_key(|(named, _)| age(named));
-        let mut rules = Self { by_service: HashMap::new(), special: BTreeSet::new(), remarks: std::cell::RefCell::default() };
+        let exported = builder.parts.defaults.map_or(&[][..], |defaults| &defaults.destination_rules);
+        let mut rules = Self { by_service: HashMap::new(), exported, special: BTreeSet::new(), remarks: std::cell::RefCell::default() };
         for (named, rule) in all {
             let namespace: &str = &named.key.name.namespace;
             let mut add = |name: &'a ObjectName, close: usize| {
                 rules.by_service.entry(name).or_default().push((close, named, rule));
-                let global = is_visible(&rule.export_to, namespace, None);
-                let restricted = rule.export_to.iter().filter(|to| !["*", "~"].contains(&&***to));
+                let export_to = or_default(&rule.export_to, exported);
+                let global = is_visible(export_to, namespace, None);
+                let restricted = export_to.iter().filter(|to| !["*", "~"].contains(&&***to));
                 rules.special.extend(restricted.map(|to| if &**to == "." { namespace } else { to }));
                 if global && namespace != &*name.namespace && namespace != &*builder.mesh.root_namespace {
                     rules.special.insert(namespace);
@@ -236,7 +248,7 @@ impl<'a> Rules<'a> {
         for namespace in namespaces {
             let here = all.iter().filter(|(_, named, rule)| {
                 let own: &str = &named.key.name.namespace;
-                own == namespace && is_visible(&rule.export_to, own, client)
+                own == namespace && is_visible(or_default(&rule.export_to, self.exported), own, client)
             });
             let here = here.collect::<Vec<_>>();
             if let Some((closest, ..)) = here.first() {
@@ -276,6 +288,13 @@ pub(super) struct Clusters<'a> {
 
 type Tables<'a> = HashMap<&'a ClusterId, &'a Arc<Table>>;
 
+/// What clusters are made with.
+struct Given<'a> {
+    /// Tables of before, for those that have not changed.
+    tables: Tables<'a>,
+    traffic: TrafficDefaults,
+}
+
 fn tables(previous: &Snapshot) -> Tables<'_> {
     let ports = previous.services.iter().flat_map(|s| &s.ports);
     let clusters = ports.flat_map(|p| std::iter::once(&p.cluster).chain(p.subsets.values()));
@@ -296,11 +315,11 @@ impl Clusters<'_> {
         }
     }
 
-    fn add(&mut self, name: &ObjectName, entry: &Entry<'_>, effective: &Effective<'_>, tables: &Tables<'_>) {
+    fn add(&mut self, name: &ObjectName, entry: &Entry<'_>, effective: &Effective<'_>, given: &Given<'_>) {
         let whole = std::iter::once(None).chain(effective.subsets.iter().copied().map(Some));
         for subset in whole {
             for (port, endpoints) in entry.service.ports.iter().zip(&entry.endpoints) {
-                let cluster = cluster(name, entry, port, endpoints, effective.policy, subset, tables);
+                let cluster = cluster(name, entry, port, endpoints, effective.policy, subset, given);
                 self.by_id.insert(cluster.id.clone(), Arc::new(cluster));
             }
         }
@@ -315,7 +334,7 @@ fn cluster(
     endpoints: &Arc<[Endpoint]>,
     policy: Option<&Layered>,
     subset: Option<&Subset>,
-    tables: &Tables<'_>,
+    given: &Given<'_>,
 ) -> Cluster {
     let service = entry.service;
     let id = ClusterId { service: name.clone(), port: port.port, subset: subset.map(|s| s.name.clone()).unwrap_or_default() };
@@ -324,6 +343,8 @@ fn cluster(
         Some(subset) => endpoints.iter().filter(|e| subset.labels.iter().all(|(k, v)| e.labels.get(k) == Some(v))).cloned().collect(),
     };
     let mut policy = Layered::effective(policy, subset.map(|s| &s.policy), port.port);
+    let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref());
+    policy.fill(&given.traffic, protocol.is_http(), entry.near.is_some());
     if service.is_headless() {
         // Its clients pick the endpoint themselves, by its address.
         policy.balancer = Balancer::Passthrough;
@@ -333,14 +354,14 @@ fn cluster(
     let table = match policy.balancer {
         Balancer::Hash { table, .. } => {
             let addresses = endpoints.iter().map(|e| e.address).collect::<Vec<_>>();
-            let same = tables.get(&id).filter(|t| t.is_of(table, &addresses));
+            let same = given.tables.get(&id).filter(|t| t.is_of(table, &addresses));
             Some(same.map_or_else(|| Arc::new(Table::build(table, addresses)), |t| (*t).clone()))
         }
         _ => None,
     };
     Cluster {
         id,
-        protocol: Protocol::declared(&port.name, port.app_protocol.as_deref()),
+        protocol,
         policy: Arc::new(policy),
         endpoints,
         local_only: service.internal_traffic_policy == TrafficPolicy::Local,

@@ -74,7 +74,7 @@ fn the_mesh_configuration_may_close_what_is_not_known_and_is_told_of_what_it_say
     let (open, closed) = (OutboundPolicy::AllowAny, OutboundPolicy::RegistryOnly);
     assert_eq!(outbound(json!({})), (open, 0));
     assert_eq!(outbound(json!({"outboundTrafficPolicy": {"mode": "REGISTRY_ONLY"}})), (closed, 0));
-    assert_eq!(outbound(json!({"outbound_traffic_policy": {"mode": "ALLOW_ANY"}, "connect_timeout": "1s"})), (open, 1));
+    assert_eq!(outbound(json!({"outbound_traffic_policy": {"mode": "ALLOW_ANY"}, "discovery_selectors": []})), (open, 1));
     assert_eq!(outbound(json!({"outboundTrafficPolicy": {"mode": "x"}})), (open, 1));
 }
 
@@ -385,6 +385,54 @@ fn what_is_near_is_said_by_a_service_or_its_namespace() {
     assert_eq!((near(&both, &json!({})), near(&unknown, &json!({}))), (Some(Near::Node), Some(Near::Zone)));
     // What is nearer counts, also when it wants nothing of the kind.
     assert_eq!(near(&annotated("Any"), &annotated("PreferClose")), None);
+}
+
+#[test]
+fn what_the_mesh_says_holds_where_nobody_says_otherwise() {
+    use std::time::Duration;
+
+    use crate::route::traffic::Upgrade;
+    let mesh = json!({
+        "connectTimeout": "3s", "tcpKeepalive": {"time": "60s"}, "h2UpgradePolicy": "UPGRADE", "localityLbSetting": {"enabled": false},
+        "defaultVirtualServiceExportTo": ["."], "defaultDestinationRuleExportTo": ["."]});
+    let mesh = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": mesh}});
+    let object = |kind: &str, spec: &Value| json!({"apiVersion": "networking.istio.io/v1", "kind": kind, "metadata": {"name": "r", "namespace": "default"}, "spec": spec});
+    let rule = |policy: &Value| object("DestinationRule", &json!({"host": "web", "exportTo": ["*"], "trafficPolicy": policy}));
+    let policy = |documents: &[Value]| {
+        let (snapshot, statuses) = built(documents);
+        assert!(statuses.is_empty(), "{statuses:?}");
+        let Target::Service { port, .. } = snapshot.resolve("10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
+        port.cluster.policy.clone()
+    };
+    let base = [service(), slice("a", &["10.0.0.1"], true), mesh.clone()];
+    let plain = policy(&base);
+    assert_eq!((plain.tcp.connect_timeout, plain.http.upgrade), (Some(Duration::from_secs(3)), Upgrade::Always));
+    assert!(plain.tcp.keepalive.is_some_and(|k| k.time == Some(Duration::from_mins(1))) && !plain.locality.enabled, "{plain:?}");
+    let own = json!({"connectionPool": {"tcp": {"connectTimeout": "1s", "tcpKeepalive": {"time": "5s"}}, "http": {"h2UpgradePolicy": "DO_NOT_UPGRADE"}},
+        "loadBalancer": {"localityLbSetting": {"enabled": true}}});
+    let own = policy(&[&base[..], &[rule(&own)]].concat());
+    assert_eq!((own.tcp.connect_timeout, own.http.upgrade), (Some(Duration::from_secs(1)), Upgrade::Declared));
+    assert!(own.tcp.keepalive.is_some_and(|k| k.time == Some(Duration::from_secs(5))) && own.locality.enabled, "{own:?}");
+    let mut near = service();
+    near["spec"]["trafficDistribution"] = json!("PreferClose");
+    assert!(policy(&[near, base[1].clone(), mesh.clone()]).locality.enabled, "what the Service says of places is nearer");
+    let mut opaque = service();
+    opaque["spec"]["ports"][0]["name"] = json!("x");
+    assert_eq!(policy(&[opaque, base[1].clone(), mesh]).http.upgrade, Upgrade::Default, "only what declares HTTP");
+    // Objects that do not say who sees them.
+    let route = json!({"hosts": ["web"], "http": [{"route": [{"destination": {"host": "web"}}]}]});
+    let rule = json!({"host": "web", "trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "1s"}}}});
+    let seen = |to: &str, export_to: Option<Value>| {
+        let mut objects = [object("VirtualService", &route), object("DestinationRule", &rule)];
+        if let Some(export_to) = export_to {
+            objects.iter_mut().for_each(|o| o["spec"]["exportTo"] = export_to.clone());
+        }
+        let (snapshot, _) = built(&[&base[..], &objects].concat());
+        let Target::Service { port, .. } = snapshot.resolve_for(to, "10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
+        (port.routes.http.is_some(), port.cluster.policy.tcp.connect_timeout.map(|t| t.as_secs()))
+    };
+    assert_eq!((seen("default", None), seen("other", None)), ((true, Some(1)), (false, Some(3))));
+    assert_eq!(seen("other", Some(json!(["*"]))), (true, Some(1)));
 }
 
 #[test]

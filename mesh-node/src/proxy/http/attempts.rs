@@ -114,6 +114,7 @@ pub(super) struct Attempts<'x, 'd, 'b, B, R> {
 
 impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     pub(super) async fn run(mut self, mut head: RequestHead) -> Outcome {
+        let added = self.forward.snapshot.headers;
         loop {
             self.number += 1;
             if self.number > 1 {
@@ -131,13 +132,15 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             self.upload.rewind();
             self.deadlines.attempt = None;
             if let Some(left) = self.time_left() {
-                headers::expect_within(&mut head.headers, left);
+                if added.debug {
+                    headers::expect_within(&mut head.headers, left);
+                }
                 if self.grpc {
                     headers::expect_within_as_grpc(&mut head.headers, left);
                 }
             }
             // The first is counted before rules have their say.
-            if self.number > 1 {
+            if self.number > 1 && added.attempt_count {
                 headers::count_attempt(&mut head.headers, self.number);
             }
             let ended = self.attempt(&head, address, &endpoint).await;
@@ -270,7 +273,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             (record.details, record.answered_after) = (Cow::Borrowed("via_upstream"), took);
             record.answered_at = Some(now.into_std());
             record.upstream_protocol = Some(wanted.protocol());
-            if let Some(took) = took.filter(|_| status != StatusCode::SWITCHING_PROTOCOLS) {
+            if let Some(took) = took.filter(|_| status != StatusCode::SWITCHING_PROTOCOLS && forward.snapshot.headers.debug) {
                 headers.insert(headers::SERVICE_TIME.clone(), headers::milliseconds(took));
             }
             forward.decorate(&mut headers, record, Some(status));

@@ -255,7 +255,7 @@ fn call<'a>(gate: &'a Gate, cluster: &'a Arc<Cluster>, http2: bool) -> Call<'a> 
 fn tell(gate: &Gate, snapshot: &Snapshot, template: &Template, (head, protocol): (&RequestHead, &'static str)) -> Option<HeaderValue> {
     let kept = Kept::of(&head.headers, &template.asks().request);
     let (method, path, authority) = (head.method.as_str(), head.target.as_str(), head.authority.to_str().unwrap_or_default());
-    let local = snapshot.workload(&gate.pod.uid).map(|w| &w.identity);
+    let teller = snapshot.workload(&gate.pod.uid);
     let entry = Entry {
         request: Some(Asked { method, path, sent_path: path, authority, scheme: head.scheme.as_str(), headers: &kept }),
         protocol: Some(protocol),
@@ -264,7 +264,8 @@ fn tell(gate: &Gate, snapshot: &Snapshot, template: &Template, (head, protocol):
         downstream_remote: Some(gate.client),
         mutual_tls: gate.facts.peer.is_some(),
         peer: gate.facts.peer.as_ref(),
-        local: local.filter(|_| gate.facts.peer.is_some()),
+        local: teller.map(|w| &w.identity).filter(|_| gate.facts.peer.is_some()),
+        teller: teller.map(|w| &**w),
         ..Entry::begun(SystemTime::now())
     };
     HeaderValue::from_str(&template.text(&entry)).ok().filter(|value| !value.is_empty())

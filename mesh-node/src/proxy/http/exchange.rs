@@ -17,7 +17,7 @@ use super::{
     body::{RequestBody, Responder},
     gate, headers,
     record::{Described, Flag, Record},
-    reply::{Reply, reason},
+    reply::{OVERLOADED, Reply, reason},
     tokens,
     upload::Upload,
     upstream::Failed,
@@ -26,6 +26,7 @@ use crate::{
     config::Snapshot,
     id::ObjectName,
     report::{entry::Asked, format::Template, kept::Wanted},
+    resource::mesh_config::AddedHeaders,
     route::{
         Cluster, Target, Workload,
         matching::{Context, PathMatch},
@@ -105,7 +106,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let Some(source) = snapshot.workload(&self.down.pod.uid) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
-        self.begin(&mut head, source);
+        self.begin(&mut head, source, snapshot.headers);
         let Target::Service { service, port } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
@@ -150,7 +151,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                 };
                 let Some((cluster, destination)) = picked else { return self.missing(rule, None, None, &head).await };
                 let Some(cluster) = cluster else { return self.missing(rule, Some(destination), cors.as_ref(), &head).await };
-                let rewritten = self.rewrite(&mut head, rule, path, destination);
+                let rewritten = self.rewrite(&mut head, (rule, destination), path, snapshot.headers);
                 let forward = Forward {
                     cluster,
                     rule: Some(rule),
@@ -169,11 +170,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     /// Takes down who asks for what, and lets its trace go on.
-    fn begin(&mut self, head: &mut RequestHead, source: &Arc<Workload>) {
+    fn begin(&mut self, head: &mut RequestHead, source: &Arc<Workload>, added: AddedHeaders) {
         self.record.source = Some(source.clone());
         // Before routes see it, as with Envoy.
-        headers::prepare(head);
-        headers::count_attempt(&mut head.headers, 1);
+        headers::prepare(head, added);
         self.record.describe(head, source);
         if let Some(onward) = self.record.trace(head, source, &self.down.proxy.spans) {
             onward.write(&mut head.headers);
@@ -328,10 +328,18 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     }
 
     /// Makes of a request what its rule and destination say; whether that is another path.
-    fn rewrite(&self, head: &mut RequestHead, rule: &Rule, matched: Option<&PathMatch>, destination: &Weighted) -> bool {
+    fn rewrite(
+        &self,
+        head: &mut RequestHead,
+        (rule, destination): (&Rule, &Weighted),
+        matched: Option<&PathMatch>,
+        added: AddedHeaders,
+    ) -> bool {
         let tell = |template: &Template, asked: Asked<'_>| self.record.tell(template, Some(asked), None);
         let Some(original) = rewrite::request(head, rule, matched, Some(destination), tell) else { return false };
-        head.headers.insert(headers::ORIGINAL_PATH.clone(), original);
+        if added.debug {
+            head.headers.insert(headers::ORIGINAL_PATH.clone(), original);
+        }
         true
     }
 
@@ -411,7 +419,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             (_, "") => format!("upstream_reset_{when}_response_started{{{words}}}").into(),
             (_, detail) => format!("upstream_reset_{when}_response_started{{{words}|{detail}}}").into(),
         };
-        self.reply(Reply::reset(failed.reset, retried), |record, headers| forward.decorate(headers, record, None)).await
+        let mut reply = Reply::reset(failed.reset, retried);
+        if !forward.snapshot.headers.debug {
+            reply.headers.remove(&OVERLOADED);
+        }
+        self.reply(reply, |record, headers| forward.decorate(headers, record, None)).await
     }
 }
 

@@ -3,6 +3,8 @@
 //! Order is Istio's: external authorizers, then the token, then DENY and ALLOW. Every request is judged with one snapshot,
 //! and again, while it is under way, with every later one.
 
+mod told;
+
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
@@ -14,10 +16,11 @@ use std::{
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 
+use self::told::Told;
 use super::{
     authorizer::{self, Answer, ToClient},
     body::Preview,
-    headers::CLIENT_CERT,
+    headers::{self, CLIENT_CERT},
     record::{Flag, Record, is_traced},
     reply::Reply,
     tokens,
@@ -34,7 +37,6 @@ use crate::{
         pods::Stage,
         reporting::{EdgeSlot, Ends},
     },
-    resource::mesh_config::ClientCert,
     route::request::{RequestHead, renormalised},
     telemetry::traffic::Reporter,
 };
@@ -139,8 +141,24 @@ impl Gate {
     /// Begins the record of a request into the pod, and says what the request is to say of its trace, where that is something else
     /// than it does.
     pub fn record(&self, head: &RequestHead, protocol: &'static str) -> (Record, Option<Onward>) {
+        self.recorded(&self.proxy.config.load(), head, protocol)
+    }
+
+    /// The same of one that comes as its client has sent it: it gets a name, if it has none, and goes on in its trace.
+    pub fn take_down(&self, head: &mut RequestHead, protocol: &'static str) -> Record {
         let snapshot = self.proxy.config.load();
-        let mut record = self.begin(&snapshot, protocol);
+        if snapshot.headers.request_id {
+            headers::identify(&mut head.headers);
+        }
+        let (record, onward) = self.recorded(&snapshot, head, protocol);
+        if let Some(onward) = onward {
+            onward.write(&mut head.headers);
+        }
+        record
+    }
+
+    fn recorded(&self, snapshot: &Snapshot, head: &RequestHead, protocol: &'static str) -> (Record, Option<Onward>) {
+        let mut record = self.begin(snapshot, protocol);
         let mut onward = None;
         if let Some(workload) = snapshot.workload(&self.pod.uid) {
             record.describe(head, workload);
@@ -265,49 +283,10 @@ impl Gate {
         Ok(Pass { head: changed, claims, client_cert, to_client, judged: true, unseen: AtomicBool::new(false) })
     }
 
-    /// What passes without being asked about.
-    fn unasked(&self, snapshot: &Snapshot, head: &RequestHead) -> Pass {
-        match self.told(snapshot, head) {
-            Told::AsItIs => Pass::default(),
-            Told::Also(value) => Pass { client_cert: Some(value), ..Pass::default() },
-            Told::Only(value) => {
-                let mut head = head.clone();
-                head.headers.remove(&CLIENT_CERT);
-                Pass { head: Some(head), client_cert: value, ..Pass::default() }
-            }
-        }
-    }
-
-    /// What the application is told of who the client is.
-    fn told(&self, snapshot: &Snapshot, head: &RequestHead) -> Told {
-        let said = head.headers.get(&CLIENT_CERT);
-        let own = || self.ends.get_or_init(|| self.ends(snapshot)).clone();
-        let set = |own: Option<HeaderValue>| match (said, own) {
-            (None, Some(own)) => Told::Also(own),
-            (None, None) => Told::AsItIs,
-            (Some(_), own) => Told::Only(own),
-        };
-        let proved = self.facts.peer.is_some();
-        match snapshot.client_cert {
-            ClientCert::AlwaysForwardOnly => Told::AsItIs,
-            ClientCert::ForwardOnly if proved => Told::AsItIs,
-            ClientCert::Verified if self.facts.proxy => said.map_or_else(|| set(own()), |_| appended(head, own())),
-            ClientCert::AppendForward if proved && said.is_some() => appended(head, own()),
-            ClientCert::Verified | ClientCert::SanitizeSet | ClientCert::AppendForward => set(own()),
-            ClientCert::Sanitize | ClientCert::ForwardOnly => set(None),
-        }
-    }
-
     /// Who this end of the connection has proved to be; it has only where the other one has.
     pub fn proved(&self) -> Option<SpiffeId> {
         self.facts.peer.as_ref()?;
         Some(self.proxy.config.load().workload(&self.pod.uid)?.identity.clone())
-    }
-
-    /// None where the client has not proved who it is.
-    fn ends(&self, snapshot: &Snapshot) -> Option<HeaderValue> {
-        let (peer, workload) = (self.facts.peer.as_ref()?, snapshot.workload(&self.pod.uid)?);
-        HeaderValue::from_str(&format!("By={};URI={peer}", workload.identity)).ok()
     }
 
     fn denied(&self, denial: &Denial) -> Box<Refusal> {
@@ -390,23 +369,6 @@ impl Gate {
     }
 }
 
-/// What an application is told of who the client is.
-enum Told {
-    /// What the request says itself.
-    AsItIs,
-    /// This, of which the request says nothing.
-    Also(HeaderValue),
-    /// This, and not what the request says.
-    Only(Option<HeaderValue>),
-}
-
-/// What the request says, and one element more.
-fn appended(head: &RequestHead, own: Option<HeaderValue>) -> Told {
-    let Some(own) = own else { return Told::AsItIs };
-    let all = head.headers.get_all(&CLIENT_CERT).iter().map(HeaderValue::as_bytes).chain([own.as_bytes()]).collect::<Vec<_>>();
-    HeaderValue::from_bytes(&all.join(&b","[..])).map_or(Told::AsItIs, |value| Told::Only(Some(value)))
-}
-
 /// The end user's address: what the last proxy that is trusted says, else the client's own. `None`: the proxy says
 /// something that is no address.
 pub fn remote(snapshot: &Snapshot, facts: &Facts, headers: &HeaderMap) -> Option<IpAddr> {
@@ -470,30 +432,5 @@ pub fn observe(proxy: &Proxy, facts: &Facts, observed: &Observed, head: Option<&
         let result = if shadow.allowed { "dry_run_allowed" } else { "dry_run_denied" };
         proxy.metrics.policy_decision(&shadow.policy, result);
         tracing::info!(target: "audit", policy = %shadow.policy, result, source = %facts.source, identity = ?facts.peer, destination = %facts.destination, method, path, "dry run");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use http::Method;
-
-    use super::*;
-    use crate::route::request::Scheme;
-
-    #[test]
-    fn what_a_trusted_proxy_says_of_clients_stays_before_who_it_is_itself() {
-        let mut head = RequestHead {
-            method: Method::GET,
-            scheme: Scheme::Http,
-            authority: HeaderValue::from_static("a"),
-            target: http::uri::PathAndQuery::from_static("/"),
-            headers: HeaderMap::new(),
-        };
-        for value in ["URI=one", "URI=two"] {
-            head.headers.append(CLIENT_CERT.clone(), HeaderValue::from_static(value));
-        }
-        let told = appended(&head, Some(HeaderValue::from_static("By=b;URI=c")));
-        assert!(matches!(told, Told::Only(Some(value)) if value == "URI=one,URI=two,By=b;URI=c"));
-        assert!(matches!(appended(&head, None), Told::AsItIs), "who it is itself is not known");
     }
 }

@@ -16,7 +16,7 @@ use super::{
     body::{FrameSink, FrameSource, RequestBody, Responder},
     gate::{Gate, Pass},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
-    headers, read_request,
+    read_request,
     record::{Flag, Record},
     reply::Reply,
     transport::Transport,
@@ -138,11 +138,7 @@ async fn h1_exchange(
 ) -> Result<Next, Cut> {
     let protocol = if request.minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
     let mut request = request;
-    headers::identify(&mut request.head.headers);
-    let (mut record, onward) = gate.record(&request.head, protocol);
-    if let Some(onward) = onward {
-        onward.write(&mut request.head.headers);
-    }
+    let mut record = gate.take_down(&mut request.head, protocol);
     let mut responder = H1Responder::new(sink, request.minor, &request.head.method, request.keep_alive);
     if record.grpc {
         record.follow([reader.meter().count_messages(), responder.meter().count_messages()]);

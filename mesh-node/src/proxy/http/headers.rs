@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::{report::entry::X_REQUEST_ID, route::request::RequestHead};
+use crate::{report::entry::X_REQUEST_ID, resource::mesh_config::AddedHeaders, route::request::RequestHead};
 
 /// Headers by which a caller that is trusted could steer Envoy's router. Nobody is, so they are taken off.
 const CONTROL: [&str; 17] = [
@@ -37,7 +37,7 @@ pub static CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client
 pub static ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 
 /// Takes off and puts on what every forwarded request has so.
-pub fn prepare(head: &mut RequestHead) {
+pub fn prepare(head: &mut RequestHead, added: AddedHeaders) {
     if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-")) {
         CONTROL.iter().for_each(|name| drop(head.headers.remove(*name)));
     }
@@ -46,7 +46,12 @@ pub fn prepare(head: &mut RequestHead) {
         // How it came here, whatever the client says that it is for: applications' TLS is not ended here.
         head.headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));
     }
-    identify(&mut head.headers);
+    if added.request_id {
+        identify(&mut head.headers);
+    }
+    if added.attempt_count {
+        count_attempt(&mut head.headers, 1);
+    }
 }
 
 /// Gives a request a name, if it has none.

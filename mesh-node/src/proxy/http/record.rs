@@ -43,8 +43,8 @@ pub struct Record {
     reporter: Reporter,
     metrics: Arc<Metrics>,
     started: Instant,
-    /// How it is told; nothing is logged before that is known.
-    reporting: Option<Arc<Reporting>>,
+    /// Whose logs tell it; nothing is logged before that is known.
+    teller: Option<Arc<Workload>>,
     described: Option<Box<Described>>,
     pub source: Option<Arc<Workload>>,
     pub client: SocketAddr,
@@ -109,7 +109,7 @@ impl Record {
             reporter,
             metrics: metrics.clone(),
             started: Instant::now(),
-            reporting: None,
+            teller: None,
             described: None,
             source: None,
             client,
@@ -157,7 +157,7 @@ impl Record {
     }
 
     /// Takes down what was asked for, before anything changes it, as far as it will be told.
-    pub fn describe(&mut self, head: &RequestHead, workload: &Workload) {
+    pub fn describe(&mut self, head: &RequestHead, workload: &Arc<Workload>) {
         self.grpc = head.is_grpc();
         if self.metrics.watch.is_on() {
             let name = workload.name.to_string();
@@ -169,7 +169,7 @@ impl Record {
         } else if told.wants_request() {
             self.keep(head, &told.asks.request);
         }
-        self.reporting = Some(workload.reporting.clone());
+        self.teller = Some(workload.clone());
     }
 
     /// Whether the workload's requests are traced.
@@ -193,7 +193,7 @@ impl Record {
 
     /// Takes down whose request it is, where there is no more to say of it.
     pub fn of(&mut self, source: Option<&Arc<Workload>>) {
-        self.reporting = source.map(|s| s.reporting.clone());
+        self.teller = source.cloned();
         self.source = source.cloned();
     }
 
@@ -235,7 +235,7 @@ impl Record {
 
     /// Takes down what the gate has made of the request: a token in its path is told to nobody once it is taken off.
     pub fn became(&mut self, head: &RequestHead) {
-        let wanted = self.reporting.as_ref().map(|r| &told(r, self.reporter).asks.request);
+        let wanted = self.teller.as_ref().map(|w| &told(&w.reporting, self.reporter).asks.request);
         if let Some(described) = &mut self.described {
             described.became(head, wanted);
         }
@@ -243,7 +243,7 @@ impl Record {
 
     /// Takes down what the request became on its way: logs tell that, as Envoy's do. `changed`: its headers are not all what they were.
     pub fn sent(&mut self, head: &RequestHead, changed: bool) {
-        let wanted = self.reporting.as_ref().map(|r| &told(r, self.reporter).asks.request);
+        let wanted = self.teller.as_ref().map(|w| &told(&w.reporting, self.reporter).asks.request);
         if let Some(described) = &mut self.described {
             described.sent(head, wanted, changed || self.retraced);
         }
@@ -256,8 +256,8 @@ impl Record {
         if self.answered_after.is_none() && self.answered_at.is_none() && self.described.is_some() && self.details == "via_upstream" {
             self.answered_after = Some(self.started.elapsed());
         }
-        if let (Some(described), Some(reporting)) = (&mut self.described, &self.reporting)
-            && let wanted = &told(reporting, self.reporter).asks.response
+        if let (Some(described), Some(teller)) = (&mut self.described, &self.teller)
+            && let wanted = &told(&teller.reporting, self.reporter).asks.response
             && !wanted.is_none()
         {
             described.response_headers = Some(Kept::of(headers, wanted));
@@ -368,6 +368,7 @@ impl Record {
             trace: self.trace,
             peer: self.peer.as_ref(),
             local: self.local.as_ref(),
+            teller: self.teller.as_deref(),
         }
     }
 
@@ -418,7 +419,7 @@ impl Record {
     fn lost_edge(&self) -> Option<Arc<Edge>> {
         let service: Option<&ObjectName> = self.cluster.as_ref().map(|c| &c.id.service);
         let source = (self.source.as_deref(), self.source.as_ref().map(|s| &s.identity));
-        let tags = self.reporting.as_ref().map(|r| told(r, self.reporter).tags.clone()).unwrap_or_default();
+        let tags = self.teller.as_ref().map(|w| told(&w.reporting, self.reporter).tags.clone()).unwrap_or_default();
         Ends { reporter: self.reporter, source, destination: (None, None), service, introduction: None }.edge(&self.metrics, &tags)
     }
 
@@ -455,7 +456,7 @@ impl Drop for Record {
             self.cut();
         }
         let duration = self.started.elapsed();
-        let told = self.reporting.as_deref().map(|r| told(r, self.reporter)).filter(|t| t.wants_request());
+        let told = self.teller.as_ref().map(|w| told(&w.reporting, self.reporter)).filter(|t| t.wants_request());
         if is_traced() || self.denied {
             self.say(&self.entry(duration));
         }

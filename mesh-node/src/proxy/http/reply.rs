@@ -24,6 +24,9 @@ pub struct Reply {
     pub verbatim: Option<Bytes>,
 }
 
+/// No attempt was made, as too much is under way.
+pub static OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
+
 impl Reply {
     pub fn new(status: StatusCode, body: impl Into<Cow<'static, str>>) -> Self {
         Self { status, body: body.into(), headers: HeaderMap::new(), grpc_status: None, verbatim: None }
@@ -39,7 +42,7 @@ impl Reply {
         let reason = reason(reset);
         let mut reply = Self::new(status, format!("upstream connect error or disconnect/reset before headers. {which}: {reason}"));
         if reset == Reset::Overflow {
-            reply.headers.insert("x-envoy-overloaded", HeaderValue::from_static("true"));
+            reply.headers.insert(OVERLOADED.clone(), HeaderValue::from_static("true"));
         }
         reply
     }

@@ -12,6 +12,7 @@ use crate::{
     report::{
         attributes::HeadersOf,
         entry::{Asked, ClusterName, Header},
+        environment::Variable,
         expression::Expression,
         kept::Asks,
         plain,
@@ -85,6 +86,7 @@ enum What {
     SentPath,
     SentPathWithoutQuery,
     Nothing,
+    Environment(Variable),
     /// The value of one of the program's query parameters.
     QueryParameter(u16),
     /// When it began, or when it is told, in one of the program's formats.
@@ -149,7 +151,7 @@ impl<V: Values> Values for Cut<'_, V> {
 /// Those of [`ALL`] whose argument changes nothing here.
 const EITHER_WAY: [(&str, &str); 1] = [("RESPONSE_CODE_DETAILS", "ALLOW_WHITESPACES")];
 
-const ALL: [(&str, What); 49] = [
+const ALL: [(&str, What); 50] = [
     ("START_TIME", What::StartTime),
     ("PROTOCOL", What::Protocol),
     ("RESPONSE_CODE", What::ResponseCode),
@@ -199,6 +201,7 @@ const ALL: [(&str, What); 49] = [
     ("RESPONSE_DURATION", What::ResponseDuration),
     ("RESPONSE_TX_DURATION", What::ResponseTxDuration),
     ("PATH", What::Path),
+    ("HOSTNAME", What::Environment(Variable::PodName)),
 ];
 
 /// Reads a format, and adds its steps.
@@ -257,6 +260,8 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
             program.times.push(format);
             What::Time { began: name == "START_TIME", format: number }
         }
+        ("ENVIRONMENT", None | Some("")) => return Err(format!("%{text}% names no variable")),
+        ("ENVIRONMENT", Some(name)) => Variable::named(name).map_or(What::Nothing, What::Environment),
         ("QUERY_PARAM", Some(name)) if !name.is_empty() => {
             let number = u16::try_from(program.parameters.len()).map_err(|_| "names too many parameters".to_owned())?;
             program.parameters.push(name.into());
@@ -414,6 +419,7 @@ impl What {
             Self::SentPath => text(entry.request.map(|r| r.sent_path), values),
             Self::SentPathWithoutQuery => text(entry.request.and_then(|r| r.sent_path.split('?').next()), values),
             Self::Nothing => values.nothing(),
+            Self::Environment(variable) => text(entry.teller.and_then(|pod| variable.of(pod)).as_deref(), values),
             Self::QueryParameter(number) => {
                 let name = program.parameters.get(usize::from(number));
                 text(name.and_then(|name| parameter(entry, name)), values);

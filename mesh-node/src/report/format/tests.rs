@@ -59,6 +59,7 @@ fn entry(headers: &Kept) -> Entry<'_> {
         trace: Some(0xabc),
         peer: None,
         local: None,
+        teller: None,
     }
 }
 
@@ -106,7 +107,7 @@ fn operators_take_alternatives_and_lengths() {
             "%QUERY_PARAM(b)% %QUERY_PARAM(c)% %RESPONSE_CODE_DETAILS(ALLOW_WHITESPACES)% %ROUNDTRIP_DURATION%",
             "c - no_healthy_upstream -\n",
         ),
-        ("%REQUEST_HEADER(user-agent)% %DYNAMIC_METADATA(a:b)% %HOSTNAME%", "curl/8 - -\n"),
+        ("%REQUEST_HEADER(user-agent)% %DYNAMIC_METADATA(a:b)% %HOSTNAME% %ENVIRONMENT(HOME)%", "curl/8 - - -\n"),
         ("%DOWNSTREAM_TLS_VERSION% %GRPC_STATUS(SNAKE_STRING)%", "- -\n"),
         ("%REQ_WITHOUT_QUERY(X-ENVOY-ORIGINAL-PATH?:PATH)% %REQ_WITHOUT_QUERY(user-agent)%", "/a curl/8\n"),
         ("%CEL(request.method + (response.code > 500 ? '!' : ''))% %CEL(upstream.address)%", "GET! -\n"),
@@ -155,8 +156,10 @@ fn expressions_see_all_headers_of_a_name() {
 
 #[test]
 fn operators_without_a_value_here_are_told() {
-    let format = Format::text("%HOSTNAME% %PROTOCOL% %FILTER_STATE(x:PLAIN)% %HOSTNAME%").expect("valid");
-    assert_eq!(format.knows_nothing_of(), ["HOSTNAME", "FILTER_STATE"]);
+    let format =
+        Format::text("%UNIQUE_ID% %PROTOCOL% %FILTER_STATE(x:PLAIN)% %ENVIRONMENT(HOME)% %UNIQUE_ID% %HOSTNAME% %ENVIRONMENT(POD_NAME)%")
+            .expect("valid");
+    assert_eq!(format.knows_nothing_of(), ["UNIQUE_ID", "FILTER_STATE", "ENVIRONMENT"]);
     assert_eq!((snake("DeadlineExceeded"), snake("OK"), snake("Unknown")), ("DEADLINE_EXCEEDED".into(), "OK".into(), "UNKNOWN".into()));
 }
 

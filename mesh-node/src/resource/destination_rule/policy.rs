@@ -194,7 +194,7 @@ fn is_prime(n: u64) -> bool {
     n >= 2 && (2..=n.isqrt()).all(|d| !n.is_multiple_of(d))
 }
 
-fn locality(document: &doc::Locality, at: &str) -> Result<Locality> {
+pub fn locality(document: &doc::Locality, at: &str) -> Result<Locality> {
     let given = [!document.distribute.is_empty(), !document.failover.is_empty(), !document.failover_priority.is_empty()];
     if given.iter().filter(|g| **g).count() > 1 && !document.distribute.is_empty() {
         return Err(FieldError::new(at, "has distribute and failover; keep one"));
@@ -228,12 +228,7 @@ fn connection_pool(document: &doc::ConnectionPool, at: &str) -> Result<(TcpPool,
         if let Some(timeout) = document.connect_timeout {
             tcp.connect_timeout = Some(positive(timeout, &format!("{at}.connectTimeout"))?);
         }
-        let seconds = |t: Option<Time>| t.map(|t| t.0.max(Duration::from_secs(1)));
-        tcp.keepalive = document.tcp_keepalive.as_ref().map(|k| Keepalive {
-            probes: k.probes.filter(|p| *p > 0),
-            time: seconds(k.time),
-            interval: seconds(k.interval),
-        });
+        tcp.keepalive = document.tcp_keepalive.as_ref().map(keepalive);
         tcp.max_connection_duration = nonzero(document.max_connection_duration);
         tcp.idle_timeout = nonzero(document.idle_timeout);
     }
@@ -252,12 +247,19 @@ fn connection_pool(document: &doc::ConnectionPool, at: &str) -> Result<(TcpPool,
     Ok((tcp, http))
 }
 
+pub fn keepalive(document: &doc::Keepalive) -> Keepalive {
+    let seconds = |t: Option<Time>| t.map(|t| t.0.max(Duration::from_secs(1)));
+    Keepalive { probes: document.probes.filter(|p| *p > 0), time: seconds(document.time), interval: seconds(document.interval) }
+}
+
 fn upgrade(document: &doc::Http, at: &str) -> Result<Upgrade> {
     let client = document.use_client_protocol.unwrap_or(false);
     match document.h2_upgrade_policy.as_deref() {
         Some("UPGRADE") if client => Err(FieldError::new(at, "has h2UpgradePolicy UPGRADE and useClientProtocol; keep one")),
         Some("UPGRADE") => Ok(Upgrade::Always),
-        None | Some("DEFAULT" | "DO_NOT_UPGRADE") => Ok(if client { Upgrade::Client } else { Upgrade::Default }),
+        _ if client => Ok(Upgrade::Client),
+        None | Some("DEFAULT") => Ok(Upgrade::Default),
+        Some("DO_NOT_UPGRADE") => Ok(Upgrade::Declared),
         Some(other) => {
             let problem = format!("{other:?} is not one of DEFAULT, DO_NOT_UPGRADE, UPGRADE");
             Err(FieldError::new(format!("{at}.h2UpgradePolicy"), problem))

@@ -54,16 +54,19 @@ pub fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Erro
 }
 
 /// Fields that are acted on, or that are for other programs than the data plane, or for how they find each other.
-const HONOURED_OR_OTHERS: [&str; 41] = [
+const HONOURED_OR_OTHERS: [&str; 47] = [
     "accessLogEncoding",
     "accessLogFile",
     "accessLogFormat",
     "caCertificates",
     "certificates",
     "configSources",
+    "connectTimeout",
     "defaultConfig",
+    "defaultDestinationRuleExportTo",
     "defaultHttpRetryPolicy",
     "defaultProviders",
+    "defaultVirtualServiceExportTo",
     "disableEnvoyListenerLog",
     "dnsRefreshRate",
     "enableAutoMtls",
@@ -71,12 +74,14 @@ const HONOURED_OR_OTHERS: [&str; 41] = [
     "enablePrometheusMerge",
     "enableTracing",
     "extensionProviders",
+    "h2UpgradePolicy",
     "inboundClusterStatName",
     "inboundTrafficPolicy",
     "ingressClass",
     "ingressControllerMode",
     "ingressSelector",
     "ingressService",
+    "localityLbSetting",
     "mixerAddress",
     "outboundClusterStatName",
     "outboundTrafficPolicy",
@@ -91,6 +96,7 @@ const HONOURED_OR_OTHERS: [&str; 41] = [
     "serviceScopeConfigs",
     "statNameLength",
     "statsConfigs",
+    "tcpKeepalive",
     "thriftConfig",
     "verifyCertificateAtClient",
     "xdsUdsPath",
@@ -99,14 +105,8 @@ const HONOURED_OR_OTHERS: [&str; 41] = [
 ];
 
 /// Fields that would change what a node does, and do not; and what to do instead.
-const NOT_HONOURED: [(&str, &str); 15] = [
-    ("connectTimeout", "set it in a DestinationRule (connectionPool.tcp.connectTimeout)"),
-    ("tcpKeepalive", "set it in a DestinationRule (connectionPool.tcp.tcpKeepalive)"),
-    ("h2UpgradePolicy", "set it in a DestinationRule (connectionPool.http.h2UpgradePolicy)"),
-    ("localityLbSetting", "set it in a DestinationRule (loadBalancer.localityLbSetting)"),
+const NOT_HONOURED: [(&str, &str); 9] = [
     ("defaultServiceExportTo", "say exportTo in each object"),
-    ("defaultVirtualServiceExportTo", "say exportTo in each object"),
-    ("defaultDestinationRuleExportTo", "say exportTo in each object"),
     ("protocolDetectionTimeout", "declare the protocol of ports by their names or appProtocol"),
     ("trustDomainAliases", "start mesh-node with --trust-domain-alias"),
     ("discoverySelectors", "objects of all namespaces count"),
@@ -116,6 +116,9 @@ const NOT_HONOURED: [(&str, &str); 15] = [
     ("tlsDefaults", "TLS to destinations outside the mesh is the application's"),
     ("gatewayTopology", "start mesh-node with --trusted-proxy"),
 ];
+
+/// Fields of `proxyHeaders` that are acted on, or ask for what is not done anyway.
+const HONOURED_HEADERS: [&str; 5] = ["forwardedClientCert", "attemptCount", "requestId", "envoyDebugHeaders", "metadataExchangeHeaders"];
 
 /// What of the message is not acted on, in the words of a remark.
 pub fn remarks(mesh: &Value) -> Vec<String> {
@@ -135,7 +138,7 @@ pub fn remarks(mesh: &Value) -> Vec<String> {
         }
     }
     let proxy = mesh.pointer("/defaultConfig/proxyHeaders").and_then(Value::as_object);
-    for name in proxy.into_iter().flatten().map(|(name, _)| name).filter(|name| *name != "forwardedClientCert") {
+    for name in proxy.into_iter().flatten().map(|(name, _)| name).filter(|name| !HONOURED_HEADERS.contains(&&***name)) {
         remarks.push(format!(
             "data.mesh.defaultConfig.proxyHeaders.{name}: is not honoured by this version of mesh-node; remove headers in a VirtualService"
         ));
@@ -184,9 +187,9 @@ mod tests {
         );
         assert_eq!(
             told(
-                json!({"connectTimeout": "1s", "notAField": 1, "trustDomain": "td", "defaultConfig": {"proxyHeaders": {"server": {"disabled": true}}}})
+                json!({"discoverySelectors": [], "notAField": 1, "trustDomain": "td", "defaultConfig": {"proxyHeaders": {"server": {"disabled": true}}}})
             ),
-            ["data.mesh.connectTimeout", "data.mesh.notAField", "data.mesh.trustDomain", "data.mesh.defaultConfig.proxyHeaders.server"]
+            ["data.mesh.discoverySelectors", "data.mesh.notAField", "data.mesh.trustDomain", "data.mesh.defaultConfig.proxyHeaders.server"]
         );
     }
 }

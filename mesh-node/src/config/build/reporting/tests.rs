@@ -63,7 +63,7 @@ fn a_mistake_in_telemetry_costs_nothing_else() {
     let wrong = json!({"pathNormalization": {"normalization": "DECODE_AND_MERGE_SLASHES"}, "accessLogFormat": "%NONSENSE%",
         "extensionProviders": [{"name": "z", "envoyExtAuthzGrpc": {"service": "authz.shop.svc.cluster.local", "port": 9000}},
             {"name": "l", "envoyFileAccessLog": {"unknown": 1}},
-            {"name": "k", "envoyFileAccessLog": {"path": "/k", "logFormat": {"text": "%HOSTNAME% %PROTOCOL%"}}}]});
+            {"name": "k", "envoyFileAccessLog": {"path": "/k", "logFormat": {"text": "%UNIQUE_ID% %PROTOCOL%"}}}]});
     let documents = [mesh_config(&wrong), telemetry("istio-system", "m", &json!({"accessLogging": [{"providers": [{"name": "k"}]}]}))];
     let (reporting, statuses) = built(&documents);
     assert_eq!(names(&reporting.client), ["k"]);
@@ -73,7 +73,7 @@ fn a_mistake_in_telemetry_costs_nothing_else() {
         "the mesh's log has Istio's format",
         "data.mesh.extensionProviders[1].envoyFileAccessLog.unknown: unknown field",
         "the provider is left out",
-        "access log \"k\": nothing is known here of HOSTNAME; they are always -",
+        "access log \"k\": nothing is known here of UNIQUE_ID; they are always -",
     ] {
         assert!(all.contains(part), "{part}: {all}");
     }

@@ -17,7 +17,6 @@ use crate::{
             body::{FrameSink, FrameSource, RequestBody, Responder},
             gate::{Gate, Pass},
             h2::{self, Accepted, H2Responder, H2Sink, H2Source, wire_request},
-            headers,
             record::{Flag, Record},
             reply::Reply,
             transport::{Counted, Transport},
@@ -145,12 +144,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
     let mut record;
     let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
         Ok((mut head, expects_continue)) => {
-            headers::identify(&mut head.headers);
-            let (begun, onward) = gate.record(&head, "HTTP/2");
-            record = begun;
-            if let Some(onward) = onward {
-                onward.write(&mut head.headers);
-            }
+            record = gate.take_down(&mut head, "HTTP/2");
             if record.grpc {
                 record.follow([body.meter().count_messages(), responder.meter().count_messages()]);
             }

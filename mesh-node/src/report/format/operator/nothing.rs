@@ -1,7 +1,7 @@
 //! Operators of Envoy's that have no value here, whatever is told.
 
 /// Operators of Envoy 1.40 that nothing is known of here: they have no value, as they often have none there.
-pub(super) const NOTHING: [&str; 94] = [
+pub(super) const NOTHING: [&str; 93] = [
     "BYTES_RETRANSMITTED",
     "CONNECTION_ID",
     "CUSTOM_FLAGS",
@@ -45,7 +45,6 @@ pub(super) const NOTHING: [&str; 94] = [
     "DOWNSTREAM_WIRE_BYTES_SENT",
     "EMIT_TIME_LOCAL",
     "FILTER_CHAIN_NAME",
-    "HOSTNAME",
     "LISTENER_NAME",
     "LOCAL_REPLY_BODY",
     "PACKETS_RETRANSMITTED",
