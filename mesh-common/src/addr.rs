@@ -1,5 +1,7 @@
 //! Socket addresses as the maps carry them.
 
+use crate::SPREAD_V6;
+
 /// An address and port: 16 address bytes (IPv4 mapped) and the port in network order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -75,6 +77,14 @@ pub fn is_unspecified(ip: &[u8; 16]) -> bool {
 #[must_use]
 pub fn is_loopback(ip: &[u8; 16]) -> bool {
     (is_v4(ip) && ip[12] == 127) || same_ip(ip, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1])
+}
+
+/// Of [`crate::SPREAD_V6`]: nobody's but the proxy's.
+#[inline(always)]
+#[must_use]
+pub fn is_spread_v6(ip: &[u8; 16]) -> bool {
+    // As words, as in `same_ip`.
+    u128::from_le_bytes(*ip) as u64 == u64::from_le_bytes(SPREAD_V6)
 }
 
 /// `fe80::/10`: meaningful only together with an interface, which an address rewrite would lose.

@@ -17,10 +17,15 @@ pub use addr::Address;
 ///
 /// The object carries it in the ELF section [`maps::ABI_SECTION`]; the loader refuses another value, and pins
 /// live under a directory named after it, so two layouts never share a map.
-pub const ABI_VERSION: u32 = 8;
+pub const ABI_VERSION: u32 = 9;
 
 /// In-pod listener that captured outbound connections are aimed at.
 pub const OUTBOUND_PORT: u16 = 15001;
+/// Addresses of a pod's own network namespace that captured connections are aimed at, each destination at one of them by its hash, so that
+/// the kernel tells connections to different destinations apart as it would if they were not captured. Of IPv4 the first two bytes, within
+/// loopback; of IPv6 the first eight, a prefix of the kind that networks make up for themselves (RFC 4193).
+pub const SPREAD_V4: [u8; 2] = [127, 109];
+pub const SPREAD_V6: [u8; 8] = [0xfd, 0x6d, 0x65, 0x73, 0x68, 0x15, 0x00, 0x01];
 /// In-pod listener that plaintext connections to the pod are steered to.
 pub const INBOUND_PORT: u16 = 15006;
 /// In-pod HBONE listener, dialled by other nodes.

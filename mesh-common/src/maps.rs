@@ -41,11 +41,16 @@ pub struct Pod {
     pub v6: [u8; 16],
     /// 1: its connections may go directly to pods of the node where there is a route for them.
     pub direct: u8,
+    /// Families whose captured connections are aimed at addresses of their own for each destination, which are routed.
+    pub spread: u8,
 }
 
 impl Pod {
     /// In place of an address: the pod has no way out for this family.
     pub const NONE: [u8; 16] = [0; 16];
+    /// Bits of `spread`.
+    pub const V4: u8 = 1;
+    pub const V6: u8 = 2;
 }
 
 /// What a socket is to the mesh, kept in socket-local storage: it dies with the socket and needs no limit of its own.
@@ -70,13 +75,14 @@ impl SocketMark {
     pub const UNNOTED: u16 = 5;
 }
 
-/// Finds the original destination of a connection accepted on the outbound listener: whose netns, and the client's own
-/// address. The 18 address bytes are padded by hand so that no byte of the key is undefined.
+/// Finds the original destination of a connection accepted on the outbound listener: whose netns, the client's own
+/// address, and the one it was aimed at. Padded by hand so that no byte of the key is undefined.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct PendingKey {
     pub netns_cookie: u64,
     pub client: Address,
+    pub aimed_at: [u8; 16],
     pub pad: [u8; 6],
 }
 
@@ -170,9 +176,9 @@ impl Counter {
 }
 
 const _: () = assert!(size_of::<NodeConfig>() == 16);
-const _: () = assert!(size_of::<Pod>() == 33 && align_of::<Pod>() == 1);
+const _: () = assert!(size_of::<Pod>() == 34 && align_of::<Pod>() == 1);
 const _: () = assert!(size_of::<SocketMark>() == 20);
-const _: () = assert!(size_of::<PendingKey>() == 32);
+const _: () = assert!(size_of::<PendingKey>() == 48);
 const _: () = assert!(size_of::<FlowKey>() == 36 && align_of::<FlowKey>() == 1);
 
 #[cfg(feature = "user")]

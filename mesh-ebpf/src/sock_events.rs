@@ -77,7 +77,7 @@ fn established(ctx: &SockOpsContext) {
     }
     // SAFETY: the helper takes the program's own context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
-    let key = PendingKey { netns_cookie, client: local(ctx), pad: [0; 6] };
+    let key = PendingKey { netns_cookie, client: local(ctx), aimed_at: remote(ctx).ip, pad: [0; 6] };
     if PENDING.insert(key, mark.orig_dst, u64::from(BPF_ANY)).is_err() {
         count(Counter::LostOrigDst);
     }

@@ -31,7 +31,7 @@ pub fn mesh_steer(ctx: SkLookupContext) -> u32 {
         return sk_action::SK_PASS;
     }
     let flow = flow(lookup);
-    let own = addr::same_ip(&flow.remote.ip, &flow.local.ip) || addr::is_loopback(&flow.local.ip);
+    let own = addr::same_ip(&flow.remote.ip, &flow.local.ip) || addr::is_loopback(&flow.local.ip) || addr::is_spread_v6(&flow.local.ip);
     if own || flow.local.port() == HBONE_PORT {
         return sk_action::SK_PASS;
     }

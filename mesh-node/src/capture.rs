@@ -229,23 +229,24 @@ impl Capture {
     ///
     /// `direct`: whether its connections may go past the proxy to pods of the node.
     pub fn enrol(&mut self, netns: &Netns, addresses: &[IpAddr], inbound: &impl AsRawFd, direct: bool) -> Result<(), CaptureError> {
-        let prepared = routing::prepare(netns);
+        let prepared = routing::prepare(netns, addresses);
         let listening = addresses.iter().try_for_each(|ip| self.listeners.insert(octets(*ip), inbound.as_raw_fd(), 0));
         let direct = direct && self.same_node == SameNode::Direct && prepared.is_ok() && listening.is_ok() && direct::leaves_ports(netns);
-        self.capture(netns, addresses, direct)?;
+        self.capture(netns, addresses, direct, *prepared.as_ref().unwrap_or(&0))?;
         prepared?;
         listening.map_err(CaptureError::map("LISTENERS"))
     }
 
     /// Captures a pod without anybody to accept its connections: they are refused while a process serves.
     pub fn hold(&mut self, netns: &Netns, addresses: &[IpAddr]) -> Result<(), CaptureError> {
-        self.capture(netns, addresses, false)
+        self.capture(netns, addresses, false, 0)
     }
 
-    fn capture(&mut self, netns: &Netns, addresses: &[IpAddr], direct: bool) -> Result<(), CaptureError> {
+    fn capture(&mut self, netns: &Netns, addresses: &[IpAddr], direct: bool, spread: u8) -> Result<(), CaptureError> {
         let cookie = netns.cookie().map_err(CaptureError::io("read a network namespace cookie"))?;
         let steered = pins::attach(&pins::steer_link(&self.directory, cookie), self.steer.as_fd(), netns.as_fd(), sys::SK_LOOKUP);
-        self.pods.insert(cookie, Pod { direct: u8::from(direct), ..pod(addresses, netns) }, 0).map_err(CaptureError::map("PODS"))?;
+        let pod = Pod { direct: u8::from(direct), spread, ..pod(addresses, netns) };
+        self.pods.insert(cookie, pod, 0).map_err(CaptureError::map("PODS"))?;
         steered
     }
 
@@ -315,9 +316,10 @@ pub struct OriginalDestinations {
 }
 
 impl OriginalDestinations {
-    /// Where the connection from `client` was going before it was captured.
-    pub fn take(&mut self, client: SocketAddr) -> Option<SocketAddr> {
-        let key = PendingKey { netns_cookie: self.netns_cookie, client: Address::new(octets(client.ip()), client.port()), pad: [0; 6] };
+    /// Where the connection from `client` was going before it was captured and aimed at `aimed_at`.
+    pub fn take(&mut self, client: SocketAddr, aimed_at: IpAddr) -> Option<SocketAddr> {
+        let client = Address::new(octets(client.ip()), client.port());
+        let key = PendingKey { netns_cookie: self.netns_cookie, client, aimed_at: octets(aimed_at), pad: [0; 6] };
         let found = self.map.get(&key, 0).ok()?;
         let _ = self.map.remove(&key);
         Some(SocketAddr::new(IpAddr::from(found.ip).to_canonical(), found.port()))
@@ -385,7 +387,7 @@ fn pod(addresses: &[IpAddr], netns: &Netns) -> Pod {
         None => Pod::NONE,
     };
     let (v4, v6) = (of_family(true, std::net::Ipv4Addr::LOCALHOST.into()), of_family(false, std::net::Ipv6Addr::LOCALHOST.into()));
-    Pod { v4, v6, direct: 0 }
+    Pod { v4, v6, direct: 0, spread: 0 }
 }
 
 /// Makes the cgroup of this process one whose sockets are never captured.

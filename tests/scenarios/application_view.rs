@@ -343,3 +343,42 @@ fn a_connection_that_is_not_needed_any_more_ends_in_order() {
         assert_eq!(std::fs::read_to_string(file).expect("a file"), "end\nend\n", "{name}");
     }
 }
+
+/// Connects from one local port to all of some addresses, and then from a range of eight ports (the kernel uses an even number of them) eight times to each.
+const PORTS: &str = r#"
+import socket, sys
+def family(host): return socket.AF_INET6 if ":" in host else socket.AF_INET
+def connected(host, port, bound):
+    s = socket.socket(family(host))
+    s.settimeout(10)
+    if bound:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("", bound))
+    s.connect((host, port))
+    assert s.getpeername()[:2] == (host, port), (s.getpeername(), host, port)
+    return s
+to = [(a.rpartition(":")[0].strip("[]"), int(a.rpartition(":")[2])) for a in sys.argv[1:]]
+kept = [connected(host, port, 5555) for host, port in to]
+for s in kept: assert s.getsockname()[1] == 5555, s.getsockname()
+open("/proc/sys/net/ipv4/ip_local_port_range", "w").write("45000 45007")
+more = [connected(host, port, None) for host, port in to for _ in range(8)]
+assert {s.getsockname()[1] for s in more} == set(range(45000, 45008))
+print(len({s.getsockname()[0] for s in kept + more}), len(kept), len(more))
+"#;
+
+#[test]
+fn local_ports_are_for_each_destination_as_without_a_mesh() {
+    let scene = scene();
+    let Scene { client, far, outside, service, .. } = &scene;
+    let to = [
+        far.address(8080),
+        outside.address(8080),
+        format!("{}:80", service.0),
+        far.address6(8080),
+        outside.address6(8080),
+        format!("[{}]:80", service.1),
+    ];
+    let arguments = [&["-c", PORTS][..], &to.iter().map(String::as_str).collect::<Vec<_>>()].concat();
+    let output = scene.bed.run(client, Path::new("/usr/bin/python3"), &arguments).expect("python");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "2 6 48\n", "{}", String::from_utf8_lossy(&output.stderr));
+}

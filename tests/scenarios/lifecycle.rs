@@ -400,9 +400,14 @@ fn uninstall_leaves_nothing_in_the_kernel() {
     assert!(answers(&bed, &client, &server.address(8080)), "plain TCP again");
     for pod in [&client, &server] {
         let netns = pod.netns.file_name().and_then(|n| n.to_str()).expect("a name");
-        for arguments in [["rule"], ["-6"]] {
-            let output = std::process::Command::new("ip").args(["-n", netns]).args(arguments).arg("rule").output().expect("ip");
-            assert!(!String::from_utf8_lossy(&output.stdout).contains("28014"), "{}", pod.name);
+        for (family, what) in [("-4", "rule"), ("-6", "rule"), ("-4", "route"), ("-6", "route")] {
+            let table = ["show", "table", "all"];
+            let mut output = std::process::Command::new("ip");
+            let output = output.args(["-n", netns, family, what]).args(&table[..if what == "rule" { 1 } else { 3 }]);
+            let output = output.output().expect("ip");
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.lines().count() > 1, "{output:?}");
+            assert!(["28014", "127.109.", "fd6d:"].iter().all(|ours| !text.contains(ours)), "{}: {text}", pod.name);
         }
     }
 }

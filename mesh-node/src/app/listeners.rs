@@ -53,7 +53,7 @@ impl Listeners {
         let (p, w) = (proxy.clone(), pod.clone());
         let outbound = tokio::spawn(accept(self.outbound, draining.clone(), move |stream, client| {
             // Taken also when there is no room, so that the entry does not stay.
-            let original = originals.take(client);
+            let original = stream.local_addr().ok().and_then(|local| originals.take(client, local.ip()));
             let Some(slot) = p.limits.connection() else { return refuse(&p, "outbound", &stream) };
             let Some(original) = original else { return outbound::lost(&p, &stream, client) };
             let (p, w, here) = (p.clone(), w.clone(), w.here());

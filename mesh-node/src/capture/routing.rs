@@ -10,16 +10,20 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
 };
 
-use mesh_common::{TRANSPARENT_MARK, TRANSPARENT_RULE_PRIORITY, TRANSPARENT_TABLE};
+use mesh_common::{SPREAD_V4, SPREAD_V6, TRANSPARENT_MARK, TRANSPARENT_RULE_PRIORITY, TRANSPARENT_TABLE, maps::Pod};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
+use nix::{
+    ifaddrs::{InterfaceAddress, getifaddrs},
+    net::if_::if_nametoindex,
+};
 
 use super::CaptureError;
 use crate::io::netns::Netns;
@@ -35,8 +39,9 @@ const TIME_WAIT_REUSE: &str = "/proc/sys/net/ipv4/tcp_tw_reuse";
 /// The kernel's default: on loopback only.
 const REUSE_DEFAULT: &str = "2";
 
-/// Sets a namespace up for impersonation. Doing it again changes nothing.
-pub fn prepare(netns: &Netns) -> Result<(), CaptureError> {
+/// Sets a namespace up for impersonation, and routes what captured connections of the pod with these addresses are aimed at; of which
+/// families ([`Pod::spread`]). Doing it again changes nothing.
+pub fn prepare(netns: &Netns, addresses: &[IpAddr]) -> Result<u8, CaptureError> {
     in_netns(netns, "prepare the routing of a pod", |netlink| {
         mark_replies("1")?;
         if fs::read_to_string(TIME_WAIT_REUSE)?.trim() == REUSE_DEFAULT {
@@ -49,8 +54,35 @@ pub fn prepare(netns: &Netns) -> Result<(), CaptureError> {
                 other => other?,
             }
         }
-        Ok(())
+        spread(netlink, addresses)
     })
+}
+
+/// Routes the addresses that destinations are aimed at from the pod's own, as far as a device has that: as the kernel does with the
+/// addresses of a device, so that sockets bound to the device find them, and by loopback, for when the device has gone down and come back.
+fn spread(netlink: &mut Netlink, addresses: &[IpAddr]) -> io::Result<u8> {
+    let mut spread = 0;
+    for (of_v4, family) in [(true, Pod::V4), (false, Pod::V6)] {
+        let Some(own) = addresses.iter().copied().find(|a| a.is_ipv4() == of_v4) else { continue };
+        let Some(device) = device_of(own)? else { continue };
+        for (metric, device) in [(AIMED_METRICS[0], device), (AIMED_METRICS[1], LOOPBACK)] {
+            let route = RouteNetlinkMessage::NewRoute(aimed(own, device, metric));
+            netlink.request(route, NLM_F_CREATE | NLM_F_REPLACE)?;
+        }
+        spread |= family;
+    }
+    Ok(spread)
+}
+
+/// The index of the device that has an address.
+fn device_of(address: IpAddr) -> io::Result<Option<u32>> {
+    let has = |i: &InterfaceAddress| {
+        let storage = i.address.as_ref();
+        let v4 = storage.and_then(|s| s.as_sockaddr_in()).map(|s| IpAddr::V4(s.ip()));
+        v4.or_else(|| storage.and_then(|s| s.as_sockaddr_in6()).map(|s| IpAddr::V6(s.ip()))) == Some(address)
+    };
+    let found = getifaddrs()?.find(has);
+    Ok(found.map(|i| if_nametoindex(i.interface_name.as_str())).transpose()?)
 }
 
 /// Undoes [`prepare`]; a namespace that was never prepared is left alone.
@@ -60,6 +92,10 @@ pub fn remove(netns: &Netns) -> Result<(), CaptureError> {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             ours |= netlink.request(RouteNetlinkMessage::DelRule(rule(family)), 0).is_ok();
             let _ = netlink.request(RouteNetlinkMessage::DelRoute(route(family)), 0);
+            let own = if family == AddressFamily::Inet { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+            for metric in AIMED_METRICS {
+                let _ = netlink.request(RouteNetlinkMessage::DelRoute(aimed(own, 0, metric)), 0);
+            }
         }
         if !ours {
             return Ok(());
@@ -89,7 +125,7 @@ pub fn has_route(netns: &Netns, like: IpAddr) -> bool {
     netns.enter(|| UdpSocket::bind(any).and_then(|s| s.connect(out))).is_ok_and(|connected| connected.is_ok())
 }
 
-fn in_netns(netns: &Netns, what: &str, f: impl FnOnce(&mut Netlink) -> io::Result<()>) -> Result<(), CaptureError> {
+fn in_netns<T>(netns: &Netns, what: &str, f: impl FnOnce(&mut Netlink) -> io::Result<T>) -> Result<T, CaptureError> {
     let done = netns.enter(|| Netlink::open().and_then(|mut netlink| f(&mut netlink)));
     done.and_then(|r| r).map_err(CaptureError::io(what))
 }
@@ -122,6 +158,41 @@ fn route(family: AddressFamily) -> RouteMessage {
         ..RouteHeader::default()
     };
     message.attributes = vec![RouteAttribute::Table(TRANSPARENT_TABLE), RouteAttribute::Oif(LOOPBACK)];
+    message
+}
+
+/// The table of addresses that are this namespace's own.
+const LOCAL_TABLE: u8 = 255;
+/// Priorities of the two routes to what captured connections are aimed at.
+const AIMED_METRICS: [u32; 2] = [28_014, 28_015];
+
+/// One of them; by no device, whichever it is.
+fn aimed(own: IpAddr, device: u32, metric: u32) -> RouteMessage {
+    let (prefix, length): (IpAddr, u8) = match own {
+        IpAddr::V4(_) => (Ipv4Addr::new(SPREAD_V4[0], SPREAD_V4[1], 0, 0).into(), 16),
+        IpAddr::V6(_) => (Ipv6Addr::from_bits(u128::from(u64::from_be_bytes(SPREAD_V6)) << 64).into(), 64),
+    };
+    let mut message = RouteMessage::default();
+    message.header = RouteHeader {
+        address_family: if own.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 },
+        destination_prefix_length: length,
+        table: LOCAL_TABLE,
+        protocol: RouteProtocol::Static,
+        scope: RouteScope::Host,
+        kind: RouteType::Local,
+        ..RouteHeader::default()
+    };
+    let address = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => RouteAddress::Inet(ip),
+        IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+    };
+    message.attributes = vec![RouteAttribute::Destination(address(prefix)), RouteAttribute::Priority(metric)];
+    if !own.is_unspecified() {
+        message.attributes.push(RouteAttribute::PrefSource(address(own)));
+    }
+    if device != 0 {
+        message.attributes.push(RouteAttribute::Oif(device));
+    }
     message
 }
 
