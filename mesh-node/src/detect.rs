@@ -11,6 +11,8 @@ pub enum Protocol {
     Http,
     Http2,
     Grpc,
+    /// gRPC, which may come as gRPC-Web.
+    GrpcWeb,
     /// TLS of the application: opaque, but for the server name.
     Tls,
     /// Anything else.
@@ -27,9 +29,10 @@ impl Protocol {
 
     fn named(name: &str) -> Option<Self> {
         Some(match name.to_ascii_lowercase().as_str() {
-            "http" | "grpc-web" | "kubernetes.io/ws" => Self::Http,
+            "http" | "kubernetes.io/ws" => Self::Http,
             "http2" | "h2c" | "kubernetes.io/h2c" => Self::Http2,
             "grpc" => Self::Grpc,
+            "grpc-web" => Self::GrpcWeb,
             "https" | "tls" | "kubernetes.io/wss" => Self::Tls,
             "tcp" | "mongo" | "mysql" | "redis" | "udp" | "hbone" => Self::Tcp,
             _ => return None,
@@ -38,7 +41,7 @@ impl Protocol {
 
     /// Whether its connections carry HTTP without looking at them.
     pub fn is_http(self) -> bool {
-        matches!(self, Self::Http | Self::Http2 | Self::Grpc)
+        matches!(self, Self::Http | Self::Http2 | Self::Grpc | Self::GrpcWeb)
     }
 
     /// What is known where two declare it.
@@ -55,7 +58,7 @@ impl Protocol {
 
     /// Whether HTTP/2 is spoken to it.
     pub fn is_http2(self) -> bool {
-        matches!(self, Self::Http2 | Self::Grpc)
+        matches!(self, Self::Http2 | Self::Grpc | Self::GrpcWeb)
     }
 }
 
@@ -257,7 +260,7 @@ mod tests {
             ("http-web", None, Protocol::Http),
             ("http2-api", None, Protocol::Http2),
             ("grpc", None, Protocol::Grpc),
-            ("grpc-web", None, Protocol::Http),
+            ("grpc-web", None, Protocol::GrpcWeb),
             ("web", None, Protocol::Detect),
             ("", None, Protocol::Detect),
             ("tcp-x", None, Protocol::Tcp),
@@ -265,7 +268,7 @@ mod tests {
             ("mysql", None, Protocol::Tcp),
             ("http", Some("tcp"), Protocol::Tcp),
             ("x", Some("kubernetes.io/h2c"), Protocol::Http2),
-            ("tcp", Some("grpc-web"), Protocol::Http),
+            ("tcp", Some("grpc-web"), Protocol::GrpcWeb),
             ("http", Some("example.com/own"), Protocol::Http),
         ];
         for (name, app, expected) in cases {

@@ -99,6 +99,8 @@ mod routes;
 mod spans;
 #[path = "envoy_live/tokens.rs"]
 mod tokens;
+#[path = "envoy_live/web.rs"]
+mod web;
 
 use compared::{Listed, TURN, compare, of_attempts, of_either_end, of_requests, of_the_answer, report};
 
@@ -357,6 +359,16 @@ async fn a_real_envoy_makes_the_same_of_http2() {
     let all = http2::compared(only.as_deref()).await;
     let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
     let listed = Listed::read(include_str!("../corpora/envoy_http2_differences.json"));
+    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
+    report(&listed.judge(&compared), compared.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_envoy_makes_the_same_of_grpc_web() {
+    let only = std::env::var("CASE").ok();
+    let all = web::compared(only.as_deref()).await;
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+    let listed = Listed::read(include_str!("../corpora/envoy_web_differences.json"));
     listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
     report(&listed.judge(&compared), compared.len());
 }

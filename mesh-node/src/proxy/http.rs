@@ -15,6 +15,7 @@ mod date;
 mod exchange;
 pub mod framing;
 pub mod gate;
+mod grpc_web;
 pub mod guard;
 mod h1;
 mod h2;
@@ -49,6 +50,7 @@ pub use upload::{Replays, Share};
 use self::{
     body::{FrameSink, RequestBody, Responder},
     exchange::{End, Exchange},
+    grpc_web::{Web, WebBody, WebResponder},
     h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
     h2::{Accepted, H2Responder, H2Source},
     record::Record,
@@ -57,9 +59,13 @@ use self::{
     wire::{Refused, WireRequest},
 };
 use super::{Proxy, ServedPod, live::Cut, open::Listed, pods::Stage};
-use crate::io::{
-    rarely::Rarely,
-    relay::{Prefixed, Traffic},
+use crate::{
+    detect::Protocol,
+    io::{
+        rarely::Rarely,
+        relay::{Prefixed, Traffic},
+    },
+    route::{Target, request::RequestHead},
 };
 
 /// How long a client may take over the head of a request it has begun.
@@ -175,7 +181,7 @@ impl Connection {
                 return next;
             }
         }
-        let mut exchange = Exchange {
+        let exchange = Exchange {
             down: &down,
             body: reader,
             responder: &mut responder,
@@ -183,10 +189,11 @@ impl Connection {
             upgrade,
             close: self.pod.is_draining(self.since),
             grpc: false,
+            web: false,
         };
         let end = tokio::select! {
             biased;
-            end = exchange.run(head) => Some(end),
+            end = self.run(exchange, head) => Some(end),
             _ = ended => None,
         };
         record.moved(reader.meter(), responder.meter());
@@ -266,7 +273,7 @@ impl Connection {
             // A client that is gone is noticed when it is answered.
             let _ = body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await;
         }
-        let mut exchange = Exchange {
+        let exchange = Exchange {
             down: &down,
             body: &mut body,
             responder: &mut responder,
@@ -274,9 +281,10 @@ impl Connection {
             upgrade: None,
             close: false,
             grpc: false,
+            web: false,
         };
         let cut = tokio::select! {
-            _ = exchange.run(head) => false,
+            _ = self.run(exchange, head) => false,
             _ = self.pod.ended() => true,
         };
         record.moved(body.meter(), responder.meter());
@@ -288,6 +296,24 @@ impl Connection {
         if !responder.is_complete() {
             responder.reset(::h2::Reason::INTERNAL_ERROR).await;
         }
+    }
+
+    /// Serves a request; one of gRPC-Web, on a port that declares that, as one of gRPC.
+    async fn run<B: body::RequestBody, R: body::Responder>(&self, mut exchange: Exchange<'_, '_, B, R>, mut head: RequestHead) -> End {
+        let Some(web) = Web::of(&head.headers).filter(|_| self.is_web()) else { return exchange.run(head).await };
+        Web::translate(&mut head);
+        let Exchange { down, body, responder, record, upgrade, close, grpc, .. } = exchange;
+        let (mut body, mut responder) = (WebBody::new(body, web), WebResponder::new(responder, web));
+        let (body, responder) = (&mut body, &mut responder);
+        Box::pin(Exchange { down, body, responder, record, upgrade, close, grpc, web: true }.run(head)).await
+    }
+
+    /// Whether the port that was dialled declares gRPC-Web.
+    fn is_web(&self) -> bool {
+        let snapshot = self.proxy.config.load();
+        let Some(source) = snapshot.workload(&self.pod.uid) else { return false };
+        let target = snapshot.resolve_for(&source.name.namespace, self.original);
+        matches!(target, Target::Service { port, .. } if port.cluster.protocol == Protocol::GrpcWeb)
     }
 
     fn downstream(&self, http2: bool) -> Downstream<'_> {

@@ -185,7 +185,7 @@ fn looks(proxy: &Proxy, pod: &ServedPod, original: SocketAddr) -> Looks {
     let Some(source) = snapshot.workload(&pod.uid) else { return Looks::Opaque };
     let Target::Service { port, .. } = snapshot.resolve_for(&source.name.namespace, original) else { return Looks::Opaque };
     match port.cluster.protocol {
-        Protocol::Http | Protocol::Http2 | Protocol::Grpc => Looks::Http,
+        Protocol::Http | Protocol::Http2 | Protocol::Grpc | Protocol::GrpcWeb => Looks::Http,
         Protocol::Detect => Looks::Any,
         Protocol::Tls if !port.routes.tls.is_empty() => Looks::Tls,
         Protocol::Tls | Protocol::Tcp => Looks::Opaque,

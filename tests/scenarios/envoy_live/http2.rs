@@ -151,7 +151,7 @@ fn reached(seen: &Seen, id: &str) -> Vec<String> {
         .collect()
 }
 
-fn by_id(lines: &[Value], id: &str) -> Vec<String> {
+pub fn by_id(lines: &[Value], id: &str) -> Vec<String> {
     let mut found = Vec::new();
     for line in lines.iter().filter(|l| l["id"] == id) {
         let mut line = line.clone();

@@ -57,6 +57,8 @@ pub struct Exchange<'e, 'd, B, R> {
     pub upgrade: Option<HeaderValue>,
     pub close: bool,
     pub grpc: bool,
+    /// It came as gRPC-Web: what is answered here is told as HTTP.
+    pub web: bool,
 }
 
 /// Where a request is forwarded to.
@@ -169,6 +171,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         }
     }
 
+    /// Whether what is answered here is told in gRPC.
+    fn tells_in_grpc(&self) -> bool {
+        self.grpc && !self.web
+    }
+
     /// Takes down who asks for what, and lets its trace go on.
     fn begin(&mut self, head: &mut RequestHead, source: &Arc<Workload>, added: AddedHeaders) {
         self.record.source = Some(source.clone());
@@ -182,7 +189,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
 
     /// Answers with what the route says; in gRPC to gRPC.
     async fn respond(&mut self, rule: &Rule, response: &DirectResponse, head: &RequestHead) -> End {
-        let mut reply = if self.grpc {
+        let mut reply = if self.tells_in_grpc() {
             Reply::new(response.status, String::from_utf8_lossy(&response.body).into_owned())
         } else {
             Reply { verbatim: Some(response.body.clone()), ..Reply::new(response.status, "") }
@@ -215,7 +222,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         if rule.missing_status == StatusCode::INTERNAL_SERVER_ERROR {
             self.record.details = Cow::Borrowed("direct_response");
             // `UNAVAILABLE`, as Gateway API has it of `GRPCRoute`s, whatever kind of route it is.
-            let grpc_status = self.grpc.then_some(14);
+            let grpc_status = self.tells_in_grpc().then_some(14);
             return self.reply(Reply { grpc_status, ..Reply::new(rule.missing_status, "") }, |_, _| {}).await;
         }
         self.record.raise(Flag::NoCluster);
@@ -262,12 +269,13 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     async fn reply(&mut self, reply: Reply, change: impl FnOnce(&Record, &mut HeaderMap)) -> End {
         // Who asks for another protocol may speak it already.
         let close = self.close || !self.body.is_end() || self.upgrade.is_some();
+        let in_grpc = self.tells_in_grpc();
         let record = &mut *self.record;
         let answered = |status, headers: &mut HeaderMap| {
             change(record, headers);
             record.answered(status, headers);
         };
-        if reply.start(self.grpc, close, self.responder, answered).is_err() {
+        if reply.start(in_grpc, close, self.responder, answered).is_err() {
             self.record.status = None;
             return self.abandoned();
         }

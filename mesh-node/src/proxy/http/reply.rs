@@ -65,7 +65,7 @@ impl Reply {
             headers.insert(HeaderName::from_static("grpc-status"), grpc_status.unwrap_or_else(|| grpc_code(status)).into());
             if !body.is_empty()
                 && !is_head
-                && let Ok(message) = HeaderValue::from_str(&grpc_message(&body))
+                && let Ok(message) = HeaderValue::from_str(&grpc_message(body.as_bytes()))
             {
                 headers.insert(HeaderName::from_static("grpc-message"), message);
             }
@@ -129,9 +129,9 @@ pub fn grpc_code(status: StatusCode) -> u16 {
 }
 
 /// Percent-encodes what a `grpc-message` may not hold.
-fn grpc_message(text: &str) -> String {
+pub fn grpc_message(text: &[u8]) -> String {
     let mut out = String::with_capacity(text.len());
-    for byte in text.bytes() {
+    for &byte in text {
         if (0x20..0x7f).contains(&byte) && byte != b'%' {
             out.push(char::from(byte));
         } else {

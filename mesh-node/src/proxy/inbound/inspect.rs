@@ -277,7 +277,7 @@ async fn look(
 ) -> (Spoken, Bytes) {
     match declared {
         Protocol::Tcp => return (Spoken::Opaque(Sni::Unread), Bytes::new()),
-        Protocol::Tls | Protocol::Detect | Protocol::Http | Protocol::Http2 | Protocol::Grpc => {}
+        Protocol::Tls | Protocol::Detect | Protocol::Http | Protocol::Http2 | Protocol::Grpc | Protocol::GrpcWeb => {}
     }
     let mut read = BytesMut::new();
     let mut deadline = patience.map(|p| Instant::now() + p);
