@@ -207,6 +207,11 @@ impl WorkloadPolicy {
         self.plaintext(facts).is_ok() && self.at(facts.destination.port()).unseen(facts)
     }
 
+    /// Whether tokens or external authorizers are asked about requests on a connection.
+    pub fn asks(&self, facts: &Facts) -> bool {
+        self.at(facts.destination.port()).asks(&View { facts, seen: Seen::Later })
+    }
+
     /// Whether a connection may do whatever it likes, and nothing of it, nor of its like, has to be told to anybody: it can be left
     /// to itself.
     pub fn settles(&self, facts: &Facts) -> bool {

@@ -17,6 +17,8 @@ use tokio::{
 
 #[path = "exchanges/kept.rs"]
 mod kept;
+#[path = "exchanges/moved.rs"]
+mod moved;
 #[path = "exchanges/rules.rs"]
 mod rules;
 

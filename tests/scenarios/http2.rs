@@ -12,6 +12,9 @@ use mesh_tests::{
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+#[path = "http2/ends.rs"]
+mod ends;
+
 const VIP: &str = "10.98.0.1:80";
 
 async fn engine() -> (Engine, SocketAddr) {

@@ -266,3 +266,61 @@ async fn what_became_something_else_ends_when_requests_are_judged() {
         }
     }
 }
+
+/// What is no HTTP on a port that nobody declares: what is only observed changes nothing of it, and what is enforced resets it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn text_that_is_no_request_is_let_alone_by_what_is_not_enforced_and_reset_by_what_is() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut from, mut to) = stream.split();
+                tokio::io::copy(&mut from, &mut to).await
+            });
+        }
+    });
+    let asks = json!([{"to": [{"operation": {"paths": ["/x"], "methods": ["GET"]}}]}]);
+    let policy = |action: &str| security("AuthorizationPolicy", "p", &json!({"action": action, "rules": asks}));
+    let mut dry = policy("DENY");
+    dry["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
+    let (echoed, reset, refused) = ("echoed", "reset", "HTTP/1.1 400");
+    let token = security(
+        "RequestAuthentication",
+        "p",
+        &json!({"jwtRules": [{"issuer": "i", "jwks": r#"{"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#}]}),
+    );
+    let strict = security("PeerAuthentication", "p", &json!({"mtls": {"mode": "STRICT"}}));
+    for (what, policy, expected) in [
+        ("audit", policy("AUDIT"), [echoed; 6]),
+        ("dry run", dry, [echoed; 6]),
+        ("deny", policy("DENY"), [reset, reset, reset, reset, reset, ""]),
+        ("allow", policy("ALLOW"), [reset, reset, reset, reset, reset, ""]),
+        ("strict", strict, [reset; 6]),
+        // Whose tokens would not be seen then.
+        ("tokens", token, [refused, echoed, echoed, echoed, echoed, ""]),
+    ] {
+        let engine = Engine::start(&[server_pod(), policy]).await.expect("started");
+        // A text that more may come of, one that cannot be a request, whole lines, bytes, the end of what comes, the beginning of a request.
+        let sent: [(&[u8], bool); 6] =
+            [(b"hello world", false), (b"{\"a\": 1}", false), (b"hello\r\n", false), (b"\0\x01", false), (b"hello", true), (b"GET", false)];
+        for ((bytes, ends), expected) in sent.into_iter().zip(expected) {
+            let mut stream = engine.connect_inbound(address.port()).await.expect("connected");
+            stream.write_all(bytes).await.expect("written");
+            if ends {
+                stream.shutdown().await.expect("shut");
+            }
+            let mut answer = vec![0; 64];
+            let read = tokio::time::timeout(std::time::Duration::from_secs(3), stream.read(&mut answer)).await;
+            let got = match read {
+                Err(_) => "",
+                Ok(Err(_) | Ok(0)) => reset,
+                Ok(Ok(n)) if answer[..n] == *bytes => echoed,
+                Ok(Ok(n)) if answer[..n].starts_with(refused.as_bytes()) => refused,
+                Ok(Ok(_)) => "something else",
+            };
+            assert_eq!(got, expected, "{what}: {}", bytes.escape_ascii());
+        }
+    }
+}

@@ -2,24 +2,24 @@
 
 mod conversation;
 mod deadlines;
+mod obtain;
 
 use std::{
     borrow::Cow,
     future::Future,
     io,
     net::SocketAddr,
-    pin::pin,
     sync::{Arc, LazyLock},
 };
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
 
-use self::conversation::{Event, Exchange};
 pub use self::deadlines::{Deadlines, TimeUp};
+use self::{conversation::Exchange, obtain::obtain};
 use super::{
     authorizer::ToClient,
-    body::{Broken, Closed, FrameSource, RequestBody, Responder, ResponseHead, drain},
+    body::{FrameSource, RequestBody, Responder, ResponseHead, drain},
     clusters::{Limited, Slot},
     exchange::flag_of,
     gate::{Gate, Pass, Refusal},
@@ -28,16 +28,12 @@ use super::{
     record::{Flag, Record},
     reply::{Reply, reason},
     upload::Upload,
-    upstream::{Failed, NoUpstream, UpSink, UpSource, Upstream, Wanted, acquire, release},
+    upstream::{Failed, UpSink, UpSource, Upstream, Wanted, release},
     wire::{Framing, Malformed},
 };
-use crate::{
-    hbone::TunnelError,
-    proxy::{Failure, failure::io_words},
-    route::{
-        request::RequestHead,
-        retry::{Reset, RetryPolicy, default_policy},
-    },
+use crate::route::{
+    request::RequestHead,
+    retry::{Reset, RetryPolicy, default_policy},
 };
 
 /// How an attempt ended.
@@ -316,42 +312,6 @@ fn failed(reset: Reset, when: &str, record: &mut Record) {
     record.details = format!("{when}{{{}}}", reason(reset).replace(' ', "_")).into();
 }
 
-/// Waits for a connection or a stream, as long as the client waits and time lasts; says also whether the client has closed
-/// its side meanwhile.
-async fn obtain<B: RequestBody, R: Responder>(
-    plan: &Plan<'_>,
-    wanted: &Wanted<'_>,
-    upload: &mut Upload<'_, B>,
-    responder: &mut R,
-    deadlines: &mut Deadlines,
-) -> Result<(Upstream, bool), Attempt> {
-    let mut half_closed = false;
-    let mut acquiring = pin!(acquire(wanted));
-    loop {
-        let received = upload.is_received();
-        // Of an attempt time begins when there is a connection.
-        arm_route(plan, deadlines, received);
-        tokio::select! {
-            biased;
-            acquired = &mut acquiring => {
-                if matches!(acquired, Err(NoUpstream::Overflow)) {
-                    wanted.proxy.metrics.overflow("pending_requests");
-                }
-                return acquired.map(|upstream| (upstream, half_closed)).map_err(Into::into);
-            }
-            up = deadlines.passed() => return Err(Attempt::TimeUp(up)),
-            // Of one that has closed its end the reading half sees nothing more.
-            error = responder.gone(), if R::RESETS_APART || half_closed => return Err(gone(&error)),
-            waiting = waiting(upload, received), if !half_closed => match waiting {
-                Event::Closed(Closed::Half) => half_closed = true,
-                Event::Closed(Closed::Gone(error)) => return Err(gone(&error)),
-                Event::Uploaded(Err(Broken::Source(error))) => return Err(broken_request(&error)),
-                _ => {}
-            },
-        }
-    }
-}
-
 async fn first(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
     tokio::select! {
         () = one => {}
@@ -440,52 +400,9 @@ fn gone(error: &io::Error) -> Attempt {
     Attempt::Abandoned
 }
 
-/// What a client does while there is no connection for its request.
-async fn waiting<B: RequestBody>(upload: &mut Upload<'_, B>, received: bool) -> Event {
-    if received {
-        return Event::Closed(upload.closed().await);
-    }
-    match upload.read_ahead().await {
-        Ok(()) => Event::Received,
-        Err(error) => Event::Uploaded(Err(Broken::Source(error))),
-    }
-}
-
 fn broken_request(error: &super::body::BodyError) -> Attempt {
     match error {
         super::body::BodyError::Malformed(malformed) => Attempt::Malformed(*malformed),
         super::body::BodyError::Truncated | super::body::BodyError::Cut(_) => Attempt::Abandoned,
-    }
-}
-
-impl From<NoUpstream> for Attempt {
-    fn from(no_upstream: NoUpstream) -> Self {
-        let failure = match no_upstream {
-            NoUpstream::Overflow => return Self::Failed(Failed::new(Reset::Overflow)),
-            NoUpstream::Failed(failure) => failure,
-        };
-        let refused = |source: &io::Error| {
-            let text = io_words(source);
-            Cow::Owned(format!("delayed_connect_error:_{}", text.replace(' ', "_")))
-        };
-        match &failure {
-            Failure::Denied(_) | Failure::Tunnel(TunnelError::Refused(StatusCode::UNAUTHORIZED)) => Self::Denied,
-            Failure::DialTimeout(_) | Failure::Tunnel(TunnelError::Timeout) => Self::Failed(Failed::new(Reset::ConnectTimeout)),
-            Failure::Dial { source, .. } | Failure::DialPeer { source, .. } | Failure::Application { source, .. }
-                if source.kind() == io::ErrorKind::TimedOut =>
-            {
-                Self::Failed(Failed::new(Reset::ConnectTimeout))
-            }
-            Failure::Dial { source, .. } | Failure::DialPeer { source, .. } | Failure::Application { source, .. } => {
-                Self::Failed(Failed { detail: refused(source), ..Failed::new(Reset::ConnectFailure) })
-            }
-            // The connection was there and is not HTTP/2, or ended.
-            Failure::Broken(error) if super::h2::is_connection(error) => Self::Failed(Failed::new(Reset::ConnectionTermination)),
-            Failure::Broken(_) => Self::Failed(Failed::new(Reset::ProtocolError)),
-            other => {
-                let detail = crate::telemetry::chain(other).replace(' ', "_");
-                Self::Failed(Failed { detail: Cow::Owned(detail), ..Failed::new(Reset::ConnectFailure) })
-            }
-        }
     }
 }

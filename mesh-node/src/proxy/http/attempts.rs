@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     balance::{self, Asker, outlier::Event},
+    config::Snapshot,
     proxy::reporting::Ends,
     route::{
         Cluster, LoadGuard,
@@ -99,7 +100,11 @@ pub(super) struct Attempts<'x, 'd, 'b, B, R> {
     pub(super) timeout: Option<Duration>,
     pub(super) upgrade: Option<&'x HeaderValue>,
     pub(super) close: bool,
+    /// The destination as it is now, however long ago the request began.
+    pub(super) cluster: Arc<Cluster>,
     pub(super) state: Arc<ClusterState>,
+    /// The configuration it is of, where that has changed since.
+    pub(super) newer: Option<Arc<Snapshot>>,
     pub(super) forward: &'x Forward<'x>,
     pub(super) hashed: Hashed,
     pub(super) grpc: bool,
@@ -121,7 +126,8 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                 self.down.proxy.metrics.retries.inc();
             }
             self.record.attempts = self.number;
-            let Some((address, endpoint, _load)) = self.pick() else { return Outcome::Failed(Unanswered::NoEndpoint) };
+            let picked = if self.catch_up() { self.pick() } else { None };
+            let Some((address, endpoint, _load)) = picked else { return Outcome::Failed(Unanswered::NoEndpoint) };
             // Not of what goes nowhere.
             for cluster in std::mem::take(&mut self.mirrors) {
                 mirror::start(self.down, (&head, self.record.is_traced()), cluster, self.timeout, &mut self.upload);
@@ -184,9 +190,27 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         }
     }
 
+    /// Takes over what has become of the destination: a request may wait long, for a delay or between attempts, and endpoints go and come
+    /// meanwhile. Its route stays. Whether there still is such a destination.
+    fn catch_up(&mut self) -> bool {
+        let now = self.down.proxy.config.load();
+        if now.generation == self.snapshot().generation {
+            return true;
+        }
+        let Some(cluster) = now.cluster_for(&self.forward.source.name.namespace, &self.cluster.id) else { return false };
+        self.state = self.down.pod.clusters.of(cluster);
+        self.cluster = cluster.clone();
+        self.newer = Some(Arc::clone(&now));
+        true
+    }
+
+    fn snapshot(&self) -> &Snapshot {
+        self.newer.as_deref().unwrap_or(self.forward.snapshot)
+    }
+
     /// The endpoint for an attempt, and what counts it there.
     fn pick(&self) -> Option<(SocketAddr, Arc<EndpointState>, Option<LoadGuard>)> {
-        let Forward { cluster, snapshot, source, .. } = self.forward;
+        let (cluster, source) = (&self.cluster, self.forward.source);
         if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *self.forward.dialled {
             let address = self.down.original;
             let load = cluster.endpoints.iter().find(|e| e.address == address).map(|e| e.load.begin());
@@ -197,7 +221,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let asker = Asker {
             client: self.down.client.ip(),
             own: &source.ips,
-            node: &snapshot.mesh.node,
+            node: &self.snapshot().mesh.node,
             locality: &source.locality,
             labels: &source.labels,
             dice: fastrand::u64(..),
@@ -214,7 +238,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
 
     /// Where the request is counted when it goes to this endpoint.
     fn edge(&self, address: SocketAddr, endpoint: &EndpointState) -> Option<Arc<Edge>> {
-        let Forward { cluster, snapshot, source, .. } = self.forward;
+        let (cluster, snapshot, source) = (&self.cluster, self.snapshot(), self.forward.source);
         endpoint.edge.get(snapshot.generation, || {
             let destination = snapshot.workload_by_ip(address.ip());
             let identity = destination.filter(|d| d.enrolled).map(|d| &d.identity);
@@ -236,7 +260,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     }
 
     async fn attempt(&mut self, head: &RequestHead, address: SocketAddr, endpoint: &Arc<EndpointState>) -> Attempt {
-        let (cluster, state, metrics) = (&self.forward.cluster, self.state.clone(), &self.down.proxy.metrics);
+        let (cluster, state, metrics) = (&self.cluster.clone(), self.state.clone(), &self.down.proxy.metrics);
         let wanted = Wanted {
             proxy: self.down.proxy,
             pod: self.down.pod,
@@ -291,12 +315,12 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
 
     /// Whether another attempt is made when one is wanted; says in the record why not.
     fn wants_again(&mut self, wanted: bool) -> bool {
-        let Self { policy, upload, state, forward, retry, record, number, .. } = self;
-        allowed(wanted, *number, policy, upload.can_repeat(), state, &forward.cluster, retry, record)
+        let Self { policy, upload, state, cluster, retry, record, number, .. } = self;
+        allowed(wanted, *number, policy, upload.can_repeat(), state, cluster, retry, record)
     }
 
     fn observe(&self, address: SocketAddr, endpoint: &EndpointState, event: Event) {
-        if self.state.observe(&self.forward.cluster, address, endpoint, event) {
+        if self.state.observe(&self.cluster, address, endpoint, event) {
             self.down.proxy.metrics.ejections.inc();
         }
     }

@@ -42,10 +42,12 @@ const MAX_FRAME: u32 = 64 * 1024;
 /// frames of one than that needs, so that it is far above what is let through ([`MAX_HEAD`]).
 const HEADER_LIST: u32 = 16 * 60 * 1024;
 const SEND_BUFFER: usize = 256 * 1024;
-/// Streams a client may reset before they have been served, and what is put up with of streams reset here. Beyond it the
-/// connection ends: a flood of resets must not cost more than it pays (CVE-2023-44487).
+/// Streams a client may reset before they have been served. Beyond it the connection ends: a flood of resets must not cost more than it
+/// pays (CVE-2023-44487).
 const RESET_STREAMS: usize = 200;
-const RESET_MEMORY: Duration = Duration::from_secs(5);
+/// Streams reset here that are remembered, and how long: what still comes for others ends the connection, if it is a head or trailers.
+const REMEMBERED: usize = 1024;
+const RESET_MEMORY: Duration = Duration::from_secs(30);
 /// Streams that the peer may have reset here by breaking the protocol in a connection's life. Frames that come late for streams forgotten
 /// since are among them, so that the library's thousand would end connections whose clients cancel much.
 const ERROR_RESETS: usize = 65_536;
@@ -378,7 +380,7 @@ where
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(HEADER_LIST)
-        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_concurrent_reset_streams(REMEMBERED)
         .max_pending_accept_reset_streams(RESET_STREAMS)
         .max_local_error_reset_streams(Some(ERROR_RESETS))
         .data_frame_budget(SMALL_FRAMES)
@@ -437,7 +439,7 @@ where
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(HEADER_LIST)
-        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_concurrent_reset_streams(REMEMBERED)
         .max_local_error_reset_streams(Some(ERROR_RESETS))
         .data_frame_budget(SMALL_FRAMES)
         .reset_stream_duration(RESET_MEMORY)

@@ -24,7 +24,7 @@ use crate::{
         relay::{Traffic, relay},
         socket::reset_on_close,
     },
-    policy::{Denial, Facts, Sni, Verdict},
+    policy::{Denial, Facts, Sni},
     proxy::{
         Failure, Proxy, ServedPod,
         http::{
@@ -69,11 +69,26 @@ pub struct Inspection<'a> {
 /// What a connection carries.
 enum Spoken {
     Http1,
-    /// What is no HTTP on a port that is declared to carry it, or may be it to a lenient application.
+    /// What is no HTTP on a port that is declared to carry it, or may be it to a lenient application, or begins like it.
     Unlike,
+    /// Text that does not begin like a request, of which the first line is not whole.
+    Text,
     Http2,
     /// With the server name, as far as it is known.
     Opaque(Sni),
+}
+
+impl Spoken {
+    /// What it is taken for where it could be something else.
+    fn held_to_be(self, proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> Self {
+        match self {
+            Self::Unlike | Self::Text if is_free(proxy, pod, facts) => Self::Opaque(Sni::Unread),
+            // What policies ask of requests denies it then.
+            Self::Text if !asks(proxy, pod, facts) => Self::Opaque(Sni::Unread),
+            Self::Unlike | Self::Text => Self::Http1,
+            certain => certain,
+        }
+    }
 }
 
 impl Inspection<'_> {
@@ -104,15 +119,11 @@ impl Inspection<'_> {
             reset_on_close(&application);
         })?;
         let downstream = downstream.unread(read);
-        let spoken = match spoken {
-            // Not before: policies may have changed.
-            Spoken::Unlike if is_free(proxy, pod, &facts) => Spoken::Opaque(Sni::Unread),
-            Spoken::Unlike => Spoken::Http1,
-            spoken => spoken,
-        };
+        // Not before: policies may have changed.
+        let spoken = spoken.held_to_be(proxy, pod, &facts);
         // Opaque connections do not carry the room that requests need.
         match spoken {
-            Spoken::Http1 | Spoken::Unlike => {
+            Spoken::Http1 | Spoken::Unlike | Spoken::Text => {
                 note.carries(Carries::Requests);
                 requests.store(true, Ordering::Relaxed);
                 let gate = Gate::new(proxy.clone(), pod.clone(), facts, client).before(&application).come(since).introduced(introduction);
@@ -154,10 +165,16 @@ impl Inspection<'_> {
     }
 }
 
-/// Whether a connection is let in, whatever it carries.
+/// Whether a connection is let in, whatever it carries: what is only observed keeps nobody out.
 fn is_free(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> bool {
     let snapshot = proxy.config.load();
-    snapshot.workload(&pod.uid).is_some_and(|w| matches!(w.policy.connection(facts), Ok(Verdict::Allowed(_))))
+    snapshot.workload(&pod.uid).is_some_and(|w| w.policy.unseen(facts))
+}
+
+/// Whether tokens or authorizers are asked about requests, of which a connection that carries none knows nothing.
+fn asks(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> bool {
+    let snapshot = proxy.config.load();
+    snapshot.workload(&pod.uid).is_none_or(|w| w.policy.asks(facts))
 }
 
 async fn http1(
@@ -239,10 +256,10 @@ pub async fn refuse(
     let Ok((spoken, read)) = spoken else { return downstream.reset() };
     let gate = Gate::new(proxy.clone(), pod.clone(), facts, client);
     let mut downstream = downstream.unread(read);
-    requests.store(!matches!(spoken, Spoken::Opaque(_)), Ordering::Relaxed);
+    requests.store(!matches!(spoken, Spoken::Opaque(_) | Spoken::Text), Ordering::Relaxed);
     let told = async {
         match spoken {
-            Spoken::Opaque(_) => downstream.reset(),
+            Spoken::Opaque(_) | Spoken::Text => downstream.reset(),
             Spoken::Http1 | Spoken::Unlike => {
                 let ended = guard::serve_h1(&gate, &mut downstream, None, &Traffic::default(), pod.ended()).await;
                 if ended != Ok(Ends::Closed) {
@@ -315,7 +332,7 @@ async fn look(
                 Ok(None) | Err(_) => return match (declared, read.is_empty(), hello) {
                     (_, true, _) => (Spoken::Opaque(Sni::Read(None)), Bytes::new()),
                     (Protocol::Tls, ..) | (_, _, true) => (Spoken::Opaque(Sni::Unread), read.freeze()),
-                    _ => (undecided(declared), read.freeze()),
+                    _ => (ended(begun, declared), read.freeze()),
                 },
             },
             () = speaks_first => return (Spoken::Opaque(Sni::Read(None)), Bytes::new()),
@@ -325,15 +342,28 @@ async fn look(
                 (_, true) if !patient => (deadline, patient) = (Some(Instant::now() + HELLO), true),
                 (_, true) => return (Spoken::Opaque(Sni::Unread), read.freeze()),
                 // A beginning that may yet become a request is held to be one: who waits with the rest does not get past.
-                _ => return (undecided(declared), read.freeze()),
+                _ => return (undecided(begun, declared), read.freeze()),
             },
         }
     }
 }
 
 /// What may be the beginning of a request: where nobody says that it is one, and nobody has to know, it is what it is.
-fn undecided(declared: Protocol) -> Spoken {
-    if declared.is_http() { Spoken::Http1 } else { Spoken::Unlike }
+fn undecided(begun: &[u8], declared: Protocol) -> Spoken {
+    match detect(begun) {
+        _ if declared.is_http() => Spoken::Http1,
+        Detected::Opaque => Spoken::Text,
+        _ => Spoken::Unlike,
+    }
+}
+
+/// The same where nothing more will come.
+fn ended(begun: &[u8], declared: Protocol) -> Spoken {
+    match undecided(begun, declared) {
+        Spoken::Text if resembles_http(&[begun, b"\n"].concat()) != Some(true) => Spoken::Opaque(Sni::Read(None)),
+        Spoken::Text => Spoken::Unlike,
+        decided => decided,
+    }
 }
 
 /// What has begun so; none when more has to be read. `full`: no more is.
@@ -354,7 +384,7 @@ fn spoken(begun: &[u8], declared: Protocol, full: bool) -> Option<Spoken> {
             None if full => Spoken::Unlike,
             None => return None,
         },
-        Detected::More if full => undecided(declared),
+        Detected::More if full => undecided(begun, declared),
         Detected::More => return None,
     })
 }
@@ -399,6 +429,10 @@ fn resembles_http(read: &[u8]) -> Option<bool> {
     let says_http = line.windows(5).any(|w| w.eq_ignore_ascii_case(b"HTTP/"));
     let mut words = line.split(u8::is_ascii_whitespace).filter(|w| !w.is_empty());
     let (first, second) = (words.next().unwrap_or_default(), words.next());
+    // No method has anything else in it (RFC 9110 section 5.6.2).
+    if !first.iter().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(b)) {
+        return Some(says_http);
+    }
     let is_name = first.iter().all(u8::is_ascii_alphabetic);
     let asks = is_name && second.is_some_and(|w| w.starts_with(b"/") || memchr::memmem::find(w, b"://").is_some());
     // What GET asks for need not be a path (HTTP/0.9).
@@ -433,6 +467,9 @@ mod tests {
             (b"get x\r\n", Some(false)),
             (b"FOO", None),
             (b"* 1 FETCH", None),
+            (b"{\"a\":1}", Some(false)),
+            (b"<a/>", Some(false)),
+            (b"hello world", None),
             (b"*1\r\n$4\r\nPING\r\n", Some(false)),
             (b"EHLO mail.example\r\n", Some(false)),
             (b"\x10\x20MQTT", Some(false)),

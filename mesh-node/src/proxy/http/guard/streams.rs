@@ -1,11 +1,14 @@
 //! HTTP/2 on its way into such a pod: each stream to one of the application's connection.
 
-use std::{borrow::Cow, future::poll_fn, io, pin::Pin, sync::Arc};
+use std::{borrow::Cow, future::poll_fn, io, pin::Pin, sync::Arc, time::Duration};
 
 use ::h2::{SendStream, client::ResponseFuture};
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use super::{Ended, conclude, went_on};
 use crate::{
@@ -36,12 +39,27 @@ struct Streams {
     over: Arc<watch::Sender<bool>>,
 }
 
+/// How long a stream waits for an application that takes none at a time, and how often it is looked: its client may find one elsewhere.
+const PLACE: Duration = Duration::from_secs(3);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// How long a client may take to what has come of an application's connection that has failed.
+const AFTER_ITS_END: Duration = Duration::from_secs(30);
+
 impl Streams {
     /// Opens a stream when there is a place for it; the client is told to open no more when there is none any more.
     async fn open(self, request: http::Request<()>, empty: bool) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
         let Self { send, over } = self;
-        let opened = async { send.ready().await?.send_request(request, empty) };
-        opened.await.map_err(|_| {
+        let opened = async {
+            // The library takes a request for one that takes none, and keeps it until it takes some.
+            let taken = async {
+                while h2::most_streams(&send) == 0 {
+                    sleep(LOOK_AGAIN).await;
+                }
+            };
+            timeout(PLACE, taken).await.ok()?;
+            send.ready().await.ok()?.send_request(request, empty).ok()
+        };
+        opened.await.ok_or_else(|| {
             over.send_replace(true);
             ::h2::Reason::REFUSED_STREAM
         })
@@ -94,7 +112,9 @@ async fn streams(
             let result = poll_fn(|cx| {
                 let polled = Pin::new(&mut connection).poll(cx);
                 // Those it has go on; the client is to open others elsewhere, and not only when one has been refused.
-                if polled.is_pending() && !*over.borrow() && asked.as_mut().is_some_and(hbone::is_sent_away) {
+                // An application that takes none for now is as good as one that takes no more.
+                let sends_away = |send: &mut _| hbone::is_sent_away(send) || h2::most_streams(send) == 0;
+                if polled.is_pending() && !*over.borrow() && asked.as_mut().is_some_and(sends_away) {
                     over.send_replace(true);
                 }
                 polled
@@ -128,10 +148,14 @@ async fn streams(
     let (mut drive, mut serving) = (std::pin::pin!(drive), std::pin::pin!(serving));
     tokio::select! {
         served = &mut serving => served.map_err(h2::into_io),
-        // Its own streams have ended; the client is told to open no more, and goes on with what is left.
-        driven = &mut drive => {
-            driven?;
-            serving.await.map_err(h2::into_io)
+        // The client is told to open no more, and goes on with what is left: answers that have come whole, and the ends of others, each of
+        // which says whether it was begun.
+        driven = &mut drive => match driven {
+            Ok(()) => serving.await.map_err(h2::into_io),
+            Err(error) => {
+                let _ = timeout(AFTER_ITS_END, serving).await;
+                Err(error)
+            }
         }
     }
 }

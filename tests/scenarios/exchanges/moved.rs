@@ -1,0 +1,76 @@
+//! Endpoints that go and come while a request waits for them.
+
+use super::*;
+
+fn documents(endpoint: SocketAddr, rule: &Value) -> Vec<Value> {
+    let mut rule = rule.clone();
+    rule["route"] = json!([{"destination": {"host": "web"}}]);
+    [service("web", "10.96.9.1", "http", &[endpoint]), vec![virtual_service("web", &json!([rule]))]].concat()
+}
+
+/// What is answered to a request, and after how long, where the endpoint is another soon after it was sent.
+async fn moving(from: SocketAddr, to: Option<SocketAddr>, rule: Value, seen: &Seen) -> (String, Duration) {
+    let engine = Engine::start(&documents(from, &rule)).await.expect("engine");
+    let scene = Scene { engine, vip: VIP.parse().expect("valid"), seen: seen.clone() };
+    let began = std::time::Instant::now();
+    let changed = async {
+        sleep(Duration::from_millis(300)).await;
+        match to {
+            Some(to) => scene.engine.apply(&documents(to, &rule)).await,
+            None => scene.engine.apply(&documents(from, &rule)[..1]).await,
+        }
+    };
+    let text = format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: {}\r\nconnection: close\r\n\r\n", from.port());
+    let mut stream = scene.connect().await;
+    stream.write_all(text.as_bytes()).await.expect("written");
+    let mut answer = Vec::new();
+    let (read, changed) = tokio::join!(timeout(Duration::from_secs(8), stream.read_to_end(&mut answer)), changed);
+    changed.expect("applied");
+    assert!(read.is_ok_and(|read| read.is_ok()), "an answer");
+    (String::from_utf8_lossy(&answer).into_owned(), began.elapsed())
+}
+
+/// A port that nobody listens on.
+fn closed() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port")
+}
+
+/// An address that takes connections and does not answer to more.
+async fn full() -> (SocketAddr, tokio::net::TcpListener, Vec<TcpStream>) {
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.bind("127.0.0.1:0".parse().expect("valid")).expect("bound");
+    let listener = socket.listen(0).expect("listens");
+    let address = listener.local_addr().expect("an address");
+    let mut taken = Vec::new();
+    while let Ok(Ok(stream)) = timeout(Duration::from_millis(200), TcpStream::connect(address)).await {
+        taken.push(stream);
+    }
+    (address, listener, taken)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn attempts_go_to_endpoints_there_are_by_then() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let retries = json!({"attempts": 20, "retryOn": "connect-failure", "backoff": "200ms"});
+    let (answer, _) = moving(closed(), Some(up), json!({"retries": retries}), &seen).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "another attempt: {answer}");
+    let delay = |fixed: &str| json!({"fault": {"delay": {"fixedDelay": fixed, "percentage": {"value": 100}}}, "retries": {"attempts": 0}});
+    let (answer, _) = moving(closed(), Some(up), delay("0.8s"), &seen).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "the first one, after a delay: {answer}");
+    let other = scripted::http1("up2", &seen).expect("upstream");
+    let (answer, _) = moving(other, None, delay("0.8s"), &seen).await;
+    assert!(answer.starts_with("HTTP/1.1 503") && seen.of(&other.port().to_string()).is_empty(), "what has left is not asked: {answer}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_leaves_is_not_waited_for() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let (address, _listener, _taken) = full().await;
+    let (answer, took) = moving(address, Some(up), json!({}), &seen).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && took < Duration::from_secs(4), "{took:?}: {answer}");
+    let (address, _listener, _taken) = full().await;
+    let (answer, took) = moving(address, Some(up), json!({"retries": {"attempts": 0}}), &seen).await;
+    assert!(answer.starts_with("HTTP/1.1 503") && took < Duration::from_secs(4), "{took:?}: {answer}");
+}

@@ -1,0 +1,128 @@
+//! Applications of HTTP/2 that end their connections, or take no more on them, on the way into their pod.
+
+use mesh_tests::engine::server_pod;
+use tokio::net::TcpListener;
+
+use super::*;
+
+const GOAWAY: u8 = 7;
+const CALM: u32 = 11;
+
+/// An application that says its settings, waits until it has been asked, says more, and ends or waits.
+async fn application(settings: &'static [u8], says: Vec<u8>, ends: bool) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let says = says.clone();
+            tokio::spawn(async move {
+                let acknowledged = [frame(4, 0, 0, settings), frame(4, 1, 0, &[])].concat();
+                stream.write_all(&acknowledged).await.expect("written");
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                let _ = stream.write_all(&says).await;
+                if ends {
+                    let _ = stream.shutdown().await;
+                }
+                let _ = stream.read_to_end(&mut Vec::new()).await;
+                tokio::time::sleep(Duration::from_secs(20)).await;
+            });
+        }
+    });
+    address
+}
+
+async fn into_the_pod(application: SocketAddr) -> (Engine, tokio::net::TcpStream) {
+    let documents = [vec![server_pod()], service("server", "10.98.0.2", "http2", &[application])].concat();
+    let engine = Engine::start(&documents).await.expect("engine");
+    let stream = engine.connect_inbound(application.port()).await.expect("connected");
+    (engine, stream)
+}
+
+/// An error of the connection as a whole says which streams were not begun, and loses no answer that had come.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_application_that_ends_with_an_error_takes_nothing_with_it() {
+    let goaway = |last: u32| frame(GOAWAY, 0, 0, &[last.to_be_bytes(), CALM.to_be_bytes()].concat());
+    // HEADERS with `:status: 200` and the end of the stream.
+    let answered = [frame(1, 5, 1, &[0x88]), goaway(1)].concat();
+    for (what, says, ends, first) in [
+        ("nothing begun, end", goaway(0), true, None),
+        ("nothing begun", goaway(0), false, None),
+        ("the first answered, end", answered.clone(), true, Some(StatusCode::OK)),
+        ("the first answered", answered, false, Some(StatusCode::OK)),
+    ] {
+        let (_engine, stream) = into_the_pod(application(&[], says, ends).await).await;
+        let (send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+        tokio::spawn(connection);
+        let mut asked = Vec::new();
+        for _ in 0..2 {
+            let request = Request::get("http://svc.example/x").body(()).expect("valid");
+            asked.push(send.clone().ready().await.expect("ready").send_request(request, true).expect("sent").0);
+        }
+        let mut told = Vec::new();
+        for response in asked {
+            let response = tokio::time::timeout(Duration::from_secs(5), response).await.expect("an end");
+            told.push(response.map(|r| r.status()).map_err(|e| e.reason()));
+        }
+        // Which of them is the first for the application is chance.
+        told.sort_by_key(Result::is_err);
+        let refused = Err(Some(h2::Reason::REFUSED_STREAM));
+        assert_eq!(told, [first.map_or(refused, Ok), refused], "{what}");
+    }
+}
+
+/// Nobody waits for ever for an application that takes no requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_application_that_takes_no_streams_is_not_waited_for() {
+    // SETTINGS_MAX_CONCURRENT_STREAMS: 0.
+    const NONE: &[u8] = &[0, 3, 0, 0, 0, 0];
+    let (_engine, stream) = into_the_pod(application(NONE, Vec::new(), false).await).await;
+    let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    let request = Request::get("http://svc.example/x").body(()).expect("valid");
+    let (response, _) = send.send_request(request, true).expect("sent");
+    let refused = tokio::time::timeout(Duration::from_secs(8), response).await.expect("an end").expect_err("not asked");
+    assert_eq!(refused.reason(), Some(h2::Reason::REFUSED_STREAM));
+    // One that takes none any more: its client is told to go elsewhere, and the stream under way goes on.
+    let (_engine, stream) = into_the_pod(application(&[], frame(4, 0, 0, NONE), false).await).await;
+    let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    let request = Request::get("http://svc.example/x").body(()).expect("valid");
+    let (response, _) = send.send_request(request, true).expect("sent");
+    let sent_away = async {
+        while send.clone().ready().await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), sent_away).await.expect("sent away");
+    assert!(tokio::time::timeout(Duration::from_millis(200), response).await.is_err(), "it is waited for");
+}
+
+/// Trailers that come late for streams the proxy has reset do not end the connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_late_for_many_reset_streams_ends_nothing() {
+    let (engine, vip) = engine().await;
+    let mut stream = engine.connect(vip).await.expect("connected");
+    stream.write_all(mesh_node::detect::PREFACE).await.expect("written");
+    stream.write_all(&frame(4, 0, 0, &[])).await.expect("written");
+    // POST to what is answered at once, with an authority and without an end, in literal fields of HPACK.
+    let head = [&[0x83, 0x86, 0x44, 0x07][..], b"/direct", &[0x41, 0x01], b"a"].concat();
+    let many = 400_u32;
+    for i in 0..many {
+        stream.write_all(&frame(1, 4, 1 + 2 * i, &head)).await.expect("written");
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // A trailer, and the end.
+    let late = (0..many).flat_map(|i| frame(1, 5, 1 + 2 * i, &[&[0, 1][..], b"t", &[1], b"v"].concat()));
+    stream.write_all(&late.collect::<Vec<_>>()).await.expect("written");
+    stream.write_all(&frame(6, 0, 0, b"8 bytes.")).await.expect("written");
+    let mut read = Vec::new();
+    let mut buffer = [0; 65536];
+    let answered = async {
+        while !read.windows(8).any(|w| w == b"8 bytes.") {
+            let n = stream.read(&mut buffer).await.expect("read");
+            assert!(n > 0, "the connection goes on: {}", read.escape_ascii());
+            read.extend_from_slice(&buffer[..n]);
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), answered).await.expect("its ping is answered");
+}
