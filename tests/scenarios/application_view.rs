@@ -382,3 +382,52 @@ fn local_ports_are_for_each_destination_as_without_a_mesh() {
     let output = scene.bed.run(client, Path::new("/usr/bin/python3"), &arguments).expect("python");
     assert_eq!(String::from_utf8_lossy(&output.stdout), "2 6 48\n", "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// An HTTP server for one family, as many programs are.
+const FOUR_ONLY: &str = r#"
+import socket, threading
+def serve(c):
+    if c.recv(1000): c.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 4\r\n\r\nfour")
+    c.close()
+s = socket.create_server(("0.0.0.0", 8080))
+while True: threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+"#;
+
+/// Asks each by its service's address of the other family.
+const BY_SIX: &str = r#"
+import socket, sys
+for to in sys.argv[1:]:
+    name, port = to.split(":")
+    address = socket.getaddrinfo(name, int(port), socket.AF_INET6, socket.SOCK_STREAM)[0][4]
+    c = socket.create_connection(address[:2], 10)
+    c.sendall(b"GET / HTTP/1.0\r\nhost: a\r\n\r\n")
+    said = b""
+    try:
+        while part := c.recv(1000): said += part
+    except OSError as e: said += str(e).encode()
+    print(to, said.split(b"\r\n")[0].split(b" ")[1:2], said.endswith(b"four"))
+"#;
+
+/// A client takes the first address that connects, and through the proxy all do: a service's pod that listens for one family is asked there.
+#[test]
+fn an_application_that_listens_for_one_family_is_found_by_clients_of_the_other() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--same-node", "proxy"])).expect("bed");
+    let server = |name: &str, node| {
+        let command = ["/usr/bin/python3", "-c", FOUR_ONLY].map(str::to_owned).to_vec();
+        PodSpec { command, port: Some(8080), ..PodSpec::new(name, node) }
+    };
+    let [client, ..] = bed.meshed([PodSpec::new("client", 0), server("near", 0), server("far", 1)]).expect("pods");
+    bed.pod(&server("outside", 1).in_namespace("plain")).expect("pod outside");
+    for (namespace, name) in [("default", "near"), ("default", "far"), ("plain", "outside")] {
+        let yaml = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {{selector: {{app: {name}}}, ports: [{{name: http, port: 80, targetPort: 8080}}, {{name: tcp, port: 81, targetPort: 8080}}, {{name: a, port: 82, targetPort: 8080}}]}}\n"
+        );
+        bed.kubectl_apply(name, &yaml).expect("service");
+    }
+    bed.settle().expect("settled");
+    let to = ["near", "far", "outside.plain"].iter().flat_map(|name| [80, 81, 82].map(|port| format!("{name}:{port}"))).collect::<Vec<_>>();
+    let arguments = [&["-c", BY_SIX][..], &to.iter().map(String::as_str).collect::<Vec<_>>()].concat();
+    let output = bed.run(&client, Path::new("/usr/bin/python3"), &arguments).expect("python");
+    let expected = to.iter().map(|to| format!("{to} [b'200'] True\n")).collect::<String>();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "{}", String::from_utf8_lossy(&output.stderr));
+}

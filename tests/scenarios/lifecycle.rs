@@ -481,3 +481,73 @@ fn unknown_destinations_pass_or_not_as_configured() {
         assert!(answers(&bed, &client, &known.address(8080)));
     }
 }
+
+/// Says without end, or takes without end and writes down how that ended.
+const ENDLESS: &str = r#"
+import socket, sys, threading
+def says(c):
+    try:
+        while True: c.sendall(bytes(1000))
+    except OSError: pass
+def takes(c):
+    try:
+        while c.recv(65536): pass
+        end = "end"
+    except OSError: end = "reset"
+    open(sys.argv[1], "a").write(end + "\n")
+def listen(port, serve):
+    s = socket.create_server(("", port))
+    while True: threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+threading.Thread(target=listen, args=(8081, takes), daemon=True).start()
+listen(8080, says)
+"#;
+
+/// Reads what is said without end; and says itself, to who takes it. How the first ends is said.
+const READS: &str = r#"
+import socket, sys, threading
+def say():
+    c = socket.create_connection((sys.argv[1], 8081))
+    try:
+        while True: c.sendall(bytes(1000))
+    except OSError: pass
+threading.Thread(target=say, daemon=True).start()
+c = socket.create_connection((sys.argv[1], 8080))
+print("reads", flush=True)
+try:
+    while c.recv(65536): pass
+    print("end")
+except OSError: print("reset")
+"#;
+
+/// A stream that a killed process has cut off does not look complete, to either end, whichever node's it was.
+#[test]
+fn what_a_kill_cuts_off_looks_cut_off() {
+    for killed in [0, 1] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--same-node", "proxy"])).expect("bed");
+        let directory = tempfile::tempdir().expect("a directory");
+        let ends = ["near", "far"].map(|name| directory.path().join(name));
+        let server = |name: &str, node: usize| {
+            let command = ["/usr/bin/python3", "-c", ENDLESS, &ends[node].display().to_string()].map(str::to_owned).to_vec();
+            PodSpec { command, port: Some(8080), ..PodSpec::new(name, node) }
+        };
+        let [client, near, far] = bed.meshed([PodSpec::new("client", 0), server("near", 0), server("far", 1)]).expect("pods");
+        bed.settle().expect("settled");
+        let to = if killed == 0 { vec![&near, &far] } else { vec![&far] };
+        let readers = to.iter().map(|pod| {
+            let mut command = bed.command(&client, Path::new("/usr/bin/python3"), &["-c", READS, &pod.v4().to_string()]);
+            command.stdout(std::process::Stdio::piped()).spawn().expect("a reader")
+        });
+        let readers = readers.collect::<Vec<_>>();
+        std::thread::sleep(Duration::from_secs(1));
+        bed.node(killed).kill();
+        for (reader, pod) in readers.into_iter().zip(&to) {
+            let output = reader.wait_with_output().expect("its end");
+            assert_eq!(String::from_utf8_lossy(&output.stdout), "reads\nreset\n", "{} of {killed}", pod.name);
+        }
+        for pod in to {
+            let ended = || std::fs::read_to_string(&ends[usize::from(pod.name == "far")]).unwrap_or_default();
+            wait_for("the other end", Duration::from_secs(5), || Ok(ended() == "reset\n"))
+                .unwrap_or_else(|_| panic!("{} of {killed}: {:?}", pod.name, ended()));
+        }
+    }
+}

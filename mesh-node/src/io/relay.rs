@@ -21,7 +21,10 @@ use tokio::{
     },
 };
 
-use super::{rarely::Rarely, socket::reset_on_close};
+use super::{
+    rarely::Rarely,
+    socket::{end_on_close, reset_on_close},
+};
 
 /// How long what an end has said before it broke may take to be passed on.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -96,6 +99,9 @@ pub trait Duplex: Send {
 
     /// Ends both directions abruptly, so that the other end sees a failure and not an end of data.
     fn reset(self);
+
+    /// Whether that is how it ends when it is dropped, or this process is gone: a stream that is cut off must not look complete.
+    fn resets_when_dropped(&mut self, _resets: bool) {}
 }
 
 /// Bytes moved so far, readable while the relay runs.
@@ -121,6 +127,11 @@ pub async fn relay<C>(
     traffic: &Traffic,
     cut: impl Future<Output = C>,
 ) -> Result<(), Broken<C>> {
+    let resets = |one: &mut _, other: &mut _, resets| {
+        Duplex::resets_when_dropped(one, resets);
+        Duplex::resets_when_dropped(other, resets);
+    };
+    resets(&mut downstream, &mut upstream, true);
     let result = {
         let cut = std::pin::pin!(Rarely::new(cut));
         let (from_down, to_down) = downstream.halves();
@@ -137,6 +148,8 @@ pub async fn relay<C>(
     if result.is_err() {
         downstream.reset();
         upstream.reset();
+    } else {
+        resets(&mut downstream, &mut upstream, false);
     }
     result
 }
@@ -324,6 +337,10 @@ impl Duplex for Prefixed {
     fn reset(self) {
         self.stream.reset();
     }
+
+    fn resets_when_dropped(&mut self, resets: bool) {
+        self.stream.resets_when_dropped(resets);
+    }
 }
 
 /// The reading half: first what was read before.
@@ -393,5 +410,9 @@ impl Duplex for TcpStream {
 
     fn reset(self) {
         reset_on_close(&self);
+    }
+
+    fn resets_when_dropped(&mut self, resets: bool) {
+        if resets { reset_on_close(self) } else { end_on_close(self) }
     }
 }

@@ -193,3 +193,8 @@ pub fn reset_on_close(stream: &TcpStream) {
     // A socket that is gone already has nothing left to reset.
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
+
+/// Makes the close of this connection an end again.
+pub fn end_on_close(stream: &TcpStream) {
+    let _ = SockRef::from(stream).set_linger(None);
+}

@@ -210,6 +210,15 @@ impl Failure {
         }
     }
 
+    /// Whether nobody listens there, as far as is known.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Dial { source, .. } | Self::Application { source, .. } => source.kind() == io::ErrorKind::ConnectionRefused,
+            Self::Tunnel(TunnelError::Refused(status)) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
+            _ => false,
+        }
+    }
+
     /// Whether nothing has reached the application and the same connection may succeed a moment later: the destination's
     /// node has not finished enrolling it, or another endpoint may answer.
     pub fn retryable(&self) -> bool {

@@ -1,6 +1,7 @@
 //! Out of a pod: from a captured connection to the destination it was meant for.
 
 mod decision;
+mod dial;
 mod tunnel;
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
@@ -8,13 +9,13 @@ use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 
-pub(super) use self::decision::Way;
-use self::decision::{Chosen, Decision, client_address, decide, describe, dialled, hbone_address, way};
+use self::decision::{Chosen, Decision, client_address, decide, describe, dialled, hbone_address};
+pub(super) use self::{decision::Way, dial::Dial};
 use super::{
-    CONNECT_TIMEOUT, Failure, Proxy, ServedPod, direct,
+    Failure, Proxy, ServedPod, direct,
     http::{self, clusters::ConnectionSlot, transport::Transport},
     inbound::{self, Admitted, Inspection},
     live::Cut,
@@ -25,14 +26,12 @@ use super::{
 use crate::{
     balance::outlier::Event,
     detect,
-    hbone::{Tunnel, TunnelError, headers::Forwarded},
-    id::ObjectName,
+    hbone::Tunnel,
     io::{
         relay::{Broken, Prefixed, Traffic, relay},
-        socket::{self, Source, reset_on_close},
+        socket::{self, reset_on_close},
     },
-    policy::Facts,
-    route::{LoadGuard, Workload},
+    route::LoadGuard,
     telemetry::ReasonLabels,
 };
 
@@ -363,7 +362,7 @@ async fn gone(downstream: &TcpStream) -> io::Error {
 async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> {
     let Decision { way, source, cluster } = decision;
     let Some(Chosen { cluster, state, endpoint, load }) = cluster else {
-        let dial = Dial::new(opaque, None, None);
+        let dial = Dial::new(opaque, opaque.original, None);
         return Ok(Upstream { stream: dial.go(way, &source).await?, limits: TimeLimits::default(), held: Held::default() });
     };
     let settings = &cluster.policy.tcp;
@@ -372,7 +371,7 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
     let to = match &way {
         Way::Plain(to, _) | Way::Local(to, _) | Way::Tunnel(to, _) => *to,
     };
-    let stream = Dial::new(opaque, Some(&cluster.id.service), settings.connect_timeout).go(way, &source).await;
+    let stream = Dial::new(opaque, to, Some(&cluster)).go(way, &source).await;
     let event = if stream.is_ok() { Event::Success } else { Event::LocalOrigin };
     if !matches!(stream, Err(Failure::Denied(_))) && state.observe(&cluster, to, &endpoint, event) {
         opaque.proxy.metrics.ejections.inc();
@@ -383,111 +382,6 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
     }
     let limits = TimeLimits { most: settings.max_connection_duration, idle: settings.idle_timeout };
     Ok(Upstream { stream, limits, held: Held { _load: load, _slot: Some(slot) } })
-}
-
-/// One connection to be made.
-pub(super) struct Dial<'d> {
-    pub proxy: &'d Arc<Proxy>,
-    pub pod: &'d Arc<ServedPod>,
-    pub client: SocketAddr,
-    pub to: SocketAddr,
-    pub service: Option<&'d ObjectName>,
-    /// How long to go on while the destination's node may still be enrolling it.
-    pub patience: Duration,
-    /// As configured; none is what suits the way.
-    pub timeout: Option<Duration>,
-}
-
-impl<'d> Dial<'d> {
-    fn new(opaque: &'d Opaque, service: Option<&'d ObjectName>, timeout: Option<Duration>) -> Self {
-        let Opaque { proxy, pod, client, original, .. } = opaque;
-        Self { proxy, pod, client: *client, to: *original, service, patience: Duration::ZERO, timeout }
-    }
-
-    /// Connects to `to`, however it is reached; again while that may help and patience lasts.
-    pub(super) async fn connect(&self) -> Result<Stream, Failure> {
-        let deadline = Instant::now() + self.patience;
-        let mut dials = 0;
-        loop {
-            let (way, source) = {
-                let snapshot = self.proxy.config.load();
-                let source = snapshot.workload(&self.pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
-                (way(&snapshot, self.to)?, source)
-            };
-            match self.go(way, &source).await {
-                Err(failure) if failure.retryable() && Instant::now() < deadline => sleep(pause(dials)).await,
-                other => return other,
-            }
-            dials += 1;
-        }
-    }
-
-    async fn go(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
-        let Some(within) = self.timeout else { return self.go_on(way, source).await };
-        let to = self.to;
-        // Rare, and large.
-        Box::pin(timeout(within, self.go_on(way, source))).await.unwrap_or(Err(Failure::DialTimeout(to)))
-    }
-
-    async fn go_on(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
-        let Self { proxy, pod, client, service, .. } = self;
-        Ok(match way {
-            Way::Plain(to, _) => Stream::Tcp(connect(pod, to, self.timeout.unwrap_or(CONNECT_TIMEOUT)).await?),
-            Way::Local(to, workload) => Stream::Local(Box::new(hand_over(proxy, pod, *client, to, (source, *service), &workload).await?)),
-            Way::Tunnel(to, workload) => {
-                let forwarded = Forwarded {
-                    client: SocketAddr::new(client_address(pod, *client, to), client.port()),
-                    host: service.map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace)),
-                };
-                Stream::Tunnel(Box::new(tunnel::open(proxy, pod, to, source, &workload, &forwarded).await?))
-            }
-        })
-    }
-}
-
-async fn connect(pod: &ServedPod, to: SocketAddr, within: Duration) -> Result<TcpStream, Failure> {
-    let connected = timeout(within, socket::connect(&pod.netns, to, Source::Own)).await;
-    connected.map_err(|_| Failure::DialTimeout(to))?.map_err(|source| Failure::Dial { to, source })
-}
-
-/// Same node: the destination's inbound stage is called with the identity the kernel vouches for.
-async fn hand_over(
-    proxy: &Arc<Proxy>,
-    pod: &ServedPod,
-    client: SocketAddr,
-    to: SocketAddr,
-    (source, service): (&Workload, Option<&ObjectName>),
-    workload: &Workload,
-) -> Result<Local, Failure> {
-    let destination = proxy.pods.by_uid(&workload.uid).ok_or(Failure::NotServedYet)?;
-    let mut outcome = Outcome::new(proxy, Direction::Inbound);
-    let client_ip = client_address(pod, client, to);
-    outcome.source.address = Some(SocketAddr::new(client_ip, client.port()));
-    let mut facts = Facts::new(Some(source.identity.clone()), client_ip, to);
-    facts.dialled = service.cloned();
-    outcome.dialled.clone_from(&facts.dialled);
-    // Should the client not wait for it, nothing has come of it.
-    outcome.keep_quiet(true);
-    let admitted = inbound::admit(proxy, &destination, facts, Source::Neighbour(client_ip), &mut outcome).await;
-    outcome.keep_quiet(false);
-    match admitted {
-        Ok(admitted) => Ok(Local { admitted, pod: destination, outcome, client: SocketAddr::new(client_ip, client.port()) }),
-        Err(failure) => {
-            let told = mirrored(&failure);
-            outcome.fail(failure);
-            Err(told)
-        }
-    }
-}
-
-/// What the source side says of a refusal by the destination side, as it would of a refusal from another node.
-fn mirrored(failure: &Failure) -> Failure {
-    let status = match failure {
-        Failure::Denied(_) => ::http::StatusCode::UNAUTHORIZED,
-        Failure::UnknownWorkload => return Failure::UnknownWorkload,
-        _ => ::http::StatusCode::SERVICE_UNAVAILABLE,
-    };
-    Failure::Tunnel(TunnelError::Refused(status))
 }
 
 #[cfg(test)]

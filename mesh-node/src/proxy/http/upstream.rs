@@ -307,8 +307,7 @@ async fn dial_uncounted(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalH
     let Wanted { proxy, pod, client, cluster, address, .. } = wanted;
     let patience = if cluster.endpoints.len() > 1 { Duration::ZERO } else { outbound::RETRY_FOR };
     let settings = &cluster.policy.tcp;
-    let dial =
-        Dial { proxy, pod, client: *client, to: *address, service: Some(&cluster.id.service), patience, timeout: settings.connect_timeout };
+    let dial = Dial { proxy, pod, client: *client, to: *address, cluster: Some(cluster), patience, timeout: settings.connect_timeout };
     let stream = dial.connect().await?;
     Ok(match stream {
         outbound::Stream::Tcp(stream) => {

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::{connect, hbone_address};
+use super::{dial::connect, hbone_address};
 use crate::{
     hbone::{
         Connection, PoolKey, Tunnel, TunnelError,
