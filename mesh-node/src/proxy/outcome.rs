@@ -19,6 +19,7 @@ use super::{
     reporting::{self, Ends},
 };
 use crate::{
+    hbone::headers::Introduction,
     id::{ObjectName, SpiffeId},
     io::relay::Traffic,
     report::{
@@ -420,12 +421,18 @@ impl Outcome {
             Direction::Inbound => (received, sent),
         };
         let (source, destination) = (&self.source, &self.destination);
+        // Of a source that nothing else is known of, what its peer says.
+        let told = self.introduction.as_ref().filter(|_| source.workload.is_none()).and_then(Introduction::read);
+        let (name, namespace) = match &told {
+            Some(told) => (told.service.as_deref().or(told.workload.as_deref()), source.identity.as_ref().map(SpiffeId::namespace)),
+            None => (source.name(), source.namespace()),
+        };
         macro_rules! say {
             ($level:ident, $what:literal) => {
                 tracing::$level!(
                     name: $what,
                     target: "access",
-                    { src.addr = source.address.map(display), src.workload = source.name(), src.namespace = source.namespace(),
+                    { src.addr = source.address.map(display), src.workload = name, src.namespace = namespace,
                       src.identity = source.proved(mutual), dst.addr = dst.map(display), dst.hbone_addr = hbone.map(display),
                       dst.service = service, dst.workload = destination.name(), dst.namespace = destination.namespace(),
                       dst.identity = destination.proved(mutual), direction = self.direction.name(), bytes_sent = out, bytes_recv = back, duration, error },

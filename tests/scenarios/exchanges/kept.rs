@@ -265,3 +265,52 @@ async fn a_policy_decides_which_version_is_spoken_upstream() {
         assert!(answer.contains(&format!("{expected} 200 #1")), "{port} {policy}: {answer}");
     }
 }
+
+/// An application that answers once on each connection and closes it without a word when it is asked again; it counts connections.
+async fn answers_once() -> (SocketAddr, std::sync::Arc<std::sync::atomic::AtomicU32>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let made = std::sync::Arc::<std::sync::atomic::AtomicU32>::default();
+    let count = made.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            tokio::spawn(async move {
+                let mut head = [0; 4096];
+                if stream.read(&mut head).await.is_ok_and(|n| n > 0) {
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+                    // As one does that has been idle for too long just when it is asked.
+                    let _ = stream.read(&mut head).await;
+                }
+            });
+        }
+    });
+    (address, made)
+}
+
+/// What is safe is asked again on a new connection, where a kept one ends as it is asked; and nothing else is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_connection_that_ends_as_it_is_used_costs_no_safe_request() {
+    let (up, made) = answers_once().await;
+    let mut documents = service("web", "10.96.9.1", "http", &[up]);
+    documents.push(virtual_service("web", &json!([{"retries": {"attempts": 0}, "route": [{"destination": {"host": "web"}}]}])));
+    let engine = Engine::start(&documents).await.expect("engine");
+    let scene = Scene { engine, vip: VIP.parse().expect("valid"), seen: Seen::default() };
+    let ask = |method: &'static str, body: &'static str| {
+        let length = if body.is_empty() { String::new() } else { format!("content-length: {}\r\n", body.len()) };
+        let scene = &scene;
+        async move {
+            let answer = scene.say(&format!("{method} /x HTTP/1.1\r\nhost: web\r\n{length}connection: close\r\n\r\n{body}")).await.0;
+            answer.split(' ').nth(1).unwrap_or_default().to_owned()
+        }
+    };
+    let connections = || made.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!((ask("GET", "").await.as_str(), connections()), ("200", 1));
+    // Each of these finds the connection of the one before.
+    assert_eq!((ask("GET", "").await.as_str(), connections()), ("200", 2));
+    assert_eq!((ask("HEAD", "").await.as_str(), connections()), ("200", 3));
+    assert_eq!((ask("OPTIONS", "").await.as_str(), connections()), ("200", 4));
+    assert_eq!((ask("POST", "").await.as_str(), connections()), ("503", 4), "it may have been carried out");
+    assert_eq!((ask("GET", "").await.as_str(), connections()), ("200", 5));
+    assert_eq!((ask("GET", "hello").await.as_str(), connections()), ("503", 5), "a body is sent once");
+}

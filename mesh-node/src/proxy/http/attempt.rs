@@ -179,13 +179,14 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let denied = denied_later(pass.as_ref(), plan.head);
     let ended = match upstream {
         Upstream::H1(mut connection) => {
+            let kept = connection.is_kept();
             let (sink, source, cut) = connection.halves();
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
             let (ended, clean) = (exchange.run(&mut judge, first(cut, denied)).await, exchange.clean);
             if clean {
                 release(connection, wanted.cluster, wanted.state, wanted.endpoint);
             }
-            ended
+            if let Attempt::Failed(failed) = ended { Attempt::Failed(Failed { kept, ..failed }) } else { ended }
         }
         Upstream::H2(mut send, guard, _) => 'sent: {
             let Some(request) = wire_request(plan.head, plan.client_cert) else {

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     Downstream,
     attempt::{Answered, Attempt, Deadlines, Heard, Plan, TimeUp, Verdict, attempt},
-    body::{RequestBody, Responder},
+    body::{Preview, RequestBody, Responder},
     clusters::{ClusterState, EndpointState, Slot},
     exchange::{End, Forward, flag_of},
     headers, mirror,
@@ -149,7 +149,11 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             if self.number > 1 && added.attempt_count {
                 headers::count_attempt(&mut head.headers, self.number);
             }
-            let ended = self.attempt(&head, address, &endpoint).await;
+            let mut ended = self.attempt(&head, (address, &endpoint), false).await;
+            if self.may_be_asked_anew(&head, &ended) {
+                self.upload.rewind();
+                ended = self.attempt(&head, (address, &endpoint), true).await;
+            }
             let again = match ended {
                 Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),
                 Attempt::Abandoned => {
@@ -259,7 +263,15 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         whole.into_iter().chain(self.deadlines.client.map(until)).chain(self.policy.per_try_timeout).min()
     }
 
-    async fn attempt(&mut self, head: &RequestHead, address: SocketAddr, endpoint: &Arc<EndpointState>) -> Attempt {
+    /// Whether the same is asked again on a new connection: the one it was sent on had been kept, and may have been closed for that
+    /// it was not used, when the request was on its way. As clients do it that keep connections (RFC 9110 section 9.2.2); of what is safe and
+    /// has no body.
+    fn may_be_asked_anew(&self, head: &RequestHead, ended: &Attempt) -> bool {
+        let Attempt::Failed(Failed { reset: Reset::ConnectionTermination, begun: false, kept: true, .. }) = ended else { return false };
+        head.method.is_safe() && self.upload.is_empty() && self.upload.can_repeat() && self.upgrade.is_none()
+    }
+
+    async fn attempt(&mut self, head: &RequestHead, (address, endpoint): (SocketAddr, &Arc<EndpointState>), fresh: bool) -> Attempt {
         let (cluster, state, metrics) = (&self.cluster.clone(), self.state.clone(), &self.down.proxy.metrics);
         let wanted = Wanted {
             proxy: self.down.proxy,
@@ -270,6 +282,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             endpoint,
             address,
             http2: cluster.speaks_http2(self.down.http2) && self.upgrade.is_none(),
+            fresh,
         };
         let plan = Plan {
             head,

@@ -83,7 +83,8 @@ impl Call<'_> {
             let picked = balance::pick(cluster, &asker)?;
             (picked.address, state.endpoint(picked.address), picked.load.begin())
         };
-        let wanted = Wanted { proxy, pod, client: *client, cluster, state: &state, endpoint: &endpoint, address, http2: *http2 };
+        let wanted =
+            Wanted { proxy, pod, client: *client, cluster, state: &state, endpoint: &endpoint, address, http2: *http2, fresh: false };
         let upstream = acquire(&wanted).await.ok()?;
         // A destination on this node is as well protected from these requests as from others, and they are told of as well.
         let Some(gate) = upstream.gate() else {

@@ -1,12 +1,13 @@
 //! Connections to endpoints: pooled for each source pod, cluster and endpoint, and one message exchange at a time on them.
 
+mod freed;
 mod hold;
 mod ways;
 
 use std::{
     future::Future,
     net::SocketAddr,
-    pin::{Pin, pin},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -17,10 +18,11 @@ use std::{
 use bytes::Bytes;
 use h2::client::SendRequest;
 use tokio::{
-    sync::{Notify, futures::Notified},
+    sync::Notify,
     time::{sleep, timeout},
 };
 
+use self::freed::Freed;
 pub use self::{
     hold::LocalHold,
     ways::{Failed, UpSink, UpSource, is_interim},
@@ -55,33 +57,6 @@ struct Peer {
     enrolled: bool,
 }
 
-pin_project_lite::pin_project! {
-    /// Room for a connection, or a connection, may have become free.
-    struct Freed<'a> {
-        #[pin]
-        endpoint: Notified<'a>,
-        #[pin]
-        cluster: Notified<'a>,
-    }
-}
-
-impl Freed<'_> {
-    fn enable(self: Pin<&mut Self>) {
-        let this = self.project();
-        this.endpoint.enable();
-        this.cluster.enable();
-    }
-}
-
-impl Future for Freed<'_> {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<()> {
-        let this = self.project();
-        if this.endpoint.poll(cx).is_ready() { std::task::Poll::Ready(()) } else { this.cluster.poll(cx) }
-    }
-}
-
 /// What a request needs from a connection.
 pub struct Wanted<'a> {
     pub proxy: &'a Arc<Proxy>,
@@ -92,6 +67,8 @@ pub struct Wanted<'a> {
     pub endpoint: &'a Arc<EndpointState>,
     pub address: SocketAddr,
     pub http2: bool,
+    /// None that was kept from an earlier exchange will do, as long as there is room for another.
+    pub fresh: bool,
 }
 
 /// An HTTP/1 connection, used by one exchange at a time.
@@ -128,6 +105,11 @@ impl H1Upstream {
         let cut = self.hold.as_ref().is_some_and(LocalHold::is_cut);
         let leaving = self.transport.leaving().is_some_and(|l| l.is_so());
         !cut && !leaving && self.unread.buffer.is_empty() && self.transport.is_quiet()
+    }
+
+    /// Whether an exchange before this one was on it.
+    pub fn is_kept(&self) -> bool {
+        self.requests > 0
     }
 
     /// Lets go of it between exchanges: the application sees an end, and no failure.
@@ -257,8 +239,9 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
         }
         None
     };
+    let kept = || if wanted.fresh { None } else { idle() };
     // Most find one, and have no need to hear of others.
-    if let Some(idle) = idle() {
+    if let Some(idle) = kept() {
         return Ok(idle);
     }
     let mut pending = None;
@@ -266,7 +249,7 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
         let mut freed = pin!(wanted.freed());
         // Registered before anything is looked at, so that nothing that happens after that is missed.
         freed.as_mut().enable();
-        if let Some(idle) = idle() {
+        if let Some(idle) = kept() {
             return Ok(idle);
         }
         if pending.is_none() {
@@ -274,6 +257,10 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
         }
         if let Some(slot) = ConnectionSlot::begin(state, endpoint, limit, false) {
             return connect_h1(wanted, wanted.workload(), slot).await.map_err(NoUpstream::Failed);
+        }
+        // Without room for a new one.
+        if let Some(idle) = idle() {
+            return Ok(idle);
         }
         freed.await;
     }
@@ -345,7 +332,7 @@ impl Wanted<'_> {
 
     /// Completes when a connection of the endpoint becomes idle, or any of the cluster ends.
     fn freed(&self) -> Freed<'_> {
-        Freed { endpoint: self.endpoint.freed.notified(), cluster: self.state.freed.notified() }
+        Freed::new(&self.endpoint.freed, &self.state.freed)
     }
 }
 

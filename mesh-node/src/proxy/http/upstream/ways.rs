@@ -41,11 +41,13 @@ pub struct Failed {
     pub begun: bool,
     /// The upstream ended the connection in order, without a word.
     pub orderly: bool,
+    /// The connection had been kept from an earlier exchange: its end may have nothing to do with this one.
+    pub kept: bool,
 }
 
 impl Failed {
     pub fn new(reset: Reset) -> Self {
-        Self { reset, detail: Cow::Borrowed(""), begun: false, orderly: false }
+        Self { reset, detail: Cow::Borrowed(""), begun: false, orderly: false, kept: false }
     }
 
     fn of_h2(error: &io::Error) -> Self {
