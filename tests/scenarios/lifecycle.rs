@@ -487,6 +487,7 @@ const ENDLESS: &str = r#"
 import socket, sys, threading
 def says(c):
     try:
+        c.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
         while True: c.sendall(bytes(1000))
     except OSError: pass
 def takes(c):
@@ -511,7 +512,8 @@ def say():
         while True: c.sendall(bytes(1000))
     except OSError: pass
 threading.Thread(target=say, daemon=True).start()
-c = socket.create_connection((sys.argv[1], 8080))
+c = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+if sys.argv[2] == "80": c.sendall(b"GET / HTTP/1.0\r\n\r\n")
 print("reads", flush=True)
 try:
     while c.recv(65536): pass
@@ -533,20 +535,28 @@ fn what_a_kill_cuts_off_looks_cut_off() {
         let [client, near, far] = bed.meshed([PodSpec::new("client", 0), server("near", 0), server("far", 1)]).expect("pods");
         bed.settle().expect("settled");
         let to = if killed == 0 { vec![&near, &far] } else { vec![&far] };
-        let readers = to.iter().map(|pod| {
-            let mut command = bed.command(&client, Path::new("/usr/bin/python3"), &["-c", READS, &pod.v4().to_string()]);
+        for pod in &to {
+            let yaml = format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: {0}}}\nspec: {{selector: {{app: {0}}}, ports: [{{name: http, port: 80, targetPort: 8080}}, {{name: tcp, port: 8081}}]}}\n",
+                pod.name
+            );
+            bed.kubectl_apply(&pod.name, &yaml).expect("service");
+        }
+        bed.settle().expect("settled");
+        let readers = to.iter().flat_map(|pod| [(pod.v4().to_string(), "8080"), (pod.name.clone(), "80")]).map(|(host, port)| {
+            let mut command = bed.command(&client, Path::new("/usr/bin/python3"), &["-c", READS, &host, port]);
             command.stdout(std::process::Stdio::piped()).spawn().expect("a reader")
         });
         let readers = readers.collect::<Vec<_>>();
         std::thread::sleep(Duration::from_secs(1));
         bed.node(killed).kill();
-        for (reader, pod) in readers.into_iter().zip(&to) {
+        for (i, reader) in readers.into_iter().enumerate() {
             let output = reader.wait_with_output().expect("its end");
-            assert_eq!(String::from_utf8_lossy(&output.stdout), "reads\nreset\n", "{} of {killed}", pod.name);
+            assert_eq!(String::from_utf8_lossy(&output.stdout), "reads\nreset\n", "{i} of {killed}");
         }
         for pod in to {
             let ended = || std::fs::read_to_string(&ends[usize::from(pod.name == "far")]).unwrap_or_default();
-            wait_for("the other end", Duration::from_secs(5), || Ok(ended() == "reset\n"))
+            wait_for("the other end", Duration::from_secs(5), || Ok(ended() == "reset\nreset\n"))
                 .unwrap_or_else(|_| panic!("{} of {killed}: {:?}", pod.name, ended()));
         }
     }

@@ -367,6 +367,12 @@ impl Source for PrefixedSource<'_> {
 pub struct TcpSink<'a>(WriteHalf<'a>);
 
 impl TcpSink<'_> {
+    /// As for [`Duplex`].
+    pub fn resets_when_dropped(&self, resets: bool) {
+        let stream: &TcpStream = self.0.as_ref();
+        if resets { reset_on_close(stream) } else { end_on_close(stream) }
+    }
+
     /// Writes what there is room for, at least one byte.
     pub async fn write_some(&mut self, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
         match self.0.write_vectored(slices).await? {

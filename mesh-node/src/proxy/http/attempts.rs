@@ -151,6 +151,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             }
             let mut ended = self.attempt(&head, (address, &endpoint), false).await;
             if self.may_be_asked_anew(&head, &ended) {
+                self.down.proxy.metrics.retries.inc();
                 self.upload.rewind();
                 ended = self.attempt(&head, (address, &endpoint), true).await;
             }

@@ -260,13 +260,22 @@ impl<'a> H1Sink<'a> {
     /// Begins a message with its head.
     pub fn begin(&mut self, head: Vec<u8>, framing: Framing) {
         self.out.push(head.into());
+        self.ends_with_the_connection(framing == Framing::UntilClose);
         self.encoder = Encoder::new(framing);
         self.ended = false;
         self.trailed = false;
     }
 
+    /// What ends with its connection must not look complete where this process is gone before.
+    fn ends_with_the_connection(&self, it_does: bool) {
+        if it_does {
+            self.sink.resets_when_dropped(true);
+        }
+    }
+
     /// What follows goes out as it comes, and its end is the connection's.
     pub fn become_raw(&mut self) {
+        self.ends_with_the_connection(true);
         self.encoder = Encoder::new(Framing::UntilClose);
         self.ended = false;
     }
@@ -274,7 +283,11 @@ impl<'a> H1Sink<'a> {
     /// Says that nothing more will be written.
     pub async fn shutdown(&mut self) -> io::Result<()> {
         self.shut = true;
-        self.sink.finish().await
+        self.sink.finish().await?;
+        if self.encoder.framing() == Framing::UntilClose {
+            self.sink.resets_when_dropped(false);
+        }
+        Ok(())
     }
 
     /// Completes when the other end has reset.

@@ -213,6 +213,13 @@ impl TransportSink<'_> {
         Ok(())
     }
 
+    /// Whether what is dropped ends with a reset; a tunnel does, before its end.
+    pub fn resets_when_dropped(&self, resets: bool) {
+        if let SinkKind::Tcp(sink) = &self.kind {
+            sink.resets_when_dropped(resets);
+        }
+    }
+
     pub async fn finish(&mut self) -> io::Result<()> {
         match &mut self.kind {
             SinkKind::Tcp(sink) => sink.finish().await,
