@@ -11,7 +11,7 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use mesh_common::{
-    Address, HBONE_PORT, addr,
+    Address, HBONE_PORT, OUTBOUND_PORT, addr,
     maps::{Counter, FlowKey},
 };
 
@@ -31,7 +31,7 @@ pub fn mesh_steer(ctx: SkLookupContext) -> u32 {
         return sk_action::SK_PASS;
     }
     let flow = flow(lookup);
-    let own = addr::same_ip(&flow.remote.ip, &flow.local.ip) || addr::is_loopback(&flow.local.ip) || addr::is_spread_v6(&flow.local.ip);
+    let own = addr::same_ip(&flow.remote.ip, &flow.local.ip) || addr::is_loopback(&flow.local.ip) || is_aimed(&flow.local);
     if own || flow.local.port() == HBONE_PORT {
         return sk_action::SK_PASS;
     }
@@ -51,6 +51,13 @@ pub fn mesh_steer(ctx: SkLookupContext) -> u32 {
     }
     count(Counter::RefusedNoProxy);
     sk_action::SK_DROP
+}
+
+/// Whether a connection is one that the connect hook has aimed at the outbound listener. Nothing else goes to these addresses: the hook
+/// refuses to dial them, and who sends to them from elsewhere finds no route (and nobody who listens).
+#[inline(always)]
+fn is_aimed(local: &Address) -> bool {
+    addr::is_spread_v6(&local.ip) && local.port() == OUTBOUND_PORT
 }
 
 #[inline(always)]

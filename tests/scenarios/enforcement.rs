@@ -1,6 +1,7 @@
 //! What must not slip past capture and policy, found by looking for ways round them.
 
 use std::{
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -158,4 +159,27 @@ fn a_pod_with_threaded_cgroups_hides_no_other() {
     bed.node(0).wait_ready().expect("ready");
     bed.wait_captured(&odd, true).expect("captured again");
     bed.wait_captured(&later, true).expect("captured");
+}
+
+/// The addresses that captured connections are aimed at are for the pod itself: nobody else gets past its policies by them.
+#[test]
+fn what_captured_connections_are_aimed_at_is_out_of_reach_from_elsewhere() {
+    const ASKS: &str = "import socket, sys\nfor to in sys.argv[1:]:\n host, port = to.rsplit(' ', 1)\n try:\n  c = socket.create_connection((host, int(port)), 2)\n  c.sendall(b'upload\\n')\n  print(to, 'connected', len(c.recv(10)))\n except OSError as e: print(to, 'refused')\n";
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 1), PodSpec::server("server", 0)]).expect("pods");
+    bed.settle().expect("settled");
+    let own = server.v6().to_string();
+    let (v4, v6) = (server.v4().to_string(), "fd6d:6573:6815:1::");
+    let node = &bed.nodes()[0];
+    for route in [["-6", "route", "add", "fd6d:6573:6815:1::/64", "via", &own], ["-4", "route", "add", "127.109.0.0/16", "via", &v4]] {
+        // Of IPv4 the kernel may refuse that at once.
+        let _ = node.run(Path::new("/usr/sbin/ip"), &route).expect("ip");
+    }
+    let to = ["5 8080", "5 15001", "5 15006", "7 15008"].map(|rest| format!("{v6}{rest}"));
+    let to = to.into_iter().chain(["127.109.0.5 8080", "127.109.0.5 15001"].map(str::to_owned)).collect::<Vec<_>>();
+    let arguments = [&["-c", ASKS][..], &to.iter().map(String::as_str).collect::<Vec<_>>()].concat();
+    let output = node.run(Path::new("/usr/bin/python3"), &arguments).expect("python");
+    let expected = to.iter().map(|to| format!("{to} refused\n")).collect::<String>();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "{output:?}");
+    assert!(answers(&bed, &client, &server.address6(8080)), "the pod is reached as it should be");
 }

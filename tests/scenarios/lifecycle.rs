@@ -494,7 +494,8 @@ def takes(c):
     try:
         while c.recv(65536): pass
         end = "end"
-    except OSError: end = "reset"
+    except ConnectionResetError: end = "reset"
+    except OSError as e: end = str(e)
     open(sys.argv[1], "a").write(end + "\n")
 def listen(port, serve):
     s = socket.create_server(("", port))
@@ -515,10 +516,12 @@ threading.Thread(target=say, daemon=True).start()
 c = socket.create_connection((sys.argv[1], int(sys.argv[2])))
 if sys.argv[2] == "80": c.sendall(b"GET / HTTP/1.0\r\n\r\n")
 print("reads", flush=True)
+c.settimeout(20)
 try:
     while c.recv(65536): pass
     print("end")
-except OSError: print("reset")
+except ConnectionResetError: print("reset")
+except OSError as e: print(e)
 "#;
 
 /// A stream that a killed process has cut off does not look complete, to either end, whichever node's it was.

@@ -299,7 +299,7 @@ async fn text_that_is_no_request_is_let_alone_by_what_is_not_enforced_and_reset_
         ("allow", policy("ALLOW"), [reset, reset, reset, reset, reset, ""]),
         ("strict", strict, [reset; 6]),
         // Whose tokens would not be seen then.
-        ("tokens", token, [refused, echoed, echoed, echoed, echoed, ""]),
+        ("tokens", token, [refused, refused, echoed, echoed, echoed, ""]),
     ] {
         let engine = Engine::start(&[server_pod(), policy]).await.expect("started");
         // A text that more may come of, one that cannot be a request, whole lines, bytes, the end of what comes, the beginning of a request.

@@ -110,6 +110,8 @@ fn a_source_that_nothing_else_is_known_of_is_told_as_it_says_itself() {
         let told = || Ok(bed.nodes()[1].metric(metric, &[&source[..], &[to]].concat()).unwrap_or(0.0) > 0.5);
         wait_for(metric, Duration::from_secs(5), told).expect(metric);
     }
+    let told = || Ok(bed.nodes()[1].log_text().lines().any(|l| l.contains("connection complete") && l.contains("dst.workload=\"tcp\"")));
+    wait_for("its line", Duration::from_secs(5), told).expect("told");
     let logged = bed.nodes()[1].log_text();
     let line = logged
         .lines()

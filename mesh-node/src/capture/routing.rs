@@ -54,7 +54,10 @@ pub fn prepare(netns: &Netns, addresses: &[IpAddr]) -> Result<u8, CaptureError> 
                 other => other?,
             }
         }
-        spread(netlink, addresses)
+        Ok(spread(netlink, addresses).unwrap_or_else(|error| {
+            tracing::warn!(target: "capture", %error, "a pod's connections share one range of local ports");
+            0
+        }))
     })
 }
 
@@ -65,6 +68,9 @@ fn spread(netlink: &mut Netlink, addresses: &[IpAddr]) -> io::Result<u8> {
     for (of_v4, family) in [(true, Pod::V4), (false, Pod::V6)] {
         let Some(own) = addresses.iter().copied().find(|a| a.is_ipv4() == of_v4) else { continue };
         let Some(device) = device_of(own)? else { continue };
+        if !of_v4 {
+            netlink.request(RouteNetlinkMessage::NewRule(aimed_rule()), NLM_F_CREATE | NLM_F_EXCL)?;
+        }
         for (metric, device) in [(AIMED_METRICS[0], device), (AIMED_METRICS[1], LOOPBACK)] {
             let route = RouteNetlinkMessage::NewRoute(aimed(own, device, metric));
             netlink.request(route, NLM_F_CREATE | NLM_F_REPLACE)?;
@@ -97,6 +103,7 @@ pub fn remove(netns: &Netns) -> Result<(), CaptureError> {
                 let _ = netlink.request(RouteNetlinkMessage::DelRoute(aimed(own, 0, metric)), 0);
             }
         }
+        let _ = netlink.request(RouteNetlinkMessage::DelRule(aimed_rule()), 0);
         if !ours {
             return Ok(());
         }
@@ -161,10 +168,27 @@ fn route(family: AddressFamily) -> RouteMessage {
     message
 }
 
-/// The table of addresses that are this namespace's own.
-const LOCAL_TABLE: u8 = 255;
+/// The table of addresses that are this namespace's own, and that of what is aimed at in IPv6.
+const LOCAL_TABLE: u32 = 255;
+const AIMED_TABLE: u32 = 28_015;
 /// Priorities of the two routes to what captured connections are aimed at.
 const AIMED_METRICS: [u32; 2] = [28_014, 28_015];
+
+/// Leads what the pod itself sends, and nothing that comes from elsewhere, to the routes of IPv6. Those of IPv4 have to be with the kernel's
+/// own for loopback, of which it takes nothing from elsewhere.
+fn aimed_rule() -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = AddressFamily::Inet6;
+    message.header.action = RuleAction::ToTable;
+    message.header.dst_len = 64;
+    message.attributes = vec![
+        RuleAttribute::Priority(TRANSPARENT_RULE_PRIORITY + 1),
+        RuleAttribute::Iifname("lo".to_owned()),
+        RuleAttribute::Destination(Ipv6Addr::from_bits(u128::from(u64::from_be_bytes(SPREAD_V6)) << 64).into()),
+        RuleAttribute::Table(AIMED_TABLE),
+    ];
+    message
+}
 
 /// One of them; by no device, whichever it is.
 fn aimed(own: IpAddr, device: u32, metric: u32) -> RouteMessage {
@@ -176,7 +200,7 @@ fn aimed(own: IpAddr, device: u32, metric: u32) -> RouteMessage {
     message.header = RouteHeader {
         address_family: if own.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 },
         destination_prefix_length: length,
-        table: LOCAL_TABLE,
+        table: RouteHeader::RT_TABLE_UNSPEC,
         protocol: RouteProtocol::Static,
         scope: RouteScope::Host,
         kind: RouteType::Local,
@@ -186,7 +210,8 @@ fn aimed(own: IpAddr, device: u32, metric: u32) -> RouteMessage {
         IpAddr::V4(ip) => RouteAddress::Inet(ip),
         IpAddr::V6(ip) => RouteAddress::Inet6(ip),
     };
-    message.attributes = vec![RouteAttribute::Destination(address(prefix)), RouteAttribute::Priority(metric)];
+    let table = if own.is_ipv4() { LOCAL_TABLE } else { AIMED_TABLE };
+    message.attributes = vec![RouteAttribute::Destination(address(prefix)), RouteAttribute::Priority(metric), RouteAttribute::Table(table)];
     if !own.is_unspecified() {
         message.attributes.push(RouteAttribute::PrefSource(address(own)));
     }

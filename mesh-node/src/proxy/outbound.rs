@@ -117,7 +117,7 @@ impl Opaque {
         };
         outcome.opened();
         let (traffic, names) = (outcome.traffic.clone(), outcome.sni.clone());
-        let Upstream { stream, limits, held: _held } = upstream;
+        let Upstream { stream, limits, held: _held, .. } = upstream;
         let downstream = Prefixed::new(downstream, read);
         let cut = self.cut(&limits, &traffic);
         let tunnel = if let Stream::Tunnel(tunnel) = &stream { tunnel.leaving() } else { None };
@@ -203,6 +203,8 @@ impl Opaque {
 /// The far end of a connection.
 struct Upstream {
     stream: Stream,
+    /// The address that took it.
+    reached: SocketAddr,
     limits: TimeLimits,
     held: Held,
 }
@@ -337,7 +339,10 @@ async fn establish(opaque: &Opaque, downstream: &TcpStream, outcome: &mut Outcom
         };
         let failure = tokio::select! {
             established = attempt => match established {
-                Ok(upstream) => return Ok(upstream),
+                Ok(upstream) => {
+                    outcome.reached(upstream.reached);
+                    return Ok(upstream);
+                }
                 Err(failure) => failure,
             },
             cut = opaque.pod.ended() => return Err(Failure::Cut(cut)),
@@ -363,25 +368,24 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
     let Decision { way, source, cluster } = decision;
     let Some(Chosen { cluster, state, endpoint, load }) = cluster else {
         let dial = Dial::new(opaque, opaque.original, None);
-        return Ok(Upstream { stream: dial.go(way, &source).await?, limits: TimeLimits::default(), held: Held::default() });
+        let (stream, reached) = dial.go(way, &source).await?;
+        return Ok(Upstream { stream, reached, limits: TimeLimits::default(), held: Held::default() });
     };
     let settings = &cluster.policy.tcp;
     let slot = ConnectionSlot::within(&state, &endpoint, settings.max_connections);
     let slot = slot.ok_or_else(|| Failure::Overflow(cluster.id.service.clone()))?;
-    let to = match &way {
-        Way::Plain(to, _) | Way::Local(to, _) | Way::Tunnel(to, _) => *to,
-    };
+    let to = way.to();
     let stream = Dial::new(opaque, to, Some(&cluster)).go(way, &source).await;
     let event = if stream.is_ok() { Event::Success } else { Event::LocalOrigin };
     if !matches!(stream, Err(Failure::Denied(_))) && state.observe(&cluster, to, &endpoint, event) {
         opaque.proxy.metrics.ejections.inc();
     }
-    let stream = stream?;
+    let (stream, reached) = stream?;
     if let (Stream::Tcp(stream), Some(k)) = (&stream, &settings.keepalive) {
         socket::keep_alive(stream, k.time, k.interval, k.probes).map_err(Failure::Broken)?;
     }
     let limits = TimeLimits { most: settings.max_connection_duration, idle: settings.idle_timeout };
-    Ok(Upstream { stream, limits, held: Held { _load: load, _slot: Some(slot) } })
+    Ok(Upstream { stream, reached, limits, held: Held { _load: load, _slot: Some(slot) } })
 }
 
 #[cfg(test)]

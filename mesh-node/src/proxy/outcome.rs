@@ -227,6 +227,14 @@ impl Outcome {
         told.tags_of(&self.entry(0, 0, &Ended::default()))
     }
 
+    /// Takes down which of its addresses took a connection, if it is another than was asked first.
+    pub fn reached(&mut self, address: SocketAddr) {
+        if self.destination.address.is_some_and(|asked| asked != address) {
+            self.destination.address = Some(address);
+            self.tunnel = self.tunnel.map(|tunnel| SocketAddr::new(address.ip(), tunnel.port()));
+        }
+    }
+
     /// Nothing is said of the connection: it goes on, and another process sees to it.
     pub fn hand_over(mut self) {
         if let Some(open) = self.opened.take() {

@@ -49,8 +49,8 @@ impl Cluster {
         match self.policy.http.upgrade {
             Upgrade::Always => true,
             Upgrade::Client => client,
-            Upgrade::Default | Upgrade::Declared if self.protocol == Protocol::Detect => client,
-            Upgrade::Default | Upgrade::Declared => self.protocol.is_http2(),
+            Upgrade::Default if self.protocol == Protocol::Detect => client,
+            Upgrade::Default => self.protocol.is_http2(),
         }
     }
 }

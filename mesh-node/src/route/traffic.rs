@@ -22,23 +22,26 @@ pub struct TrafficDefaults {
     pub connect_timeout: Option<Duration>,
     pub keepalive: Option<Keepalive>,
     pub locality: Option<Locality>,
-    /// Ports that declare HTTP are asked in HTTP/2 (`h2UpgradePolicy`).
-    pub http2: bool,
 }
 
 impl TrafficPolicy {
-    /// Has the mesh's say where this says nothing. `http`: the port declares it; `located`: the destination itself says which of its endpoints are preferred.
-    pub fn fill(&mut self, defaults: &TrafficDefaults, http: bool, located: bool) {
+    /// Has the mesh's say where this says nothing. `located`: the destination itself says which of its endpoints are preferred.
+    pub fn fill(&mut self, defaults: &TrafficDefaults, located: bool) {
         self.tcp.connect_timeout = self.tcp.connect_timeout.or(defaults.connect_timeout);
-        self.tcp.keepalive = self.tcp.keepalive.or(defaults.keepalive);
+        self.tcp.keepalive = match (self.tcp.keepalive, defaults.keepalive) {
+            // Field by field, as Istio does.
+            (Some(own), Some(mesh)) => Some(Keepalive {
+                probes: own.probes.or(mesh.probes),
+                time: own.time.or(mesh.time),
+                interval: own.interval.or(mesh.interval),
+            }),
+            (own, mesh) => own.or(mesh),
+        };
         if !self.locality.given
             && !located
             && let Some(locality) = &defaults.locality
         {
             self.locality = locality.clone();
-        }
-        if defaults.http2 && http && self.http.upgrade == Upgrade::Default {
-            self.http.upgrade = Upgrade::Always;
         }
     }
 }
@@ -183,11 +186,9 @@ impl Default for HttpPool {
 /// Which protocol is spoken to the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Upgrade {
-    /// As the mesh has it: unless that says otherwise, as `Declared`.
+    /// The one the port declares; undeclared, the client's.
     #[default]
     Default,
-    /// The one the port declares; undeclared, the client's.
-    Declared,
     /// HTTP/2, whatever the client speaks.
     Always,
     /// The client's.

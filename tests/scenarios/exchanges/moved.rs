@@ -30,9 +30,11 @@ async fn moving(from: SocketAddr, to: Option<SocketAddr>, rule: Value, seen: &Se
     (String::from_utf8_lossy(&answer).into_owned(), began.elapsed())
 }
 
-/// A port that nobody listens on.
-fn closed() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port")
+/// An address that nobody listens at, as long as the socket is there.
+fn closed() -> (SocketAddr, tokio::net::TcpSocket) {
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.bind("127.0.0.1:0".parse().expect("valid")).expect("bound");
+    (socket.local_addr().expect("an address"), socket)
 }
 
 /// An address that takes connections and does not answer to more.
@@ -52,11 +54,12 @@ async fn full() -> (SocketAddr, tokio::net::TcpListener, Vec<TcpStream>) {
 async fn attempts_go_to_endpoints_there_are_by_then() {
     let seen = Seen::default();
     let up = scripted::http1("up1", &seen).expect("upstream");
+    let closed = closed();
     let retries = json!({"attempts": 20, "retryOn": "connect-failure", "backoff": "200ms"});
-    let (answer, _) = moving(closed(), Some(up), json!({"retries": retries}), &seen).await;
+    let (answer, _) = moving(closed.0, Some(up), json!({"retries": retries}), &seen).await;
     assert!(answer.starts_with("HTTP/1.1 200"), "another attempt: {answer}");
     let delay = |fixed: &str| json!({"fault": {"delay": {"fixedDelay": fixed, "percentage": {"value": 100}}}, "retries": {"attempts": 0}});
-    let (answer, _) = moving(closed(), Some(up), delay("0.8s"), &seen).await;
+    let (answer, _) = moving(closed.0, Some(up), delay("0.8s"), &seen).await;
     assert!(answer.starts_with("HTTP/1.1 200"), "the first one, after a delay: {answer}");
     let other = scripted::http1("up2", &seen).expect("upstream");
     let (answer, _) = moving(other, None, delay("0.8s"), &seen).await;
@@ -73,4 +76,19 @@ async fn an_endpoint_that_leaves_is_not_waited_for() {
     let (address, _listener, _taken) = full().await;
     let (answer, took) = moving(address, Some(up), json!({"retries": {"attempts": 0}}), &seen).await;
     assert!(answer.starts_with("HTTP/1.1 503") && took < Duration::from_secs(4), "{took:?}: {answer}");
+}
+
+/// What a client dialled, and is passed through to, need not be an endpoint.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_passed_through_is_asked_where_it_was_dialled() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let other = scripted::http1("up2", &seen).expect("upstream");
+    let mut documents = service("web", "127.0.0.1", "http", &[other]);
+    documents[0]["spec"]["ports"][0]["port"] = json!(up.port());
+    documents.push(destination_rule("web", &json!({"loadBalancer": {"simple": "PASSTHROUGH"}})));
+    let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: up, seen };
+    let (answer, _) = scene.say("GET /x HTTP/1.1\r\nhost: web\r\nx-id: p\r\nconnection: close\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_eq!(scene.seen.of("p").iter().map(|a| a.port).collect::<Vec<_>>(), [up.port()]);
 }

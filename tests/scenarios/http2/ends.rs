@@ -8,8 +8,8 @@ use super::*;
 const GOAWAY: u8 = 7;
 const CALM: u32 = 11;
 
-/// An application that says its settings, waits until it has been asked, says more, and ends or waits.
-async fn application(settings: &'static [u8], says: Vec<u8>, ends: bool) -> SocketAddr {
+/// An application that says its settings, waits until it has been asked so often, says more, and ends or waits.
+async fn application(settings: &'static [u8], asked: usize, says: Vec<u8>, ends: bool) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
     tokio::spawn(async move {
@@ -18,7 +18,12 @@ async fn application(settings: &'static [u8], says: Vec<u8>, ends: bool) -> Sock
             tokio::spawn(async move {
                 let acknowledged = [frame(4, 0, 0, settings), frame(4, 1, 0, &[])].concat();
                 stream.write_all(&acknowledged).await.expect("written");
-                tokio::time::sleep(Duration::from_millis(300)).await;
+                let mut read = Vec::new();
+                while heads(&read) < asked {
+                    if stream.read_buf(&mut read).await.unwrap_or(0) == 0 {
+                        return;
+                    }
+                }
                 let _ = stream.write_all(&says).await;
                 if ends {
                     let _ = stream.shutdown().await;
@@ -29,6 +34,16 @@ async fn application(settings: &'static [u8], says: Vec<u8>, ends: bool) -> Sock
         }
     });
     address
+}
+
+/// How many frames of HEADERS there are behind the preface.
+fn heads(read: &[u8]) -> usize {
+    let (mut rest, mut heads) = (read.get(mesh_node::detect::PREFACE.len()..).unwrap_or_default(), 0);
+    while let [a, b, c, kind, ..] = *rest {
+        heads += usize::from(kind == 1);
+        rest = rest.get(9 + u32::from_be_bytes([0, a, b, c]) as usize..).unwrap_or_default();
+    }
+    heads
 }
 
 async fn into_the_pod(application: SocketAddr) -> (Engine, tokio::net::TcpStream) {
@@ -50,7 +65,7 @@ async fn an_application_that_ends_with_an_error_takes_nothing_with_it() {
         ("the first answered, end", answered.clone(), true, Some(StatusCode::OK)),
         ("the first answered", answered, false, Some(StatusCode::OK)),
     ] {
-        let (_engine, stream) = into_the_pod(application(&[], says, ends).await).await;
+        let (_engine, stream) = into_the_pod(application(&[], 2, says, ends).await).await;
         let (send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
         tokio::spawn(connection);
         let mut asked = Vec::new();
@@ -75,7 +90,7 @@ async fn an_application_that_ends_with_an_error_takes_nothing_with_it() {
 async fn an_application_that_takes_no_streams_is_not_waited_for() {
     // SETTINGS_MAX_CONCURRENT_STREAMS: 0.
     const NONE: &[u8] = &[0, 3, 0, 0, 0, 0];
-    let (_engine, stream) = into_the_pod(application(NONE, Vec::new(), false).await).await;
+    let (_engine, stream) = into_the_pod(application(NONE, 0, Vec::new(), false).await).await;
     let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
     tokio::spawn(connection);
     let request = Request::get("http://svc.example/x").body(()).expect("valid");
@@ -83,7 +98,7 @@ async fn an_application_that_takes_no_streams_is_not_waited_for() {
     let refused = tokio::time::timeout(Duration::from_secs(8), response).await.expect("an end").expect_err("not asked");
     assert_eq!(refused.reason(), Some(h2::Reason::REFUSED_STREAM));
     // One that takes none any more: its client is told to go elsewhere, and the stream under way goes on.
-    let (_engine, stream) = into_the_pod(application(&[], frame(4, 0, 0, NONE), false).await).await;
+    let (_engine, stream) = into_the_pod(application(&[], 1, frame(4, 0, 0, NONE), false).await).await;
     let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
     tokio::spawn(connection);
     let request = Request::get("http://svc.example/x").body(()).expect("valid");

@@ -344,7 +344,7 @@ fn cluster(
     };
     let mut policy = Layered::effective(policy, subset.map(|s| &s.policy), port.port);
     let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref());
-    policy.fill(&given.traffic, protocol.is_http(), entry.near.is_some());
+    policy.fill(&given.traffic, entry.near.is_some());
     if service.is_headless() {
         // Its clients pick the endpoint themselves, by its address.
         policy.balancer = Balancer::Passthrough;

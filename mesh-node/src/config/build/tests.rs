@@ -391,9 +391,8 @@ fn what_is_near_is_said_by_a_service_or_its_namespace() {
 fn what_the_mesh_says_holds_where_nobody_says_otherwise() {
     use std::time::Duration;
 
-    use crate::route::traffic::Upgrade;
     let mesh = json!({
-        "connectTimeout": "3s", "tcpKeepalive": {"time": "60s"}, "h2UpgradePolicy": "UPGRADE", "localityLbSetting": {"enabled": false},
+        "connectTimeout": "3s", "tcpKeepalive": {"time": "60s", "probes": 2}, "localityLbSetting": {"enabled": false},
         "defaultVirtualServiceExportTo": ["."], "defaultDestinationRuleExportTo": ["."]});
     let mesh = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": mesh}});
     let object = |kind: &str, spec: &Value| json!({"apiVersion": "networking.istio.io/v1", "kind": kind, "metadata": {"name": "r", "namespace": "default"}, "spec": spec});
@@ -406,19 +405,19 @@ fn what_the_mesh_says_holds_where_nobody_says_otherwise() {
     };
     let base = [service(), slice("a", &["10.0.0.1"], true), mesh.clone()];
     let plain = policy(&base);
-    assert_eq!((plain.tcp.connect_timeout, plain.http.upgrade), (Some(Duration::from_secs(3)), Upgrade::Always));
+    assert_eq!(plain.tcp.connect_timeout, Some(Duration::from_secs(3)));
     assert!(plain.tcp.keepalive.is_some_and(|k| k.time == Some(Duration::from_mins(1))) && !plain.locality.enabled, "{plain:?}");
-    let own = json!({"connectionPool": {"tcp": {"connectTimeout": "1s", "tcpKeepalive": {"time": "5s"}}, "http": {"h2UpgradePolicy": "DO_NOT_UPGRADE"}},
+    let own = json!({"connectionPool": {"tcp": {"connectTimeout": "1s", "tcpKeepalive": {"time": "5s"}}},
         "loadBalancer": {"localityLbSetting": {"enabled": true}}});
     let own = policy(&[&base[..], &[rule(&own)]].concat());
-    assert_eq!((own.tcp.connect_timeout, own.http.upgrade), (Some(Duration::from_secs(1)), Upgrade::Declared));
-    assert!(own.tcp.keepalive.is_some_and(|k| k.time == Some(Duration::from_secs(5))) && own.locality.enabled, "{own:?}");
+    assert_eq!(own.tcp.connect_timeout, Some(Duration::from_secs(1)));
+    assert!(
+        own.tcp.keepalive.is_some_and(|k| (k.time, k.probes) == (Some(Duration::from_secs(5)), Some(2))) && own.locality.enabled,
+        "{own:?}"
+    );
     let mut near = service();
     near["spec"]["trafficDistribution"] = json!("PreferClose");
-    assert!(policy(&[near, base[1].clone(), mesh.clone()]).locality.enabled, "what the Service says of places is nearer");
-    let mut opaque = service();
-    opaque["spec"]["ports"][0]["name"] = json!("x");
-    assert_eq!(policy(&[opaque, base[1].clone(), mesh]).http.upgrade, Upgrade::Default, "only what declares HTTP");
+    assert!(policy(&[near, base[1].clone(), mesh]).locality.enabled, "what the Service says of places is nearer");
     // Objects that do not say who sees them.
     let route = json!({"hosts": ["web"], "http": [{"route": [{"destination": {"host": "web"}}]}]});
     let rule = json!({"host": "web", "trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "1s"}}}});

@@ -149,12 +149,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             if self.number > 1 && added.attempt_count {
                 headers::count_attempt(&mut head.headers, self.number);
             }
-            let mut ended = self.attempt(&head, (address, &endpoint), false).await;
-            if self.may_be_asked_anew(&head, &ended) {
-                self.down.proxy.metrics.retries.inc();
-                self.upload.rewind();
-                ended = self.attempt(&head, (address, &endpoint), true).await;
-            }
+            let ended = self.ask(&head, (address, &endpoint)).await;
             let again = match ended {
                 Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),
                 Attempt::Abandoned => {
@@ -262,6 +257,16 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let until = |at: Instant| at.saturating_duration_since(Instant::now());
         let whole = self.timeout.map(|t| self.deadlines.route.map_or(t, until));
         whole.into_iter().chain(self.deadlines.client.map(until)).chain(self.policy.per_try_timeout).min()
+    }
+
+    async fn ask(&mut self, head: &RequestHead, to: (SocketAddr, &Arc<EndpointState>)) -> Attempt {
+        let ended = self.attempt(head, to, false).await;
+        if !self.may_be_asked_anew(head, &ended) {
+            return ended;
+        }
+        self.down.proxy.metrics.retries.inc();
+        self.upload.rewind();
+        self.attempt(head, to, true).await
     }
 
     /// Whether the same is asked again on a new connection: the one it was sent on had been kept, and may have been closed for that

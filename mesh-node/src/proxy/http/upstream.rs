@@ -245,7 +245,8 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
         return Ok(idle);
     }
     let mut pending = None;
-    loop {
+    let slot = loop {
+        // Not kept over a dial: it would be told of what others wait for.
         let mut freed = pin!(wanted.freed());
         // Registered before anything is looked at, so that nothing that happens after that is missed.
         freed.as_mut().enable();
@@ -256,14 +257,15 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
             pending = Some(wanted.pending()?);
         }
         if let Some(slot) = ConnectionSlot::begin(state, endpoint, limit, false) {
-            return connect_h1(wanted, wanted.workload(), slot).await.map_err(NoUpstream::Failed);
+            break slot;
         }
         // Without room for a new one.
         if let Some(idle) = idle() {
             return Ok(idle);
         }
         freed.await;
-    }
+    };
+    connect_h1(wanted, wanted.workload(), slot).await.map_err(NoUpstream::Failed)
 }
 
 async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Box<H1Upstream>, Failure> {

@@ -382,6 +382,7 @@ fn spoken(begun: &[u8], declared: Protocol, full: bool) -> Option<Spoken> {
             Some(false) => Spoken::Opaque(Sni::Read(None)),
             Some(true) => Spoken::Unlike,
             None if full => Spoken::Unlike,
+            None if !may_begin_with_method(begun) => Spoken::Text,
             None => return None,
         },
         Detected::More if full => undecided(begun, declared),
@@ -429,10 +430,6 @@ fn resembles_http(read: &[u8]) -> Option<bool> {
     let says_http = line.windows(5).any(|w| w.eq_ignore_ascii_case(b"HTTP/"));
     let mut words = line.split(u8::is_ascii_whitespace).filter(|w| !w.is_empty());
     let (first, second) = (words.next().unwrap_or_default(), words.next());
-    // No method has anything else in it (RFC 9110 section 5.6.2).
-    if !first.iter().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(b)) {
-        return Some(says_http);
-    }
     let is_name = first.iter().all(u8::is_ascii_alphabetic);
     let asks = is_name && second.is_some_and(|w| w.starts_with(b"/") || memchr::memmem::find(w, b"://").is_some());
     // What GET asks for need not be a path (HTTP/0.9).
@@ -441,6 +438,12 @@ fn resembles_http(read: &[u8]) -> Option<bool> {
     }
     let text = line.iter().all(|b| matches!(b, b'\t' | b'\r' | b' '..=b'~'));
     if text && end.is_none() { None } else { Some(false) }
+}
+
+/// Whether the first word has nothing in it that no method has (RFC 9110 section 5.6.2).
+fn may_begin_with_method(read: &[u8]) -> bool {
+    let word = read.trim_ascii_start().split(u8::is_ascii_whitespace).next().unwrap_or_default();
+    word.iter().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(b))
 }
 
 const METHODS: [&[u8]; 9] = [b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"];
@@ -467,8 +470,8 @@ mod tests {
             (b"get x\r\n", Some(false)),
             (b"FOO", None),
             (b"* 1 FETCH", None),
-            (b"{\"a\":1}", Some(false)),
-            (b"<a/>", Some(false)),
+            (b"(G", None),
+            (b"(GET /x HTTP/1.1\r\n", Some(true)),
             (b"hello world", None),
             (b"*1\r\n$4\r\nPING\r\n", Some(false)),
             (b"EHLO mail.example\r\n", Some(false)),

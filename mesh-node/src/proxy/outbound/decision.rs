@@ -47,11 +47,17 @@ pub enum Way {
     Tunnel(SocketAddr, Arc<Workload>),
 }
 
+impl Way {
+    pub fn to(&self) -> SocketAddr {
+        match self {
+            Self::Plain(to, _) | Self::Local(to, _) | Self::Tunnel(to, _) => *to,
+        }
+    }
+}
+
 impl Decision {
     pub fn to(&self) -> SocketAddr {
-        match &self.way {
-            Way::Plain(to, _) | Way::Local(to, _) | Way::Tunnel(to, _) => *to,
-        }
+        self.way.to()
     }
 }
 

@@ -56,7 +56,7 @@ impl<'d> Dial<'d> {
                 let source = snapshot.workload(&self.pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
                 (way(&snapshot, self.to)?, source)
             };
-            match self.go(way, &source).await {
+            match self.go(way, &source).await.map(|(stream, _)| stream) {
                 Err(failure) if failure.retryable() && Instant::now() < deadline => sleep(pause(dials)).await,
                 other => return other,
             }
@@ -64,16 +64,21 @@ impl<'d> Dial<'d> {
         }
     }
 
-    /// In one way; where nobody listens at the endpoint's address of one family, and it has one of the other, there.
-    pub(super) async fn go(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
-        let failure = match self.go_once(way, source).await {
+    /// In one way; where nobody listens at the endpoint's address of one family, and it has one of the other, there: the address that took it.
+    pub(super) async fn go(&self, way: Way, source: &Arc<Workload>) -> Result<(Stream, SocketAddr), Failure> {
+        // Seldom asked for; but what fails within the node is told of as it does.
+        let other = if matches!(way, Way::Local(..)) { self.otherwise() } else { None };
+        let to = way.to();
+        let failure = match self.go_once(way, source, other.is_some()).await {
+            Ok(stream) => return Ok((stream, to)),
             Err(failure) if failure.is_refusal() => failure,
-            done => return done,
+            Err(failure) => return Err(failure),
         };
-        let Some(way) = self.otherwise() else { return Err(failure) };
+        let Some(way) = other.or_else(|| self.otherwise()) else { return Err(failure) };
         tracing::debug!(target: "proxy", to = %self.to, %failure, "asking its other address");
+        let to = way.to();
         // Of an application that listens nowhere what was asked for says most.
-        Box::pin(self.go_once(way, source)).await.map_err(|_| failure)
+        Box::pin(self.go_once(way, source, false)).await.map(|stream| (stream, to)).map_err(|_| failure)
     }
 
     /// The way to the address of the other family that the service's endpoint has, where the client has one of that.
@@ -87,19 +92,22 @@ impl<'d> Dial<'d> {
         if is_endpoint && reaches { way(&snapshot, address).ok() } else { None }
     }
 
-    async fn go_once(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
-        let Some(within) = self.timeout else { return self.go_on(way, source).await };
+    /// `quietly`: nobody is told if it fails within the node.
+    async fn go_once(&self, way: Way, source: &Arc<Workload>, quietly: bool) -> Result<Stream, Failure> {
+        let Some(within) = self.timeout else { return self.go_on(way, source, quietly).await };
         let to = self.to;
         // Rare, and large.
-        Box::pin(timeout(within, self.go_on(way, source))).await.unwrap_or(Err(Failure::DialTimeout(to)))
+        Box::pin(timeout(within, self.go_on(way, source, quietly))).await.unwrap_or(Err(Failure::DialTimeout(to)))
     }
 
-    async fn go_on(&self, way: Way, source: &Arc<Workload>) -> Result<Stream, Failure> {
+    async fn go_on(&self, way: Way, source: &Arc<Workload>, quietly: bool) -> Result<Stream, Failure> {
         let Self { proxy, pod, client, .. } = self;
         let service = self.cluster.map(|c| &c.id.service);
         Ok(match way {
             Way::Plain(to, _) => Stream::Tcp(connect(pod, to, self.timeout.unwrap_or(CONNECT_TIMEOUT)).await?),
-            Way::Local(to, workload) => Stream::Local(Box::new(hand_over(proxy, pod, *client, to, (source, service), &workload).await?)),
+            Way::Local(to, workload) => {
+                Stream::Local(Box::new(hand_over(proxy, pod, *client, to, (source, service), &workload, quietly).await?))
+            }
             Way::Tunnel(to, workload) => {
                 let forwarded = Forwarded {
                     client: SocketAddr::new(client_address(pod, *client, to), client.port()),
@@ -124,6 +132,7 @@ async fn hand_over(
     to: SocketAddr,
     (source, service): (&Workload, Option<&ObjectName>),
     workload: &Workload,
+    quietly: bool,
 ) -> Result<Local, Failure> {
     let destination = proxy.pods.by_uid(&workload.uid).ok_or(Failure::NotServedYet)?;
     let mut outcome = Outcome::new(proxy, Direction::Inbound);
@@ -140,6 +149,7 @@ async fn hand_over(
         Ok(admitted) => Ok(Local { admitted, pod: destination, outcome, client: SocketAddr::new(client_ip, client.port()) }),
         Err(failure) => {
             let told = mirrored(&failure);
+            outcome.keep_quiet(quietly && told.is_refusal());
             outcome.fail(failure);
             Err(told)
         }

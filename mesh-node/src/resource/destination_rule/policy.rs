@@ -257,9 +257,7 @@ fn upgrade(document: &doc::Http, at: &str) -> Result<Upgrade> {
     match document.h2_upgrade_policy.as_deref() {
         Some("UPGRADE") if client => Err(FieldError::new(at, "has h2UpgradePolicy UPGRADE and useClientProtocol; keep one")),
         Some("UPGRADE") => Ok(Upgrade::Always),
-        _ if client => Ok(Upgrade::Client),
-        None | Some("DEFAULT") => Ok(Upgrade::Default),
-        Some("DO_NOT_UPGRADE") => Ok(Upgrade::Declared),
+        None | Some("DEFAULT" | "DO_NOT_UPGRADE") => Ok(if client { Upgrade::Client } else { Upgrade::Default }),
         Some(other) => {
             let problem = format!("{other:?} is not one of DEFAULT, DO_NOT_UPGRADE, UPGRADE");
             Err(FieldError::new(format!("{at}.h2UpgradePolicy"), problem))

@@ -47,7 +47,6 @@ struct Document {
     connect_timeout: Option<Value>,
     tcp_keepalive: Option<Value>,
     locality_lb_setting: Option<Value>,
-    h2_upgrade_policy: Option<Value>,
     default_virtual_service_export_to: Option<Value>,
     default_destination_rule_export_to: Option<Value>,
 }
@@ -85,11 +84,6 @@ pub(super) fn read(mesh: &Value, problems: &mut Vec<String>) -> Defaults {
     take!(connect_timeout, "connectTimeout", defaults.traffic.connect_timeout, |time: Time, at| positive(time, at).map(Some));
     take!(tcp_keepalive, "tcpKeepalive", defaults.traffic.keepalive, |spec: KeepaliveSpec, _| Ok(Some(keepalive(&spec))));
     take!(locality_lb_setting, "localityLbSetting", defaults.traffic.locality, |spec: LocalitySpec, at| locality(&spec, at).map(Some));
-    take!(h2_upgrade_policy, "h2UpgradePolicy", defaults.traffic.http2, |policy: String, at| match &*policy {
-        "UPGRADE" => Ok(true),
-        "DO_NOT_UPGRADE" => Ok(false),
-        other => Err(FieldError::new(at, format!("{other:?} is neither UPGRADE nor DO_NOT_UPGRADE"))),
-    });
     take!(default_virtual_service_export_to, "defaultVirtualServiceExportTo", defaults.virtual_services, names);
     take!(default_destination_rule_export_to, "defaultDestinationRuleExportTo", defaults.destination_rules, names);
     if let Some(value) = mesh.pointer("/defaultConfig/proxyHeaders").filter(|value| !value.is_null()) {
@@ -130,7 +124,7 @@ mod tests {
         let mut problems = Vec::new();
         let read = read(
             &json!({
-                "connectTimeout": "3s", "tcpKeepalive": {"time": "60s", "probes": 2}, "h2UpgradePolicy": "UPGRADE",
+                "connectTimeout": "3s", "tcpKeepalive": {"time": "60s", "probes": 2},
                 "localityLbSetting": {"failover": [{"from": "a", "to": "b"}]}, "defaultVirtualServiceExportTo": ["."],
                 "defaultDestinationRuleExportTo": ["shop", "."],
                 "defaultConfig": {"proxyHeaders": {"attemptCount": {"disabled": true}, "requestId": {"disabled": false},
@@ -139,12 +133,12 @@ mod tests {
             &mut problems,
         );
         assert_eq!(problems, Vec::<String>::new());
-        assert_eq!((read.traffic.connect_timeout, read.traffic.http2), (Some(Duration::from_secs(3)), true));
+        assert_eq!(read.traffic.connect_timeout, Some(Duration::from_secs(3)));
         assert_eq!(read.traffic.keepalive.map(|k| (k.time, k.probes)), Some((Some(Duration::from_mins(1)), Some(2))));
         assert!(read.traffic.locality.as_ref().is_some_and(|l| l.given && l.failover.len() == 1), "{read:?}");
         assert_eq!((read.virtual_services.len(), read.destination_rules.len()), (1, 2));
         assert_eq!(read.headers, AddedHeaders { attempt_count: false, request_id: true, debug: false });
-        let wrong = json!({"connectTimeout": "0s", "tcpKeepalive": {"tim": "1s"}, "h2UpgradePolicy": 1, "localityLbSetting": {"distribute": [{"from": "a", "to": {"b": 1}}]},
+        let wrong = json!({"connectTimeout": "0s", "tcpKeepalive": {"tim": "1s"}, "localityLbSetting": {"distribute": [{"from": "a", "to": {"b": 1}}]},
             "defaultVirtualServiceExportTo": ".", "defaultConfig": {"proxyHeaders": {"requestId": true}}, "defaultDestinationRuleExportTo": ["*"]});
         let read = super::read(&wrong, &mut problems);
         assert_eq!(read, Defaults { destination_rules: vec!["*".into()], ..Defaults::default() });
@@ -155,7 +149,6 @@ mod tests {
                 "data.mesh.connectTimeout",
                 "data.mesh.tcpKeepalive",
                 "data.mesh.localityLbSetting.distribute[0].to",
-                "data.mesh.h2UpgradePolicy",
                 "data.mesh.defaultVirtualServiceExportTo",
                 "data.mesh.defaultConfig.proxyHeaders"
             ]

@@ -17,7 +17,7 @@ use crate::{
             upstream::{Failed, NoUpstream, Upstream, Wanted, acquire},
         },
     },
-    route::retry::Reset,
+    route::{Cluster, retry::Reset},
     telemetry::chain,
 };
 
@@ -60,13 +60,18 @@ pub(super) async fn obtain<B: RequestBody, R: Responder>(
 
 /// Completes when the endpoint that is waited for is none any more.
 async fn left(wanted: &Wanted<'_>) {
+    let there = |cluster: &Cluster| cluster.endpoints.iter().any(|e| e.address == wanted.address);
+    // What was dialled by the client, and is passed through to, may never have been one.
+    if !there(wanted.cluster) {
+        return std::future::pending().await;
+    }
     let mut config = wanted.proxy.config.clone();
     loop {
         {
             let snapshot = config.load();
             let namespace = snapshot.workload(&wanted.pod.uid).map_or("", |w| &w.name.namespace);
             let cluster = snapshot.cluster_for(namespace, &wanted.cluster.id);
-            if !cluster.is_some_and(|c| c.endpoints.iter().any(|e| e.address == wanted.address)) {
+            if !cluster.is_some_and(|c| there(c)) {
                 return;
             }
         }
