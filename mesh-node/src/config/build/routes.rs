@@ -264,6 +264,11 @@ impl<'a> Routes<'a> {
             self.remark(builder, Severity::Warning, named, &message);
             return Vec::new();
         };
+        if !is_visible(or_default(&delegate.export_to, self.exported), namespace, Some(&own)) {
+            let message = format!("spec.http: VirtualService {to} is not exported to namespace {own}; the route is not used");
+            self.remark(builder, Severity::Warning, named, &message);
+            return Vec::new();
+        }
         let merged = delegate.http.iter().enumerate().filter_map(|(i, d)| {
             // The one that delegates, which the log names.
             let merged = delegation::merge(rule, d).map(|merged| Rule { number: rule.number, ..merged });
