@@ -424,10 +424,20 @@ fn an_application_that_listens_for_one_family_is_found_by_clients_of_the_other()
         );
         bed.kubectl_apply(name, &yaml).expect("service");
     }
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let mesh = format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {}, logFormat: {{labels: {{to: '%UPSTREAM_HOST%', cluster: '%UPSTREAM_CLUSTER%'}}}}}}\n---\napiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: mesh, namespace: istio-system}}\nspec: {{accessLogging: [{{providers: [{{name: file}}], match: {{mode: CLIENT}}}}]}}\n",
+        log.path().display()
+    );
+    bed.apply("mesh", &mesh).expect("applied");
     bed.settle().expect("settled");
     let to = ["near", "far", "outside.plain"].iter().flat_map(|name| [80, 81, 82].map(|port| format!("{name}:{port}"))).collect::<Vec<_>>();
     let arguments = [&["-c", BY_SIX][..], &to.iter().map(String::as_str).collect::<Vec<_>>()].concat();
     let output = bed.run(&client, Path::new("/usr/bin/python3"), &arguments).expect("python");
     let expected = to.iter().map(|to| format!("{to} [b'200'] True\n")).collect::<String>();
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "{}", String::from_utf8_lossy(&output.stderr));
+    // Told of is the address that took it.
+    let lines = || std::fs::read_to_string(log.path()).expect("the log").lines().map(str::to_owned).collect::<Vec<_>>();
+    wait_for("lines", Duration::from_secs(5), || Ok(lines().len() == to.len())).unwrap_or_else(|_| panic!("{:#?}", lines()));
+    assert!(lines().iter().all(|line| line.contains("\"to\":\"10.244.")), "{:#?}", lines());
 }

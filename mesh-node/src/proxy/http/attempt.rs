@@ -8,7 +8,6 @@ use std::{
     borrow::Cow,
     future::Future,
     io,
-    net::SocketAddr,
     sync::{Arc, LazyLock},
 };
 
@@ -28,7 +27,7 @@ use super::{
     record::{Flag, Record},
     reply::{Reply, reason},
     upload::Upload,
-    upstream::{Failed, UpSink, UpSource, Upstream, Wanted, release},
+    upstream::{Failed, Reached, UpSink, UpSource, Upstream, Wanted, release},
     wire::{Framing, Malformed},
 };
 use crate::route::{
@@ -133,13 +132,6 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     (ended, exchange.clean)
 }
 
-/// A connection an attempt was made on.
-#[derive(Debug, Clone, Copy)]
-pub struct Reached {
-    /// This end of it; none of a tunnel.
-    pub local: Option<SocketAddr>,
-}
-
 /// Makes one attempt; says also on what, if there was something.
 pub async fn attempt<B: RequestBody, R: Responder>(
     plan: &Plan<'_>,
@@ -154,7 +146,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             Ok(entered) => entered,
             Err(ended) => return (ended, None),
         };
-    let reached = Reached { local: upstream.local() };
+    let reached = upstream.reached();
     let (pass, mut inbound) = admitted.map(|Admitted { gate, pass, record }| ((gate, pass), record)).unzip();
     // As the destination sees it.
     let passed = pass.as_ref().map(|(_, pass)| pass);

@@ -57,6 +57,15 @@ struct Peer {
     enrolled: bool,
 }
 
+/// Between which addresses a connection is.
+#[derive(Debug, Clone, Copy)]
+pub struct Reached {
+    /// This end of it; none of a tunnel.
+    pub local: Option<SocketAddr>,
+    /// The endpoint's, of which it may have two.
+    pub remote: SocketAddr,
+}
+
 /// What a request needs from a connection.
 pub struct Wanted<'a> {
     pub proxy: &'a Arc<Proxy>,
@@ -78,7 +87,7 @@ pub struct H1Upstream {
     unread: Unread,
     hold: Option<LocalHold>,
     workload: Option<Peer>,
-    local: Option<SocketAddr>,
+    reached: Reached,
     requests: u32,
     made: Instant,
     idle_since: Instant,
@@ -135,7 +144,7 @@ pub struct H2Upstream {
     send: SendRequest<Bytes>,
     endpoint: Arc<EndpointState>,
     workload: Option<Peer>,
-    local: Option<SocketAddr>,
+    reached: Reached,
     streams: AtomicU32,
     requests: AtomicU32,
     closed: AtomicBool,
@@ -211,11 +220,11 @@ impl Upstream {
         }
     }
 
-    /// This end of the connection; none of a tunnel.
-    pub fn local(&self) -> Option<SocketAddr> {
+    /// Between which addresses it is.
+    pub fn reached(&self) -> Reached {
         match self {
-            Self::H1(connection) => connection.local,
-            Self::H2(_, stream, _) => stream.0.local,
+            Self::H1(connection) => connection.reached,
+            Self::H2(_, stream, _) => stream.0.reached,
         }
     }
 }
@@ -270,14 +279,14 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
 
 async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<Box<H1Upstream>, Failure> {
     // Seldom, and large.
-    let (transport, hold) = Box::pin(dial(wanted)).await?;
-    let (unread, idle_since, local) = (Unread::default(), Instant::now(), transport.local());
+    let (transport, hold, reached) = Box::pin(dial(wanted)).await?;
+    let (unread, idle_since) = (Unread::default(), Instant::now());
     Ok(Box::new(H1Upstream {
         transport,
         unread,
         hold,
         workload,
-        local,
+        reached,
         requests: 0,
         made: idle_since,
         idle_since,
@@ -286,19 +295,21 @@ async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     }))
 }
 
-async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Failure> {
+async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>, Reached), Failure> {
     let dialled = dial_uncounted(wanted).await;
     wanted.proxy.metrics.upstream_connection(if dialled.is_ok() { "opened" } else { "failed" });
-    dialled
+    let (transport, hold, remote) = dialled?;
+    let reached = Reached { local: transport.local(), remote };
+    Ok((transport, hold, reached))
 }
 
-async fn dial_uncounted(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>), Failure> {
+async fn dial_uncounted(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>, SocketAddr), Failure> {
     let Wanted { proxy, pod, client, cluster, address, .. } = wanted;
     let patience = if cluster.endpoints.len() > 1 { Duration::ZERO } else { outbound::RETRY_FOR };
     let settings = &cluster.policy.tcp;
     let dial = Dial { proxy, pod, client: *client, to: *address, cluster: Some(cluster), patience, timeout: settings.connect_timeout };
-    let stream = dial.connect().await?;
-    Ok(match stream {
+    let (stream, remote) = dial.connect().await?;
+    let (transport, hold) = match stream {
         outbound::Stream::Tcp(stream) => {
             if let Some(keepalive) = &settings.keepalive {
                 crate::io::socket::keep_alive(&stream, keepalive.time, keepalive.interval, keepalive.probes).map_err(Failure::Broken)?;
@@ -313,7 +324,8 @@ async fn dial_uncounted(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalH
             let gate = Gate::new((*proxy).clone(), pod.clone(), admitted.facts, client).before(&admitted.application);
             (Transport::Tcp(admitted.application), Some(LocalHold::new(admitted.registration, pod, outcome, gate)))
         }
-    })
+    };
+    Ok((transport, hold, remote))
 }
 
 impl Wanted<'_> {
@@ -395,9 +407,9 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
 }
 
 async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: ConnectionSlot) -> Result<StreamGuard, NoUpstream> {
-    let (transport, hold) = Box::pin(dial(wanted)).await.map_err(NoUpstream::Failed)?;
+    let (transport, hold, reached) = Box::pin(dial(wanted)).await.map_err(NoUpstream::Failed)?;
     let traffic = hold.as_ref().map(|h| h.outcome.traffic.clone()).unwrap_or_default();
-    let (local, leaving) = (transport.local(), transport.leaving());
+    let leaving = transport.leaving();
     let unused = Arc::<AtomicBool>::default();
     let opened = super::h2::connect(Counted::upstream(transport, traffic, unused.clone())).await;
     let opened = opened.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
@@ -406,7 +418,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         send: opened.send,
         endpoint: wanted.endpoint.clone(),
         workload,
-        local,
+        reached,
         streams: AtomicU32::new(0),
         requests: AtomicU32::new(0),
         closed: AtomicBool::new(false),

@@ -46,8 +46,8 @@ impl<'d> Dial<'d> {
         Self { proxy, pod, client: *client, to, cluster, patience: Duration::ZERO, timeout }
     }
 
-    /// Connects to `to`, however it is reached; again while that may help and patience lasts.
-    pub async fn connect(&self) -> Result<Stream, Failure> {
+    /// Connects to `to`, however it is reached, and says which of its addresses took it; again while that may help and patience lasts.
+    pub async fn connect(&self) -> Result<(Stream, SocketAddr), Failure> {
         let deadline = Instant::now() + self.patience;
         let mut dials = 0;
         loop {
@@ -56,7 +56,7 @@ impl<'d> Dial<'d> {
                 let source = snapshot.workload(&self.pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
                 (way(&snapshot, self.to)?, source)
             };
-            match self.go(way, &source).await.map(|(stream, _)| stream) {
+            match self.go(way, &source).await {
                 Err(failure) if failure.retryable() && Instant::now() < deadline => sleep(pause(dials)).await,
                 other => return other,
             }
