@@ -99,7 +99,7 @@ pub fn connecting(ctx: &SockOpsContext, key: FlowKey) -> bool {
     flow.client = key.remote;
     flow.state = Flow::CONNECTING;
     // Without a note the pod's steering would take it for anybody's, without an identity: what does not stand is refused.
-    let noted = if stands(ctx, flow) { PROXY_FLOWS.insert(key, FlowKey::ALLOWED, u64::from(BPF_NOEXIST)).is_ok() } else { refuse(key) };
+    let noted = if stands(ctx, flow) && is_from_the_pod(ctx, flow) { PROXY_FLOWS.insert(key, FlowKey::ALLOWED, u64::from(BPF_NOEXIST)).is_ok() } else { refuse(key) };
     if !noted {
         flow.state = Flow::CLASH;
         tell(cookie, flow);
@@ -114,13 +114,11 @@ fn refuse(key: FlowKey) -> bool {
     PROXY_FLOWS.insert(key, FlowKey::REFUSED, u64::from(BPF_NOEXIST)).is_ok()
 }
 
-/// Whether the flow's route is still there, and it comes from the address policy was decided for.
+/// Whether the flow's route is still there.
 #[inline(always)]
 fn stands(ctx: &SockOpsContext, flow: &Flow) -> bool {
     // SAFETY: the helper takes the program's own context.
     let source = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
-    // SAFETY: as in `find`.
-    let Some(pod) = (unsafe { PODS.get(source) }) else { return false };
     let Some(route) = find(source, &flow.dialled) else { return false };
     let mut there = route.count == 0 && same_ip(&flow.dialled.ip, &flow.endpoint.ip) && flow.dialled.port() == flow.endpoint.port();
     let mut i = 0;
@@ -129,7 +127,24 @@ fn stands(ctx: &SockOpsContext, flow: &Flow) -> bool {
         there |= i < usize::from(route.count) && endpoint.port() == flow.endpoint.port() && same_ip(&endpoint.ip, &flow.endpoint.ip);
         i += 1;
     }
-    there && is_own(&flow.client.ip, pod)
+    there
+}
+
+/// Whether it comes from the address policy was decided for. A pod with several of a family, of which the kernel picks another, is not connected
+/// directly any more: its next connections go through the proxy.
+#[inline(always)]
+fn is_from_the_pod(ctx: &SockOpsContext, flow: &Flow) -> bool {
+    // SAFETY: the helper takes the program's own context.
+    let source = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
+    let Some(pod) = PODS.get_ptr_mut(source) else { return false };
+    // SAFETY: as in `find`; one byte, which says the same whoever writes it.
+    unsafe {
+        let own = is_own(&flow.client.ip, &*pod);
+        if !own {
+            (*pod).direct = 0;
+        }
+        own
+    }
 }
 
 /// A connection goes from one state of TCP to another.

@@ -378,3 +378,27 @@ fn an_endpoint_of_a_headless_service_is_reached_where_it_was_dialled() {
     })
     .expect("counted as the service's");
 }
+
+/// A pod of which the kernel picks another address than policy was decided for is connected through the proxy, after a first refusal at most.
+#[test]
+fn a_pod_that_gets_another_address_goes_by_the_proxy() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    let (v4, v6) = bed.service("default", "server", 80, 8080).expect("service");
+    bed.settle().expect("settled");
+    let ask = |to: &str| bed.probe(&client, &["ask", to, "ping"]).expect("a report")["answer"] == "pong";
+    let (to, over_four) = (format!("[{v6}]:80"), format!("{v4}:80"));
+    assert!(ask(&to) && ask(&over_four));
+    let netns = client.netns.file_name().and_then(|n| n.to_str()).expect("a name");
+    // Nearer to the server's than the pod's own, so that the kernel prefers it.
+    let another = format!("{}/128", server.v6().to_string().replace("::", "::1:"));
+    let added = std::process::Command::new("ip").args(["-n", netns, "-6", "addr", "add", &another, "dev", "eth0", "nodad"]).status();
+    assert!(added.expect("ip").success());
+    let through = || bed.nodes()[0].metric("mesh_capture_events_total", &["captured"]).unwrap_or(0.0);
+    let before = through();
+    ask(&to);
+    for _ in 0..3 {
+        assert!(ask(&to) && ask(&over_four), "by the proxy");
+    }
+    assert!(through() > before + 2.5, "{} {before}", through());
+}

@@ -70,6 +70,7 @@ fn calls() -> Vec<Call> {
         call("web-itself", PROTO, binary(), "200 application/grpc-web+proto"),
         call("grpc-500", PROTO, binary(), "500 application/grpc"),
         call("reset", PROTO, binary(), "reset"),
+        call("late", "content-type: application/grpc-web+proto\r\ngrpc-timeout: 300m\r\n", binary(), "late"),
         call("parameter", "content-type: application/grpc-web; charset=utf-8\r\n", binary(), "grpc"),
         call("json", "content-type: application/json\r\n", vec![b"{}".to_vec()], "200 application/json"),
         call("grpc", "content-type: application/grpc\r\nte: trailers\r\n", binary(), "grpc"),
@@ -117,6 +118,10 @@ async fn serve(request: http::Request<h2::RecvStream>, mut respond: h2::server::
     let mut pieces: Vec<Vec<u8>> = Vec::new();
     let mut ends = Some(trailers());
     let response = match &*plan {
+        "late" => {
+            sleep(Duration::from_secs(2)).await;
+            start(200, "application/grpc")
+        }
         "reset" => return respond.send_reset(h2::Reason::INTERNAL_ERROR),
         "trailers-only" => {
             let mut response = start(200, "application/grpc");
@@ -141,7 +146,7 @@ async fn serve(request: http::Request<h2::RecvStream>, mut respond: h2::server::
         }
     };
     let Ok(mut send) = respond.send_response(response, false) else { return };
-    let last = pieces.len() - 1;
+    let last = pieces.len().saturating_sub(1);
     for (i, piece) in pieces.into_iter().enumerate() {
         let _ = send.send_data(piece.into(), i == last && ends.is_none());
         sleep(Duration::from_millis(20)).await;

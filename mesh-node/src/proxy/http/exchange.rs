@@ -401,7 +401,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             }
             Unanswered::Denied => (Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), "rbac_access_denied_matched_policy[none]"),
             Unanswered::TimeUp(TimeUp::Client) => {
-                let reply = Reply { grpc_status: Some(4), ..Reply::new(StatusCode::GATEWAY_TIMEOUT, "downstream duration timeout") };
+                let reply = Reply {
+                    grpc_status: self.tells_in_grpc().then_some(4),
+                    ..Reply::new(StatusCode::GATEWAY_TIMEOUT, "downstream duration timeout")
+                };
                 (reply, "max_duration_timeout")
             }
             Unanswered::TimeUp(up) => {
