@@ -19,8 +19,9 @@ use crate::proxy::live::Cut;
 
 /// How long access logs may take to be written at the end, and spans to be sent.
 const LOG_GRACE: Duration = Duration::from_millis(500);
-/// How long before the end of a drain connections are taken no more, for the last of them; a quarter of it at most.
-const LAST_TO_COME: Duration = Duration::from_secs(2);
+/// How long before the end of a drain connections are taken no more, for the last of them to be answered; a quarter of it at most. Short: who is
+/// refused loses more than who is cut, as most take less, and until the next process serves nobody else does.
+const LAST_TO_COME: Duration = Duration::from_millis(300);
 /// How long connections that have come are waited for that have not said anything.
 const LAST_TO_SPEAK: Duration = Duration::from_secs(1);
 

@@ -305,7 +305,9 @@ async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>, Reac
 
 async fn dial_uncounted(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>, SocketAddr), Failure> {
     let Wanted { proxy, pod, client, cluster, address, .. } = wanted;
-    let patience = if cluster.endpoints.len() > 1 { Duration::ZERO } else { outbound::RETRY_FOR };
+    // A pod has an endpoint of each family; where there is no other pod, its node may be about to serve it.
+    let others = cluster.endpoints.iter().filter(|e| e.address != *address && e.address.is_ipv4() == address.is_ipv4());
+    let patience = if others.take(1).count() > 0 { Duration::ZERO } else { outbound::RETRY_FOR };
     let settings = &cluster.policy.tcp;
     let dial = Dial { proxy, pod, client: *client, to: *address, cluster: Some(cluster), patience, timeout: settings.connect_timeout };
     let (stream, remote) = dial.connect().await?;
