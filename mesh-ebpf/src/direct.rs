@@ -99,7 +99,11 @@ pub fn connecting(ctx: &SockOpsContext, key: FlowKey) -> bool {
     flow.client = key.remote;
     flow.state = Flow::CONNECTING;
     // Without a note the pod's steering would take it for anybody's, without an identity: what does not stand is refused.
-    let noted = if stands(ctx, flow) && is_from_the_pod(ctx, flow) { PROXY_FLOWS.insert(key, FlowKey::ALLOWED, u64::from(BPF_NOEXIST)).is_ok() } else { refuse(key) };
+    let noted = if stands(ctx, flow) && is_from_the_pod(ctx, flow) {
+        PROXY_FLOWS.insert(key, FlowKey::ALLOWED, u64::from(BPF_NOEXIST)).is_ok()
+    } else {
+        refuse(key)
+    };
     if !noted {
         flow.state = Flow::CLASH;
         tell(cookie, flow);
