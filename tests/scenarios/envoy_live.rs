@@ -353,24 +353,24 @@ async fn a_destination_makes_the_same_of_frames() {
     report(&listed.judge(&compared), compared.len());
 }
 
+/// Reports what differs and is not listed, and what is listed and does not. `whole`: nothing was left out.
+fn judge(all: &[Compared], whole: bool, differences: &str) {
+    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
+    let listed = Listed::read(differences);
+    listed.check(whole, |name| compared.iter().any(|(n, ..)| *n == name));
+    report(&listed.judge(&compared), compared.len());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_http2() {
     let only = std::env::var("CASE").ok();
-    let all = http2::compared(only.as_deref()).await;
-    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
-    let listed = Listed::read(include_str!("../corpora/envoy_http2_differences.json"));
-    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
-    report(&listed.judge(&compared), compared.len());
+    judge(&http2::compared(only.as_deref()).await, only.is_none(), include_str!("../corpora/envoy_http2_differences.json"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_envoy_makes_the_same_of_grpc_web() {
     let only = std::env::var("CASE").ok();
-    let all = web::compared(only.as_deref()).await;
-    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
-    let listed = Listed::read(include_str!("../corpora/envoy_web_differences.json"));
-    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
-    report(&listed.judge(&compared), compared.len());
+    judge(&web::compared(only.as_deref()).await, only.is_none(), include_str!("../corpora/envoy_web_differences.json"));
 }
 
 /// Into a pod with policies. Logs are compared in what they say of the answer.
@@ -416,11 +416,7 @@ async fn compare_policies(groups: Vec<policies::Group>, listed: &str, compared: 
 async fn a_real_envoy_makes_the_same_of_authorizers() {
     let _turn = TURN.lock().await;
     let only = std::env::var("CASE").ok();
-    let all = authorizers::compared(only.as_deref()).await;
-    let compared = all.iter().map(|c| (&*c.name, &c.envoy, &c.mesh)).collect::<Vec<_>>();
-    let listed = Listed::read(include_str!("../corpora/envoy_authorizers_differences.json"));
-    listed.check(only.is_none(), |name| compared.iter().any(|(n, ..)| *n == name));
-    report(&listed.judge(&compared), compared.len());
+    judge(&authorizers::compared(only.as_deref()).await, only.is_none(), include_str!("../corpora/envoy_authorizers_differences.json"));
 }
 
 /// What is told of requests to a collector.
