@@ -119,7 +119,6 @@ pub(super) struct Attempts<'x, 'd, 'b, B, R> {
 
 impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     pub(super) async fn run(mut self, mut head: RequestHead) -> Outcome {
-        let added = self.forward.snapshot.headers;
         loop {
             self.number += 1;
             if self.number > 1 {
@@ -137,18 +136,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             self.record.place(self.edge(address, &endpoint));
             self.upload.rewind();
             self.deadlines.attempt = None;
-            if let Some(left) = self.time_left() {
-                if added.debug {
-                    headers::expect_within(&mut head.headers, left);
-                }
-                if self.grpc {
-                    headers::expect_within_as_grpc(&mut head.headers, left);
-                }
-            }
-            // The first is counted before rules have their say.
-            if self.number > 1 && added.attempt_count {
-                headers::count_attempt(&mut head.headers, self.number);
-            }
+            self.announce(&mut head);
             let ended = self.ask(&head, (address, &endpoint)).await;
             let again = match ended {
                 Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),
@@ -187,6 +175,23 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             if let Some(up) = self.back_off().await {
                 return up;
             }
+        }
+    }
+
+    /// Tells the endpoint how long it has, and which attempt this is.
+    fn announce(&self, head: &mut RequestHead) {
+        let added = self.forward.snapshot.headers;
+        if let Some(left) = self.time_left() {
+            if added.debug {
+                headers::expect_within(&mut head.headers, left);
+            }
+            if self.grpc {
+                headers::expect_within_as_grpc(&mut head.headers, left);
+            }
+        }
+        // The first is counted before rules have their say.
+        if self.number > 1 && added.attempt_count {
+            headers::count_attempt(&mut head.headers, self.number);
         }
     }
 

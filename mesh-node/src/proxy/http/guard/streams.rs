@@ -105,30 +105,8 @@ async fn streams(
     let most = opened.as_ref().map_or(h2::MAX_STREAMS, |opened| h2::most_streams(&opened.send).max(1));
     let over = Arc::new(watch::Sender::new(false));
     let (send, connection) = opened.map_or((None, None), |o| (Some(o.send), Some(o.connection)));
-    let mut asked = send.clone();
+    let drive = drive(connection, (send.clone(), settled), &over);
     let streams = send.map(|send| Streams { send, over: over.clone() });
-    let drive = async {
-        if let Some(mut connection) = connection {
-            let result = poll_fn(|cx| {
-                let polled = Pin::new(&mut connection).poll(cx);
-                // Those it has go on; the client is to open others elsewhere, and not only when one has been refused.
-                // An application that takes none for now is as good as one that takes no more.
-                let sends_away = |send: &mut _| hbone::is_sent_away(send) || h2::most_streams(send) == 0;
-                if polled.is_pending() && !*over.borrow() && asked.as_mut().is_some_and(sends_away) {
-                    over.send_replace(true);
-                }
-                polled
-            });
-            let result = match settled {
-                Ok(()) => result.await,
-                broken => broken,
-            };
-            over.send_replace(true);
-            result.map_err(h2::into_io)
-        } else {
-            std::future::pending().await
-        }
-    };
     let mut ended = over.subscribe();
     let (pod, since) = (gate.pod.clone(), gate.since);
     let draining = async move {
@@ -158,6 +136,31 @@ async fn streams(
             }
         }
     }
+}
+
+/// Drives the application's connection to its end, and says when no more streams are to be opened on it; `settled`: how it began.
+async fn drive(
+    connection: Option<impl Future<Output = Result<(), ::h2::Error>> + Unpin>,
+    (mut asked, settled): (Option<::h2::client::SendRequest<Bytes>>, Result<(), ::h2::Error>),
+    over: &watch::Sender<bool>,
+) -> io::Result<()> {
+    let Some(mut connection) = connection else { return std::future::pending().await };
+    let result = poll_fn(|cx| {
+        let polled = Pin::new(&mut connection).poll(cx);
+        // Those it has go on; the client is to open others elsewhere, and not only when one has been refused.
+        // An application that takes none for now is as good as one that takes no more.
+        let sends_away = |send: &mut _| hbone::is_sent_away(send) || h2::most_streams(send) == 0;
+        if polled.is_pending() && !*over.borrow() && asked.as_mut().is_some_and(sends_away) {
+            over.send_replace(true);
+        }
+        polled
+    });
+    let result = match settled {
+        Ok(()) => result.await,
+        broken => broken,
+    };
+    over.send_replace(true);
+    result.map_err(h2::into_io)
 }
 
 async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::Receiver<bool>, accepted: Accepted) {
