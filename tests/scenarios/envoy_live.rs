@@ -119,8 +119,17 @@ fn format() -> Value {
         "original": "%REQ(X-ENVOY-ORIGINAL-HOST)%", "answered": "%RESP(X-SET)%", "taken": "%RESP(X-RM)%", "location": "%RESP(LOCATION)%", "bare": "%PATH(NQ)%", "type": "%ACCESS_LOG_TYPE%", "tls": "%DOWNSTREAM_TLS_VERSION%", "agent": "%REQUEST_HEADER(user-agent)%",
         "grpc": "%GRPC_STATUS%", "snake": "%GRPC_STATUS(SNAKE_STRING)%", "number": "%GRPC_STATUS(NUMBER)%", "etag": "%RESP(ETAG)%",
         "since": "%START_TIME(%Y)%", "route": "%ROUTE_NAME%", "sni": "%REQUESTED_SERVER_NAME%",
+        "came": "%REQUEST_DURATION%", "went": "%REQUEST_TX_DURATION%", "first": "%RESPONSE_DURATION%", "rest": "%RESPONSE_TX_DURATION%",
+        "behind": "%TRAILER(X-END?GRPC-MESSAGE)%", "ended": "%RESPONSE_TRAILER(GRPC-STATUS)%",
         "terminated": "%CONNECTION_TERMINATION_DETAILS%", "transport": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
     })
+}
+
+/// How long it took is told by others: here it is whether there is a time.
+fn with_times_told(line: &mut Value) {
+    for time in ["came", "went", "first", "rest"] {
+        line[time] = line[time].is_number().into();
+    }
 }
 
 /// Lines about one address, without it.
@@ -133,6 +142,7 @@ fn about(lines: &[Value], address: SocketAddr) -> Vec<String> {
         if line["route"].as_str().is_some_and(|route| route.starts_with("VirtualService ")) {
             line["route"] = Value::Null;
         }
+        with_times_told(&mut line);
         found.push(line.to_string());
     }
     found

@@ -51,6 +51,8 @@ pub enum Attribute {
 pub enum HeadersOf {
     Request,
     Response,
+    /// What comes behind an answer's body.
+    Trailers,
 }
 
 const ALL: [(&str, &str, Attribute); 48] = [
@@ -122,7 +124,7 @@ impl Attribute {
     /// The names there are.
     pub(super) fn known() -> String {
         let names = ALL.iter().map(|(root, member, _)| format!("{root}.{member}"));
-        names.chain(["request.headers".to_owned(), "response.headers".to_owned()]).collect::<Vec<_>>().join(", ")
+        names.chain(["request.headers", "response.headers", "response.trailers"].map(str::to_owned)).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -131,6 +133,7 @@ impl HeadersOf {
         match (root, member) {
             ("request", "headers") => Some(Self::Request),
             ("response", "headers") => Some(Self::Response),
+            ("response", "trailers") => Some(Self::Trailers),
             _ => None,
         }
     }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{
     attributes::{Attribute, Attributes, HeadersOf},
@@ -44,6 +44,9 @@ pub struct Entry<'a> {
     pub bytes_sent: u64,
     /// Time the upstream took to answer, milliseconds.
     pub service_time: Option<u64>,
+    /// From the beginning until the last of a request had come, and until the last of it had gone on.
+    pub received_after: Option<Duration>,
+    pub sent_after: Option<Duration>,
     /// From the beginning to the first of an answer.
     pub answered_after: Option<Duration>,
     pub attempts: u32,
@@ -58,6 +61,7 @@ pub struct Entry<'a> {
     pub sni: Option<&'a str>,
     pub route: Option<&'a str>,
     pub response_headers: Option<&'a Kept>,
+    pub response_trailers: Option<&'a HeaderMap>,
     pub mutual_tls: bool,
     /// The trace it belongs to.
     pub trace: Option<u128>,
@@ -178,6 +182,8 @@ impl Entry<'_> {
             bytes_received: 0,
             bytes_sent: 0,
             service_time: None,
+            received_after: None,
+            sent_after: None,
             answered_after: None,
             attempts: 0,
             upstream_protocol: None,
@@ -190,6 +196,7 @@ impl Entry<'_> {
             sni: None,
             route: None,
             response_headers: None,
+            response_trailers: None,
             mutual_tls: false,
             trace: None,
             peer: None,
@@ -200,9 +207,10 @@ impl Entry<'_> {
 
     /// A header's value.
     pub fn header_of(&self, whose: HeadersOf, header: &Header) -> Option<&[u8]> {
-        if whose == HeadersOf::Response {
+        if whose != HeadersOf::Request {
             let Header::Named(name) = header else { return None };
-            return self.response_headers?.get(name).map(HeaderValue::as_bytes);
+            let value = if whose == HeadersOf::Response { self.response_headers?.get(name) } else { self.response_trailers?.get(name) };
+            return value.map(HeaderValue::as_bytes);
         }
         let asked = self.request.as_ref()?;
         match header {
@@ -277,11 +285,17 @@ impl Attributes for Entry<'_> {
         let kept = match whose {
             HeadersOf::Request => self.request.as_ref()?.headers,
             HeadersOf::Response => self.response_headers?,
+            HeadersOf::Trailers => return Some(joined(first, self.response_trailers?.get_all(name).iter())),
         };
-        let mut more = kept.all(name).skip(1).map(|value| lossy(value.as_bytes())).peekable();
-        if more.peek().is_none() {
-            return Some(first);
-        }
-        Some(more.fold(first.into_owned(), |all, value| all + "," + &value).into())
+        Some(joined(first, kept.all(name)))
     }
+}
+
+/// The values of headers of one name as one list; `first`: the first of them.
+fn joined<'v>(first: Cow<'v, str>, all: impl Iterator<Item = &'v HeaderValue>) -> Cow<'v, str> {
+    let mut more = all.skip(1).map(|value| lossy(value.as_bytes())).peekable();
+    if more.peek().is_none() {
+        return first;
+    }
+    more.fold(first.into_owned(), |all, value| all + "," + &value).into()
 }

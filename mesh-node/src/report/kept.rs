@@ -42,6 +42,8 @@ impl Wanted {
 pub struct Asks {
     pub request: Wanted,
     pub response: Wanted,
+    /// What comes behind the body of an answer.
+    pub trailers: bool,
     /// Who the two ends of a connection have proved to be.
     pub identities: bool,
 }
@@ -49,13 +51,18 @@ pub struct Asks {
 impl Asks {
     /// One more header; a pseudo-header is no header.
     pub(super) fn for_one(&mut self, whose: HeadersOf, header: &Header) {
-        if let Header::Named(name) = header {
-            self.of(whose).one_more(name.clone());
+        match (self.of(whose), header) {
+            (Some(wanted), Header::Named(name)) => wanted.one_more(name.clone()),
+            (Some(_), _) => {}
+            (None, _) => self.trailers = true,
         }
     }
 
     pub(super) fn for_all(&mut self, whose: HeadersOf) {
-        *self.of(whose) = Wanted::All;
+        match self.of(whose) {
+            Some(wanted) => *wanted = Wanted::All,
+            None => self.trailers = true,
+        }
     }
 
     /// All that others ask about, too.
@@ -66,13 +73,16 @@ impl Asks {
                 Wanted::These(names) => names.iter().for_each(|name| own.one_more(name.clone())),
             }
         }
+        self.trailers |= others.trailers;
         self.identities |= others.identities;
     }
 
-    fn of(&mut self, whose: HeadersOf) -> &mut Wanted {
+    /// Of trailers all are kept, or none.
+    fn of(&mut self, whose: HeadersOf) -> Option<&mut Wanted> {
         match whose {
-            HeadersOf::Request => &mut self.request,
-            HeadersOf::Response => &mut self.response,
+            HeadersOf::Request => Some(&mut self.request),
+            HeadersOf::Response => Some(&mut self.response),
+            HeadersOf::Trailers => None,
         }
     }
 }

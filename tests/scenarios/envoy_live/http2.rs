@@ -155,6 +155,7 @@ pub fn by_id(lines: &[Value], id: &str) -> Vec<String> {
     let mut found = Vec::new();
     for line in lines.iter().filter(|l| l["id"] == id) {
         let mut line = line.clone();
+        with_times_told(&mut line);
         let fields = line.as_object_mut().expect("an object");
         fields.retain(|name, _| !["at", "id", "sent"].contains(&name.as_str()));
         found.push(line.to_string());

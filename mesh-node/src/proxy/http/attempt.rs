@@ -120,8 +120,9 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     record: &mut Record,
 ) -> (Attempt, bool) {
     let mut deadlines = Deadlines::default();
-    let mut judge = |status: StatusCode, mut headers: HeaderMap, _: Heard| {
+    let mut judge = |status: StatusCode, mut headers: HeaderMap, heard: Heard| {
         record.details = Cow::Borrowed("via_upstream");
+        record.heard(heard.received.map(Instant::into_std));
         add.apply(&mut headers);
         record.answered(status, &headers);
         Verdict { again: false, headers }
@@ -129,6 +130,7 @@ pub async fn exchange<B: RequestBody, R: Responder>(
     let mut exchange = Exchange { plan, sink, source, half_closed: false, upload, responder, deadlines: &mut deadlines, clean: false };
     let ended = exchange.run(&mut judge, cut).await;
     exchange.give_up();
+    record.passed(exchange.upload.times(), plan.upgrade);
     (ended, exchange.clean)
 }
 
@@ -153,8 +155,14 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let head = passed.and_then(|pass| pass.head.as_ref()).unwrap_or(plan.head);
     let upgrade = passed.map_or(plan.upgrade, |pass| pass.upgrade(plan.upgrade));
     let plan = &Plan { head, upgrade, client_cert: passed.and_then(|pass| pass.client_cert.as_ref()), ..*plan };
-    if let Some(record) = inbound.as_mut().filter(|r| r.grpc) {
-        record.follow([upload.passed().count_messages(), responder.meter().count_messages()]);
+    if let Some(record) = &mut inbound {
+        record.look_behind(responder.meter());
+        if upload.is_received() && plan.upgrade.is_none() {
+            record.came_without_body(&plan.head.method);
+        }
+        if record.grpc {
+            record.follow([upload.passed().count_messages(), responder.meter().count_messages()]);
+        }
     }
     let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
     let mut judge = |status: StatusCode, mut headers: HeaderMap, heard: Heard| {
@@ -163,6 +171,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         }
         if let Some(record) = &mut inbound {
             record.details = Cow::Borrowed("via_upstream");
+            record.heard(heard.received.map(Instant::into_std));
             record.answered(status, &headers);
             record.down.grpc_status = grpc_status(&headers);
         }
@@ -199,7 +208,8 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             ended
         }
     };
-    if let Some(record) = inbound {
+    if let Some(mut record) = inbound {
+        record.passed(upload.times(), plan.upgrade);
         tell(record, &ended, upload.passed(), responder.meter());
     }
     (ended, Some(reached))

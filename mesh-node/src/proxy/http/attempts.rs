@@ -332,6 +332,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             Verdict { again, headers }
         };
         let (ended, reached) = attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await;
+        self.record.passed(self.upload.times(), self.upgrade);
         self.record.upstream_local = reached.and_then(|reached| reached.local);
         self.record.endpoint = reached.map(|reached| reached.remote).or(self.record.endpoint);
         self.record.upstream_protocol = reached.map(|_| wanted.protocol());

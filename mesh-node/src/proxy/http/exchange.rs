@@ -182,6 +182,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         // Before routes see it, as with Envoy.
         headers::prepare(head, added);
         self.record.describe(head, source);
+        self.record.look_behind(self.responder.meter());
+        if self.body.is_end() && self.upgrade.is_none() {
+            self.record.came_without_body(&head.method);
+        }
         if let Some(onward) = self.record.trace(head, source, &self.down.proxy.spans) {
             onward.write(&mut head.headers);
         }

@@ -209,9 +209,7 @@ impl<'r, R: Responder> WebResponder<'r, R> {
 
 impl<R: Responder> Drop for WebResponder<'_, R> {
     fn drop(&mut self) {
-        let Meter { messages, grpc_status, .. } = self.meter;
-        let meter = self.of.meter();
-        (meter.messages, meter.grpc_status) = (messages, grpc_status.or(meter.grpc_status));
+        self.of.meter().join(&self.meter);
     }
 }
 

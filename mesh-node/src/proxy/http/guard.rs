@@ -140,6 +140,10 @@ async fn h1_exchange(
     let mut request = request;
     let mut record = gate.take_down(&mut request.head, protocol);
     let mut responder = H1Responder::new(sink, request.minor, &request.head.method, request.keep_alive);
+    record.look_behind(responder.meter());
+    if reader.is_end() && request.upgrade.is_none() {
+        record.came_without_body(&request.head.method);
+    }
     if record.grpc {
         record.follow([reader.meter().count_messages(), responder.meter().count_messages()]);
     }

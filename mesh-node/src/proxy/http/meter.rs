@@ -24,6 +24,8 @@ pub struct Meter {
     pub grpc_status: Option<u32>,
     /// Where messages are counted. Apart: of most bodies they are not.
     counting: Option<Box<Counting>>,
+    /// What came behind it, where somebody will ask about that.
+    trailers: Option<Box<HeaderMap>>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -53,6 +55,22 @@ impl Meter {
         self.counting.get_or_insert_default().so_far.clone()
     }
 
+    /// Also keeps what comes behind the body.
+    pub fn keep_trailers(&mut self) {
+        self.trailers = Some(Box::default());
+    }
+
+    /// Takes over what another has seen of the same body in another form, but for its bytes.
+    pub fn join(&mut self, other: &Self) {
+        self.messages = other.messages;
+        self.grpc_status = other.grpc_status.or(self.grpc_status);
+    }
+
+    /// What came behind it, if that was to be kept.
+    pub fn trailers(&self) -> Option<&HeaderMap> {
+        self.trailers.as_deref()
+    }
+
     pub fn see(&mut self, frame: &Frame) {
         match frame {
             Frame::Data(data) => {
@@ -61,7 +79,12 @@ impl Meter {
                     self.see_messages(data);
                 }
             }
-            Frame::Trailers(trailers) => self.see_status(trailers),
+            Frame::Trailers(trailers) => {
+                self.see_status(trailers);
+                if let Some(kept) = &mut self.trailers {
+                    (**kept).clone_from(trailers);
+                }
+            }
         }
     }
 

@@ -7,9 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{
+    HeaderMap, HeaderValue, Method, StatusCode,
+    header::{CONTENT_LENGTH, TRANSFER_ENCODING},
+};
 
 mod described;
+mod told;
 
 pub use self::described::Described;
 use super::{
@@ -77,6 +81,9 @@ pub struct Record {
     pub down: Meter,
     /// Time until the upstream answered.
     pub answered_after: Option<Duration>,
+    /// When the last of the request had come, and when the last of it had gone on.
+    received_at: Option<Instant>,
+    sent_at: Option<Instant>,
     pub peer: Option<SpiffeId>,
     /// Who it was proved to.
     pub local: Option<SpiffeId>,
@@ -133,6 +140,8 @@ impl Record {
             up: Meter::default(),
             down: Meter::default(),
             answered_after: None,
+            received_at: None,
+            sent_at: None,
             peer: None,
             local: None,
             mutual_tls: false,
@@ -148,6 +157,13 @@ impl Record {
     /// Has a gRPC call's messages counted as it goes on.
     pub fn follow(&mut self, messages: Messages) {
         self.followed = Some(self.metrics.calls.follow(messages, self.edge.clone()));
+    }
+
+    /// Has what comes behind an answer's body kept, if that will be told.
+    pub fn look_behind(&self, answer: &mut Meter) {
+        if self.teller.as_ref().is_some_and(|w| told(&w.reporting, self.reporter).asks.trailers) {
+            answer.keep_trailers();
+        }
     }
 
     /// Takes down the rule, by its name or, if it has none, by the object it stands in.
@@ -208,6 +224,9 @@ impl Record {
         self.malformed(&refused.malformed, source);
         self.grpc = refused.is_grpc();
         if let Some(Said { method, target, authority, headers }) = &refused.said {
+            if !headers.contains_key(CONTENT_LENGTH) && !headers.contains_key(TRANSFER_ENCODING) {
+                self.came_without_body(method);
+            }
             self.described = Some(Box::new(Described::unread(method, target, authority.as_ref(), headers)));
         }
     }
@@ -261,6 +280,29 @@ impl Record {
             && !wanted.is_none()
         {
             described.response_headers = Some(Kept::of(headers, wanted));
+        }
+    }
+
+    /// Takes down that the first of an answer has come; `received`: when the last of the request had, if it has.
+    pub fn heard(&mut self, received: Option<Instant>) {
+        if self.described.is_some() {
+            let now = Instant::now();
+            self.answered_after = received.map(|received| now.saturating_duration_since(received));
+            self.answered_at = Some(now);
+        }
+    }
+
+    /// Takes down that it has no body. What CONNECT of HTTP/1 opens has an end, and has not come to it.
+    pub fn came_without_body(&mut self, method: &Method) {
+        if method != Method::CONNECT || self.protocol == "HTTP/2" {
+            self.received_at = Some(self.started);
+        }
+    }
+
+    /// Takes down when the last of the request had come and gone on. One for another protocol has no end before that is over.
+    pub fn passed(&mut self, (received, sent): (Option<Instant>, Option<Instant>), upgrade: Option<&HeaderValue>) {
+        if upgrade.is_none() || self.status == Some(StatusCode::SWITCHING_PROTOCOLS) {
+            (self.received_at, self.sent_at) = (self.received_at.or(received), sent);
         }
     }
 
@@ -334,6 +376,7 @@ impl Record {
             }
             None => inbound.then(|| ClusterName::Inbound(self.destination.port())),
         };
+        let after = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(self.started));
         Entry {
             start: reporting::wall(self.started),
             duration,
@@ -344,7 +387,9 @@ impl Record {
             grpc_said: self.down.grpc_status.is_some(),
             flags: self.flags.text(),
             flags_long: self.flags.long(),
-            answered_after: self.answered_at.map(|at| at.saturating_duration_since(self.started)),
+            received_after: after(self.received_at),
+            sent_after: after(self.sent_at),
+            answered_after: after(self.answered_at),
             attempts: if inbound { u32::from(self.details == "via_upstream") } else { self.attempts },
             upstream_protocol: self.upstream_protocol.or((inbound && self.details == "via_upstream").then_some(self.protocol)),
             tells_a_request: true,
@@ -364,6 +409,7 @@ impl Record {
             // Istio's name for what no rule has routed.
             route: self.route.as_deref().or((inbound || self.cluster.is_some()).then_some("default")),
             response_headers: described.and_then(|d| d.response_headers.as_ref()),
+            response_trailers: self.down.trailers(),
             mutual_tls: self.mutual_tls,
             trace: self.trace,
             peer: self.peer.as_ref(),
@@ -385,34 +431,6 @@ impl Record {
         let route = self.route.as_deref().filter(|_| self.route_is_named);
         let entry = Entry { request: asked, response_headers: headers.as_ref(), code, route, ..self.entry(self.started.elapsed()) };
         HeaderValue::from_str(&template.text(&entry)).ok().filter(|value| !value.is_empty())
-    }
-
-    /// For who looks at one node: what was denied, and everything with `--log access=debug`.
-    fn say(&self, entry: &Entry<'_>) {
-        let asked = entry.request.as_ref();
-        let id = asked.and_then(|a| a.headers.get(&X_REQUEST_ID)).and_then(|v| v.to_str().ok());
-        let (source, peer) = (self.source.as_ref(), self.peer.as_ref().map(ToString::to_string));
-        macro_rules! say {
-            ($level:ident, $what:literal) => {
-                tracing::$level!(
-                    name: $what,
-                    target: "access",
-                    { reporter = self.reporter.name(), protocol = self.protocol, method = asked.map(|a| a.method), path = asked.map(|a| a.path),
-                      authority = asked.map(|a| a.authority), request_id = id, response_code = self.status.map(|s| s.as_u16()),
-                      response_flags = %self.flags, response_code_details = %self.details, attempts = self.attempts,
-                      duration = format!("{}ms", entry.duration.as_millis()), route_name = self.route.as_deref(),
-                      upstream_cluster = self.cluster.as_ref().map(|c| c.id.to_string()), upstream_host = self.endpoint.map(|e| e.to_string()),
-                      downstream_remote_address = %self.client, downstream_local_address = %self.destination, src.identity = peer,
-                      src.workload = source.map(|s| s.name.name.to_string()), src.namespace = source.map(|s| s.name.namespace.to_string()) },
-                    $what
-                )
-            };
-        }
-        if self.denied {
-            say!(info, "request denied");
-        } else {
-            say!(debug, "request complete");
-        }
     }
 
     /// Where a request is counted that went nowhere.
@@ -447,37 +465,4 @@ fn told(reporting: &Reporting, reporter: Reporter) -> &Told {
 /// Whether everything is in the node's own log.
 pub fn is_traced() -> bool {
     tracing::enabled!(target: "access", tracing::Level::DEBUG)
-}
-
-impl Drop for Record {
-    fn drop(&mut self) {
-        self.metrics.http_active.dec();
-        if !self.concluded {
-            self.cut();
-        }
-        let duration = self.started.elapsed();
-        let told = self.teller.as_ref().map(|w| told(&w.reporting, self.reporter)).filter(|t| t.wants_request());
-        if is_traced() || self.denied {
-            self.say(&self.entry(duration));
-        }
-        if told.is_none() && self.traced.is_none() && self.watched.is_none() {
-            return self.count(duration, Tags::default());
-        }
-        let entry = self.entry(duration);
-        if let Some(traced) = &self.traced {
-            let cluster = self.cluster.as_ref().map(|c| &c.id);
-            traced.tell(&entry, self.reporter, cluster, self.destination.port(), &self.metrics);
-        }
-        if let Some(name) = &self.watched {
-            self.metrics.watch.tell(name, reporting::event(&entry, self.reporter, self.edge.as_deref().map(Edge::key)));
-        }
-        let Some(told) = told else {
-            drop(entry);
-            return self.count(duration, Tags::default());
-        };
-        let tags = told.tags_of(&entry);
-        reporting::log(&self.metrics.access, &told.logs, &entry);
-        drop(entry);
-        self.count(duration, tags);
-    }
 }

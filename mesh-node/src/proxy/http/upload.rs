@@ -39,13 +39,27 @@ pub struct Upload<'a, B> {
     passed: Meter,
     /// When it was first seen to be whole.
     received: Option<Instant>,
+    /// When all of it had gone on, in the attempt under way.
+    sent: Option<Instant>,
 }
 
 impl<'a, B: FrameSource> Upload<'a, B> {
     pub fn new(live: &'a mut B, keep: bool, replays: &Replays) -> Self {
         let (kept, mirrors) = (Vec::new(), Vec::new());
         let passed = Meter::default();
-        Self { live, kept, kept_bytes: 0, at: 0, keeping: keep, lost: false, replays: replays.clone(), mirrors, passed, received: None }
+        Self {
+            live,
+            kept,
+            kept_bytes: 0,
+            at: 0,
+            keeping: keep,
+            lost: false,
+            replays: replays.clone(),
+            mirrors,
+            passed,
+            received: None,
+            sent: None,
+        }
     }
 
     /// Copies every frame to a mirror, as long as it keeps up.
@@ -62,6 +76,17 @@ impl<'a, B: FrameSource> Upload<'a, B> {
     pub fn rewind(&mut self) {
         self.at = 0;
         self.passed = Meter::default();
+        self.sent = None;
+    }
+
+    /// All of it has gone on.
+    pub fn is_sent(&mut self) {
+        self.sent = Some(Instant::now());
+    }
+
+    /// When all of it had come, and when all of it had gone on, if it has.
+    pub fn times(&self) -> (Option<std::time::Instant>, Option<std::time::Instant>) {
+        (self.received.map(Instant::into_std), self.sent.map(Instant::into_std))
     }
 
     /// What the attempt under way has been given.

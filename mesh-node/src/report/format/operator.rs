@@ -2,16 +2,19 @@
 
 pub(super) mod grpc;
 mod nothing;
+mod values;
 
 use std::{net::SocketAddr, num::NonZeroU16, time::Duration};
 
 use self::nothing::{NOTHING, WITH_ARGUMENTS};
+use self::values::Cut;
+pub use self::values::Values;
 use super::{Entry, Program, Then, time::TimeFormat};
 use crate::{
     id::SpiffeId,
     report::{
         attributes::HeadersOf,
-        entry::{Asked, ClusterName, Header},
+        entry::{Asked, Header},
         environment::Variable,
         expression::Expression,
         kept::Asks,
@@ -74,6 +77,8 @@ enum What {
     UpstreamProtocol,
     UpstreamRequestAttemptCount,
     ResponseFlagsLong,
+    RequestDuration,
+    RequestTxDuration,
     ResponseDuration,
     ResponseTxDuration,
     /// As the client sent it.
@@ -104,54 +109,10 @@ enum What {
     ServiceTime,
 }
 
-/// Where values go: each kind of line writes them in its own way.
-pub trait Values {
-    /// There is no value.
-    fn nothing(&mut self);
-    fn number(&mut self, n: u64);
-    /// A text that may have anything in it.
-    fn text(&mut self, text: &[u8]);
-    /// A text that is put together behind the line, of which nothing has to be escaped.
-    fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>));
-    fn cluster(&mut self, cluster: &ClusterName<'_>);
-}
-
-/// Takes only the first characters of texts.
-struct Cut<'v, V> {
-    values: &'v mut V,
-    most: usize,
-}
-
-impl<V: Values> Values for Cut<'_, V> {
-    fn nothing(&mut self) {
-        self.values.nothing();
-    }
-
-    fn number(&mut self, n: u64) {
-        self.values.number(n);
-    }
-
-    fn text(&mut self, text: &[u8]) {
-        let text = String::from_utf8_lossy(text);
-        let end = text.char_indices().nth(self.most).map_or(text.len(), |(at, _)| at);
-        self.values.text(text[..end].as_bytes());
-    }
-
-    fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>)) {
-        let mut text = Vec::new();
-        push(&mut text);
-        self.text(&text);
-    }
-
-    fn cluster(&mut self, cluster: &ClusterName<'_>) {
-        self.text(cluster.to_string().as_bytes());
-    }
-}
-
 /// Those of [`ALL`] whose argument changes nothing here.
 const EITHER_WAY: [(&str, &str); 1] = [("RESPONSE_CODE_DETAILS", "ALLOW_WHITESPACES")];
 
-const ALL: [(&str, What); 50] = [
+const ALL: [(&str, What); 52] = [
     ("START_TIME", What::StartTime),
     ("PROTOCOL", What::Protocol),
     ("RESPONSE_CODE", What::ResponseCode),
@@ -198,6 +159,8 @@ const ALL: [(&str, What); 50] = [
     ("UPSTREAM_PROTOCOL", What::UpstreamProtocol),
     ("UPSTREAM_REQUEST_ATTEMPT_COUNT", What::UpstreamRequestAttemptCount),
     ("RESPONSE_FLAGS_LONG", What::ResponseFlagsLong),
+    ("REQUEST_DURATION", What::RequestDuration),
+    ("REQUEST_TX_DURATION", What::RequestTxDuration),
     ("RESPONSE_DURATION", What::ResponseDuration),
     ("RESPONSE_TX_DURATION", What::ResponseTxDuration),
     ("PATH", What::Path),
@@ -254,6 +217,7 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
         }
         ("CEL", _) => return Err(format!("%{text}% has no expression")),
         ("RESP" | "RESPONSE_HEADER", argument) => header(text, argument, HeadersOf::Response, program)?,
+        ("TRAILER" | "RESPONSE_TRAILER", argument) => header(text, argument, HeadersOf::Trailers, program)?,
         ("START_TIME" | "EMIT_TIME", Some(format)) if !format.is_empty() => {
             let format = TimeFormat::parse(format).map_err(|e| format!("%{text}%: {e}"))?;
             let number = u16::try_from(program.times.len()).map_err(|_| "has too many formats of time".to_owned())?;
@@ -302,7 +266,7 @@ fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<What, String>
         (None, _) => {
             let known = ALL.map(|(n, _)| n).join(", ");
             return Err(format!(
-                "%{text}% is not an operator of Envoy's; those that have a value here are REQ, REQ_WITHOUT_QUERY, RESP, CEL and {known}"
+                "%{text}% is not an operator of Envoy's; those that have a value here are REQ, REQ_WITHOUT_QUERY, RESP, TRAILER, CEL and {known}"
             ));
         }
     })
@@ -410,8 +374,10 @@ impl What {
             Self::UpstreamProtocol => text(entry.upstream_protocol, values),
             Self::UpstreamRequestAttemptCount => values.number(entry.attempts.into()),
             Self::ResponseFlagsLong => text(Some(&entry.flags_long), values),
+            Self::RequestDuration => millis(entry.received_after, values),
+            Self::RequestTxDuration => millis(entry.sent_after, values),
             Self::ResponseDuration => millis(entry.answered_after, values),
-            Self::ResponseTxDuration => millis(entry.answered_after.map(|after| entry.duration.saturating_sub(after)), values),
+            Self::ResponseTxDuration => millis(answering(entry), values),
             Self::Path => text(entry.request.map(|r| r.path), values),
             Self::PathWithoutQuery => text(entry.request.and_then(|r| r.path.split('?').next()), values),
             Self::OriginalPath => text(entry.request.and_then(original), values),
@@ -438,6 +404,12 @@ impl What {
             }
         }
     }
+}
+
+/// From the first of an answer to its last; none of one that did not come whole.
+fn answering(entry: &Entry<'_>) -> Option<Duration> {
+    let whole = entry.details == Some("via_upstream");
+    entry.answered_after.filter(|_| whole).map(|after| entry.duration.saturating_sub(after))
 }
 
 /// The path the client sent, where another went on.

@@ -88,6 +88,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::TimeUp(up) => return Attempt::TimeUp(up),
                 Event::Uploaded(Ok(())) => {
                     uploaded = true;
+                    self.upload.is_sent();
                     if self.half_closed {
                         self.half_close(uploaded).await;
                     }
@@ -220,6 +221,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::TimeUp(up) => return Answered::TimeUp(up),
                 Event::Uploaded(Ok(())) => {
                     uploaded = true;
+                    self.upload.is_sent();
                     // What was switched ends by itself.
                     if self.half_closed && !switched {
                         self.half_close(uploaded).await;

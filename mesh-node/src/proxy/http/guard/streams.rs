@@ -172,6 +172,10 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
     let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
         Ok((mut head, expects_continue)) => {
             record = gate.take_down(&mut head, "HTTP/2");
+            record.look_behind(responder.meter());
+            if body.is_end() {
+                record.came_without_body(&head.method);
+            }
             if record.grpc {
                 record.follow([body.meter().count_messages(), responder.meter().count_messages()]);
             }

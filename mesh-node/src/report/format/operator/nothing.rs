@@ -1,7 +1,7 @@
 //! Operators of Envoy's that have no value here, whatever is told.
 
 /// Operators of Envoy 1.40 that nothing is known of here: they have no value, as they often have none there.
-pub(super) const NOTHING: [&str; 93] = [
+pub(super) const NOTHING: [&str; 91] = [
     "BYTES_RETRANSMITTED",
     "CONNECTION_ID",
     "CUSTOM_FLAGS",
@@ -48,9 +48,7 @@ pub(super) const NOTHING: [&str; 93] = [
     "LISTENER_NAME",
     "LOCAL_REPLY_BODY",
     "PACKETS_RETRANSMITTED",
-    "REQUEST_DURATION",
     "REQUEST_HEADERS_BYTES",
-    "REQUEST_TX_DURATION",
     "RESPONSE_HEADERS_BYTES",
     "RESPONSE_TRAILERS_BYTES",
     "ROUNDTRIP_DURATION",
@@ -98,7 +96,7 @@ pub(super) const NOTHING: [&str; 93] = [
 ];
 
 /// Operators of which the argument may be anything.
-pub(super) const WITH_ARGUMENTS: [&str; 12] = [
+pub(super) const WITH_ARGUMENTS: [&str; 10] = [
     "CLUSTER_METADATA",
     "COALESCE",
     "COMMON_DURATION",
@@ -107,8 +105,6 @@ pub(super) const WITH_ARGUMENTS: [&str; 12] = [
     "FILTER_STATE",
     "METADATA",
     "QUERY_PARAMS",
-    "RESPONSE_TRAILER",
-    "TRAILER",
     "UPSTREAM_FILTER_STATE",
     "UPSTREAM_METADATA",
 ];

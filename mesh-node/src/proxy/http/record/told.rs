@@ -1,0 +1,71 @@
+//! A request that is over: logged, traced and counted.
+
+use super::{Record, X_REQUEST_ID, is_traced, told};
+use crate::{
+    proxy::reporting,
+    report::entry::Entry,
+    telemetry::traffic::{Edge, Tags},
+};
+
+impl Record {
+    /// For who looks at one node: what was denied, and everything with `--log access=debug`.
+    fn say(&self, entry: &Entry<'_>) {
+        let asked = entry.request.as_ref();
+        let id = asked.and_then(|a| a.headers.get(&X_REQUEST_ID)).and_then(|v| v.to_str().ok());
+        let (source, peer) = (self.source.as_ref(), self.peer.as_ref().map(ToString::to_string));
+        macro_rules! say {
+            ($level:ident, $what:literal) => {
+                tracing::$level!(
+                    name: $what,
+                    target: "access",
+                    { reporter = self.reporter.name(), protocol = self.protocol, method = asked.map(|a| a.method), path = asked.map(|a| a.path),
+                      authority = asked.map(|a| a.authority), request_id = id, response_code = self.status.map(|s| s.as_u16()),
+                      response_flags = %self.flags, response_code_details = %self.details, attempts = self.attempts,
+                      duration = format!("{}ms", entry.duration.as_millis()), route_name = self.route.as_deref(),
+                      upstream_cluster = self.cluster.as_ref().map(|c| c.id.to_string()), upstream_host = self.endpoint.map(|e| e.to_string()),
+                      downstream_remote_address = %self.client, downstream_local_address = %self.destination, src.identity = peer,
+                      src.workload = source.map(|s| s.name.name.to_string()), src.namespace = source.map(|s| s.name.namespace.to_string()) },
+                    $what
+                )
+            };
+        }
+        if self.denied {
+            say!(info, "request denied");
+        } else {
+            say!(debug, "request complete");
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.metrics.http_active.dec();
+        if !self.concluded {
+            self.cut();
+        }
+        let duration = self.started.elapsed();
+        let told = self.teller.as_ref().map(|w| told(&w.reporting, self.reporter)).filter(|t| t.wants_request());
+        if is_traced() || self.denied {
+            self.say(&self.entry(duration));
+        }
+        if told.is_none() && self.traced.is_none() && self.watched.is_none() {
+            return self.count(duration, Tags::default());
+        }
+        let entry = self.entry(duration);
+        if let Some(traced) = &self.traced {
+            let cluster = self.cluster.as_ref().map(|c| &c.id);
+            traced.tell(&entry, self.reporter, cluster, self.destination.port(), &self.metrics);
+        }
+        if let Some(name) = &self.watched {
+            self.metrics.watch.tell(name, reporting::event(&entry, self.reporter, self.edge.as_deref().map(Edge::key)));
+        }
+        let Some(told) = told else {
+            drop(entry);
+            return self.count(duration, Tags::default());
+        };
+        let tags = told.tags_of(&entry);
+        reporting::log(&self.metrics.access, &told.logs, &entry);
+        drop(entry);
+        self.count(duration, tags);
+    }
+}
