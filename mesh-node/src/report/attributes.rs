@@ -19,6 +19,8 @@ pub enum Attribute {
     RequestProtocol,
     RequestSize,
     RequestDuration,
+    /// When it began.
+    RequestTime,
     ResponseCode,
     ResponseCodeDetails,
     ResponseFlags,
@@ -55,7 +57,7 @@ pub enum HeadersOf {
     Trailers,
 }
 
-const ALL: [(&str, &str, Attribute); 48] = [
+const ALL: [(&str, &str, Attribute); 49] = [
     ("request", "path", Attribute::RequestPath),
     ("request", "url_path", Attribute::RequestUrlPath),
     ("request", "query", Attribute::RequestQuery),
@@ -69,6 +71,7 @@ const ALL: [(&str, &str, Attribute); 48] = [
     ("request", "size", Attribute::RequestSize),
     ("request", "total_size", Attribute::RequestSize),
     ("request", "duration", Attribute::RequestDuration),
+    ("request", "time", Attribute::RequestTime),
     ("response", "code", Attribute::ResponseCode),
     ("response", "code_details", Attribute::ResponseCodeDetails),
     ("response", "flags", Attribute::ResponseFlags),
@@ -146,4 +149,7 @@ pub trait Attributes {
 
     /// A header, by its name in lower case. The pseudo-headers `:method`, `:path`, `:authority` and `:scheme` are among them.
     fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>>;
+
+    /// The names of the headers there are, in lower case.
+    fn names(&self, whose: HeadersOf) -> Vec<String>;
 }

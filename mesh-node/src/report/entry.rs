@@ -247,6 +247,7 @@ impl Attributes for Entry<'_> {
             Attribute::RequestProtocol => plain(self.protocol),
             Attribute::RequestSize => size(self.bytes_received),
             Attribute::RequestDuration => i64::try_from(self.duration.as_nanos()).ok().map(Value::Duration),
+            Attribute::RequestTime => Some(Value::Time(self.start.into())),
             Attribute::ResponseCode => (self.code != 0).then_some(Value::Int(i64::from(self.code))),
             Attribute::ResponseCodeDetails => plain(self.details.filter(|d| !d.is_empty())),
             Attribute::ResponseFlags => Some(Value::Int(self.flag_bits)),
@@ -288,6 +289,17 @@ impl Attributes for Entry<'_> {
             HeadersOf::Trailers => return Some(joined(first, self.response_trailers?.get_all(name).iter())),
         };
         Some(joined(first, kept.all(name)))
+    }
+
+    fn names(&self, whose: HeadersOf) -> Vec<String> {
+        match whose {
+            HeadersOf::Request => {
+                let pseudo = [":method", ":path", ":authority", ":scheme"].map(str::to_owned);
+                self.request.map_or_else(Vec::new, |asked| pseudo.into_iter().chain(asked.headers.names()).collect())
+            }
+            HeadersOf::Response => self.response_headers.map_or_else(Vec::new, |kept| kept.names().collect()),
+            HeadersOf::Trailers => self.response_trailers.map_or_else(Vec::new, |all| all.keys().map(ToString::to_string).collect()),
+        }
     }
 }
 

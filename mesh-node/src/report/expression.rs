@@ -2,12 +2,19 @@
 //! logs and values of metric tags. Attributes are Envoy's (its "Attributes" page); what is not known here is refused when the
 //! expression is read.
 //!
-//! A subset of the language: no macros beside `has`, no maps, no timestamps; durations there are. Evaluation allocates for strings it makes, and its
-//! cost is bounded by the length of the text.
+//! The language but for bytes, messages and names of time zones. Evaluation allocates for strings and lists it makes, and its cost is bounded: by
+//! the length of the text, and of macros, which go through lists, by [`MOST_STEPS`].
 
+mod evaluate;
+mod functions;
 mod parse;
+mod scan;
 
-use std::borrow::Cow;
+use std::{borrow::Cow, cell::Cell};
+
+use time::OffsetDateTime;
+
+use self::{evaluate::Scope, functions::Function};
 
 use super::{
     attributes::{Attribute, Attributes, HeadersOf},
@@ -17,6 +24,8 @@ use super::{
 
 /// Longest expression that is read, bytes.
 pub const LONGEST: usize = 4096;
+/// How many members of lists the macros of one evaluation go through; one that would take more has no value.
+pub const MOST_STEPS: u32 = 10_000;
 
 /// A checked expression.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +39,14 @@ enum Node {
     Headers(HeadersOf),
     /// One header, by its name in lower case.
     Header(HeadersOf, String),
+    /// One whose name is made up as it is asked for.
+    SomeHeader(HeadersOf, Box<Node>),
+    Map(Vec<(Node, Node)>),
+    /// A member of a list or map.
+    Member(Box<Node>, Box<Node>),
+    /// What a macro has bound, counted from the innermost.
+    Bound(usize),
+    Macro(Macro, Box<Node>, Vec<Node>),
     Has(Box<Node>),
     Not(Box<Node>),
     Negative(Box<Node>),
@@ -50,6 +67,17 @@ enum Literal {
     Text(String),
 }
 
+/// Goes through a list, or the keys of a map, with what is to be asked of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Macro {
+    All,
+    Exists,
+    ExistsOne,
+    Filter,
+    /// Of those that the first holds for, if there are two.
+    Map,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Binary {
     Equal,
@@ -64,21 +92,6 @@ enum Binary {
     Multiply,
     Divide,
     Remainder,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Function {
-    StartsWith,
-    EndsWith,
-    Contains,
-    Size,
-    String,
-    Int,
-    Double,
-    LowerAscii,
-    Duration,
-    /// A duration as a whole number of so many nanoseconds.
-    Units(i64),
 }
 
 /// A regular expression, compiled when it is read.
@@ -101,7 +114,10 @@ pub enum Value<'a> {
     Text(Cow<'a, str>),
     /// Nanoseconds.
     Duration(i64),
+    /// In UTC.
+    Time(OffsetDateTime),
     List(Vec<Value<'a>>),
+    Map(Vec<(Value<'a>, Value<'a>)>),
 }
 
 /// It has no value: an attribute is missing, or a type does not fit. The reason is CEL's own.
@@ -120,7 +136,7 @@ impl Expression {
     }
 
     pub fn value<'a>(&'a self, of: &'a dyn Attributes) -> Evaluated<'a> {
-        evaluate(&self.0, of)
+        Scope { of, bound: None, outer: None, steps: &Cell::new(MOST_STEPS) }.evaluate(&self.0)
     }
 
     /// Whether it holds. One without a value, or with another than a truth value, does not.
@@ -155,44 +171,74 @@ impl Expression {
 fn asks(node: &Node, all: &mut Asks) {
     let one = |whose, name: &str, all: &mut Asks| Header::named(name).iter().for_each(|header| all.for_one(whose, header));
     match node {
-        Node::Literal(_) => {}
+        Node::Literal(_) | Node::Bound(_) => {}
         Node::Attribute(attribute) => {
             attribute.request_header().iter().for_each(|name| one(HeadersOf::Request, name, all));
             all.identities |= matches!(attribute, Attribute::ConnectionPeer | Attribute::ConnectionLocal);
         }
         Node::Headers(whose) => all.for_all(*whose),
+        Node::SomeHeader(whose, name) => {
+            all.for_all(*whose);
+            asks(name, all);
+        }
         Node::Header(whose, name) => one(*whose, name, all),
         Node::List(nodes) | Node::Call(_, nodes) => nodes.iter().for_each(|n| asks(n, all)),
+        Node::Map(pairs) => pairs.iter().flat_map(|(key, value)| [key, value]).for_each(|n| asks(n, all)),
+        Node::Macro(_, over, nodes) => std::iter::once(&**over).chain(nodes).for_each(|n| asks(n, all)),
         Node::Has(a) | Node::Not(a) | Node::Negative(a) | Node::Matches(a, _) => asks(a, all),
-        Node::And(a, b) | Node::Or(a, b) | Node::Binary(_, a, b) => [a, b].into_iter().for_each(|n| asks(n, all)),
+        Node::And(a, b) | Node::Or(a, b) | Node::Binary(_, a, b) | Node::Member(a, b) => [a, b].into_iter().for_each(|n| asks(n, all)),
         Node::Choose(a, b, c) => [a, b, c].into_iter().for_each(|n| asks(n, all)),
     }
 }
 
 impl Value<'_> {
+    /// A member of a list, by its place, or of a map.
+    fn member(&self, key: &Value<'_>) -> Option<&Self> {
+        match (self, key) {
+            (Self::List(all), Value::Int(at)) => all.get(usize::try_from(*at).ok()?),
+            (Self::Map(all), key) => all.iter().find(|(k, _)| k.same(key)).map(|(_, value)| value),
+            _ => None,
+        }
+    }
+
     fn text(self) -> Option<String> {
         match self {
             Self::Text(text) => Some(text.into_owned()),
             Self::Int(n) => Some(n.to_string()),
             Self::Double(n) => Some(n.to_string()),
             Self::Bool(b) => Some(b.to_string()),
-            Self::Duration(nanos) => Some(seconds(nanos)),
-            Self::Null | Self::List(_) => None,
+            Self::Duration(nanos) => Some(functions::seconds(nanos)),
+            Self::Time(time) => Some(functions::written(time)),
+            Self::Null | Self::List(_) | Self::Map(_) => None,
         }
     }
 
-    fn same(&self, other: &Self) -> bool {
+    fn same(&self, other: &Value<'_>) -> bool {
         match (self, other) {
-            (Self::Int(_) | Self::Double(_), Self::Int(_) | Self::Double(_)) => self.order(other) == Some(std::cmp::Ordering::Equal),
+            (Self::Int(_) | Self::Double(_), Value::Int(_) | Value::Double(_)) => self.order(other) == Some(std::cmp::Ordering::Equal),
+            (Self::List(a), Value::List(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.same(b)),
+            (Self::Map(a), Value::Map(_)) => {
+                let same = |(key, value): &(Value<'_>, Value<'_>)| other.member(key).is_some_and(|v| value.same(v));
+                other.len() == Some(a.len()) && a.iter().all(same)
+            }
             _ => self == other,
         }
     }
 
-    fn order(&self, other: &Self) -> Option<std::cmp::Ordering> {
+    fn len(&self) -> Option<usize> {
+        match self {
+            Self::List(all) => Some(all.len()),
+            Self::Map(all) => Some(all.len()),
+            _ => None,
+        }
+    }
+
+    fn order(&self, other: &Value<'_>) -> Option<std::cmp::Ordering> {
         match (self, other) {
-            (Self::Text(a), Self::Text(b)) => Some(a.cmp(b)),
-            (Self::Bool(a), Self::Bool(b)) => Some(a.cmp(b)),
-            (Self::Int(a), Self::Int(b)) | (Self::Duration(a), Self::Duration(b)) => Some(a.cmp(b)),
+            (Self::Text(a), Value::Text(b)) => Some(a.cmp(b)),
+            (Self::Bool(a), Value::Bool(b)) => Some(a.cmp(b)),
+            (Self::Time(a), Value::Time(b)) => Some(a.cmp(b)),
+            (Self::Int(a), Value::Int(b)) | (Self::Duration(a), Value::Duration(b)) => Some(a.cmp(b)),
             _ => self.number()?.partial_cmp(&other.number()?),
         }
     }
@@ -204,72 +250,6 @@ impl Value<'_> {
             Self::Double(n) => Some(*n),
             _ => None,
         }
-    }
-}
-
-fn evaluate<'a>(node: &'a Node, of: &'a dyn Attributes) -> Evaluated<'a> {
-    Ok(match node {
-        Node::Literal(literal) => match literal {
-            Literal::Null => Value::Null,
-            Literal::Bool(b) => Value::Bool(*b),
-            Literal::Int(n) => Value::Int(*n),
-            Literal::Double(n) => Value::Double(*n),
-            Literal::Text(text) => Value::Text(Cow::Borrowed(text)),
-        },
-        Node::List(nodes) => Value::List(nodes.iter().map(|n| evaluate(n, of)).collect::<Result<_, _>>()?),
-        Node::Attribute(attribute) => of.attribute(*attribute).ok_or(NoValue)?,
-        // Only its members, and what asks for one of them, have a value.
-        Node::Headers(_) => return Err(NoValue),
-        Node::Header(whose, name) => Value::Text(of.header(*whose, name).ok_or(NoValue)?),
-        Node::Has(what) => Value::Bool(evaluate(what, of).is_ok()),
-        Node::Not(what) => Value::Bool(!truth(what, of)?),
-        Node::Negative(what) => match evaluate(what, of)? {
-            Value::Int(n) => Value::Int(n.checked_neg().ok_or(NoValue)?),
-            Value::Double(n) => Value::Double(-n),
-            Value::Duration(n) => Value::Duration(n.checked_neg().ok_or(NoValue)?),
-            _ => return Err(NoValue),
-        },
-        // One side that decides makes up for the other's having no value.
-        Node::And(a, b) => Value::Bool(either(truth(a, of), || truth(b, of), false)?),
-        Node::Or(a, b) => Value::Bool(either(truth(a, of), || truth(b, of), true)?),
-        Node::Choose(which, a, b) => evaluate(if truth(which, of)? { a } else { b }, of)?,
-        Node::Binary(Binary::In, what, place) => Value::Bool(is_in(what, place, of)?),
-        Node::Binary(binary, a, b) => binary.of(evaluate(a, of)?, evaluate(b, of)?)?,
-        Node::Call(function, arguments) => function.of(arguments, of)?,
-        Node::Matches(what, pattern) => match evaluate(what, of)? {
-            Value::Text(text) => Value::Bool(pattern.0.is_match(&text)),
-            _ => return Err(NoValue),
-        },
-    })
-}
-
-fn truth(node: &Node, of: &dyn Attributes) -> Result<bool, NoValue> {
-    match evaluate(node, of)? {
-        Value::Bool(b) => Ok(b),
-        _ => Err(NoValue),
-    }
-}
-
-fn either(one: Result<bool, NoValue>, other: impl FnOnce() -> Result<bool, NoValue>, decides: bool) -> Result<bool, NoValue> {
-    if one == Ok(decides) {
-        return one;
-    }
-    match (one, other()) {
-        (_, Ok(b)) if b == decides => Ok(decides),
-        (Ok(_), other) => other,
-        (Err(e), _) => Err(e),
-    }
-}
-
-fn is_in(what: &Node, place: &Node, of: &dyn Attributes) -> Result<bool, NoValue> {
-    let what = evaluate(what, of)?;
-    if let Node::Headers(whose) = place {
-        let Value::Text(name) = what else { return Err(NoValue) };
-        return Ok(of.header(*whose, &name.to_ascii_lowercase()).is_some());
-    }
-    match evaluate(place, of)? {
-        Value::List(all) => Ok(all.iter().any(|v| v.same(&what))),
-        _ => Err(NoValue),
     }
 }
 
@@ -303,6 +283,15 @@ impl Binary {
             (Self::Divide, Value::Int(a), Value::Int(b)) => whole(a.checked_div(b)),
             (Self::Remainder, Value::Int(a), Value::Int(b)) => whole(a.checked_rem(b)),
             (Self::Add, Value::Duration(a), Value::Duration(b)) => a.checked_add(b).map(Value::Duration).ok_or(NoValue),
+            (Self::Add, Value::Time(time), Value::Duration(n)) | (Self::Add, Value::Duration(n), Value::Time(time)) => {
+                time.checked_add(time::Duration::nanoseconds(n)).map(Value::Time).ok_or(NoValue)
+            }
+            (Self::Subtract, Value::Time(time), Value::Duration(n)) => {
+                time.checked_sub(time::Duration::nanoseconds(n)).map(Value::Time).ok_or(NoValue)
+            }
+            (Self::Subtract, Value::Time(a), Value::Time(b)) => {
+                i64::try_from((a - b).whole_nanoseconds()).map(Value::Duration).map_err(|_| NoValue)
+            }
             (Self::Subtract, Value::Duration(a), Value::Duration(b)) => a.checked_sub(b).map(Value::Duration).ok_or(NoValue),
             (Self::Add, Value::Double(a), Value::Double(b)) => Ok(Value::Double(a + b)),
             (Self::Subtract, Value::Double(a), Value::Double(b)) => Ok(Value::Double(a - b)),
@@ -311,75 +300,6 @@ impl Binary {
             _ => Err(NoValue),
         }
     }
-}
-
-impl Function {
-    fn of<'a>(self, arguments: &'a [Node], of: &'a dyn Attributes) -> Evaluated<'a> {
-        let mut values = arguments.iter().map(|a| evaluate(a, of));
-        let first = values.next().ok_or(NoValue)??;
-        let second = values.next().transpose()?;
-        let number = |n: f64| {
-            #[expect(clippy::cast_possible_truncation, reason = "CEL truncates; what does not fit is checked")]
-            let whole = n as i64;
-            if n.is_finite() && n.abs() < 9.2e18 { Ok(Value::Int(whole)) } else { Err(NoValue) }
-        };
-        match (self, first, second) {
-            (Self::StartsWith, Value::Text(a), Some(Value::Text(b))) => Ok(Value::Bool(a.starts_with(&*b))),
-            (Self::EndsWith, Value::Text(a), Some(Value::Text(b))) => Ok(Value::Bool(a.ends_with(&*b))),
-            (Self::Contains, Value::Text(a), Some(Value::Text(b))) => Ok(Value::Bool(a.contains(&*b))),
-            (Self::LowerAscii, Value::Text(a), None) => Ok(Value::Text(Cow::Owned(a.to_ascii_lowercase()))),
-            (Self::Size, Value::Text(a), None) => i64::try_from(a.chars().count()).map(Value::Int).map_err(|_| NoValue),
-            (Self::Size, Value::List(a), None) => i64::try_from(a.len()).map(Value::Int).map_err(|_| NoValue),
-            (Self::String, value, None) => value.text().map(|t| Value::Text(Cow::Owned(t))).ok_or(NoValue),
-            (Self::Int, Value::Text(a), None) => a.parse().map(Value::Int).map_err(|_| NoValue),
-            (Self::Int, Value::Double(n), None) => number(n),
-            (Self::Int, Value::Int(n), None) => Ok(Value::Int(n)),
-            (Self::Duration, Value::Text(a), None) => duration(&a).map(Value::Duration).ok_or(NoValue),
-            (Self::Duration, Value::Duration(n), None) => Ok(Value::Duration(n)),
-            (Self::Units(unit), Value::Duration(n), None) => Ok(Value::Int(n / unit)),
-            (Self::Double, Value::Text(a), None) => a.parse().map(Value::Double).map_err(|_| NoValue),
-            (Self::Double, value, None) => value.number().map(Value::Double).ok_or(NoValue),
-            _ => Err(NoValue),
-        }
-    }
-}
-
-/// As CEL writes a duration: seconds, with as many decimals as it takes.
-fn seconds(nanos: i64) -> String {
-    let (sign, nanos) = (if nanos < 0 { "-" } else { "" }, nanos.unsigned_abs());
-    let decimals = format!("{:09}", nanos % 1_000_000_000);
-    let decimals = decimals.trim_end_matches('0');
-    format!("{sign}{}{}{decimals}s", nanos / 1_000_000_000, if decimals.is_empty() { "" } else { "." })
-}
-
-const UNITS: [(&str, i64); 6] =
-    [("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000), ("m", 60_000_000_000), ("h", 3_600_000_000_000)];
-
-/// Nanoseconds of a text such as `1h30m`, `-1.5s` or `500ms`.
-fn duration(text: &str) -> Option<i64> {
-    let (negative, mut rest) = text.strip_prefix('-').map_or((false, text), |rest| (true, rest));
-    let mut all = 0_i64;
-    if rest.is_empty() {
-        return None;
-    }
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').filter(|n| *n > 0)?;
-        let (number, after) = rest.split_at(digits);
-        let end = after.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(after.len());
-        let (name, after) = after.split_at(end);
-        let unit = UNITS.iter().find(|(unit, _)| *unit == name)?.1;
-        let (whole, part) = number.split_once('.').unwrap_or((number, ""));
-        let whole = if whole.is_empty() && !part.is_empty() { 0 } else { whole.parse::<i64>().ok()? };
-        let mut nanos = whole.checked_mul(unit)?;
-        if !part.is_empty() {
-            #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "a part of a unit is small")]
-            let part = (format!("0.{part}").parse::<f64>().ok()? * unit as f64) as i64;
-            nanos = nanos.checked_add(part)?;
-        }
-        all = all.checked_add(nanos)?;
-        rest = after;
-    }
-    Some(if negative { -all } else { all })
 }
 
 #[cfg(test)]

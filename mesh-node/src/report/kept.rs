@@ -127,6 +127,15 @@ impl Kept {
         all.into_iter().flatten().chain(some.into_iter().flatten())
     }
 
+    /// The names there are; of some, each as often as it is there.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        let (all, some) = match self {
+            Self::All(all) => (Some(all.keys()), None),
+            Self::Some(some) => (None, Some(some.iter().map(|(name, _)| name))),
+        };
+        all.into_iter().flatten().chain(some.into_iter().flatten()).map(ToString::to_string)
+    }
+
     /// One more, where there is none of its name.
     pub fn add(&mut self, name: HeaderName, value: HeaderValue) {
         match self {

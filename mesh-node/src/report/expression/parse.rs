@@ -1,34 +1,20 @@
-//! From text to a checked expression: a scanner and a parser by recursive descent, bounded in depth.
+//! From words and signs to a checked expression: a parser by recursive descent, bounded in depth.
 
 use super::{
     super::attributes::{Attribute, HeadersOf},
-    Binary, Function, Literal, Node, Pattern,
+    Binary, Function, Literal, Macro, Node, Pattern,
+    functions::{self, FUNCTIONS, METHODS},
+    scan::{Token, scan, show},
 };
 
 /// How deep an expression may be nested.
 const DEEPEST: usize = 64;
-/// Most words and signs: a chain of operators is evaluated as deep as it is long.
-const MOST: usize = 400;
-
-#[derive(Debug, Clone, PartialEq)]
-enum Token {
-    Name(String),
-    Text(String),
-    Int(i64),
-    Double(f64),
-    Sign(&'static str),
-}
-
 /// Most memory one compiled pattern takes, bytes.
 const REGEX_SIZE: usize = 1 << 20;
 
-/// Longest first, so that `<=` is not read as `<`.
-const SIGNS: [&str; 23] =
-    ["&&", "||", "==", "!=", "<=", ">=", "<", ">", "!", "(", ")", "[", "]", ".", ",", "?", ":", "+", "-", "*", "/", "%", "="];
-
 pub(super) fn parse(text: &str) -> Result<Node, String> {
     let tokens = scan(text)?;
-    let mut parser = Parser { tokens, at: 0, depth: 0 };
+    let mut parser = Parser { tokens, at: 0, depth: 0, bound: Vec::new() };
     let node = parser.whole()?;
     match parser.tokens.get(parser.at) {
         None => Ok(node),
@@ -36,77 +22,12 @@ pub(super) fn parse(text: &str) -> Result<Node, String> {
     }
 }
 
-fn show(token: &Token) -> String {
-    match token {
-        Token::Name(name) => format!("{name:?}"),
-        Token::Text(text) => format!("the text {text:?}"),
-        Token::Int(n) => n.to_string(),
-        Token::Double(n) => n.to_string(),
-        Token::Sign(sign) => format!("{sign:?}"),
-    }
-}
-
-fn scan(text: &str) -> Result<Vec<Token>, String> {
-    let mut tokens = Vec::new();
-    let mut rest = text.trim_start();
-    while let Some(first) = rest.chars().next() {
-        let (token, after) = if first.is_ascii_digit() {
-            number(rest)?
-        } else if first == '\'' || first == '"' {
-            quoted(rest, false)?
-        } else if first == 'r' && rest[1..].starts_with(['\'', '"']) {
-            quoted(&rest[1..], true)?
-        } else if first.is_ascii_alphabetic() || first == '_' {
-            let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
-            (Token::Name(rest[..end].to_owned()), &rest[end..])
-        } else {
-            let sign = SIGNS.iter().find(|s| rest.starts_with(**s)).ok_or_else(|| format!("has {first:?}, which means nothing there"))?;
-            (Token::Sign(sign), &rest[sign.len()..])
-        };
-        if tokens.len() >= MOST {
-            return Err(format!("has more than {MOST} words and signs"));
-        }
-        tokens.push(token);
-        rest = after.trim_start();
-    }
-    Ok(tokens)
-}
-
-fn number(text: &str) -> Result<(Token, &str), String> {
-    let end = text.find(|c: char| !c.is_ascii_alphanumeric() && c != '.').unwrap_or(text.len());
-    let (digits, rest) = text.split_at(end);
-    let plain = digits.strip_suffix(['u', 'U']).unwrap_or(digits);
-    let token = match plain.parse::<i64>() {
-        Ok(n) => Token::Int(n),
-        Err(_) => Token::Double(plain.parse().map_err(|_| format!("has {digits:?}, which is not a number"))?),
-    };
-    Ok((token, rest))
-}
-
-fn quoted(text: &str, raw: bool) -> Result<(Token, &str), String> {
-    let mut chars = text.char_indices();
-    let quote = chars.next().map(|(_, q)| q);
-    let mut found = String::new();
-    while let Some((at, c)) = chars.next() {
-        match c {
-            _ if Some(c) == quote => return Ok((Token::Text(found), &text[at + c.len_utf8()..])),
-            '\\' if !raw => match chars.next() {
-                Some((_, 'n')) => found.push('\n'),
-                Some((_, 't')) => found.push('\t'),
-                Some((_, 'r')) => found.push('\r'),
-                Some((_, c @ ('\\' | '\'' | '"' | '`' | '?'))) => found.push(c),
-                _ => return Err("has an escape in a text that is none of \\n \\t \\r \\\\ \\' \\\"".to_owned()),
-            },
-            _ => found.push(c),
-        }
-    }
-    Err("has a text without its closing quote".to_owned())
-}
-
 struct Parser {
     tokens: Vec<Token>,
     at: usize,
     depth: usize,
+    /// Names that macros have bound, the innermost last.
+    bound: Vec<String>,
 }
 
 type Parsed = Result<Node, String>;
@@ -222,14 +143,11 @@ impl Parser {
         loop {
             if self.takes(".") {
                 let name = self.name()?;
-                node = if self.takes("(") { self.method(node, &name)? } else { select(&node, &name)? };
+                node = if self.takes("(") { self.method(node, &name)? } else { member(node, Node::Literal(Literal::Text(name)))? };
             } else if self.takes("[") {
-                let Some(Token::Text(name)) = self.tokens.get(self.at).cloned() else {
-                    return Err(format!("needs a text {}: [\"name\"] names a header", self.place()));
-                };
-                self.at += 1;
+                let key = self.whole()?;
                 self.needs("]")?;
-                node = select(&node, &name)?;
+                node = member(node, key)?;
             } else {
                 return Ok(node);
             }
@@ -259,6 +177,7 @@ impl Parser {
                 Ok(node)
             }
             Token::Sign("[") => self.arguments("]").map(Node::List),
+            Token::Sign("{") => self.map(),
             Token::Sign(sign) => Err(format!("has {sign:?} where a value should be")),
             Token::Name(name) => self.named(&name),
         }
@@ -270,6 +189,9 @@ impl Parser {
             "false" => return Ok(Node::Literal(Literal::Bool(false))),
             "null" => return Ok(Node::Literal(Literal::Null)),
             _ => {}
+        }
+        if let Some(at) = self.bound.iter().rposition(|bound| bound == name) {
+            return Ok(Node::Bound(self.bound.len() - 1 - at));
         }
         if self.takes("(") {
             return self.function(name);
@@ -286,66 +208,102 @@ impl Parser {
     }
 
     fn function(&mut self, name: &str) -> Parsed {
-        if !["has", "size", "string", "int", "uint", "double", "duration"].contains(&name) {
+        let function = FUNCTIONS.iter().find(|(n, _)| *n == name).map(|(_, function)| *function);
+        if function.is_none() && !["has", "matches"].contains(&name) {
             return Err(format!("calls {name}(), which is not known here"));
         }
-        let arguments = self.arguments(")")?;
-        let function = match name {
-            "has" => {
-                let [what @ (Node::Attribute(_) | Node::Header(..))] = &arguments[..] else {
-                    return Err("calls has() with something else than an attribute or a header".to_owned());
-                };
-                return Ok(Node::Has(Box::new(what.clone())));
+        let mut arguments = self.arguments(")")?;
+        let Some(function) = function else {
+            if name == "matches" && arguments.len() == 2 {
+                let pattern = arguments.pop();
+                let on = arguments.pop();
+                return matches(on, pattern);
             }
-            "size" => Function::Size,
-            "string" => Function::String,
-            "double" => Function::Double,
-            "duration" => {
-                if let [Node::Literal(Literal::Text(text))] = &arguments[..]
-                    && super::duration(text).is_none()
-                {
-                    return Err(format!("has {text:?}, which is no duration, such as 500ms or 1h30m"));
-                }
-                Function::Duration
-            }
-            _ => Function::Int,
+            let [what @ (Node::Attribute(_) | Node::Header(..) | Node::Member(..) | Node::SomeHeader(..))] = &arguments[..] else {
+                return Err(format!("calls {name}() with something else than an attribute or a header"));
+            };
+            return Ok(Node::Has(Box::new(what.clone())));
         };
-        if arguments.len() != 1 {
+        let [one] = &arguments[..] else {
             return Err(format!("calls {name}() with {} arguments; it takes one", arguments.len()));
+        };
+        if let Node::Literal(Literal::Text(text)) = one {
+            if function == Function::Duration && functions::duration(text).is_none() {
+                return Err(format!("has {text:?}, which is no duration, such as 500ms or 1h30m"));
+            }
+            if function == Function::Timestamp && functions::timestamp(text).is_none() {
+                return Err(format!("has {text:?}, which is no time, such as 2026-01-31T12:00:00Z"));
+            }
         }
         Ok(Node::Call(function, arguments))
     }
 
     fn method(&mut self, on: Node, name: &str) -> Parsed {
+        let all = [
+            ("all", Macro::All),
+            ("exists", Macro::Exists),
+            ("exists_one", Macro::ExistsOne),
+            ("filter", Macro::Filter),
+            ("map", Macro::Map),
+        ];
+        if let Some((_, found)) = all.into_iter().find(|(n, _)| *n == name) {
+            return self.over(on, name, found);
+        }
         let arguments = self.arguments(")")?;
-        let (function, takes) = match name {
-            "startsWith" => (Function::StartsWith, 1),
-            "endsWith" => (Function::EndsWith, 1),
-            "contains" => (Function::Contains, 1),
-            "size" => (Function::Size, 0),
-            "lowerAscii" => (Function::LowerAscii, 0),
-            "getHours" => (Function::Units(3_600_000_000_000), 0),
-            "getMinutes" => (Function::Units(60_000_000_000), 0),
-            "getSeconds" => (Function::Units(1_000_000_000), 0),
-            "getMilliseconds" => (Function::Units(1_000_000), 0),
-            "matches" => {
-                let [Node::Literal(Literal::Text(pattern))] = &arguments[..] else {
-                    return Err("calls matches() with something else than one text".to_owned());
-                };
-                let pattern = regex::RegexBuilder::new(pattern)
-                    .size_limit(REGEX_SIZE)
-                    .build()
-                    .map_err(|e| format!("has a pattern that cannot be read: {e}"))?;
-                return Ok(Node::Matches(Box::new(on), Pattern(pattern)));
-            }
-            _ => return Err(format!("calls {name}(), which is not known here")),
+        if name == "matches" {
+            let [pattern] = <[Node; 1]>::try_from(arguments).map_err(|_| "calls matches() with something else than one text".to_owned())?;
+            return matches(Some(on), Some(pattern));
+        }
+        let Some((_, function, least, most)) = METHODS.iter().find(|(n, ..)| *n == name) else {
+            return Err(format!("calls {name}(), which is not known here"));
         };
-        if arguments.len() != takes {
-            return Err(format!("calls {name}() with {} arguments; it takes {takes}", arguments.len()));
+        if !(*least..=*most).contains(&arguments.len()) {
+            return Err(format!("calls {name}() with {} arguments; it takes {most}", arguments.len()));
+        }
+        if let (Function::Part(_), [Node::Literal(Literal::Text(zone))]) = (function, &arguments[..])
+            && functions::zone_of(zone).is_none()
+        {
+            return Err(format!("has the time zone {zone:?}; those that are known are UTC and such as +02:00"));
         }
         let mut all = vec![on];
         all.extend(arguments);
-        Ok(Node::Call(function, all))
+        Ok(Node::Call(*function, all))
+    }
+
+    /// A macro that goes through a list: the name of what it binds, and what is asked of each.
+    fn over(&mut self, list: Node, name: &str, what: Macro) -> Parsed {
+        if !matches!(
+            list,
+            Node::List(_) | Node::Map(_) | Node::Headers(_) | Node::Bound(_) | Node::Member(..) | Node::Macro(..) | Node::Choose(..)
+        ) && !matches!(list, Node::Binary(Binary::Add, ..))
+        {
+            return Err(format!("calls {name}() on what is no list"));
+        }
+        let bound = self.name()?;
+        self.needs(",")?;
+        self.bound.push(bound);
+        let asked = self.arguments(")");
+        self.bound.pop();
+        let (asked, most) = (asked?, if what == Macro::Map { 2 } else { 1 });
+        if asked.is_empty() || asked.len() > most {
+            return Err(format!("calls {name}() with {} expressions; it takes {most}", asked.len()));
+        }
+        Ok(Node::Macro(what, Box::new(list), asked))
+    }
+
+    /// Keys and values until a closing brace.
+    fn map(&mut self) -> Parsed {
+        let mut all = Vec::new();
+        while !self.takes("}") {
+            let key = self.whole()?;
+            self.needs(":")?;
+            all.push((key, self.whole()?));
+            if !self.takes(",") {
+                self.needs("}")?;
+                break;
+            }
+        }
+        Ok(Node::Map(all))
     }
 
     /// What stands between commas until a closing sign.
@@ -364,9 +322,26 @@ impl Parser {
     }
 }
 
-fn select(node: &Node, name: &str) -> Parsed {
-    match node {
-        Node::Headers(whose) => Ok(Node::Header(*whose, name.to_ascii_lowercase())),
-        _ => Err(format!("asks for {name:?} of something that has no members")),
+/// A member of a map: of headers, whatever the case of its name.
+fn member(of: Node, key: Node) -> Parsed {
+    match (of, key) {
+        (Node::Headers(whose), Node::Literal(Literal::Text(name))) => Ok(Node::Header(whose, name.to_ascii_lowercase())),
+        (Node::Headers(_), Node::Literal(_)) => Err("asks for a header by what is no text".to_owned()),
+        (Node::Headers(whose), name) => Ok(Node::SomeHeader(whose, Box::new(name))),
+        (of @ (Node::List(_) | Node::Map(_) | Node::Member(..) | Node::Bound(_) | Node::Macro(..) | Node::Choose(..)), key) => {
+            Ok(Node::Member(Box::new(of), Box::new(key)))
+        }
+        (_, Node::Literal(Literal::Text(name))) => Err(format!("asks for {name:?} of something that has no members")),
+        _ => Err("asks for a member of something that has none".to_owned()),
     }
+}
+
+/// Whether a text has what a pattern says; the pattern is one that is written there.
+fn matches(on: Option<Node>, pattern: Option<Node>) -> Parsed {
+    let (Some(on), Some(Node::Literal(Literal::Text(pattern)))) = (on, pattern) else {
+        return Err("calls matches() with something else than one text".to_owned());
+    };
+    let pattern =
+        regex::RegexBuilder::new(&pattern).size_limit(REGEX_SIZE).build().map_err(|e| format!("has a pattern that cannot be read: {e}"))?;
+    Ok(Node::Matches(Box::new(on), Pattern(pattern)))
 }
