@@ -119,17 +119,18 @@ fn format() -> Value {
         "original": "%REQ(X-ENVOY-ORIGINAL-HOST)%", "answered": "%RESP(X-SET)%", "taken": "%RESP(X-RM)%", "location": "%RESP(LOCATION)%", "bare": "%PATH(NQ)%", "type": "%ACCESS_LOG_TYPE%", "tls": "%DOWNSTREAM_TLS_VERSION%", "agent": "%REQUEST_HEADER(user-agent)%",
         "grpc": "%GRPC_STATUS%", "snake": "%GRPC_STATUS(SNAKE_STRING)%", "number": "%GRPC_STATUS(NUMBER)%", "etag": "%RESP(ETAG)%",
         "since": "%START_TIME(%Y)%", "route": "%ROUTE_NAME%", "sni": "%REQUESTED_SERVER_NAME%",
-        "came": "%REQUEST_DURATION%", "went": "%REQUEST_TX_DURATION%", "first": "%RESPONSE_DURATION%", "rest": "%RESPONSE_TX_DURATION%",
+        "host": "%UPSTREAM_HOST%", "came": "%REQUEST_DURATION%", "went": "%REQUEST_TX_DURATION%", "first": "%RESPONSE_DURATION%", "rest": "%RESPONSE_TX_DURATION%",
         "behind": "%TRAILER(X-END?GRPC-MESSAGE)%", "ended": "%RESPONSE_TRAILER(GRPC-STATUS)%",
         "terminated": "%CONNECTION_TERMINATION_DETAILS%", "transport": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
     })
 }
 
-/// How long it took is told by others: here it is whether there is a time.
+/// How long it took, and which host was asked, is another's business: here it is whether that is told.
 fn with_times_told(line: &mut Value) {
     for time in ["came", "went", "first", "rest"] {
         line[time] = line[time].is_number().into();
     }
+    line["host"] = line["host"].is_string().into();
 }
 
 /// Lines about one address, without it.

@@ -277,7 +277,7 @@ impl Outcome {
                 let flags = self.failure.as_ref().map_or("-", Failure::response_flag);
                 let key = TcpKey { flags, tags: open.key.tags.clone() };
                 edge.closed(&key);
-                if matches!(self.failure, Some(Failure::Cut(Cut::PolicyChanged))) {
+                if matches!(self.failure, Some(Failure::Cut(Cut::PolicyChanged) | Failure::Denied(_))) {
                     edge.failed(&key);
                 }
             }
@@ -329,6 +329,9 @@ impl Outcome {
         );
         let cluster = match (&self.cluster, self.destination.address) {
             (Some(ClusterId { service, port, subset }), _) if outbound => Some(ClusterName::Outbound { service, port: *port, subset }),
+            (None, Some(_)) if outbound && matches!(self.failure, Some(Failure::NotInRegistry(_))) => {
+                Some(ClusterName::Named("BlackHoleCluster"))
+            }
             (None, Some(_)) if outbound && !nowhere => Some(ClusterName::Named("PassthroughCluster")),
             (_, Some(address)) if !outbound => Some(ClusterName::Inbound(address.port())),
             _ => None,

@@ -131,6 +131,8 @@ impl fmt::Display for ClusterName<'_> {
     }
 }
 
+/// The header that says which host a request named before it was given another.
+pub static ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-host");
 /// The header that names a request.
 pub static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -141,6 +143,8 @@ pub enum Header {
     Path,
     Authority,
     Scheme,
+    /// Of an answer.
+    Status,
     Named(HeaderName),
 }
 
@@ -152,6 +156,7 @@ impl Header {
             ":path" => Self::Path,
             ":authority" | "host" => Self::Authority,
             ":scheme" => Self::Scheme,
+            ":status" => Self::Status,
             other => Self::Named(other.parse().ok()?),
         })
     }
@@ -218,6 +223,7 @@ impl Entry<'_> {
             Header::Path => Some(asked.sent_path.as_bytes()).filter(|p| !p.is_empty()),
             Header::Authority => Some(asked.authority.as_bytes()).filter(|a| !a.is_empty()),
             Header::Scheme => Some(asked.scheme.as_bytes()),
+            Header::Status => None,
             Header::Named(name) => asked.headers.get(name).map(HeaderValue::as_bytes),
         }
     }

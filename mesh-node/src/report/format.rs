@@ -451,7 +451,19 @@ fn json(text: &[u8], line: &mut Vec<u8>) {
     if is_plain(text) {
         return line.extend_from_slice(text);
     }
-    escaped(text, line, |c| format!("\\u{:04x}", u32::from(c)));
+    let control = |c: char| format!("\\u{:04x}", u32::from(c));
+    if std::str::from_utf8(text).is_ok() {
+        return escaped(text, line, control);
+    }
+    // What is no text is told byte by byte, as Envoy does.
+    let bytes = &text[..text.len().min(LONGEST_VALUE)];
+    for byte in bytes {
+        if byte.is_ascii() {
+            escaped(&[*byte], line, control);
+        } else {
+            line.extend_from_slice(control(char::from(*byte)).as_bytes());
+        }
+    }
 }
 
 /// In a line of text: nothing that could end the line, or the quotes it stands in.

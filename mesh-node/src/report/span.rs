@@ -107,6 +107,7 @@ pub fn attributes(entry: &Entry<'_>, failed: bool, place: Place<'_>, traces: &Tr
         put("upstream_address", upstream.to_string());
     }
     put("istio.cluster_id", place.cluster.to_owned());
+    put("istio.mesh_id", workload.identity.trust_domain().to_string());
     put("istio.namespace", workload.name.namespace.to_string());
     put("istio.canonical_service", workload.canonical_service().unwrap_or(&workload.workload_name).to_owned());
     put("istio.canonical_revision", workload.canonical_revision().unwrap_or("latest").to_owned());

@@ -1,13 +1,17 @@
 //! What a route does to a request's target and headers, and the targets of redirects.
 
-use http::{HeaderMap, HeaderName, HeaderValue, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, uri::PathAndQuery};
 
 use super::{
     matching::PathMatch,
     request::RequestHead,
     rule::{PathRewrite, Redirect, RedirectPort, Rule, Weighted},
 };
-use crate::report::{entry::Asked, format::Template, kept::Kept};
+use crate::report::{
+    entry::{Asked, ORIGINAL_HOST},
+    format::Template,
+    kept::Kept,
+};
 
 /// The path a rewrite makes of a path (without query).
 pub fn path(rewrite: &PathRewrite, matched: Option<&PathMatch>, path: &str) -> String {
@@ -47,8 +51,6 @@ fn substitute(template: &str, captures: &regex::bytes::Captures<'_>) -> Vec<u8> 
     }
     out
 }
-
-static ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-host");
 
 /// Applies a rule, and the destination it picked, to a request that is forwarded. Whether the original path is to be told
 /// upstream is for the caller: it is returned when it was changed.

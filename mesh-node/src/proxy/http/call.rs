@@ -106,6 +106,7 @@ impl Call<'_> {
         };
         let head = (pass.head.as_ref().unwrap_or(head), pass.client_cert.as_ref());
         let (mut body, mut sink) = (Metered::new(&mut body, head.0.is_grpc()), Metered::new(sink, head.0.is_grpc()));
+        record.let_in();
         record.look_behind(&mut sink.meter);
         let answered = self.exchange(upstream, (&state, &endpoint), head, &mut body, framing, &mut sink).await;
         match &answered {

@@ -112,6 +112,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let Target::Service { service, port } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
+        self.record.dialled = Some(port.cluster.clone());
         if head.method == Method::CONNECT {
             self.close = true;
             return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;

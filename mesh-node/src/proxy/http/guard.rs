@@ -234,6 +234,7 @@ async fn h1_request(
 
 /// The request as the application gets it.
 fn went_on<'a>(head: &'a RequestHead, pass: &'a Pass, record: &mut Record) -> &'a RequestHead {
+    record.let_in();
     if let Some(changed) = &pass.head {
         record.became(changed);
     }

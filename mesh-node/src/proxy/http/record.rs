@@ -61,6 +61,8 @@ pub struct Record {
     route: Option<Arc<str>>,
     route_is_named: bool,
     pub cluster: Option<Arc<Cluster>>,
+    /// What the client has dialled, for what goes nowhere.
+    pub dialled: Option<Arc<Cluster>>,
     pub endpoint: Option<SocketAddr>,
     /// This end of the connection it went on; none of a tunnel.
     pub upstream_local: Option<SocketAddr>,
@@ -128,6 +130,7 @@ impl Record {
             route: None,
             route_is_named: false,
             cluster: None,
+            dialled: None,
             endpoint: None,
             upstream_local: None,
             attempts: 0,
@@ -268,6 +271,11 @@ impl Record {
         }
     }
 
+    /// Takes down that it goes on to the pod.
+    pub fn let_in(&mut self) {
+        self.endpoint = Some(self.destination);
+    }
+
     /// Takes down the head of the response as it goes to the client.
     pub fn answered(&mut self, status: StatusCode, headers: &HeaderMap) {
         self.status = Some(status);
@@ -400,9 +408,9 @@ impl Record {
             bytes_received: self.up.bytes,
             bytes_sent: self.down.bytes,
             service_time: self.answered_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
-            upstream_host: if inbound { Some(self.destination) } else { self.endpoint },
+            upstream_host: self.endpoint,
             upstream_cluster: cluster,
-            upstream_local: self.upstream_local,
+            upstream_local: self.upstream_local.filter(|_| self.endpoint.is_some()),
             downstream_local: Some(self.destination),
             downstream_remote: Some(self.client),
             sni: None,
@@ -435,7 +443,7 @@ impl Record {
 
     /// Where a request is counted that went nowhere.
     fn lost_edge(&self) -> Option<Arc<Edge>> {
-        let service: Option<&ObjectName> = self.cluster.as_ref().map(|c| &c.id.service);
+        let service: Option<&ObjectName> = self.cluster.as_ref().or(self.dialled.as_ref()).map(|c| &c.id.service);
         let source = (self.source.as_deref(), self.source.as_ref().map(|s| &s.identity));
         let tags = self.teller.as_ref().map(|w| told(&w.reporting, self.reporter).tags.clone()).unwrap_or_default();
         Ends { reporter: self.reporter, source, destination: (None, None), service, introduction: None }.edge(&self.metrics, &tags)

@@ -1,11 +1,13 @@
 //! Envoy's command operators, as far as they mean something here: `%NAME%`, `%NAME(ARGUMENT)%`, `%NAME(ARGUMENT):LENGTH%`.
 
 pub(super) mod grpc;
+mod named;
 mod nothing;
 mod values;
 
 use std::{net::SocketAddr, num::NonZeroU16, time::Duration};
 
+use self::named::{ServerName, net};
 use self::nothing::{NOTHING, WITH_ARGUMENTS};
 use self::values::Cut;
 pub use self::values::Values;
@@ -14,7 +16,7 @@ use crate::{
     id::SpiffeId,
     report::{
         attributes::HeadersOf,
-        entry::{Asked, Header},
+        entry::{Asked, Header, ORIGINAL_HOST},
         environment::Variable,
         expression::Expression,
         kept::Asks,
@@ -77,6 +79,15 @@ enum What {
     UpstreamProtocol,
     UpstreamRequestAttemptCount,
     ResponseFlagsLong,
+    /// The code of an answer, as the text its pseudo-header is.
+    Status,
+    /// The server's name, or the host a request names: the one before the other, if there is another.
+    ServerName(ServerName),
+    /// The network of so many bits that an address is in.
+    NetOf {
+        remote: bool,
+        bits: u8,
+    },
     RequestDuration,
     RequestTxDuration,
     ResponseDuration,
@@ -215,6 +226,7 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
             program.expressions.push(expression);
             What::Expression(number)
         }
+        ("STREAM_ID", None | Some("")) => header(text, Some("x-request-id"), HeadersOf::Request, program)?,
         ("CEL", _) => return Err(format!("%{text}% has no expression")),
         ("RESP" | "RESPONSE_HEADER", argument) => header(text, argument, HeadersOf::Response, program)?,
         ("TRAILER" | "RESPONSE_TRAILER", argument) => header(text, argument, HeadersOf::Trailers, program)?,
@@ -231,6 +243,19 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
             program.parameters.push(name.into());
             What::QueryParameter(number)
         }
+        ("REQUESTED_SERVER_NAME", Some(options)) if !options.is_empty() => {
+            // It is to be kept.
+            header(text, Some(ORIGINAL_HOST.as_str()), HeadersOf::Request, program)?;
+            ServerName::named(options).map(What::ServerName).ok_or_else(|| {
+                format!("%{text}%: {options:?} is none of SNI_ONLY, SNI_FIRST, HOST_FIRST, with :ORIG, :HOST or :ORIG_OR_HOST")
+            })?
+        }
+        ("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT", Some(bits)) if !bits.is_empty() => {
+            net_of(bits, true).ok_or_else(|| format!("%{text}%: {bits:?} is no number of bits of an address"))?
+        }
+        ("DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" | "DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT", Some(bits)) if !bits.is_empty() => {
+            net_of(bits, false).ok_or_else(|| format!("%{text}%: {bits:?} is no number of bits of an address"))?
+        }
         _ => plain(text, name, argument)?,
     };
     if what == What::Nothing {
@@ -238,6 +263,12 @@ fn operator(text: &str, program: &mut Program) -> Result<Operator, String> {
         program.unknown.extend(known.filter(|n| !program.unknown.contains(*n)));
     }
     Ok(Operator { what, most })
+}
+
+/// A network of so many bits, which an address of IPv4 may have none of.
+fn net_of(bits: &str, remote: bool) -> Option<What> {
+    let bits = bits.parse().ok().filter(|bits| *bits <= 128)?;
+    Some(What::NetOf { remote, bits })
 }
 
 /// An operator without an argument, or with one of few.
@@ -275,6 +306,9 @@ fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<What, String>
 fn header(text: &str, argument: Option<&str>, whose: HeadersOf, program: &mut Program) -> Result<What, String> {
     let names = argument.filter(|a| !a.is_empty()).ok_or_else(|| format!("%{text}% names no header"))?;
     let (first, other) = names.split_once('?').map_or((names, None), |(first, other)| (first, Some(other)));
+    if whose == HeadersOf::Response && first == ":status" {
+        return Ok(What::Status);
+    }
     let header = |name: &str| Header::named(name).ok_or_else(|| format!("%{text}%: {name:?} is not the name of a header"));
     if whose == HeadersOf::Response && first.eq_ignore_ascii_case(SERVICE_TIME) && other.is_none() {
         return Ok(What::ServiceTime);
@@ -363,8 +397,8 @@ impl What {
             Self::RequestedServerName => text(entry.sni, values),
             Self::RouteName => text(entry.route, values),
             Self::GrpcStatusNumber => some!(values, entry.grpc_status, |s: u32| values.number(s.into())),
-            Self::GrpcStatus => some!(values, entry.grpc_status, |s| grpc_status(s, false, values)),
-            Self::GrpcStatusSnake => some!(values, entry.grpc_status, |s| grpc_status(s, true, values)),
+            Self::GrpcStatus => some!(values, entry.grpc_status, |s| grpc::tell(s, false, values)),
+            Self::GrpcStatusSnake => some!(values, entry.grpc_status, |s| grpc::tell(s, true, values)),
             Self::AccessLogType => text(Some(if entry.tells_a_request { "DownstreamEnd" } else { "TcpConnectionEnd" }), values),
             Self::EmitTime => values.plain(|line| plain::push_time(entry.start + entry.duration, line)),
             Self::DownstreamTlsVersion => text(entry.mutual_tls.then_some("TLSv1.3"), values),
@@ -374,6 +408,13 @@ impl What {
             Self::UpstreamProtocol => text(entry.upstream_protocol, values),
             Self::UpstreamRequestAttemptCount => values.number(entry.attempts.into()),
             Self::ResponseFlagsLong => text(Some(&entry.flags_long), values),
+            Self::Status => some!(values, Some(entry.code).filter(|code| *code != 0), |code: u16| values
+                .plain(|line| plain::push_number(code.into(), line))),
+            Self::ServerName(which) => text(which.of(entry).as_deref(), values),
+            Self::NetOf { remote, bits } => {
+                let address = if remote { entry.downstream_remote } else { entry.downstream_local };
+                text(address.and_then(|address| net(address.ip(), bits)).as_deref(), values);
+            }
             Self::RequestDuration => millis(entry.received_after, values),
             Self::RequestTxDuration => millis(entry.sent_after, values),
             Self::ResponseDuration => millis(entry.answered_after, values),
@@ -447,15 +488,6 @@ fn millis(value: Option<Duration>, values: &mut impl Values) {
 fn time(entry: &Entry<'_>, format: Option<&TimeFormat>, began: bool, values: &mut impl Values) {
     let time = if began { entry.start } else { entry.start + entry.duration };
     some!(values, format, |format: &TimeFormat| values.text(format.text(time).as_bytes()));
-}
-
-/// A status that has no name is told by its number.
-fn grpc_status(status: u32, in_snake_case: bool, values: &mut impl Values) {
-    match grpc::name_of(status) {
-        None => values.plain(|line| plain::push_number(status.into(), line)),
-        Some(name) if in_snake_case => values.text(grpc::snake(name).as_bytes()),
-        Some(name) => values.text(name.as_bytes()),
-    }
 }
 
 fn header_value(entry: &Entry<'_>, header: Option<&Named>, without_query: bool, values: &mut impl Values) {

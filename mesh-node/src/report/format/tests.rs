@@ -92,6 +92,13 @@ fn the_default_json_has_istio_s_keys_and_types() {
 }
 
 #[test]
+fn what_is_no_text_is_told_byte_by_byte_in_json() {
+    let headers = Kept::All(headers());
+    let line = Format::json([("odd", "%REQ(X-ODD)%")]).expect("a format").line(&entry(&headers));
+    assert_eq!(line, "{\"odd\":\"a\\\"b\\tc\\u00ff\"}\n");
+}
+
+#[test]
 fn operators_take_alternatives_and_lengths() {
     let headers = Kept::All(headers());
     let entry = entry(&headers);
@@ -106,6 +113,12 @@ fn operators_take_alternatives_and_lengths() {
         ("%UPSTREAM_REQUEST_ATTEMPT_COUNT% %UPSTREAM_PROTOCOL% %ACCESS_LOG_TYPE%", "2 HTTP/2 DownstreamEnd\n"),
         ("%RESPONSE_FLAGS_LONG% %RESPONSE_DURATION% %RESPONSE_TX_DURATION%", "NoHealthyUpstream 2 -\n"),
         ("%REQUEST_DURATION% %REQUEST_TX_DURATION% %TRAILER(grpc-message)%", "1 - -\n"),
+        (
+            "%RESP(:status)% %REQUESTED_SERVER_NAME(HOST_FIRST)% %REQUESTED_SERVER_NAME(SNI_FIRST:ORIG)% %STREAM_ID%",
+            "503 reviews:9080 - id-1\n",
+        ),
+        ("%DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT(12)% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT(8)%", "10.96.0.0/12 fd00::/8\n"),
+        ("%DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT(0)% %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT(33)%", "0.0.0.0/0 -\n"),
         ("%PATH% %PATH(NQ)% %PATH(WQ:ORIG)%", "/a?b=c /a -\n"),
         (
             "%QUERY_PARAM(b)% %QUERY_PARAM(c)% %RESPONSE_CODE_DETAILS(ALLOW_WHITESPACES)% %ROUNDTRIP_DURATION%",
