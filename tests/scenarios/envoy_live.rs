@@ -110,7 +110,7 @@ fn vip(index: usize) -> SocketAddr {
 
 /// Fields of the access log that are compared, beside the address that tells the case.
 fn format() -> Value {
-    json!({
+    let mut format = json!({
         "at": "%DOWNSTREAM_LOCAL_ADDRESS%", "code": "%RESPONSE_CODE%", "flags": "%RESPONSE_FLAGS%", "details": "%RESPONSE_CODE_DETAILS%",
         "received": "%BYTES_RECEIVED%", "sent": "%BYTES_SENT%", "protocol": "%PROTOCOL%", "method": "%REQ(:METHOD)%",
         "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "authority": "%REQ(:AUTHORITY)%",
@@ -119,10 +119,21 @@ fn format() -> Value {
         "original": "%REQ(X-ENVOY-ORIGINAL-HOST)%", "answered": "%RESP(X-SET)%", "taken": "%RESP(X-RM)%", "location": "%RESP(LOCATION)%", "bare": "%PATH(NQ)%", "type": "%ACCESS_LOG_TYPE%", "tls": "%DOWNSTREAM_TLS_VERSION%", "agent": "%REQUEST_HEADER(user-agent)%",
         "grpc": "%GRPC_STATUS%", "snake": "%GRPC_STATUS(SNAKE_STRING)%", "number": "%GRPC_STATUS(NUMBER)%", "etag": "%RESP(ETAG)%",
         "since": "%START_TIME(%Y)%", "route": "%ROUTE_NAME%", "sni": "%REQUESTED_SERVER_NAME%",
-        "host": "%UPSTREAM_HOST%", "came": "%REQUEST_DURATION%", "went": "%REQUEST_TX_DURATION%", "first": "%RESPONSE_DURATION%", "rest": "%RESPONSE_TX_DURATION%",
-        "behind": "%TRAILER(X-END?GRPC-MESSAGE)%", "ended": "%RESPONSE_TRAILER(GRPC-STATUS)%",
         "terminated": "%CONNECTION_TERMINATION_DETAILS%", "transport": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
-    })
+    });
+    for (name, operator) in [
+        ("host", "%UPSTREAM_HOST%"),
+        ("came", "%REQUEST_DURATION%"),
+        ("went", "%REQUEST_TX_DURATION%"),
+        ("first", "%RESPONSE_DURATION%"),
+        ("rest", "%RESPONSE_TX_DURATION%"),
+        ("behind", "%TRAILER(X-END?GRPC-MESSAGE)%"),
+        ("ended", "%RESPONSE_TRAILER(GRPC-STATUS)%"),
+        ("stream", "%RESP(:STATUS)%"),
+    ] {
+        format[name] = json!(operator);
+    }
+    format
 }
 
 /// How long it took, and which host was asked, is another's business: here it is whether that is told.

@@ -3,9 +3,10 @@
 //! The defaults are Istio's. A line is written in one pass into one buffer; what comes from clients is escaped.
 
 mod operator;
+mod structure;
 mod time;
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use self::operator::{Named, Operator, Values, parse};
 use self::time::TimeFormat;
@@ -80,6 +81,8 @@ pub struct Program {
     expressions: Vec<Expression>,
     /// What has no value is left out: Envoy's `omit_empty_values`.
     omits: bool,
+    /// There are objects or lists within it.
+    nested: bool,
     /// Operators of Envoy's that nothing is known of here.
     unknown: Vec<&'static str>,
 }
@@ -122,37 +125,6 @@ impl Program {
     fn text(&self, step: &Step) -> &[u8] {
         self.texts.as_bytes().get(step.from as usize..step.to as usize).unwrap_or_default()
     }
-
-    /// JSON without the keys that have no value.
-    fn write_omitting(&self, entry: &Entry<'_>, line: &mut Vec<u8>) {
-        let mut steps = self.steps.iter();
-        while let Some(step) = steps.next() {
-            let before = line.len();
-            // What comes before a key is a brace or a comma, whichever keys there are.
-            let key = self.text(step).get(1..).unwrap_or_default();
-            let first = before == 0;
-            match step.then {
-                Then::Nothing => line.extend_from_slice(if first { b"{}\n" } else { b"}\n" }),
-                Then::Value(operator) => {
-                    line.push(if first { b'{' } else { b',' });
-                    line.extend_from_slice(key);
-                    let named = line.len();
-                    operator.tell(entry, self, &mut Json(line));
-                    if before >= LONGEST || line.get(named..) == Some(b"null") {
-                        line.truncate(before);
-                    }
-                }
-                Then::Joined(n) => {
-                    let joined = join(steps.by_ref().take(n.into()), self, entry, b"");
-                    if before < LONGEST {
-                        line.push(if first { b'{' } else { b',' });
-                        line.extend_from_slice(key);
-                        quote(&joined, line);
-                    }
-                }
-            }
-        }
-    }
 }
 
 impl Default for Format {
@@ -172,25 +144,12 @@ impl Format {
 
     /// A JSON object of these keys and formats. A value that is one operator keeps its type; what has no value is null.
     pub fn json<'a>(fields: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self, String> {
-        let mut program = Program::default();
-        let mut before = String::from("{");
-        for (key, format) in fields {
-            let mut quoted = Vec::new();
-            quote(key.as_bytes(), &mut quoted);
-            before.extend([&*String::from_utf8_lossy(&quoted), ":"]);
-            let first = program.steps.len();
-            parse(format, &mut program).map_err(|e| format!("{key}: {e}"))?;
-            let steps = program.steps.get(first..).unwrap_or_default();
-            let (then, are) = match *steps {
-                [Step { from, to, then: then @ Then::Value(_) }] if from == to => (then, 1),
-                _ => (Then::Joined(u16::try_from(steps.len()).map_err(|_| format!("{key}: has too many operators"))?), 0),
-            };
-            let step = program.step(&before, then).map_err(|e| format!("{key}: {e}"))?;
-            program.steps.splice(first..first + are, [step]);
-            ",".clone_into(&mut before);
-        }
-        program.add(if before == "{" { "{}\n" } else { "}\n" }, Then::Nothing)?;
-        Ok(Self::Json(Arc::new(program)))
+        structure::program(fields.into_iter().map(|(key, format)| (key, structure::Shape::Format(format)))).map(Self::Json)
+    }
+
+    /// The same with objects, lists and values in it that are as they are written.
+    pub fn structured(fields: &BTreeMap<String, serde_json::Value>) -> Result<Self, String> {
+        structure::program(fields.iter().map(|(key, value)| (key.as_str(), structure::Shape::Value(value)))).map(Self::Json)
     }
 
     /// Istio's JSON.
@@ -247,27 +206,7 @@ impl Format {
                 }
             }
             Self::Json(program) if program.omits => program.write_omitting(entry, line),
-            Self::Json(program) => {
-                let mut steps = program.steps.iter();
-                while let Some(step) = steps.next() {
-                    line.extend_from_slice(program.text(step));
-                    let room = line.len() < LONGEST;
-                    match step.then {
-                        Then::Nothing => {}
-                        Then::Value(operator) if room => operator.tell(entry, program, &mut Json(line)),
-                        Then::Value(_) => line.extend_from_slice(b"null"),
-                        Then::Joined(n) => {
-                            let joined = steps.by_ref().take(n.into());
-                            if room {
-                                quote(&join(joined, program, entry, b"-"), line);
-                            } else {
-                                joined.for_each(drop);
-                                line.extend_from_slice(b"null");
-                            }
-                        }
-                    }
-                }
-            }
+            Self::Json(program) => program.write_json(entry, line, b"-"),
         }
     }
 }

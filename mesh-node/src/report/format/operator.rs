@@ -306,7 +306,7 @@ fn plain(text: &str, name: &str, argument: Option<&str>) -> Result<What, String>
 fn header(text: &str, argument: Option<&str>, whose: HeadersOf, program: &mut Program) -> Result<What, String> {
     let names = argument.filter(|a| !a.is_empty()).ok_or_else(|| format!("%{text}% names no header"))?;
     let (first, other) = names.split_once('?').map_or((names, None), |(first, other)| (first, Some(other)));
-    if whose == HeadersOf::Response && first == ":status" {
+    if whose == HeadersOf::Response && first.eq_ignore_ascii_case(":status") {
         return Ok(What::Status);
     }
     let header = |name: &str| Header::named(name).ok_or_else(|| format!("%{text}%: {name:?} is not the name of a header"));

@@ -141,6 +141,29 @@ fn operators_take_alternatives_and_lengths() {
 }
 
 #[test]
+fn json_may_be_nested_and_have_values_of_its_own() {
+    let headers = Kept::All(headers());
+    let fields = serde_json::from_value(serde_json::json!({
+        "http": {"code": "%RESPONSE_CODE%", "of": ["%PROTOCOL%", 1.5, "lit", {"host": "%UPSTREAM_HOST%"}], "none": {}},
+        "level": "info", "n": 7.0, "yes": true, "nothing": null, "mixed": "%RESPONSE_CODE%x", "empty": [],
+    }))
+    .expect("an object");
+    let format = Format::structured(&fields).expect("a format");
+    let whole = "{\"empty\":[],\"http\":{\"code\":503,\"none\":{},\"of\":[\"HTTP/1.1\",1.5,\"lit\",{\"host\":null}]},\
+        \"level\":\"info\",\"mixed\":\"503x\",\"n\":7,\"nothing\":null,\"yes\":true}\n";
+    assert_eq!(format.line(&entry(&headers)), whole);
+    let omitting = "{\"empty\":[],\"http\":{\"code\":503,\"none\":{},\"of\":[\"HTTP/1.1\",1.5,\"lit\",{}]},\
+        \"level\":\"info\",\"mixed\":\"503x\",\"n\":7,\"yes\":true}\n";
+    assert_eq!(format.without_empty_values().line(&entry(&headers)), omitting);
+    let wrong = serde_json::from_value(serde_json::json!({"a": {"b": ["%NO%"]}})).expect("an object");
+    assert!(Format::structured(&wrong).is_err_and(|e| e.starts_with("a: b: %NO% is not")));
+    let mut deep = serde_json::json!("x");
+    (0..40).for_each(|_| deep = serde_json::json!([deep.take()]));
+    let deep = [("a".to_owned(), deep)].into();
+    assert!(Format::structured(&deep).is_err_and(|e| e.contains("nested more than")));
+}
+
+#[test]
 fn what_has_no_value_can_be_left_out() {
     let headers = Kept::All(headers());
     let entry = entry(&headers);

@@ -218,20 +218,10 @@ fn mesh_format(format: Option<&str>, encoding: Option<&str>) -> Result<Format, F
         ("JSON", Some(format)) => {
             let fields: BTreeMap<String, Value> =
                 serde_json::from_str(format).map_err(|e| FieldError::new(at, format!("is not a JSON object of formats: {e}")))?;
-            json(&fields, at)
+            Format::structured(&fields).map_err(|e| FieldError::new(at, e))
         }
         (other, _) => Err(FieldError::new("data.mesh.accessLogEncoding", format!("{other:?} is neither TEXT nor JSON"))),
     }
-}
-
-fn json(fields: &BTreeMap<String, Value>, at: &str) -> Result<Format, FieldError> {
-    let mut all = Vec::new();
-    for (key, value) in fields {
-        let format =
-            value.as_str().ok_or_else(|| FieldError::new(format!("{at}.{key}"), "is not a text; nested formats are not honoured"))?;
-        all.push((key.as_str(), format));
-    }
-    Format::json(all).map_err(|e| FieldError::new(at, e))
 }
 
 fn log_path(path: String, at: &str) -> Result<Arc<str>, FieldError> {
@@ -263,7 +253,9 @@ fn provider(spec: ProviderSpec, at: &str, own: &Format, found: &mut Observabilit
             Some(LogFormat { text: Some(text), labels: None }) => {
                 Format::text(&text).map_err(|e| FieldError::new(format!("{at}.logFormat.text"), e))?
             }
-            Some(LogFormat { text: None, labels: Some(labels) }) if !labels.is_empty() => json(&labels, &format!("{at}.logFormat.labels"))?,
+            Some(LogFormat { text: None, labels: Some(labels) }) if !labels.is_empty() => {
+                Format::structured(&labels).map_err(|e| FieldError::new(format!("{at}.logFormat.labels"), e))?
+            }
             Some(LogFormat { text: None, .. }) => Format::default_json(),
         };
         let format = if omit { format.without_empty_values() } else { format };
