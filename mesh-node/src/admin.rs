@@ -10,6 +10,7 @@ mod query;
 mod routes;
 
 use std::{
+    collections::HashMap,
     convert::Infallible,
     fs::Permissions,
     io,
@@ -37,8 +38,12 @@ use tokio::{
 
 use crate::{app::Node, spawn, telemetry};
 
-/// Connections served at once; more wait.
+/// Connections served at once; more are turned away.
 const MAX_CONNECTIONS: usize = 32;
+/// The same of those from the node itself: whoever else comes, the kubelet gets its answer.
+const MAX_OWN_CONNECTIONS: usize = 32;
+/// The same of one address elsewhere.
+const MAX_CONNECTIONS_EACH: usize = 8;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one may last; scrapers connect again.
 const CONNECTION_TIMEOUT: Duration = Duration::from_mins(2);
@@ -75,17 +80,27 @@ trait Connected: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connected for S {}
 
 impl Listener {
-    async fn accept(&self) -> io::Result<Box<dyn Connected>> {
+    /// Also where it comes from, if that is not the node itself.
+    async fn accept(&self) -> io::Result<(Box<dyn Connected>, Option<IpAddr>)> {
         Ok(match self {
-            Self::Tcp(listener) => Box::new(listener.accept().await?.0),
-            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+            Self::Tcp(listener) => {
+                let (stream, client) = listener.accept().await?;
+                let own = client.ip().to_canonical().is_loopback() || stream.local_addr().is_ok_and(|local| local.ip() == client.ip());
+                (Box::new(stream), (!own).then(|| client.ip()))
+            }
+            Self::Unix(listener) => (Box::new(listener.accept().await?.0), None),
         })
     }
 }
 
 /// Serves a node's pages until the process ends.
 pub async fn serve_node(listener: Listener, node: Arc<Node>, pages: Pages) {
-    serve(listener, Arc::new(move |method: &Method, uri: &Uri, headers: &HeaderMap| answer(&node, pages, method, uri, headers))).await;
+    let metrics = node.proxy.metrics.clone();
+    let answer = move |method: &Method, uri: &Uri, headers: &HeaderMap| answer(&node, pages, method, uri, headers);
+    serve(listener, Arc::new(answer), move || {
+        metrics.pages_refused.inc();
+    })
+    .await;
 }
 
 /// Listens on a socket in the file system, in place of one that an earlier process left.
@@ -111,22 +126,49 @@ pub async fn bind_any(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-/// Serves pages until the process ends.
-pub async fn serve<A>(listener: Listener, answer: Arc<A>)
+/// Room for connections to pages: who comes from elsewhere, however many they are, leaves room for the node's own, and none for itself alone.
+struct Room {
+    own: Arc<Semaphore>,
+    others: Arc<Semaphore>,
+    each: HashMap<IpAddr, Arc<Semaphore>>,
+}
+
+impl Room {
+    fn new() -> Self {
+        let [own, others] = [MAX_OWN_CONNECTIONS, MAX_CONNECTIONS].map(|most| Arc::new(Semaphore::new(most)));
+        Self { own, others, each: HashMap::new() }
+    }
+
+    /// `client`: of one that is not the node itself.
+    fn take(&mut self, client: Option<IpAddr>) -> Option<[Option<OwnedSemaphorePermit>; 2]> {
+        let Some(client) = client else { return Some([self.own.clone().try_acquire_owned().ok(), None]).filter(|[own, _]| own.is_some()) };
+        // Of those that have none there are no more than have come since.
+        if self.each.len() > MAX_CONNECTIONS {
+            self.each.retain(|_, each| each.available_permits() < MAX_CONNECTIONS_EACH);
+        }
+        let each = self.each.entry(client).or_insert_with(|| Arc::new(Semaphore::new(MAX_CONNECTIONS_EACH))).clone();
+        Some([Some(each.try_acquire_owned().ok()?), Some(self.others.clone().try_acquire_owned().ok()?)])
+    }
+}
+
+/// Serves pages until the process ends; `refused`: called for each connection that is turned away.
+pub async fn serve<A>(listener: Listener, answer: Arc<A>, refused: impl Fn())
 where
     A: Fn(&Method, &Uri, &HeaderMap) -> Response<Full<Bytes>> + Send + Sync + 'static,
 {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut room = Room::new();
     loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok(stream) => drop(tokio::spawn(connection(stream, answer.clone(), slot))),
+            Ok((stream, client)) => match room.take(client) {
+                Some(place) => drop(tokio::spawn(connection(stream, answer.clone(), place))),
+                None => refused(),
+            },
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
 
-async fn connection<A>(stream: Box<dyn Connected>, answer: Arc<A>, slot: OwnedSemaphorePermit)
+async fn connection<A>(stream: Box<dyn Connected>, answer: Arc<A>, place: [Option<OwnedSemaphorePermit>; 2])
 where
     A: Fn(&Method, &Uri, &HeaderMap) -> Response<Full<Bytes>>,
 {
@@ -142,7 +184,7 @@ where
     if let Ok(Err(error)) = served {
         tracing::debug!(target: "admin", %error, "connection ended");
     }
-    drop(slot);
+    drop(place);
 }
 
 /// Why a question has no answer.

@@ -11,6 +11,7 @@ pub mod balance;
 pub mod detect;
 pub mod jwt;
 pub mod policy;
+pub mod problems;
 pub mod report;
 pub mod resource;
 pub mod route;

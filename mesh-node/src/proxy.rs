@@ -59,6 +59,24 @@ pub struct Proxy {
 }
 
 impl Proxy {
+    /// Room for one more connection of a pod.
+    pub fn connection(&self, pod: &ServedPod) -> Option<limits::Place> {
+        self.limits.connection(&pod.holds, || self.name_of(pod))
+    }
+
+    /// The same of a request that shares its connection with others.
+    pub fn request(&self, pod: &ServedPod) -> Option<limits::Place> {
+        let place = self.limits.request(&pod.holds, || self.name_of(pod));
+        if place.is_none() {
+            self.metrics.overflow("requests_of_pod");
+        }
+        place
+    }
+
+    fn name_of(&self, pod: &ServedPod) -> String {
+        self.config.load().workload(&pod.uid).map_or_else(|| pod.uid.to_string(), |workload| workload.name.to_string())
+    }
+
     pub fn new(config: Configuration, identity: Manager, metrics: Arc<Metrics>, limits: Limits) -> Arc<Self> {
         let jwks = Jwks::new(config.clone(), metrics.clone());
         Arc::new(Self {

@@ -136,6 +136,12 @@ pub struct Metrics {
     pub uncaptured_pods: Gauge,
     pub config_generation: Gauge,
     pub config_remarks: Family<SeverityLabels, Gauge>,
+    /// What is wrong with the process itself.
+    pub problems: Family<WhatLabels, Gauge>,
+    /// Places for connections: how many there are, and are held.
+    pub connection_places: Family<WhatLabels, Gauge>,
+    /// Connections to the pages of the node that were turned away.
+    pub pages_refused: Counter,
     /// Seconds.
     pub config_build: Gauge<f64, AtomicU64>,
     /// Seconds.
@@ -191,6 +197,9 @@ impl Metrics {
             uncaptured_pods: Gauge::default(),
             config_generation: Gauge::default(),
             config_remarks: Family::default(),
+            problems: Family::default(),
+            connection_places: Family::default(),
+            pages_refused: Counter::default(),
             config_build: Gauge::default(),
             config_lag: Gauge::default(),
             retries: Counter::default(),
@@ -252,6 +261,17 @@ impl Metrics {
             self.uncaptured_pods.clone(),
         );
         r.register("mesh_config_generation", "Generation of the configuration in force", self.config_generation.clone());
+        r.register("mesh_problems", "What is wrong with the process itself; meshctl status tells what", self.problems.clone());
+        r.register(
+            "mesh_connection_places",
+            "Places for connections of pods: how many there are, and how many are held",
+            self.connection_places.clone(),
+        );
+        r.register(
+            "mesh_pages_refused",
+            "Connections for metrics, readiness and the like that there was no place for",
+            self.pages_refused.clone(),
+        );
         r.register("mesh_config_remarks", "Objects or fields of the configuration that are not in force", self.config_remarks.clone());
         self.register_more();
     }

@@ -11,7 +11,7 @@ use crate::steps::root;
 
 /// Modules by layer; see ARCHITECTURE.md.
 const LAYERS: &[(u8, &[&str])] = &[
-    (1, &["id", "io", "spawn", "telemetry"]),
+    (1, &["id", "io", "problems", "spawn", "telemetry"]),
     (2, &["jwt", "report", "resource", "detect", "policy", "route", "balance"]),
     (3, &["config", "tls", "grpc"]),
     (4, &["identity", "hbone", "capture", "jwks"]),

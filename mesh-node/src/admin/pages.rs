@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::{NoAnswer, query};
 use crate::{
     app::Node,
+    problems,
     proxy::http::clusters::{ClusterState, Limited},
     route::Workload,
 };
@@ -31,7 +32,7 @@ pub(super) fn status(node: &Node) -> Value {
         },
         "generation": snapshot.generation,
         "openConnections": node.proxy.metrics.open_connections.get(),
-        "remarks": node.proxy.config.statuses().iter().map(ToString::to_string).chain(node.proxy.jwks.problems()).collect::<Vec<_>>(),
+        "remarks": node.proxy.config.statuses().iter().map(ToString::to_string).chain(node.proxy.jwks.problems()).chain(problems::all().into_iter().map(|(_, text)| text)).collect::<Vec<_>>(),
     })
 }
 

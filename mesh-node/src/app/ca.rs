@@ -79,7 +79,7 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
         },
         _ => admin::text(StatusCode::NOT_FOUND, "/healthz/ready /metrics\n".to_owned()),
     };
-    tokio::spawn(admin::serve(admin::Listener::Tcp(metrics), Arc::new(answer)));
+    tokio::spawn(admin::serve(admin::Listener::Tcp(metrics), Arc::new(answer), || {}));
     tracing::info!(target: "ca", address = %settings.listen, metrics = %settings.metrics, "the certificate authority serves");
     let mut signals = super::stop::StopSignals::new().context("signals cannot be heard of")?;
     tokio::select! {

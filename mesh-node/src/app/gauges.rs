@@ -8,6 +8,7 @@ use std::{
 use super::Node;
 use crate::{
     config::store::Severity,
+    problems,
     proxy::http::clusters::Limited,
     telemetry::{EventLabels, IdentityLabels, SeverityLabels, WhatLabels},
 };
@@ -27,6 +28,15 @@ impl Node {
         for (name, severity) in [("error", Severity::Error), ("warning", Severity::Warning)] {
             let n = self.proxy.config.statuses().iter().filter(|s| s.severity == severity).count();
             metrics.config_remarks.get_or_create(&SeverityLabels { severity: name }).set(gauge(n));
+        }
+        let problems = problems::all();
+        for kind in problems::Kind::ALL {
+            let n = problems.iter().filter(|(k, _)| *k == kind).count();
+            metrics.problems.get_or_create(&WhatLabels { what: kind.name() }).set(gauge(n));
+        }
+        let (most, free) = self.proxy.limits.connections();
+        for (what, n) in [("most", most), ("held", most - free.min(most))] {
+            metrics.connection_places.get_or_create(&WhatLabels { what }).set(gauge(n));
         }
         metrics.config_build.set(self.proxy.config.load().built_in.as_secs_f64());
         metrics.config_lag.set(self.proxy.config.load().lag.as_secs_f64());

@@ -54,7 +54,7 @@ impl Listeners {
         let outbound = tokio::spawn(accept(self.outbound, draining.clone(), move |stream, client| {
             // Taken also when there is no room, so that the entry does not stay.
             let original = stream.local_addr().ok().and_then(|local| originals.take(client, local.ip()));
-            let Some(slot) = p.limits.connection() else { return refuse(&p, "outbound", &stream) };
+            let Some(slot) = p.connection(&w) else { return refuse(&p, "outbound", &stream) };
             let Some(original) = original else { return outbound::lost(&p, &stream, client) };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
@@ -64,7 +64,7 @@ impl Listeners {
         }));
         let (p, w) = (proxy.clone(), pod.clone());
         let inbound = tokio::spawn(accept(self.inbound, draining.clone(), move |stream, client| {
-            let Some(slot) = p.limits.connection() else { return refuse(&p, "inbound", &stream) };
+            let Some(slot) = p.connection(&w) else { return refuse(&p, "inbound", &stream) };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
             tokio::spawn(async move {
                 inbound::serve_plaintext(p, w, stream, client, *here).await;
@@ -73,7 +73,7 @@ impl Listeners {
         }));
         let (p, w) = (proxy.clone(), pod.clone());
         let hbone = tokio::spawn(accept(self.hbone, draining, move |stream, client| {
-            let (Some(slot), Some(caller)) = (p.limits.connection(), w.caller()) else {
+            let (Some(slot), Some(caller)) = (p.connection(&w), w.caller(client.ip())) else {
                 return refuse(&p, "inbound", &stream);
             };
             let (p, w, here) = (p.clone(), w.clone(), w.here());

@@ -91,7 +91,9 @@ impl Store {
             }
             Content::Unreadable(problem) => {
                 let file = self.files.entry(origin).or_default();
-                file.errors = vec![format!("{problem}; what this file held before stays in force")];
+                let rest =
+                    if file.objects.is_empty() { "nothing of this file is in force" } else { "what this file held before stays in force" };
+                file.errors = vec![format!("{problem}; {rest}")];
                 true
             }
             Content::Read { objects, rejections, unread } => {

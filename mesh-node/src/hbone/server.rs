@@ -1,12 +1,16 @@
 //! The server end of one HBONE connection.
 
-use std::future::{Future, poll_fn};
+use std::{
+    future::{Future, poll_fn},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
 use http::{HeaderMap, Response, StatusCode};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
 
@@ -23,7 +27,13 @@ use crate::io::turn::LastOfAll;
 pub struct Offer {
     pub request: Result<ConnectRequest, BadRequest>,
     pub answer: Answer,
+    /// Held until whatever came of it is over.
+    pub place: OwnedSemaphorePermit,
 }
+
+/// How many offers of one connection there may be that are not over: more than it may have open, since what a peer has taken back takes a
+/// moment to end. Who takes back faster than that is not listened to until then.
+const MOST_OFFERS: usize = 2 * SERVER_MAX_STREAMS as usize;
 
 /// What is to be answered: the tunnel must be accepted or refused; dropped, it is reset.
 #[derive(Debug)]
@@ -63,6 +73,12 @@ fn response(status: StatusCode) -> Response<()> {
     response
 }
 
+/// How far a connection has come.
+enum Step<T> {
+    Accepted(Option<Result<T, h2::Error>>),
+    Closed(Result<(), h2::Error>),
+}
+
 /// Serves one authenticated connection until it ends, handing every request to `on_offer`, which must not wait.
 ///
 /// When `drain` completes, the peer is told to go elsewhere (GOAWAY) and tunnels already open go on to their end.
@@ -94,19 +110,37 @@ where
     };
     let (mut lost, mut drain) = (std::pin::pin!(lost), std::pin::pin!(drain));
     let (mut draining, mut turn) = (false, LastOfAll::default());
+    let places = Arc::new(Semaphore::new(MOST_OFFERS));
+    let mut place = None;
     loop {
+        if place.is_none() {
+            place = places.clone().try_acquire_owned().ok();
+        }
+        let has_place = place.is_some();
+        // Without one, what has been accepted goes on; of what has not, there is a limit to what may have been taken back.
+        let step = poll_fn(|cx| {
+            if has_place {
+                turn.poll(cx, |cx| connection.poll_accept(cx)).map(Step::Accepted)
+            } else {
+                connection.poll_closed(cx).map(Step::Closed)
+            }
+        });
         tokio::select! {
             biased;
             () = &mut drain, if !draining => {
                 draining = true;
                 connection.graceful_shutdown();
             }
-            accepted = poll_fn(|cx| turn.poll(cx, |cx| connection.poll_accept(cx))) => {
-                let Some(accepted) = accepted else { return Ok(()) };
-                let (request, respond) = accepted?;
-                let parsed = parse(&request);
-                on_offer(Offer { request: parsed, answer: Answer { respond, body: request.into_body() } });
-            }
+            step = step => match (step, place.take()) {
+                (Step::Closed(closed), _) => return closed,
+                (Step::Accepted(None), _) | (_, None) => return Ok(()),
+                (Step::Accepted(Some(accepted)), Some(place)) => {
+                    let (request, respond) = accepted?;
+                    let parsed = parse(&request);
+                    on_offer(Offer { request: parsed, answer: Answer { respond, body: request.into_body() }, place });
+                }
+            },
+            Ok(free) = places.clone().acquire_owned(), if !has_place => place = Some(free),
             () = &mut lost => return Err(h2::Reason::SETTINGS_TIMEOUT.into()),
         }
     }

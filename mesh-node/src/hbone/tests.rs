@@ -409,3 +409,64 @@ async fn a_failed_dial_is_the_callers_error_and_the_next_call_tries_again() {
     let network = Network::default();
     assert!(network.open(&pool, &key("a")).await.is_ok());
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_and_takes_back_without_end_is_not_listened_to_without_end() {
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    // Offers that nobody has come to yet.
+    let mut server = serve(far);
+    let (send, connection) = h2::client::handshake(near).await.expect("handshake");
+    let driver = tokio::spawn(connection);
+    let mut send = send;
+    let mut asked = 0;
+    for _ in 0..20_000 {
+        let Ok(Ok(ready)) = timeout(Duration::from_secs(1), send.clone().ready()).await else { break };
+        send = ready;
+        let Ok((_, mut stream)) = send.send_request(request(), false) else { break };
+        // On its way, so that it is not just forgotten here.
+        sleep(Duration::from_millis(1)).await;
+        stream.send_reset(h2::Reason::CANCEL);
+        asked += 1;
+    }
+    assert!(asked < 20_000, "{asked}");
+    // It was told to go.
+    let ended = timeout(Duration::from_secs(5), driver).await.expect("an end").expect("no panic");
+    assert!(ended.is_err_and(|e| e.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM)));
+    let mut offers = 0;
+    while server.offers.try_recv().is_ok() {
+        offers += 1;
+    }
+    assert_eq!(offers, 2 * SERVER_MAX_STREAMS, "of {asked}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_goes_on_while_its_peer_takes_back_too_many() {
+    let (connection, mut server) = connected().await;
+    let (mut opened, mut accepted) = pair(&connection, &mut server).await;
+    let mut held = Vec::new();
+    // As many as may be asked for and not be over, of which the peer wants none any more.
+    for _ in 0..2 * SERVER_MAX_STREAMS + 10 {
+        let asked = timeout(Duration::from_millis(1), connection.open(request())).await;
+        assert!(asked.is_err(), "nobody answers");
+        held.extend(timeout(Duration::from_secs(1), server.offers.recv()).await.ok().flatten());
+    }
+    {
+        let ((_, mut to_server), (mut from_client, _)) = (opened.halves(), accepted.halves());
+        to_server.put(Bytes::from_static(b"still")).await.expect("put");
+        let got = timeout(Duration::from_secs(1), from_client.next()).await.expect("in time");
+        assert_eq!(got.expect("data").expect("some"), "still");
+    }
+    // Once they are over it is listened to again.
+    assert_eq!(held.len(), 2 * SERVER_MAX_STREAMS as usize);
+    drop(held);
+    let taken = async {
+        loop {
+            // Those of before are wanted no more.
+            if let Ok(tunnel) = server.offers.recv().await.expect("an offer").answer.accept() {
+                return tunnel;
+            }
+        }
+    };
+    let (opened, _accepted) = tokio::join!(connection.open(request()), taken);
+    opened.expect("opened");
+}

@@ -17,6 +17,7 @@ use tokio::sync::Mutex;
 use super::{Authority, Boxed, CertificateSource, IssueError, authority::Stamp};
 use crate::{
     id::{SpiffeId, TrustDomain},
+    problems,
     telemetry::chain,
     tls::{Credentials, Trust},
 };
@@ -68,10 +69,13 @@ impl EmbeddedCa {
             Ok((roots, authority)) => {
                 tracing::info!(target: "identity", directory = %self.dir.display(), roots = authority.roots().len(), roots_changed = roots, "CA state read again");
                 *seen = now;
+                problems::solved(problems::Kind::Authority, "");
                 self.authority.store(Arc::new(authority));
                 true
             }
             Err(error) => {
+                let told = format!("error: the state of the CA cannot be read again; what was read before stays in use: {}", chain(&error));
+                problems::found(problems::Kind::Authority, "", told);
                 tracing::warn!(target: "identity", error = chain(&error), "CA state cannot be read again; what was read before stays in use");
                 false
             }

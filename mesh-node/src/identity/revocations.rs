@@ -6,7 +6,7 @@ use super::{
     IssueError,
     authority::{Stamp, state},
 };
-use crate::{telemetry::chain, tls::Trust};
+use crate::{problems, telemetry::chain, tls::Trust};
 
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -28,9 +28,12 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
             match read(&paths, &trust) {
                 Ok(lists) => {
                     seen = now;
+                    problems::solved(problems::Kind::Revocations, "");
                     tracing::info!(target: "identity", lists, "revocation lists read again");
                 }
                 Err(error) => {
+                    let told = format!("error: revocation lists cannot be read; those read before stay in force: {}", chain(&error));
+                    problems::found(problems::Kind::Revocations, "", told);
                     tracing::warn!(target: "identity", error = chain(&error), "revocation lists cannot be read; those read before stay in force");
                 }
             }

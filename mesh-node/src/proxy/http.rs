@@ -58,7 +58,7 @@ use self::{
     transport::{Counted, Transport},
     wire::{Refused, WireRequest},
 };
-use super::{Proxy, ServedPod, live::Cut, open::Listed, pods::Stage};
+use super::{Proxy, ServedPod, limits::Place, live::Cut, open::Listed, pods::Stage};
 use crate::{
     detect::Protocol,
     io::{
@@ -235,7 +235,10 @@ impl Connection {
         let serving = h2::serve(
             io,
             h2::MAX_STREAMS,
-            |accepted| drop(tokio::spawn(connection.clone().h2_exchange(accepted))),
+            |accepted| match connection.proxy.request(&connection.pod) {
+                Some(place) => drop(tokio::spawn(connection.clone().h2_exchange(accepted, place))),
+                None => h2::turn_away(accepted),
+            },
             pod.draining(connection.since),
         );
         tokio::select! {
@@ -246,7 +249,7 @@ impl Connection {
         }
     }
 
-    async fn h2_exchange(self: Arc<Self>, accepted: Accepted) {
+    async fn h2_exchange(self: Arc<Self>, accepted: Accepted, _place: Place) {
         let (request, respond) = accepted;
         let (parts, stream) = request.into_parts();
         let mut body = H2Source::new(stream, &parts.headers);

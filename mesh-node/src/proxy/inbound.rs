@@ -27,7 +27,7 @@ use tokio::{
 use super::{
     CONNECT_TIMEOUT, Failure, Proxy, ServedPod,
     http::{gate, transport::Transport},
-    limits::Slot,
+    limits::Place,
     live::{Carries, Cut, Registration},
     outcome::{Direction, Outcome, Party},
     pods::Stage,
@@ -205,13 +205,13 @@ pub async fn cut(registration: &mut Registration, pod: &ServedPod) -> Cut {
 
 /// An HBONE connection, as accepted on the HBONE listener.
 /// `handshake` is given back when the handshake is over.
-pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, caller: Slot, since: Stage) {
+pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, caller: Place, since: Stage) {
     let local = match stream.local_addr() {
         Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
         Err(_) => return,
     };
     let begun = Instant::now();
-    let (stream, peer, revoked) = match accept_tls(&proxy, &pod, stream).await {
+    let (stream, peer, revoked) = match accept_tls(&proxy, &pod, stream, client).await {
         Ok(accepted) => accepted,
         Err(failure) => return refused_handshake(&proxy, (client, local), begun, failure),
     };
@@ -263,6 +263,7 @@ async fn accept_tls(
     proxy: &Proxy,
     pod: &ServedPod,
     stream: TcpStream,
+    client: SocketAddr,
 ) -> Result<(ServerStream<TcpStream>, SpiffeId, impl Future<Output = ()>), Failure> {
     let identity = proxy.config.load().workload(&pod.uid).map(|w| w.identity.clone()).ok_or(Failure::UnknownWorkload)?;
     let credentials = timeout(HANDSHAKE_TIMEOUT, proxy.identity.credentials(&identity)).await;
@@ -270,7 +271,7 @@ async fn accept_tls(
     let accepted = async {
         // Who has not said all of its first word takes nobody's place.
         timeout(FIRST_WORD, first_word(&stream)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
-        let handshake = timeout(HANDSHAKE_TIMEOUT, pod.handshake()).await.map_err(|_| io::ErrorKind::TimedOut)?;
+        let handshake = timeout(HANDSHAKE_TIMEOUT, pod.handshake(client.ip())).await.map_err(|_| io::ErrorKind::TimedOut)?;
         let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(&credentials, stream)).await;
         drop(handshake);
         accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
@@ -326,7 +327,7 @@ impl HboneConnection {
 }
 
 async fn serve_offer(connection: HboneConnection, offer: Offer) {
-    let Offer { request, answer: mut offer } = offer;
+    let Offer { request, answer: mut offer, place: _place } = offer;
     let Ok(asked) = connection.asked.clone().try_acquire_owned() else {
         connection.proxy.metrics.failure("inbound", "too_many_streams");
         return offer.turn_away();
@@ -335,7 +336,7 @@ async fn serve_offer(connection: HboneConnection, offer: Offer) {
     outcome.source = Party { address: Some(connection.client), identity: Some(connection.peer.clone()), workload: None };
     outcome.tunnel = Some(connection.local);
     outcome.destination.workload = connection.proxy.config.load().workload(&connection.pod.uid).cloned();
-    let Some(_slot) = connection.proxy.limits.connection() else {
+    let Some(_slot) = connection.proxy.connection(&connection.pod) else {
         offer.refuse(StatusCode::SERVICE_UNAVAILABLE);
         return outcome.fail(Failure::TooManyConnections);
     };

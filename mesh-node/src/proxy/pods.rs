@@ -10,11 +10,11 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 
 use super::{
     http::{Clusters, Share},
-    limits::{CALLERS, HANDSHAKES, Slot},
+    limits::{Callers, HANDSHAKES, Holds, Place},
     live::Cut,
 };
 use crate::{id::WorkloadUid, io::netns::Netns};
@@ -48,8 +48,10 @@ pub struct ServedPod {
     pub clusters: Clusters,
     /// What its requests keep of bodies.
     pub kept: Share,
-    callers: Arc<Semaphore>,
     handshakes: Semaphore,
+    shaking: Callers,
+    /// What it has of what pods share.
+    pub holds: Holds,
     /// What the kernel says of who is at the other end.
     origins: OnceLock<Box<dyn Origins>>,
     cookie: OnceLock<u64>,
@@ -72,8 +74,9 @@ impl ServedPod {
             held: AtomicBool::new(false),
             clusters: Clusters::default(),
             kept: Share::default(),
-            callers: Arc::new(Semaphore::new(CALLERS)),
             handshakes: Semaphore::new(HANDSHAKES),
+            shaking: Callers::default(),
+            holds: Holds::default(),
             origins: OnceLock::new(),
             cookie: OnceLock::new(),
         })
@@ -168,14 +171,15 @@ impl ServedPod {
     }
 
     /// Room for one more peer that has not shaken hands with this pod.
-    pub fn caller(&self) -> Option<Slot> {
-        self.callers.clone().try_acquire_owned().ok()
+    pub fn caller(&self, client: IpAddr) -> Option<Place> {
+        self.shaking.enter(client)
     }
 
     /// Completes when it is a peer's turn to shake hands, until what comes back is dropped.
-    pub async fn handshake(&self) -> Option<SemaphorePermit<'_>> {
-        // It is never closed.
-        self.handshakes.acquire().await.ok()
+    pub async fn handshake(&self, client: IpAddr) -> Option<(OwnedSemaphorePermit, SemaphorePermit<'_>)> {
+        // They are never closed.
+        let own = self.shaking.turn(client).await?;
+        Some((own, self.handshakes.acquire().await.ok()?))
     }
 
     pub fn addresses(&self) -> Arc<Vec<IpAddr>> {

@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::problems;
+
 /// Copies in a directory, each beginning with a line that names its original.
 #[derive(Debug)]
 pub struct LastGood(PathBuf);
@@ -50,7 +52,15 @@ impl LastGood {
         let temporary = copy.with_extension("new");
         let written = fs::write(&temporary, format!("{}\n{text}", original.display())).and_then(|()| fs::rename(&temporary, &copy));
         if let Err(error) = &written {
+            let told = format!(
+                "warning: {}: its last good version cannot be kept for a restart ({error}); make room in the state directory, or nothing of it is in force \
+                 after a restart at a time when it cannot be read",
+                original.display()
+            );
+            problems::found(problems::Kind::LastGood, &original.to_string_lossy(), told);
             tracing::warn!(target: "config", %error, file = %original.display(), "cannot keep the last good version for a restart");
+        } else {
+            problems::solved(problems::Kind::LastGood, &original.to_string_lossy());
         }
         // All that is in force is in this one: what another says was, and may have been taken back since.
         let other = if quality == Quality::Good { Quality::Partial } else { Quality::Good };
@@ -60,6 +70,7 @@ impl LastGood {
     }
 
     pub fn forget(&self, original: &Path) {
+        problems::solved(problems::Kind::LastGood, &original.to_string_lossy());
         for quality in [Quality::Good, Quality::Partial] {
             let _ = fs::remove_file(self.copy(original, quality));
         }

@@ -100,7 +100,7 @@ pub fn remarks(statuses: &[Status], manifests: &Manifests) -> Vec<Remark> {
 
 /// What is said of files in force, when nothing was held before.
 const NOTHING_BEFORE: [&str; 2] =
-    ["; what this file held before stays in force", "; what this file held before, and does not show now, stays in force"];
+    ["; nothing of this file is in force", "; what this file held before, and does not show now, stays in force"];
 
 /// The line of a document that cannot be read, of which its message speaks.
 fn line_of_document(message: &str) -> Option<u64> {

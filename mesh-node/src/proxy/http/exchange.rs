@@ -117,11 +117,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             self.close = true;
             return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;
         }
-        match renormalised(&head, snapshot.normalization) {
-            Ok(None) => {}
-            Ok(Some(normal)) => head = normal,
-            Err(_) => return self.bad_path().await,
-        }
+        let Ok(normal) = renormalised(&head, snapshot.normalization) else { return self.bad_path().await };
+        head = normal.unwrap_or(head);
         let Some(table) = port.routes.http.as_ref().and_then(|table| table.of(source, port.port)) else {
             let forward = Forward::as_dialled(port.cluster.clone(), &snapshot, source, &service.name);
             return self.forward(head, forward).await;

@@ -364,6 +364,12 @@ impl Responder for H2Responder {
 /// A stream as accepted.
 pub type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
+/// Says of a stream that nothing has been done, so that it can be asked for elsewhere.
+pub fn turn_away(accepted: Accepted) {
+    let (_, mut respond) = accepted;
+    respond.send_reset(Reason::REFUSED_STREAM);
+}
+
 /// Serves one connection until it ends. Every stream goes to `on_stream`, which must not wait.
 ///
 /// When `drain` completes, the client is told to go elsewhere (GOAWAY); open streams go on to their end.

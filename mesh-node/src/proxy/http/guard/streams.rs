@@ -27,6 +27,7 @@ use crate::{
             upstream::{UpSink, UpSource},
             wire::Malformed,
         },
+        limits::Place,
         live::Cut,
     },
     route::{request::RequestHead, retry::Reset},
@@ -120,7 +121,10 @@ async fn streams(
     let serving = h2::serve(
         client,
         most,
-        |accepted| drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), accepted))),
+        |accepted| match gate.proxy.request(&gate.pod) {
+            Some(place) => drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), (accepted, place)))),
+            None => h2::turn_away(accepted),
+        },
         draining,
     );
     let (mut drive, mut serving) = (std::pin::pin!(drive), std::pin::pin!(serving));
@@ -163,8 +167,8 @@ async fn drive(
     result.map_err(h2::into_io)
 }
 
-async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::Receiver<bool>, accepted: Accepted) {
-    let (request, respond) = accepted;
+async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::Receiver<bool>, accepted: (Accepted, Place)) {
+    let ((request, respond), _place) = accepted;
     let (parts_of, stream) = request.into_parts();
     let mut body = H2Source::new(stream, &parts_of.headers);
     let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
