@@ -136,7 +136,9 @@ fn warming<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: &[&'a Endpoint]
     let mut found = None;
     for throw in 0..WARMUP_THROWS {
         found = match cluster.policy.balancer {
-            Balancer::RoundRobin => at(candidates, asker.turn + u64::from(throw)),
+            Balancer::RoundRobin if throw == 0 => at(candidates, asker.turn),
+            // What it is spared is for all others, and not for its neighbour alone.
+            Balancer::RoundRobin => at(candidates, dice >> 16),
             _ => least_request(candidates, dice),
         };
         dice = hash(&dice.to_le_bytes());

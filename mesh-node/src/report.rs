@@ -7,6 +7,7 @@ pub mod environment;
 pub mod expression;
 pub mod format;
 pub mod kept;
+pub mod peer;
 pub mod plain;
 pub mod span;
 pub mod trace;

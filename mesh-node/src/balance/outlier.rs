@@ -112,7 +112,23 @@ pub struct Outliers {
     started: Instant,
     /// Taken on ejection only.
     history: Mutex<HashMap<SocketAddr, History>>,
-    ejected: ArcSwap<Vec<(SocketAddr, Instant)>>,
+    ejected: ArcSwap<Ejections>,
+}
+
+/// Endpoints that are left out, and until when.
+#[derive(Debug, Default)]
+pub struct Ejections {
+    /// The settings they were ejected by.
+    by: Option<Outlier>,
+    all: Vec<(SocketAddr, Instant)>,
+}
+
+impl std::ops::Deref for Ejections {
+    type Target = [(SocketAddr, Instant)];
+
+    fn deref(&self) -> &Self::Target {
+        &self.all
+    }
 }
 
 impl Outliers {
@@ -156,7 +172,7 @@ impl Outliers {
             self.tick_after(now + (settings.base_ejection * times).min(MAX_EJECTION.max(settings.base_ejection)), settings.interval);
         history.insert(endpoint, History { times, until });
         active.push((endpoint, until));
-        self.ejected.store(Arc::new(active));
+        self.ejected.store(Arc::new(Ejections { by: Some(*settings), all: active }));
         true
     }
 
@@ -168,7 +184,20 @@ impl Outliers {
     }
 
     /// The endpoints left out now, with the end of that.
-    pub fn ejected(&self) -> arc_swap::Guard<Arc<Vec<(SocketAddr, Instant)>>> {
+    pub fn ejected(&self) -> arc_swap::Guard<Arc<Ejections>> {
+        self.ejected.load()
+    }
+
+    /// The same by settings that may have changed since: with others, or none, all begin anew, as Envoy's clusters do.
+    pub fn ejected_by(&self, settings: Option<&Outlier>) -> arc_swap::Guard<Arc<Ejections>> {
+        let ejected = self.ejected.load();
+        if ejected.all.is_empty() || ejected.by.as_ref() == settings {
+            return ejected;
+        }
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        history.clear();
+        self.ejected.store(Arc::default());
+        drop(history);
         self.ejected.load()
     }
 
@@ -181,8 +210,9 @@ impl Outliers {
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
         history.retain(|a, _| exists(a));
         if self.ejected.load().iter().any(|(a, _)| !exists(a)) {
-            let left = self.ejected.load().iter().filter(|(a, _)| exists(a)).copied().collect();
-            self.ejected.store(Arc::new(left));
+            let ejected = self.ejected.load();
+            let all = ejected.iter().filter(|(a, _)| exists(a)).copied().collect();
+            self.ejected.store(Arc::new(Ejections { by: ejected.by, all }));
         }
     }
 }
@@ -277,5 +307,22 @@ mod tests {
         now += SECOND * 60;
         fail(&outliers, address(1), Event::ServerError, &settings(100), 1, now);
         assert!(outliers.ejected()[0].1 - now < SECOND * 2, "forgiven");
+    }
+
+    #[test]
+    fn other_settings_begin_anew() {
+        let (outliers, streak, now) = (Outliers::new(Instant::now()), Streak::default(), Instant::now());
+        let eject = |settings: &Outlier| {
+            assert!((0..3).any(|_| outliers.record(address(1), &streak, Event::ServerError, settings, || 1, now)));
+        };
+        eject(&settings(100));
+        assert_eq!(outliers.ejected_by(Some(&settings(100))).len(), 1);
+        assert!(outliers.ejected_by(None).is_empty() && outliers.ejected().is_empty());
+        eject(&settings(100));
+        let longer = Outlier { base_ejection: SECOND * 9, ..settings(100) };
+        assert!(outliers.ejected_by(Some(&longer)).is_empty());
+        eject(&longer);
+        // It is ejected for the first time.
+        assert!(outliers.ejected_by(Some(&longer)).first().is_some_and(|(_, until)| *until - now <= SECOND * 10));
     }
 }

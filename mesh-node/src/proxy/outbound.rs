@@ -216,6 +216,11 @@ struct Held {
     _slot: Option<ConnectionSlot>,
 }
 
+/// How often in its idle time it is looked whether a connection has had traffic: that time is exceeded by no more. Neither too often nor
+/// too seldom.
+const IDLE_LOOKS: u32 = 20;
+const LOOKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(30)];
+
 /// How long a connection may last, and how long without traffic.
 #[derive(Debug, Default)]
 struct TimeLimits {
@@ -233,14 +238,14 @@ impl TimeLimits {
         };
         let idle = async {
             let Some(idle) = self.idle else { return std::future::pending().await };
-            let mut before = traffic.total();
-            loop {
-                sleep(idle).await;
-                let now = traffic.total();
-                if now == before {
-                    return;
+            let look = (idle / IDLE_LOOKS).clamp(LOOKS[0], LOOKS[1]);
+            let (mut before, mut since) = (traffic.total(), Instant::now());
+            while since.elapsed() < idle {
+                sleep(look.min(idle.saturating_sub(since.elapsed()))).await;
+                let total = traffic.total();
+                if total != before {
+                    (before, since) = (total, Instant::now());
                 }
-                before = now;
             }
         };
         tokio::select! {

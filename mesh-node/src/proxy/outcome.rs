@@ -25,6 +25,7 @@ use crate::{
     report::{
         Told,
         entry::{ClusterName, Entry},
+        peer::End,
     },
     route::{ClusterId, Workload},
     telemetry::{
@@ -325,6 +326,7 @@ impl Outcome {
                     | Failure::NotInRegistry(_)
                     | Failure::ReservedPort(_)
                     | Failure::UnknownWorkload
+                    | Failure::Overflow(_)
             )
         );
         let cluster = match (&self.cluster, self.destination.address) {
@@ -375,6 +377,11 @@ impl Outcome {
             peer: proved(&self.source),
             local: proved(&self.destination),
             teller: self.teller(),
+            other: match self.direction {
+                Direction::Outbound => self.destination.workload.as_deref().map(|peer| (End::Upstream, peer)),
+                Direction::Inbound => self.source.workload.as_deref().map(|peer| (End::Downstream, peer)),
+            },
+            cluster: &self.proxy.metrics.cluster,
         }
     }
 

@@ -2,7 +2,11 @@
 
 use std::borrow::Cow;
 
-use super::expression::Value;
+use super::{
+    environment::Variable,
+    expression::Value,
+    peer::{End, Fact},
+};
 
 /// What can be asked of a request or connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +48,12 @@ pub enum Attribute {
     ClusterName,
     RouteName,
     ListenerDirection,
+    /// One of the workload at an end.
+    Peer(End, Fact),
+    /// One of Istio's for the pod itself.
+    Own(Variable),
+    /// What Istio's proxies are called.
+    NodeId,
     /// One of Envoy's that nothing is known of here: it has no value, as it often has none there.
     Nothing,
 }
@@ -149,6 +159,9 @@ pub trait Attributes {
 
     /// A header, by its name in lower case. The pseudo-headers `:method`, `:path`, `:authority` and `:scheme` are among them.
     fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>>;
+
+    /// A label of the workload at an end.
+    fn label(&self, of: End, name: &str) -> Option<&str>;
 
     /// The names of the headers there are, in lower case.
     fn names(&self, whose: HeadersOf) -> Vec<String>;

@@ -13,6 +13,7 @@ use super::{
     attributes::{Attribute, Attributes, HeadersOf},
     expression::Value,
     kept::Kept,
+    peer::End,
     plain::push_number,
 };
 use crate::{
@@ -70,6 +71,10 @@ pub struct Entry<'a> {
     pub local: Option<&'a SpiffeId>,
     /// The pod that tells it.
     pub teller: Option<&'a Workload>,
+    /// The workload at the other end, and which that is, where somebody asks about it.
+    pub other: Option<(End, &'a Workload)>,
+    /// The cluster both are in.
+    pub cluster: &'a str,
 }
 
 /// What a request asked for.
@@ -207,6 +212,8 @@ impl Entry<'_> {
             peer: None,
             local: None,
             teller: None,
+            other: None,
+            cluster: "",
         }
     }
 
@@ -226,6 +233,10 @@ impl Entry<'_> {
             Header::Status => None,
             Header::Named(name) => asked.headers.get(name).map(HeaderValue::as_bytes),
         }
+    }
+
+    fn peer_at(&self, end: End) -> Option<&Workload> {
+        self.other.filter(|(e, _)| *e == end).map(|(_, peer)| peer)
     }
 
     fn request_header(&self, name: &str) -> Option<Cow<'_, str>> {
@@ -279,6 +290,13 @@ impl Attributes for Entry<'_> {
             Attribute::ListenerDirection => {
                 Some(Value::Int(if matches!(self.upstream_cluster, Some(ClusterName::Inbound(_))) { 1 } else { 2 }))
             }
+            Attribute::Peer(end, fact) => self.peer_at(end).and_then(|peer| fact.of(peer, self.cluster)).map(Value::Text),
+            Attribute::Own(variable) => self.teller.and_then(|pod| variable.of(pod)).map(Value::Text),
+            Attribute::NodeId => self.teller.map(|pod| {
+                let (ip, name, namespace) =
+                    (pod.ips.first().map(ToString::to_string).unwrap_or_default(), &pod.name.name, &pod.name.namespace);
+                Value::Text(format!("sidecar~{ip}~{name}.{namespace}~{namespace}.svc.cluster.local").into())
+            }),
             Attribute::Nothing => None,
             Attribute::RouteName => plain(self.route),
         }
@@ -295,6 +313,10 @@ impl Attributes for Entry<'_> {
             HeadersOf::Trailers => return Some(joined(first, self.response_trailers?.get_all(name).iter())),
         };
         Some(joined(first, kept.all(name)))
+    }
+
+    fn label(&self, of: End, name: &str) -> Option<&str> {
+        self.peer_at(of)?.labels.get(name)
     }
 
     fn names(&self, whose: HeadersOf) -> Vec<String> {

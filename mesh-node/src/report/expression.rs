@@ -20,6 +20,7 @@ use super::{
     attributes::{Attribute, Attributes, HeadersOf},
     entry::Header,
     kept::Asks,
+    peer::End,
 };
 
 /// Longest expression that is read, bytes.
@@ -39,6 +40,14 @@ enum Node {
     Headers(HeadersOf),
     /// One header, by its name in lower case.
     Header(HeadersOf, String),
+    /// What is known of the workload at an end, or of the connection's two: only members of it have a value.
+    Peers,
+    Peer(End),
+    Labels(End),
+    Label(End, String),
+    /// The same of what Istio's proxies say of themselves.
+    OwnProxy,
+    OwnMetadata,
     /// One whose name is made up as it is asked for.
     SomeHeader(HeadersOf, Box<Node>),
     Map(Vec<(Node, Node)>),
@@ -171,10 +180,12 @@ impl Expression {
 fn asks(node: &Node, all: &mut Asks) {
     let one = |whose, name: &str, all: &mut Asks| Header::named(name).iter().for_each(|header| all.for_one(whose, header));
     match node {
-        Node::Literal(_) | Node::Bound(_) => {}
+        Node::Literal(_) | Node::Bound(_) | Node::Peers | Node::Peer(_) | Node::Labels(_) | Node::OwnProxy | Node::OwnMetadata => {}
+        Node::Label(..) => all.peers = true,
         Node::Attribute(attribute) => {
             attribute.request_header().iter().for_each(|name| one(HeadersOf::Request, name, all));
             all.identities |= matches!(attribute, Attribute::ConnectionPeer | Attribute::ConnectionLocal);
+            all.peers |= matches!(attribute, Attribute::Peer(..));
         }
         Node::Headers(whose) => all.for_all(*whose),
         Node::SomeHeader(whose, name) => {

@@ -44,6 +44,8 @@ pub struct Asks {
     pub response: Wanted,
     /// What comes behind the body of an answer.
     pub trailers: bool,
+    /// Which workload is at the other end.
+    pub peers: bool,
     /// Who the two ends of a connection have proved to be.
     pub identities: bool,
 }
@@ -74,6 +76,7 @@ impl Asks {
             }
         }
         self.trailers |= others.trailers;
+        self.peers |= others.peers;
         self.identities |= others.identities;
     }
 

@@ -134,6 +134,8 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             self.record.endpoint = Some(address);
             self.record.upstream_local = None;
             self.record.place(self.edge(address, &endpoint));
+            let snapshot = self.newer.as_deref().unwrap_or(self.forward.snapshot);
+            self.record.between(self.forward.source, || snapshot.workload_by_ip(address.ip()));
             self.upload.rewind();
             self.deadlines.attempt = None;
             self.announce(&mut head);
@@ -221,7 +223,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             let load = cluster.endpoints.iter().find(|e| e.address == address).map(|e| e.load.begin());
             return Some((address, self.state.endpoint(address), load));
         }
-        let ejected = self.state.outliers.ejected();
+        let ejected = self.state.outliers.ejected_by(cluster.policy.outlier.as_ref());
         let tried: &[_] = if self.policy.ignore_previous_hosts { &self.tried } else { &[] };
         let asker = Asker {
             client: self.down.client.ip(),

@@ -65,7 +65,7 @@ impl Call<'_> {
         let (address, endpoint, _load) = {
             let snapshot = proxy.config.load();
             let source = snapshot.workload(&pod.uid)?;
-            let ejected = state.outliers.ejected();
+            let ejected = state.outliers.ejected_by(cluster.policy.outlier.as_ref());
             let asker = Asker {
                 client: client.ip(),
                 own: &source.ips,

@@ -234,6 +234,7 @@ impl ClusterState {
 
     fn tidy(&self, cluster: &Cluster, now: Instant) {
         let exists = |a: &SocketAddr| cluster.endpoints.iter().any(|e| e.address == *a);
+        self.outliers.ejected_by(cluster.policy.outlier.as_ref());
         self.outliers.retain(exists);
         let all = self.endpoints.entries.load_full();
         for (address, endpoint) in all.iter() {

@@ -201,6 +201,9 @@ impl Gate {
             };
             ends.edge(metrics, &workload.reporting.server.tags)
         }));
+        if let Some(workload) = snapshot.workload(&self.pod.uid) {
+            record.between(workload, || snapshot.workload_by_ip(self.facts.source));
+        }
         if let Some(workload) = snapshot.workload(&self.pod.uid)
             && (workload.reporting.server.asks.identities || is_traced())
         {

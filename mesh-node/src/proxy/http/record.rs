@@ -34,6 +34,7 @@ use crate::{
         entry::{Asked, ClusterName, Entry, X_REQUEST_ID},
         format::Template,
         kept::{Kept, Wanted},
+        peer::End,
     },
     route::{Cluster, Workload, request::RequestHead},
     telemetry::{
@@ -75,6 +76,8 @@ pub struct Record {
     edge: Option<Arc<Edge>>,
     /// It is known where.
     placed: bool,
+    /// The workload at the other end, where somebody asks about that.
+    other: Option<Arc<Workload>>,
     /// It has come to an end that is told as it is.
     concluded: bool,
     pub grpc: bool,
@@ -138,6 +141,7 @@ impl Record {
             upstream_protocol: None,
             edge: None,
             placed: false,
+            other: None,
             concluded: false,
             grpc: false,
             up: Meter::default(),
@@ -314,6 +318,13 @@ impl Record {
         }
     }
 
+    /// Takes down which workload is at the other end, if somebody asks about that.
+    pub fn between<'w>(&mut self, teller: &Workload, other: impl FnOnce() -> Option<&'w Arc<Workload>>) {
+        if told(&teller.reporting, self.reporter).asks.peers {
+            self.other = other().cloned();
+        }
+    }
+
     pub fn raise(&mut self, flag: Flag) {
         self.flags.raise(flag);
     }
@@ -423,6 +434,8 @@ impl Record {
             peer: self.peer.as_ref(),
             local: self.local.as_ref(),
             teller: self.teller.as_deref(),
+            other: self.other.as_deref().map(|other| (if inbound { End::Downstream } else { End::Upstream }, other)),
+            cluster: &self.metrics.cluster,
         }
     }
 

@@ -115,7 +115,7 @@ fn choose(
         hash: hash.then(|| balance::hash(client.to_string().as_bytes())),
         tried,
         elsewhere: false,
-        ejected: &state.outliers.ejected(),
+        ejected: &state.outliers.ejected_by(cluster.policy.outlier.as_ref()),
         now: std::time::Instant::now(),
     };
     let (address, load) = if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *dialled {

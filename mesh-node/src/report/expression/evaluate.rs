@@ -30,6 +30,9 @@ impl<'a> Scope<'_, 'a> {
             }
             Node::Attribute(attribute) => self.of.attribute(*attribute).ok_or(NoValue)?,
             Node::Headers(whose) => self.headers(*whose),
+            Node::Label(end, name) => Value::Text(Cow::Borrowed(self.of.label(*end, name).ok_or(NoValue)?)),
+            // Only their members have a value.
+            Node::Peers | Node::Peer(_) | Node::Labels(_) | Node::OwnProxy | Node::OwnMetadata => return Err(NoValue),
             Node::Header(whose, name) => Value::Text(self.of.header(*whose, name).ok_or(NoValue)?),
             Node::SomeHeader(whose, name) => match self.evaluate(name)? {
                 Value::Text(name) => Value::Text(self.of.header(*whose, &name.to_ascii_lowercase()).ok_or(NoValue)?),

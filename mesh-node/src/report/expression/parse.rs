@@ -1,8 +1,11 @@
 //! From words and signs to a checked expression: a parser by recursive descent, bounded in depth.
 
 use super::{
-    super::attributes::{Attribute, HeadersOf},
-    Binary, Function, Literal, Macro, Node, Pattern,
+    super::{
+        attributes::{Attribute, HeadersOf},
+        peer::{self, Fact},
+    },
+    Binary, End, Function, Literal, Macro, Node, Pattern,
     functions::{self, FUNCTIONS, METHODS},
     scan::{Token, scan, show},
 };
@@ -196,9 +199,20 @@ impl Parser {
         if self.takes("(") {
             return self.function(name);
         }
+        match name {
+            "filter_state" => return Ok(Node::Peers),
+            "node" => return Ok(Node::OwnProxy),
+            _ => {}
+        }
+        if let Some(end) = End::named(name) {
+            return Ok(Node::Peer(end));
+        }
         // An attribute: a root and a member.
         self.needs(".").map_err(|_| format!("has {name:?}, which is neither an attribute nor a function known here"))?;
         let member = self.name()?;
+        if (name, &*member) == ("xds", "node") {
+            return Ok(Node::OwnProxy);
+        }
         if let Some(whose) = HeadersOf::named(name, &member) {
             return Ok(Node::Headers(whose));
         }
@@ -219,7 +233,9 @@ impl Parser {
                 let on = arguments.pop();
                 return matches(on, pattern);
             }
-            let [what @ (Node::Attribute(_) | Node::Header(..) | Node::Member(..) | Node::SomeHeader(..))] = &arguments[..] else {
+            let [what @ (Node::Attribute(_) | Node::Label(..) | Node::Header(..) | Node::Member(..) | Node::SomeHeader(..))] =
+                &arguments[..]
+            else {
                 return Err(format!("calls {name}() with something else than an attribute or a header"));
             };
             return Ok(Node::Has(Box::new(what.clone())));
@@ -326,6 +342,10 @@ impl Parser {
 fn member(of: Node, key: Node) -> Parsed {
     match (of, key) {
         (Node::Headers(whose), Node::Literal(Literal::Text(name))) => Ok(Node::Header(whose, name.to_ascii_lowercase())),
+        (
+            of @ (Node::Peers | Node::Peer(_) | Node::Labels(_) | Node::Label(..) | Node::OwnProxy | Node::OwnMetadata),
+            Node::Literal(Literal::Text(name)),
+        ) => of_workloads(&of, name),
         (Node::Headers(_), Node::Literal(_)) => Err("asks for a header by what is no text".to_owned()),
         (Node::Headers(whose), name) => Ok(Node::SomeHeader(whose, Box::new(name))),
         (of @ (Node::List(_) | Node::Map(_) | Node::Member(..) | Node::Bound(_) | Node::Macro(..) | Node::Choose(..)), key) => {
@@ -333,6 +353,27 @@ fn member(of: Node, key: Node) -> Parsed {
         }
         (_, Node::Literal(Literal::Text(name))) => Err(format!("asks for {name:?} of something that has no members")),
         _ => Err("asks for a member of something that has none".to_owned()),
+    }
+}
+
+/// What is asked of the workloads at the two ends.
+fn of_workloads(of: &Node, name: String) -> Parsed {
+    match of {
+        Node::Peers => End::named(&name).map(Node::Peer).ok_or_else(|| {
+            format!("asks for filter_state.{name}, of which nothing is known here; known are upstream_peer and downstream_peer")
+        }),
+        Node::Peer(end) if name == "labels" => Ok(Node::Labels(*end)),
+        Node::Peer(end) => Fact::named(&name)
+            .map(|fact| Node::Attribute(Attribute::Peer(*end, fact)))
+            .ok_or_else(|| format!("asks for {name:?} of a peer; known are {}, labels", Fact::known())),
+        Node::Labels(end) => Ok(Node::Label(*end, name)),
+        // As they were told apart when they were messages.
+        Node::Label(end, label) if name == "value" => Ok(Node::Label(*end, label.clone())),
+        Node::OwnProxy if name == "metadata" => Ok(Node::OwnMetadata),
+        Node::OwnProxy if name == "id" => Ok(Node::Attribute(Attribute::NodeId)),
+        // What nothing is known of has no value, as with a proxy that was not told.
+        Node::OwnMetadata => Ok(Node::Attribute(peer::metadata(&name).map_or(Attribute::Nothing, Attribute::Own))),
+        _ => Err(format!("asks for {name:?} of something that has no members")),
     }
 }
 

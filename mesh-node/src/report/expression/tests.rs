@@ -4,6 +4,7 @@ use http::HeaderName;
 
 use super::*;
 use crate::report::kept::Wanted;
+use crate::report::{environment::Variable, peer::Fact};
 
 #[derive(Default)]
 struct Known(HashMap<&'static str, &'static str>);
@@ -18,6 +19,8 @@ impl Attributes for Known {
             Attribute::RequestDuration => Some(Value::Duration(250_000_000)),
             // A Monday.
             Attribute::RequestTime => functions::timestamp("2026-11-30T23:05:07.25Z").map(Value::Time),
+            Attribute::Peer(End::Upstream, Fact::App) => Some(Value::Text("reviews".into())),
+            Attribute::Own(Variable::PodNamespace) => Some(Value::Text("default".into())),
             Attribute::ConnectionMtls => Some(Value::Bool(true)),
             _ => None,
         }
@@ -25,6 +28,10 @@ impl Attributes for Known {
 
     fn header(&self, whose: HeadersOf, name: &str) -> Option<Cow<'_, str>> {
         if whose == HeadersOf::Request { self.0.get(name).map(|v| Cow::Borrowed(*v)) } else { None }
+    }
+
+    fn label(&self, of: End, name: &str) -> Option<&str> {
+        (of == End::Upstream && name == "role").then_some("server")
     }
 
     fn names(&self, whose: HeadersOf) -> Vec<String> {
@@ -122,6 +129,15 @@ fn tags_have_a_value_in_any_case() {
         ("upstream.address", "unknown"),
         ("has(request.headers.host) ? request.headers.host : 'none'", "none"),
         ("connection.mtls", "true"),
+        ("filter_state.upstream_peer.app", "reviews"),
+        ("filter_state['wasm.upstream_peer'].app", "reviews"),
+        ("upstream_peer.labels['role'].value", "server"),
+        ("filter_state.upstream_peer.labels.role", "server"),
+        ("filter_state.upstream_peer.labels['none']", "unknown"),
+        ("filter_state.downstream_peer.app", "unknown"),
+        ("has(filter_state.downstream_peer.app) ? 'known' : 'not'", "not"),
+        ("node.metadata['NAMESPACE'] + '/' + xds.node.metadata['NAMESPACE']", "default/default"),
+        ("node.metadata['PLATFORM']", "unknown"),
     ] {
         assert_eq!(Expression::parse(text).map(|e| e.tag(&known)), Ok(expected.to_owned()), "{text}");
     }
@@ -140,6 +156,12 @@ fn tags_have_a_value_in_any_case() {
         asks.identities
     };
     assert!(identities("has(connection.uri_san_peer_certificate)") && identities("connection.uri_san_local_certificate == 'a' || true"));
+    let peers = |text: &str| {
+        let mut asks = Asks::default();
+        Expression::parse(text).expect(text).asks(&mut asks);
+        asks.peers
+    };
+    assert!(peers("upstream_peer.labels['a']") && peers("!has(filter_state.downstream_peer.app)") && !peers("node.id"));
     assert!(!identities("connection.mtls && request.method == 'GET'"));
     assert_eq!(asks("'a' in request.headers && request.referer == ''"), (Wanted::All, these(&[])));
 }
@@ -153,6 +175,8 @@ fn what_cannot_be_read_says_why() {
         ("response.code == 1 1", "where it should end"),
         ("foo", "neither an attribute nor a function"),
         ("foo(1)", "calls foo()"),
+        ("filter_state.other == 'a'", "filter_state.other, of which nothing is known here"),
+        ("upstream_peer.colour == 'a'", "\"colour\" of a peer; known are app, version"),
         ("[1].exists(x, y == x)", "\"y\", which is neither"),
         ("[1].exists(x)", "needs \",\""),
         ("[1].exists(1, true)", "needs a name"),

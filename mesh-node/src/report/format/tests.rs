@@ -63,6 +63,8 @@ fn entry(headers: &Kept) -> Entry<'_> {
         peer: None,
         local: None,
         teller: None,
+        other: None,
+        cluster: "",
     }
 }
 

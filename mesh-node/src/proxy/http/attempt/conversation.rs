@@ -110,6 +110,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         let WireResponse { status, headers, framing, keep_alive } = response;
         let verdict = judge(status, headers, self.upload.heard());
         if verdict.again {
+            // What has come whole leaves the connection as good as it was.
+            if uploaded && keep_alive && !self.half_closed {
+                while let Ok(Some(_)) = self.source.buffered() {}
+                self.clean = self.source.is_end();
+            }
             return Attempt::Again;
         }
         self.upload.settle();
