@@ -156,6 +156,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let upgrade = passed.map_or(plan.upgrade, |pass| pass.upgrade(plan.upgrade));
     let plan = &Plan { head, upgrade, client_cert: passed.and_then(|pass| pass.client_cert.as_ref()), ..*plan };
     if let Some(record) = &mut inbound {
+        record.let_in();
         record.look_behind(responder.meter());
         if upload.is_received() && plan.upgrade.is_none() {
             record.came_without_body(&plan.head.method);
