@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use mesh_node::io::netns::Netns;
 use mesh_tests::{
     Bed, NodeOptions, PodSpec,
     bed::{Node, program, wait_for},
@@ -87,4 +88,35 @@ fn two_thousand_idle_connections_stay_alive_and_are_cheap() {
     assert!(report["held"] == 2000 && report["failed"] == 0, "{report}");
     // What stays: the HBONE connections that were needed for so many streams, idle in the pool.
     settled(&bed, &descriptors, 20);
+}
+
+/// Sockets that say nothing, from a pod, take no place of the kubelet's, nor all of those for others.
+#[test]
+fn sockets_on_the_pages_keep_nobody_from_readiness() {
+    use std::{
+        io::{Read, Write},
+        net::TcpStream,
+    };
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client] = bed.meshed([PodSpec::new("client", 0)]).expect("a pod");
+    let address = bed.node_address(0);
+    let of_pod = Netns::open(&client.netns).expect("a namespace");
+    for port in [15_020, 15_021] {
+        let held = of_pod
+            .enter(|| (0..100).map(|_| TcpStream::connect((address, port)).expect("connected")).collect::<Vec<_>>())
+            .expect("entered");
+        held.iter().for_each(|mut socket| drop(socket.write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: a\r\n")));
+        for (node, to) in [(0, "127.0.0.1".to_owned()), (0, address.to_string()), (1, address.to_string())] {
+            let netns = Netns::open(&bed.nodes()[node].netns).expect("a namespace");
+            let mut socket = netns.enter(|| TcpStream::connect((&*to, port))).expect("entered").expect("connected");
+            socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a socket");
+            let path = if port == 15_021 { "/healthz/ready" } else { "/metrics" };
+            socket.write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").as_bytes()).expect("sent");
+            let mut answer = Vec::new();
+            socket.read_to_end(&mut answer).unwrap_or_else(|e| panic!("{port} from node {node} to {to}: {e}"));
+            assert!(answer.starts_with(b"HTTP/1.1 200"), "{port} from node {node} to {to}");
+        }
+    }
+    let refused = bed.nodes()[0].metric("mesh_pages_refused_total", &[]).expect("metrics");
+    assert!(refused >= 150.0, "{refused}");
 }

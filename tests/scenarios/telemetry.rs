@@ -302,6 +302,74 @@ spec:
     assert!(remarks.contains("Telemetry default/bad") && remarks.contains("nowhere"), "{remarks}");
 }
 
+/// Istio's own examples of tags ask for the workload at the other end; what goes nowhere is counted for the service that was dialled, and
+/// names no host that was not asked.
+#[test]
+fn tags_know_the_other_end_and_what_goes_nowhere_was_meant_for_somebody() {
+    let scene = scene();
+    let log = tempfile::Builder::new().prefix("hosts").suffix(".log").tempfile().expect("a file");
+    scene.apply(
+        "mesh",
+        &format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: file\n      envoyFileAccessLog: {{path: {}, logFormat: {{labels: {{code: '%RESPONSE_CODE%', from: {{host: '%UPSTREAM_HOST%', levels: [1, '%REQ(:PATH)%']}}}}}}}}\n",
+            log.path().display()
+        ),
+    );
+    scene.apply(
+        "telemetry",
+        r#"apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: {name: custom-tags, namespace: istio-system}
+spec:
+  accessLogging:
+  - providers: [{name: file}]
+    match: {mode: SERVER}
+  metrics:
+  - overrides:
+    - match: {metric: REQUEST_COUNT, mode: CLIENT}
+      tagOverrides:
+        destination_x: {value: filter_state.upstream_peer.app}
+        destination_pod: {value: "filter_state.upstream_peer.namespace + '/' + upstream_peer.labels['version'].value"}
+        own: {value: "node.metadata['NAMESPACE']"}
+    - match: {metric: REQUEST_COUNT, mode: SERVER}
+      tagOverrides:
+        source_x: {value: filter_state.downstream_peer.app}
+    providers: [{name: prometheus}]
+"#,
+    );
+    assert!(scene.bed.nodes()[0].admin_json("/status").expect("status")["remarks"].as_array().is_some_and(Vec::is_empty));
+    scene.get("/a", 20);
+    scene.wait_total(20.0, "istio_requests_total", &["reporter=\"source\"", "destination_x=\"web\"", "own=\"default\""]);
+    scene.wait_total(20.0, "istio_requests_total", &["reporter=\"destination\"", "source_x=\"client\""]);
+    for version in ["v1", "v2"] {
+        let sent = scene.total("istio_requests_total", &["reporter=\"source\"", &format!("destination_version=\"{version}\"")]);
+        assert!(sent > 0.5, "{version} is never asked");
+        scene.wait_total(sent, "istio_requests_total", &["reporter=\"source\"", &format!("destination_pod=\"default/{version}\"")]);
+    }
+    scene.apply(
+        "routes",
+        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: web}\nspec:\n  hosts: [web]\n  http:\n  - match: [{uri: {exact: /direct}}]\n    directResponse: {status: 418}\n  - match: [{uri: {exact: /redirect}}]\n    redirect: {uri: /elsewhere}\n  - match: [{uri: {exact: /nowhere}}]\n    route: [{destination: {host: web, subset: none}}]\n  - match: [{uri: {prefix: /denied}}]\n    route: [{destination: {host: web}}]\n",
+    );
+    scene.apply(
+        "deny",
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: deny}\nspec: {selector: {matchLabels: {app: web}}, action: DENY, rules: [{to: [{operation: {paths: [/denied]}}]}]}\n",
+    );
+    for path in ["/direct", "/redirect", "/nowhere", "/lost", "/denied"] {
+        scene.get(path, 2);
+    }
+    for code in ["418", "301", "503", "404", "403"] {
+        let labels = ["reporter=\"source\"", "destination_service_name=\"web\"", "destination_service_namespace=\"default\""];
+        scene.wait_total(2.0, "istio_requests_total", &[&labels[..], &[&format!("response_code=\"{code}\"")]].concat());
+    }
+    let read = || std::fs::read_to_string(log.path()).expect("the log");
+    wait_for("22 lines", Duration::from_secs(5), || Ok(read().lines().count() == 22)).expect("lines");
+    for line in read().lines() {
+        let line: Value = serde_json::from_str(line).expect("JSON");
+        let (path, host) = (&line["from"]["levels"][1], &line["from"]["host"]);
+        assert!(line["from"]["levels"][0] == 1 && host.is_string() == (path == "/a"), "{line}");
+    }
+}
+
 /// Who the two ends are is told where it was proved, and of plaintext nowhere; in JSON, if the environment asks for that, in ztunnel's way.
 #[test]
 fn the_log_names_identities_that_were_proved_and_can_be_json() {
