@@ -44,7 +44,8 @@ impl Places {
         let objects = self.0.iter().flat_map(|document| objects(&document.node, 4).into_iter().map(|node| (document.before, node)));
         let (before, node) = objects.into_iter().find(|(_, node)| node.is(kind, namespace, name))?;
         let own = node.value.get("kind").map_or(node.referenced.line(), |(key, _)| key.referenced.line());
-        Some(before + node.value.line(field).or_else(|| node.value.line_of_host(field)).unwrap_or(own))
+        let spec = node.value.get("spec").map(|(_, spec)| &spec.value);
+        Some(before + node.value.line(field).or_else(|| spec?.line_of_host(field)).unwrap_or(own))
     }
 }
 

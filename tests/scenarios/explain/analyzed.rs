@@ -4,6 +4,7 @@ use super::*;
 
 const REFUSED: &str = include_str!("../../corpora/analyzed/refused.yaml");
 const PODS: &str = include_str!("../../corpora/analyzed/pods.yaml");
+const PATTERNS: &str = include_str!("../../corpora/analyzed/patterns.yaml");
 const MISTAKES: &str = include_str!("../../corpora/analyzed/mistakes.yaml");
 
 /// The exit code and what is said of a directory, or of one file, by `meshctl analyze`.
@@ -71,6 +72,24 @@ fn a_document_that_cannot_be_read_is_told_and_the_others_too() {
         assert!(text.contains(&part), "{part}: {text}");
     }
     assert!(!text.contains("stays in force"), "{text}");
+}
+
+#[test]
+fn what_nothing_is_ever_like_is_told_at_its_own_line() {
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: reviews}\nspec: {selector: {app: reviews}, ports: [{name: http, port: 80}]}\n";
+    let (_kept, path) = directory(&[("patterns.yaml", PATTERNS), ("service.yaml", service)]);
+    let (code, text) = analyze(&[&path]);
+    assert_eq!(code, Some(0), "{text}");
+    for part in [
+        "patterns.yaml:8: warning: AuthorizationPolicy default/stars: spec.rules[0].to[0].operation.paths: a star within \"/a/*/b\"",
+        "patterns.yaml:8: warning: AuthorizationPolicy default/stars: spec.rules[0].to[0].operation.paths: a star within \"*/x/*\"",
+        "patterns.yaml:18: warning: VirtualService default/reviews: spec.http[0].match[0].uri: no path is like \"users\"",
+        "patterns.yaml:18: warning: VirtualService default/reviews: spec.http[0].match[0].method: no request has the method \"get\"",
+        "patterns.yaml:21: warning: VirtualService default/reviews: destination reviews: the Service has no port 8888",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(!text.contains("/fine/"), "{text}");
 }
 
 /// What would not be noticed, and what is hardly meant so.

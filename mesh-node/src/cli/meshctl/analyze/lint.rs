@@ -19,7 +19,7 @@ use crate::{
     },
     route::{
         Workload,
-        matching::{HttpMatch, PathMatch},
+        matching::{HttpMatch, PathMatch, TextMatch},
         rule::{Action, Rule},
     },
 };
@@ -104,6 +104,26 @@ impl Lint<'_> {
                 self.say(named, &message);
             }
         }
+        for (i, rule) in vs.http.iter().enumerate() {
+            for (j, asked) in rule.matches.iter().enumerate() {
+                if let Some(PathMatch::Exact { path, .. } | PathMatch::Prefix { path, .. }) = &asked.path
+                    && !path.starts_with('/')
+                    && **path != *"*"
+                    && !path.is_empty()
+                {
+                    self.say(named, &format!("spec.http[{i}].match[{j}].uri: no path is like {path:?}; they begin with a slash: \"/{path}\""));
+                }
+                if let Some(TextMatch::Exact(method)) = &asked.method
+                    && method.chars().any(|c| c.is_ascii_lowercase())
+                {
+                    let message = format!(
+                        "spec.http[{i}].match[{j}].method: no request has the method {method:?}; they are told apart by case: {:?}",
+                        method.to_uppercase()
+                    );
+                    self.say(named, &message);
+                }
+            }
+        }
         for (i, rule) in vs.http.iter().enumerate().filter(|(_, rule)| !takes_all(&rule.matches)) {
             let before = vs.http.iter().take(i).enumerate().find(|(_, earlier)| rule.matches.iter().all(|m| takes_its(earlier, m)));
             if let Some((earlier, _)) = before.filter(|(_, earlier)| !takes_all(&earlier.matches)) {
@@ -166,6 +186,20 @@ impl Lint<'_> {
                 for text in texts(&to.hosts).filter(|text| text.contains("://") || text.contains('/')) {
                     let message =
                         format!("spec.rules[{i}].to[{j}].operation.hosts: no host is like {text:?}; they have neither scheme nor path");
+                    self.say(named, &message);
+                }
+                let starred = to.paths.any_of.iter().chain(&to.paths.none_of).filter_map(|path| match path {
+                    PathPattern::Text(value @ (StringMatch::Exact(text) | StringMatch::Prefix(text) | StringMatch::Suffix(text))) => {
+                        text.contains('*').then_some(value)
+                    }
+                    _ => None,
+                });
+                for path in starred {
+                    let message = format!(
+                        "spec.rules[{i}].to[{j}].operation.paths: a star within {:?} stands for itself; within a path {{*}} stands for one part of it, and \
+                         {{**}} for any",
+                        format!("{path:?}")
+                    );
                     self.say(named, &message);
                 }
                 for text in texts(&to.methods).filter(|text| text.chars().any(|c| c.is_ascii_lowercase())) {
