@@ -76,7 +76,8 @@ fn a_document_that_cannot_be_read_is_told_and_the_others_too() {
 
 #[test]
 fn what_nothing_is_ever_like_is_told_at_its_own_line() {
-    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: reviews}\nspec: {selector: {app: reviews}, ports: [{name: http, port: 80}]}\n";
+    let service =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: reviews}\nspec: {selector: {app: reviews}, ports: [{name: http, port: 80}]}\n";
     let (_kept, path) = directory(&[("patterns.yaml", PATTERNS), ("service.yaml", service)]);
     let (code, text) = analyze(&[&path]);
     assert_eq!(code, Some(0), "{text}");

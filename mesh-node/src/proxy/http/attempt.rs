@@ -156,14 +156,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
     let upgrade = passed.map_or(plan.upgrade, |pass| pass.upgrade(plan.upgrade));
     let plan = &Plan { head, upgrade, client_cert: passed.and_then(|pass| pass.client_cert.as_ref()), ..*plan };
     if let Some(record) = &mut inbound {
-        record.let_in();
-        record.look_behind(responder.meter());
-        if upload.is_received() && plan.upgrade.is_none() {
-            record.came_without_body(&plan.head.method);
-        }
-        if record.grpc {
-            record.follow([upload.passed().count_messages(), responder.meter().count_messages()]);
-        }
+        begin(record, plan, upload, responder);
     }
     let to_client = pass.as_ref().map(|(_, pass)| &pass.to_client).filter(|h| !h.is_empty());
     let mut judge = |status: StatusCode, mut headers: HeaderMap, heard: Heard| {
@@ -214,6 +207,18 @@ pub async fn attempt<B: RequestBody, R: Responder>(
         tell(record, &ended, upload.passed(), responder.meter());
     }
     (ended, Some(reached))
+}
+
+/// Takes down for the destination on this node what goes on to it.
+fn begin<B: RequestBody, R: Responder>(record: &mut Record, plan: &Plan<'_>, upload: &mut Upload<'_, B>, responder: &mut R) {
+    record.let_in();
+    record.look_behind(responder.meter());
+    if upload.is_received() && plan.upgrade.is_none() {
+        record.came_without_body(&plan.head.method);
+    }
+    if record.grpc {
+        record.follow([upload.passed().count_messages(), responder.meter().count_messages()]);
+    }
 }
 
 /// Takes down how an attempt ended for the destination on this node.

@@ -15,7 +15,7 @@ use super::{
     record::{Flag, Record},
     reply::{http_status_of_grpc, reason},
     upload::Upload,
-    upstream::{Failed, Wanted},
+    upstream::{Failed, PATIENCE, Wanted},
     wire::Malformed,
 };
 use crate::{
@@ -296,6 +296,8 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             address,
             http2: cluster.speaks_http2(self.down.http2) && self.upgrade.is_none(),
             fresh,
+            // For all attempts together.
+            patience: if self.number > 1 { PATIENCE.saturating_sub(self.record.age()) } else { PATIENCE },
         };
         let plan = Plan {
             head,

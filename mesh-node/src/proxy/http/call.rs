@@ -11,13 +11,13 @@ use super::{
     meter::{Meter, Metered},
     record::Flag,
     upload::Upload,
-    upstream::{UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
+    upstream::{PATIENCE, UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::Framing,
 };
 use crate::{
     balance::{self, Asker},
     proxy::{Proxy, ServedPod},
-    route::{Cluster, request::RequestHead},
+    route::{Cluster, LoadGuard, request::RequestHead},
 };
 
 /// Whom to call, and as whom.
@@ -62,29 +62,19 @@ impl Call<'_> {
         // They have a limit of their own, and are requests as well.
         let _call = state.begin(Limited::Calls, Some(*at_once))?;
         let _request = state.begin(Limited::Requests, cluster.policy.http.max_requests)?;
-        let (address, endpoint, _load) = {
-            let snapshot = proxy.config.load();
-            let source = snapshot.workload(&pod.uid)?;
-            let ejected = state.outliers.ejected_by(cluster.policy.outlier.as_ref());
-            let asker = Asker {
-                client: client.ip(),
-                own: &source.ips,
-                node: &snapshot.mesh.node,
-                locality: &source.locality,
-                labels: &source.labels,
-                dice: fastrand::u64(..),
-                turn: state.turn(),
-                hash: None,
-                tried: &[],
-                elsewhere: false,
-                ejected: &ejected,
-                now: std::time::Instant::now(),
-            };
-            let picked = balance::pick(cluster, &asker)?;
-            (picked.address, state.endpoint(picked.address), picked.load.begin())
+        let (address, endpoint, _load) = self.pick(&state)?;
+        let wanted = Wanted {
+            proxy,
+            pod,
+            client: *client,
+            cluster,
+            state: &state,
+            endpoint: &endpoint,
+            address,
+            http2: *http2,
+            fresh: false,
+            patience: PATIENCE,
         };
-        let wanted =
-            Wanted { proxy, pod, client: *client, cluster, state: &state, endpoint: &endpoint, address, http2: *http2, fresh: false };
         let upstream = acquire(&wanted).await.ok()?;
         // A destination on this node is as well protected from these requests as from others, and they are told of as well.
         let Some(gate) = upstream.gate() else {
@@ -120,6 +110,30 @@ impl Call<'_> {
         }
         record.moved(&body.meter, &sink.meter);
         answered.ok()
+    }
+
+    /// One of the cluster's endpoints, and what counts it there.
+    fn pick(&self, state: &ClusterState) -> Option<(SocketAddr, Arc<EndpointState>, LoadGuard)> {
+        let Self { proxy, pod, client, cluster, .. } = self;
+        let snapshot = proxy.config.load();
+        let source = snapshot.workload(&pod.uid)?;
+        let ejected = state.outliers.ejected_by(cluster.policy.outlier.as_ref());
+        let asker = Asker {
+            client: client.ip(),
+            own: &source.ips,
+            node: &snapshot.mesh.node,
+            locality: &source.locality,
+            labels: &source.labels,
+            dice: fastrand::u64(..),
+            turn: state.turn(),
+            hash: None,
+            tried: &[],
+            elsewhere: false,
+            ejected: &ejected,
+            now: std::time::Instant::now(),
+        };
+        let picked = balance::pick(cluster, &asker)?;
+        Some((picked.address, state.endpoint(picked.address), picked.load.begin()))
     }
 
     async fn exchange(

@@ -173,6 +173,11 @@ impl Record {
         }
     }
 
+    /// How long ago it began.
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
     /// Takes down the rule, by its name or, if it has none, by the object it stands in.
     pub fn routed(&mut self, name: &Arc<str>, origin: &Arc<str>) {
         self.route_is_named = !name.is_empty();

@@ -78,7 +78,12 @@ pub struct Wanted<'a> {
     pub http2: bool,
     /// None that was kept from an earlier exchange will do, as long as there is room for another.
     pub fresh: bool,
+    /// How long a dial of the only pod there is is repeated: its node may be about to serve it.
+    pub patience: Duration,
 }
+
+/// As long as connections that carry no HTTP.
+pub const PATIENCE: Duration = outbound::RETRY_FOR;
 
 /// An HTTP/1 connection, used by one exchange at a time.
 #[derive(Debug)]
@@ -305,9 +310,9 @@ async fn dial(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>, Reac
 
 async fn dial_uncounted(wanted: &Wanted<'_>) -> Result<(Transport, Option<LocalHold>, SocketAddr), Failure> {
     let Wanted { proxy, pod, client, cluster, address, .. } = wanted;
-    // A pod has an endpoint of each family; where there is no other pod, its node may be about to serve it.
+    // A pod has an endpoint of each family.
     let others = cluster.endpoints.iter().filter(|e| e.address != *address && e.address.is_ipv4() == address.is_ipv4());
-    let patience = if others.take(1).count() > 0 { Duration::ZERO } else { outbound::RETRY_FOR };
+    let patience = if others.take(1).count() > 0 { Duration::ZERO } else { wanted.patience };
     let settings = &cluster.policy.tcp;
     let dial = Dial { proxy, pod, client: *client, to: *address, cluster: Some(cluster), patience, timeout: settings.connect_timeout };
     let (stream, remote) = dial.connect().await?;

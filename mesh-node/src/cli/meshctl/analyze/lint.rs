@@ -111,7 +111,10 @@ impl Lint<'_> {
                     && **path != *"*"
                     && !path.is_empty()
                 {
-                    self.say(named, &format!("spec.http[{i}].match[{j}].uri: no path is like {path:?}; they begin with a slash: \"/{path}\""));
+                    self.say(
+                        named,
+                        &format!("spec.http[{i}].match[{j}].uri: no path is like {path:?}; they begin with a slash: \"/{path}\""),
+                    );
                 }
                 if let Some(TextMatch::Exact(method)) = &asked.method
                     && method.chars().any(|c| c.is_ascii_lowercase())
