@@ -103,3 +103,23 @@ impl Quality {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A node that would start with nothing after its next restart says so before.
+    #[test]
+    fn what_cannot_be_kept_is_a_problem_until_it_can() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (state, file) = (directory.path().join("state"), Path::new("/etc/mesh/kept-nowhere.yaml"));
+        let kept = LastGood::open(&state).expect("opened");
+        let told = || problems::all().into_iter().filter(|(_, text)| text.contains("kept-nowhere.yaml")).count();
+        fs::remove_dir(&state).expect("removed");
+        kept.store(file, "a: b\n", Quality::Good);
+        assert_eq!(told(), 1);
+        fs::create_dir(&state).expect("made");
+        kept.store(file, "a: b\n", Quality::Good);
+        assert_eq!((told(), kept.load(file)), (0, vec!["a: b\n".to_owned()]));
+    }
+}

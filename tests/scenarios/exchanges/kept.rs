@@ -314,3 +314,55 @@ async fn a_kept_connection_that_ends_as_it_is_used_costs_no_safe_request() {
     assert_eq!((ask("GET", "").await.as_str(), connections()), ("200", 5));
     assert_eq!((ask("GET", "hello").await.as_str(), connections()), ("503", 5), "a body is sent once");
 }
+
+/// As with Envoy, whose clusters begin anew when they are changed: a connection that was made by other times takes no more requests, and
+/// nobody stays ejected by a rule that is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_changed_policy_has_made_is_not_kept() {
+    let seen = Seen::default();
+    let up = scripted::http2("h2up", &seen).await.expect("upstream");
+    let with = |policy: &Value| {
+        let mut documents = service("web", "10.96.9.1", "http2", &[up]);
+        documents.extend([virtual_service("web", &json!([{"retries": {"attempts": 0}, "route": [{"destination": {"host": "web"}}]}]))]);
+        documents.push(destination_rule("web", policy));
+        documents
+    };
+    let engine = Engine::start(&with(&json!({}))).await.expect("engine");
+    let ask = async |id: &str, plan: &str| {
+        let mut stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+        let request = format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: {id}\r\nx-plan: {plan}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("written");
+        let answer = read(&mut stream).await.0;
+        answer.get(9..12).unwrap_or_default().to_owned()
+    };
+    let on = |id: &str| seen.of(id)[0].connection;
+    assert_eq!([ask("a", "200").await, ask("b", "200").await], ["200", "200"]);
+    assert_eq!(on("a"), on("b"));
+    let idle = json!({"connectionPool": {"http": {"idleTimeout": "5s"}}});
+    for (id, policy) in [("c", &idle), ("d", &json!({"connectionPool": {"tcp": {"maxConnectionDuration": "60s"}}})), ("e", &json!({}))] {
+        engine.apply(&with(policy)).await.expect("applied");
+        assert_eq!(ask(id, "200").await, "200");
+    }
+    let all = ["a", "c", "d", "e"].map(on);
+    assert!((1..4).all(|i| !all[..i].contains(&all[i])), "{all:?}");
+    // What changes nothing of that leaves the connection.
+    engine.apply(&with(&json!({"loadBalancer": {"simple": "RANDOM"}}))).await.expect("applied");
+    assert_eq!((ask("f", "200").await, on("f")), ("200".to_owned(), on("e")));
+    let ejecting =
+        json!({"outlierDetection": {"consecutive5xxErrors": 2, "interval": "1s", "baseEjectionTime": "40s", "maxEjectionPercent": 100}});
+    engine.apply(&with(&ejecting)).await.expect("applied");
+    assert_eq!([ask("g", "500").await, ask("h", "500").await, ask("i", "200").await], ["500", "500", "503"]);
+    engine.apply(&with(&json!({}))).await.expect("applied");
+    assert_eq!(ask("j", "200").await, "200");
+}
+
+/// An answer that is not passed on because the request is made again leaves its connection as good as it was, if it came whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_is_retried_leaves_its_connection() {
+    let scene = scene(json!({"retries": {"attempts": 2, "retryOn": "5xx"}}), json!({})).await;
+    let (answer, _) = scene.say("GET /x HTTP/1.1\r\nhost: web\r\nx-id: again\r\nx-plan: 503,503,200\r\nconnection: close\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let attempts = scene.seen.of("again");
+    assert_eq!(attempts.len(), 3);
+    assert!(attempts.iter().all(|a| a.connection == attempts[0].connection), "{attempts:?}");
+}

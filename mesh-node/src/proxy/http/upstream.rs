@@ -2,6 +2,7 @@
 
 mod freed;
 mod hold;
+mod shared;
 mod ways;
 
 use std::{
@@ -17,14 +18,12 @@ use std::{
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use tokio::{
-    sync::Notify,
-    time::{sleep, timeout},
-};
+use tokio::{sync::Notify, time::sleep};
 
-use self::freed::Freed;
+use self::{freed::Freed, shared::Times};
 pub use self::{
     hold::LocalHold,
+    shared::{H2Upstream, StreamGuard},
     ways::{Failed, UpSink, UpSource, is_interim},
 };
 use super::{
@@ -139,74 +138,6 @@ impl H1Upstream {
         };
         let reader = Reader::new(source, &mut self.unread);
         (UpSink::H1(H1Sink::new(sink)), UpSource::H1(reader), LocalHold::cut(self.hold.as_ref()))
-    }
-}
-
-/// An HTTP/2 connection, shared by all exchanges that find it.
-#[derive(Debug)]
-pub struct H2Upstream {
-    gate: Option<Arc<Gate>>,
-    send: SendRequest<Bytes>,
-    endpoint: Arc<EndpointState>,
-    workload: Option<Peer>,
-    reached: Reached,
-    streams: AtomicU32,
-    requests: AtomicU32,
-    closed: AtomicBool,
-    /// Woken when the number of streams changes, and to close.
-    changed: Notify,
-}
-
-impl H2Upstream {
-    pub fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire)
-    }
-
-    fn has_room(&self, cluster: &Cluster) -> bool {
-        let theirs = super::h2::most_streams(&self.send);
-        let limit = cluster.policy.http.max_streams.unwrap_or(u32::MAX).min(theirs);
-        !self.is_closed() && self.streams.load(Ordering::Acquire) < limit
-    }
-
-    /// Takes no more streams, and ends when those it has do.
-    pub fn close(&self) {
-        self.closed.store(true, Ordering::Release);
-        self.changed.notify_one();
-    }
-
-    async fn until_unused(&self, idle: Duration) {
-        loop {
-            let changed = self.changed.notified();
-            let unused = self.streams.load(Ordering::Acquire) == 0;
-            if unused && self.is_closed() {
-                return;
-            }
-            if !unused {
-                changed.await;
-            } else if timeout(idle, changed).await.is_err() {
-                self.closed.store(true, Ordering::Release);
-            }
-        }
-    }
-}
-
-/// A stream of a connection, counted.
-#[derive(Debug)]
-pub struct StreamGuard(Arc<H2Upstream>);
-
-impl StreamGuard {
-    fn new(connection: &Arc<H2Upstream>) -> Self {
-        connection.streams.fetch_add(1, Ordering::AcqRel);
-        connection.changed.notify_one();
-        Self(connection.clone())
-    }
-}
-
-impl Drop for StreamGuard {
-    fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::AcqRel);
-        self.0.changed.notify_one();
-        self.0.endpoint.freed.notify_one();
     }
 }
 
@@ -430,6 +361,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         requests: AtomicU32::new(0),
         closed: AtomicBool::new(false),
         changed: Notify::new(),
+        times: Times::of(&wanted.cluster.policy),
     });
     let source = wanted.pod.clone();
     // Of who asked for it: it is not unused before that.

@@ -1,0 +1,106 @@
+//! HTTP/2 connections, which exchanges share.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use ::h2::client::SendRequest;
+use bytes::Bytes;
+use tokio::{sync::Notify, time::timeout};
+
+use super::{Peer, Reached};
+use crate::{
+    proxy::http::{clusters::EndpointState, gate::Gate, h2},
+    route::{Cluster, traffic::TrafficPolicy},
+};
+
+/// An HTTP/2 connection, shared by all exchanges that find it.
+#[derive(Debug)]
+pub struct H2Upstream {
+    pub(super) gate: Option<Arc<Gate>>,
+    pub(super) send: SendRequest<Bytes>,
+    pub(super) endpoint: Arc<EndpointState>,
+    pub(super) workload: Option<Peer>,
+    pub(super) reached: Reached,
+    pub(super) streams: AtomicU32,
+    pub(super) requests: AtomicU32,
+    pub(super) closed: AtomicBool,
+    /// Woken when the number of streams changes, and to close.
+    pub(super) changed: Notify,
+    /// It is kept by these.
+    pub(super) times: Times,
+}
+
+/// How long a connection is kept, which it is told as it is made.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Times {
+    idle: Duration,
+    most: Option<Duration>,
+}
+
+impl Times {
+    pub(super) fn of(policy: &TrafficPolicy) -> Self {
+        Self { idle: policy.http.idle_timeout, most: policy.tcp.max_connection_duration }
+    }
+}
+
+impl H2Upstream {
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn has_room(&self, cluster: &Cluster) -> bool {
+        // Made by other settings: as with Envoy, whose clusters begin anew, it goes on with what it has.
+        if self.times != Times::of(&cluster.policy) {
+            self.close();
+        }
+        let theirs = h2::most_streams(&self.send);
+        let limit = cluster.policy.http.max_streams.unwrap_or(u32::MAX).min(theirs);
+        !self.is_closed() && self.streams.load(Ordering::Acquire) < limit
+    }
+
+    /// Takes no more streams, and ends when those it has do.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.changed.notify_one();
+    }
+
+    pub(super) async fn until_unused(&self, idle: Duration) {
+        loop {
+            let changed = self.changed.notified();
+            let unused = self.streams.load(Ordering::Acquire) == 0;
+            if unused && self.is_closed() {
+                return;
+            }
+            if !unused {
+                changed.await;
+            } else if timeout(idle, changed).await.is_err() {
+                self.closed.store(true, Ordering::Release);
+            }
+        }
+    }
+}
+
+/// A stream of a connection, counted.
+#[derive(Debug)]
+pub struct StreamGuard(pub(super) Arc<H2Upstream>);
+
+impl StreamGuard {
+    pub(super) fn new(connection: &Arc<H2Upstream>) -> Self {
+        connection.streams.fetch_add(1, Ordering::AcqRel);
+        connection.changed.notify_one();
+        Self(connection.clone())
+    }
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_one();
+        self.0.endpoint.freed.notify_one();
+    }
+}
