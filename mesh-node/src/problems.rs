@@ -43,70 +43,81 @@ struct Problem {
     until: Option<Instant>,
 }
 
-type Problems = BTreeMap<(Kind, String), Problem>;
+/// Those there are.
+#[derive(Debug)]
+struct Problems(Mutex<BTreeMap<(Kind, String), Problem>>);
 
-static ALL: Mutex<Problems> = Mutex::new(BTreeMap::new());
+static ALL: Problems = Problems::new();
 
-fn lock() -> MutexGuard<'static, Problems> {
-    ALL.lock().unwrap_or_else(PoisonError::into_inner)
+impl Problems {
+    const fn new() -> Self {
+        Self(Mutex::new(BTreeMap::new()))
+    }
+
+    fn lasting(&self) -> MutexGuard<'_, BTreeMap<(Kind, String), Problem>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        all.retain(|_, problem| problem.until.is_none_or(|until| until > now));
+        all
+    }
+
+    fn put(&self, kind: Kind, about: &str, problem: Problem) -> bool {
+        let mut all = self.lasting();
+        let key = (kind, about.to_owned());
+        if !all.contains_key(&key) && all.keys().filter(|(k, _)| *k == kind).count() >= MOST {
+            return false;
+        }
+        all.insert(key, problem).is_none()
+    }
+
+    fn solved(&self, kind: Kind, about: &str) {
+        self.lasting().remove(&(kind, about.to_owned()));
+    }
+
+    fn told(&self) -> Vec<(Kind, String)> {
+        self.lasting().iter().map(|((kind, _), problem)| (*kind, problem.text.clone())).collect()
+    }
 }
 
 /// Something is wrong with `about` until [`solved`] says otherwise.
 pub fn found(kind: Kind, about: &str, text: String) {
-    put(kind, about, Problem { text, until: None });
+    ALL.put(kind, about, Problem { text, until: None });
 }
 
 /// The same of what is over when it is not heard of again for so long; whether that is news.
 pub fn found_for(kind: Kind, about: &str, text: String, lasts: Duration) -> bool {
-    put(kind, about, Problem { text, until: Some(Instant::now() + lasts) })
-}
-
-fn put(kind: Kind, about: &str, problem: Problem) -> bool {
-    let mut all = lock();
-    let now = Instant::now();
-    all.retain(|_, problem| problem.until.is_none_or(|until| until > now));
-    let key = (kind, about.to_owned());
-    if !all.contains_key(&key) && all.keys().filter(|(k, _)| *k == kind).count() >= MOST {
-        return false;
-    }
-    all.insert(key, problem).is_none()
+    ALL.put(kind, about, Problem { text, until: Some(Instant::now() + lasts) })
 }
 
 /// It is all right again.
 pub fn solved(kind: Kind, about: &str) {
-    lock().remove(&(kind, about.to_owned()));
+    ALL.solved(kind, about);
 }
 
 /// All there are.
 pub fn all() -> Vec<(Kind, String)> {
-    let mut all = lock();
-    let now = Instant::now();
-    all.retain(|_, problem| problem.until.is_none_or(|until| until > now));
-    all.iter().map(|((kind, _), problem)| (*kind, problem.text.clone())).collect()
+    ALL.told()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn told(kind: Kind) -> Vec<String> {
-        all().into_iter().filter(|(k, _)| *k == kind).map(|(_, text)| text).collect()
-    }
-
     #[test]
     fn problems_last_until_they_are_solved_or_over() {
-        found(Kind::Authority, "a", "first".to_owned());
-        found(Kind::Authority, "a", "second".to_owned());
-        assert_eq!(told(Kind::Authority), ["second"]);
-        solved(Kind::Authority, "a");
-        assert!(told(Kind::Authority).is_empty());
-        assert!(found_for(Kind::Authority, "b", "short".to_owned(), Duration::ZERO));
-        assert!(told(Kind::Authority).is_empty());
-        assert!(found_for(Kind::Authority, "b", "long".to_owned(), Duration::from_mins(1)));
-        assert!(!found_for(Kind::Authority, "b", "long".to_owned(), Duration::from_mins(1)), "no news");
-        (0..50).for_each(|n| found(Kind::Authority, &n.to_string(), "many".to_owned()));
-        assert_eq!(told(Kind::Authority).len(), MOST);
-        (0..50).for_each(|n| solved(Kind::Authority, &n.to_string()));
-        solved(Kind::Authority, "b");
+        let problems = Problems::new();
+        let found = |about: &str, text: &str, lasts: Option<Duration>| {
+            problems.put(Kind::Authority, about, Problem { text: text.to_owned(), until: lasts.map(|lasts| Instant::now() + lasts) })
+        };
+        let told = || problems.told().into_iter().map(|(_, text)| text).collect::<Vec<_>>();
+        assert!(found("a", "first", None) && !found("a", "second", None));
+        assert_eq!(told(), ["second"]);
+        problems.solved(Kind::Authority, "a");
+        assert!(told().is_empty());
+        assert!(found("b", "short", Some(Duration::ZERO)) && told().is_empty());
+        let long = Some(Duration::from_mins(1));
+        assert!(found("b", "long", long) && !found("b", "long", long), "no news");
+        (0..50).for_each(|n| assert_eq!(found(&n.to_string(), "many", None), n < 19));
+        assert_eq!(told().len(), MOST);
     }
 }

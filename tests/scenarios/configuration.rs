@@ -28,7 +28,7 @@ fn garbage_huge_and_half_written_manifests_change_nothing_and_are_named() {
         assert!(works(&bed), "{what}");
     };
     std::fs::write(directory.join("garbage.yaml"), [0x00, 0xff, 0x13, 0x37].repeat(1000)).expect("written");
-    named("garbage", &["garbage.yaml", "stays in force"]);
+    named("garbage", &["garbage.yaml", "nothing of this file is in force"]);
     std::fs::write(directory.join("broken.yaml"), "apiVersion: v1\nkind: [Pod\n").expect("written");
     named("broken", &["broken.yaml", "is not YAML"]);
     std::fs::File::create(directory.join("huge.yaml")).and_then(|f| f.set_len(1 << 30)).expect("written");

@@ -10,7 +10,7 @@ use crate::{
     steps::{cargo, root, run as step, target},
 };
 
-const TARGETS: &[&str] = &["hbone_headers", "spiffe_id", "manifests", "detect", "http1", "routes", "jwt"];
+const TARGETS: &[&str] = &["hbone_headers", "spiffe_id", "manifests", "detect", "http1", "routes", "jwt", "expression"];
 const INSTRUMENT: &str = "MESH_FUZZ_INSTRUMENT";
 /// What libFuzzer wants of the code under test.
 const FLAGS: &[&str] = &[

@@ -63,6 +63,8 @@ pub struct NodeSettings {
     pub readiness: SocketAddr,
     /// How long what is under way may go on when the process is to stop.
     pub drain: Duration,
+    /// Most requests of HTTP/2 under way at once.
+    pub requests: usize,
 }
 
 /// Where certificates come from.
@@ -149,7 +151,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     let (publisher, config) = Publisher::new(Arc::new(settings.mesh.clone()), receiver);
     let metrics = Arc::new(Metrics::new(&settings.cluster));
     metrics.expect_handshake_failures(HandshakeFailure::ALL.map(HandshakeFailure::reason));
-    let proxy = Proxy::new(config.clone(), Manager::new(certificates), metrics, Limits::for_descriptors(descriptors));
+    let proxy = Proxy::new(config.clone(), Manager::new(certificates), metrics, Limits::new(descriptors, settings.requests));
     match capture.accelerator({
         let metrics = proxy.metrics.clone();
         move |state| metrics.acceleration(state.name())

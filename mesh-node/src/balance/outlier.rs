@@ -156,7 +156,9 @@ impl Outliers {
 
     fn eject(&self, endpoint: SocketAddr, settings: &Outlier, endpoints: usize, now: Instant) -> bool {
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut active = self.ejected.load().iter().filter(|(_, until)| *until > now).copied().collect::<Vec<_>>();
+        let before = self.ejected.load();
+        let mut active =
+            before.iter().filter(|(_, until)| *until > now && before.by.as_ref() == Some(settings)).copied().collect::<Vec<_>>();
         if active.iter().any(|(a, _)| *a == endpoint) {
             return false;
         }
@@ -188,15 +190,19 @@ impl Outliers {
         self.ejected.load()
     }
 
-    /// The same by settings that may have changed since: with others, or none, all begin anew, as Envoy's clusters do.
+    /// The same by settings that may have changed since: with others, or none, nobody is left out, as Envoy's clusters
+    /// begin anew.
     pub fn ejected_by(&self, settings: Option<&Outlier>) -> arc_swap::Guard<Arc<Ejections>> {
         let ejected = self.ejected.load();
         if ejected.all.is_empty() || ejected.by.as_ref() == settings {
             return ejected;
         }
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
-        history.clear();
-        self.ejected.store(Arc::default());
+        // Somebody may have been here since.
+        if self.ejected.load().by.as_ref() != settings {
+            history.clear();
+            self.ejected.store(Arc::default());
+        }
         drop(history);
         self.ejected.load()
     }

@@ -130,6 +130,10 @@ struct RunArgs {
     /// Where readiness alone is served, for the kubelet: /healthz/ready.
     #[arg(long, env = "MESH_READINESS", value_name = "ADDRESS", default_value = "[::]:15021")]
     readiness: SocketAddr,
+    /// Most requests of HTTP/2 under way at once on the node, streams of gRPC among them: each keeps some tens of kilobytes. A pod has at most
+    /// four times what is free; what is beyond is refused unprocessed and counted.
+    #[arg(long, env = "MESH_MAX_REQUESTS", default_value_t = crate::proxy::limits::MOST_REQUESTS, value_name = "N")]
+    max_requests: usize,
     /// Seconds Kubernetes gives the process to end, `terminationGracePeriodSeconds` of its pod: what is under way when it is told to stop
     /// has all of them but five to end by itself, at least half of them.
     #[arg(long, env = "TERMINATION_GRACE_PERIOD_SECONDS", value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -348,6 +352,7 @@ impl RunArgs {
             metrics: self.metrics,
             readiness: self.readiness,
             drain: drain_period(self.termination_grace_period),
+            requests: self.max_requests,
         })
     }
 }

@@ -44,7 +44,7 @@ impl Snapshot {
     fn ways<'s>(&'s self, first: &'s Known) -> HashSet<SocketAddr> {
         let (mut left, mut seen, mut ways) = (vec![first], HashSet::from([&*first.authorizer.name]), HashSet::new());
         while let Some(Known { authorizer, .. }) = left.pop() {
-            let Some(cluster) = self.cluster_at(&authorizer.service, authorizer.port) else { continue };
+            let Some(cluster) = self.cluster_at(None, &authorizer.service, authorizer.port) else { continue };
             for address in cluster.endpoints.iter().map(|e| e.address) {
                 // Of what two of them share, all that is asked is known.
                 if !ways.insert(address) {

@@ -151,15 +151,20 @@ impl Snapshot {
     }
 
     /// The cluster of a service's port, by the service's host name in the mesh.
-    pub fn cluster_at(&self, host: &str, port: u16) -> Option<Arc<Cluster>> {
+    /// As clients of a namespace see it, if one is named.
+    pub fn cluster_at(&self, namespace: Option<&str>, host: &str, port: u16) -> Option<Arc<Cluster>> {
+        let client = namespace;
         let mut labels = host.split('.');
         let (name, namespace) = (labels.next()?, labels.next()?);
         // A host elsewhere may begin like a service here.
         if labels.next().is_some_and(|kind| kind != "svc") {
             return None;
         }
-        let service = self.by_name.get(&ObjectName { namespace: namespace.into(), name: name.into() })?;
-        Some(service.port(port)?.cluster.clone())
+        let service = ObjectName { namespace: namespace.into(), name: name.into() };
+        match client {
+            Some(client) => self.cluster_for(client, &ClusterId { service, port, subset: "".into() }).cloned(),
+            None => Some(self.by_name.get(&service)?.port(port)?.cluster.clone()),
+        }
     }
 
     /// Addresses of services that are not virtual: those of hosts, or of pods.

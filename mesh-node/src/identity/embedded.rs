@@ -61,6 +61,8 @@ impl EmbeddedCa {
         let mut seen = self.seen.lock().await;
         let now = Authority::stamp(&self.dir);
         if *seen == now {
+            // It may have been away, and is as it was.
+            problems::solved(problems::Kind::Authority, "");
             return false;
         }
         // Files that do not fit together yet are looked at again; until then everything stays as it was.

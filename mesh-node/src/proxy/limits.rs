@@ -5,10 +5,10 @@ use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        Arc, LazyLock, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -25,14 +25,17 @@ pub const HANDSHAKES: usize = 256;
 /// Peers of one pod that have connected and not shaken hands, those that wait for their turn or have not said anything included.
 pub const CALLERS: usize = 4096;
 
-/// Requests under way at once on the node: each keeps some tens of kilobytes, however many share a connection.
-pub const MOST_REQUESTS: usize = 16_384;
+/// Requests that share their connections, under way at once on the node, unless its operator says otherwise: each keeps some tens of
+/// kilobytes.
+pub const MOST_REQUESTS: usize = 32_768;
 /// So many times what is free a pod may hold: of what there is, four fifths if it is the only one that wants much, and less as others do.
 const SHARE: usize = 4;
-/// How long it is told that a pod has been refused something.
+/// How long it is told that a pod has been refused something, and how often at most anew.
 const TOLD: Duration = Duration::from_mins(1);
-/// Handshakes of one client with one pod at a time; its others wait until it has finished some.
+const TOLD_ANEW: u64 = 1_000;
+/// Handshakes of one client with one pod at a time, and of all that have addresses of one IPv6 network; others wait until some are done.
 pub const HANDSHAKES_EACH: usize = 16;
+const HANDSHAKES_OF_NETWORK: usize = 128;
 
 /// The bounds of the process.
 #[derive(Debug, Clone)]
@@ -41,10 +44,10 @@ pub struct Limits {
     requests: Shared,
 }
 
-/// Places that pods share: none can take them all.
+/// Places that are shared: nobody can take them all.
 #[derive(Debug, Clone)]
 struct Shared {
-    places: Arc<Semaphore>,
+    taken: Arc<AtomicUsize>,
     most: usize,
     what: &'static str,
 }
@@ -54,39 +57,55 @@ struct Shared {
 pub struct Holds {
     connections: Arc<AtomicUsize>,
     requests: Arc<AtomicUsize>,
+    /// When it was told last that it gets no more, milliseconds since this process looked first.
+    told: AtomicU64,
 }
 
-/// One of a pod's places; given back when dropped.
+/// One place; given back when dropped.
 #[derive(Debug)]
 pub struct Place {
-    _permit: OwnedSemaphorePermit,
+    taken: Arc<AtomicUsize>,
     held: Arc<AtomicUsize>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.held.fetch_sub(1, Ordering::Relaxed);
+        self.taken.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Shared {
     fn new(most: usize, what: &'static str) -> Self {
-        Self { places: Arc::new(Semaphore::new(most)), most, what }
+        Self { taken: Arc::default(), most, what }
     }
 
+    fn free(&self) -> usize {
+        self.most.saturating_sub(self.taken.load(Ordering::Relaxed))
+    }
+
+    /// One more for who holds so many; who holds none gets the last one.
     fn take(&self, held: &Arc<AtomicUsize>) -> Option<Place> {
-        let permit = self.places.clone().try_acquire_owned().ok()?;
-        if held.load(Ordering::Relaxed) >= self.places.available_permits().saturating_mul(SHARE) {
-            return None;
-        }
+        let more = |taken: usize| {
+            let free = self.most.saturating_sub(taken);
+            let fair = held.load(Ordering::Relaxed) < free.saturating_mul(SHARE);
+            (free > 0 && fair).then_some(taken + 1)
+        };
+        self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
         held.fetch_add(1, Ordering::Relaxed);
-        Some(Place { _permit: permit, held: held.clone() })
+        Some(Place { taken: self.taken.clone(), held: held.clone() })
     }
 
-    /// Tells that a pod could not have one more.
-    fn refused(&self, pod: &str, held: &AtomicUsize) {
-        let Self { what, most, places } = self;
-        let (held, free) = (held.load(Ordering::Relaxed), places.available_permits());
+    /// Tells that a pod could not have one more, but not each time.
+    fn refused(&self, held: &AtomicUsize, told: &AtomicU64, name: impl FnOnce() -> String) {
+        static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+        let now = u64::try_from(BEGAN.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(TOLD_ANEW);
+        let before = told.load(Ordering::Relaxed);
+        if now < before.saturating_add(TOLD_ANEW) || told.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+            return;
+        }
+        let (pod, what, most) = (name(), self.what, self.most);
+        let (held, free) = (held.load(Ordering::Relaxed), self.free());
         let told = format!(
             "warning: pod {pod} holds {held} of the {most} {what} there may be on the node, and gets no more while {free} are free"
         );
@@ -97,17 +116,17 @@ impl Shared {
 }
 
 impl Limits {
-    /// Limits for a process that may have this many descriptors open.
-    pub fn for_descriptors(descriptors: u64) -> Self {
+    /// Limits for a process that may have this many descriptors open, and this many requests under way.
+    pub fn new(descriptors: u64, requests: usize) -> Self {
         let connections = descriptors.saturating_sub(RESERVED.min(descriptors / 2)) / EACH;
-        let connections = usize::try_from(connections).unwrap_or(usize::MAX).clamp(16, Semaphore::MAX_PERMITS);
-        Self { connections: Shared::new(connections, "connections"), requests: Shared::new(MOST_REQUESTS, "requests") }
+        let connections = usize::try_from(connections).unwrap_or(usize::MAX).max(16);
+        Self { connections: Shared::new(connections, "connections"), requests: Shared::new(requests, "requests") }
     }
 
     /// Room for a connection of a pod; `name`: what it is called where there is none.
     pub fn connection(&self, of: &Holds, name: impl FnOnce() -> String) -> Option<Place> {
         self.connections.take(&of.connections).or_else(|| {
-            self.connections.refused(&name(), &of.connections);
+            self.connections.refused(&of.connections, &of.told, name);
             None
         })
     }
@@ -115,14 +134,14 @@ impl Limits {
     /// The same for a request that shares its connection with others.
     pub fn request(&self, of: &Holds, name: impl FnOnce() -> String) -> Option<Place> {
         self.requests.take(&of.requests).or_else(|| {
-            self.requests.refused(&name(), &of.requests);
+            self.requests.refused(&of.requests, &of.told, name);
             None
         })
     }
 
     /// How many connections there may be, and how many places are free.
     pub fn connections(&self) -> (usize, usize) {
-        (self.connections.most, self.connections.places.available_permits())
+        (self.connections.most, self.connections.free())
     }
 }
 
@@ -138,6 +157,7 @@ pub struct Callers {
 struct Caller {
     held: Arc<AtomicUsize>,
     turns: Arc<Semaphore>,
+    most: usize,
 }
 
 impl Default for Callers {
@@ -147,38 +167,40 @@ impl Default for Callers {
 }
 
 impl Callers {
-    fn of(&self, client: IpAddr) -> Caller {
+    fn of(&self, client: IpAddr, turns: usize) -> Caller {
         let mut each = self.each.lock().unwrap_or_else(PoisonError::into_inner);
         // Who has nothing under way any more is forgotten.
         if each.len() >= CALLERS {
-            each.retain(|_, caller| Arc::strong_count(&caller.held) > 1);
+            each.retain(|_, caller| Arc::strong_count(&caller.held) > 1 || caller.turns.available_permits() < caller.most);
         }
-        let new = || Caller { held: Arc::default(), turns: Arc::new(Semaphore::new(HANDSHAKES_EACH)) };
-        each.entry(network(client)).or_insert_with(new).clone()
+        let new = || Caller { held: Arc::default(), turns: Arc::new(Semaphore::new(turns)), most: turns };
+        each.entry(client).or_insert_with(new).clone()
     }
 
     /// Room for one more of a client.
     pub fn enter(&self, client: IpAddr) -> Option<Place> {
-        self.all.take(&self.of(client).held)
+        self.all.take(&self.of(client, HANDSHAKES_EACH).held)
     }
 
     /// Completes when it is a client's turn, until what comes back is dropped. None if that is never.
-    pub async fn turn(&self, client: IpAddr) -> Option<OwnedSemaphorePermit> {
-        let turns = self.of(client).turns;
-        turns.acquire_owned().await.ok()
-    }
-}
-
-/// Whoever has an address of IPv6 has all of its network.
-fn network(ip: IpAddr) -> IpAddr {
-    match ip {
-        IpAddr::V4(_) => ip,
-        IpAddr::V6(ip) => IpAddr::V6((ip.to_bits() & (u128::MAX << 64)).into()),
+    pub async fn turn(&self, client: IpAddr) -> Option<[Option<OwnedSemaphorePermit>; 2]> {
+        let own = self.of(client, HANDSHAKES_EACH).turns.acquire_owned().await.ok()?;
+        // Whoever has an address of IPv6 may have all of its network, in which others may be as well.
+        let network = match client {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(ip) => {
+                let network = IpAddr::V6((ip.to_bits() & (u128::MAX << 64)).into());
+                Some(self.of(network, HANDSHAKES_OF_NETWORK).turns.acquire_owned().await.ok()?)
+            }
+        };
+        Some([Some(own), network])
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     fn none() -> String {
@@ -188,13 +210,13 @@ mod tests {
     #[test]
     fn connections_take_what_is_left_of_the_descriptors() {
         // Half of few descriptors stays reserved.
-        assert_eq!(Limits::for_descriptors(1024 + 40).connections(), (266, 266));
-        assert_eq!(Limits::for_descriptors(64).connections(), (16, 16));
+        assert_eq!(Limits::new(1024 + 40, 1).connections(), (266, 266));
+        assert_eq!(Limits::new(64, 1).connections(), (16, 16));
     }
 
     #[test]
     fn no_pod_takes_all_and_what_is_given_back_is_free_again() {
-        let limits = Limits::for_descriptors(64_000);
+        let limits = Limits::new(64_000, 100);
         let (most, _) = limits.connections();
         let (greedy, another, third) = (Holds::default(), Holds::default(), Holds::default());
         let all = |of: &Holds| std::iter::from_fn(|| limits.connection(of, none)).collect::<Vec<_>>();
@@ -209,6 +231,19 @@ mod tests {
         assert!(limits.connection(&greedy, none).is_some() && limits.request(&greedy, none).is_some());
     }
 
+    #[test]
+    fn who_holds_nothing_gets_the_last_place() {
+        let limits = Limits::new(64, 16);
+        let pods = (0..20).map(|_| Holds::default()).collect::<Vec<_>>();
+        let mut held = Vec::new();
+        for pod in &pods {
+            held.extend(std::iter::from_fn(|| limits.request(pod, none)));
+        }
+        assert_eq!(held.len(), 16);
+        held.pop();
+        assert!(limits.request(&Holds::default(), none).is_some() && limits.request(&pods[0], none).is_none());
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_client_that_does_not_finish_keeps_nobody_else_from_shaking_hands() {
         let callers = Callers::default();
@@ -219,11 +254,19 @@ mod tests {
             held.push(callers.turn(one).await);
         }
         let wait = Duration::from_secs(1);
-        assert!(tokio::time::timeout(wait, callers.turn(neighbour)).await.is_err(), "the same network");
+        assert!(tokio::time::timeout(wait, callers.turn(one)).await.is_err());
+        assert!(tokio::time::timeout(wait, callers.turn(neighbour)).await.is_ok_and(|turn| turn.is_some()));
+        let of_network = (0..HANDSHAKES_OF_NETWORK).map(|i| IpAddr::V6(Ipv6Addr::from_bits((0xfd00 << 112) + 100 + i as u128)));
+        let mut more = Vec::new();
+        for client in of_network {
+            more.extend(tokio::time::timeout(wait, callers.turn(client)).await.ok());
+        }
+        assert_eq!(more.len(), HANDSHAKES_OF_NETWORK - HANDSHAKES_EACH);
+        drop(more);
         assert!(tokio::time::timeout(wait, callers.turn(other)).await.is_ok_and(|turn| turn.is_some()));
         held.pop();
         let entered = std::iter::from_fn(|| callers.enter(one)).collect::<Vec<_>>();
-        assert!(entered.len() < CALLERS && callers.enter(neighbour).is_none() && callers.enter(other).is_some(), "{}", entered.len());
+        assert!(entered.len() < CALLERS && callers.enter(neighbour).is_some() && callers.enter(other).is_some(), "{}", entered.len());
         assert!(tokio::time::timeout(wait, callers.turn(one)).await.is_ok_and(|turn| turn.is_some()));
     }
 }

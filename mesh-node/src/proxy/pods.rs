@@ -176,7 +176,7 @@ impl ServedPod {
     }
 
     /// Completes when it is a peer's turn to shake hands, until what comes back is dropped.
-    pub async fn handshake(&self, client: IpAddr) -> Option<(OwnedSemaphorePermit, SemaphorePermit<'_>)> {
+    pub async fn handshake(&self, client: IpAddr) -> Option<([Option<OwnedSemaphorePermit>; 2], SemaphorePermit<'_>)> {
         // They are never closed.
         let own = self.shaking.turn(client).await?;
         Some((own, self.handshakes.acquire().await.ok()?))

@@ -274,7 +274,13 @@ fn message(proxy: &Proxy, exporter: &Exporter, pod: &WorkloadUid, spans: Vec<Spa
 /// Sends spans of one pod.
 async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, body: Bytes) -> Sent {
     let Some(pod) = proxy.pods.by_uid(pod) else { return Sent::PodGone };
-    let Some(cluster) = proxy.config.load().cluster_at(&exporter.service, exporter.port) else {
+    // As the pod sees it.
+    let cluster = {
+        let snapshot = proxy.config.load();
+        let namespace = snapshot.workload(&pod.uid).map(|pod| &*pod.name.namespace);
+        snapshot.cluster_at(namespace, &exporter.service, exporter.port)
+    };
+    let Some(cluster) = cluster else {
         return Sent::Failed("there is no such service or port");
     };
     let Some(&address) = pod.addresses().first() else { return Sent::PodGone };

@@ -2,8 +2,8 @@
 //! logs and values of metric tags. Attributes are Envoy's (its "Attributes" page); what is not known here is refused when the
 //! expression is read.
 //!
-//! The language but for bytes, messages and names of time zones. Evaluation allocates for strings and lists it makes, and its cost is bounded: by
-//! the length of the text, and of macros, which go through lists, by [`MOST_STEPS`].
+//! The language but for bytes, messages and names of time zones. Evaluation allocates for strings and lists it makes, and its cost, in time
+//! and in memory, is bounded by [`MOST_STEPS`].
 
 mod evaluate;
 mod functions;
@@ -25,7 +25,8 @@ use super::{
 
 /// Longest expression that is read, bytes.
 pub const LONGEST: usize = 4096;
-/// How many members of lists the macros of one evaluation go through; one that would take more has no value.
+/// How many parts one evaluation looks at, as often as it does, with the members of lists and the pieces of 64 bytes of texts it copies; one
+/// that would take more has no value.
 pub const MOST_STEPS: u32 = 10_000;
 
 /// A checked expression.
@@ -209,6 +210,17 @@ impl Value<'_> {
             (Self::List(all), Value::Int(at)) => all.get(usize::try_from(*at).ok()?),
             (Self::Map(all), key) => all.iter().find(|(k, _)| k.same(key)).map(|(_, value)| value),
             _ => None,
+        }
+    }
+
+    /// What a copy of it costs.
+    fn weight(&self) -> u32 {
+        let parts = |all: &mut dyn Iterator<Item = u32>| all.fold(1_u32, u32::saturating_add);
+        match self {
+            Self::Text(Cow::Owned(text)) => 1 + u32::try_from(text.len() / 64).unwrap_or(u32::MAX - 1),
+            Self::List(all) => parts(&mut all.iter().map(Self::weight)),
+            Self::Map(all) => parts(&mut all.iter().flat_map(|(key, value)| [key.weight(), value.weight()])),
+            _ => 1,
         }
     }
 

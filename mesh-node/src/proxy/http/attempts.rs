@@ -297,7 +297,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             http2: cluster.speaks_http2(self.down.http2) && self.upgrade.is_none(),
             fresh,
             // For all attempts together.
-            patience: if self.number > 1 { PATIENCE.saturating_sub(self.record.age()) } else { PATIENCE },
+            patience: if self.number > 1 || fresh { PATIENCE.saturating_sub(self.record.age()) } else { PATIENCE },
         };
         let plan = Plan {
             head,

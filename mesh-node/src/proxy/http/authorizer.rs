@@ -202,7 +202,12 @@ enum Whom<'s> {
 }
 
 fn whom<'s>(gate: &Gate, snapshot: &'s Snapshot, provider: &Arc<str>) -> Whom<'s> {
-    let found = snapshot.authorizers.get(provider).map(|authorizer| (authorizer, cluster(snapshot, authorizer)));
+    // As the pod sees the service that asks it.
+    let namespace = snapshot.workload(&gate.pod.uid).map(|pod| &*pod.name.namespace);
+    let found = snapshot
+        .authorizers
+        .get(provider)
+        .map(|authorizer| (authorizer, snapshot.cluster_at(namespace, &authorizer.service, authorizer.port)));
     let whom = match found {
         Some((_, Some(_))) if snapshot.is_asked_first(provider, gate.facts.destination) => {
             gate.proxy.metrics.authorizer_call("exempt");
@@ -231,10 +236,6 @@ async fn in_time<T>(
     };
     gate.proxy.metrics.authorizer_call(result);
     answer.ok().flatten()
-}
-
-fn cluster(snapshot: &Snapshot, authorizer: &Authorizer) -> Option<Arc<Cluster>> {
-    snapshot.cluster_at(&authorizer.service, authorizer.port)
 }
 
 fn refused(status: StatusCode, details: String) -> Answer {

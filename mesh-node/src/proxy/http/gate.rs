@@ -203,12 +203,10 @@ impl Gate {
         }));
         if let Some(workload) = snapshot.workload(&self.pod.uid) {
             record.between(workload, || snapshot.workload_by_ip(self.facts.source));
-        }
-        if let Some(workload) = snapshot.workload(&self.pod.uid)
-            && (workload.reporting.server.asks.identities || is_traced())
-        {
-            record.peer.clone_from(&self.facts.peer);
-            record.local = self.facts.peer.as_ref().map(|_| workload.identity.clone());
+            if workload.reporting.server.asks.identities || is_traced() {
+                record.peer.clone_from(&self.facts.peer);
+                record.local = self.facts.peer.as_ref().map(|_| workload.identity.clone());
+            }
         }
         record
     }

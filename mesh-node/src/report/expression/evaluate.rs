@@ -14,7 +14,20 @@ pub(super) struct Scope<'s, 'a> {
 }
 
 impl<'a> Scope<'_, 'a> {
+    /// Takes so much of what may be spent.
+    fn charge(&self, cost: u32) -> Result<(), NoValue> {
+        self.steps.set(self.steps.get().checked_sub(cost).ok_or(NoValue)?);
+        Ok(())
+    }
+
+    /// A copy.
+    fn copy(&self, value: &Value<'a>) -> Evaluated<'a> {
+        self.charge(value.weight())?;
+        Ok(value.clone())
+    }
+
     pub(super) fn evaluate(&self, node: &'a Node) -> Evaluated<'a> {
+        self.charge(1)?;
         Ok(match node {
             Node::Literal(literal) => match literal {
                 Literal::Null => Value::Null,
@@ -29,7 +42,11 @@ impl<'a> Scope<'_, 'a> {
                 Value::Map(pairs.collect::<Result<_, _>>()?)
             }
             Node::Attribute(attribute) => self.of.attribute(*attribute).ok_or(NoValue)?,
-            Node::Headers(whose) => self.headers(*whose),
+            Node::Headers(whose) => {
+                let headers = self.headers(*whose);
+                self.charge(headers.weight())?;
+                headers
+            }
             Node::Label(end, name) => Value::Text(Cow::Borrowed(self.of.label(*end, name).ok_or(NoValue)?)),
             // Only their members have a value.
             Node::Peers | Node::Peer(_) | Node::Labels(_) | Node::OwnProxy | Node::OwnMetadata => return Err(NoValue),
@@ -40,7 +57,7 @@ impl<'a> Scope<'_, 'a> {
             },
             Node::Member(of, key) => {
                 let (of, key) = (self.evaluate(of)?, self.evaluate(key)?);
-                of.member(&key).cloned().ok_or(NoValue)?
+                self.copy(of.member(&key).ok_or(NoValue)?)?
             }
             Node::Bound(out) => self.bound(*out)?,
             Node::Macro(what, over, asked) => self.go_through(*what, over, asked)?,
@@ -57,7 +74,13 @@ impl<'a> Scope<'_, 'a> {
             Node::Or(a, b) => Value::Bool(either(self.truth(a), || self.truth(b), true)?),
             Node::Choose(which, a, b) => self.evaluate(if self.truth(which)? { a } else { b })?,
             Node::Binary(Binary::In, what, place) => Value::Bool(self.is_in(what, place)?),
-            Node::Binary(binary, a, b) => binary.of(self.evaluate(a)?, self.evaluate(b)?)?,
+            Node::Binary(binary, a, b) => {
+                let (a, b) = (self.evaluate(a)?, self.evaluate(b)?);
+                if *binary == Binary::Add {
+                    self.charge(a.weight().saturating_add(b.weight()))?;
+                }
+                binary.of(a, b)?
+            }
             Node::Call(function, arguments) => {
                 let mut values = arguments.iter().map(|a| self.evaluate(a));
                 let first = values.next().ok_or(NoValue)??;
@@ -82,7 +105,7 @@ impl<'a> Scope<'_, 'a> {
         for _ in 0..out {
             scope = scope.outer.ok_or(NoValue)?;
         }
-        scope.bound.clone().ok_or(NoValue)
+        self.copy(scope.bound.as_ref().ok_or(NoValue)?)
     }
 
     fn is_in(&self, what: &'a Node, place: &'a Node) -> Result<bool, NoValue> {
@@ -118,7 +141,6 @@ impl<'a> Scope<'_, 'a> {
         let mut made = Vec::new();
         let (mut holds, mut failed) = (0_u32, None);
         for member in self.members(over)? {
-            self.steps.set(self.steps.get().checked_sub(1).ok_or(NoValue)?);
             let inner = Scope { of: self.of, bound: Some(member), outer: Some(self), steps: self.steps };
             match (what, rest) {
                 (Macro::All | Macro::Exists | Macro::ExistsOne, _) => match inner.truth(first) {

@@ -109,7 +109,8 @@ impl Function {
             (Self::Part(part), Value::Duration(n), None) => part.of_duration(n).map(Value::Int).ok_or(NoValue),
             (Self::Part(part), Value::Time(time), None) => Ok(Value::Int(part.of_time(time))),
             (Self::Part(part), Value::Time(time), Some(Value::Text(zone))) => {
-                zone_of(&zone).map(|zone| Value::Int(part.of_time(time.to_offset(zone)))).ok_or(NoValue)
+                let there = zone_of(&zone).and_then(|zone| time.checked_to_offset(zone));
+                there.map(|there| Value::Int(part.of_time(there))).ok_or(NoValue)
             }
             (Self::Double, Value::Text(a), None) => a.parse().map(Value::Double).map_err(|_| NoValue),
             (Self::Double, value, None) => value.number().map(Value::Double).ok_or(NoValue),
@@ -173,7 +174,8 @@ pub(super) fn zone_of(text: &str) -> Option<UtcOffset> {
 
 /// A time as RFC 3339 writes it.
 pub(super) fn timestamp(text: &str) -> Option<OffsetDateTime> {
-    OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok().map(|time| time.to_offset(UtcOffset::UTC))
+    // At either end of the years there are, one that is far from UTC has no place in it.
+    OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok()?.checked_to_offset(UtcOffset::UTC)
 }
 
 /// The same as text, with as many decimals as it takes.

@@ -334,6 +334,10 @@ impl Parser {
                 return Ok(all);
             }
             self.needs(",")?;
+            // A list may end with one.
+            if close == "]" && self.takes(close) {
+                return Ok(all);
+            }
         }
     }
 }

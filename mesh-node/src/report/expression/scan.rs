@@ -81,6 +81,7 @@ fn number(text: &str) -> Result<(Token, &str), String> {
     let plain = digits.strip_suffix(['u', 'U']).unwrap_or(digits);
     let token = match plain.parse::<i64>() {
         Ok(n) => Token::Int(n),
+        Err(_) if plain.bytes().all(|b| b.is_ascii_digit()) => return Err(wrong(digits)),
         Err(_) => Token::Double(plain.parse().ok().filter(|n: &f64| n.is_finite()).ok_or_else(|| wrong(digits))?),
     };
     Ok((token, rest))

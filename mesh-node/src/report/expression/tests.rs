@@ -78,7 +78,7 @@ fn filters_hold_as_cel_says() {
         ("!['y', 1].exists(v, v.startsWith('x'))", false),
         ("[].all(x, x == 1) && ![].exists(x, true)", true),
         // Lists and maps.
-        ("[10, 20][1] == 20 && size([1, 2] + [3]) == 3", true),
+        ("[10, 20][1] == 20 && size([1, 2] + [3]) == 3 && size([1, 2,]) == 2", true),
         ("[10, 20][2] == 20 || [10][-1] == 10", false),
         ("{'GET': 'read', 'PUT': 'write'}[request.method] == 'read'", true),
         ("{'GET': 'read'}.GET == 'read' && 'GET' in {'GET': 1} && !('PUT' in {'GET': 1})", true),
@@ -189,6 +189,7 @@ fn what_cannot_be_read_says_why() {
         ("timestamp('yesterday') < request.time", "no time"),
         ("request.time.getHours('Europe/Berlin') == 1", "time zone"),
         ("response.code == 0xZZ", "not a number"),
+        ("response.code == 99999999999999999999", "not a number"),
         ("response.code == 1e999", "not a number"),
         ("'open", "closing quote"),
         ("request.path.matches('(')", "pattern that cannot be read"),
@@ -207,6 +208,23 @@ fn what_cannot_be_read_says_why() {
     let list = format!("[{}]", vec!["1"; 60].join(","));
     let nested = |list: &str| format!("{list}.all(a, {list}.all(b, {list}.all(c, a == b)))");
     assert!(Expression::parse(&nested(&list)).is_ok_and(|e| e.value(&Known::default()) == Err(NoValue)));
+    let long = |what: &str, times: usize| format!("size({what}) > 0", what = what.to_owned() + &".map(x, x + x)".repeat(times));
+    for what in ["['a']", "[[1]]", "['a', request.headers['x-long']]"] {
+        let known = || Known(HashMap::from([("x-long", "0123456789")]));
+        assert!(Expression::parse(&long(what, 42)).is_ok_and(|e| e.value(&known()) == Err(NoValue)), "{what}");
+        assert!(Expression::parse(&long(what, 3)).is_ok_and(|e| e.holds(&known())), "{what}");
+    }
+    let pairs = "['a']".to_owned() + &".map(x, [x, x])".repeat(30);
+    assert!(Expression::parse(&format!("size({pairs}) > 0")).is_ok_and(|e| e.value(&Known::default()) == Err(NoValue)));
+    let of_headers = "[request.headers].map(m, m.map(k, m.map(j, m[k] + m[j])))";
+    let many = || Known((0..100).map(|i| (&*Box::leak(format!("x-{i}").into_boxed_str()), "value")).collect());
+    assert!(Expression::parse(of_headers).is_ok_and(|e| e.value(&many()) == Err(NoValue)));
+    // Years end.
+    for text in ["timestamp('9999-12-31T23:59:59Z').getHours('+02:00') == 1", "timestamp(request.headers['x-time']) > timestamp(0)"] {
+        let known = Known(HashMap::from([("x-time", "9999-12-31T23:59:59-01:00")]));
+        assert!(Expression::parse(text).is_ok_and(|e| e.value(&known) == Err(NoValue)), "{text}");
+    }
+    assert!(Expression::parse("timestamp('9999-12-31T23:59:59-01:00') > request.time").is_err_and(|e| e.contains("no time")));
     assert!(Expression::parse(&nested("[1, 1, 1]")).is_ok_and(|e| e.holds(&Known::default())));
     let deep = format!("{}true{}", "(".repeat(100), ")".repeat(100));
     assert!(Expression::parse(&deep).is_err_and(|e| e.contains("nested")));

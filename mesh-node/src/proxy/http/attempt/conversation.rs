@@ -111,7 +111,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         let verdict = judge(status, headers, self.upload.heard());
         if verdict.again {
             // What has come whole leaves the connection as good as it was.
-            if uploaded && keep_alive && !self.half_closed {
+            if uploaded && keep_alive && !self.half_closed && status != StatusCode::SWITCHING_PROTOCOLS {
                 while let Ok(Some(_)) = self.source.buffered() {}
                 self.clean = self.source.is_end();
             }
