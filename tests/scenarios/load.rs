@@ -56,16 +56,21 @@ fn ten_thousand_short_connections_leave_nothing_behind() {
         assert_eq!(bed.probe(&client, &["churn", &to, "504", "8"]).expect("a report")["failed"], 0);
     }
     let descriptors = bed.nodes().iter().map(|n| n.descriptors().expect("descriptors")).collect::<Vec<_>>();
-    let memory = resident(&bed);
-    for to in [near.address(8080), near.address6(8080), far.address(8080), far.address6(8080)] {
-        let report = bed.probe(&client, &["churn", &to, "2504", "8"]).expect("a report");
-        assert_eq!(report["failed"], 0, "{to}: {report}");
+    // What grows once is the allocator's, which takes again what it had given back before it was measured; what is left behind grows again.
+    let mut grown = Vec::new();
+    while grown.last().is_none_or(|grown| *grown >= 8 * 1024 * 1024) {
+        assert!(grown.len() < 3, "grew by {grown:?} bytes over 10,000 connections each");
+        let memory = resident(&bed);
+        for to in [near.address(8080), near.address6(8080), far.address(8080), far.address6(8080)] {
+            let report = bed.probe(&client, &["churn", &to, "2504", "8"]).expect("a report");
+            assert_eq!(report["failed"], 0, "{to}: {report}");
+        }
+        settled(&bed, &descriptors, 0);
+        grown.push(resident(&bed).saturating_sub(memory));
     }
-    settled(&bed, &descriptors, 0);
-    let grown = resident(&bed).saturating_sub(memory);
-    assert!(grown < 8 * 1024 * 1024, "grew by {grown} bytes over 10,000 connections");
     let opened = bed.nodes()[0].metric("istio_tcp_connections_opened_total", &["reporter=\"source\""]).expect("metric");
-    assert!((opened - 11_024.0).abs() < 0.5, "{opened}");
+    let connections = u32::try_from(1008 + 10_016 * grown.len()).expect("few");
+    assert!((opened - f64::from(connections)).abs() < 0.5, "{opened} and not {connections}");
 }
 
 #[test]
