@@ -69,7 +69,7 @@ impl Engine {
         Netns::host()?;
         let trust = Trust::new(TrustDomains { local: domain.clone(), aliases: Vec::new() }, KeyExchange::default());
         let ca = EmbeddedCa::open(Path::new(directory.path()), domain, trust, Duration::from_secs(3600))?;
-        let limits = Limits::new(100_000, 32_768);
+        let limits = Limits::new(100_000, 16_384);
         let proxy = Proxy::new(config.clone(), Manager::new(Arc::new(ca)), Arc::new(Metrics::default()), limits);
         let netns = Arc::new(Netns::open(Path::new("/proc/self/ns/net"))?);
         let pod = ServedPod::new(WorkloadUid("uid-client".into()), netns.clone(), vec![client.parse()?]);

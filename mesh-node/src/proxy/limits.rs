@@ -27,7 +27,7 @@ pub const CALLERS: usize = 4096;
 
 /// Requests that share their connections, under way at once on the node, unless its operator says otherwise: each keeps some tens of
 /// kilobytes.
-pub const MOST_REQUESTS: usize = 32_768;
+pub const MOST_REQUESTS: usize = 16_384;
 /// So many times what is free a pod may hold: of what there is, four fifths if it is the only one that wants much, and less as others do.
 const SHARE: usize = 4;
 /// How long it is told that a pod has been refused something, and how often at most anew.
