@@ -84,9 +84,11 @@ impl<'a> Scope<'_, 'a> {
             Node::Call(function, arguments) => {
                 let mut values = arguments.iter().map(|a| self.evaluate(a));
                 let first = values.next().ok_or(NoValue)??;
+                self.charge(length(&first))?;
                 function.of(first, values.next().transpose()?)?
             }
             Node::Matches(what, pattern) => match self.evaluate(what)? {
+                text @ Value::Text(_) if self.charge(length(&text)).is_err() => return Err(NoValue),
                 Value::Text(text) => Value::Bool(pattern.0.is_match(&text)),
                 _ => return Err(NoValue),
             },
@@ -170,6 +172,14 @@ impl<'a> Scope<'_, 'a> {
             (Macro::ExistsOne, None) => Ok(Value::Bool(holds == 1)),
             (Macro::Filter | Macro::Map, None) => Ok(Value::List(made)),
         }
+    }
+}
+
+/// What it costs to look at all of a text.
+fn length(value: &Value<'_>) -> u32 {
+    match value {
+        Value::Text(text) => u32::try_from(text.len() / 64).unwrap_or(u32::MAX),
+        _ => 0,
     }
 }
 
