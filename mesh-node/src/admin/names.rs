@@ -19,7 +19,7 @@ pub fn near(text: &str, names: impl Iterator<Item = String>) -> String {
 }
 
 /// How many letters have to be put in, left out or changed.
-fn distance(a: &str, b: &str) -> usize {
+pub fn distance(a: &str, b: &str) -> usize {
     let b = b.chars().collect::<Vec<_>>();
     let mut row = (0..=b.len()).collect::<Vec<_>>();
     for (i, x) in a.chars().enumerate() {

@@ -158,7 +158,9 @@ enum What {
     /// none; dry-run, AUDIT and external authorizers included. On a port declared to carry no HTTP policies see the connection,
     /// whatever is asked. Nothing is sent.
     Authorize(Authorize),
-    /// Check manifests without a node: everything that would not be in force, by file and line.
+    /// Check manifests without a node: everything that would not be in force or is hardly meant so, by file and line. Templates of
+    /// Deployments and the like stand for a pod each, with addresses of 198.18.0.0/15, in the mesh unless their namespace is there and
+    /// says otherwise.
     Analyze {
         /// A directory or a single file; - is standard input.
         directory: PathBuf,

@@ -42,6 +42,12 @@ pub fn read(text: &str, default_namespace: &str) -> Content {
     Content::Read { objects, rejections, unread }
 }
 
+/// The documents of a text, those of lists among them, as far as they can be read.
+pub fn items(text: &str) -> Vec<Value> {
+    let all = documents(text).map(|read| read.documents).unwrap_or_default();
+    all.into_iter().flat_map(|document| flatten(document, MAX_LISTS)).collect()
+}
+
 /// The documents in force of a file that says this, after it said those texts one after the other: of an object that is refused its last
 /// good version, and where a document cannot be read, all that it may have been.
 pub fn in_force(before: &[String], text: &str, default_namespace: &str) -> String {

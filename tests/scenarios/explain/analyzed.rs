@@ -6,6 +6,9 @@ const REFUSED: &str = include_str!("../../corpora/analyzed/refused.yaml");
 const PODS: &str = include_str!("../../corpora/analyzed/pods.yaml");
 const PATTERNS: &str = include_str!("../../corpora/analyzed/patterns.yaml");
 const MISTAKES: &str = include_str!("../../corpora/analyzed/mistakes.yaml");
+/// Workloads as templates, and no addresses.
+const SHOP: &str = include_str!("../../corpora/analyzed/shop.yaml");
+const FURTHER: &str = include_str!("../../corpora/analyzed/further.yaml");
 
 /// The exit code and what is said of a directory, or of one file, by `meshctl analyze`.
 fn analyze(arguments: &[&str]) -> (Option<i32>, String) {
@@ -118,7 +121,7 @@ fn manifests_are_analyzed_by_file_and_line() {
         "spec.rules[1].to[0].operation.hosts: no host is like \"http://b\"",
         "spec.rules[1].to[0].operation.paths: no path is like \"/a?x=1\"; they end before the query",
         "VirtualService default/sni: spec.tls: counts for nothing, as none of its hosts' ports is declared to carry TLS",
-        "VirtualService default/shade: spec.http[1]: is never reached, as spec.http[0] takes all paths that begin like its own",
+        "VirtualService default/shade: spec.http[1]: is never reached, as spec.http[0] before it takes all that it would",
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
@@ -135,4 +138,44 @@ fn manifests_are_analyzed_by_file_and_line() {
     );
     let (_kept, path) = directory(&[]);
     assert_eq!(analyze(&[&path]), (Some(0), "0 workloads, 0 services: everything would be in force\n".to_owned()));
+}
+
+/// What no rule is reached by, what no port and no namespace is: each, and nothing else.
+#[test]
+fn what_counts_for_nothing_is_told() {
+    let (_kept, path) = directory(&[("further.yaml", FURTHER), ("shop.yaml", SHOP)]);
+    let (code, text) = analyze(&[&path]);
+    assert_eq!(code, Some(0), "{text}");
+    let all = text.lines().map(|line| line.strip_prefix(&format!("{path}/")).expect("a path").replace(": warning", ""));
+    insta::assert_snapshot!(all.collect::<Vec<_>>().join("\n"));
+}
+
+/// Of manifests that were written by hand, which have no pods and no addresses, it is told what would become of requests.
+#[test]
+fn templates_stand_for_the_pods_that_are_made_of_them() {
+    let (_kept, path) = directory(&[("shop.yaml", SHOP)]);
+    let explain = |from: &str, to: &str| {
+        let mut command = std::process::Command::new(program("meshctl"));
+        let output = command.args(["explain", "-o", "json", "--dir", &path, "--from", from, "--to", to]).output().expect("meshctl");
+        let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let endpoints = document["endpoints"].as_array().into_iter().flatten();
+        let endpoints = endpoints
+            .map(|e| (e["workload"].as_str().unwrap_or_default().to_owned(), e["address"].as_str().unwrap_or_default().to_owned()));
+        (
+            document["allowed"].as_bool(),
+            endpoints.collect::<Vec<_>>(),
+            document["from"]["enrolled"].as_bool(),
+            document["from"]["identity"].clone(),
+        )
+    };
+    let (allowed, endpoints, enrolled, identity) = explain("foo/bare", "web:80");
+    assert_eq!((allowed, enrolled, identity), (Some(true), Some(true), "spiffe://cluster.local/ns/foo/sa/default".into()));
+    assert!(matches!(&*endpoints, [(workload, address)] if workload == "foo/web-v1" && address.ends_with(":8080")), "{endpoints:?}");
+    let (allowed, endpoints, ..) = explain("foo/nightly", "web-tcp:82");
+    assert!(allowed == Some(true) && matches!(&*endpoints, [(_, address)] if address.ends_with(":8082")), "{endpoints:?}");
+    // What is there already is not made again.
+    let (_kept, path) = directory(&[("shop.yaml", SHOP), ("pods.yaml", PODS)]);
+    let (_, text) = analyze(&["-o", "json", &path]);
+    let document: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(document["workloads"], 4, "{text}");
 }

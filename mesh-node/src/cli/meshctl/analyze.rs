@@ -1,8 +1,9 @@
 //! Manifests looked at without a node: what is not in force, or hardly meant so, and why, by file and line.
 
 mod lint;
+mod templates;
 
-use std::{collections::HashMap, io::Read as _, path::Path, sync::Arc, time::Instant};
+use std::{borrow::Cow, collections::HashMap, io::Read as _, path::Path, sync::Arc, time::Instant};
 
 use serde_json::{Value, json};
 
@@ -10,8 +11,9 @@ use super::Failure;
 use crate::{
     config::{
         MeshSettings, Snapshot, build,
-        store::{Change, Origin, Severity, Status, Store},
+        store::{Change, Content, Origin, Severity, Status, Store},
     },
+    resource::{self, Parsed},
     sources::{
         directory,
         manifest::{self, MAX_FILE},
@@ -55,17 +57,54 @@ impl Manifests {
             None => std::fs::read_to_string(file).map(|text| Places::of(&text)).unwrap_or_default(),
         }
     }
+
+    /// Adds what a cluster would make of them; what is to be said of that.
+    fn complete(&mut self, mesh: &MeshSettings) -> Vec<Status> {
+        let read = self.changes.iter().filter(|change| matches!(change.content, Content::Read { .. }));
+        let documents = read.flat_map(|change| {
+            let text = match &self.text {
+                Some(text) => Cow::Borrowed(text.as_str()),
+                None => std::fs::read_to_string(&*change.origin.0).unwrap_or_default().into(),
+            };
+            manifest::items(&text).into_iter().map(|document| (change.origin.clone(), document))
+        });
+        let made = templates::stand_ins(&documents.collect::<Vec<_>>(), &mesh.enrolment);
+        let mut by_origin: HashMap<Origin, Vec<Value>> = HashMap::new();
+        for (origin, document) in made.documents {
+            by_origin.entry(origin).or_default().push(document);
+        }
+        for change in &mut self.changes {
+            let Content::Read { objects, rejections, .. } = &mut change.content else { continue };
+            let (mut read, mut refused) = (HashMap::new(), Vec::new());
+            for document in by_origin.remove(&change.origin).unwrap_or_default() {
+                match resource::parse(&document, NAMESPACE) {
+                    Ok(Parsed::Object(named)) => drop(read.insert(named.key.clone(), *named)),
+                    Ok(Parsed::Ignored(_)) => {}
+                    Err(rejection) => refused.push(rejection),
+                }
+            }
+            // A bare pod was refused for what it is given here; what else is wrong with it has been said.
+            rejections.retain(|rejection| rejection.key.as_ref().is_none_or(|key| !read.contains_key(key)));
+            refused.retain(|rejection| !rejections.iter().any(|said| said.key == rejection.key));
+            rejections.extend(refused);
+            objects.retain(|object| !read.contains_key(&object.key));
+            objects.extend(read.into_values());
+        }
+        made.remarks
+    }
 }
 
 /// The configuration that manifests make, and what is to be said of it.
 pub fn load(manifests: &mut Manifests, mesh: MeshSettings) -> (Snapshot, Vec<Status>) {
     let mut store = Store::default();
+    let told = manifests.complete(&mesh);
     for change in std::mem::take(&mut manifests.changes) {
         store.apply(change);
     }
     let mesh = Arc::new(mesh);
     let (snapshot, mut statuses) = build::build(&store, &mesh, &Snapshot::empty(mesh.clone()), Instant::now());
     statuses.extend(lint::remarks(&store, &mesh, &snapshot));
+    statuses.extend(told);
     statuses.sort();
     statuses.dedup();
     (snapshot, statuses)

@@ -35,7 +35,7 @@ pub struct Explain {
     /// The server name of the application's own TLS.
     #[arg(long)]
     sni: Option<String>,
-    /// Ask this directory of manifests instead of a node.
+    /// Ask this directory of manifests instead of a node; templates of Deployments and the like stand for a pod each, named like them.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     #[command(flatten)]

@@ -1,6 +1,10 @@
 //! What is in force as it is written, and hardly meant so: rules that are never reached, selectors that match nothing, policies of which
 //! another takes the place. Of manifests alone: in a cluster pods come and go.
 
+mod ports;
+mod routes;
+mod values;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
@@ -8,33 +12,38 @@ use crate::{
         MeshSettings, Snapshot,
         store::{Severity, Status, Store},
     },
-    detect::Protocol,
     id::ObjectName,
-    resource::{
-        DestinationRule, Named, Object, VirtualService,
-        authorization::{self, Values},
-        paths::PathPattern,
-        selector::WorkloadSelector,
-        strings::StringMatch,
-    },
-    route::{
-        Workload,
-        matching::{HttpMatch, PathMatch, TextMatch},
-        rule::{Action, Rule},
-    },
+    resource::{DestinationRule, Kind, Named, Object, selector::WorkloadSelector},
+    route::{Workload, rule::Action},
 };
 
 /// Everything there is to say.
 pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<Status> {
-    let mut lint = Lint { store, mesh, snapshot, found: Vec::new() };
+    // Who writes down one namespace is taken to write down all that matter.
+    let written = store.objects().any(|named| named.key.kind == Kind::Namespace);
+    let namespaces = store.objects().map(|named| match named.key.kind {
+        Kind::Namespace => &*named.key.name.name,
+        _ => &*named.key.name.namespace,
+    });
+    let namespaces = namespaces.filter(|n| written && !n.is_empty()).chain(written.then_some(&*mesh.root_namespace));
+    let mut lint = Lint { store, mesh, snapshot, namespaces: namespaces.collect(), found: Vec::new() };
     for named in store.objects() {
         match &named.object {
             Object::VirtualService(vs) => lint.virtual_service(named, vs),
-            Object::DestinationRule(rule) => lint.subsets(named, rule),
-            Object::PeerAuthentication(p) => lint.selector(named, p.selector.as_ref()),
+            Object::Service(service) => lint.service_ports(named, service),
+            Object::DestinationRule(rule) => {
+                lint.subsets(named, rule);
+                lint.settings_of_ports(named, rule);
+                lint.exports(named, &rule.export_to);
+            }
+            Object::PeerAuthentication(p) => {
+                lint.selector(named, p.selector.as_ref());
+                lint.modes_of_ports(named, p);
+            }
             Object::AuthorizationPolicy(p) => {
                 lint.selector(named, p.selector.as_ref());
                 lint.never_said(named, &p.rules);
+                lint.nowhere(named, &p.rules);
             }
             Object::RequestAuthentication(p) => lint.selector(named, p.selector.as_ref()),
             Object::Telemetry(t) => lint.selector(named, t.selector.as_ref()),
@@ -49,41 +58,12 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
     lint.found
 }
 
-/// The texts of values that are asked for as a whole or by how they begin.
-fn texts(values: &Values<StringMatch>) -> impl Iterator<Item = &str> {
-    values.any_of.iter().chain(&values.none_of).filter_map(|value| match value {
-        StringMatch::Exact(text) | StringMatch::Prefix(text) => Some(&**text),
-        StringMatch::Suffix(_) | StringMatch::Present | StringMatch::Glob(_) => None,
-    })
-}
-
-/// Values with a star that stands for itself: it is one for anything at either end alone.
-fn with_stars(values: &Values<StringMatch>) -> impl Iterator<Item = &StringMatch> {
-    values.any_of.iter().chain(&values.none_of).filter(|value| match value {
-        StringMatch::Exact(text) | StringMatch::Prefix(text) | StringMatch::Suffix(text) => text.contains('*'),
-        StringMatch::Present | StringMatch::Glob(_) => false,
-    })
-}
-
-/// Whether a rule takes everything that a match of a later one could, by how the path begins.
-fn takes_its(rule: &Rule, later: &HttpMatch) -> bool {
-    let Some(PathMatch::Exact { path: wanted, ignore_case: false } | PathMatch::Prefix { path: wanted, ignore_case: false }) = &later.path
-    else {
-        return false;
-    };
-    rule.matches.iter().any(|earlier| match &earlier.path {
-        Some(PathMatch::Prefix { path, .. }) => {
-            let rest = HttpMatch { path: None, name: std::sync::Arc::default(), ..earlier.clone() };
-            rest == HttpMatch::default() && wanted.starts_with(&**path)
-        }
-        _ => false,
-    })
-}
-
 struct Lint<'a> {
     store: &'a Store,
     mesh: &'a MeshSettings,
     snapshot: &'a Snapshot,
+    /// Those there are; empty where manifests do not say.
+    namespaces: BTreeSet<&'a str>,
     found: Vec<Status>,
 }
 
@@ -91,141 +71,6 @@ impl Lint<'_> {
     fn say(&mut self, named: &Named, message: &str) {
         let origin = self.store.origin_of(&named.key).map(ToString::to_string).unwrap_or_default();
         self.found.push(Status { origin, severity: Severity::Warning, message: format!("{}: {message}", named.key) });
-    }
-
-    fn virtual_service(&mut self, named: &Named, vs: &VirtualService) {
-        if !vs.mesh {
-            self.say(named, "spec.gateways: mesh is not among them; its routes are for gateways, which mesh-node does not serve");
-        }
-        let takes_all = |matches: &[HttpMatch]| matches.is_empty() || matches.iter().any(HttpMatch::is_catch_all);
-        if let Some(last) = vs.http.iter().position(|rule| takes_all(&rule.matches)) {
-            for i in last + 1..vs.http.len() {
-                let message = format!("spec.http[{i}]: is never reached, as spec.http[{last}] takes everything; put it before that one");
-                self.say(named, &message);
-            }
-        }
-        for (i, rule) in vs.http.iter().enumerate() {
-            for (j, asked) in rule.matches.iter().enumerate() {
-                if let Some(PathMatch::Exact { path, .. } | PathMatch::Prefix { path, .. }) = &asked.path
-                    && !path.starts_with('/')
-                    && **path != *"*"
-                    && !path.is_empty()
-                {
-                    self.say(
-                        named,
-                        &format!("spec.http[{i}].match[{j}].uri: no path is like {path:?}; they begin with a slash: \"/{path}\""),
-                    );
-                }
-                if let Some(TextMatch::Exact(method)) = &asked.method
-                    && method.chars().any(|c| c.is_ascii_lowercase())
-                {
-                    let message = format!(
-                        "spec.http[{i}].match[{j}].method: no request has the method {method:?}; they are told apart by case: {:?}",
-                        method.to_uppercase()
-                    );
-                    self.say(named, &message);
-                }
-            }
-        }
-        for (i, rule) in vs.http.iter().enumerate().filter(|(_, rule)| !takes_all(&rule.matches)) {
-            let before = vs.http.iter().take(i).enumerate().find(|(_, earlier)| rule.matches.iter().all(|m| takes_its(earlier, m)));
-            if let Some((earlier, _)) = before.filter(|(_, earlier)| !takes_all(&earlier.matches)) {
-                let message = format!(
-                    "spec.http[{i}]: is never reached, as spec.http[{earlier}] takes all paths that begin like its own; put it before that one"
-                );
-                self.say(named, &message);
-            }
-        }
-        for (kind, rules, tls) in [("tcp", &vs.tcp, false), ("tls", &vs.tls, true)] {
-            let namespace: &str = &named.key.name.namespace;
-            let services = vs.hosts.iter().filter_map(|host| self.service(host, namespace)).collect::<Vec<_>>();
-            let mut ports = self.snapshot.services().iter().filter(|s| services.contains(&s.name)).flat_map(|s| &s.ports).peekable();
-            if !rules.is_empty() && ports.peek().is_some() && ports.all(|port| (port.cluster.protocol == Protocol::Tls) != tls) {
-                let which = if tls { "none of its hosts' ports is" } else { "all ports of its hosts are" };
-                self.say(named, &format!("spec.{kind}: counts for nothing, as {which} declared to carry TLS (https, tls)"));
-            }
-        }
-        for (kind, rules) in [("tcp", &vs.tcp), ("tls", &vs.tls)] {
-            if let Some(last) = rules.iter().position(|rule| rule.matches.is_empty()) {
-                for i in last + 1..rules.len() {
-                    let message =
-                        format!("spec.{kind}[{i}]: is never reached, as spec.{kind}[{last}] takes everything; put it before that one");
-                    self.say(named, &message);
-                }
-            }
-        }
-    }
-
-    /// Values that nothing ever has.
-    fn never_said(&mut self, named: &Named, rules: &[authorization::Rule]) {
-        for (i, rule) in rules.iter().enumerate() {
-            for (j, from) in rule.from.iter().enumerate() {
-                for text in texts(&from.principals).filter(|text| text.starts_with("spiffe://")) {
-                    let short = text.trim_start_matches("spiffe://");
-                    let message = format!(
-                        "spec.rules[{i}].from[{j}].source.principals: {text:?} is nobody; principals are written without their scheme: {short:?}"
-                    );
-                    self.say(named, &message);
-                }
-            }
-            let starred = rule.from.iter().enumerate().flat_map(|(j, from)| {
-                let all = [("principals", &from.principals), ("trustDomains", &from.trust_domains)];
-                all.into_iter().flat_map(move |(field, values)| with_stars(values).map(move |v| (format!("from[{j}].source.{field}"), v)))
-            });
-            let starred = starred.chain(rule.to.iter().enumerate().flat_map(|(j, to)| {
-                let all = [("hosts", &to.hosts), ("methods", &to.methods)];
-                all.into_iter().flat_map(move |(field, values)| with_stars(values).map(move |v| (format!("to[{j}].operation.{field}"), v)))
-            }));
-            let starred = starred.map(|(field, value)| {
-                format!(
-                    "spec.rules[{i}].{field}: a star of {:?} stands for itself; it stands for anything at one end of a value alone",
-                    format!("{value:?}")
-                )
-            });
-            for message in starred.collect::<Vec<_>>() {
-                self.say(named, &message);
-            }
-            for (j, to) in rule.to.iter().enumerate() {
-                for text in texts(&to.hosts).filter(|text| text.contains("://") || text.contains('/')) {
-                    let message =
-                        format!("spec.rules[{i}].to[{j}].operation.hosts: no host is like {text:?}; they have neither scheme nor path");
-                    self.say(named, &message);
-                }
-                let starred = to.paths.any_of.iter().chain(&to.paths.none_of).filter_map(|path| match path {
-                    PathPattern::Text(value @ (StringMatch::Exact(text) | StringMatch::Prefix(text) | StringMatch::Suffix(text))) => {
-                        text.contains('*').then_some(value)
-                    }
-                    _ => None,
-                });
-                for path in starred {
-                    let message = format!(
-                        "spec.rules[{i}].to[{j}].operation.paths: a star within {:?} stands for itself; within a path {{*}} stands for one part of it, and \
-                         {{**}} for any",
-                        format!("{path:?}")
-                    );
-                    self.say(named, &message);
-                }
-                for text in texts(&to.methods).filter(|text| text.chars().any(|c| c.is_ascii_lowercase())) {
-                    let message = format!(
-                        "spec.rules[{i}].to[{j}].operation.methods: no request has the method {text:?}; they are told apart by case: {:?}",
-                        text.to_uppercase()
-                    );
-                    self.say(named, &message);
-                }
-                let paths = to.paths.any_of.iter().chain(&to.paths.none_of).filter_map(|path| match path {
-                    PathPattern::Text(StringMatch::Exact(text) | StringMatch::Prefix(text)) => Some(text),
-                    _ => None,
-                });
-                for text in paths.clone().filter(|text| text.contains('?')) {
-                    let message = format!("spec.rules[{i}].to[{j}].operation.paths: no path is like {text:?}; they end before the query");
-                    self.say(named, &message);
-                }
-                for text in paths.filter(|text| !text.starts_with('/')) {
-                    let message = format!("spec.rules[{i}].to[{j}].operation.paths: no path is like {text:?}; they begin with a slash");
-                    self.say(named, &message);
-                }
-            }
-        }
     }
 
     /// Workloads an object of a namespace may be about.

@@ -1,0 +1,101 @@
+//! Ports: what their names declare, and numbers that lead nowhere.
+
+use super::Lint;
+use crate::{
+    admin::names::distance,
+    detect::Protocol,
+    id::ObjectName,
+    resource::{DestinationRule, Named, PeerAuthentication, Service},
+    route::Workload,
+};
+
+/// What a port's name may begin with (Istio's protocol selection), as far as it is long enough to be recognised when it is mistyped.
+const PROTOCOLS: [&str; 11] = ["http", "http2", "https", "grpc", "grpc-web", "tls", "tcp", "mongo", "mysql", "redis", "udp"];
+
+/// Whether a word is one of letters left out, put in, changed, or put in another order.
+fn mistypes(word: &str, protocol: &str) -> bool {
+    let sorted = |text: &str| {
+        let mut all = text.bytes().collect::<Vec<_>>();
+        all.sort_unstable();
+        all
+    };
+    distance(word, protocol) == 1 || sorted(word) == sorted(protocol)
+}
+
+impl Lint<'_> {
+    pub(super) fn service_ports(&mut self, named: &Named, service: &Service) {
+        for (i, port) in service.ports.iter().enumerate() {
+            let (field, text) = match &port.app_protocol {
+                Some(text) => ("appProtocol", &**text),
+                None => ("name", &*port.name),
+            };
+            let first = text.split('-').next().unwrap_or_default().to_ascii_lowercase();
+            if first.len() < 3 || Protocol::declared(&first, None) != Protocol::Detect {
+                continue;
+            }
+            if let Some(meant) = PROTOCOLS.iter().find(|protocol| mistypes(&first, protocol)) {
+                let message = format!(
+                    "spec.ports[{i}].{field}: {text:?} declares no protocol, and what comes is looked at; did you mean {:?}?",
+                    text.replacen(&*first, meant, 1)
+                );
+                self.say(named, &message);
+            }
+        }
+        self.disagreement(named);
+    }
+
+    /// Tells of a port of pods that another service declares to carry something else.
+    fn disagreement(&mut self, named: &Named) {
+        let own = &named.key.name;
+        let declared = |name: &ObjectName, workload: &Workload, port: u16| {
+            let service = self.snapshot.services().iter().find(|service| service.name == *name)?;
+            let leads = |p: &&crate::route::ServicePort| {
+                p.cluster.endpoints.iter().any(|e| e.address.port() == port && workload.ips.contains(&e.address.ip()))
+            };
+            service.ports.iter().find(leads).map(|p| p.cluster.protocol)
+        };
+        let shared = self.snapshot.workloads().filter(|workload| workload.name.namespace == own.namespace);
+        let shared = shared.flat_map(|w| w.ports.shared.iter().map(move |(port, services)| (w, *port, services)));
+        let other = shared.filter(|(_, _, services)| services.contains(own)).find_map(|(workload, port, services)| {
+            let protocol = declared(own, workload, port)?;
+            let differs = |other: &&ObjectName| {
+                let theirs = declared(other, workload, port);
+                theirs.is_some_and(|theirs| theirs.is_http() != protocol.is_http() && theirs != Protocol::Detect)
+            };
+            let other = services.iter().filter(|other| *other > own).find(differs)?;
+            (protocol != Protocol::Detect).then_some((port, other))
+        });
+        if let Some((port, other)) = other {
+            let message = format!(
+                "spec.ports: leads to port {port} of the same pods as Service {other}, which declares that something else is carried; where neither is \
+                 dialled, what comes is looked at"
+            );
+            self.say(named, &message);
+        }
+    }
+
+    pub(super) fn settings_of_ports(&mut self, named: &Named, rule: &DestinationRule) {
+        let Some(service) = self.service(&rule.host, &named.key.name.namespace) else { return };
+        let Some(service) = self.snapshot.services().iter().find(|s| s.name == service) else { return };
+        let policies = rule.policy.iter().map(|policy| ("spec.trafficPolicy".to_owned(), policy));
+        let subsets = rule.subsets.iter().enumerate().map(|(i, subset)| (format!("spec.subsets[{i}].trafficPolicy"), &subset.policy));
+        let asked = policies.chain(subsets).flat_map(|(at, policy)| policy.ports.keys().map(move |port| (at.clone(), *port)));
+        for (at, port) in asked.filter(|(_, port)| !service.ports.iter().any(|p| p.port == *port)).collect::<Vec<_>>() {
+            self.say(named, &format!("{at}.portLevelSettings: {} has no port {port}; ports here are the Service's", service.name));
+        }
+    }
+
+    pub(super) fn modes_of_ports(&mut self, named: &Named, policy: &PeerAuthentication) {
+        let Some(selector) = &policy.selector else { return };
+        let selected = self.scope(&named.key.name.namespace).into_iter().filter(|w| selector.matches(&w.labels)).collect::<Vec<_>>();
+        let lead = || selected.iter().flat_map(|w| &w.ports.services);
+        let service_of = |port: u16| lead().find(|(_, of)| of.port == port).map(|(target, of)| (*target, of.service.clone()));
+        let meant = policy.port_modes.keys().filter(|port| !lead().any(|(target, _)| target == *port));
+        for (port, (target, service)) in meant.filter_map(|port| Some((*port, service_of(*port)?))).collect::<Vec<_>>() {
+            let message = format!(
+                "spec.portLevelMtls: {port} is the port of Service {service}, which leads to {target} of its pods; ports here are the pods'"
+            );
+            self.say(named, &message);
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Rules of routes that are never reached, or ask for what is never said.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use super::Lint;
+use crate::{
+    detect::Protocol,
+    resource::{Named, VirtualService},
+    route::{
+        ServicePort,
+        l4::{L4Match, L4Rule, host_matches},
+        matching::{HttpMatch, PathMatch, SourceMatch, TextMatch},
+        rule::Rule,
+    },
+};
+
+/// Whether whatever passes one test passes the other.
+trait Covers {
+    fn covers(&self, other: &Self) -> bool;
+}
+
+impl<T: Covers> Covers for Option<T> {
+    fn covers(&self, other: &Self) -> bool {
+        self.as_ref().is_none_or(|own| other.as_ref().is_some_and(|other| own.covers(other)))
+    }
+}
+
+impl Covers for TextMatch {
+    fn covers(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Present, _) => true,
+            (Self::Prefix(own), Self::Exact(text) | Self::Prefix(text)) => text.starts_with(&**own),
+            (Self::Regex(own), Self::Exact(text)) => own.matches(text.as_bytes()),
+            _ => self == other,
+        }
+    }
+}
+
+impl Covers for PathMatch {
+    fn covers(&self, other: &Self) -> bool {
+        match (self, other) {
+            // A prefix of the path is one of whatever begins with it; one whose case does not matter, of what may be written otherwise.
+            (
+                Self::Prefix { path: own, ignore_case },
+                Self::Exact { path, ignore_case: other_ignores } | Self::Prefix { path, ignore_case: other_ignores },
+            ) => (*ignore_case || !other_ignores || **own == *"/") && begins(path, own, *ignore_case),
+            (Self::Prefix { path: own, ignore_case }, Self::Segments(path)) => begins(path, own, *ignore_case),
+            (Self::Segments(_), Self::Exact { path, ignore_case: false } | Self::Segments(path)) => self.matches(path),
+            (Self::Regex(own), _) if own.is_catch_all() => true,
+            (Self::Regex(own), Self::Exact { path, ignore_case: false }) => own.matches(path.as_bytes()),
+            _ => self == other,
+        }
+    }
+}
+
+fn begins(path: &str, prefix: &str, ignore_case: bool) -> bool {
+    path.get(..prefix.len()).is_some_and(|begin| if ignore_case { begin.eq_ignore_ascii_case(prefix) } else { begin == prefix })
+}
+
+impl Covers for SourceMatch {
+    fn covers(&self, other: &Self) -> bool {
+        let among = |(key, value)| other.labels.get(key) == Some(value);
+        self == other
+            || self.gateways.is_empty()
+                && other.gateways.is_empty()
+                && (self.namespace.is_none() || self.namespace == other.namespace)
+                && self.labels.iter().all(among)
+    }
+}
+
+impl Covers for HttpMatch {
+    fn covers(&self, other: &Self) -> bool {
+        self.path.covers(&other.path)
+            && self.scheme.covers(&other.scheme)
+            && self.method.covers(&other.method)
+            && self.authority.covers(&other.authority)
+            && self.headers.iter().all(|header| other.headers.contains(header))
+            && self.query.iter().all(|parameter| other.query.contains(parameter))
+            && self.claims.iter().all(|claim| other.claims.contains(claim))
+            && (self.port.is_none() || self.port == other.port)
+            && self.source.covers(&other.source)
+    }
+}
+
+impl Covers for L4Match {
+    fn covers(&self, other: &Self) -> bool {
+        let names = |host: &Arc<str>| self.sni.iter().any(|own| own == host || host_matches(own, host));
+        (self.sni.is_empty() || !other.sni.is_empty() && other.sni.iter().all(names))
+            && (self.destinations.is_empty() || self.destinations == other.destinations)
+            && (self.sources.is_empty() || self.sources == other.sources)
+            && (self.port.is_none() || self.port == other.port)
+            && self.source.covers(&other.source)
+    }
+}
+
+/// `spec.http[0]`, or several.
+fn listed(kind: &str, rules: &BTreeSet<usize>) -> String {
+    rules.iter().map(|i| format!("spec.{kind}[{i}]")).collect::<Vec<_>>().join(" and ")
+}
+
+impl Lint<'_> {
+    pub(super) fn virtual_service(&mut self, named: &Named, vs: &VirtualService) {
+        if !vs.mesh {
+            self.say(named, "spec.gateways: mesh is not among them; its routes are for gateways, which mesh-node does not serve");
+        }
+        self.exports(named, &vs.export_to);
+        for (i, rule) in vs.http.iter().enumerate() {
+            self.asked_of(named, i, rule);
+        }
+        let http = vs.http.iter().map(|rule| &*rule.matches).collect::<Vec<_>>();
+        let last = http.iter().position(|matches| matches.is_empty() || matches.iter().any(HttpMatch::is_catch_all));
+        self.unreached(named, "http", &http, last);
+        let namespace: &str = &named.key.name.namespace;
+        let services = vs.hosts.iter().map(|host| self.service(host, namespace)).collect::<Option<BTreeSet<_>>>();
+        let of_hosts = |snapshot: &'_ crate::config::Snapshot| {
+            let services = snapshot.services().iter().filter(|s| services.as_ref().is_some_and(|all| all.contains(&s.name)));
+            services.flat_map(|s| &s.ports).map(|port| (port.port, is_tls(port))).collect::<Vec<_>>()
+        };
+        let ports = of_hosts(self.snapshot);
+        for (kind, rules, tls) in [("tcp", &vs.tcp, false), ("tls", &vs.tls, true)] {
+            let matches = rules.iter().map(|rule| &*rule.matches).collect::<Vec<_>>();
+            self.unreached(named, kind, &matches, matches.iter().position(|all| all.is_empty()));
+            if !rules.is_empty() && !ports.is_empty() && ports.iter().all(|(_, is_tls)| *is_tls != tls) {
+                let which = if tls { "none of its hosts' ports is" } else { "all ports of its hosts are" };
+                self.say(named, &format!("spec.{kind}: counts for nothing, as {which} declared to carry TLS (https, tls)"));
+            }
+        }
+        let asked = http.iter().enumerate().flat_map(|(i, all)| all.iter().enumerate().map(move |(j, m)| ("http", i, j, m.port)));
+        let l4 = |kind, rules: &'_ [L4Rule]| {
+            let all = rules.iter().enumerate().flat_map(|(i, r)| r.matches.iter().enumerate().map(move |(j, m)| (kind, i, j, m.port)));
+            all.collect::<Vec<_>>()
+        };
+        for (kind, i, j, port) in asked.collect::<Vec<_>>().into_iter().chain(l4("tcp", &vs.tcp)).chain(l4("tls", &vs.tls)) {
+            if let Some(port) = port.filter(|port| !ports.is_empty() && !ports.iter().any(|(p, _)| p == port)) {
+                self.say(named, &format!("spec.{kind}[{i}].match[{j}].port: no Service among its hosts has a port {port}"));
+            }
+        }
+    }
+
+    /// Tells of what a rule asks and no request says.
+    fn asked_of(&mut self, named: &Named, i: usize, rule: &Rule) {
+        for (j, asked) in rule.matches.iter().enumerate() {
+            if let Some(PathMatch::Exact { path, .. } | PathMatch::Prefix { path, .. }) = &asked.path
+                && !path.starts_with('/')
+                && **path != *"*"
+                && !path.is_empty()
+            {
+                self.say(named, &format!("spec.http[{i}].match[{j}].uri: no path is like {path:?}; they begin with a slash: \"/{path}\""));
+            }
+            if let Some(TextMatch::Exact(method)) = &asked.method
+                && method.chars().any(|c| c.is_ascii_lowercase())
+            {
+                let message = format!(
+                    "spec.http[{i}].match[{j}].method: no request has the method {method:?}; they are told apart by case: {:?}",
+                    method.to_uppercase()
+                );
+                self.say(named, &message);
+            }
+        }
+    }
+
+    /// Tells of rules, and of single matches, all of whose requests or connections others before them take. `last`: the first rule that
+    /// takes everything.
+    fn unreached<M: Covers>(&mut self, named: &Named, kind: &str, rules: &[&[M]], last: Option<usize>) {
+        for i in last.map_or(rules.len(), |last| last + 1)..rules.len() {
+            let last = last.unwrap_or_default();
+            let message = format!("spec.{kind}[{i}]: is never reached, as spec.{kind}[{last}] takes everything; put it before that one");
+            self.say(named, &message);
+        }
+        for (i, matches) in rules.iter().enumerate().take(last.unwrap_or(rules.len())) {
+            let before = |wanted: &M| rules.iter().take(i).position(|earlier| earlier.iter().any(|own| own.covers(wanted)));
+            let before = matches.iter().map(before).collect::<Vec<_>>();
+            if let Some(takers) = before.iter().copied().collect::<Option<BTreeSet<_>>>().filter(|takers| !takers.is_empty()) {
+                let takers = listed(kind, &takers);
+                let message =
+                    format!("spec.{kind}[{i}]: is never reached, as {takers} before it takes all that it would; put it before that");
+                self.say(named, &message);
+                continue;
+            }
+            for (j, (wanted, taker)) in matches.iter().zip(before).enumerate() {
+                // One that goes before may have its say in what is rewritten.
+                let beside = matches.iter().take(j).position(|own| own.covers(wanted));
+                let message = match (taker, beside) {
+                    (Some(taker), _) => format!("is never needed, as spec.{kind}[{taker}] before it takes all that it would"),
+                    (None, Some(k)) => format!("adds nothing, as match[{k}] of the same rule takes all that it would"),
+                    (None, None) => continue,
+                };
+                self.say(named, &format!("spec.{kind}[{i}].match[{j}]: {message}"));
+            }
+        }
+    }
+}
+
+fn is_tls(port: &ServicePort) -> bool {
+    port.cluster.protocol == Protocol::Tls
+}
