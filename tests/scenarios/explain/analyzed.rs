@@ -174,7 +174,9 @@ fn templates_stand_for_the_pods_that_are_made_of_them() {
     let (allowed, endpoints, ..) = explain("foo/nightly", "web-tcp:82");
     assert!(allowed == Some(true) && matches!(&*endpoints, [(_, address)] if address.ends_with(":8082")), "{endpoints:?}");
     // What is there already is not made again.
-    let (_kept, path) = directory(&[("shop.yaml", SHOP), ("pods.yaml", PODS)]);
+    let runs =
+        PODS.replace("name: web, uid: web, labels: {app: web}", "name: web-v1-x, namespace: foo, uid: x, labels: {app: web, version: v1}");
+    let (_kept, path) = directory(&[("shop.yaml", SHOP), ("pods.yaml", PODS), ("runs.yaml", &runs.replace("10.", "11."))]);
     let (_, text) = analyze(&["-o", "json", &path]);
     let document: Value = serde_json::from_str(&text).expect("JSON");
     assert_eq!(document["workloads"], 4, "{text}");
