@@ -235,9 +235,12 @@ impl Connection {
         let serving = h2::serve(
             io,
             h2::MAX_STREAMS,
-            |accepted| match connection.proxy.request(&connection.pod) {
-                Some(place) => drop(tokio::spawn(connection.clone().h2_exchange(accepted, place))),
-                None => h2::turn_away(accepted),
+            |accepted| match accepted {
+                Some(accepted) => match connection.proxy.request(&connection.pod) {
+                    Some(place) => drop(tokio::spawn(connection.clone().h2_exchange(accepted, place))),
+                    None => h2::turn_away(accepted),
+                },
+                None => connection.broke_protocol(),
             },
             pod.draining(connection.since),
         );
@@ -247,6 +250,12 @@ impl Connection {
             },
             _ = pod.ended() => {}
         }
+    }
+
+    /// Tells of a request of HTTP/2 that could not be read.
+    fn broke_protocol(&self) {
+        let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/2");
+        record.broke_protocol(self.proxy.config.load().workload(&self.pod.uid));
     }
 
     async fn h2_exchange(self: Arc<Self>, accepted: Accepted, _place: Place) {
@@ -291,6 +300,7 @@ impl Connection {
             _ = self.pod.ended() => true,
         };
         record.moved(body.meter(), responder.meter());
+        record.left(responder.client());
         if cut {
             record.cut();
         }

@@ -19,6 +19,7 @@ pub enum Flag {
     UpstreamProtocolError,
     DownstreamDisconnect,
     DownstreamProtocolError,
+    DownstreamRemoteReset,
     DelayInjected,
     FaultInjected,
     UnauthorizedExternally,
@@ -40,6 +41,7 @@ impl Flag {
             Self::UpstreamProtocolError => "UPE",
             Self::DownstreamDisconnect => "DC",
             Self::DownstreamProtocolError => "DPE",
+            Self::DownstreamRemoteReset => "DR",
             Self::DelayInjected => "DI",
             Self::FaultInjected => "FI",
             Self::UnauthorizedExternally => "UAEX",
@@ -63,6 +65,7 @@ impl Flag {
             Self::UpstreamProtocolError => "UpstreamProtocolError",
             Self::DownstreamDisconnect => "DownstreamConnectionTermination",
             Self::DownstreamProtocolError => "DownstreamProtocolError",
+            Self::DownstreamRemoteReset => "DownstreamRemoteReset",
             Self::DelayInjected => "DelayInjected",
             Self::FaultInjected => "FaultInjected",
             Self::UnauthorizedExternally => "UnauthorizedExternalService",
@@ -89,6 +92,7 @@ impl Flag {
             Self::DurationTimeout => 0x40_0000,
             Self::UpstreamProtocolError => 0x80_0000,
             Self::NoCluster => 0x100_0000,
+            Self::DownstreamRemoteReset => 0x1000_0000,
         }
     }
 }
@@ -129,6 +133,12 @@ impl Flags {
         let mut all = Self::default();
         flags.iter().for_each(|flag| all.raise(*flag));
         all
+    }
+
+    /// One in the place of another; whether that was raised.
+    pub fn replace(&mut self, old: Flag, new: Flag) -> bool {
+        let place = self.0.iter_mut().find(|f| **f == Some(old));
+        place.is_some_and(|place| place.replace(new).is_some())
     }
 
     pub fn raise(&mut self, flag: Flag) {

@@ -38,14 +38,22 @@ pub fn of_requests(outcome: &mut Outcome) {
     let text = std::mem::take(&mut outcome.client);
     let lines = text.lines().map(str::trim).filter(|l| l.contains(": [") || *l == "PING").collect::<Vec<_>>();
     let is_refused = !lines.iter().any(|l| l.starts_with("1: "));
-    // A request that could not be read has no status.
-    outcome.log.retain(|line| !line.contains("\"code\":0,"));
+    for line in outcome.log.iter_mut().filter(|line| line.contains("\"code\":0,")) {
+        *line = of_the_unread(line);
+    }
     let kept = if is_refused { Vec::new() } else { lines };
     if is_refused {
         outcome.upstream.retain(|u| !u.contains("/again"));
         outcome.log.retain(|l| !l.contains("/again"));
     }
     outcome.client = kept.join("\n    ");
+}
+
+/// Of a request that was not answered not in which words that is told, and how far it went meanwhile.
+fn of_the_unread(line: &str) -> String {
+    let Ok(Value::Object(mut fields)) = serde_json::from_str(line) else { return line.to_owned() };
+    fields.retain(|name, _| ["code", "flags", "protocol", "stream", "type"].contains(&&**name));
+    Value::Object(fields).to_string()
 }
 
 /// Of a second attempt not the time that is left for it.

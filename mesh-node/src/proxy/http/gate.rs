@@ -176,6 +176,14 @@ impl Gate {
         record
     }
 
+    /// Takes down a request of HTTP/2 that could not be read.
+    pub fn broke_protocol(&self) {
+        let snapshot = self.proxy.config.load();
+        let mut record = self.begin(&snapshot, "HTTP/2");
+        record.broke_protocol(snapshot.workload(&self.pod.uid));
+        record.source = None;
+    }
+
     /// Takes down a request of which only the beginning came.
     pub fn cut_short(&self) {
         let snapshot = self.proxy.config.load();

@@ -2,10 +2,12 @@
 
 mod errors;
 mod head;
+mod refused;
 
 use std::{
     future::{Future, poll_fn},
     io,
+    sync::Arc,
     task::Poll,
     time::Duration,
 };
@@ -15,6 +17,7 @@ use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use self::refused::{Refused, Watched};
 pub use self::{
     errors::{into_io, is_connection, is_remote, is_too_much, is_unprocessed, reason},
     head::{is_ambiguous, list_size, request_head, wire_request},
@@ -248,6 +251,16 @@ impl FrameSink for H2Sink {
     }
 }
 
+/// What has become of who has opened a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Client {
+    There,
+    /// The stream was reset, by the client, or here because it broke the protocol.
+    Reset(Reason),
+    /// The connection is over.
+    Gone,
+}
+
 /// Answers on a stream.
 pub struct H2Responder {
     respond: SendResponse<Bytes>,
@@ -274,6 +287,20 @@ impl H2Responder {
 
     pub fn is_complete(&self) -> bool {
         self.sink.as_ref().is_some_and(|s| s.finished)
+    }
+
+    /// Whether there is a client on the stream.
+    pub fn client(&mut self) -> Client {
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        let polled = match &mut self.sink {
+            Some(sink) => sink.stream.poll_reset(&mut cx),
+            None => self.respond.poll_reset(&mut cx),
+        };
+        match polled {
+            Poll::Ready(Ok(reason)) => Client::Reset(reason),
+            Poll::Ready(Err(_)) => Client::Gone,
+            Poll::Pending => Client::There,
+        }
     }
 }
 
@@ -370,11 +397,17 @@ pub fn turn_away(accepted: Accepted) {
     respond.send_reset(Reason::REFUSED_STREAM);
 }
 
-/// Serves one connection until it ends. Every stream goes to `on_stream`, which must not wait.
+/// Serves one connection until it ends. Every stream goes to `on_stream`, which must not wait; none stands for a
+/// request that broke the protocol, and has been refused.
 ///
 /// When `drain` completes, the client is told to go elsewhere (GOAWAY); open streams go on to their end.
 /// `streams`: how many there may be at a time.
-pub async fn serve<T>(io: T, streams: u32, mut on_stream: impl FnMut(Accepted), drain: impl Future<Output = ()>) -> Result<(), h2::Error>
+pub async fn serve<T>(
+    io: T,
+    streams: u32,
+    mut on_stream: impl FnMut(Option<Accepted>),
+    drain: impl Future<Output = ()>,
+) -> Result<(), h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
@@ -391,20 +424,32 @@ where
         .max_local_error_reset_streams(Some(ERROR_RESETS))
         .data_frame_budget(SMALL_FRAMES)
         .reset_stream_duration(RESET_MEMORY);
-    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await;
+    let refused = Arc::new(Refused::default());
+    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(Watched::new(io, refused.clone()))).await;
     let Ok(handshake) = handshake else { return Err(Reason::SETTINGS_TIMEOUT.into()) };
     let mut connection = handshake?;
     let mut drain = std::pin::pin!(drain);
     let mut draining = false;
     loop {
+        let accepted = poll_fn(|cx| {
+            let polled = connection.poll_accept(cx);
+            if let Poll::Ready(Some(Ok((_, respond)))) = &polled {
+                refused.accepted(respond.stream_id().into());
+            }
+            // Of what has come, nothing else is accepted when there is nothing to accept.
+            let settled = !matches!(polled, Poll::Ready(Some(Ok(_))));
+            let broken = matches!(&polled, Poll::Ready(Some(Err(error))) if error.is_library());
+            (0..refused.take(settled, broken)).for_each(|_| on_stream(None));
+            polled
+        });
         tokio::select! {
             biased;
             () = &mut drain, if !draining => {
                 draining = true;
                 connection.graceful_shutdown();
             }
-            accepted = connection.accept() => match accepted {
-                Some(accepted) => on_stream(accepted?),
+            accepted = accepted => match accepted {
+                Some(accepted) => on_stream(Some(accepted?)),
                 None => return Ok(()),
             }
         }

@@ -64,6 +64,8 @@ impl Malformed {
     pub const NO_RESOURCE: Self = Self::refused(StatusCode::NOT_FOUND, "absolute_path_rejected", false);
 
     pub const TOO_LARGE: Self = Self::too_large("http1.headers_too_large");
+    /// Of a request of HTTP/2, whatever it was.
+    pub const INVALID_FIELD: Self = Self::codec("http2.invalid.header.field");
     pub const BAD_BODY: Self = Self::codec("http1.codec_error");
 }
 

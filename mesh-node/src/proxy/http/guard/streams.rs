@@ -121,9 +121,12 @@ async fn streams(
     let serving = h2::serve(
         client,
         most,
-        |accepted| match gate.proxy.request(&gate.pod) {
-            Some(place) => drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), (accepted, place)))),
-            None => h2::turn_away(accepted),
+        |accepted| match accepted {
+            Some(accepted) => match gate.proxy.request(&gate.pod) {
+                Some(place) => drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), (accepted, place)))),
+                None => h2::turn_away(accepted),
+            },
+            None => gate.broke_protocol(),
         },
         draining,
     );
@@ -190,6 +193,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
                 end = h2_request(&gate, streams, (&head, expects_continue), &mut body, &mut responder, &mut record) => Some(end),
             };
             record.moved(body.meter(), responder.meter());
+            record.left_together(responder.client());
             end.unwrap_or_else(|| {
                 record.cut();
                 Err(::h2::Reason::CANCEL)

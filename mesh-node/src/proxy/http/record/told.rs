@@ -1,13 +1,54 @@
 //! A request that is over: logged, traced and counted.
 
-use super::{Record, X_REQUEST_ID, is_traced, told};
+use std::{borrow::Cow, sync::Arc};
+
+use h2::Reason;
+
+use super::{Flag, Record, X_REQUEST_ID, is_traced, told};
 use crate::{
-    proxy::reporting,
+    proxy::{
+        http::{h2::Client, wire::Malformed},
+        reporting,
+    },
     report::entry::Entry,
+    route::Workload,
     telemetry::traffic::{Edge, Tags},
 };
 
 impl Record {
+    /// Takes down why a client of HTTP/2 did not wait for the end. As Envoy does, one that has reset its stream is told apart from one whose
+    /// connection is gone, and from one that broke the protocol.
+    pub fn left(&mut self, client: Client) {
+        if self.details != "downstream_remote_disconnect" {
+            return;
+        }
+        let flag = match client {
+            Client::There | Client::Gone => return,
+            // What the library says to one that breaks it.
+            Client::Reset(Reason::PROTOCOL_ERROR | Reason::FLOW_CONTROL_ERROR | Reason::STREAM_CLOSED) => Flag::DownstreamProtocolError,
+            Client::Reset(_) => Flag::DownstreamRemoteReset,
+        };
+        self.flags.replace(Flag::DownstreamDisconnect, flag);
+        self.details = Cow::Borrowed("http2.remote_reset");
+    }
+
+    /// The same, where the application's connection ends with the client's: that is not what the request ended for.
+    pub fn left_together(&mut self, client: Client) {
+        if client == Client::Gone
+            && self.status.is_none()
+            && self.flags.replace(Flag::UpstreamConnectionTermination, Flag::DownstreamDisconnect)
+        {
+            self.details = Cow::Borrowed("downstream_remote_disconnect");
+        }
+        self.left(client);
+    }
+
+    /// Takes down a request of HTTP/2 of which nothing is known but that it broke the protocol.
+    pub fn broke_protocol(&mut self, source: Option<&Arc<Workload>>) {
+        self.malformed(&Malformed::INVALID_FIELD, source);
+        self.concluded = true;
+    }
+
     /// For who looks at one node: what was denied, and everything with `--log access=debug`.
     fn say(&self, entry: &Entry<'_>) {
         let asked = entry.request.as_ref();
