@@ -13,7 +13,10 @@ use tokio::{
 };
 
 use self::decision::{Chosen, Decision, client_address, decide, describe, dialled, hbone_address};
-pub(super) use self::{decision::Way, dial::Dial};
+pub(super) use self::{
+    decision::{Way, asker},
+    dial::Dial,
+};
 use super::{
     Failure, Proxy, ServedPod, direct,
     http::{self, clusters::ConnectionSlot, transport::Transport},

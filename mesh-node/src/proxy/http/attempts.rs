@@ -21,7 +21,7 @@ use super::{
 use crate::{
     balance::{self, Asker, outlier::Event},
     config::Snapshot,
-    proxy::reporting::Ends,
+    proxy::{outbound::asker, reporting::Ends},
     route::{
         Cluster, LoadGuard,
         request::{RequestHead, cookie, query_parameter},
@@ -226,18 +226,10 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let ejected = self.state.outliers.ejected_by(cluster.policy.outlier.as_ref());
         let tried: &[_] = if self.policy.ignore_previous_hosts { &self.tried } else { &[] };
         let asker = Asker {
-            client: self.down.client.ip(),
-            own: &source.ips,
-            node: &self.snapshot().mesh.node,
-            locality: &source.locality,
-            labels: &source.labels,
-            dice: fastrand::u64(..),
-            turn: self.state.turn(),
             hash: self.hashed.hash,
             tried,
             elsewhere: self.policy.remote_localities,
-            ejected: &ejected,
-            now: std::time::Instant::now(),
+            ..asker(source, &self.snapshot().mesh.node, self.down.client.ip(), (self.state.turn(), &ejected))
         };
         let endpoint = balance::pick(cluster, &asker)?;
         Some((endpoint.address, self.state.endpoint(endpoint.address), Some(endpoint.load.begin())))

@@ -15,8 +15,8 @@ use super::{
     wire::Framing,
 };
 use crate::{
-    balance::{self, Asker},
-    proxy::{Proxy, ServedPod},
+    balance,
+    proxy::{Proxy, ServedPod, outbound::asker},
     route::{Cluster, LoadGuard, request::RequestHead},
 };
 
@@ -118,20 +118,7 @@ impl Call<'_> {
         let snapshot = proxy.config.load();
         let source = snapshot.workload(&pod.uid)?;
         let ejected = state.outliers.ejected_by(cluster.policy.outlier.as_ref());
-        let asker = Asker {
-            client: client.ip(),
-            own: &source.ips,
-            node: &snapshot.mesh.node,
-            locality: &source.locality,
-            labels: &source.labels,
-            dice: fastrand::u64(..),
-            turn: state.turn(),
-            hash: None,
-            tried: &[],
-            elsewhere: false,
-            ejected: &ejected,
-            now: std::time::Instant::now(),
-        };
+        let asker = asker(source, &snapshot.mesh.node, client.ip(), (state.turn(), &ejected));
         let picked = balance::pick(cluster, &asker)?;
         Some((picked.address, state.endpoint(picked.address), picked.load.begin()))
     }

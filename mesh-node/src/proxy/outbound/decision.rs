@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Instant,
 };
 
 use super::Opaque;
@@ -61,6 +62,24 @@ impl Decision {
     }
 }
 
+/// A workload on a node, as the client of one of its addresses, that has tried nothing yet; `turn` and `ejected` are the cluster's.
+pub fn asker<'a>(source: &'a Workload, node: &'a str, client: IpAddr, (turn, ejected): (u64, &'a [(SocketAddr, Instant)])) -> Asker<'a> {
+    Asker {
+        client,
+        own: &source.ips,
+        node,
+        locality: &source.locality,
+        labels: &source.labels,
+        dice: fastrand::u64(..),
+        turn,
+        hash: None,
+        tried: &[],
+        elsewhere: false,
+        ejected,
+        now: Instant::now(),
+    }
+}
+
 /// What was dialled, as far as it is of a service.
 pub fn dialled(opaque: &Opaque) -> Option<ClusterId> {
     let Opaque { proxy, pod, original, .. } = opaque;
@@ -104,19 +123,11 @@ fn choose(
 ) -> Result<(SocketAddr, Chosen), Failure> {
     let state = pod.clusters.of(cluster);
     let hash = matches!(&cluster.policy.balancer, Balancer::Hash { key: HashKey::SourceIp, .. });
+    let ejected = state.outliers.ejected_by(cluster.policy.outlier.as_ref());
     let asker = Asker {
-        client,
-        own: &source.ips,
-        node: &snapshot.mesh.node,
-        locality: &source.locality,
-        labels: &source.labels,
-        dice: fastrand::u64(..),
-        turn: state.turn(),
         hash: hash.then(|| balance::hash(client.to_string().as_bytes())),
         tried,
-        elsewhere: false,
-        ejected: &state.outliers.ejected_by(cluster.policy.outlier.as_ref()),
-        now: std::time::Instant::now(),
+        ..asker(source, &snapshot.mesh.node, client, (state.turn(), &ejected))
     };
     let (address, load) = if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *dialled {
         (original, cluster.endpoints.iter().find(|e| e.address == original).map(|e| e.load.begin()))
