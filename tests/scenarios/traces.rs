@@ -92,7 +92,7 @@ fn bookinfo_is_one_trace_of_every_hop() {
         let pods = scene.bed.kubectl_apply(&format!("bookinfo-{i}"), &std::fs::read_to_string(path).expect("YAML")).expect("bookinfo");
         pods.iter().for_each(|pod| scene.bed.wait_captured(pod, true).expect("captured"));
     }
-    scene.trace("grpc", "100", ", customTags: {tenant: {literal: {value: acme}}, agent: {header: {name: user-agent}}, asked: {formatter: {value: '%REQ(:METHOD)% by %PROTOCOL%'}}, pod: {environment: {name: POD_NAME, defaultValue: none}}, home: {environment: {name: HOME, defaultValue: none}}, told: {formatter: {value: '%RESP(content-type)% to %DOWNSTREAM_PEER_URI_SAN%'}}}");
+    scene.trace("grpc", "100", ", customTags: {tenant: {literal: {value: acme}}, agent: {header: {name: user-agent}}, asked: {formatter: {value: '%REQ(:METHOD)% by %PROTOCOL%'}}, pod: {environment: {name: POD_NAME, defaultValue: none}}, home: {environment: {name: HOME, defaultValue: none}}, own: {formatter: {value: '%TRACE_ID%/%SPAN_ID%'}}, told: {formatter: {value: '%RESP(content-type)% to %DOWNSTREAM_PEER_URI_SAN%'}}}");
     // Which version of reviews is asked is chance; one of the three asks no ratings.
     const ASKED: usize = 16;
     let asked = || drop(scene.get("productpage:9080/productpage", &["user-agent: tester/1"]));
@@ -118,6 +118,8 @@ fn bookinfo_is_one_trace_of_every_hop() {
     for (hop, (service, kind)) in hops.iter().zip(expected) {
         assert!(is(hop, service, kind), "{hop:#}");
         assert_eq!(hop["trace"], last["trace"]);
+        let own = format!("{}/{}", hop["trace"].as_str().unwrap_or_default(), hop["span"].as_str().unwrap_or_default());
+        assert_eq!(hop["attributes"]["own"], own, "{hop:#}");
         let attributes = &hop["attributes"];
         assert_eq!((&attributes["http.method"], &attributes["http.status_code"]), (&"GET".into(), &"200".into()), "{hop:#}");
         assert_eq!((&attributes["response_flags"], &attributes["component"]), (&"-".into(), &"proxy".into()));

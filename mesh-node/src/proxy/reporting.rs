@@ -171,7 +171,7 @@ pub fn event(entry: &Entry<'_>, reporter: Reporter, edge: Option<&EdgeKey>) -> S
         "flags": &*entry.flags, "details": entry.details.filter(|d| !d.is_empty()), "error": entry.termination_details,
         "route": entry.route, "cluster": entry.upstream_cluster.map(|c| c.to_string()),
         "bytesReceived": entry.bytes_received, "bytesSent": entry.bytes_sent,
-        "requestId": id.map(short), "traceId": entry.trace.map(|trace| format!("{trace:032x}")),
+        "requestId": id.map(short), "traceId": entry.trace.map(|own| format!("{:032x}", own.trace)),
     })
     .to_string()
 }

@@ -15,6 +15,7 @@ use super::{
     kept::Kept,
     peer::End,
     plain::push_number,
+    trace::Parent,
 };
 use crate::{
     id::{ObjectName, SpiffeId},
@@ -64,8 +65,8 @@ pub struct Entry<'a> {
     pub response_headers: Option<&'a Kept>,
     pub response_trailers: Option<&'a HeaderMap>,
     pub mutual_tls: bool,
-    /// The trace it belongs to.
-    pub trace: Option<u128>,
+    /// The trace it belongs to, and its span there.
+    pub trace: Option<Parent>,
     /// The other end and this one.
     pub peer: Option<&'a SpiffeId>,
     pub local: Option<&'a SpiffeId>,

@@ -35,6 +35,7 @@ use crate::{
         format::Template,
         kept::{Kept, Wanted},
         peer::End,
+        trace::Parent,
     },
     route::{Cluster, Workload, request::RequestHead},
     telemetry::{
@@ -95,7 +96,7 @@ pub struct Record {
     pub mutual_tls: bool,
     denied: bool,
     /// The trace it belongs to, if the workload's requests are traced.
-    trace: Option<u128>,
+    trace: Option<Parent>,
     /// Headers are to say of it something else than they did.
     retraced: bool,
     traced: Option<Box<Traced>>,
@@ -210,7 +211,7 @@ impl Record {
     pub fn trace(&mut self, head: &RequestHead, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Option<Onward> {
         let traces = told(&workload.reporting, self.reporter).traces.as_ref()?;
         let onward = Onward::of(&head.headers, traces.sampling, traces.reported);
-        self.trace = Some(onward.own.trace);
+        self.trace = Some(onward.own);
         if onward.reported {
             self.traced = Some(Box::new(Traced::new(&onward, &head.headers, workload, spans)));
             self.keep(head, &Wanted::All);

@@ -70,6 +70,7 @@ enum What {
     PeerUriSan,
     LocalUriSan,
     TraceId,
+    SpanId,
     AccessLogType,
     EmitTime,
     DownstreamTlsVersion,
@@ -123,7 +124,7 @@ enum What {
 /// Those of [`ALL`] whose argument changes nothing here.
 const EITHER_WAY: [(&str, &str); 1] = [("RESPONSE_CODE_DETAILS", "ALLOW_WHITESPACES")];
 
-const ALL: [(&str, What); 52] = [
+const ALL: [(&str, What); 53] = [
     ("START_TIME", What::StartTime),
     ("PROTOCOL", What::Protocol),
     ("RESPONSE_CODE", What::ResponseCode),
@@ -155,6 +156,7 @@ const ALL: [(&str, What); 52] = [
     ("DOWNSTREAM_PEER_URI_SAN", What::PeerUriSan),
     ("DOWNSTREAM_LOCAL_URI_SAN", What::LocalUriSan),
     ("TRACE_ID", What::TraceId),
+    ("SPAN_ID", What::SpanId),
     ("ACCESS_LOG_TYPE", What::AccessLogType),
     ("EMIT_TIME", What::EmitTime),
     ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS", What::DownstreamLocalAddress),
@@ -433,9 +435,9 @@ impl What {
             }
             Self::PeerUriSan => some!(values, entry.peer, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
             Self::LocalUriSan => some!(values, entry.local, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
-            Self::TraceId => some!(values, entry.trace, |trace| values.text(format!("{trace:032x}").as_bytes())),
+            Self::TraceId => some!(values, entry.trace.map(|own| own.trace), |id| values.text(format!("{id:032x}").as_bytes())),
+            Self::SpanId => some!(values, entry.trace.map(|own| own.span), |id| values.text(format!("{id:016x}").as_bytes())),
             Self::Time { began, format } => time(entry, program.times.get(usize::from(format)), began, values),
-            // A header's value is a text.
             Self::ServiceTime => some!(values, entry.service_time, |t| values.plain(|line| plain::push_number(t, line))),
             Self::Header(number) => header_value(entry, program.headers.get(usize::from(number)), false, values),
             Self::HeaderWithoutQuery(number) => header_value(entry, program.headers.get(usize::from(number)), true, values),

@@ -1,7 +1,7 @@
 //! Operators of Envoy's that have no value here, whatever is told.
 
 /// Operators of Envoy 1.40 that nothing is known of here: they have no value, as they often have none there.
-pub(super) const NOTHING: [&str; 90] = [
+pub(super) const NOTHING: [&str; 89] = [
     "BYTES_RETRANSMITTED",
     "CONNECTION_ID",
     "CUSTOM_FLAGS",
@@ -54,7 +54,6 @@ pub(super) const NOTHING: [&str; 90] = [
     "ROUNDTRIP_DURATION",
     "ROUTE_RESOLUTION_COUNT",
     "ROUTE_RESOLUTION_TIME_US",
-    "SPAN_ID",
     "START_TIME_LOCAL",
     "TLS_JA3_FINGERPRINT",
     "TLS_JA4_FINGERPRINT",
