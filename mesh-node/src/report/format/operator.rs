@@ -7,21 +7,18 @@ mod values;
 
 use std::{net::SocketAddr, num::NonZeroU16, time::Duration};
 
-use self::named::{ServerName, net};
+use self::named::{ServerName, identity, net};
 use self::nothing::{NOTHING, WITH_ARGUMENTS};
 use self::values::Cut;
 pub use self::values::Values;
 use super::{Entry, Program, Then, time::TimeFormat};
-use crate::{
-    id::SpiffeId,
-    report::{
-        attributes::HeadersOf,
-        entry::{Asked, Header, ORIGINAL_HOST},
-        environment::Variable,
-        expression::Expression,
-        kept::Asks,
-        plain,
-    },
+use crate::report::{
+    attributes::HeadersOf,
+    entry::{Asked, Header, ORIGINAL_HOST},
+    environment::Variable,
+    expression::Expression,
+    kept::Asks,
+    plain,
 };
 
 /// What stands for something of the request or connection. Small: a line goes through many of them.
@@ -430,17 +427,17 @@ impl What {
             Self::Nothing => values.nothing(),
             Self::Environment(variable) => text(entry.teller.and_then(|pod| variable.of(pod)).as_deref(), values),
             Self::QueryParameter(number) => {
-                let name = program.parameters.get(usize::from(number));
-                text(name.and_then(|name| parameter(entry, name)), values);
+                text(program.parameters.get(usize::from(number)).and_then(|name| parameter(entry, name)), values);
             }
-            Self::PeerUriSan => some!(values, entry.peer, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
-            Self::LocalUriSan => some!(values, entry.local, |id: &SpiffeId| values.text(id.to_string().as_bytes())),
+            Self::PeerUriSan => identity(entry.peer, values),
+            Self::LocalUriSan => identity(entry.local, values),
             Self::TraceId => some!(values, entry.trace.map(|own| own.trace), |id| values.text(format!("{id:032x}").as_bytes())),
             Self::SpanId => some!(values, entry.trace.map(|own| own.span), |id| values.text(format!("{id:016x}").as_bytes())),
             Self::Time { began, format } => time(entry, program.times.get(usize::from(format)), began, values),
             Self::ServiceTime => some!(values, entry.service_time, |t| values.plain(|line| plain::push_number(t, line))),
-            Self::Header(number) => header_value(entry, program.headers.get(usize::from(number)), false, values),
-            Self::HeaderWithoutQuery(number) => header_value(entry, program.headers.get(usize::from(number)), true, values),
+            Self::Header(number) | Self::HeaderWithoutQuery(number) => {
+                header_value(entry, program.headers.get(usize::from(number)), matches!(self, Self::HeaderWithoutQuery(_)), values);
+            }
             Self::Expression(number) => {
                 let value = program.expressions.get(usize::from(number)).and_then(|expression| expression.text(entry));
                 some!(values, value, |value: String| values.text(value.as_bytes()));

@@ -10,6 +10,7 @@ use super::{
     super::{
         entry::{Asked, ClusterName},
         kept::Kept,
+        trace::Parent,
     },
     *,
 };
@@ -59,7 +60,7 @@ fn entry(headers: &Kept) -> Entry<'_> {
         response_headers: None,
         response_trailers: None,
         mutual_tls: false,
-        trace: Some(0xabc),
+        trace: Some(Parent { trace: 0xabc, span: 0xd }),
         peer: None,
         local: None,
         teller: None,

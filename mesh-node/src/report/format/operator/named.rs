@@ -1,11 +1,15 @@
-//! Names of servers, and networks of addresses, as operators are asked for them.
+//! Names of servers, networks of addresses and identities, as operators are asked for them.
 
 use std::{
     borrow::Cow,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use crate::report::entry::{Entry, ORIGINAL_HOST};
+use super::values::Values;
+use crate::{
+    id::SpiffeId,
+    report::entry::{Entry, ORIGINAL_HOST},
+};
 
 /// The server's name, or the host a request names: the one before the other, if there is another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,4 +76,11 @@ pub(super) fn net(ip: IpAddr, bits: u8) -> Option<String> {
         }
     };
     Some(format!("{network}/{bits}"))
+}
+
+pub(super) fn identity(id: Option<&SpiffeId>, values: &mut impl Values) {
+    match id {
+        Some(id) => values.text(id.to_string().as_bytes()),
+        None => values.nothing(),
+    }
 }
