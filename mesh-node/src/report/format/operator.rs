@@ -407,8 +407,7 @@ impl What {
             Self::UpstreamProtocol => text(entry.upstream_protocol, values),
             Self::UpstreamRequestAttemptCount => values.number(entry.attempts.into()),
             Self::ResponseFlagsLong => text(Some(&entry.flags_long), values),
-            Self::Status => some!(values, Some(entry.code).filter(|code| *code != 0), |code: u16| values
-                .plain(|line| plain::push_number(code.into(), line))),
+            Self::Status => some!(values, Some(entry.code.into()).filter(|c| *c > 0), |c| values.plain(|l| plain::push_number(c, l))),
             Self::ServerName(which) => text(which.of(entry).as_deref(), values),
             Self::NetOf { remote, bits } => {
                 let address = if remote { entry.downstream_remote } else { entry.downstream_local };
