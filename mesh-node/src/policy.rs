@@ -23,7 +23,7 @@ use std::{
 use http::{HeaderName, HeaderValue};
 
 pub use authentication::{Authenticated, Found, Refused, Verified, claim_text, locate, needs_keys, received, strip};
-pub use compile::{Authorization, CompiledPolicy, TrustDomains, effective_mtls};
+pub use compile::{Allow, Authorization, CompiledPolicy, TrustDomains, effective_mtls};
 pub use index::RuleSet;
 use matching::{Seen, Truth, View};
 
@@ -246,8 +246,8 @@ impl WorkloadPolicy {
             None => unasked.or_else(|| self.opaque(facts, &providers).err()),
         };
         let view = View { facts, seen: request.map_or(Seen::Never, Seen::Now) };
-        let rule = match governing.authorization.allow.as_ref().map(|allow| allow.find(&view)) {
-            Some((Truth::Yes, Some(rule))) if denied.is_none() => Some(rule.name.clone()),
+        let rule = match governing.authorization.allow.find(&view) {
+            (Truth::Yes, Some(rule)) if denied.is_none() => Some(rule.name.clone()),
             _ => None,
         };
         Explanation { denied, rule, asked, observed: governing.observed(facts, request) }
@@ -266,8 +266,8 @@ impl Governing {
         let rules = [&all.deny, &all.audit, &all.shadow_deny];
         self.authentication.is_empty()
             && rules.iter().all(|r| r.is_empty())
-            && all.allow.is_none()
-            && all.shadow_allow.is_none()
+            && all.allow.is_empty()
+            && all.shadow_allow.is_empty()
             && all.custom.is_empty()
     }
 
@@ -281,7 +281,7 @@ impl Governing {
         if let (Truth::Yes, Some(rule)) = denied {
             return Err(Denial::DeniedBy { policy: rule.policy.clone(), rule: rule.name.clone() });
         }
-        let allowed = all.allow.as_ref().map_or(Truth::Yes, |allow| allow.find(&view).0);
+        let allowed = all.allow.find(&view).0;
         if allowed == Truth::No {
             return Err(Denial::NotAllowed);
         }
@@ -289,7 +289,7 @@ impl Governing {
             || allowed == Truth::Maybe
             || self.asks(&view)
             || [&all.audit, &all.shadow_deny].iter().any(|rules| rules.find(&view).0 == Truth::Maybe)
-            || all.shadow_allow.as_ref().is_some_and(|rules| rules.find(&view).0 == Truth::Maybe);
+            || all.shadow_allow.find(&view).0 == Truth::Maybe;
         Ok(if asks { Verdict::PerRequest(Permit(())) } else { Verdict::Allowed(Permit(())) })
     }
 
@@ -303,7 +303,7 @@ impl Governing {
     fn unseen(&self, facts: &Facts) -> bool {
         let view = View { facts, seen: Seen::Later };
         let all = &self.authorization;
-        let allowed = all.allow.as_ref().is_none_or(|allow| allow.find(&view).0 == Truth::Yes);
+        let allowed = all.allow.find(&view).0 == Truth::Yes;
         facts.node || all.deny.find(&view).0 == Truth::No && allowed && !self.asks(&view)
     }
 
@@ -318,7 +318,7 @@ impl Governing {
                 return Err(Denial::DeniedBy { policy: rule.policy.clone(), rule: rule.name.clone() });
             }
         }
-        let allowed = self.authorization.allow.as_ref().is_none_or(|allow| allow.find(&view).0 == Truth::Yes);
+        let allowed = self.authorization.allow.find(&view).0 == Truth::Yes;
         if allowed { Ok(Permit(())) } else { Err(Denial::NotAllowed) }
     }
 
@@ -330,7 +330,7 @@ impl Governing {
         if let (Truth::Yes, Some(rule)) = self.authorization.deny.find(&view) {
             return Err(Denial::DeniedBy { policy: rule.policy.clone(), rule: rule.name.clone() });
         }
-        let allowed = self.authorization.allow.as_ref().is_none_or(|allow| allow.find(&view).0 == Truth::Yes);
+        let allowed = self.authorization.allow.find(&view).0 == Truth::Yes;
         if allowed { Ok(()) } else { Err(Denial::NotAllowed) }
     }
 
@@ -368,7 +368,7 @@ impl Governing {
     /// What AUDIT and dry-run policies say, none of which is enforced.
     pub fn observed(&self, facts: &Facts, request: Option<&Request<'_>>) -> Observed {
         let all = &self.authorization;
-        if all.audit.is_empty() && all.shadow_deny.is_empty() && all.shadow_allow.is_none() {
+        if all.audit.is_empty() && all.shadow_deny.is_empty() && all.shadow_allow.is_empty() {
             return Observed::default();
         }
         let view = View { facts, seen: request.map_or(Seen::Never, Seen::Now) };
@@ -376,13 +376,13 @@ impl Governing {
             (Truth::Yes, Some(rule)) => Some(rule.policy.clone()),
             _ => None,
         };
-        let shadow = match (matched(&all.shadow_deny), &all.shadow_allow) {
-            (Some(policy), _) => Some(Shadow { policy, allowed: false }),
-            (None, Some(allow)) => Some(match matched(allow) {
-                Some(policy) => Shadow { policy, allowed: true },
-                None => Shadow { policy: "none".into(), allowed: false },
+        let shadow = match matched(&all.shadow_deny) {
+            Some(policy) => Some(Shadow { policy, allowed: false }),
+            None if all.shadow_allow.is_empty() => None,
+            None => Some(match all.shadow_allow.find(&view) {
+                (Truth::Yes, Some(rule)) => Shadow { policy: rule.policy.clone(), allowed: true },
+                _ => Shadow { policy: "none".into(), allowed: false },
             }),
-            (None, None) => None,
         };
         Observed { audited: matched(&all.audit), shadow }
     }

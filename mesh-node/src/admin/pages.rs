@@ -64,10 +64,13 @@ fn governing(governing: &crate::policy::Governing) -> Value {
         names.dedup();
         names
     };
+    // Also those without rules: it is them that allow nothing.
+    let allow =
+        |allow: &crate::policy::Allow| (!allow.is_empty()).then(|| allow.policies().iter().map(ToString::to_string).collect::<Vec<_>>());
     json!({
         "all": all.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "allow": all.allow.as_ref().map(names), "deny": names(&all.deny), "audit": names(&all.audit),
-        "dryRunAllow": all.shadow_allow.as_ref().map(names), "dryRunDeny": names(&all.shadow_deny),
+        "allow": allow(&all.allow), "deny": names(&all.deny), "audit": names(&all.audit),
+        "dryRunAllow": allow(&all.shadow_allow), "dryRunDeny": names(&all.shadow_deny),
         "custom": all.custom.iter().map(|(provider, rules)| (provider.to_string(), json!(names(rules)))).collect::<serde_json::Map<_, _>>(),
         "issuers": governing.authentication.iter().map(|r| r.issuer.to_string()).collect::<Vec<_>>(),
     })

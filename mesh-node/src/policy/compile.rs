@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     Mtls, RuleSet,
-    matching::{CompiledRule, Test},
+    matching::{CompiledRule, Test, Truth, View},
 };
 use crate::{
     id::{ObjectName, TrustDomain},
@@ -71,6 +71,8 @@ pub struct CompiledPolicy {
     pub dry_run: bool,
     /// Of CUSTOM policies.
     pub provider: Option<Arc<str>>,
+    /// It is for what services lead to, by its `targetRefs`, as policies of Istio's waypoints are.
+    targeted: bool,
     rules: Vec<CompiledRule>,
 }
 
@@ -84,7 +86,8 @@ impl CompiledPolicy {
             CompiledRule { policy: full.clone(), name: rule_name, action: policy.action, clauses, needs_request }
         };
         let rules = policy.rules.iter().enumerate().map(rule).collect();
-        Self { name: full.clone(), action: policy.action, dry_run: policy.dry_run, provider: policy.provider.clone(), rules }
+        let AuthorizationPolicy { action, dry_run, provider, targets, .. } = policy;
+        Self { name: full.clone(), action: *action, dry_run: *dry_run, provider: provider.clone(), targeted: !targets.is_empty(), rules }
     }
 
     /// The same for who comes by a service's port to a pod's: as Istio's waypoints see it, the port that was dialled is the service's.
@@ -112,9 +115,48 @@ impl CompiledPolicy {
         changed.then_some(made)
     }
 
-    /// Whether it asks about requests, and so means something else on connections that carry none.
-    pub fn needs_request(&self) -> bool {
-        self.rules.iter().any(|r| r.needs_request)
+    /// Whether it asks about requests to a port, and so means something else there on connections that carry none.
+    pub fn needs_request(&self, port: u16) -> bool {
+        self.rules.iter().any(|r| r.needs_request && r.concerns_port(port))
+    }
+}
+
+/// ALLOW policies. Without any, everything that is not denied is allowed. Those of workloads and those that services are named in
+/// (`targetRefs`) stand each on their own, as at a ztunnel and a waypoint: what comes has to be allowed by both, where there are both.
+#[derive(Debug, Clone, Default)]
+pub struct Allow {
+    layers: Vec<RuleSet>,
+    policies: Vec<Arc<str>>,
+}
+
+impl Allow {
+    fn new(policies: &[&CompiledPolicy]) -> Self {
+        let layer = |targeted: bool| {
+            let of = policies.iter().filter(|p| p.targeted == targeted).collect::<Vec<_>>();
+            (!of.is_empty()).then(|| RuleSet::new(of.iter().flat_map(|p| &p.rules).cloned().collect()))
+        };
+        let mut names = policies.iter().map(|p| p.name.clone()).collect::<Vec<_>>();
+        names.sort();
+        names.dedup();
+        Self { layers: [false, true].into_iter().filter_map(layer).collect(), policies: names }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.layers.is_empty()
+    }
+
+    /// Their names, of those without rules too.
+    pub fn policies(&self) -> &[Arc<str>] {
+        &self.policies
+    }
+
+    /// What they make of it, and the first rule that allows it.
+    pub(super) fn find(&self, view: &View<'_>) -> (Truth, Option<&CompiledRule>) {
+        self.layers.iter().fold((Truth::Yes, None), |(truth, rule), layer| {
+            let (of_layer, found) = layer.find(view);
+            (truth.min(of_layer), rule.or(found))
+        })
     }
 }
 
@@ -125,10 +167,9 @@ pub struct Authorization {
     pub custom: BTreeMap<Arc<str>, RuleSet>,
     pub audit: RuleSet,
     pub deny: RuleSet,
-    /// Without an ALLOW policy, everything that is not denied is allowed.
-    pub allow: Option<RuleSet>,
+    pub allow: Allow,
     pub shadow_deny: RuleSet,
-    pub shadow_allow: Option<RuleSet>,
+    pub shadow_allow: Allow,
     /// Names of all of them.
     pub policies: Vec<Arc<str>>,
     /// Some rule asks for the server name of the application's own TLS.
@@ -139,7 +180,7 @@ impl Authorization {
     pub fn new<'a>(policies: impl IntoIterator<Item = &'a CompiledPolicy>) -> Self {
         let mut custom: BTreeMap<Arc<str>, Vec<CompiledRule>> = BTreeMap::new();
         let (mut audit, mut deny, mut shadow_deny) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut allow, mut shadow_allow): (Option<Vec<_>>, Option<Vec<_>>) = (None, None);
+        let (mut allow, mut shadow_allow) = (Vec::new(), Vec::new());
         let (mut names, mut asks_sni) = (Vec::new(), false);
         for policy in policies {
             asks_sni |= policy.rules.iter().flat_map(|r| &r.clauses).flatten().flatten().any(|t| matches!(t, Test::Sni(_)));
@@ -149,8 +190,10 @@ impl Authorization {
                 (Action::Audit, _) => &mut audit,
                 (Action::Deny, false) => &mut deny,
                 (Action::Deny, true) => &mut shadow_deny,
-                (Action::Allow, false) => allow.get_or_insert_default(),
-                (Action::Allow, true) => shadow_allow.get_or_insert_default(),
+                (Action::Allow, dry_run) => {
+                    if dry_run { &mut shadow_allow } else { &mut allow }.push(policy);
+                    continue;
+                }
             };
             list.extend(policy.rules.iter().cloned());
         }
@@ -159,9 +202,9 @@ impl Authorization {
             custom: custom.into_iter().map(|(provider, rules)| (provider, RuleSet::new(rules))).collect(),
             audit: RuleSet::new(audit),
             deny: RuleSet::new(deny),
-            allow: allow.map(RuleSet::new),
+            allow: Allow::new(&allow),
             shadow_deny: RuleSet::new(shadow_deny),
-            shadow_allow: shadow_allow.map(RuleSet::new),
+            shadow_allow: Allow::new(&shadow_allow),
             policies: names,
             asks_sni,
         }

@@ -227,6 +227,12 @@ thread_local! {
 }
 
 impl CompiledRule {
+    /// Whether it can match what goes to a port, wherever that is.
+    pub(super) fn concerns_port(&self, port: u16) -> bool {
+        let can = |test: &Test| !matches!(test, Test::DestinationPort(values) if !holds(values, |p| *p == port));
+        self.clauses.iter().all(|clause| clause.iter().any(|tests| tests.iter().all(can)))
+    }
+
     /// Whether it can match what goes to an address, whoever sends it and whatever it is.
     pub(super) fn concerns(&self, destination: SocketAddr) -> bool {
         let can = |test: &Test| match test {
@@ -243,8 +249,10 @@ impl CompiledRule {
         let allow = self.action == Action::Allow;
         let written = self.read(view, None);
         match view.seen {
-            // Istio's rule for TCP: a rule that allows needs everything it asks for.
+            // Istio's rule for TCP: a rule that allows needs everything it asks for, in whichever alternative. Before it is known what a
+            // connection carries, none of it is settled.
             Seen::Never if allow && self.needs_request => Truth::No,
+            Seen::Later if allow && self.needs_request => written.min(Truth::Maybe),
             // However the path is read, a rule that allows has to allow it, and one reading is enough for one that denies.
             Seen::Now(request) => (0..request.readings.len()).fold(written, |so_far, n| {
                 let other = self.read(view, Some(n));

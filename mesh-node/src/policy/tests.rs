@@ -1,5 +1,6 @@
 //! Tables for authorization and mutual TLS modes.
 
+mod layers;
 mod naive;
 
 use serde_json::{Value, json};

@@ -382,7 +382,7 @@ fn condition(spec: WhenSpec, at: &str) -> Result<Condition, FieldError> {
                 Condition::Method(values(yes, no, &field, pattern)?)
             }
             Some(("request.headers", path)) if path.len() == 1 => {
-                Condition::Header(end_to_end_header(&path[0], &format!("{at}.key"))?, values(yes, no, &field, pattern)?)
+                Condition::Header(end_to_end_header(&path[0], &format!("{at}.key"))?, values(yes, no, &field, of_header)?)
             }
             Some(("request.auth.claims", path)) => Condition::Claim(path, values(yes, no, &field, pattern)?),
             _ => {
@@ -421,6 +421,14 @@ fn exact(text: &str) -> Result<StringMatch, String> {
 /// An empty pattern would match whoever has no identity; Istio's validation refuses it.
 fn pattern(text: &str) -> Result<StringMatch, String> {
     if text.is_empty() { Err("is empty; name a value, or remove it".to_owned()) } else { Ok(StringMatch::parse(text)) }
+}
+
+/// Of a header's value: between two stars stands what it has somewhere.
+fn of_header(text: &str) -> Result<StringMatch, String> {
+    match text.strip_prefix('*').and_then(|rest| rest.strip_suffix('*')) {
+        Some(inner) if !inner.is_empty() => Ok(StringMatch::Glob(["".into(), inner.into(), "".into()].into())),
+        _ => pattern(text),
+    }
 }
 
 fn namespace(text: &str) -> Result<StringMatch, String> {

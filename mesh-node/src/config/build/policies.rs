@@ -257,19 +257,19 @@ impl<'a> Policies<'a> {
     pub(super) fn finish(self, builder: &mut Builder<'_>) -> std::collections::BTreeSet<RemoteKeys> {
         for policy in &self.all {
             match &policy.what {
-                What::Authorization(compiled) if compiled.needs_request() => {
+                What::Authorization(compiled) => {
                     let effect = match compiled.action {
                         Action::Allow => "its rules that ask about requests allow nothing there",
                         Action::Deny | Action::Audit => "its rules apply there whatever is sent",
                         Action::Custom => "its rules apply there whatever is sent, and only a gRPC provider can be asked about connections",
                     };
-                    for (port, pod) in policy.opaque.iter().take(1) {
+                    for (port, pod) in policy.opaque.iter().filter(|(port, _)| compiled.needs_request(**port)).take(1) {
                         let message =
                             format!("spec.rules: port {port} of {pod} (and others, perhaps) is declared not to carry HTTP: {effect}");
                         builder.remark(Severity::Warning, policy.named, &message);
                     }
                 }
-                What::Authentication(_) | What::Authorization(_) => {}
+                What::Authentication(_) => {}
             }
         }
         self.remote

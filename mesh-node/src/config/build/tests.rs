@@ -458,6 +458,22 @@ fn delegates_are_for_those_they_are_exported_to() {
 }
 
 #[test]
+fn rules_about_requests_are_told_of_on_ports_they_are_about() {
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": [{"name": "http", "port": 80}, {"name": "tcp", "port": 90}]}});
+    let mut both = slice("a", &["10.0.0.1"], true);
+    both["ports"] = json!([{"name": "http", "port": 8080}, {"name": "tcp", "port": 9090}]);
+    let told = |ports: Value| {
+        let to = json!([{"operation": {"ports": ports, "methods": ["PUT"]}}]);
+        let policy = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "p", "namespace": "default"},
+            "spec": {"selector": {"matchLabels": {"app": "a"}}, "action": "DENY", "rules": [{"to": to}]}});
+        let (_, statuses) = built(&[pod("a", "10.0.0.1", &json!({})), service.clone(), both.clone(), policy]);
+        statuses.iter().any(|s| s.to_string().contains("port 9090 of default/a"))
+    };
+    assert_eq!((told(json!([])), told(json!(["9090"])), told(json!(["8080"]))), (true, true, false));
+}
+
+#[test]
 fn ten_thousand_pods_build_into_one_snapshot() {
     let mut documents = vec![service()];
     documents.extend((0..10_000_u32).map(|i| pod(&format!("p{i}"), &std::net::Ipv4Addr::from(0x0a00_0000 + i).to_string(), &json!({}))));

@@ -136,7 +136,8 @@ mod against_a_naive_evaluator {
             // A connection is refused only if every request on it would be, and free only if none would be.
             match all.connection(&facts) {
                 Err(_) => prop_assert!(!expected),
-                Ok(Verdict::Allowed(_)) => prop_assert!(expected),
+                // Nor then whatever it carries.
+                Ok(Verdict::Allowed(_)) => prop_assert!(expected && all.opaque(&facts, &[]).is_ok()),
                 Ok(Verdict::PerRequest(_)) => {}
             }
             // What cannot be looked into never gets more than what can.
