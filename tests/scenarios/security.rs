@@ -292,11 +292,14 @@ async fn text_that_is_no_request_is_let_alone_by_what_is_not_enforced_and_reset_
         &json!({"jwtRules": [{"issuer": "i", "jwks": r#"{"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#}]}),
     );
     let strict = security("PeerAuthentication", "p", &json!({"mtls": {"mode": "STRICT"}}));
+    let either = json!([{"to": [{"operation": {"methods": ["GET"]}}, {"operation": {"ports": [address.port().to_string()]}}]}]);
+    let either = security("AuthorizationPolicy", "p", &json!({"action": "ALLOW", "rules": either}));
     for (what, policy, expected) in [
         ("audit", policy("AUDIT"), [echoed; 6]),
         ("dry run", dry, [echoed; 6]),
         ("deny", policy("DENY"), [reset, reset, reset, reset, reset, ""]),
         ("allow", policy("ALLOW"), [reset, reset, reset, reset, reset, ""]),
+        ("allow by one of two", either, [reset, reset, reset, reset, reset, ""]),
         ("strict", strict, [reset; 6]),
         // Whose tokens would not be seen then.
         ("tokens", token, [refused, refused, echoed, echoed, echoed, ""]),
