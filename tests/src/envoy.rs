@@ -148,6 +148,7 @@ fn configuration(listeners: &[Listener], log: &Value, path: &Path) -> Value {
     let any = json!({"socket_address": {"address": "127.0.0.1", "port_value": 0}});
     json!({
         "admin": {"address": any},
+        "layered_runtime": {"layers": [{"name": "istio", "static_layer": {"envoy.reloadable_features.http_reject_path_with_fragment": false}}]},
         "static_resources": {
             "listeners": listeners.iter().map(|l| listener(l, log, path, &any)).collect::<Vec<_>>(),
             "clusters": listeners.iter().chain(listeners.iter().filter_map(|l| l.beside.as_deref())).map(cluster).collect::<Vec<_>>(),
@@ -173,6 +174,7 @@ fn listener(of: &Listener, log: &Value, path: &Path, any: &Value) -> Value {
     let mut manager = json!({
         "@type": format!("{TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager"),
         "stat_prefix": "outbound", "use_remote_address": false, "normalize_path": true, "stream_idle_timeout": "0s",
+        "proxy_100_continue": true,
         "upgrade_configs": [{"upgrade_type": "websocket"}], "server_name": "istio-envoy",
         "access_log": [{"name": "file", "typed_config": {"@type": format!("{TYPES}.access_loggers.file.v3.FileAccessLog"),
             "path": path, "log_format": {"json_format": log}}}],

@@ -160,27 +160,11 @@ impl Connection {
         sink: &mut H1Sink<'_>,
         ended: Pin<&mut (impl Future<Output = Cut> + Send)>,
     ) -> Next {
-        let WireRequest { head, minor, keep_alive, upgrade, expects_continue, .. } = request;
+        let WireRequest { head, minor, keep_alive, upgrade, .. } = request;
         let down = self.downstream(false);
         let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, protocol);
         let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
-        let mut ended = ended;
-        if expects_continue {
-            let going_on = body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new());
-            let gone = tokio::select! {
-                biased;
-                written = going_on => written.is_err().then_some(Next::Close),
-                _ = &mut ended => Some(Next::Abort),
-            };
-            if let Some(next) = gone {
-                record.of(self.proxy.config.load().workload(&self.pod.uid));
-                if next == Next::Close {
-                    record.abandoned();
-                }
-                return next;
-            }
-        }
         let exchange = Exchange {
             down: &down,
             body: reader,
@@ -266,7 +250,7 @@ impl Connection {
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/2");
         let down = self.downstream(true);
         let head = h2::request_head(http::Request::from_parts(parts, ()));
-        let (head, expects_continue) = match head {
+        let head = match head {
             Ok(head) => head,
             Err(refused) => {
                 record.refused_as(&refused, self.proxy.config.load().workload(&self.pod.uid));
@@ -281,10 +265,6 @@ impl Connection {
                 return;
             }
         };
-        if expects_continue {
-            // A client that is gone is noticed when it is answered.
-            let _ = body::Responder::informational(&mut responder, http::StatusCode::CONTINUE, http::HeaderMap::new()).await;
-        }
         let exchange = Exchange {
             down: &down,
             body: &mut body,

@@ -28,7 +28,7 @@ use super::{
     reply::{Reply, reason},
     upload::Upload,
     upstream::{Failed, Reached, UpSink, UpSource, Upstream, Wanted, release},
-    wire::{Framing, Malformed},
+    wire::{Framing, Malformed, expects_continue, take_expectation},
 };
 use crate::route::{
     request::RequestHead,
@@ -274,10 +274,20 @@ async fn enter<B: RequestBody, R: Responder>(
     let mut record = Box::new(record);
     let traced = onward.map(|onward| onward.on(plan.head));
     let head = traced.as_ref().unwrap_or(plan.head);
+    // Somebody is to see the body before the application.
+    let continued = expects_continue(&head.headers) && gate.shows_bodies();
+    if continued && let Err(error) = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await {
+        let ended = gone(&error);
+        tell(record, &ended, &Meter::default(), &Meter::default());
+        return Err(ended);
+    }
     let admitted = admit(&gate, (head, wanted.protocol()), upload, responder, deadlines).await;
     match admitted {
         Ok(Ok(mut pass)) => {
             pass.head = pass.head.or(traced);
+            if continued {
+                take_expectation(&mut pass.head.get_or_insert_with(|| plan.head.clone()).headers);
+            }
             Ok(Entered { upstream, half_closed, admitted: Some(Admitted { gate, pass, record }), counted })
         }
         Ok(Err(refusal)) => {

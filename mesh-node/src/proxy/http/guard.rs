@@ -22,7 +22,7 @@ use super::{
     transport::Transport,
     upload::Upload,
     upstream::{UpSink, UpSource},
-    wire::{self, Malformed, Refused, WireRequest},
+    wire::{self, Malformed, Refused, WireRequest, expects_continue, take_expectation},
 };
 use crate::{
     io::{rarely::Rarely, relay::Traffic},
@@ -165,10 +165,11 @@ async fn h1_request(
     application: Option<&mut Application<'_>>,
     record: &mut Record,
 ) -> Next {
-    let WireRequest { head, upgrade, mut expects_continue, .. } = request;
+    let WireRequest { mut head, upgrade, .. } = request;
     let grpc = record.grpc;
-    if expects_continue && gate.shows_bodies() {
-        expects_continue = false;
+    // Somebody is to see the body before the application.
+    if expects_continue(&head.headers) && gate.shows_bodies() {
+        take_expectation(&mut head.headers);
         if responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
             record.abandoned();
             return Next::Close;
@@ -204,10 +205,6 @@ async fn h1_request(
         record.raise(Flag::NoRoute);
         record.details = Cow::Borrowed("route_not_found");
         return refuse(Reply::new(StatusCode::NOT_FOUND, ""), grpc, true, responder, reader, record).await;
-    }
-    if expects_continue && responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
-        record.abandoned();
-        return Next::Close;
     }
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));

@@ -335,12 +335,14 @@ pub struct H1Responder<'s, 'a> {
     head_request: bool,
     keep_alive: bool,
     started: bool,
+    /// The client has been told to go on.
+    continued: bool,
     meter: Meter,
 }
 
 impl<'s, 'a> H1Responder<'s, 'a> {
     pub fn new(sink: &'s mut H1Sink<'a>, minor: u8, method: &Method, keep_alive: bool) -> Self {
-        Self { sink, minor, head_request: method == Method::HEAD, keep_alive, started: false, meter: Meter::default() }
+        Self { sink, minor, head_request: method == Method::HEAD, keep_alive, started: false, continued: false, meter: Meter::default() }
     }
 
     /// Whether the connection can be used for another request.
@@ -399,7 +401,7 @@ impl Responder for H1Responder<'_, '_> {
     }
 
     async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
-        if self.minor == 0 {
+        if self.minor == 0 || status == StatusCode::CONTINUE && std::mem::replace(&mut self.continued, true) {
             return Ok(());
         }
         let mut head = Vec::new();

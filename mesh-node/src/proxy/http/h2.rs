@@ -268,12 +268,14 @@ pub struct H2Responder {
     head_request: bool,
     /// Asked for before there is a sink.
     ended: bool,
+    /// The client has been told to go on.
+    continued: bool,
     meter: Meter,
 }
 
 impl H2Responder {
     pub fn new(respond: SendResponse<Bytes>, head_request: bool) -> Self {
-        Self { respond, sink: None, head_request, ended: false, meter: Meter::default() }
+        Self { respond, sink: None, head_request, ended: false, continued: false, meter: Meter::default() }
     }
 
     /// Ends the stream unfinished. What has been said on it so far is let go first, as far as the client takes it: a reset drops what
@@ -354,6 +356,9 @@ impl Responder for H2Responder {
     }
 
     async fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> io::Result<()> {
+        if status == StatusCode::CONTINUE && std::mem::replace(&mut self.continued, true) {
+            return Ok(());
+        }
         let mut response = Response::new(());
         *response.status_mut() = status;
         *response.headers_mut() = headers;

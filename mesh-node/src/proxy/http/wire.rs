@@ -125,7 +125,6 @@ pub struct WireRequest {
     pub keep_alive: bool,
     /// The protocol asked for by `upgrade`.
     pub upgrade: Option<HeaderValue>,
-    pub expects_continue: bool,
 }
 
 /// A response head as read from an HTTP/1 connection.
@@ -192,7 +191,10 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
         return Err(Malformed::codec("http1.connection_header_rejected").into());
     }
     let upgrade = if connection.upgrade { upgrade_of(&headers) } else { None };
-    let expects_continue = take_expectation(&mut headers) && minor == 1;
+    if minor == 0 {
+        // It could not be told to go on.
+        take_expectation(&mut headers);
+    }
     let keep_alive = !connection.close && (minor == 1 || connection.keep_alive);
     let host = headers.get(header::HOST).cloned();
     let said_scheme = match target.first() {
@@ -214,12 +216,17 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
     strip_hop_by_hop(&mut headers);
     let scheme = said_scheme.unwrap_or_else(|| forwarded_scheme(&headers));
     let head = RequestHead { method, scheme, authority, target, headers };
-    Ok(WireRequest { head, minor, framing, keep_alive, upgrade, expects_continue })
+    Ok(WireRequest { head, minor, framing, keep_alive, upgrade })
 }
 
-/// Whether the client waits to be told to go on, which is between it and this proxy.
+/// Whether the client waits to be told to go on: by the application, as with Istio's sidecars (`ENABLE_100_CONTINUE_HEADERS`).
+pub fn expects_continue(headers: &HeaderMap) -> bool {
+    headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// Takes that off: the client is told here, or cannot be.
 pub fn take_expectation(headers: &mut HeaderMap) -> bool {
-    let expects = headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let expects = expects_continue(headers);
     if expects {
         headers.remove(header::EXPECT);
     }

@@ -126,9 +126,6 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
 
     /// Passes an informational answer on; how the attempt ends, if that does not work.
     async fn interim(&mut self, head: WireResponse, cut: std::pin::Pin<&mut (impl Future<Output = ()> + Send)>) -> Option<Attempt> {
-        if head.status == StatusCode::CONTINUE {
-            return None;
-        }
         tokio::select! {
             biased;
             told = self.responder.informational(head.status, head.headers) => told.err().map(|error| gone(&error)),

@@ -25,7 +25,7 @@ use crate::{
             transport::{Counted, Transport},
             upload::Upload,
             upstream::{UpSink, UpSource},
-            wire::Malformed,
+            wire::{Malformed, expects_continue, take_expectation},
         },
         limits::Place,
         live::Cut,
@@ -177,7 +177,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
     let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
     let mut record;
     let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
-        Ok((mut head, expects_continue)) => {
+        Ok(mut head) => {
             record = gate.take_down(&mut head, "HTTP/2");
             record.look_behind(responder.meter());
             if body.is_end() {
@@ -190,7 +190,7 @@ async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::
                 biased;
                 // Without its sender, the connection is over, which its ends say.
                 Ok(_) = cut.wait_for(|c| *c) => None,
-                end = h2_request(&gate, streams, (&head, expects_continue), &mut body, &mut responder, &mut record) => Some(end),
+                end = h2_request(&gate, streams, &mut head, &mut body, &mut responder, &mut record) => Some(end),
             };
             record.moved(body.meter(), responder.meter());
             record.left_together(responder.client());
@@ -254,16 +254,17 @@ async fn open(
 async fn h2_request(
     gate: &Gate,
     streams: Option<Streams>,
-    (head, mut expects_continue): (&RequestHead, bool),
+    head: &mut RequestHead,
     body: &mut H2Source,
     responder: &mut H2Responder,
     record: &mut Record,
 ) -> Result<(), ::h2::Reason> {
     let grpc = head.is_grpc();
-    if expects_continue && gate.shows_bodies() {
+    // Somebody is to see the body before the application.
+    if expects_continue(&head.headers) && gate.shows_bodies() {
+        take_expectation(&mut head.headers);
         // A client that is gone is noticed when it is answered.
         let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;
-        expects_continue = false;
     }
     let empty = body.is_end();
     let mut upload = Upload::new(body, false, &gate.proxy.replays.of(&gate.pod.kept));
@@ -296,10 +297,6 @@ async fn h2_request(
         record.details = Cow::Borrowed("route_not_found");
         answer(Reply::new(StatusCode::NOT_FOUND, ""), grpc, responder, record).await;
         return Ok(());
-    }
-    if expects_continue {
-        // A client that is gone is noticed when it is answered.
-        let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;
     }
     let sent = went_on(head, &pass, record);
     let Some(request) = wire_request(sent, pass.client_cert.as_ref()) else {

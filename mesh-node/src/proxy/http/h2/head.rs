@@ -8,13 +8,13 @@ use crate::{
     proxy::http::{
         framing::has_odd_name,
         headers::CLIENT_CERT,
-        wire::{MAX_HEAD, MAX_HEADERS, Malformed, Refused, Said, checked_authority, path_and_query, strip_hop_by_hop, take_expectation},
+        wire::{MAX_HEAD, MAX_HEADERS, Malformed, Refused, Said, checked_authority, path_and_query, strip_hop_by_hop},
     },
     route::request::{RequestHead, Scheme},
 };
 
-/// Turns a request of HTTP/2 into the common form; and whether its client waits to be told to go on.
-pub fn request_head(request: Request<()>) -> Result<(RequestHead, bool), Box<Refused>> {
+/// Turns a request of HTTP/2 into the common form.
+pub fn request_head(request: Request<()>) -> Result<RequestHead, Box<Refused>> {
     let (parts, ()) = request.into_parts();
     let mut headers = parts.headers;
     let said = parts.method.as_str().len()
@@ -39,10 +39,9 @@ pub fn request_head(request: Request<()>) -> Result<(RequestHead, bool), Box<Ref
         }
     };
     let scheme = if parts.uri.scheme() == Some(&http::uri::Scheme::HTTPS) { Scheme::Https } else { Scheme::Http };
-    let expects_continue = take_expectation(&mut headers);
     strip_hop_by_hop(&mut headers);
     join_cookies(&mut headers);
-    Ok((RequestHead { method: parts.method, scheme, authority, target, headers }, expects_continue))
+    Ok(RequestHead { method: parts.method, scheme, authority, target, headers })
 }
 
 /// The size of a head or of trailers as HTTP/2 has it (RFC 9113 section 6.5.2).

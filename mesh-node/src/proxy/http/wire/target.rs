@@ -49,7 +49,7 @@ pub(super) fn target_of(
         return Err(Malformed::codec("http1.invalid_scheme"));
     }
     let after = &target[scheme + 3..];
-    let end = after.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(after.len());
+    let end = after.iter().position(|b| matches!(b, b'/' | b'?' | b'#')).unwrap_or(after.len());
     // Who the client says it is, in front of an `@`, is for nobody (RFC 9110 section 4.2.4).
     let host = memchr::memchr(b'@', &after[..end]).map_or(0, |at| at + 1);
     let authority = HeaderValue::from_bytes(&after[host..end]).map_err(|_| CODEC)?;
@@ -85,16 +85,15 @@ pub fn checked_authority(authority: HeaderValue) -> Result<HeaderValue, Malforme
     if authority.as_bytes().iter().all(legal) { Ok(authority) } else { Err(Malformed::BAD_AUTHORITY) }
 }
 
-/// Path and query, the path normalised.
+/// Path and query, the path normalised. A fragment is taken off, as Istio has its proxies do
+/// (`envoy.reloadable_features.http_reject_path_with_fragment`).
 pub fn path_and_query(target: &Bytes) -> Result<PathAndQuery, Malformed> {
     let bad = Malformed::refused(StatusCode::BAD_REQUEST, "path_normalization_failed", true);
     let text = std::str::from_utf8(target).map_err(|_| bad)?;
-    if text.contains('#') {
-        return Err(bad);
-    }
+    let text = text.split_once('#').map_or(text, |(before, _)| before);
     let (path, query) = text.split_once('?').map_or((text, None), |(path, query)| (path, Some(query)));
     let parsed = match normalise_path(path).map_err(|_| bad)? {
-        None => PathAndQuery::from_maybe_shared(target.clone()),
+        None => PathAndQuery::from_maybe_shared(target.slice(..text.len())),
         Some(normal) => PathAndQuery::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
     };
     parsed.map_err(|_| bad)
