@@ -85,6 +85,55 @@ async fn an_application_that_ends_with_an_error_takes_nothing_with_it() {
     }
 }
 
+/// An answer that has come whole before its request was is one, although the application ends its connection at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_is_whole_although_its_connection_ends_before_the_request() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        for gently in [true, false].into_iter().cycle() {
+            let Ok((mut stream, _)) = listener.accept().await else { return };
+            tokio::spawn(async move {
+                // HEADERS with `:status: 200`, and the last of the body.
+                let answer = [frame(4, 0, 0, &[]), frame(4, 1, 0, &[]), frame(1, 4, 1, &[0x88]), frame(0, 1, 1, b"whole")].concat();
+                let mut read = Vec::new();
+                while heads(&read) < 1 {
+                    if stream.read_buf(&mut read).await.unwrap_or(0) == 0 {
+                        return;
+                    }
+                }
+                if !gently {
+                    // What it does not read makes its end a reset.
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                let _ = stream.write_all(&answer).await;
+            });
+        }
+    });
+    let out = service("server", "10.98.0.2", "http2", &[address]);
+    let [out, into] = [out.clone(), [vec![server_pod()], out].concat()];
+    let (out, into) = (Engine::start(&out).await.expect("engine"), Engine::start(&into).await.expect("engine"));
+    for i in 0..12 {
+        let leaves = i % 4 < 2;
+        let stream =
+            if leaves { out.connect("10.98.0.2:80".parse().expect("valid")).await } else { into.connect_inbound(address.port()).await };
+        let (mut send, connection) = h2::client::handshake(stream.expect("connected")).await.expect("HTTP/2");
+        tokio::spawn(connection);
+        let (response, mut body) = send.send_request(Request::post("http://svc.example/x").body(()).expect("valid"), false).expect("sent");
+        body.send_data(vec![b'a'; 1000].into(), false).expect("sent");
+        let answer = async {
+            let (parts, mut body) = response.await.unwrap_or_else(|error| panic!("{i}, out: {leaves}: {error}")).into_parts();
+            let mut read = Vec::new();
+            while let Some(data) = body.data().await {
+                read.extend_from_slice(&data.unwrap_or_else(|error| panic!("{i}: {error}, after {}", read.escape_ascii())));
+            }
+            (parts.status, read)
+        };
+        let answer = tokio::time::timeout(Duration::from_secs(5), answer).await.expect("an end");
+        assert_eq!(answer, (StatusCode::OK, b"whole".to_vec()), "{i}, out: {leaves}");
+    }
+}
+
 /// Nobody waits for ever for an application that takes no requests.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_application_that_takes_no_streams_is_not_waited_for() {

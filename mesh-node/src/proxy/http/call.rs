@@ -148,12 +148,12 @@ impl Call<'_> {
                 }
                 Ok(answered)
             }
-            Upstream::H2(mut send, _guard, _) => {
+            Upstream::H2(mut send, guard, _) => {
                 let empty = body.is_end();
                 let request = wire_request(head, client_cert).ok_or(Broken::Caller)?;
                 let (response, stream) = send.send_request(request, empty).map_err(|_| Broken::Upstream)?;
                 let mut up = UpSink::H2(H2Sink::new(stream, empty));
-                let mut source = UpSource::H2 { response: Box::pin(response), body: None };
+                let mut source = UpSource::of_stream(response, guard.whole());
                 converse(body, &mut up, &mut source, head, sink).await.map(|(answered, _)| answered)
             }
         }

@@ -1,24 +1,21 @@
-//! HTTP/2 streams, either end, and the server end of a connection.
+//! HTTP/2 streams, either end, and connections of them.
 
+mod answers;
+mod connection;
 mod errors;
+mod frames;
 mod head;
 mod refused;
 
-use std::{
-    future::{Future, poll_fn},
-    io,
-    sync::Arc,
-    task::Poll,
-    time::Duration,
-};
+use std::{future::poll_fn, io, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
-use tokio::io::{AsyncRead, AsyncWrite};
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 
-use self::refused::{Refused, Watched};
 pub use self::{
+    answers::Ended,
+    connection::{Accepted, MAX_STREAMS, connect, connect_to_settle, most_streams, serve, turn_away},
     errors::{into_io, is_connection, is_remote, is_too_much, is_unprocessed, reason},
     head::{is_ambiguous, list_size, request_head, wire_request},
 };
@@ -30,40 +27,14 @@ use super::{
     wire::{Framing, MAX_HEAD, Malformed},
 };
 
-/// What one stream may have in flight, and all streams of a connection: as much as all of them may have, or a few that nobody reads
-/// would hold up the others.
+/// What one stream may have in flight.
 const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
-pub const MAX_STREAMS: u32 = 1024;
-/// Streams a server is taken to take at a time before it has said how many; what stands for that where it is waited for.
-const USUAL_STREAMS: usize = 100;
-const UNTOLD: usize = 1_000_003;
-/// How long it is waited for that; it is the first thing a server says.
-const SETTLES: Duration = Duration::from_millis(200);
-const MAX_FRAME: u32 = 64 * 1024;
-/// What the library is told that a head or trailers may have: of what is larger it loses the rest without a word, and it takes no more
-/// frames of one than that needs, so that it is far above what is let through ([`MAX_HEAD`]).
-const HEADER_LIST: u32 = 16 * 60 * 1024;
-const SEND_BUFFER: usize = 256 * 1024;
-/// Streams a client may reset before they have been served. Beyond it the connection ends: a flood of resets must not cost more than it
-/// pays (CVE-2023-44487).
-const RESET_STREAMS: usize = 200;
-/// Streams reset here that are remembered, and how long: what still comes for others ends the connection, if it is a head or trailers.
-const REMEMBERED: usize = 1024;
-const RESET_MEMORY: Duration = Duration::from_secs(30);
-/// Streams that the peer may have reset here by breaking the protocol in a connection's life. Frames that come late for streams forgotten
-/// since are among them, so that the library's thousand would end connections whose clients cancel much.
-const ERROR_RESETS: usize = 65_536;
-/// How much small frames of data may cost that wait for who reads them: each what it has less than 256 bytes. The library's share of the
-/// window is used up by a few clients of many small messages that do not read.
-const SMALL_FRAMES: usize = 64 * 1024 * 1024;
 /// Fields of which there may be only one (RFC 9110 sections 7.2 and 8.6).
 const AMBIGUOUS: Malformed = Malformed::codec("http2.violation.of.messaging.rule");
 /// What is said of trailers that are too large.
 const TOO_MUCH: Reason = Reason::ENHANCE_YOUR_CALM;
 /// Between the last of an answer that is cut and the reset of its stream.
 const BEFORE_RESET: Duration = Duration::from_millis(5);
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The receiving direction of a stream.
 #[derive(Debug)]
@@ -74,9 +45,16 @@ pub struct H2Source {
     ended: bool,
     framing: Framing,
     meter: Meter,
+    /// Of an answer: which have come whole.
+    whole: Option<Arc<Ended>>,
 }
 
 impl H2Source {
+    /// An answer.
+    pub fn answer(stream: RecvStream, headers: &HeaderMap, whole: Arc<Ended>) -> Self {
+        Self { whole: Some(whole), ..Self::new(stream, headers) }
+    }
+
     pub fn new(stream: RecvStream, headers: &HeaderMap) -> Self {
         let ended = stream.is_end_stream();
         let length = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
@@ -85,7 +63,7 @@ impl H2Source {
             (false, Some(n)) => Framing::Length(n),
             (false, None) => Framing::Chunked,
         };
-        Self { stream, held: 0, ended, framing, meter: Meter::default() }
+        Self { stream, held: 0, ended, framing, meter: Meter::default(), whole: None }
     }
 
     pub fn framing(&self) -> Framing {
@@ -95,6 +73,16 @@ impl H2Source {
     fn release(&mut self) {
         // Fails only when the stream is gone, and then there is no window to widen.
         let _ = self.stream.flow_control().release_capacity(std::mem::take(&mut self.held));
+    }
+
+    /// What ends with its connection has ended before, if all of it has come; not where what has come is what ended that.
+    fn broke(&mut self, error: h2::Error) -> Result<Option<Frame>, BodyError> {
+        let by_itself = error.is_io() || error.is_go_away() && error.is_remote();
+        if !by_itself || !self.whole.as_ref().is_some_and(|whole| whole.has(self.stream.stream_id().into())) {
+            return Err(BodyError::Cut(into_io(error)));
+        }
+        self.ended = true;
+        Ok(None)
     }
 
     fn taken(&mut self, data: Bytes) -> Frame {
@@ -114,7 +102,7 @@ impl FrameSource for H2Source {
         }
         match poll_fn(|cx| self.stream.poll_data(cx)).await {
             Some(Ok(data)) => Ok(Some(self.taken(data))),
-            Some(Err(error)) => Err(BodyError::Cut(into_io(error))),
+            Some(Err(error)) => self.broke(error),
             None => {
                 let trailers = poll_fn(|cx| self.stream.poll_trailers(cx)).await.map_err(|e| BodyError::Cut(into_io(e)))?;
                 if trailers.as_ref().is_some_and(|trailers| list_size(trailers) > MAX_HEAD) {
@@ -138,7 +126,7 @@ impl FrameSource for H2Source {
         match self.stream.poll_data(&mut cx) {
             Poll::Ready(Some(Ok(data))) => Ok(Some(self.taken(data))),
             // Whatever else there is is found when it is waited for.
-            Poll::Ready(Some(Err(error))) => Err(BodyError::Cut(into_io(error))),
+            Poll::Ready(Some(Err(error))) => self.broke(error),
             Poll::Ready(None) | Poll::Pending => Ok(None),
         }
     }
@@ -390,138 +378,5 @@ impl Responder for H2Responder {
             Some(sink) => sink.reset_by_peer().await,
             None => poll_fn(|cx| self.respond.poll_reset(cx)).await.map_or_else(into_io, |reason| into_io(reason.into())),
         }
-    }
-}
-
-/// A stream as accepted.
-pub type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
-
-/// Says of a stream that nothing has been done, so that it can be asked for elsewhere.
-pub fn turn_away(accepted: Accepted) {
-    let (_, mut respond) = accepted;
-    respond.send_reset(Reason::REFUSED_STREAM);
-}
-
-/// Serves one connection until it ends. Every stream goes to `on_stream`, which must not wait; none stands for a
-/// request that broke the protocol, and has been refused.
-///
-/// When `drain` completes, the client is told to go elsewhere (GOAWAY); open streams go on to their end.
-/// `streams`: how many there may be at a time.
-pub async fn serve<T>(
-    io: T,
-    streams: u32,
-    mut on_stream: impl FnMut(Option<Accepted>),
-    drain: impl Future<Output = ()>,
-) -> Result<(), h2::Error>
-where
-    T: AsyncRead + AsyncWrite + Unpin,
-{
-    let mut builder = h2::server::Builder::new();
-    builder
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(streams)
-        .max_frame_size(MAX_FRAME)
-        .max_send_buffer_size(SEND_BUFFER)
-        .max_header_list_size(HEADER_LIST)
-        .max_concurrent_reset_streams(REMEMBERED)
-        .max_pending_accept_reset_streams(RESET_STREAMS)
-        .max_local_error_reset_streams(Some(ERROR_RESETS))
-        .data_frame_budget(SMALL_FRAMES)
-        .reset_stream_duration(RESET_MEMORY);
-    let refused = Arc::new(Refused::default());
-    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(Watched::new(io, refused.clone()))).await;
-    let Ok(handshake) = handshake else { return Err(Reason::SETTINGS_TIMEOUT.into()) };
-    let mut connection = handshake?;
-    let mut drain = std::pin::pin!(drain);
-    let mut draining = false;
-    loop {
-        let accepted = poll_fn(|cx| {
-            let polled = connection.poll_accept(cx);
-            if let Poll::Ready(Some(Ok((_, respond)))) = &polled {
-                refused.accepted(respond.stream_id().into());
-            }
-            // Of what has come, nothing else is accepted when there is nothing to accept.
-            let settled = !matches!(polled, Poll::Ready(Some(Ok(_))));
-            let broken = matches!(&polled, Poll::Ready(Some(Err(error))) if error.is_library());
-            (0..refused.take(settled, broken)).for_each(|_| on_stream(None));
-            polled
-        });
-        tokio::select! {
-            biased;
-            () = &mut drain, if !draining => {
-                draining = true;
-                connection.graceful_shutdown();
-            }
-            accepted = accepted => match accepted {
-                Some(accepted) => on_stream(Some(accepted?)),
-                None => return Ok(()),
-            }
-        }
-    }
-}
-
-/// The client end of a connection, to open streams on.
-pub struct Opened {
-    pub send: h2::client::SendRequest<Bytes>,
-    /// Must be driven for anything to happen.
-    pub connection: Box<dyn Future<Output = Result<(), h2::Error>> + Send + Unpin>,
-}
-
-/// Opens a connection on which streams may be opened at once.
-pub async fn connect<T>(io: T) -> Result<Opened, h2::Error>
-where
-    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    connect_with(io, USUAL_STREAMS).await
-}
-
-/// Opens one to be [settled](Opened::settle).
-pub async fn connect_to_settle<T>(io: T) -> Result<Opened, h2::Error>
-where
-    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    connect_with(io, UNTOLD).await
-}
-
-async fn connect_with<T>(io: T, streams: usize) -> Result<Opened, h2::Error>
-where
-    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let mut builder = h2::client::Builder::new();
-    builder
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(MAX_FRAME)
-        .max_send_buffer_size(SEND_BUFFER)
-        .max_header_list_size(HEADER_LIST)
-        .max_concurrent_reset_streams(REMEMBERED)
-        .max_local_error_reset_streams(Some(ERROR_RESETS))
-        .data_frame_budget(SMALL_FRAMES)
-        .reset_stream_duration(RESET_MEMORY)
-        .initial_max_send_streams(streams)
-        .enable_push(false);
-    let (send, connection) = builder.handshake(io).await?;
-    Ok(Opened { send, connection: Box::new(connection) })
-}
-
-/// How many streams a connection takes at a time.
-pub fn most_streams(send: &h2::client::SendRequest<Bytes>) -> u32 {
-    match send.current_max_send_streams() {
-        UNTOLD => MAX_STREAMS,
-        most => u32::try_from(most).unwrap_or(MAX_STREAMS).min(MAX_STREAMS),
-    }
-}
-
-impl Opened {
-    /// Waits until the application has said how many streams it takes at a time, or for a moment. An error is its end.
-    pub async fn settle(&mut self) -> Result<(), h2::Error> {
-        let Self { send, connection } = self;
-        let settled = poll_fn(|cx| match std::pin::Pin::new(&mut *connection).poll(cx) {
-            Poll::Ready(ended) => Poll::Ready(ended),
-            Poll::Pending if send.current_max_send_streams() != UNTOLD => Poll::Ready(Ok(())),
-            Poll::Pending => Poll::Pending,
-        });
-        tokio::time::timeout(SETTLES, settled).await.unwrap_or(Ok(()))
     }
 }

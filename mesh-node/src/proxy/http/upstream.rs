@@ -354,6 +354,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     let connection = Arc::new(H2Upstream {
         gate: hold.as_ref().map(|h| h.gate.clone()),
         send: opened.send,
+        whole: opened.whole,
         endpoint: wanted.endpoint.clone(),
         workload,
         reached,

@@ -16,15 +16,15 @@ use crate::{
     io::relay::Traffic,
     proxy::{
         http::{
-            attempt::{self, Attempt, Plan},
+            attempt::{self, Answered, Attempt, Plan},
             body::{FrameSink, FrameSource, RequestBody, Responder},
             gate::{Gate, Pass},
-            h2::{self, Accepted, H2Responder, H2Sink, H2Source, wire_request},
+            h2::{self, Accepted, Ended as Whole, H2Responder, H2Sink, H2Source, wire_request},
             record::{Flag, Record},
             reply::Reply,
             transport::{Counted, Transport},
             upload::Upload,
-            upstream::{UpSink, UpSource},
+            upstream::{Failed, UpSink, UpSource},
             wire::{Malformed, expects_continue, take_expectation},
         },
         limits::Place,
@@ -37,6 +37,7 @@ use crate::{
 #[derive(Clone)]
 struct Streams {
     send: ::h2::client::SendRequest<Bytes>,
+    whole: Arc<Whole>,
     over: Arc<watch::Sender<bool>>,
 }
 
@@ -49,7 +50,7 @@ const AFTER_ITS_END: Duration = Duration::from_secs(30);
 impl Streams {
     /// Opens a stream when there is a place for it; the client is told to open no more when there is none any more.
     async fn open(self, request: http::Request<()>, empty: bool) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
-        let Self { send, over } = self;
+        let Self { send, over, .. } = self;
         let opened = async {
             // The library takes a request for one that takes none, and keeps it until it takes some.
             let taken = async {
@@ -105,9 +106,9 @@ async fn streams(
     };
     let most = opened.as_ref().map_or(h2::MAX_STREAMS, |opened| h2::most_streams(&opened.send).max(1));
     let over = Arc::new(watch::Sender::new(false));
-    let (send, connection) = opened.map_or((None, None), |o| (Some(o.send), Some(o.connection)));
+    let (send, connection, whole) = opened.map_or_else(Default::default, |o| (Some(o.send), Some(o.connection), o.whole));
     let drive = drive(connection, (send.clone(), settled), &over);
-    let streams = send.map(|send| Streams { send, over: over.clone() });
+    let streams = send.map(|send| Streams { send, whole, over: over.clone() });
     let mut ended = over.subscribe();
     let (pod, since) = (gate.pod.clone(), gate.since);
     let draining = async move {
@@ -251,6 +252,17 @@ async fn open(
     }
 }
 
+/// What a stream's end says of the application's, so that its client's node tells of it as if it were there: of one that is gone, that it
+/// could not be connected to.
+fn as_told(reset: Reset) -> ::h2::Reason {
+    match reset {
+        Reset::RefusedStream => ::h2::Reason::REFUSED_STREAM,
+        Reset::ProtocolError => ::h2::Reason::PROTOCOL_ERROR,
+        Reset::ConnectionTermination => ::h2::Reason::CONNECT_ERROR,
+        _ => ::h2::Reason::INTERNAL_ERROR,
+    }
+}
+
 async fn h2_request(
     gate: &Gate,
     streams: Option<Streams>,
@@ -303,14 +315,15 @@ async fn h2_request(
         record.details = Cow::Borrowed(Malformed::BAD_AUTHORITY.details);
         return Err(::h2::Reason::PROTOCOL_ERROR);
     };
+    let whole = streams.whole.clone();
     let opened = open(gate, streams, (request, empty), (sent, &pass), responder, record).await;
     let (response, stream) = opened?;
-    let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::H2 { response: Box::pin(response), body: None });
+    let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::of_stream(response, whole));
     let plan = Plan::once(sent, None);
     let cut = gate.denied_later(sent, &pass);
     let (ended, _) = attempt::exchange(&plan, sink, source, &mut upload, responder, &pass.to_client, cut, record).await;
     let reason = match &ended {
-        Attempt::Failed(failed) if failed.reset == Reset::RefusedStream => ::h2::Reason::REFUSED_STREAM,
+        Attempt::Failed(Failed { reset, .. }) | Attempt::Answered(Answered::Truncated(reset)) => as_told(*reset),
         Attempt::Malformed(_) => ::h2::Reason::PROTOCOL_ERROR,
         _ => ::h2::Reason::INTERNAL_ERROR,
     };

@@ -14,14 +14,10 @@ use std::{
 use h2::Reason;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// RFC 9113 section 4.1.
-const FRAME_HEAD: usize = 9;
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
+use super::frames::{Frames, Seen};
+
 /// What a client begins with, which is no frame.
 const PREFACE: usize = crate::detect::PREFACE.len();
-/// What is looked at of a frame: its head, and of a reset the reason.
-const LOOKED_AT: usize = FRAME_HEAD + 4;
 /// Resets that wait to be told apart; who causes more at a time is told of less.
 const MOST_WAITING: usize = 256;
 
@@ -35,6 +31,12 @@ pub(super) struct Refused {
 }
 
 impl Refused {
+    fn written(&self, seen: Seen) {
+        if let Seen::Reset { stream, reason } = seen {
+            self.reset(stream, reason.into());
+        }
+    }
+
     fn asked(&self, stream: u32) {
         // Others are no client's.
         if !stream.is_multiple_of(2) {
@@ -71,57 +73,6 @@ impl Refused {
     }
 }
 
-/// Finds the beginnings of frames in what passes.
-struct Frames {
-    /// The beginning of one, as far as it has passed.
-    head: [u8; LOOKED_AT],
-    have: usize,
-    /// What is to pass that is not looked at.
-    rest: usize,
-}
-
-impl Frames {
-    fn behind(rest: usize) -> Self {
-        Self { head: [0; LOOKED_AT], have: 0, rest }
-    }
-
-    fn see(&mut self, mut bytes: &[u8], refused: &Refused) {
-        while !bytes.is_empty() {
-            if self.rest > 0 {
-                let n = self.rest.min(bytes.len());
-                (self.rest, bytes) = (self.rest - n, &bytes[n..]);
-                continue;
-            }
-            let wanted = if self.have >= FRAME_HEAD { LOOKED_AT } else { FRAME_HEAD };
-            let n = (wanted - self.have).min(bytes.len());
-            let (taken, after) = bytes.split_at(n);
-            self.head[self.have..self.have + n].copy_from_slice(taken);
-            (self.have, bytes) = (self.have + n, after);
-            self.look(refused);
-        }
-    }
-
-    fn look(&mut self, refused: &Refused) {
-        let [l @ .., kind, _, s0, s1, s2, s3, reason0, reason1, reason2, reason3] = self.head;
-        let length = l.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
-        let is_reset = kind == RST_STREAM && length == LOOKED_AT - FRAME_HEAD;
-        let stream = u32::from_be_bytes([s0 & 0x7f, s1, s2, s3]);
-        match self.have {
-            FRAME_HEAD if !is_reset => {
-                if kind == HEADERS {
-                    refused.asked(stream);
-                }
-                (self.have, self.rest) = (0, length);
-            }
-            LOOKED_AT => {
-                self.have = 0;
-                refused.reset(stream, u32::from_be_bytes([reason0, reason1, reason2, reason3]).into());
-            }
-            _ => {}
-        }
-    }
-}
-
 /// A client's connection whose frames are looked at.
 pub(super) struct Watched<T> {
     io: T,
@@ -138,7 +89,7 @@ impl<T> Watched<T> {
     fn see_slices(&mut self, slices: &[IoSlice<'_>], mut n: usize) {
         for slice in slices {
             let of = n.min(slice.len());
-            self.written.see(&slice[..of], &self.refused);
+            self.written.see(&slice[..of], |seen| self.refused.written(seen));
             n -= of;
             if n == 0 {
                 return;
@@ -152,7 +103,11 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
         let this = self.get_mut();
         let before = buf.filled().len();
         let polled = Pin::new(&mut this.io).poll_read(cx, buf);
-        this.read.see(buf.filled().get(before..).unwrap_or_default(), &this.refused);
+        this.read.see(buf.filled().get(before..).unwrap_or_default(), |seen| {
+            if let Seen::Head { stream } = seen {
+                this.refused.asked(stream);
+            }
+        });
         polled
     }
 }
@@ -162,7 +117,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
         let this = self.get_mut();
         let polled = Pin::new(&mut this.io).poll_write(cx, buf);
         if let Poll::Ready(Ok(n)) = &polled {
-            this.written.see(&buf[..*n], &this.refused);
+            this.written.see(&buf[..*n], |seen| this.refused.written(seen));
         }
         polled
     }
@@ -193,48 +148,27 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
 mod tests {
     use super::*;
 
-    fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-        let length = u32::try_from(payload.len()).expect("short").to_be_bytes();
-        [&length[1..], &[kind, 0], &stream.to_be_bytes(), payload].concat()
-    }
-
-    /// How many are told of, of frames that are written in pieces.
-    fn told(asked: u32, frames: &[Vec<u8>], piece: usize, accepted: u32, (all, broken): (bool, bool)) -> usize {
+    /// How many are told of, where streams up to one were asked for, others reset, and one was the last to be accepted.
+    fn told(asked: u32, resets: &[(u32, Reason)], accepted: u32, (all, broken): (bool, bool)) -> usize {
         let refused = Refused::default();
-        let mut read = Frames::behind(PREFACE);
-        let requests = (1..=asked).step_by(2).flat_map(|stream| frame(HEADERS, stream, b"abc")).collect::<Vec<_>>();
-        [crate::detect::PREFACE, &requests].concat().chunks(piece).for_each(|bytes| read.see(bytes, &refused));
+        (1..=asked).for_each(|stream| refused.asked(stream));
         refused.accepted(accepted);
-        let mut written = Frames::behind(0);
-        frames.concat().chunks(piece).for_each(|bytes| written.see(bytes, &refused));
+        resets.iter().for_each(|(stream, reason)| refused.written(Seen::Reset { stream: *stream, reason: (*reason).into() }));
         refused.take(all, broken)
     }
 
     #[test]
     fn streams_that_are_reset_unaccepted_are_told() {
-        let reset = |stream, reason: u32| frame(RST_STREAM, stream, &reason.to_be_bytes());
-        let frames = [
-            frame(0, 1, &[RST_STREAM; 40]),
-            reset(3, 1),
-            frame(4, 0, &[]),
-            reset(5, 8),
-            frame(1, 1, b"xxx"),
-            // Not the length of a reset: nothing of it is taken for one.
-            frame(RST_STREAM, 7, &[0; 5]),
-            reset(9, 1),
-            // Of a stream nobody asked for.
-            reset(11, 1),
-        ];
-        for piece in [1, 2, 5, 9, 13, 14, 1000] {
-            let told = |accepted, how| told(9, &frames, piece, accepted, how);
-            assert_eq!(told(1, (true, false)), 2, "in pieces of {piece}");
-            assert_eq!(told(3, (true, false)), 1, "of an accepted one, in pieces of {piece}");
-            assert_eq!(told(1, (false, false)), 0, "what may be accepted yet, in pieces of {piece}");
-            assert_eq!(told(1, (true, true)), 2, "reset, and then the end, in pieces of {piece}");
-        }
+        // The last of a stream nobody asked for.
+        let resets = [(3, Reason::PROTOCOL_ERROR), (5, Reason::CANCEL), (9, Reason::PROTOCOL_ERROR), (11, Reason::PROTOCOL_ERROR)];
+        let told_of = |accepted, how| told(9, &resets, accepted, how);
+        assert_eq!(told_of(1, (true, false)), 2);
+        assert_eq!(told_of(3, (true, false)), 1, "of an accepted one");
+        assert_eq!(told_of(1, (false, false)), 0, "what may be accepted yet");
+        assert_eq!(told_of(1, (true, true)), 2, "reset, and then the end");
         // A connection that ends for what was asked last, and for something else.
-        assert_eq!(told(9, &[], 7, 7, (true, true)), 1);
-        assert_eq!(told(9, &[], 7, 9, (true, true)), 0);
+        assert_eq!(told(9, &[], 7, (true, true)), 1);
+        assert_eq!(told(9, &[], 9, (true, true)), 0);
         // One that was reset before it was accepted is not refused; those before it are.
         let refused = Refused::default();
         refused.asked(9);

@@ -14,7 +14,11 @@ use tokio::{sync::Notify, time::timeout};
 
 use super::{Peer, Reached};
 use crate::{
-    proxy::http::{clusters::EndpointState, gate::Gate, h2},
+    proxy::http::{
+        clusters::EndpointState,
+        gate::Gate,
+        h2::{self, Ended},
+    },
     route::{Cluster, traffic::TrafficPolicy},
 };
 
@@ -23,6 +27,7 @@ use crate::{
 pub struct H2Upstream {
     pub(super) gate: Option<Arc<Gate>>,
     pub(super) send: SendRequest<Bytes>,
+    pub(super) whole: Arc<Ended>,
     pub(super) endpoint: Arc<EndpointState>,
     pub(super) workload: Option<Peer>,
     pub(super) reached: Reached,
@@ -94,6 +99,13 @@ impl StreamGuard {
         connection.streams.fetch_add(1, Ordering::AcqRel);
         connection.changed.notify_one();
         Self(connection.clone())
+    }
+}
+
+impl StreamGuard {
+    /// Which of the connection's answers have come whole.
+    pub fn whole(&self) -> Arc<Ended> {
+        self.0.whole.clone()
     }
 }
 

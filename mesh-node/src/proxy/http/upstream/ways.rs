@@ -5,6 +5,7 @@ use std::{
     future::{Future, poll_fn},
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -15,7 +16,7 @@ use super::super::{
     body::{BodyError, FrameSink, FrameSource},
     framing::Frame,
     h1::{H1Sink, NoHead, Reader},
-    h2::{self as ours, H2Sink, H2Source},
+    h2::{self as ours, Ended, H2Sink, H2Source},
     wire::{self, Framing, WireResponse},
 };
 use crate::route::{request::RequestHead, retry::Reset};
@@ -29,7 +30,12 @@ pub enum UpSink<'a> {
 /// Where its response comes from.
 pub enum UpSource<'a> {
     H1(Reader<'a>),
-    H2 { response: Pin<Box<ResponseFuture>>, body: Option<H2Source> },
+    /// `whole`: which of the connection's answers have come whole.
+    H2 {
+        response: Pin<Box<ResponseFuture>>,
+        body: Option<H2Source>,
+        whole: Arc<Ended>,
+    },
 }
 
 /// Why an exchange on a connection failed before there was a response: what it counts as, and more for the details.
@@ -56,6 +62,8 @@ impl Failed {
             _ if ours::is_connection(error) => Reset::ConnectionTermination,
             Some(Reason::REFUSED_STREAM) => Reset::RefusedStream,
             Some(Reason::PROTOCOL_ERROR) => Reset::ProtocolError,
+            // What another node says of its application's.
+            Some(Reason::CONNECT_ERROR) => Reset::ConnectionTermination,
             _ if ours::is_remote(error) || ours::is_too_much(error) => Reset::RemoteReset,
             _ => Reset::ProtocolError,
         })
@@ -141,6 +149,11 @@ fn next_head(
 }
 
 impl UpSource<'_> {
+    /// `whole`: which of the connection's answers have come whole.
+    pub fn of_stream(response: ResponseFuture, whole: Arc<Ended>) -> Self {
+        Self::H2 { response: Box::pin(response), body: None, whole }
+    }
+
     /// The next head of a response, informational ones among them. Nothing is lost when this is dropped.
     pub async fn head(&mut self, method: &Method) -> Result<WireResponse, Failed> {
         match self {
@@ -150,7 +163,7 @@ impl UpSource<'_> {
                 // As Envoy has it: a part of a head is a broken one.
                 NoHead::Ended { .. } | NoHead::Broken { .. } | NoHead::Refused(_) => Failed::new(Reset::ProtocolError),
             }),
-            Self::H2 { response, body } => {
+            Self::H2 { response, body, whole } => {
                 let answered = poll_fn(|cx| next_head(response, cx)).await.map_err(|e| Failed::of_h2(&ours::into_io(e)))?;
                 let (mut parts, stream) = answered.into_parts();
                 if ours::list_size(&parts.headers) > wire::MAX_HEAD {
@@ -167,7 +180,7 @@ impl UpSource<'_> {
                 if parts.status == StatusCode::NO_CONTENT {
                     parts.headers.remove(http::header::CONTENT_LENGTH);
                 }
-                let source = H2Source::new(stream, &parts.headers);
+                let source = H2Source::answer(stream, &parts.headers, whole.clone());
                 let mut framing = source.framing();
                 if method == Method::HEAD || matches!(parts.status.as_u16(), 204 | 304) {
                     framing = Framing::Empty;
