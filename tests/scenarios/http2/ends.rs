@@ -134,6 +134,38 @@ async fn an_answer_is_whole_although_its_connection_ends_before_the_request() {
     }
 }
 
+/// What becomes of a stream at an application, its client's node is told: it tells the same of it as if it had been there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn resets_say_what_has_become_of_the_application() {
+    let reset = |reason: u32| frame(3, 0, 1, &reason.to_be_bytes());
+    // A field in upper case, behind `:status: 200`.
+    let malformed = frame(1, 5, 1, &[&[0x88, 0, 1][..], b"A", &[1], b"v"].concat());
+    // A head, and then the end of a stream that is not its end.
+    let cut = [frame(1, 4, 1, &[0x88]), reset(7)].concat();
+    for (what, says, ends, expected) in [
+        ("malformed", malformed, false, h2::Reason::PROTOCOL_ERROR),
+        ("an error of the protocol", reset(1), false, h2::Reason::PROTOCOL_ERROR),
+        ("refused", reset(7), false, h2::Reason::REFUSED_STREAM),
+        ("refused behind the head", cut, false, h2::Reason::REFUSED_STREAM),
+        ("cancelled", reset(8), false, h2::Reason::INTERNAL_ERROR),
+        ("gone", Vec::new(), true, h2::Reason::CONNECT_ERROR),
+    ] {
+        let (_engine, stream) = into_the_pod(application(&[], 1, says, ends).await).await;
+        let (send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+        tokio::spawn(connection);
+        let request = Request::get("http://svc.example/x").body(()).expect("valid");
+        let (response, _) = send.ready().await.expect("ready").send_request(request, true).expect("sent");
+        let told = async {
+            match response.await {
+                Err(error) => error,
+                Ok(answer) => answer.into_body().data().await.expect("no end").expect_err("no body"),
+            }
+        };
+        let told = tokio::time::timeout(Duration::from_secs(5), told).await.expect("an end");
+        assert_eq!(told.reason(), Some(expected), "{what}");
+    }
+}
+
 /// Nobody waits for ever for an application that takes no requests.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_application_that_takes_no_streams_is_not_waited_for() {
