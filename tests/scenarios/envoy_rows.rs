@@ -70,24 +70,6 @@ struct Upstreams {
     blackhole: SocketAddr,
 }
 
-/// An address that never answers: a listener that nobody accepts from, with its queue full.
-fn blackhole() -> (SocketAddr, Vec<socket2::Socket>) {
-    let new = || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
-    let listener = new();
-    listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("bound");
-    listener.listen(0).expect("listening");
-    let address = listener.local_addr().expect("an address").as_socket().expect("IP");
-    let mut held = vec![listener];
-    for _ in 0..4 {
-        let filler = new();
-        filler.set_nonblocking(true).expect("set");
-        // The first fills the queue; those after it wait as ours will.
-        let _ = filler.connect(&address.into());
-        held.push(filler);
-    }
-    (address, held)
-}
-
 fn vip(index: usize) -> SocketAddr {
     SocketAddr::from(([10, 99, u8::try_from(index / 200).expect("few rows"), u8::try_from(index % 200 + 1).expect("small")], 80))
 }
@@ -325,7 +307,7 @@ async fn every_recorded_row_is_answered_as_recorded() {
     assert!(corpus.left_out.values().all(|why| !why.is_empty()));
     let seen = Seen::default();
     let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port nobody listens on");
-    let (blackhole, _held) = blackhole();
+    let (blackhole, _held) = scripted::blackhole();
     let upstreams = Upstreams {
         up1: scripted::http1("up1", &seen).expect("upstream"),
         up2: scripted::http1("up2", &seen).expect("upstream"),

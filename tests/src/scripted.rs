@@ -268,3 +268,21 @@ async fn answer(
         let _ = send.send_data(format!("{name} {status} #{number}\n").into(), true);
     }
 }
+
+/// An address that never answers: a listener that nobody accepts from, with its queue full.
+pub fn blackhole() -> (SocketAddr, Vec<socket2::Socket>) {
+    let new = || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+    let listener = new();
+    listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("bound");
+    listener.listen(0).expect("listening");
+    let address = listener.local_addr().expect("an address").as_socket().expect("IP");
+    let mut held = vec![listener];
+    for _ in 0..4 {
+        let filler = new();
+        filler.set_nonblocking(true).expect("set");
+        // The first fills the queue; those after it wait as ours will.
+        let _ = filler.connect(&address.into());
+        held.push(filler);
+    }
+    (address, held)
+}

@@ -25,7 +25,7 @@ use crate::{
         request::{RequestHead, Scheme, renormalised},
         rewrite,
         rule::{Abort, Action, Rule},
-        table::{Found, ResolvedL4},
+        table::{Found, FoundL4, ResolvedL4},
         traffic::Balancer,
     },
 };
@@ -239,8 +239,13 @@ impl<'a> Asker<'a> {
     fn connection(self, port: &ServicePort, head: Option<&RequestHead>, answer: &mut Value) {
         let client = self.source.ips.first().copied().unwrap_or_else(|| self.dialled.ip());
         let context = L4Context { source: self.source, client, destination: self.dialled, sni: self.question.sni.as_deref() };
-        let Some((number, found)) = port.routes.l4_rule(context).filter(|_| self.source.enrolled) else {
-            return self.straight(&port.cluster, head, answer);
+        let (number, found) = match port.routes.l4_rule(context) {
+            FoundL4::Rule(number, found) if self.source.enrolled => (number, found),
+            FoundL4::Nowhere if self.source.enrolled => {
+                answer["verdict"] = "no rule about TLS takes the server name: the connection is reset (NR)".into();
+                return;
+            }
+            _ => return self.straight(&port.cluster, head, answer),
         };
         let ResolvedL4 { origin, rule, destinations } = found;
         let weights = rule.destinations.iter().map(|d| (d.weight, format!("{}{}", d.destination.host, d.destination.subset)));

@@ -23,6 +23,10 @@ pub enum Failure {
     NoSuchPort { service: ObjectName, port: u16 },
     #[error("service {0} has no usable endpoint")]
     NoEndpoint(ObjectName),
+    #[error("no rule about TLS of service {0} takes the server name")]
+    NoRoute(ObjectName),
+    #[error("{0} is no endpoint any more")]
+    EndpointLeft(SocketAddr),
     #[error("the pod has as many connections to service {0} as its DestinationRule allows")]
     Overflow(ObjectName),
     #[error("{0} is not part of the mesh and outbound traffic is REGISTRY_ONLY")]
@@ -77,6 +81,8 @@ impl Failure {
             Self::ReservedPort(_) => "reserved_port",
             Self::NoSuchPort { .. } => "no_such_port",
             Self::NoEndpoint(_) => "no_endpoint",
+            Self::NoRoute(_) => "no_route",
+            Self::EndpointLeft(_) => "endpoint_left",
             Self::Overflow(_) => "overflow",
             Self::NotInRegistry(_) => "not_in_registry",
             Self::TooManyConnections => "too_many_connections",
@@ -123,6 +129,8 @@ impl Failure {
             | Self::DialTimeout(_)
             | Self::Application { .. }
             | Self::NoEndpoint(_)
+            | Self::NoRoute(_)
+            | Self::EndpointLeft(_)
             | Self::NoSuchPort { .. }
             | Self::NotInRegistry(_)
             | Self::Overflow(_)
@@ -154,9 +162,10 @@ impl Failure {
                 connecting(format!("delayed_connect_error:_{}", io_words(source).replace(' ', "_")))
             }
             (Self::DialTimeout(_), _) => connecting("connection_timeout".to_owned()),
-            (Self::NotServedYet, _) | (Self::Identity(_) | Self::Tls { .. } | Self::Tunnel(_), Direction::Outbound) => connecting(text()),
+            (Self::NotServedYet | Self::EndpointLeft(_), _)
+            | (Self::Identity(_) | Self::Tls { .. } | Self::Tunnel(_), Direction::Outbound) => connecting(text()),
             (Self::NoEndpoint(_) | Self::NotInRegistry(_), _) => flagged(Flag::NoHealthyUpstream),
-            (Self::NoSuchPort { .. }, _) => flagged(Flag::NoRoute),
+            (Self::NoSuchPort { .. } | Self::NoRoute(_), _) => flagged(Flag::NoRoute),
             (Self::Overflow(_), _) => flagged(Flag::UpstreamOverflow),
             (Self::Cut(Cut::MaxDuration), _) => flagged(Flag::DurationTimeout),
             (Self::Denied(denial), _) => closed(denial.details()),
@@ -190,12 +199,14 @@ impl Failure {
             | Self::ReservedPort(_)
             | Self::NoSuchPort { .. }
             | Self::NoEndpoint(_)
+            | Self::NoRoute(_)
             | Self::NotInRegistry(_)
             | Self::TooManyConnections
             | Self::UnknownWorkload
             | Self::BadRequest(_)
             | Self::ForeignAuthority(_) => true,
             Self::Overflow(_)
+            | Self::EndpointLeft(_)
             | Self::NotServedYet
             | Self::Identity(_)
             | Self::Dial { .. }
@@ -223,7 +234,7 @@ impl Failure {
     /// node has not finished enrolling it, or another endpoint may answer.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::NotServedYet | Self::UnknownWorkload | Self::Tunnel(TunnelError::Closing(_)) => true,
+            Self::NotServedYet | Self::UnknownWorkload | Self::EndpointLeft(_) | Self::Tunnel(TunnelError::Closing(_)) => true,
             Self::DialPeer { source, .. } => matches!(
                 source.kind(),
                 io::ErrorKind::ConnectionRefused
@@ -235,6 +246,7 @@ impl Failure {
             | Self::ReservedPort(_)
             | Self::NoSuchPort { .. }
             | Self::NoEndpoint(_)
+            | Self::NoRoute(_)
             | Self::NotInRegistry(_)
             | Self::Overflow(_)
             | Self::TooManyConnections

@@ -14,7 +14,7 @@ use tokio::{
 
 use self::decision::{Chosen, Decision, client_address, decide, describe, dialled, hbone_address};
 pub(super) use self::{
-    decision::{Way, asker},
+    decision::{Way, asker, left},
     dial::Dial,
 };
 use super::{
@@ -118,6 +118,10 @@ impl Opaque {
                 None => return reset_on_close(&downstream),
             },
         };
+        if let Some(name) = &self.sni {
+            // It was not known when it was connected, or is the same.
+            let _ = outcome.sni.set(name.as_str().into());
+        }
         outcome.opened();
         let (traffic, names) = (outcome.traffic.clone(), outcome.sni.clone());
         let Upstream { stream, limits, held: _held, .. } = upstream;
@@ -356,7 +360,9 @@ async fn establish(opaque: &Opaque, downstream: &TcpStream, outcome: &mut Outcom
             cut = opaque.pod.ended() => return Err(Failure::Cut(cut)),
             error = gone(downstream) => return Err(Failure::Broken(error)),
         };
-        if !failure.retryable() || Instant::now() >= deadline {
+        // There are others, or none, and that is soon known.
+        let left = matches!(failure, Failure::EndpointLeft(_));
+        if !failure.retryable() || Instant::now() >= deadline && !left {
             return Err(failure);
         }
         sleep(pause(dials)).await;
@@ -383,7 +389,12 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
     let slot = ConnectionSlot::within(&state, &endpoint, settings.max_connections);
     let slot = slot.ok_or_else(|| Failure::Overflow(cluster.id.service.clone()))?;
     let to = way.to();
-    let stream = Dial::new(opaque, to, Some(&cluster)).go(way, &source).await;
+    let dial = Dial::new(opaque, to, Some(&cluster));
+    let stream = tokio::select! {
+        biased;
+        stream = dial.go(way, &source) => stream,
+        () = left(&opaque.proxy, &opaque.pod, &cluster, to) => return Err(Failure::EndpointLeft(to)),
+    };
     let event = if stream.is_ok() { Event::Success } else { Event::LocalOrigin };
     if !matches!(stream, Err(Failure::Denied(_))) && state.observe(&cluster, to, &endpoint, event) {
         opaque.proxy.metrics.ejections.inc();

@@ -2,8 +2,7 @@
 //!
 //! A port that declares its protocol is believed. Otherwise the first bytes tell. A client that sends nothing at first may
 //! be waiting for the server to speak: after [`CLIENT_FIRST`] the connection is established as an opaque one, so that the
-//! server can; whoever speaks first then decides. That connection is kept unless the client sends a request or names a server, which
-//! may lead elsewhere.
+//! server can; whoever speaks first then decides. That connection is kept unless the client sends a request, which may lead elsewhere.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -92,7 +91,8 @@ pub(super) async fn begin(
         }
         // A port that declares HTTP gets HTTP: what is not is refused as such.
         Some(found) if found == Detected::Http1 || looks == Looks::Http => Begun::Http { downstream, read, http2: false },
-        Some(Detected::Tls(sni)) => Begun::Opaque { downstream, read, sni, established: None },
+        // A name leads elsewhere on ports that declare TLS alone.
+        Some(Detected::Tls(sni)) => Begun::Opaque { downstream, read, sni, established: kept },
         None if read.is_empty() => Begun::Gone,
         Some(_) | None => Begun::Opaque { downstream, read, sni: None, established: kept },
     }
@@ -108,7 +108,7 @@ fn asks_a_proxy(read: &[u8]) -> bool {
 
 /// Who spoke first.
 enum First {
-    /// On this connection, if it is no request, and names no server: those may lead elsewhere.
+    /// On this connection, if it is no request: those may lead elsewhere.
     Client(Option<Box<Established>>),
     Server(Box<Established>),
     /// The server cannot be reached.
@@ -125,30 +125,37 @@ async fn server_first(
     (client, original): (SocketAddr, SocketAddr),
 ) -> First {
     let opaque = Opaque { proxy: proxy.clone(), pod: pod.clone(), client, original, since, sni: None };
-    let established = tokio::select! {
-        established = opaque.establish_for_now(downstream) => established.map_err(Some),
-        _ = downstream.readable() => Err(None),
+    let established = {
+        let downstream = &*downstream;
+        let mut establishing = std::pin::pin!(opaque.establish_for_now(downstream));
+        let mut said = Said::Nothing;
+        loop {
+            tokio::select! {
+                established = &mut establishing => break established.map_err(|failed| (said, Some(failed))),
+                // What the client says may lead elsewhere, and then nobody is to be connected for nothing; anything else goes where this does.
+                now = hear(downstream, read), if said != Said::All => {
+                    said = now;
+                    if said == Said::Elsewhere {
+                        break Err((said, None));
+                    }
+                }
+            }
+        }
     };
     let mut established = match established {
-        Ok(established) => established,
-        // Either the client has spoken, or the server cannot be reached: what the client says may lead elsewhere.
-        Err(mut failed) => {
-            let read = timeout(WHOLE, downstream.read_buf(read)).await;
-            if matches!(read, Ok(Ok(_)))
-                && let Some(failed) = &mut failed
-            {
+        Ok(established) if read.is_empty() => established,
+        Ok(established) => return First::Client(Some(Box::new(established))),
+        Err((Said::Elsewhere, _)) => return First::Client(None),
+        // The server cannot be reached: what the client has yet to say may lead elsewhere.
+        Err((said, mut failed)) => {
+            let more = async { if said == Said::All { Ok(0) } else { downstream.read_buf(read).await } };
+            let more = timeout(WHOLE, more).await;
+            let leads = !read.is_empty() && said != Said::All && matches!(more, Ok(Ok(_)));
+            if leads && let Some(failed) = &mut failed {
                 // What comes of it is yet to be seen.
                 failed.keep_quiet(true);
             }
-            return match read {
-                Ok(Ok(n)) if n > 0 => First::Client(None),
-                // It will say nothing; what the server says is still for it.
-                Ok(Ok(_)) => match opaque.establish(downstream).await {
-                    Some(established) => First::Server(Box::new(established)),
-                    None => refused(downstream),
-                },
-                _ => refused(downstream),
-            };
+            return if leads { First::Client(None) } else { refused(downstream) };
         }
     };
     tokio::select! {
@@ -160,6 +167,34 @@ async fn server_first(
         },
         () = established.server_spoke() => First::Server(Box::new(established)),
         _ = pod.ended() => First::Neither,
+    }
+}
+
+/// What a client has said while its server is connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Said {
+    Nothing,
+    /// A request.
+    Elsewhere,
+    /// It says nothing more that decides anything: what it has said is neither of these, or it has closed.
+    All,
+}
+
+/// Hears what the client says next.
+async fn hear(downstream: &TcpStream, read: &mut BytesMut) -> Said {
+    loop {
+        if downstream.readable().await.is_err() {
+            return Said::All;
+        }
+        match downstream.try_read_buf(read) {
+            Ok(n) if n > 0 => match detect(read) {
+                Detected::More if read.len() < MOST => {}
+                Detected::Opaque | Detected::Tls(_) | Detected::More => return Said::All,
+                Detected::Http1 | Detected::Http2 => return Said::Elsewhere,
+            },
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Ok(_) | Err(_) => return Said::All,
+        }
     }
 }
 

@@ -43,6 +43,14 @@ impl L4Rule {
     }
 }
 
+impl L4Rule {
+    /// Whether it is for a client and a port, whatever is asked for there.
+    pub fn is_for(&self, source: &Workload, port: u16) -> bool {
+        let is_for = |m: &L4Match| m.port.is_none_or(|p| p == port) && m.source.matches(source);
+        self.matches.is_empty() || self.matches.iter().any(is_for)
+    }
+}
+
 impl L4Match {
     fn matches(&self, context: L4Context<'_>) -> bool {
         let within = |networks: &[IpNet], ip: IpAddr| networks.is_empty() || networks.iter().any(|n| n.contains(&ip));

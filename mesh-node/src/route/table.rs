@@ -121,18 +121,33 @@ impl HttpTable {
     }
 }
 
-impl PortRoutes {
-    /// The cluster a connection that is not HTTP goes to, when a rule says so: `Some(None)` is one that does not exist.
-    pub fn find_l4(&self, context: L4Context<'_>, dice: u64) -> Option<Option<&Arc<Cluster>>> {
-        let (_, found) = self.l4_rule(context)?;
-        let picked = pick_weighted(found.rule.destinations.iter().map(|d| d.weight), dice);
-        Some(picked.and_then(|i| found.destinations.get(i)?.as_ref()))
-    }
+/// Where a connection that is not HTTP goes.
+#[derive(Debug)]
+pub enum FoundL4<'a> {
+    /// As a rule says, of this number among its kind.
+    Rule(usize, &'a ResolvedL4),
+    /// There are rules about TLS for the client and the port, and none takes the server name, if there is one: in Istio no filter chain does.
+    Nowhere,
+    /// To the service itself.
+    Service,
+}
 
-    /// The rule for a connection that is not HTTP, and its number among its kind.
-    pub fn l4_rule(&self, context: L4Context<'_>) -> Option<(usize, &ResolvedL4)> {
+impl ResolvedL4 {
+    /// The cluster it leads to; none where that does not exist.
+    pub fn pick(&self, dice: u64) -> Option<&Arc<Cluster>> {
+        let picked = pick_weighted(self.rule.destinations.iter().map(|d| d.weight), dice);
+        picked.and_then(|i| self.destinations.get(i)?.as_ref())
+    }
+}
+
+impl PortRoutes {
+    /// The rule for a connection that is not HTTP.
+    pub fn l4_rule(&self, context: L4Context<'_>) -> FoundL4<'_> {
         let find = |rules| <[ResolvedL4]>::iter(rules).enumerate().find(|(_, r)| r.rule.matches(context));
-        // What no rule about TLS names is a connection like others.
-        context.sni.and_then(|_| find(&self.tls)).or_else(|| find(&self.tcp))
+        match context.sni.and_then(|_| find(&self.tls)).or_else(|| find(&self.tcp)) {
+            Some((number, rule)) => FoundL4::Rule(number, rule),
+            None if self.tls.iter().any(|r| r.rule.is_for(context.source, context.destination.port())) => FoundL4::Nowhere,
+            None => FoundL4::Service,
+        }
     }
 }

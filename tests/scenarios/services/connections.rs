@@ -16,6 +16,7 @@ pub fn client_hello(name: &str) -> Vec<u8> {
 async fn tcp_and_tls_connections_are_routed_too() {
     let (a, b, c) = (named("a").await, named("b").await, named("c").await);
     let tls_web = service("tls-web", "10.97.0.4", "tls", &[a]);
+    let tls_others = service("tls-others", "10.97.0.7", "tls", &[a]);
     let tcp_web = service("tcp-web", "10.97.0.5", "tcp", &[a]);
     let any_web = service("any-web", "10.97.0.6", "any", &[a]);
     let others = http_services(&[("b", 2, b), ("c", 3, c)]);
@@ -33,6 +34,13 @@ async fn tcp_and_tls_connections_are_routed_too() {
             ], "tcp": [{"route": to("c")}, {"match": [{"port": 80}], "route": to("c")}]}),
         ),
         vs(
+            "tls-others",
+            json!({"tls": [
+                {"match": [{"sniHosts": ["b.example"], "sourceLabels": {"app": "other"}}], "route": to("b")},
+                {"match": [{"sniHosts": ["b.example"], "port": 81}], "route": to("b")},
+            ]}),
+        ),
+        vs(
             "tcp-web",
             json!({"tcp": [
                 {"match": [{"sourceLabels": {"app": "other"}}], "route": to("c")},
@@ -47,11 +55,14 @@ async fn tcp_and_tls_connections_are_routed_too() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("access.log");
     let logs = logging(&path, &json!({"sni": "%REQUESTED_SERVER_NAME%", "tells": "%CEL(connection.requested_server_name)%"}));
-    let engine = Engine::start(&[tls_web, tcp_web, any_web, others, rules, logs].concat()).await.expect("engine");
+    let engine = Engine::start(&[tls_web, tls_others, tcp_web, any_web, others, rules, logs].concat()).await.expect("engine");
     // Rules for TCP are not for ports that are declared to carry TLS.
-    for (name, expected) in [("b.example", "b"), ("x.wild.example", "c"), ("other.example", "a")] {
+    for (name, expected) in [("b.example", "b"), ("x.wild.example", "c"), ("other.example", "")] {
         assert_eq!(say(&engine, vip(4), &client_hello(name)).await, expected, "{name}");
     }
+    // Nor is it for those who name no server, where there are rules for the client; where there are none, the service is reached.
+    assert_eq!(say(&engine, vip(4), b"hello").await, "");
+    assert_eq!(say(&engine, vip(7), &client_hello("z.example")).await, "a");
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
     for _ in 0..100 {
         *counts.entry(say(&engine, vip(5), b"hello").await).or_default() += 1;
@@ -181,4 +192,32 @@ async fn who_hesitates_is_connected_once() {
         assert_eq!(echo, said.as_bytes());
     }
     assert_eq!(accepted.load(std::sync::atomic::Ordering::Relaxed), 1);
+    // Also one that says it just as the server is connected, TLS or not.
+    let hello = client_hello("web.example");
+    for i in 0..100_u64 {
+        let mut stream = engine.connect(vip(6)).await.expect("connected");
+        tokio::time::sleep(std::time::Duration::from_micros(2_500 + i * 20)).await;
+        let said: &[u8] = if i % 2 == 0 { b"hello world" } else { &hello };
+        stream.write_all(said).await.expect("written");
+        let mut echo = vec![0; said.len()];
+        stream.read_exact(&mut echo).await.expect("an echo");
+    }
+    assert_eq!(accepted.load(std::sync::atomic::Ordering::Relaxed), 101);
+}
+
+/// A connection that waits for an endpoint goes to another when that is none any more, however long it has waited.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_for_an_endpoint_that_leaves_goes_to_another() {
+    let (gone, _held) = mesh_tests::scripted::blackhole();
+    let a = named("a").await;
+    let engine = Engine::start(&service("tcp-web", "10.97.0.5", "tcp", &[gone])).await.expect("engine");
+    let mut stream = engine.connect(vip(5)).await.expect("connected");
+    stream.write_all(b"hello").await.expect("written");
+    // Longer than what is tried again is tried.
+    tokio::time::sleep(std::time::Duration::from_millis(3_500)).await;
+    engine.apply(&service("tcp-web", "10.97.0.5", "tcp", &[a])).await.expect("applied");
+    let mut answer = [0; 1];
+    let read = tokio::time::timeout(std::time::Duration::from_secs(2), stream.read_exact(&mut answer)).await;
+    read.expect("in time").expect("an answer");
+    assert_eq!(&answer, b"a");
 }

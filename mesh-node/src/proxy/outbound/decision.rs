@@ -12,13 +12,14 @@ use crate::{
     config::{OutboundPolicy, Snapshot},
     id::ObjectName,
     proxy::{
-        Failure, ServedPod,
+        Failure, Proxy, ServedPod,
         http::clusters::{ClusterState, EndpointState},
         outcome::{Outcome, Party},
     },
     route::{
         Cluster, ClusterId, LoadGuard, Target, Workload,
         l4::L4Context,
+        table::FoundL4,
         traffic::{Balancer, HashKey},
     },
 };
@@ -80,6 +81,29 @@ pub fn asker<'a>(source: &'a Workload, node: &'a str, client: IpAddr, (turn, eje
     }
 }
 
+/// Completes when an endpoint of a cluster is none any more.
+pub async fn left(proxy: &Proxy, pod: &ServedPod, cluster: &Cluster, address: SocketAddr) {
+    let there = |cluster: &Cluster| cluster.endpoints.iter().any(|e| e.address == address);
+    // What was dialled by the client, and is passed through to, may never have been one.
+    if !there(cluster) {
+        return std::future::pending().await;
+    }
+    let mut config = proxy.config.clone();
+    loop {
+        {
+            let snapshot = config.load();
+            let namespace = snapshot.workload(&pod.uid).map_or("", |w| &w.name.namespace);
+            let cluster = snapshot.cluster_for(namespace, &cluster.id);
+            if !cluster.is_some_and(|c| there(c)) {
+                return;
+            }
+        }
+        if !config.changed().await {
+            return std::future::pending().await;
+        }
+    }
+}
+
 /// What was dialled, as far as it is of a service.
 pub fn dialled(opaque: &Opaque) -> Option<ClusterId> {
     let Opaque { proxy, pod, original, .. } = opaque;
@@ -101,8 +125,11 @@ pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure
         Target::Service { service, port } => {
             let client = client_address(pod, *client, *original);
             let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
-            let routed = port.routes.find_l4(context, fastrand::u64(..));
-            let cluster = routed.unwrap_or(Some(&port.cluster)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?;
+            let cluster = match port.routes.l4_rule(context) {
+                FoundL4::Rule(_, found) => found.pick(fastrand::u64(..)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?,
+                FoundL4::Nowhere => return Err(Failure::NoRoute(service.name.clone())),
+                FoundL4::Service => &port.cluster,
+            };
             let (to, chosen) = choose(&snapshot, &source, pod, cluster, (client, *original, &service.name), tried)?;
             (to, Some(chosen))
         }

@@ -16,8 +16,9 @@ use crate::{
             upload::Upload,
             upstream::{Failed, NoUpstream, Upstream, Wanted, acquire},
         },
+        outbound::left,
     },
-    route::{Cluster, retry::Reset},
+    route::retry::Reset,
     telemetry::chain,
 };
 
@@ -31,7 +32,7 @@ pub(super) async fn obtain<B: RequestBody, R: Responder>(
     deadlines: &mut Deadlines,
 ) -> Result<(Upstream, bool), Attempt> {
     let mut half_closed = false;
-    let (mut acquiring, mut left) = (pin!(acquire(wanted)), pin!(left(wanted)));
+    let (mut acquiring, mut left) = (pin!(acquire(wanted)), pin!(left(wanted.proxy, wanted.pod, wanted.cluster, wanted.address)));
     loop {
         let received = upload.is_received();
         // Of an attempt time begins when there is a connection.
@@ -54,29 +55,6 @@ pub(super) async fn obtain<B: RequestBody, R: Responder>(
                 Event::Uploaded(Err(Broken::Source(error))) => return Err(broken_request(&error)),
                 _ => {}
             },
-        }
-    }
-}
-
-/// Completes when the endpoint that is waited for is none any more.
-async fn left(wanted: &Wanted<'_>) {
-    let there = |cluster: &Cluster| cluster.endpoints.iter().any(|e| e.address == wanted.address);
-    // What was dialled by the client, and is passed through to, may never have been one.
-    if !there(wanted.cluster) {
-        return std::future::pending().await;
-    }
-    let mut config = wanted.proxy.config.clone();
-    loop {
-        {
-            let snapshot = config.load();
-            let namespace = snapshot.workload(&wanted.pod.uid).map_or("", |w| &w.name.namespace);
-            let cluster = snapshot.cluster_for(namespace, &wanted.cluster.id);
-            if !cluster.is_some_and(|c| there(c)) {
-                return;
-            }
-        }
-        if !config.changed().await {
-            return std::future::pending().await;
         }
     }
 }
