@@ -164,14 +164,14 @@ impl Connection {
         let down = self.downstream(false);
         let protocol = if minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, protocol);
-        let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive);
+        let mut responder = H1Responder::new(sink, minor, &head.method, keep_alive).of(&self.pod, self.since);
         let exchange = Exchange {
             down: &down,
             body: reader,
             responder: &mut responder,
             record: &mut record,
             upgrade,
-            close: self.pod.is_draining(self.since),
+            close: false,
             grpc: false,
             web: false,
         };

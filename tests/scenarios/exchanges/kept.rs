@@ -366,3 +366,18 @@ async fn an_answer_that_is_retried_leaves_its_connection() {
     assert_eq!(attempts.len(), 3);
     assert!(attempts.iter().all(|a| a.connection == attempts[0].connection), "{attempts:?}");
 }
+
+/// A client that is answered while its connection is to end is told with the answer, although its request came before that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_under_way_says_that_its_connection_ends() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let scene = scene(json!({"retries": {"attempts": 0}}), json!({})).await;
+    let mut stream = scene.connect().await;
+    stream.write_all(b"GET /x HTTP/1.1\r\nhost: web\r\nx-plan: 200/300\r\n\r\n").await.expect("written");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    scene.engine.pod.drain();
+    let mut answer = Vec::new();
+    timeout(Duration::from_secs(5), stream.read_to_end(&mut answer)).await.expect("an end").expect("read");
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\r\nconnection: close\r\n"), "{answer}");
+}

@@ -139,7 +139,7 @@ async fn h1_exchange(
     let protocol = if request.minor == 1 { "HTTP/1.1" } else { "HTTP/1.0" };
     let mut request = request;
     let mut record = gate.take_down(&mut request.head, protocol);
-    let mut responder = H1Responder::new(sink, request.minor, &request.head.method, request.keep_alive);
+    let mut responder = H1Responder::new(sink, request.minor, &request.head.method, request.keep_alive).of(&gate.pod, gate.since);
     record.look_behind(responder.meter());
     if reader.is_end() && request.upgrade.is_none() {
         record.came_without_body(&request.head.method);
@@ -209,11 +209,7 @@ async fn h1_request(
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
     let sent = went_on(&head, &pass, record);
-    let plan = Plan {
-        close: gate.pod.is_draining(gate.since),
-        client_cert: pass.client_cert.as_ref(),
-        ..Plan::once(sent, pass.upgrade(upgrade.as_ref()))
-    };
+    let plan = Plan { client_cert: pass.client_cert.as_ref(), ..Plan::once(sent, pass.upgrade(upgrade.as_ref())) };
     let cut = gate.denied_later(sent, &pass);
     let (ended, clean) = attempt::exchange(&plan, up_sink, up_source, &mut upload, responder, &pass.to_client, cut, record).await;
     drop(upload);

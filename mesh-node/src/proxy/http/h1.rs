@@ -12,6 +12,7 @@ use super::{
     transport::{TransportSink, TransportSource},
     wire::{self, Framing, MAX_HEAD, MAX_RESPONSE_HEAD, Malformed, Refused},
 };
+use crate::proxy::{ServedPod, pods::Stage};
 
 /// How long a client may take to read an answer after which the connection is closed, and what it may still send.
 const LINGER: Duration = Duration::from_secs(1);
@@ -337,12 +338,29 @@ pub struct H1Responder<'s, 'a> {
     started: bool,
     /// The client has been told to go on.
     continued: bool,
+    /// Whose connection it is, and when it came: it may have to end when it can.
+    of: Option<(&'s ServedPod, Stage)>,
     meter: Meter,
 }
 
 impl<'s, 'a> H1Responder<'s, 'a> {
     pub fn new(sink: &'s mut H1Sink<'a>, minor: u8, method: &Method, keep_alive: bool) -> Self {
-        Self { sink, minor, head_request: method == Method::HEAD, keep_alive, started: false, continued: false, meter: Meter::default() }
+        Self {
+            sink,
+            minor,
+            head_request: method == Method::HEAD,
+            keep_alive,
+            started: false,
+            continued: false,
+            of: None,
+            meter: Meter::default(),
+        }
+    }
+
+    /// Of a connection of a pod that came in this stage: where that is to end, the client is told with the answer.
+    pub fn of(mut self, pod: &'s ServedPod, since: Stage) -> Self {
+        self.of = Some((pod, since));
+        self
     }
 
     /// Whether the connection can be used for another request.
@@ -424,6 +442,7 @@ impl Responder for H1Responder<'_, '_> {
             Framing::Empty => Framing::Length(0),
             other => other,
         };
+        let close = close || self.of.is_some_and(|(pod, since)| pod.is_draining(since));
         self.keep_alive &= !close && framing != Framing::UntilClose;
         self.started = true;
         let mut bytes = Vec::with_capacity(512);
