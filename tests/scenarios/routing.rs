@@ -349,6 +349,32 @@ fn a_policy_of_the_destination_is_a_403_to_its_clients_and_live() {
     }
 }
 
+/// A rule says who may be reached by whoever follows it, on either node, in HTTP and otherwise, also over connections that are kept.
+#[test]
+fn who_may_be_reached_is_named_by_subject_alt_names() {
+    for node in [0, 1] {
+        let mut scene = scene([web("v1", node, &[])]);
+        let tcp = "apiVersion: v1\nkind: Service\nmetadata: {name: opaque}\nspec: {selector: {app: web}, ports: [{name: tcp, port: 80, targetPort: 8080}]}\n";
+        scene.bed.kubectl_apply("opaque", tcp).expect("service");
+        scene.bed.settle().expect("settled");
+        let answered = || {
+            let opaque = scene.web(&["get", "opaque:80/x", "3"]);
+            [count(&scene.get("/x", 3, &[]), "statuses", "200"), count(&opaque, "statuses", "200")]
+        };
+        assert_eq!(answered(), [3, 3], "node {node}");
+        for (names, expected) in [("[nobody]", 0), ("[nobody, 'spiffe://cluster.local/ns/default/sa/web-v1']", 3), ("[]", 3)] {
+            let tls = format!("{{mode: ISTIO_MUTUAL, subjectAltNames: {names}}}");
+            let rule = |host: &str| {
+                format!(
+                    "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {host}}}\nspec: {{host: {host}, trafficPolicy: {{tls: {tls}}}}}\n"
+                )
+            };
+            scene.apply(&format!("{}---\n{}", rule("web"), rule("opaque")));
+            assert_eq!(answered(), [expected; 2], "node {node}: {names}");
+        }
+    }
+}
+
 /// Bookinfo with the rest of its services, and a client.
 fn bookinfo() -> Scene {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

@@ -25,6 +25,8 @@ pub struct DestinationRule {
     pub policy: Option<Layered>,
     pub subsets: Vec<Subset>,
     pub export_to: Vec<Arc<str>>,
+    /// Where it asks for plaintext, which pods of the mesh do not speak to each other.
+    pub plaintext: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +60,7 @@ impl Layered {
 
 impl DestinationRule {
     pub(super) fn read(spec: Spec) -> Result<Self, FieldError> {
+        let plaintext = spec.plaintext();
         if spec.host.is_empty() {
             return Err(FieldError::new("spec.host", "is missing; name a service"));
         }
@@ -78,7 +81,7 @@ impl DestinationRule {
             let policy = document.traffic_policy.map(|p| policy::layered(p, &format!("{at}.trafficPolicy")));
             subsets.push(Subset { name: document.name.into(), labels: document.labels, policy: policy.transpose()?.unwrap_or_default() });
         }
-        Ok(Self { host: spec.host.into(), policy, subsets, export_to: spec.export_to.into_iter().map(Arc::from).collect() })
+        Ok(Self { host: spec.host.into(), policy, subsets, export_to: spec.export_to.into_iter().map(Arc::from).collect(), plaintext })
     }
 }
 

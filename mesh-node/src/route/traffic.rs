@@ -14,6 +14,8 @@ pub struct TrafficPolicy {
     pub http: HttpPool,
     pub outlier: Option<Outlier>,
     pub retry_budget: Option<RetryBudget>,
+    /// `subjectAltNames`: the identities one of which whoever is reached has to have; empty where it is not said.
+    pub names: std::sync::Arc<[std::sync::Arc<str>]>,
 }
 
 /// What holds where no `DestinationRule` says otherwise: Istio's `MeshConfig`.

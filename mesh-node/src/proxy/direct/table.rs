@@ -155,7 +155,7 @@ impl Decide<'_> {
             return Err(Indirect::Routes);
         }
         let policy = &cluster.policy;
-        if policy.tcp != TcpPool::default() || policy.outlier.is_some() {
+        if policy.tcp != TcpPool::default() || policy.outlier.is_some() || !policy.names.is_empty() {
             return Err(Indirect::TrafficPolicy);
         }
         if policy.balancer == Balancer::Passthrough && cluster.endpoints.iter().any(|e| e.address == to) {

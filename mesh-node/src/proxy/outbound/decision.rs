@@ -22,6 +22,7 @@ use crate::{
         table::FoundL4,
         traffic::{Balancer, HashKey},
     },
+    tls::HandshakeFailure,
 };
 
 /// Where one attempt goes, decided from one snapshot.
@@ -79,6 +80,22 @@ pub fn asker<'a>(source: &'a Workload, node: &'a str, client: IpAddr, (turn, eje
         ejected,
         now: Instant::now(),
     }
+}
+
+/// Whether a cluster's endpoint may be who it is: of a rule that says which names (`subjectAltNames`), one of them. Who is no pod of the mesh
+/// proves none.
+pub fn is_meant(snapshot: &Snapshot, cluster: &Cluster, address: SocketAddr) -> Result<(), Failure> {
+    let names = &cluster.policy.names;
+    if names.is_empty() {
+        return Ok(());
+    }
+    let identity = snapshot.workload_by_ip(address.ip()).filter(|w| w.enrolled).map(|w| w.identity.to_string());
+    if identity.as_deref().is_some_and(|identity| names.iter().any(|name| **name == *identity)) {
+        return Ok(());
+    }
+    let who = identity.unwrap_or_else(|| "nobody of the mesh".to_owned());
+    let source = std::io::Error::other(format!("the destination is {who}, which subjectAltNames of the DestinationRule does not name"));
+    Err(Failure::Tls { kind: HandshakeFailure::WrongIdentity, source })
 }
 
 /// Completes when an endpoint of a cluster is none any more.

@@ -196,10 +196,28 @@ pub struct Outlier {
     pub min_health_percent: Option<i64>,
 }
 
+impl Spec {
+    /// The first field that asks for plaintext.
+    pub fn plaintext(&self) -> Option<String> {
+        let off = |tls: &Option<Tls>| tls.as_ref().is_some_and(|tls| tls.mode.as_deref() == Some("DISABLE"));
+        let within = |policy: &TrafficPolicy, at: &str| {
+            let ports = || policy.port_level_settings.iter().position(|settings| off(&settings.tls));
+            let whole = off(&policy.tls).then(|| format!("{at}.tls.mode"));
+            whole.or_else(|| ports().map(|i| format!("{at}.portLevelSettings[{i}].tls.mode")))
+        };
+        let of_subsets = || {
+            let mut subsets = self.subsets.iter().enumerate();
+            subsets.find_map(|(i, subset)| within(subset.traffic_policy.as_ref()?, &format!("spec.subsets[{i}].trafficPolicy")))
+        };
+        self.traffic_policy.as_ref().and_then(|policy| within(policy, "spec.trafficPolicy")).or_else(of_subsets)
+    }
+}
+
 #[derive(Deserialize, Default)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Tls {
     pub mode: Option<String>,
+    pub subject_alt_names: Vec<String>,
 }
 
 #[derive(Deserialize, Default)]

@@ -22,6 +22,8 @@ pub struct Blocks {
     pool: Option<(TcpPool, HttpPool)>,
     outlier: Option<Outlier>,
     retry_budget: Option<RetryBudget>,
+    /// Of `tls` the names the destination may have.
+    names: Option<Arc<[Arc<str>]>>,
 }
 
 impl Blocks {
@@ -32,6 +34,7 @@ impl Blocks {
             pool: self.pool.or(other.pool),
             outlier: self.outlier.or(other.outlier),
             retry_budget: self.retry_budget.or(other.retry_budget),
+            names: self.names.or(other.names),
         }
     }
 
@@ -43,7 +46,16 @@ impl Blocks {
     pub(super) fn into_policy(self) -> TrafficPolicy {
         let (balancer, warmup, locality) = self.balancer.unwrap_or_default();
         let (tcp, http) = self.pool.unwrap_or_default();
-        TrafficPolicy { balancer, warmup, locality, tcp, http, outlier: self.outlier, retry_budget: self.retry_budget }
+        TrafficPolicy {
+            balancer,
+            warmup,
+            locality,
+            tcp,
+            http,
+            outlier: self.outlier,
+            retry_budget: self.retry_budget,
+            names: self.names.unwrap_or_default(),
+        }
     }
 }
 
@@ -77,9 +89,11 @@ fn blocks(
     tls: Option<doc::Tls>,
     at: &str,
 ) -> Result<Blocks> {
-    match tls.and_then(|t| t.mode).as_deref() {
-        // Between pods of the mesh the tunnel is mutual TLS whatever is written here.
-        None | Some("DISABLE" | "ISTIO_MUTUAL") => {}
+    let names = tls.as_ref().map(|tls| tls.subject_alt_names.iter().map(|name| name.as_str().into()).collect::<Arc<[Arc<str>]>>());
+    // Between pods of the mesh the tunnel is mutual TLS whatever is written here.
+    let names = match tls.and_then(|t| t.mode).as_deref() {
+        Some("ISTIO_MUTUAL") => names,
+        None | Some("DISABLE") => names.map(|_| Arc::default()),
         Some("SIMPLE" | "MUTUAL") => {
             let problem = "starting TLS towards the destination is not supported by mesh-node; use ISTIO_MUTUAL or DISABLE";
             return Err(FieldError::new(format!("{at}.tls.mode"), problem));
@@ -90,12 +104,13 @@ fn blocks(
                 format!("{other:?} is not one of DISABLE, ISTIO_MUTUAL, SIMPLE, MUTUAL"),
             ));
         }
-    }
+    };
     Ok(Blocks {
         balancer: balancer.map(|b| load_balancer(&b, &format!("{at}.loadBalancer"))).transpose()?,
         pool: pool.map(|p| connection_pool(&p, &format!("{at}.connectionPool"))).transpose()?,
         outlier: outlier.map(|o| outlier_detection(&o, &format!("{at}.outlierDetection"))).transpose()?,
         retry_budget: None,
+        names,
     })
 }
 

@@ -58,7 +58,7 @@ fn everything_a_policy_can_say_is_read() {
                            "http": {"maxRetries": 3, "idleTimeout": "30s", "h2UpgradePolicy": "UPGRADE", "maxConcurrentStreams": 7}},
         "outlierDetection": {"consecutive5xxErrors": 7, "consecutiveGatewayErrors": 2, "splitExternalLocalOriginErrors": true,
                              "consecutiveLocalOriginFailures": 4},
-        "tls": {"mode": "ISTIO_MUTUAL"},
+        "tls": {"mode": "ISTIO_MUTUAL", "subjectAltNames": ["spiffe://a/ns/b/sa/c"]},
         "retryBudget": {"percent": 25, "minRetryConcurrency": 5},
     }))
     .expect("valid");
@@ -70,6 +70,7 @@ fn everything_a_policy_can_say_is_read() {
     let outlier = policy.outlier.expect("outlier");
     assert_eq!((outlier.consecutive_5xx, outlier.consecutive_gateway, outlier.consecutive_local, outlier.split_local), (7, 2, 4, true));
     assert_eq!(policy.retry_budget.expect("budget").minimum, 5);
+    assert_eq!(policy.names.iter().map(|name| &**name).collect::<Vec<_>>(), ["spiffe://a/ns/b/sa/c"]);
     assert_eq!(super::super::super::route::traffic::TrafficPolicy::default(), self::policy(&json!({})).expect("valid"));
 }
 
