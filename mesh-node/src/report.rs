@@ -117,13 +117,8 @@ pub struct Exporter {
     pub port: u16,
     /// Longest value of an attribute, bytes.
     pub longest: usize,
-    /// OTLP over HTTP, with its path and headers; over gRPC otherwise.
-    pub http: Option<ExporterHttp>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct ExporterHttp {
-    pub path: Arc<str>,
+    /// OTLP over HTTP, at this path; over gRPC otherwise.
+    pub path: Option<Arc<str>>,
     pub headers: Vec<(HeaderName, HeaderValue)>,
     pub timeout: Duration,
 }

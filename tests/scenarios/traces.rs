@@ -43,7 +43,7 @@ fn scene(enrolled: bool) -> Scene {
 impl Scene {
     /// Spans go to this provider, of so many percent of requests.
     fn trace(&self, provider: &str, sampling: &str, more: &str) {
-        let mesh = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio, namespace: istio-system}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: grpc\n      opentelemetry: {service: collector.default.svc.cluster.local, port: 4317}\n    - name: http\n      opentelemetry: {service: collector.default.svc.cluster.local, port: 4318, http: {path: /v1/traces, timeout: 5s, headers: [{name: x-team, value: shop}]}}\n    - name: nobody\n      opentelemetry: {service: nobody.default.svc.cluster.local, port: 4317}\n";
+        let mesh = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio, namespace: istio-system}\ndata:\n  mesh: |\n    extensionProviders:\n    - name: grpc\n      opentelemetry: {service: collector.default.svc.cluster.local, port: 4317, grpc: {timeout: 3s, initialMetadata: [{name: x-team, value: mail}]}}\n    - name: http\n      opentelemetry: {service: collector.default.svc.cluster.local, port: 4318, http: {path: v1/traces, timeout: 5s, headers: [{name: x-team, value: shop}]}}\n    - name: nobody\n      opentelemetry: {service: nobody.default.svc.cluster.local, port: 4317}\n";
         self.bed.apply("mesh", mesh).expect("applied");
         let telemetry = format!(
             "apiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: mesh, namespace: istio-system}}\nspec: {{tracing: [{{providers: [{{name: {provider}}}], randomSamplingPercentage: {sampling}{more}}}]}}\n"
@@ -133,7 +133,7 @@ fn bookinfo_is_one_trace_of_every_hop() {
         assert!(attributes["guid:x-request-id"].as_str().is_some_and(|id| id.len() == 36), "{hop:#}");
         assert!(
             hop["end"].as_u64() >= hop["start"].as_u64()
-                && hop["via"] == "grpc /opentelemetry.proto.collector.trace.v1.TraceService/Export"
+                && hop["via"] == "grpc /opentelemetry.proto.collector.trace.v1.TraceService/Export mail"
         );
     }
     assert!(hops.last().is_some_and(|h| h["parent"] == "" && h["attributes"]["agent"] == "tester/1"), "{hops:#?}");

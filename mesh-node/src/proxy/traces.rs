@@ -55,8 +55,6 @@ const EVERY: Duration = Duration::from_secs(1);
 const MOST_BATCHES: usize = 16;
 /// How long who sends to a collector stays when there is nothing to send.
 const IDLE: Duration = Duration::from_mins(1);
-/// How long a collector may take over gRPC.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// How long it waits, if the collector does not say, before it tries once more what may go better then.
 const AGAIN: Duration = Duration::from_millis(300);
 /// Largest answer of a collector that is looked at, bytes.
@@ -235,7 +233,6 @@ async fn send_all(
 ) {
     while let Some(Batch { spans, _room, _under_way }) = batches.recv().await {
         let count = spans.len();
-        let patience = exporter.http.as_ref().map_or(PATIENCE, |http| http.timeout);
         let sent = async {
             let Some(message) = message(&proxy, &exporter, &pod, spans) else { return Sent::PodGone };
             match send(&proxy, &exporter, &pod, message.clone()).await {
@@ -246,7 +243,7 @@ async fn send_all(
                 sent => sent,
             }
         };
-        match timeout(patience, sent).await.unwrap_or(Sent::Failed("it does not answer in time")) {
+        match timeout(exporter.timeout, sent).await.unwrap_or(Sent::Failed("it does not answer in time")) {
             Sent::Taken(rejected) => {
                 proxy.metrics.spans("exported", count.saturating_sub(rejected));
                 proxy.metrics.spans("rejected", rejected.min(count));
@@ -268,7 +265,7 @@ async fn send_all(
 fn message(proxy: &Proxy, exporter: &Exporter, pod: &WorkloadUid, spans: Vec<Span>) -> Option<Bytes> {
     let snapshot = proxy.config.load();
     let message = span::export(snapshot.workload(pod)?, &proxy.metrics.cluster, spans);
-    Some(if exporter.http.is_some() { message.encode_to_vec() } else { crate::grpc::frame(&message) }.into())
+    Some(if exporter.path.is_some() { message.encode_to_vec() } else { crate::grpc::frame(&message) }.into())
 }
 
 /// Sends spans of one pod.
@@ -286,7 +283,7 @@ async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, body: 
     let Some(&address) = pod.addresses().first() else { return Sent::PodGone };
     let Some(request) = question(exporter, body.len()) else { return Sent::Failed("its name, path or headers are not fit for HTTP") };
     let framing = Framing::Length(body.len() as u64);
-    let http2 = exporter.http.is_none() || cluster.protocol.is_http2();
+    let http2 = exporter.path.is_none() || cluster.protocol.is_http2();
     let client = SocketAddr::new(address, 0);
     let call = Call { proxy, pod: &pod, client, cluster: &cluster, http2, at_once: AT_ONCE };
     let mut answer = Collected::up_to(MAX_ANSWER);
@@ -294,7 +291,7 @@ async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, body: 
         return Sent::NotNow("it cannot be reached", None);
     };
     let wait = answered.headers.get(header::RETRY_AFTER).and_then(|v| v.to_str().ok()?.parse().ok()).map(Duration::from_secs);
-    let response = match (answered.status.as_u16(), &exporter.http) {
+    let response = match (answered.status.as_u16(), &exporter.path) {
         (200..300, Some(_)) => span::ExportResponse::decode(&*answer.data).ok(),
         // As OTLP says of what may be tried again.
         (429 | 502..=504, _) => return Sent::NotNow("it answers with an error", wait),
@@ -315,10 +312,10 @@ async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, body: 
 /// The head of a request with spans.
 fn question(exporter: &Exporter, length: usize) -> Option<RequestHead> {
     let mut headers = HeaderMap::new();
-    for (name, value) in exporter.http.iter().flat_map(|http| &http.headers) {
+    for (name, value) in &exporter.headers {
         headers.append(name.clone(), value.clone());
     }
-    if exporter.http.is_some() {
+    if exporter.path.is_some() {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-protobuf"));
         headers.insert(header::CONTENT_LENGTH, length.into());
     } else {
@@ -332,7 +329,7 @@ fn question(exporter: &Exporter, length: usize) -> Option<RequestHead> {
         method: Method::POST,
         scheme: Scheme::Http,
         authority: HeaderValue::try_from(format!("{}:{}", exporter.service, exporter.port)).ok()?,
-        target: exporter.http.as_ref().map_or(Ok(PathAndQuery::from_static(EXPORT)), |http| PathAndQuery::try_from(&*http.path)).ok()?,
+        target: exporter.path.as_ref().map_or(Ok(PathAndQuery::from_static(EXPORT)), |path| PathAndQuery::try_from(&**path)).ok()?,
         headers,
     })
 }

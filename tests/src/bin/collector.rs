@@ -112,7 +112,8 @@ async fn serve_grpc(stream: tokio::net::TcpStream, out: Out) -> Result<()> {
         let out = out.clone();
         tokio::spawn(async move {
             let answered: Result<()> = async {
-                let path = request.uri().path().to_owned();
+                let team = request.headers().get("x-team").and_then(|v| v.to_str().ok()).unwrap_or_default();
+                let via = format!("grpc {} {team}", request.uri().path());
                 let mut body = request.into_body();
                 let mut data = Vec::new();
                 while let Some(chunk) = body.data().await {
@@ -121,7 +122,7 @@ async fn serve_grpc(stream: tokio::net::TcpStream, out: Out) -> Result<()> {
                     data.extend_from_slice(&chunk);
                 }
                 ensure!(data.len() >= 5 && data[0] == 0 && data.len() <= MAX_BODY, "no message");
-                let answer = take(&data[5..], &format!("grpc {path}"), &out)?;
+                let answer = take(&data[5..], &via, &out)?;
                 let response = http::Response::builder().header("content-type", "application/grpc").body(())?;
                 let mut send = respond.send_response(response, false)?;
                 let status = if let Answer::Taken(response) = answer {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    report::{AccessLog, Exporter, ExporterHttp, format::Format, span},
+    report::{AccessLog, Exporter, format::Format, span},
     resource::{
         envelope::FieldError,
         fields::{Time, header_name, header_value, port},
@@ -133,6 +133,7 @@ struct OpenTelemetry {
     #[serde(default, deserialize_with = "super::spelling::number")]
     port: u32,
     http: Option<OtlpHttp>,
+    grpc: Option<OtlpGrpc>,
     max_tag_length: Option<u32>,
     #[serde(rename = "resourceDetectors")]
     _resource_detectors: Option<Value>,
@@ -148,11 +149,20 @@ struct OtlpHttp {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct OtlpGrpc {
+    timeout: Option<Time>,
+    initial_metadata: Option<Vec<HttpHeader>>,
+}
+
+/// With its value, or the variable of the node's environment that has it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct HttpHeader {
     name: String,
     #[serde(default)]
     value: String,
+    env_name: Option<String>,
 }
 
 /// Reads what the configuration says of telemetry, and what is wrong with it: each costs only itself.
@@ -294,19 +304,60 @@ fn exporter(name: Arc<str>, otel: OpenTelemetry, at: &str) -> Result<Exporter, F
     }
     // Istio also takes `namespace/host`.
     let service = otel.service.rsplit_once('/').map_or(otel.service.as_str(), |(_, host)| host);
-    let http = otel.http.map(|http| exporter_http(http, &format!("{at}.http"))).transpose()?;
+    let (path, headers, timeout) = match (otel.http, otel.grpc) {
+        (Some(_), Some(_)) => return Err(FieldError::new(at, "has http and grpc; keep one")),
+        (Some(http), None) => {
+            let path = http.path.filter(|p| !p.is_empty()).unwrap_or_else(|| "/v1/traces".to_owned());
+            // Istio joins it to the host.
+            let path = if path.starts_with('/') { path } else { format!("/{path}") };
+            (Some(path.into()), headers(http.headers, &format!("{at}.http.headers"))?, http.timeout)
+        }
+        (None, Some(grpc)) => (None, headers(grpc.initial_metadata, &format!("{at}.grpc.initialMetadata"))?, grpc.timeout),
+        (None, None) => (None, Vec::new(), None),
+    };
+    let timeout = timeout.map(|t| t.0).filter(|t| !t.is_zero()).unwrap_or(EXPORT_TIMEOUT);
     let longest = otel.max_tag_length.filter(|n| *n > 0).map_or(span::LONGEST, |n| (n as usize).min(MOST_TAG_LENGTH));
-    Ok(Exporter { name, service: service.into(), port: port(otel.port, &format!("{at}.port"))?, longest, http })
+    Ok(Exporter { name, service: service.into(), port: port(otel.port, &format!("{at}.port"))?, longest, path, headers, timeout })
 }
 
-fn exporter_http(http: OtlpHttp, at: &str) -> Result<ExporterHttp, FieldError> {
-    let path = http.path.filter(|p| !p.is_empty()).unwrap_or_else(|| "/v1/traces".to_owned());
-    if !path.starts_with('/') {
-        return Err(FieldError::new(format!("{at}.path"), format!("{path:?} is not a path; begin it with /")));
-    }
-    let header = |h: HttpHeader| -> Result<(HeaderName, HeaderValue), FieldError> {
-        Ok((header_name(&h.name, &format!("{at}.headers"))?, header_value(&h.value, &format!("{at}.headers"))?))
+fn headers(all: Option<Vec<HttpHeader>>, at: &str) -> Result<Vec<(HeaderName, HeaderValue)>, FieldError> {
+    let header = |(i, header): (usize, HttpHeader)| -> Result<(HeaderName, HeaderValue), FieldError> {
+        let at = format!("{at}[{i}]");
+        let value = match &header.env_name {
+            Some(variable) => std::env::var(variable).map_err(|_| {
+                FieldError::new(format!("{at}.envName"), format!("the node has no {variable:?} in its environment; set it there"))
+            })?,
+            None => header.value,
+        };
+        Ok((header_name(&header.name, &format!("{at}.name"))?, header_value(&value, &format!("{at}.value"))?))
     };
-    let headers = http.headers.unwrap_or_default().into_iter().map(header).collect::<Result<_, _>>()?;
-    Ok(ExporterHttp { path: path.into(), headers, timeout: http.timeout.map(|t| t.0).filter(|t| !t.is_zero()).unwrap_or(EXPORT_TIMEOUT) })
+    all.unwrap_or_default().into_iter().enumerate().map(header).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn headers_may_come_from_the_environment() {
+        let of = |otel: Value| exporter("x".into(), serde_json::from_value(otel).expect("read"), "p");
+        let found = of(
+            json!({"service": "c", "port": 1, "grpc": {"timeout": "3s", "initialMetadata": [{"name": "A", "envName": "CARGO_PKG_NAME"}]}}),
+        );
+        let found = found.expect("an exporter");
+        assert_eq!((found.path.as_deref(), found.timeout, found.headers[0].0.as_str()), (None, Duration::from_secs(3), "a"));
+        assert_eq!(found.headers[0].1, "mesh-node");
+        let wrong = [
+            (json!({"grpc": {"initialMetadata": [{"name": "a", "envName": "NO SUCH"}]}}), "p.grpc.initialMetadata[0].envName"),
+            (json!({"http": {"headers": [{"name": "a b", "value": "c"}]}}), "p.http.headers[0].name"),
+            (json!({"http": {}, "grpc": {}}), "p"),
+        ];
+        for (mut otel, field) in wrong {
+            otel["service"] = json!("c");
+            otel["port"] = json!(1);
+            assert_eq!(of(otel).expect_err("refused").field, field);
+        }
+    }
 }
