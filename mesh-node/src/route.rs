@@ -63,16 +63,23 @@ pub struct Ports {
     pub http_of: BTreeMap<u16, Vec<ObjectName>>,
     /// The service that leads to one.
     pub services: BTreeMap<u16, PortOf>,
-    /// All of them, where there are several.
-    pub shared: BTreeMap<u16, Vec<ObjectName>>,
+    /// All of them, where there are several, by name and port.
+    pub shared: BTreeMap<u16, Vec<PortOf>>,
 }
 
 impl Workload {
     /// The service that was meant by who has come to a port: the one that was dialled, as far as that leads here.
     pub fn service_at(&self, port: u16, dialled: Option<&ObjectName>) -> Option<&ObjectName> {
-        let first = &self.ports.services.get(&port)?.service;
-        let meant = dialled.and_then(|dialled| self.ports.shared.get(&port)?.iter().find(|service| *service == dialled));
-        Some(meant.unwrap_or(first))
+        Some(&self.port_of(port, dialled, None)?.service)
+    }
+
+    /// The same with the port of the service; `asked`: the one that a request names, which tells apart those of one service.
+    pub fn port_of(&self, port: u16, dialled: Option<&ObjectName>, asked: Option<u16>) -> Option<&PortOf> {
+        let first = self.ports.services.get(&port)?;
+        let service = dialled.unwrap_or(&first.service);
+        let of = || self.ports.shared.get(&port).into_iter().flatten().filter(|of| of.service == *service);
+        let asked = asked.and_then(|asked| of().find(|of| of.port == asked));
+        Some(asked.or_else(|| of().next()).unwrap_or(first))
     }
 
     /// What a port of its carries.

@@ -168,7 +168,7 @@ fn web_of(mut scene: Scene) -> Scene {
 
 #[test]
 fn traces_that_come_in_go_on_and_decisions_are_kept() {
-    let scene = with_web(false);
+    let mut scene = with_web(false);
     scene.trace("http", "0", "");
     let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
     let forms: [Vec<String>; 4] = [
@@ -191,6 +191,20 @@ fn traces_that_come_in_go_on_and_decisions_are_kept() {
         assert_eq!((&client["parent"], &server["parent"]), (&span.into(), &client["span"]), "{form:?}");
         assert_eq!((&client["name"], &server["name"]), (&"web.default.svc.cluster.local:80/*".into(), &client["name"]));
         assert_eq!(client["via"], "http /v1/traces shop");
+    }
+    // Both ends name what was dialled, where several services and ports lead to the same.
+    let service = |name: &str, ports: &str| {
+        format!("---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: web}}, ports: [{ports}]}}\n")
+    };
+    let ports = "{name: http, port: 81, targetPort: 8080}, {name: http-alt, port: 8082, targetPort: 8080}";
+    scene
+        .bed
+        .kubectl_apply("others", &(service("aaa", "{name: http, port: 80, targetPort: 8080}") + &service("zzz", ports)))
+        .expect("services");
+    scene.bed.settle().expect("settled");
+    for (asked, name) in [("zzz:8082", "zzz.default.svc.cluster.local:8082/*"), ("zzz:81", "zzz.default.svc.cluster.local:81/*")] {
+        scene.get(&format!("{asked}/named"), &[&format!("traceparent: 00-{trace}-{span}-01")]);
+        scene.wait_spans(asked, |spans| spans.iter().filter(|s| s["name"] == *name).count() == 2);
     }
     // No sampling of its own, and no decision of another: none.
     scene.get("web:80/undecided", &[]);

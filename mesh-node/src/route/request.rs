@@ -48,6 +48,11 @@ impl RequestHead {
         self.authority.to_str().unwrap_or_default()
     }
 
+    /// The port of the authority, or HTTP's own.
+    pub fn port(&self) -> u16 {
+        self.host().rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(80)
+    }
+
     /// Whether it is a gRPC request, by its content type.
     pub fn is_grpc(&self) -> bool {
         is_grpc(&self.headers)

@@ -363,15 +363,16 @@ fn protocols(attached: &[Attached<'_>], namespace: &str) -> BTreeMap<u16, Protoc
 }
 
 /// The services that lead to ports several lead to.
-fn shared(attached: &[Attached<'_>], namespace: &str) -> BTreeMap<u16, Vec<ObjectName>> {
-    let mut found: BTreeMap<u16, Vec<ObjectName>> = BTreeMap::new();
+fn shared(attached: &[Attached<'_>], namespace: &str) -> BTreeMap<u16, Vec<PortOf>> {
+    let mut found: BTreeMap<u16, Vec<PortOf>> = BTreeMap::new();
     for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
-        let all = found.entry(a.port).or_default();
-        if !all.contains(a.service) {
-            all.push(a.service.clone());
-        }
+        found.entry(a.port).or_default().push(PortOf { service: a.service.clone(), port: a.service_port });
     }
-    found.retain(|_, all| all.len() > 1);
+    found.retain(|_, all| {
+        all.sort();
+        all.dedup();
+        all.len() > 1
+    });
     found
 }
 

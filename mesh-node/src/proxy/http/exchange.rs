@@ -184,7 +184,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         if self.body.is_end() && self.upgrade.is_none() {
             self.record.came_without_body(&head.method);
         }
-        if let Some(onward) = self.record.trace(head, source, &self.down.proxy.spans) {
+        if let Some(onward) = self.record.trace(head, source, None, &self.down.proxy.spans) {
             onward.write(&mut head.headers);
         }
     }

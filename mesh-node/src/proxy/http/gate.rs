@@ -162,7 +162,8 @@ impl Gate {
         let mut onward = None;
         if let Some(workload) = snapshot.workload(&self.pod.uid) {
             record.describe(head, workload);
-            onward = record.trace(head, workload, &self.proxy.spans);
+            let into = workload.port_of(self.facts.destination.port(), self.facts.dialled.as_ref(), Some(head.port()));
+            onward = record.trace(head, workload, into, &self.proxy.spans);
         }
         (record, onward)
     }

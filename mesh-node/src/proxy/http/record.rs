@@ -37,7 +37,7 @@ use crate::{
         peer::End,
         trace::Parent,
     },
-    route::{Cluster, Workload, request::RequestHead},
+    route::{Cluster, PortOf, Workload, request::RequestHead},
     telemetry::{
         Metrics,
         traffic::{Edge, Followed, HttpKey, Messages, Reporter, Request, Tags},
@@ -208,12 +208,13 @@ impl Record {
 
     /// Lets a trace go on through here, or begins one: what headers are to say of it where the request goes, if that is something
     /// else than they do.
-    pub fn trace(&mut self, head: &RequestHead, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Option<Onward> {
+    /// `into`: the service's port that leads into the workload, where it is asked.
+    pub fn trace(&mut self, head: &RequestHead, workload: &Arc<Workload>, into: Option<&PortOf>, spans: &Arc<Spans>) -> Option<Onward> {
         let traces = told(&workload.reporting, self.reporter).traces.as_ref()?;
         let onward = Onward::of(&head.headers, traces.sampling, traces.reported);
         self.trace = Some(onward.own);
         if onward.reported {
-            self.traced = Some(Box::new(Traced::new(&onward, &head.headers, workload, spans)));
+            self.traced = Some(Box::new(Traced::new(&onward, &head.headers, (workload, into.cloned()), spans)));
             self.keep(head, &Wanted::All);
         }
         self.retraced = !onward.is_said();

@@ -11,7 +11,7 @@ use crate::{
         span::{self, Kind, Place, Span},
         trace::{Context, Parent},
     },
-    route::{ClusterId, Workload, request::RequestHead},
+    route::{ClusterId, PortOf, Workload, request::RequestHead},
     telemetry::{Metrics, traffic::Reporter},
 };
 
@@ -73,14 +73,16 @@ pub struct Traced {
     /// What other systems say of the trace.
     state: String,
     workload: Arc<Workload>,
+    /// The service's port that leads into it, where it is asked.
+    into: Option<PortOf>,
     spans: Arc<Spans>,
 }
 
 impl Traced {
-    pub fn new(onward: &Onward, headers: &HeaderMap, workload: &Arc<Workload>, spans: &Arc<Spans>) -> Self {
+    pub fn new(onward: &Onward, headers: &HeaderMap, (workload, into): (&Arc<Workload>, Option<PortOf>), spans: &Arc<Spans>) -> Self {
         let parent = onward.context.parent.map(|p| p.span);
         let state = onward.context.state(headers);
-        Self { own: onward.own, parent, state, workload: workload.clone(), spans: spans.clone() }
+        Self { own: onward.own, parent, state, workload: workload.clone(), into, spans: spans.clone() }
     }
 
     /// Puts the span on its way, now that the request is over.
@@ -89,7 +91,7 @@ impl Traced {
         let (told, kind, service, port) = match reporter {
             Reporter::Source => (&reporting.client, Kind::Client, cluster.map(|c| &c.service), cluster.map_or(port, |c| c.port)),
             Reporter::Destination => {
-                let of = self.workload.ports.services.get(&port);
+                let of = self.into.as_ref();
                 (&reporting.server, Kind::Server, of.map(|of| &of.service), of.map_or(port, |of| of.port))
             }
         };

@@ -6,7 +6,7 @@ use crate::{
     detect::Protocol,
     id::ObjectName,
     resource::{DestinationRule, Named, PeerAuthentication, Service},
-    route::Workload,
+    route::{PortOf, Workload},
 };
 
 /// What a port's name may begin with (Istio's protocol selection), as far as it is long enough to be recognised when it is mistyped.
@@ -56,15 +56,16 @@ impl Lint<'_> {
         };
         let shared = self.snapshot.workloads().filter(|workload| workload.name.namespace == own.namespace);
         let shared = shared.flat_map(|w| w.ports.shared.iter().map(move |(port, services)| (w, *port, services)));
-        let other = shared.filter(|(_, _, services)| services.contains(own)).find_map(|(workload, port, services)| {
-            let protocol = declared(own, workload, port)?;
-            let differs = |other: &&ObjectName| {
-                let theirs = declared(other, workload, port);
-                theirs.is_some_and(|theirs| theirs.is_http() != protocol.is_http() && theirs != Protocol::Detect)
-            };
-            let other = services.iter().filter(|other| *other > own).find(differs)?;
-            (protocol != Protocol::Detect).then_some((port, other))
-        });
+        let other =
+            shared.filter(|(_, _, services)| services.iter().any(|of| of.service == *own)).find_map(|(workload, port, services)| {
+                let protocol = declared(own, workload, port)?;
+                let differs = |other: &&PortOf| {
+                    let theirs = declared(&other.service, workload, port);
+                    theirs.is_some_and(|theirs| theirs.is_http() != protocol.is_http() && theirs != Protocol::Detect)
+                };
+                let other = services.iter().filter(|other| other.service > *own).find(differs)?;
+                (protocol != Protocol::Detect).then_some((port, &other.service))
+            });
         if let Some((port, other)) = other {
             let message = format!(
                 "spec.ports: leads to port {port} of the same pods as Service {other}, which declares that something else is carried; where neither is \
