@@ -222,7 +222,14 @@ fn metrics_and_readiness_have_ports_of_their_own_and_the_admin_a_socket() {
 fn the_configuration_is_dumped_as_ztunnel_does() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
     bed.service("default", "shop-front", 80, 8080).expect("service");
-    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 1).label("app", "server")]).expect("pods");
+    let near = "apiVersion: v1\nkind: Service\nmetadata: {name: near}\nspec: {selector: {app: near}, trafficDistribution: PreferClose, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
+    bed.kubectl_apply(
+        "near",
+        &(near.to_owned() + "---\n" + &near.replace("name: near", "name: far").replace("trafficDistribution: PreferClose, ", "")),
+    )
+    .expect("services");
+    let [client, server] =
+        bed.meshed([PodSpec::new("client", 0).label("app", "near"), PodSpec::server("server", 1).label("app", "server")]).expect("pods");
     let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: default}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"9\"]}}]}]}\n---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: all, namespace: default}\nspec: {mtls: {mode: STRICT}}\n---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: server, namespace: default}\nspec: {selector: {matchLabels: {app: server}}, mtls: {mode: STRICT}, portLevelMtls: {9: {mode: PERMISSIVE}}}\n";
     bed.apply("policy", policy).expect("applied");
     bed.settle().expect("settled");
@@ -254,6 +261,16 @@ fn the_configuration_is_dumped_as_ztunnel_does() {
         assert_eq!(workload[field], expected, "{workload}");
     }
     assert_eq!(workload["workloadIps"][0], server.v4().to_string());
+    assert_eq!(
+        find("workloads", "client")["services"],
+        serde_json::json!(["default/far.default.svc.cluster.local", "default/near.default.svc.cluster.local"])
+    );
+    let near = find("services", "near");
+    let balancer =
+        serde_json::json!({"routingPreferences": ["Network", "Region", "Zone"], "mode": "Failover", "healthPolicy": "OnlyHealthy"});
+    assert_eq!((&near["loadBalancer"], &near["ipFamilies"], &near["canonical"]), (&balancer, &"Dual".into(), &true.into()), "{near}");
+    assert_eq!(near["endpoints"]["Kubernetes//Pod/default/client"]["service"], "default/near.default.svc.cluster.local");
+    assert!(find("services", "far").get("loadBalancer").is_none());
     let service = find("services", "shop-front");
     assert!(
         service["hostname"] == "shop-front.default.svc.cluster.local" && service["vips"].is_array() && service["endpoints"].is_object(),
@@ -264,13 +281,10 @@ fn the_configuration_is_dumped_as_ztunnel_does() {
         (&policy["action"], &policy["scope"], policy["rules"].as_array().map(Vec::len)),
         (&"Deny".into(), &"Namespace".into(), Some(1))
     );
-    // What clients have to prove is a policy there, too.
+    // What clients have to prove is a policy there, too; those of a namespace are of no workload.
     let strict = "istio-system/istio_converted_static_strict";
-    assert_eq!(find("workloads", "client")["authorizationPolicies"], serde_json::json!(["default/p", strict]));
-    assert_eq!(
-        find("workloads", "server")["authorizationPolicies"],
-        serde_json::json!(["default/p", "default/converted_peer_authentication_server"])
-    );
+    assert_eq!(find("workloads", "client")["authorizationPolicies"], serde_json::json!([strict]));
+    assert_eq!(find("workloads", "server")["authorizationPolicies"], serde_json::json!(["default/converted_peer_authentication_server"]));
     let unproved = serde_json::json!([{"notPrincipals": [{"Presence": []}]}]);
     assert_eq!(find("policies", "istio_converted_static_strict")["rules"], serde_json::json!([[unproved]]));
     assert_eq!(

@@ -4,7 +4,11 @@
 
 mod rules;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
@@ -16,7 +20,7 @@ use crate::{
     identity::CertificateState,
     proxy::{open::Open, outcome::Direction},
     report::plain::rfc3339,
-    route::{Service, Workload},
+    route::{Cluster, Service, Workload, cluster::Near},
     tls::Described,
 };
 
@@ -28,8 +32,11 @@ pub(super) fn dump(node: &Node) -> Value {
     let settings = &node.settings;
     let root = &*snapshot.mesh.root_namespace;
     let strictness = workloads.iter().filter_map(|w| strict(w, root)).collect::<BTreeMap<_, _>>();
+    // Policies of a namespace and of the mesh are nobody's own.
+    let selecting = snapshot.policies.iter().filter(|p| p.scope == "WorkloadSelector").map(|p| p.name.to_string()).collect::<BTreeSet<_>>();
+    let services = services_of(&snapshot);
     json!({
-        "workloads": workloads.iter().map(|w| workload(w, cluster, root)).collect::<Vec<_>>(),
+        "workloads": workloads.iter().map(|w| workload(w, cluster, root, (&selecting, &services))).collect::<Vec<_>>(),
         "services": snapshot.services().iter().map(|s| service(s, &snapshot, cluster)).collect::<Vec<_>>(),
         "policies": snapshot.policies.iter().map(|p| json!({
             "namespace": &*p.name.namespace, "name": &*p.name.name, "scope": p.scope, "action": p.action,
@@ -76,8 +83,22 @@ fn strict(w: &Workload, root: &str) -> Option<(String, Value)> {
     Some((format!("{namespace}/{name}"), policy))
 }
 
-fn workload(w: &Workload, cluster: &str, root: &str) -> Value {
-    let policies = w.policy.everywhere.authorization.policies.iter().map(ToString::to_string);
+/// The services that lead to each address.
+fn services_of(snapshot: &Snapshot) -> BTreeMap<IpAddr, BTreeSet<String>> {
+    let mut all: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
+    for (service, endpoint) in
+        snapshot.services().iter().flat_map(|s| s.ports.iter().flat_map(move |p| p.cluster.endpoints.iter().map(move |e| (s, e))))
+    {
+        all.entry(endpoint.address.ip()).or_default().insert(namespaced(&service.name));
+    }
+    all
+}
+
+/// What is looked up for a workload: policies that select some, and services by address.
+type Known<'a> = (&'a BTreeSet<String>, &'a BTreeMap<IpAddr, BTreeSet<String>>);
+
+fn workload(w: &Workload, cluster: &str, root: &str, (selecting, services): Known<'_>) -> Value {
+    let policies = w.policy.everywhere.authorization.policies.iter().map(ToString::to_string).filter(|name| selecting.contains(name));
     let policies = policies.chain(strict(w, root).map(|(name, _)| name)).collect::<Vec<_>>();
     json!({
         "uid": uid(w, cluster), "workloadIps": w.ips, "protocol": if w.enrolled { "HBONE" } else { "TCP" },
@@ -88,7 +109,7 @@ fn workload(w: &Workload, cluster: &str, root: &str) -> Value {
         "locality": {"region": &*w.locality.region, "zone": &*w.locality.zone, "subzone": &*w.locality.subzone},
         "node": &*w.node, "network": "", "status": "Healthy", "capacity": 1,
         "authorizationPolicies": policies,
-        "services": w.ports.services.values().map(|of| &of.service).map(|s| format!("{}/{}.{}.svc.cluster.local", s.namespace, s.name, s.namespace)).collect::<std::collections::BTreeSet<_>>(),
+        "services": w.ips.iter().filter_map(|ip| services.get(ip)).flatten().collect::<BTreeSet<_>>(),
     })
 }
 
@@ -101,14 +122,43 @@ fn service(s: &Arc<Service>, snapshot: &Snapshot, cluster: &str) -> Value {
         let uid = uid(workload, cluster);
         let status = if endpoint.ready { "Healthy" } else { "Unhealthy" };
         let one = endpoints.entry(uid.clone());
-        let one = one.or_insert_with(|| json!({"workloadUid": uid, "service": host, "port": {}, "status": status}));
+        let one = one.or_insert_with(|| json!({"workloadUid": uid, "service": namespaced(&s.name), "port": {}, "status": status}));
         one["port"][port.to_string()] = endpoint.address.port().into();
     }
-    json!({
-        "name": &*s.name.name, "namespace": &*s.name.namespace, "hostname": host,
+    let mut dumped = json!({
+        "name": &*s.name.name, "namespace": &*s.name.namespace, "hostname": host, "canonical": true,
         "vips": s.vips.iter().map(|ip| format!("/{ip}")).collect::<Vec<_>>(), "ports": ports.collect::<Map<_, _>>(),
         "endpoints": endpoints, "subjectAltNames": [],
-    })
+    });
+    let families = (s.vips.iter().any(IpAddr::is_ipv4), s.vips.iter().any(IpAddr::is_ipv6));
+    if let Some(family) = match families {
+        (true, true) => Some("Dual"),
+        (true, false) => Some("IPv4"),
+        (false, true) => Some("IPv6"),
+        (false, false) => None,
+    } {
+        dumped["ipFamilies"] = family.into();
+    }
+    if let Some(balancer) = s.ports.first().and_then(|port| balancer(&port.cluster)) {
+        dumped["loadBalancer"] = balancer;
+    }
+    dumped
+}
+
+/// Which endpoints are preferred, as istiod tells ztunnel.
+fn balancer(cluster: &Cluster) -> Option<Value> {
+    let (scopes, mode) = match (cluster.local_only, cluster.near) {
+        (true, _) => (&["Node"][..], "Strict"),
+        (false, Some(Near::Zone)) => (&["Network", "Region", "Zone"][..], "Failover"),
+        (false, Some(Near::Node)) => (&["Network", "Region", "Zone", "Subzone", "Node"][..], "Failover"),
+        (false, None) => return None,
+    };
+    Some(json!({"routingPreferences": scopes, "mode": mode, "healthPolicy": "OnlyHealthy"}))
+}
+
+/// A service's host with its namespace, by which ztunnel knows it.
+fn namespaced(service: &ObjectName) -> String {
+    format!("{}/{}", service.namespace, host(service))
 }
 
 fn certificate(c: &CertificateState) -> Value {
