@@ -87,6 +87,8 @@ pub struct CaptureSettings {
 pub enum CaptureError {
     #[error("this kernel cannot run mesh-node: {0}")]
     Unsupported(String),
+    #[error("another mesh-node serves with {0}; stop it first, or give this one another --bpf-dir")]
+    Taken(String),
     #[error("the eBPF object is unusable: {0}")]
     Object(String),
     #[error("eBPF program {program} does not load: {problem}")]

@@ -94,10 +94,7 @@ pub fn lock(base: &Path) -> Result<Flock<fs::File>, CaptureError> {
     let directory = fs::File::open(base).map_err(CaptureError::io(format!("open {}", base.display())))?;
     Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
         if error == nix::Error::EWOULDBLOCK {
-            return CaptureError::Unsupported(format!(
-                "another mesh-node serves with {}; stop it first, or give this one another --bpf-dir",
-                base.display()
-            ));
+            return CaptureError::Taken(base.display().to_string());
         }
         CaptureError::io(format!("lock {}", base.display()))(error.into())
     })
