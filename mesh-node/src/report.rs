@@ -119,8 +119,16 @@ pub struct Exporter {
     pub longest: usize,
     /// OTLP over HTTP, at this path; over gRPC otherwise.
     pub path: Option<Arc<str>>,
-    pub headers: Vec<(HeaderName, HeaderValue)>,
+    pub headers: Vec<(HeaderName, HeaderText)>,
     pub timeout: Duration,
+}
+
+/// The value of a header that a collector wants.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum HeaderText {
+    Value(HeaderValue),
+    /// That of a variable of the node's environment.
+    Variable(Arc<str>),
 }
 
 /// A tag of spans beside the standard ones.

@@ -389,7 +389,6 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
     let slot = ConnectionSlot::within(&state, &endpoint, settings.max_connections);
     let slot = slot.ok_or_else(|| Failure::Overflow(cluster.id.service.clone()))?;
     let to = way.to();
-    is_meant(&opaque.proxy.config.load(), &cluster, to)?;
     let dial = Dial::new(opaque, to, Some(&cluster));
     let stream = tokio::select! {
         biased;

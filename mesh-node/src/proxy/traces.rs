@@ -34,7 +34,7 @@ use super::{
 use crate::{
     id::WorkloadUid,
     report::{
-        Exporter,
+        Exporter, HeaderText,
         span::{self, Span},
     },
     route::request::{RequestHead, Scheme},
@@ -281,7 +281,9 @@ async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, body: 
         return Sent::Failed("there is no such service or port");
     };
     let Some(&address) = pod.addresses().first() else { return Sent::PodGone };
-    let Some(request) = question(exporter, body.len()) else { return Sent::Failed("its name, path or headers are not fit for HTTP") };
+    let Some(request) = question(exporter, body.len()) else {
+        return Sent::Failed("its name, path or headers are not fit for HTTP, or a variable of them is not in the node's environment");
+    };
     let framing = Framing::Length(body.len() as u64);
     let http2 = exporter.path.is_none() || cluster.protocol.is_http2();
     let client = SocketAddr::new(address, 0);
@@ -312,8 +314,12 @@ async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, body: 
 /// The head of a request with spans.
 fn question(exporter: &Exporter, length: usize) -> Option<RequestHead> {
     let mut headers = HeaderMap::new();
-    for (name, value) in &exporter.headers {
-        headers.append(name.clone(), value.clone());
+    for (name, text) in &exporter.headers {
+        let value = match text {
+            HeaderText::Value(value) => value.clone(),
+            HeaderText::Variable(variable) => HeaderValue::try_from(std::env::var(&**variable).ok()?).ok()?,
+        };
+        headers.append(name.clone(), value);
     }
     if exporter.path.is_some() {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-protobuf"));

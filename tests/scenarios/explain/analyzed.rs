@@ -150,6 +150,17 @@ fn what_counts_for_nothing_is_told() {
     insta::assert_snapshot!(all.collect::<Vec<_>>().join("\n"));
 }
 
+/// What is as it has to be is not told of: in one file, and in files of one object each.
+#[test]
+fn nothing_is_said_of_what_is_right() {
+    let valid = include_str!("../../corpora/analyzed/valid.yaml");
+    let (_kept, path) = directory(&[("valid.yaml", valid)]);
+    assert_eq!(analyze(&[&path]), (Some(0), "2 workloads, 1 services: everything would be in force\n".to_owned()));
+    let files = valid.split("---\n").enumerate().map(|(i, text)| (format!("{i}.yaml"), text)).collect::<Vec<_>>();
+    let (_kept, path) = directory(&files.iter().map(|(name, text)| (&**name, *text)).collect::<Vec<_>>());
+    assert_eq!(analyze(&[&path]), (Some(0), "2 workloads, 1 services: everything would be in force\n".to_owned()));
+}
+
 /// Of manifests that were written by hand, which have no pods and no addresses, it is told what would become of requests.
 #[test]
 fn templates_stand_for_the_pods_that_are_made_of_them() {

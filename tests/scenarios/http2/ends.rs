@@ -134,6 +134,41 @@ async fn an_answer_is_whole_although_its_connection_ends_before_the_request() {
     }
 }
 
+/// One whose last frame has not come to its end is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_is_cut_in_its_last_frame_is_not_whole() {
+    let last = frame(0, 1, 1, &[b'x'; 100]);
+    // A trailer `t: v`.
+    let trailers = frame(1, 5, 1, &[0, 1, b't', 1, b'v']);
+    for (what, last) in [("data", &last), ("trailers", &trailers)] {
+        let says = [frame(1, 4, 1, &[0x88]), frame(0, 0, 1, b"abc"), last[..last.len() - 1].to_vec()].concat();
+        let address = application(&[], 1, says, true).await;
+        let out = service("server", "10.98.0.2", "http2", &[address]);
+        let into = [vec![server_pod()], out.clone()].concat();
+        for (way, documents) in [("out", out), ("into", into)] {
+            let engine = Engine::start(&documents).await.expect("engine");
+            let stream = match way {
+                "out" => engine.connect("10.98.0.2:80".parse().expect("valid")).await,
+                _ => engine.connect_inbound(address.port()).await,
+            };
+            let (mut send, connection) = h2::client::handshake(stream.expect("connected")).await.expect("HTTP/2");
+            tokio::spawn(connection);
+            let (response, _) = send.send_request(Request::get("http://svc.example/x").body(()).expect("valid"), true).expect("sent");
+            let cut = async {
+                let mut body = response.await.expect("an answer").into_body();
+                while let Some(data) = body.data().await {
+                    if data.is_err() {
+                        return true;
+                    }
+                }
+                body.trailers().await.is_err()
+            };
+            let cut = tokio::time::timeout(Duration::from_secs(5), cut).await.expect("an end");
+            assert!(cut, "{way}: {what}");
+        }
+    }
+}
+
 /// What becomes of a stream at an application, its client's node is told: it tells the same of it as if it had been there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn resets_say_what_has_become_of_the_application() {

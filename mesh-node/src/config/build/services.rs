@@ -220,10 +220,6 @@ impl<'a> Rules<'a> {
                     rules.special.insert(namespace);
                 }
             };
-            if let Some(field) = &rule.plaintext {
-                let message = format!("{field}: DISABLE changes nothing between pods of the mesh, whose tunnel is mutual TLS; remove it");
-                builder.remark(Severity::Warning, named, &message);
-            }
             if rule.host.starts_with('*') {
                 registry.keys().for_each(|name| {
                     if let Some(close) = closeness(&rule.host, namespace, name) {

@@ -275,7 +275,7 @@ async fn enter<B: RequestBody, R: Responder>(
     let traced = onward.map(|onward| onward.on(plan.head));
     let head = traced.as_ref().unwrap_or(plan.head);
     // Somebody is to see the body before the application.
-    let continued = expects_continue(&head.headers) && gate.shows_bodies();
+    let continued = expects_continue(&head.headers) && !upload.is_end() && gate.shows_bodies();
     if continued && let Err(error) = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await {
         let ended = gone(&error);
         tell(record, &ended, &Meter::default(), &Meter::default());

@@ -168,7 +168,7 @@ async fn h1_request(
     let WireRequest { mut head, upgrade, .. } = request;
     let grpc = record.grpc;
     // Somebody is to see the body before the application.
-    if expects_continue(&head.headers) && gate.shows_bodies() {
+    if expects_continue(&head.headers) && !reader.is_end() && gate.shows_bodies() {
         take_expectation(&mut head.headers);
         if responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
             record.abandoned();

@@ -168,7 +168,9 @@ impl Upstream {
 /// Gets a connection to an endpoint: an idle one, a new one, or, at the limit, the next that becomes free.
 pub async fn acquire(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
     if !wanted.cluster.policy.names.is_empty() {
-        outbound::is_meant(&wanted.proxy.config.load(), wanted.cluster, wanted.address).map_err(NoUpstream::Failed)?;
+        let snapshot = wanted.proxy.config.load();
+        let workload = snapshot.workload_by_ip(wanted.address.ip()).map(|w| &**w);
+        outbound::is_meant(wanted.cluster, workload).map_err(NoUpstream::Failed)?;
     }
     if wanted.http2 { acquire_h2(wanted).await } else { acquire_h1(wanted).await.map(Upstream::H1) }
 }

@@ -58,6 +58,16 @@ impl Way {
     }
 }
 
+impl Way {
+    /// Who is there, if it is a pod.
+    pub fn workload(&self) -> Option<&Arc<Workload>> {
+        match self {
+            Self::Plain(_, workload) => workload.as_ref(),
+            Self::Local(_, workload) | Self::Tunnel(_, workload) => Some(workload),
+        }
+    }
+}
+
 impl Decision {
     pub fn to(&self) -> SocketAddr {
         self.way.to()
@@ -84,12 +94,12 @@ pub fn asker<'a>(source: &'a Workload, node: &'a str, client: IpAddr, (turn, eje
 
 /// Whether a cluster's endpoint may be who it is: of a rule that says which names (`subjectAltNames`), one of them. Who is no pod of the mesh
 /// proves none.
-pub fn is_meant(snapshot: &Snapshot, cluster: &Cluster, address: SocketAddr) -> Result<(), Failure> {
+pub fn is_meant(cluster: &Cluster, workload: Option<&Workload>) -> Result<(), Failure> {
     let names = &cluster.policy.names;
     if names.is_empty() {
         return Ok(());
     }
-    let identity = snapshot.workload_by_ip(address.ip()).filter(|w| w.enrolled).map(|w| w.identity.to_string());
+    let identity = workload.filter(|w| w.enrolled).map(|w| w.identity.to_string());
     if identity.as_deref().is_some_and(|identity| names.iter().any(|name| **name == *identity)) {
         return Ok(());
     }

@@ -9,7 +9,7 @@ use tokio::{
 
 use super::{
     Opaque, Stream, Way,
-    decision::{client_address, way},
+    decision::{client_address, is_meant, way},
     pause, tunnel,
 };
 use crate::{
@@ -102,6 +102,9 @@ impl<'d> Dial<'d> {
 
     async fn go_on(&self, way: Way, source: &Arc<Workload>, quietly: bool) -> Result<Stream, Failure> {
         let Self { proxy, pod, client, .. } = self;
+        if let Some(cluster) = self.cluster {
+            is_meant(cluster, way.workload().map(|w| &**w))?;
+        }
         let service = self.cluster.map(|c| &c.id.service);
         Ok(match way {
             Way::Plain(to, _) => Stream::Tcp(connect(pod, to, self.timeout.unwrap_or(CONNECT_TIMEOUT)).await?),

@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use http::{HeaderName, HeaderValue};
+use http::HeaderName;
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    report::{AccessLog, Exporter, format::Format, span},
+    report::{AccessLog, Exporter, HeaderText, format::Format, span},
     resource::{
         envelope::FieldError,
         fields::{Time, header_name, header_value, port},
@@ -320,16 +320,14 @@ fn exporter(name: Arc<str>, otel: OpenTelemetry, at: &str) -> Result<Exporter, F
     Ok(Exporter { name, service: service.into(), port: port(otel.port, &format!("{at}.port"))?, longest, path, headers, timeout })
 }
 
-fn headers(all: Option<Vec<HttpHeader>>, at: &str) -> Result<Vec<(HeaderName, HeaderValue)>, FieldError> {
-    let header = |(i, header): (usize, HttpHeader)| -> Result<(HeaderName, HeaderValue), FieldError> {
+fn headers(all: Option<Vec<HttpHeader>>, at: &str) -> Result<Vec<(HeaderName, HeaderText)>, FieldError> {
+    let header = |(i, header): (usize, HttpHeader)| -> Result<(HeaderName, HeaderText), FieldError> {
         let at = format!("{at}[{i}]");
-        let value = match &header.env_name {
-            Some(variable) => std::env::var(variable).map_err(|_| {
-                FieldError::new(format!("{at}.envName"), format!("the node has no {variable:?} in its environment; set it there"))
-            })?,
-            None => header.value,
+        let text = match header.env_name {
+            Some(variable) => HeaderText::Variable(variable.into()),
+            None => HeaderText::Value(header_value(&header.value, &format!("{at}.value"))?),
         };
-        Ok((header_name(&header.name, &format!("{at}.name"))?, header_value(&value, &format!("{at}.value"))?))
+        Ok((header_name(&header.name, &format!("{at}.name"))?, text))
     };
     all.unwrap_or_default().into_iter().enumerate().map(header).collect()
 }
@@ -348,9 +346,8 @@ mod tests {
         );
         let found = found.expect("an exporter");
         assert_eq!((found.path.as_deref(), found.timeout, found.headers[0].0.as_str()), (None, Duration::from_secs(3), "a"));
-        assert_eq!(found.headers[0].1, "mesh-node");
+        assert_eq!(found.headers[0].1, HeaderText::Variable("CARGO_PKG_NAME".into()));
         let wrong = [
-            (json!({"grpc": {"initialMetadata": [{"name": "a", "envName": "NO SUCH"}]}}), "p.grpc.initialMetadata[0].envName"),
             (json!({"http": {"headers": [{"name": "a b", "value": "c"}]}}), "p.http.headers[0].name"),
             (json!({"http": {}, "grpc": {}}), "p"),
         ];

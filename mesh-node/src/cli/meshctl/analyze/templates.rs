@@ -107,14 +107,17 @@ impl Made {
         let templates = templates.filter(|(_, workload, (template, _))| {
             // Of what runs already the pods are there.
             let labels = object(template, "/metadata/labels").cloned().unwrap_or_default();
-            let runs =
-                |pod: &Pod| !labels.is_empty() && within(&labels, &pod.labels) || text(workload, "/metadata/name") == Some(&pod.name);
+            let runs = |pod: &Pod| !labels.is_empty() && within(&labels, &pod.labels);
             !pods.iter().any(|pod| pod.namespace == namespace(workload) && runs(pod))
         });
         let all = bare.iter().map(|(origin, pod)| (*origin, *pod, (*pod, Value::Null))).chain(templates).collect::<Vec<_>>();
         let known = of_kind(found, "Namespace").filter_map(|(_, namespace)| text(namespace, "/metadata/name")).collect::<Vec<_>>();
         for ((origin, workload, (template, owner)), address) in all.into_iter().zip(PODS + 1..PODS + ADDRESSES) {
             let Some(name) = text(workload, "/metadata/name") else { continue };
+            // Of workloads of one name each has pods.
+            let taken = pods.iter().any(|pod| pod.namespace == namespace(workload) && pod.name == name);
+            let kind = text(workload, "/kind").unwrap_or_default().to_ascii_lowercase();
+            let name = &*if taken { format!("{name}-{kind}") } else { name.to_owned() };
             let (namespace, address) = (namespace(workload), Ipv4Addr::from(address).to_string());
             let metadata = |field: &str| object(template, &format!("/metadata/{field}")).cloned().unwrap_or_default();
             let mut labels = metadata("labels");
@@ -157,7 +160,7 @@ impl Made {
             for pod in &selected {
                 let document = json!({
                     "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": address_type(&pod.address), "ports": target_ports(service, pod),
-                    "metadata": {"name": format!("{name}-{}", pod.name), "namespace": namespace,
+                    "metadata": {"name": format!("{name}.{}", pod.name), "namespace": namespace,
                         "labels": {"kubernetes.io/service-name": name}},
                     "endpoints": [{"addresses": [pod.address], "conditions": {"ready": true}, "nodeName": NODE,
                         "targetRef": {"kind": "Pod", "name": pod.name}}],

@@ -273,7 +273,7 @@ async fn h2_request(
 ) -> Result<(), ::h2::Reason> {
     let grpc = head.is_grpc();
     // Somebody is to see the body before the application.
-    if expects_continue(&head.headers) && gate.shows_bodies() {
+    if expects_continue(&head.headers) && !body.is_end() && gate.shows_bodies() {
         take_expectation(&mut head.headers);
         // A client that is gone is noticed when it is answered.
         let _ = responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await;

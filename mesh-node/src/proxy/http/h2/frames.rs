@@ -7,7 +7,9 @@ const LOOKED_AT: usize = FRAME_HEAD + 4;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
+const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
 
 /// What is seen of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,7 +18,7 @@ pub(super) enum Seen {
     Head {
         stream: u32,
     },
-    /// The last of a message; after its head, where that is the last.
+    /// The last frame of a message has passed, to its end.
     End {
         stream: u32,
     },
@@ -33,12 +35,16 @@ pub(super) struct Frames {
     have: usize,
     /// What is to pass that is not looked at.
     rest: usize,
+    /// The stream whose last frame that is.
+    last: Option<u32>,
+    /// The stream that ends with the head that goes on in further frames.
+    continued: Option<u32>,
 }
 
 impl Frames {
     /// `first`: so much passes before the first of them.
     pub(super) fn behind(first: usize) -> Self {
-        Self { head: [0; LOOKED_AT], have: 0, rest: first }
+        Self { head: [0; LOOKED_AT], have: 0, rest: first, last: None, continued: None }
     }
 
     pub(super) fn see(&mut self, mut bytes: &[u8], mut seen: impl FnMut(Seen)) {
@@ -46,6 +52,7 @@ impl Frames {
             if self.rest > 0 {
                 let n = self.rest.min(bytes.len());
                 (self.rest, bytes) = (self.rest - n, &bytes[n..]);
+                self.passed(&mut seen);
                 continue;
             }
             let wanted = if self.have >= FRAME_HEAD { LOOKED_AT } else { FRAME_HEAD };
@@ -54,6 +61,15 @@ impl Frames {
             self.head[self.have..self.have + n].copy_from_slice(taken);
             (self.have, bytes) = (self.have + n, after);
             self.look(&mut seen);
+        }
+    }
+
+    /// Says what has ended, when all of its last frame has passed.
+    fn passed(&mut self, seen: &mut impl FnMut(Seen)) {
+        if self.rest == 0
+            && let Some(stream) = self.last.take()
+        {
+            seen(Seen::End { stream });
         }
     }
 
@@ -68,9 +84,16 @@ impl Frames {
                 if kind == HEADERS {
                     seen(Seen::Head { stream });
                 }
-                if matches!(kind, DATA | HEADERS) && flags & END_STREAM != 0 {
-                    seen(Seen::End { stream });
-                }
+                self.last = match kind {
+                    HEADERS if flags & (END_STREAM | END_HEADERS) == END_STREAM => {
+                        self.continued = Some(stream);
+                        None
+                    }
+                    DATA | HEADERS if flags & END_STREAM != 0 => Some(stream),
+                    CONTINUATION if flags & END_HEADERS != 0 => self.continued.take(),
+                    _ => None,
+                };
+                self.passed(seen);
             }
             LOOKED_AT => {
                 self.have = 0;
@@ -99,6 +122,10 @@ pub(super) mod tests {
             frame(DATA, 0, 1, &[HEADERS; 40]),
             frame(DATA, END_STREAM, 1, b""),
             frame(HEADERS, 5, 3, b"x"),
+            // A head in several frames, which is the last of its message.
+            frame(HEADERS, END_STREAM, 11, b"x"),
+            frame(CONTINUATION, 0, 11, b"y"),
+            frame(CONTINUATION, END_HEADERS, 11, b"z"),
             frame(RST_STREAM, 0, 5, &[0, 0, 0, 8]),
             // Not the length of a reset.
             frame(RST_STREAM, 0, 7, &[0; 5]),
@@ -111,6 +138,8 @@ pub(super) mod tests {
             Seen::End { stream: 1 },
             Seen::Head { stream: 3 },
             Seen::End { stream: 3 },
+            Seen::Head { stream: 11 },
+            Seen::End { stream: 11 },
             Seen::Reset { stream: 5, reason: 8 },
             Seen::Head { stream: 9 },
         ];
@@ -118,6 +147,19 @@ pub(super) mod tests {
             let (mut of, mut all) = (Frames::behind(7), Vec::new());
             frames.concat().chunks(piece).for_each(|bytes| of.see(bytes, |seen| all.push(seen)));
             assert_eq!(all, expected, "in pieces of {piece}");
+        }
+        // What has not passed to its end has not ended.
+        for (cut, frames) in [
+            (1, frame(DATA, END_STREAM, 1, b"abc")),
+            (1, frame(HEADERS, END_STREAM | END_HEADERS, 1, b"abc")),
+            (1, [frame(HEADERS, END_STREAM, 1, b"abc"), frame(CONTINUATION, END_HEADERS, 1, b"d")].concat()),
+            (10, [frame(HEADERS, END_STREAM, 1, b"abc"), frame(CONTINUATION, END_HEADERS, 1, b"d")].concat()),
+        ] {
+            let (mut of, mut ended) = (Frames::behind(0), 0);
+            of.see(&frames[..frames.len() - cut], |seen| ended += usize::from(matches!(seen, Seen::End { .. })));
+            assert_eq!(ended, 0, "without {cut} of {frames:?}");
+            of.see(&frames[frames.len() - cut..], |seen| ended += usize::from(matches!(seen, Seen::End { .. })));
+            assert_eq!(ended, 1, "{frames:?}");
         }
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct Refused {
     /// The last that was asked for, and the last that was accepted: both come in their order.
     asked: AtomicU32,
     accepted: AtomicU32,
+    /// The last that was reset.
+    reset: AtomicU32,
     waiting: Mutex<Vec<u32>>,
 }
 
@@ -45,6 +47,7 @@ impl Refused {
     }
 
     fn reset(&self, stream: u32, reason: Reason) {
+        self.reset.fetch_max(stream, Ordering::Relaxed);
         // One that was accepted tells of itself; one that was never asked for is none.
         let (asked, accepted) = (self.asked.load(Ordering::Relaxed), self.accepted.load(Ordering::Relaxed));
         if reason != Reason::PROTOCOL_ERROR || stream <= accepted || stream > asked {
@@ -66,7 +69,7 @@ impl Refused {
         let (asked, accepted) = (self.asked.load(Ordering::Relaxed), self.accepted.load(Ordering::Relaxed));
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.retain(|stream| *stream != accepted);
-        let last = broken && asked > accepted && !waiting.contains(&asked);
+        let last = broken && asked > accepted.max(self.reset.load(Ordering::Relaxed));
         let before = waiting.len();
         waiting.retain(|stream| !all && *stream > accepted);
         before - waiting.len() + usize::from(last)

@@ -9,17 +9,20 @@ use crate::{
     route::{PortOf, Workload},
 };
 
-/// What a port's name may begin with (Istio's protocol selection), as far as it is long enough to be recognised when it is mistyped.
-const PROTOCOLS: [&str; 11] = ["http", "http2", "https", "grpc", "grpc-web", "tls", "tcp", "mongo", "mysql", "redis", "udp"];
+/// What a port's name may begin with (Istio's protocol selection).
+const PROTOCOLS: [&str; 8] = ["http", "http2", "https", "grpc", "tls", "tcp", "mongo", "mysql"];
+/// Words that are like one of these, and meant as they are.
+const MEANT: [&str; 7] = ["http3", "grpcs", "mongod", "mongos", "mysqlx", "mtls", "dtls"];
 
-/// Whether a word is one of letters left out, put in, changed, or put in another order.
+/// Whether a word is one of letters in another order, or, where it is long enough to be recognised, left out, put in or changed.
 fn mistypes(word: &str, protocol: &str) -> bool {
     let sorted = |text: &str| {
         let mut all = text.bytes().collect::<Vec<_>>();
         all.sort_unstable();
         all
     };
-    distance(word, protocol) == 1 || sorted(word) == sorted(protocol)
+    let is_long = word.len() >= 4 && protocol.len() >= 4;
+    !MEANT.contains(&word) && (is_long && distance(word, protocol) == 1 || sorted(word) == sorted(protocol))
 }
 
 impl Lint<'_> {
@@ -29,14 +32,15 @@ impl Lint<'_> {
                 Some(text) => ("appProtocol", &**text),
                 None => ("name", &*port.name),
             };
-            let first = text.split('-').next().unwrap_or_default().to_ascii_lowercase();
+            let word = text.split('-').next().unwrap_or_default();
+            let first = word.to_ascii_lowercase();
             if first.len() < 3 || Protocol::declared(&first, None) != Protocol::Detect {
                 continue;
             }
             if let Some(meant) = PROTOCOLS.iter().find(|protocol| mistypes(&first, protocol)) {
                 let message = format!(
                     "spec.ports[{i}].{field}: {text:?} declares no protocol, and what comes is looked at; did you mean {:?}?",
-                    text.replacen(&*first, meant, 1)
+                    text.replacen(word, meant, 1)
                 );
                 self.say(named, &message);
             }
@@ -56,16 +60,17 @@ impl Lint<'_> {
         };
         let shared = self.snapshot.workloads().filter(|workload| workload.name.namespace == own.namespace);
         let shared = shared.flat_map(|w| w.ports.shared.iter().map(move |(port, services)| (w, *port, services)));
-        let other =
-            shared.filter(|(_, _, services)| services.iter().any(|of| of.service == *own)).find_map(|(workload, port, services)| {
-                let protocol = declared(own, workload, port)?;
-                let differs = |other: &&PortOf| {
-                    let theirs = declared(&other.service, workload, port);
-                    theirs.is_some_and(|theirs| theirs.is_http() != protocol.is_http() && theirs != Protocol::Detect)
-                };
-                let other = services.iter().filter(|other| other.service > *own).find(differs)?;
-                (protocol != Protocol::Detect).then_some((port, &other.service))
-            });
+        // Each pair is told of once.
+        let is_pair = |services: &[PortOf]| services.iter().any(|of| of.service == *own) && services.iter().any(|of| of.service > *own);
+        let other = shared.filter(|(_, _, services)| is_pair(services)).find_map(|(workload, port, services)| {
+            let protocol = declared(own, workload, port)?;
+            let differs = |other: &&PortOf| {
+                let theirs = declared(&other.service, workload, port);
+                theirs.is_some_and(|theirs| theirs.is_http() != protocol.is_http() && theirs != Protocol::Detect)
+            };
+            let other = services.iter().filter(|other| other.service > *own).find(differs)?;
+            (protocol != Protocol::Detect).then_some((port, &other.service))
+        });
         if let Some((port, other)) = other {
             let message = format!(
                 "spec.ports: leads to port {port} of the same pods as Service {other}, which declares that something else is carried; where neither is \
@@ -78,6 +83,13 @@ impl Lint<'_> {
     pub(super) fn settings_of_ports(&mut self, named: &Named, rule: &DestinationRule) {
         let Some(service) = self.service(&rule.host, &named.key.name.namespace) else { return };
         let Some(service) = self.snapshot.services().iter().find(|s| s.name == service) else { return };
+        let endpoints = || service.ports.iter().flat_map(|port| port.cluster.endpoints.iter());
+        if let Some(field) = &rule.plaintext
+            && endpoints().any(|e| self.snapshot.workload_by_ip(e.address.ip()).is_some_and(|w| w.enrolled))
+        {
+            let message = format!("{field}: DISABLE changes nothing between pods of the mesh, whose tunnel is mutual TLS");
+            self.say(named, &message);
+        }
         let policies = rule.policy.iter().map(|policy| ("spec.trafficPolicy".to_owned(), policy));
         let subsets = rule.subsets.iter().enumerate().map(|(i, subset)| (format!("spec.subsets[{i}].trafficPolicy"), &subset.policy));
         let asked = policies.chain(subsets).flat_map(|(at, policy)| policy.ports.keys().map(move |port| (at.clone(), *port)));

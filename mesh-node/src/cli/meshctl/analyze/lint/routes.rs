@@ -8,9 +8,9 @@ use crate::{
     resource::{Named, VirtualService},
     route::{
         ServicePort,
-        l4::{L4Match, L4Rule, host_matches},
+        l4::{L4Match, host_matches},
         matching::{HttpMatch, PathMatch, SourceMatch, TextMatch},
-        rule::Rule,
+        rule::{Action, Rule},
     },
 };
 
@@ -108,8 +108,11 @@ impl Lint<'_> {
             self.asked_of(named, i, rule);
         }
         let http = vs.http.iter().map(|rule| &*rule.matches).collect::<Vec<_>>();
-        let last = http.iter().position(|matches| matches.is_empty() || matches.iter().any(HttpMatch::is_catch_all));
-        self.unreached(named, "http", &http, last);
+        // What none of a delegate's own rules takes goes on to those behind it.
+        let takes = vs.http.iter().map(|rule| !matches!(rule.action, Action::Delegate { .. })).collect::<Vec<_>>();
+        let all = |matches: &[HttpMatch]| matches.is_empty() || matches.iter().any(HttpMatch::is_catch_all);
+        let last = http.iter().zip(&takes).position(|(matches, takes)| *takes && all(matches));
+        self.unreached(named, "http", (&http, &takes), last);
         let namespace: &str = &named.key.name.namespace;
         let services = vs.hosts.iter().map(|host| self.service(host, namespace)).collect::<Option<BTreeSet<_>>>();
         let of_hosts = |snapshot: &'_ crate::config::Snapshot| {
@@ -119,18 +122,27 @@ impl Lint<'_> {
         let ports = of_hosts(self.snapshot);
         for (kind, rules, tls) in [("tcp", &vs.tcp, false), ("tls", &vs.tls, true)] {
             let matches = rules.iter().map(|rule| &*rule.matches).collect::<Vec<_>>();
-            self.unreached(named, kind, &matches, matches.iter().position(|all| all.is_empty()));
+            let takes = vec![true; matches.len()];
+            self.unreached(named, kind, (&matches, &takes), matches.iter().position(|all| all.is_empty()));
             if !rules.is_empty() && !ports.is_empty() && ports.iter().all(|(_, is_tls)| *is_tls != tls) {
                 let which = if tls { "none of its hosts' ports is" } else { "all ports of its hosts are" };
                 self.say(named, &format!("spec.{kind}: counts for nothing, as {which} declared to carry TLS (https, tls)"));
             }
         }
-        let asked = http.iter().enumerate().flat_map(|(i, all)| all.iter().enumerate().map(move |(j, m)| ("http", i, j, m.port)));
-        let l4 = |kind, rules: &'_ [L4Rule]| {
-            let all = rules.iter().enumerate().flat_map(|(i, r)| r.matches.iter().enumerate().map(move |(j, m)| (kind, i, j, m.port)));
-            all.collect::<Vec<_>>()
+        // Those of gateways are gateways' ports.
+        let ours = |port: Option<u16>, source: &SourceMatch| {
+            port.filter(|_| vs.mesh && (source.gateways.is_empty() || source.gateways.iter().any(|gateway| **gateway == *"mesh")))
         };
-        for (kind, i, j, port) in asked.collect::<Vec<_>>().into_iter().chain(l4("tcp", &vs.tcp)).chain(l4("tls", &vs.tls)) {
+        let mut asked = Vec::new();
+        for (i, all) in http.iter().enumerate() {
+            asked.extend(all.iter().enumerate().map(|(j, m)| ("http", i, j, ours(m.port, &m.source))));
+        }
+        for (kind, rules) in [("tcp", &vs.tcp), ("tls", &vs.tls)] {
+            for (i, rule) in rules.iter().enumerate() {
+                asked.extend(rule.matches.iter().enumerate().map(|(j, m)| (kind, i, j, ours(m.port, &m.source))));
+            }
+        }
+        for (kind, i, j, port) in asked {
             if let Some(port) = port.filter(|port| !ports.is_empty() && !ports.iter().any(|(p, _)| p == port)) {
                 self.say(named, &format!("spec.{kind}[{i}].match[{j}].port: no Service among its hosts has a port {port}"));
             }
@@ -160,15 +172,18 @@ impl Lint<'_> {
     }
 
     /// Tells of rules, and of single matches, all of whose requests or connections others before them take. `last`: the first rule that
-    /// takes everything.
-    fn unreached<M: Covers>(&mut self, named: &Named, kind: &str, rules: &[&[M]], last: Option<usize>) {
+    /// takes everything; `counts`: which of them take what they match.
+    fn unreached<M: Covers>(&mut self, named: &Named, kind: &str, (rules, counts): (&[&[M]], &[bool]), last: Option<usize>) {
         for i in last.map_or(rules.len(), |last| last + 1)..rules.len() {
             let last = last.unwrap_or_default();
             let message = format!("spec.{kind}[{i}]: is never reached, as spec.{kind}[{last}] takes everything; put it before that one");
             self.say(named, &message);
         }
         for (i, matches) in rules.iter().enumerate().take(last.unwrap_or(rules.len())) {
-            let before = |wanted: &M| rules.iter().take(i).position(|earlier| earlier.iter().any(|own| own.covers(wanted)));
+            let before = |wanted: &M| {
+                let mut earlier = rules.iter().zip(counts).take(i);
+                earlier.position(|(earlier, counts)| *counts && earlier.iter().any(|own| own.covers(wanted)))
+            };
             let before = matches.iter().map(before).collect::<Vec<_>>();
             if let Some(takers) = before.iter().copied().collect::<Option<BTreeSet<_>>>().filter(|takers| !takers.is_empty()) {
                 let takers = listed(kind, &takers);
