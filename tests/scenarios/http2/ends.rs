@@ -134,6 +134,43 @@ async fn an_answer_is_whole_although_its_connection_ends_before_the_request() {
     }
 }
 
+/// Nor is one cut that a reset comes behind, nor what comes before one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_takes_nothing_of_what_came_before_it() {
+    let reset = |reason: u32| frame(3, 0, 1, &reason.to_be_bytes());
+    for (what, ends, reason, whole) in [("no error", 1, 0, true), ("cancelled", 1, 8, true), ("cut", 0, 8, false)] {
+        let says = [frame(1, 4, 1, &[0x88]), frame(0, ends, 1, b"all of it"), reset(reason)].concat();
+        let address = application(&[], 1, says, false).await;
+        let out = service("server", "10.98.0.2", "http2", &[address]);
+        let into = [vec![server_pod()], out.clone()].concat();
+        for (way, documents) in [("out", out), ("into", into)] {
+            let engine = Engine::start(&documents).await.expect("engine");
+            let stream = match way {
+                "out" => engine.connect("10.98.0.2:80".parse().expect("valid")).await,
+                _ => engine.connect_inbound(address.port()).await,
+            };
+            let (mut send, connection) = h2::client::handshake(stream.expect("connected")).await.expect("HTTP/2");
+            tokio::spawn(connection);
+            let (response, mut upload) =
+                send.send_request(Request::post("http://svc.example/x").body(()).expect("valid"), false).expect("sent");
+            upload.send_data(vec![b'a'; 100].into(), false).expect("sent");
+            let answer = async {
+                let mut body = response.await.expect("an answer").into_body();
+                let mut read = Vec::new();
+                loop {
+                    match body.data().await {
+                        Some(Ok(data)) => read.extend_from_slice(&data),
+                        Some(Err(_)) => return (read, false),
+                        None => return (read, true),
+                    }
+                }
+            };
+            let answer = tokio::time::timeout(Duration::from_secs(5), answer).await.expect("an end");
+            assert_eq!(answer, (b"all of it".to_vec(), whole), "{way}: {what}");
+        }
+    }
+}
+
 /// One whose last frame has not come to its end is not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_that_is_cut_in_its_last_frame_is_not_whole() {
