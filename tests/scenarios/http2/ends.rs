@@ -53,6 +53,15 @@ async fn into_the_pod(application: SocketAddr) -> (Engine, tokio::net::TcpStream
     (engine, stream)
 }
 
+/// Connections to an application: as a service's, out of a pod, and as the pod's own, into it.
+async fn both_ways(application: SocketAddr) -> [(&'static str, Engine, tokio::net::TcpStream); 2] {
+    let documents = service("server", "10.98.0.2", "http2", &[application]);
+    let out = Engine::start(&documents).await.expect("engine");
+    let leaving = out.connect("10.98.0.2:80".parse().expect("valid")).await.expect("connected");
+    let (into, coming) = into_the_pod(application).await;
+    [("out", out, leaving), ("into", into, coming)]
+}
+
 /// An error of the connection as a whole says which streams were not begun, and loses no answer that had come.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_application_that_ends_with_an_error_takes_nothing_with_it() {
@@ -141,15 +150,8 @@ async fn a_reset_takes_nothing_of_what_came_before_it() {
     for (what, ends, reason, whole) in [("no error", 1, 0, true), ("cancelled", 1, 8, true), ("cut", 0, 8, false)] {
         let says = [frame(1, 4, 1, &[0x88]), frame(0, ends, 1, b"all of it"), reset(reason)].concat();
         let address = application(&[], 1, says, false).await;
-        let out = service("server", "10.98.0.2", "http2", &[address]);
-        let into = [vec![server_pod()], out.clone()].concat();
-        for (way, documents) in [("out", out), ("into", into)] {
-            let engine = Engine::start(&documents).await.expect("engine");
-            let stream = match way {
-                "out" => engine.connect("10.98.0.2:80".parse().expect("valid")).await,
-                _ => engine.connect_inbound(address.port()).await,
-            };
-            let (mut send, connection) = h2::client::handshake(stream.expect("connected")).await.expect("HTTP/2");
+        for (way, _engine, stream) in both_ways(address).await {
+            let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
             tokio::spawn(connection);
             let (response, mut upload) =
                 send.send_request(Request::post("http://svc.example/x").body(()).expect("valid"), false).expect("sent");
@@ -180,15 +182,8 @@ async fn an_answer_that_is_cut_in_its_last_frame_is_not_whole() {
     for (what, last) in [("data", &last), ("trailers", &trailers)] {
         let says = [frame(1, 4, 1, &[0x88]), frame(0, 0, 1, b"abc"), last[..last.len() - 1].to_vec()].concat();
         let address = application(&[], 1, says, true).await;
-        let out = service("server", "10.98.0.2", "http2", &[address]);
-        let into = [vec![server_pod()], out.clone()].concat();
-        for (way, documents) in [("out", out), ("into", into)] {
-            let engine = Engine::start(&documents).await.expect("engine");
-            let stream = match way {
-                "out" => engine.connect("10.98.0.2:80".parse().expect("valid")).await,
-                _ => engine.connect_inbound(address.port()).await,
-            };
-            let (mut send, connection) = h2::client::handshake(stream.expect("connected")).await.expect("HTTP/2");
+        for (way, _engine, stream) in both_ways(address).await {
+            let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
             tokio::spawn(connection);
             let (response, _) = send.send_request(Request::get("http://svc.example/x").body(()).expect("valid"), true).expect("sent");
             let cut = async {
