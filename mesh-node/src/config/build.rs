@@ -192,6 +192,11 @@ impl<'a> Builder<'a> {
                     continue;
                 }
             };
+            if pod.has_sidecar && self.enrols(pod, &workload.name.namespace) {
+                let message = "metadata.annotations[sidecar.istio.io/status]: a sidecar captures this pod's connections already, so it is not in the \
+                               mesh; restart it without injection";
+                self.remark(Severity::Warning, named, message);
+            }
             let made_by = (workload.name.namespace.clone(), workload.workload_name.clone());
             snapshot.by_workload.entry(made_by).or_default().push(workload.clone());
             snapshot.workloads.insert(workload.uid.clone(), workload.clone());
@@ -230,6 +235,11 @@ impl<'a> Builder<'a> {
         locality
     }
 
+    /// Whether labels put a pod into the mesh.
+    fn enrols(&self, pod: &Pod, namespace: &str) -> bool {
+        !pod.host_network && self.mesh.enrolment.enrols(self.parts.namespaces.get(namespace).copied(), &pod.labels)
+    }
+
     fn workload<'p>(
         &self,
         named: &'p Named,
@@ -240,7 +250,6 @@ impl<'a> Builder<'a> {
         alike: &mut Alike<'p>,
     ) -> Result<Workload, String> {
         let name = &named.key.name;
-        let namespace = self.parts.namespaces.get(&*name.namespace).copied();
         let identity = SpiffeId::new(&self.mesh.trust_domains.local, &name.namespace, &pod.service_account)
             .map_err(|e| format!("spec.serviceAccountName: {e}"))?;
         let ips = if pod.host_network { &[][..] } else { &pod.ips };
@@ -267,7 +276,7 @@ impl<'a> Builder<'a> {
             labels: pod.labels.clone(),
             locality: self.locality(&pod.node, None),
             ips: pod.ips.clone(),
-            enrolled: !pod.host_network && self.mesh.enrolment.enrols(namespace, &pod.labels),
+            enrolled: self.enrols(pod, &name.namespace) && !pod.has_sidecar,
             policy,
         })
     }

@@ -71,6 +71,8 @@ pub struct Pod {
     pub probes: BTreeSet<u16>,
     /// Whether its connections may be accelerated: not with `mesh-node.io/acceleration: "off"` among its annotations or labels.
     pub accelerate: bool,
+    /// A sidecar of Istio's was injected, which captures its connections itself: the annotation `sidecar.istio.io/status`.
+    pub has_sidecar: bool,
 }
 
 /// What made a pod, as far as Istio tells that apart: what was made by anything else is a pod to it.
@@ -210,12 +212,14 @@ impl Pod {
         // Whoever may make pods writes annotations: the UID of another pod is none.
         let digest = |text: &&str| text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
         let of_static = annotation("kubernetes.io/config.mirror").and_then(|_| annotation("kubernetes.io/config.hash")).filter(digest);
+        let has_sidecar = annotation("sidecar.istio.io/status").is_some();
         let (workload_name, workload_kind) =
             made_by(&metadata.owner_references.unwrap_or_default(), &metadata.labels, metadata.name.as_deref().unwrap_or_default());
         let accelerate = switches.map(|value: &str| switch(value)).collect::<Result<Vec<_>, _>>()?.iter().all(|on| *on);
         Ok(Self {
             probes,
             accelerate,
+            has_sidecar,
             uid: WorkloadUid(of_static.map_or(uid.into(), Into::into)),
             labels: metadata.labels,
             node: spec.node_name.unwrap_or_default().into(),

@@ -184,8 +184,10 @@ fn endpoint_loads_outlive_a_snapshot() {
 fn pods_are_workloads_with_identity_and_enrolment() {
     let ambient =
         json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default", "labels": {"istio.io/dataplane-mode": "ambient"}}});
-    let (snapshot, _) = built(&[
+    let injected = json!({"metadata": {"annotations": {"sidecar.istio.io/status": "{}"}}});
+    let (snapshot, statuses) = built(&[
         ambient,
+        pod("e", "10.0.0.5", &injected),
         pod("a", "10.0.0.1", &json!({"spec": {"serviceAccountName": "front"}})),
         pod("b", "10.0.0.2", &json!({"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}})),
         pod("c", "10.0.0.3", &json!({"spec": {"hostNetwork": true}})),
@@ -197,6 +199,8 @@ fn pods_are_workloads_with_identity_and_enrolment() {
     assert!(!find("10.0.0.2").expect("a workload").enrolled);
     assert!(find("10.0.0.3").is_none() && snapshot.workload(&WorkloadUid("uid-c".into())).is_some_and(|w| !w.enrolled));
     assert!(find("10.0.0.4").is_none());
+    assert!(!find("10.0.0.5").expect("a workload").enrolled);
+    assert!(statuses.len() == 1 && statuses[0].message.contains("Pod default/e: metadata.annotations[sidecar.istio.io/status]"), "{statuses:?}");
 }
 
 #[test]
