@@ -85,6 +85,8 @@ struct Parts<'a> {
     nodes: HashMap<&'a str, &'a kube::Node>,
     pods: Vec<(&'a Named, &'a Pod)>,
     services: Vec<(&'a Named, &'a kube::Service)>,
+    /// The same, by namespace and name.
+    by_name: Map<(&'a str, &'a str), &'a kube::Service>,
     slices: HashMap<(&'a str, &'a str), Vec<&'a EndpointSlice>>,
     peer_authentications: Vec<(&'a Named, &'a PeerAuthentication)>,
     authorizations: Vec<(&'a Named, &'a AuthorizationPolicy)>,
@@ -119,7 +121,10 @@ impl<'a> Builder<'a> {
                 parts.near.extend(n.near.map(|near| (&**name, near)));
             }
             Object::Pod(p) => parts.pods.push((named, p)),
-            Object::Service(s) => parts.services.push((named, s)),
+            Object::Service(s) => {
+                parts.services.push((named, s));
+                parts.by_name.insert((&named.key.name.namespace, &named.key.name.name), s);
+            }
             Object::EndpointSlice(s) => {
                 if let Some(service) = &s.service {
                     parts.slices.entry((&named.key.name.namespace, service)).or_default().push(s);

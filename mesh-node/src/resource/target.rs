@@ -15,6 +15,16 @@ pub enum TargetRef {
     Everything,
 }
 
+impl TargetRef {
+    /// The Service it refers to, if it is one.
+    pub fn service(&self) -> Option<&str> {
+        match self {
+            Self::Service(name) => Some(name),
+            Self::Everything => None,
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct TargetSpec {

@@ -16,7 +16,7 @@ use crate::{
         AuthorizationPolicy, Named, PeerAuthentication, RequestAuthentication,
         authorization::Action,
         request_authentication::{JwtRule, KeySource, RemoteKeys},
-        selector::{Labels, WorkloadSelector},
+        selector::{Labels, Selecting, WorkloadSelector},
         target::TargetRef,
     },
     route::{PortOf, Ports},
@@ -25,25 +25,18 @@ use crate::{
 /// A port of a pod that a service leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Attached<'a> {
-    service: &'a ObjectName,
+    pub service: &'a ObjectName,
     /// The service's port, and the pod's.
     service_port: u16,
     port: u16,
     protocol: Protocol,
 }
 
-impl Attached<'_> {
-    /// Whether it is of this service.
-    pub(super) fn is_of(&self, namespace: &str, service: &str) -> bool {
-        *self.service.namespace == *namespace && *self.service.name == *service
-    }
-}
-
 /// By the pod's address.
 pub(super) type Attachments<'a> = Map<IpAddr, Vec<Attached<'a>>>;
 
 /// Which workloads a policy is for, of those its namespace reaches.
-enum Scope<'a> {
+pub(super) enum Scope<'a> {
     Workloads(Option<&'a WorkloadSelector>),
     Services(Vec<&'a str>),
 }
@@ -61,16 +54,50 @@ struct Policy<'a> {
     opaque: BTreeMap<u16, ObjectName>,
 }
 
+/// Objects of one namespace, by their numbers, as workloads find them.
+#[derive(Default)]
+pub(super) struct Reaching<'a> {
+    everyone: Vec<usize>,
+    selecting: Selecting<'a, usize>,
+    /// By the Service they refer to, which is one of the same namespace.
+    services: HashMap<&'a str, Vec<usize>>,
+}
+
+impl<'a> Reaching<'a> {
+    pub(super) fn add(&mut self, number: usize, scope: &Scope<'a>) {
+        match scope {
+            Scope::Workloads(None) => self.everyone.push(number),
+            Scope::Workloads(Some(selector)) => self.selecting.insert(selector, number),
+            Scope::Services(names) => names.iter().for_each(|name| self.services.entry(name).or_default().push(number)),
+        }
+    }
+
+    /// Those for a workload with these labels whatever leads to it, the least number first.
+    pub(super) fn selected(&self, labels: &Labels) -> Vec<usize> {
+        let mut found = self.selecting.of(labels);
+        found.extend(&self.everyone);
+        found.sort_unstable();
+        found
+    }
+
+    /// Those for a Service of their namespace.
+    pub(super) fn referring(&self, service: &str) -> &[usize] {
+        self.services.get(service).map_or(&[], Vec::as_slice)
+    }
+}
+
 /// Policies by the scope they apply to.
 #[derive(Default)]
 pub(super) struct Policies<'a> {
     mesh_mtls: Option<&'a PeerAuthentication>,
     namespace_mtls: HashMap<&'a str, &'a PeerAuthentication>,
     /// Oldest first.
-    workload_mtls: HashMap<&'a str, Vec<&'a PeerAuthentication>>,
+    with_selectors: Vec<&'a PeerAuthentication>,
+    /// Indices into them.
+    workload_mtls: HashMap<&'a str, Selecting<'a, usize>>,
     all: Vec<Policy<'a>>,
     /// Indices into `all`. Those of the root namespace apply everywhere.
-    by_namespace: HashMap<&'a str, Vec<usize>>,
+    by_namespace: HashMap<&'a str, Reaching<'a>>,
     /// Compiled once for all workloads that the same policies govern.
     compiled: HashMap<Vec<usize>, Arc<Governing>>,
     /// Policies of services by the port they are reached by and the pod's.
@@ -100,12 +127,13 @@ impl<'a> Policies<'a> {
     fn peer_authentication(&mut self, builder: &mut Builder<'a>, named: &'a Named, policy: &'a PeerAuthentication) {
         let namespace: &str = &named.key.name.namespace;
         let root = namespace == &*builder.mesh.root_namespace;
-        if policy.selector.is_some() {
+        if let Some(selector) = &policy.selector {
             if root {
                 let message = "spec.selector: is ignored in the root namespace; move the object to the workload's namespace";
                 return builder.remark(Severity::Error, named, message);
             }
-            return self.workload_mtls.entry(namespace).or_default().push(policy);
+            self.workload_mtls.entry(namespace).or_default().insert(selector, self.with_selectors.len());
+            return self.with_selectors.push(policy);
         }
         let taken = if root {
             self.mesh_mtls.is_some() || self.mesh_mtls.replace(policy).is_some()
@@ -143,11 +171,10 @@ impl<'a> Policies<'a> {
         };
         let mut labels = authorizer.service.split('.');
         let (name, namespace) = (labels.next().unwrap_or_default(), labels.next().unwrap_or_default());
-        let (of_name, port) = (ObjectName::new(namespace, name), authorizer.port);
-        let service = builder.parts.services.iter().find(|(n, _)| n.key.name == of_name);
-        let missing = match service {
+        let port = authorizer.port;
+        let missing = match builder.parts.by_name.get(&(namespace, name)) {
             None => "does not exist".to_owned(),
-            Some((_, service)) if !service.ports.iter().any(|p| p.port == port) => format!("has no port {port}"),
+            Some(service) if !service.ports.iter().any(|p| p.port == port) => format!("has no port {port}"),
             Some(_) => return,
         };
         let message = format!(
@@ -164,32 +191,25 @@ impl<'a> Policies<'a> {
 
     fn add(&mut self, policy: Policy<'a>) {
         let namespace: &'a str = &policy.named.key.name.namespace;
-        self.by_namespace.entry(namespace).or_default().push(self.all.len());
+        self.by_namespace.entry(namespace).or_default().add(self.all.len(), &policy.scope);
         self.all.push(policy);
     }
 
     /// What governs a workload.
     pub(super) fn of(&mut self, name: &ObjectName, labels: &Labels, root: &str, attached: &[Attached<'_>]) -> WorkloadPolicy {
         let namespace: &str = &name.namespace;
-        let selected = |p: &&&PeerAuthentication| p.selector.as_ref().is_some_and(|s| s.matches(labels));
-        let workload = self.workload_mtls.get(namespace).and_then(|all| all.iter().find(selected)).copied();
+        let selected = self.workload_mtls.get(namespace).and_then(|all| all.of(labels).first().copied());
+        let workload = selected.and_then(|i| self.with_selectors.get(i)).copied();
         let mtls = effective_mtls(self.mesh_mtls, self.namespace_mtls.get(namespace).copied(), workload);
-        let own = self.by_namespace.get(namespace);
-        let mesh = self.by_namespace.get(root).filter(|_| namespace != root);
-        let reaching = own.into_iter().chain(mesh).flatten().copied().collect::<Vec<_>>();
         let (mut base, mut ports): (Vec<usize>, BTreeMap<u16, Vec<usize>>) = (Vec::new(), BTreeMap::new());
         let mut by_service = Vec::new();
-        for i in reaching {
-            match &self.all[i].scope {
-                Scope::Workloads(selector) if selector.is_none_or(|s| s.matches(labels)) => base.push(i),
-                Scope::Workloads(_) => {}
-                // A reference is to an object of the policy's own namespace.
-                Scope::Services(names) => {
-                    let home = &self.all[i].named.key.name.namespace;
-                    let meant = attached.iter().filter(|a| a.service.namespace == *home && names.contains(&&*a.service.name));
-                    let ambiguous = |a: &Attached<'_>| attached.iter().any(|b| b.service == a.service && b.service_port == a.port);
-                    by_service.extend(meant.map(|a| (i, a.service_port, a.port, ambiguous(a))));
-                }
+        let ambiguous = |a: &Attached<'_>| attached.iter().any(|b| b.service == a.service && b.service_port == a.port);
+        for home in [namespace, root].into_iter().take(if namespace == root { 1 } else { 2 }) {
+            let Some(reaching) = self.by_namespace.get(home) else { continue };
+            base.extend(reaching.selected(labels));
+            for a in attached.iter().filter(|a| *a.service.namespace == *home) {
+                let referring = reaching.referring(&a.service.name);
+                by_service.extend(referring.iter().map(|i| (*i, a.service_port, a.port, ambiguous(a))));
             }
         }
         for (i, service_port, port, ambiguous) in by_service {
@@ -302,14 +322,9 @@ fn scope<'a>(
         }
         return Some(Scope::Workloads(None));
     }
-    let services = targets.iter().filter_map(|t| match t {
-        TargetRef::Service(name) => Some(&**name),
-        TargetRef::Everything => None,
-    });
-    let services = services.collect::<Vec<_>>();
-    for missing in services.iter().filter(|s| {
-        !builder.parts.services.iter().any(|(n, _)| n.key.name.namespace == named.key.name.namespace && *n.key.name.name == ***s)
-    }) {
+    let services = targets.iter().filter_map(TargetRef::service).collect::<Vec<_>>();
+    let namespace = &*named.key.name.namespace;
+    for missing in services.iter().filter(|name| !builder.parts.by_name.contains_key(&(namespace, **name))) {
         let message = format!("spec.targetRefs: there is no Service {missing} in the policy's namespace (yet)");
         builder.statuses.push(builder.status(Severity::Warning, named, &message));
     }

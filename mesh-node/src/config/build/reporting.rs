@@ -5,7 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use super::{Builder, age, policies::Attached};
+use super::{
+    Builder, age,
+    policies::{Attached, Reaching, Scope},
+};
 use crate::{
     config::store::Severity,
     id::ObjectName,
@@ -27,8 +30,10 @@ const SAMPLING: u32 = 10_000;
 pub(super) struct Reports<'a> {
     mesh: Option<&'a Telemetry>,
     namespaces: HashMap<&'a str, &'a Telemetry>,
-    /// Oldest first.
-    workloads: HashMap<&'a str, Vec<&'a Telemetry>>,
+    /// Those for some of a namespace's workloads, oldest first.
+    chosen: Vec<&'a Telemetry>,
+    /// Indices into them.
+    workloads: HashMap<&'a str, Reaching<'a>>,
     observability: Observability,
     /// Of the scopes that make it up, by address.
     resolved: HashMap<[Option<usize>; 3], Arc<Reporting>>,
@@ -50,8 +55,14 @@ impl Side {
 impl<'a> Reports<'a> {
     pub(super) fn new(builder: &mut Builder<'a>) -> Self {
         let observability = std::mem::take(&mut builder.parts.observability);
-        let mut reports =
-            Self { mesh: None, namespaces: HashMap::new(), workloads: HashMap::new(), observability, resolved: HashMap::new() };
+        let mut reports = Self {
+            mesh: None,
+            namespaces: HashMap::new(),
+            chosen: Vec::new(),
+            workloads: HashMap::new(),
+            observability,
+            resolved: HashMap::new(),
+        };
         let mut all = std::mem::take(&mut builder.parts.telemetries);
         all.sort_by_key(|(named, _)| age(named));
         for (named, telemetry) in all {
@@ -68,7 +79,12 @@ impl<'a> Reports<'a> {
         let everything = telemetry.targets.contains(&TargetRef::Everything);
         let selects = telemetry.selector.is_some() || !telemetry.targets.is_empty() && !everything;
         let taken = if selects {
-            self.workloads.entry(namespace).or_default().push(telemetry);
+            let scope = match &telemetry.selector {
+                Some(selector) => Scope::Workloads(Some(selector)),
+                None => Scope::Services(telemetry.targets.iter().filter_map(TargetRef::service).collect()),
+            };
+            self.workloads.entry(namespace).or_default().add(self.chosen.len(), &scope);
+            self.chosen.push(telemetry);
             false
         } else if root {
             self.mesh.is_some() || self.mesh.replace(telemetry).is_some()
@@ -133,14 +149,13 @@ impl<'a> Reports<'a> {
 
     /// What is told of a workload.
     pub(super) fn of(&mut self, name: &ObjectName, labels: &Labels, attached: &[Attached<'_>]) -> Arc<Reporting> {
-        let selects = |t: &&&Telemetry| match &t.selector {
-            Some(selector) => selector.matches(labels),
-            None => t.targets.iter().any(|target| match target {
-                TargetRef::Service(service) => attached.iter().any(|a| a.is_of(&name.namespace, service)),
-                TargetRef::Everything => false,
-            }),
+        let reaching = self.workloads.get(&*name.namespace);
+        let of_services = |reaching: &Reaching<'_>| {
+            let own = attached.iter().filter(|a| a.service.namespace == name.namespace);
+            own.flat_map(|a| reaching.referring(&a.service.name)).copied().min()
         };
-        let own = self.workloads.get(&*name.namespace).and_then(|all| all.iter().find(selects)).copied();
+        let oldest = reaching.and_then(|r| r.selected(labels).first().copied().into_iter().chain(of_services(r)).min());
+        let own = oldest.and_then(|i| self.chosen.get(i)).copied();
         let levels = [self.mesh, self.namespaces.get(&*name.namespace).copied(), own];
         let key = levels.map(|level| level.map(|t| std::ptr::from_ref(t).addr()));
         let observability = &self.observability;

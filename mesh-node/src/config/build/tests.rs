@@ -200,7 +200,10 @@ fn pods_are_workloads_with_identity_and_enrolment() {
     assert!(find("10.0.0.3").is_none() && snapshot.workload(&WorkloadUid("uid-c".into())).is_some_and(|w| !w.enrolled));
     assert!(find("10.0.0.4").is_none());
     assert!(!find("10.0.0.5").expect("a workload").enrolled);
-    assert!(statuses.len() == 1 && statuses[0].message.contains("Pod default/e: metadata.annotations[sidecar.istio.io/status]"), "{statuses:?}");
+    assert!(
+        statuses.len() == 1 && statuses[0].message.contains("Pod default/e: metadata.annotations[sidecar.istio.io/status]"),
+        "{statuses:?}"
+    );
 }
 
 #[test]

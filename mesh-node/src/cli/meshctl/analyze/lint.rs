@@ -5,7 +5,7 @@ mod ports;
 mod routes;
 mod values;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::{
     config::{
@@ -13,7 +13,10 @@ use crate::{
         store::{Severity, Status, Store},
     },
     id::ObjectName,
-    resource::{DestinationRule, Kind, Named, Object, selector::WorkloadSelector},
+    resource::{
+        DestinationRule, Kind, Named, Object,
+        selector::{Selecting, WorkloadSelector},
+    },
     route::{Workload, rule::Action},
 };
 
@@ -26,7 +29,16 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
         _ => &*named.key.name.namespace,
     });
     let namespaces = namespaces.filter(|n| written && !n.is_empty()).chain(written.then_some(&*mesh.root_namespace));
-    let mut lint = Lint { store, mesh, snapshot, namespaces: namespaces.collect(), found: Vec::new() };
+    let mut lint = Lint {
+        store,
+        mesh,
+        snapshot,
+        namespaces: namespaces.collect(),
+        workloads: BTreeMap::new(),
+        labelled: HashMap::new(),
+        found: Vec::new(),
+    };
+    snapshot.workloads().for_each(|workload| lint.take(workload));
     for named in store.objects() {
         match &named.object {
             Object::VirtualService(vs) => lint.virtual_service(named, vs),
@@ -64,32 +76,44 @@ struct Lint<'a> {
     snapshot: &'a Snapshot,
     /// Those there are; empty where manifests do not say.
     namespaces: BTreeSet<&'a str>,
+    /// By namespace.
+    workloads: BTreeMap<&'a str, Vec<&'a Workload>>,
+    /// By each of their labels.
+    labelled: HashMap<(&'a str, &'a str), Vec<&'a Workload>>,
     found: Vec<Status>,
 }
 
-impl Lint<'_> {
+impl<'a> Lint<'a> {
+    fn take(&mut self, workload: &'a Workload) {
+        self.workloads.entry(&workload.name.namespace).or_default().push(workload);
+        workload.labels.iter().for_each(|pair| self.labelled.entry(pair).or_default().push(workload));
+    }
+
     fn say(&mut self, named: &Named, message: &str) {
         let origin = self.store.origin_of(&named.key).map(ToString::to_string).unwrap_or_default();
         self.found.push(Status { origin, severity: Severity::Warning, message: format!("{}: {message}", named.key) });
     }
 
-    /// Workloads an object of a namespace may be about.
-    fn scope(&self, namespace: &str) -> Vec<&Workload> {
+    /// Workloads a selector of an object of a namespace matches.
+    fn selected<'s>(&'s self, namespace: &'s str, selector: &'s WorkloadSelector) -> impl Iterator<Item = &'a Workload> + 's {
         let root = *self.mesh.root_namespace == *namespace;
-        self.snapshot.workloads().filter(|w| root || *w.name.namespace == *namespace).map(|w| &**w).collect()
+        let pair = selector.match_labels.iter().find(|(_, value)| *value != "*");
+        let labelled = pair.and_then(|pair| self.labelled.get(&pair));
+        let all = self.workloads.values().flatten().filter(move |_| pair.is_none());
+        let may = labelled.into_iter().flatten().chain(all).copied();
+        may.filter(move |w| (root || *w.name.namespace == *namespace) && selector.matches(&w.labels))
     }
 
     fn selector(&mut self, named: &Named, selector: Option<&WorkloadSelector>) {
         let Some(selector) = selector else { return };
-        if !self.scope(&named.key.name.namespace).iter().any(|w| selector.matches(&w.labels)) {
+        if self.selected(&named.key.name.namespace, selector).next().is_none() {
             self.say(named, "spec.selector: matches no pod of these manifests; check its labels and the object's namespace");
         }
     }
 
     fn subsets(&mut self, named: &Named, rule: &DestinationRule) {
         let namespace: &str = &named.key.name.namespace;
-        let Some(service) = self.service(&rule.host, namespace) else { return };
-        let Some(service) = self.snapshot.services().iter().find(|s| s.name == service) else { return };
+        let Some(service) = self.service(&rule.host, namespace).and_then(|name| self.snapshot.service(&name)) else { return };
         for (i, subset) in rule.subsets.iter().enumerate() {
             let reached = service.ports.iter().filter_map(|p| p.subsets.get(&subset.name)).any(|cluster| !cluster.endpoints.is_empty());
             if !reached && service.ports.iter().any(|p| !p.cluster.endpoints.is_empty()) {
@@ -106,7 +130,7 @@ impl Lint<'_> {
         let mut labels = host.split('.');
         let name =
             ObjectName::new(labels.next().filter(|n| !n.is_empty()).map(|_| labels.next().unwrap_or(namespace))?, host.split('.').next()?);
-        self.snapshot.services().iter().any(|s| s.name == name).then_some(name)
+        self.snapshot.service(&name).is_some().then_some(name)
     }
 
     /// Of several for one host in one namespace, the oldest that has it counts.
@@ -145,18 +169,19 @@ impl Lint<'_> {
     /// Of several for one pod, the oldest counts.
     fn peer_authentications(&mut self, aged: &[&Named]) {
         let mut said = BTreeSet::new();
-        let all = aged.iter().filter_map(|named| match &named.object {
-            Object::PeerAuthentication(p) => Some((*named, p.selector.as_ref()?)),
-            _ => None,
-        });
-        let all = all.collect::<Vec<_>>();
+        let mut all: BTreeMap<&str, Selecting<'_, usize>> = BTreeMap::new();
+        for (i, named) in aged.iter().enumerate() {
+            if let Object::PeerAuthentication(p) = &named.object
+                && let Some(selector) = &p.selector
+            {
+                all.entry(&named.key.name.namespace).or_default().insert(selector, i);
+            }
+        }
         for workload in self.snapshot.workloads() {
-            let of = |named: &Named, selector: &WorkloadSelector| {
-                named.key.name.namespace == workload.name.namespace && selector.matches(&workload.labels)
-            };
-            let mut selecting = all.iter().filter(|(named, selector)| of(named, selector));
-            let Some((first, _)) = selecting.next() else { continue };
-            for (named, _) in selecting.filter(|(named, _)| said.insert(&named.key)).collect::<Vec<_>>() {
+            let Some(in_its_namespace) = all.get(&*workload.name.namespace) else { continue };
+            let mut selecting = in_its_namespace.of(&workload.labels).into_iter().filter_map(|i| aged.get(i));
+            let Some(first) = selecting.next() else { continue };
+            for named in selecting.filter(|named| said.insert(&named.key)) {
                 let message = format!("spec.selector: selects {} as well as {} does, which is older and counts", workload.name, first.key);
                 self.say(named, &message);
             }

@@ -52,13 +52,16 @@ impl Lint<'_> {
     fn disagreement(&mut self, named: &Named) {
         let own = &named.key.name;
         let declared = |name: &ObjectName, workload: &Workload, port: u16| {
-            let service = self.snapshot.services().iter().find(|service| service.name == *name)?;
+            let service = self.snapshot.service(name)?;
             let leads = |p: &&crate::route::ServicePort| {
                 p.cluster.endpoints.iter().any(|e| e.address.port() == port && workload.ips.contains(&e.address.ip()))
             };
             service.ports.iter().find(leads).map(|p| p.cluster.protocol)
         };
-        let shared = self.snapshot.workloads().filter(|workload| workload.name.namespace == own.namespace);
+        // Pods an endpoint of it is.
+        let ports = self.snapshot.service(own).into_iter().flat_map(|service| &service.ports);
+        let endpoints = ports.flat_map(|port| port.cluster.endpoints.iter());
+        let shared = endpoints.filter_map(|e| self.snapshot.workload_by_ip(e.address.ip()));
         let shared = shared.flat_map(|w| w.ports.shared.iter().map(move |(port, services)| (w, *port, services)));
         // Each pair is told of once.
         let is_pair = |services: &[PortOf]| services.iter().any(|of| of.service == *own) && services.iter().any(|of| of.service > *own);
@@ -81,8 +84,8 @@ impl Lint<'_> {
     }
 
     pub(super) fn settings_of_ports(&mut self, named: &Named, rule: &DestinationRule) {
-        let Some(service) = self.service(&rule.host, &named.key.name.namespace) else { return };
-        let Some(service) = self.snapshot.services().iter().find(|s| s.name == service) else { return };
+        let service = self.service(&rule.host, &named.key.name.namespace);
+        let Some(service) = service.and_then(|name| self.snapshot.service(&name)) else { return };
         let endpoints = || service.ports.iter().flat_map(|port| port.cluster.endpoints.iter());
         if let Some(field) = &rule.plaintext
             && endpoints().any(|e| self.snapshot.workload_by_ip(e.address.ip()).is_some_and(|w| w.enrolled))
@@ -100,7 +103,7 @@ impl Lint<'_> {
 
     pub(super) fn modes_of_ports(&mut self, named: &Named, policy: &PeerAuthentication) {
         let Some(selector) = &policy.selector else { return };
-        let selected = self.scope(&named.key.name.namespace).into_iter().filter(|w| selector.matches(&w.labels)).collect::<Vec<_>>();
+        let selected = self.selected(&named.key.name.namespace, selector).collect::<Vec<_>>();
         let lead = || selected.iter().flat_map(|w| &w.ports.services);
         let service_of = |port: u16| lead().find(|(_, of)| of.port == port).map(|(target, of)| (*target, of.service.clone()));
         let meant = policy.port_modes.keys().filter(|port| !lead().any(|(target, _)| target == *port));

@@ -115,11 +115,8 @@ impl Lint<'_> {
         self.unreached(named, "http", (&http, &takes), last);
         let namespace: &str = &named.key.name.namespace;
         let services = vs.hosts.iter().map(|host| self.service(host, namespace)).collect::<Option<BTreeSet<_>>>();
-        let of_hosts = |snapshot: &'_ crate::config::Snapshot| {
-            let services = snapshot.services().iter().filter(|s| services.as_ref().is_some_and(|all| all.contains(&s.name)));
-            services.flat_map(|s| &s.ports).map(|port| (port.port, is_tls(port))).collect::<Vec<_>>()
-        };
-        let ports = of_hosts(self.snapshot);
+        let services = services.iter().flatten().filter_map(|name| self.snapshot.service(name));
+        let ports = services.flat_map(|s| &s.ports).map(|port| (port.port, is_tls(port))).collect::<Vec<_>>();
         for (kind, rules, tls) in [("tcp", &vs.tcp, false), ("tls", &vs.tls, true)] {
             let matches = rules.iter().map(|rule| &*rule.matches).collect::<Vec<_>>();
             let takes = vec![true; matches.len()];
