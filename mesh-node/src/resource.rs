@@ -89,7 +89,7 @@ pub enum Object {
     PeerAuthentication(PeerAuthentication),
     AuthorizationPolicy(AuthorizationPolicy),
     RequestAuthentication(RequestAuthentication),
-    MeshConfig(MeshConfig),
+    MeshConfig(Box<MeshConfig>),
     VirtualService(Box<VirtualService>),
     DestinationRule(Box<DestinationRule>),
     GatewayRoute(GatewayRoute),

@@ -5,7 +5,7 @@ use std::{process::Stdio, time::Duration};
 use http::{Method, StatusCode};
 use mesh_tests::{
     Bed, NodeOptions, Pod, PodSpec,
-    bed::program,
+    bed::{program, wait_for},
     peer::{Certificate, Dial},
 };
 use serde_json::Value;
@@ -119,6 +119,48 @@ fn authorization_is_enforced_at_the_destination_for_every_way_in() {
     let hbone = std::net::SocketAddr::new(scene.server.v4(), 15008);
     let status = runtime.block_on(dial.status(hbone, Method::CONNECT, &scene.server.address(8080))).expect("a status");
     assert_eq!(status, StatusCode::UNAUTHORIZED);
+}
+
+#[test]
+fn names_the_trust_domain_had_before_come_with_the_configuration() {
+    let scene = scene();
+    scene.apply(
+        "policy",
+        "AuthorizationPolicy",
+        "default",
+        "{rules: [{from: [{source: {principals: [cluster.local/ns/default/sa/far]}}]}]}",
+    );
+    let (ca, from) = (scene.bed.directory.join("ca"), scene.bed.node_netns(1));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    let hbone = std::net::SocketAddr::new(scene.server.v4(), 15008);
+    let status = |domain: &str| {
+        let certificate = Some(Certificate::of(&format!("spiffe://{domain}/ns/default/sa/far")));
+        let dial = Dial { netns: &from, ca: &ca, certificate, alpn: &["h2"] };
+        runtime.block_on(dial.status(hbone, Method::CONNECT, &scene.server.address(8080))).ok()
+    };
+    let expect = |expected: [Option<u16>; 3]| {
+        let seen = || ["cluster.local", "old.local", "older.local"].map(|domain| status(domain).map(|s| s.as_u16()));
+        wait_for("who is believed", Duration::from_secs(5), || Ok(seen() == expected))
+            .unwrap_or_else(|_| panic!("{:?}, not {expected:?}", seen()));
+    };
+    expect([Some(200), None, None]);
+    let mesh = |aliases: &str| {
+        let mesh = format!("trustDomainAliases: {aliases}");
+        let yaml = format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata: {{mesh: {}}}\n",
+            serde_json::Value::from(mesh)
+        );
+        scene.bed.apply("mesh", &yaml).expect("applied");
+        scene.bed.settle().expect("settled");
+    };
+    mesh("[old.local, 'not a name']");
+    expect([Some(200), Some(200), None]);
+    let told = scene.bed.nodes()[0].log_text();
+    assert!(told.contains("data.mesh.trustDomainAliases[1]"), "{told}");
+    mesh("[older.local]");
+    expect([Some(200), None, Some(200)]);
+    scene.withdraw("mesh");
+    expect([Some(200), None, None]);
 }
 
 #[test]

@@ -182,6 +182,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     serve_pages(&node).await?;
     tokio::spawn(publisher.run());
     tokio::spawn(revocations);
+    tokio::spawn(follow_aliases(config.clone(), trust));
     tokio::spawn(async move {
         // Without its source the node ends; this is why.
         if let Err(error) = source.run(sender).await {
@@ -204,6 +205,13 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
         since: None,
     };
     reconciler.until_stopped(discovery, config).await
+}
+
+/// Believes peers by the names of the trust domain that the configuration gives.
+async fn follow_aliases(mut config: Configuration, trust: Arc<Trust>) {
+    while config.changed().await {
+        trust.set_aliases(&config.load().trust_domains.aliases);
+    }
 }
 
 /// Opens everything a node shows itself on.

@@ -21,7 +21,7 @@ use super::{
     store::{Severity, Status, Store},
 };
 use crate::{
-    id::{ObjectName, SpiffeId},
+    id::{ObjectName, SpiffeId, TrustDomain},
     policy::WorkloadPolicy,
     report::Reporting,
     resource::{
@@ -45,9 +45,12 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     }
     let mut snapshot = Snapshot::empty(mesh.clone());
     snapshot.generation = previous.generation + 1;
+    let known = &mesh.trust_domains;
+    let more = builder.parts.aliases.iter().filter(|alias| !known.aliases.contains(alias));
+    snapshot.trust_domains.aliases.extend(more.cloned());
     let attachments = policies::attachments(&builder);
     snapshot.policies = builder.parts.authorizations.iter().map(|(named, policy)| summary(named, policy, mesh)).collect();
-    let mut policies = Policies::new(&mut builder);
+    let mut policies = Policies::new(&mut builder, &snapshot.trust_domains);
     let mut reports = Reports::new(&mut builder);
     builder.workloads(&mut policies, &mut reports, &attachments, &mut snapshot);
     snapshot.remote_keys = policies.finish(&mut builder);
@@ -98,6 +101,8 @@ struct Parts<'a> {
     client_cert: ClientCert,
     defaults: Option<&'a Defaults>,
     observability: Observability,
+    /// Names of the trust domain that the mesh configuration gives.
+    aliases: &'a [TrustDomain],
     telemetries: Vec<(&'a Named, &'a Telemetry)>,
     virtual_services: Vec<(&'a Named, &'a VirtualService)>,
     destination_rules: Vec<(&'a Named, &'a DestinationRule)>,
@@ -140,6 +145,7 @@ impl<'a> Builder<'a> {
                 parts.retries = m.retries.as_deref().cloned();
                 parts.client_cert = m.client_cert;
                 parts.defaults = Some(&*m.defaults);
+                parts.aliases = &m.aliases;
                 parts.observability = m.observability.clone();
                 m.problems.iter().for_each(|problem| self.remark(Severity::Warning, named, problem));
             }

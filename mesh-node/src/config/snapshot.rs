@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     id::{ObjectName, WorkloadUid},
+    policy::TrustDomains,
     resource::{
         authorization::Rule,
         mesh_config::{AddedHeaders, Authorizer, ClientCert, Normalization},
@@ -51,6 +52,8 @@ pub struct Snapshot {
     /// From when a source began to read the first of the changes in it until it was in force.
     pub lag: Duration,
     pub mesh: Arc<MeshSettings>,
+    /// The mesh's trust domain, and all names it had before.
+    pub trust_domains: TrustDomains,
     /// Key sets the policies need.
     pub remote_keys: BTreeSet<RemoteKeys>,
     pub authorizers: Authorizers,
@@ -84,6 +87,7 @@ impl Snapshot {
             built_in: Duration::ZERO,
             lag: Duration::ZERO,
             outbound: mesh.outbound,
+            trust_domains: mesh.trust_domains.clone(),
             mesh,
             remote_keys: BTreeSet::new(),
             authorizers: Authorizers::default(),

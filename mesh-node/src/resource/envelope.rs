@@ -214,7 +214,7 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
             Object::AuthorizationPolicy(AuthorizationPolicy::read(spec_of(spec, key)?, dry_run).map_err(fail)?)
         }
         Kind::RequestAuthentication => Object::RequestAuthentication(RequestAuthentication::read(spec_of(spec, key)?).map_err(fail)?),
-        Kind::ConfigMap => Object::MeshConfig(super::mesh_config::read(document, key)?),
+        Kind::ConfigMap => Object::MeshConfig(Box::new(super::mesh_config::read(document, key)?)),
         Kind::VirtualService => Object::VirtualService(Box::new(VirtualService::read(spec_of(spec, key)?).map_err(fail)?)),
         Kind::DestinationRule => Object::DestinationRule(Box::new(DestinationRule::read(spec_of(spec, key)?).map_err(fail)?)),
         Kind::HTTPRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, false).map_err(fail)?),

@@ -15,12 +15,15 @@ use webpki::{
 };
 
 use super::{Described, KeyExchange, TlsError};
-use crate::{id::SpiffeId, policy::TrustDomains};
+use crate::{
+    id::{SpiffeId, TrustDomain},
+    policy::TrustDomains,
+};
 
 /// What peers are verified with.
 #[derive(Debug)]
 pub struct Trust {
-    domains: TrustDomains,
+    domains: ArcSwap<TrustDomains>,
     key_exchange: KeyExchange,
     store: ArcSwap<Store>,
     /// Held by who replaces the store: roots and revocation lists come from different tasks.
@@ -45,7 +48,13 @@ pub(super) enum Role {
 impl Trust {
     /// Trusts nobody until there are roots.
     pub fn new(domains: TrustDomains, key_exchange: KeyExchange) -> Arc<Self> {
-        Arc::new(Self { domains, key_exchange, store: ArcSwap::default(), replacing: Mutex::default(), generation: watch::Sender::new(0) })
+        Arc::new(Self {
+            domains: ArcSwap::from_pointee(domains),
+            key_exchange,
+            store: ArcSwap::default(),
+            replacing: Mutex::default(),
+            generation: watch::Sender::new(0),
+        })
     }
 
     pub fn key_exchange(&self) -> KeyExchange {
@@ -162,9 +171,18 @@ impl Trust {
         Ok(())
     }
 
+    /// Replaces the names the trust domain had before; whoever is believed already stays so.
+    pub fn set_aliases(&self, aliases: &[TrustDomain]) {
+        let known = self.domains.load();
+        if known.aliases != aliases {
+            self.domains.store(Arc::new(TrustDomains { local: known.local.clone(), aliases: aliases.to_vec() }));
+        }
+    }
+
     /// Whether an identity is of this mesh: of its trust domain or an alias of it.
     pub fn is_ours(&self, id: &SpiffeId) -> bool {
-        *id.trust_domain() == self.domains.local || self.domains.aliases.contains(id.trust_domain())
+        let domains = self.domains.load();
+        *id.trust_domain() == domains.local || domains.aliases.contains(id.trust_domain())
     }
 
     /// Whether a peer's identity is the one expected: the same account, in any name of the trust domain.

@@ -11,7 +11,7 @@ use crate::{
     config::{snapshot::Map, store::Severity},
     detect::Protocol,
     id::ObjectName,
-    policy::{Authorization, CompiledPolicy, Governing, WorkloadPolicy, effective_mtls},
+    policy::{Authorization, CompiledPolicy, Governing, TrustDomains, WorkloadPolicy, effective_mtls},
     resource::{
         AuthorizationPolicy, Named, PeerAuthentication, RequestAuthentication,
         authorization::Action,
@@ -107,7 +107,7 @@ pub(super) struct Policies<'a> {
 }
 
 impl<'a> Policies<'a> {
-    pub(super) fn new(builder: &mut Builder<'a>) -> Self {
+    pub(super) fn new(builder: &mut Builder<'a>, domains: &TrustDomains) -> Self {
         let mut policies = Self::default();
         let mut peers = std::mem::take(&mut builder.parts.peer_authentications);
         peers.sort_by_key(|(named, _)| age(named));
@@ -115,7 +115,7 @@ impl<'a> Policies<'a> {
             policies.peer_authentication(builder, named, policy);
         }
         for (named, policy) in std::mem::take(&mut builder.parts.authorizations) {
-            policies.authorization(builder, named, policy);
+            policies.authorization(builder, (named, policy), domains);
         }
         for (named, policy) in std::mem::take(&mut builder.parts.request_authentications) {
             policies.request_authentication(builder, named, policy);
@@ -151,8 +151,8 @@ impl<'a> Policies<'a> {
         }
     }
 
-    fn authorization(&mut self, builder: &mut Builder<'a>, named: &'a Named, policy: &'a AuthorizationPolicy) {
-        let compiled = CompiledPolicy::compile(&named.key.name, policy, &builder.mesh.trust_domains);
+    fn authorization(&mut self, builder: &mut Builder<'a>, (named, policy): (&'a Named, &'a AuthorizationPolicy), domains: &TrustDomains) {
+        let compiled = CompiledPolicy::compile(&named.key.name, policy, domains);
         if let Some(provider) = &policy.provider {
             Self::look_for(builder, named, provider);
         }

@@ -54,7 +54,7 @@ pub fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Erro
 }
 
 /// Fields that are acted on, or that are for other programs than the data plane, or for how they find each other.
-const HONOURED_OR_OTHERS: [&str; 46] = [
+const HONOURED_OR_OTHERS: [&str; 47] = [
     "accessLogEncoding",
     "accessLogFile",
     "accessLogFormat",
@@ -97,6 +97,7 @@ const HONOURED_OR_OTHERS: [&str; 46] = [
     "statsConfigs",
     "tcpKeepalive",
     "thriftConfig",
+    "trustDomainAliases",
     "verifyCertificateAtClient",
     "xdsUdsPath",
     "ca",
@@ -104,14 +105,13 @@ const HONOURED_OR_OTHERS: [&str; 46] = [
 ];
 
 /// Fields that would change what a node does, and do not; and what to do instead.
-const NOT_HONOURED: [(&str, &str); 10] = [
+const NOT_HONOURED: [(&str, &str); 9] = [
     (
         "h2UpgradePolicy",
         "between nodes it is HTTP/2 anyway; an application that speaks it is named in a DestinationRule (connectionPool.http.h2UpgradePolicy)",
     ),
     ("defaultServiceExportTo", "say exportTo in each object"),
     ("protocolDetectionTimeout", "declare the protocol of ports by their names or appProtocol"),
-    ("trustDomainAliases", "start mesh-node with --trust-domain-alias"),
     ("discoverySelectors", "objects of all namespaces count"),
     ("serviceSettings", "nothing is cluster-local"),
     ("meshMTLS", "the versions and ciphers of the mesh's TLS are fixed"),
