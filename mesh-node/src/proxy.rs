@@ -154,7 +154,7 @@ impl Proxy {
             }
             for pod in self.pods.all() {
                 let Some(workload) = snapshot.workload(&pod.uid) else { continue };
-                pod.clusters.tidy(now, |id| snapshot.cluster_for(&workload.name.namespace, id).cloned());
+                pod.clusters.tidy(now, |id| snapshot.cluster_for(&workload.view, id).cloned());
             }
         }
     }

@@ -48,6 +48,8 @@ pub struct Workload {
     pub ports: Arc<Ports>,
     /// What is told of its traffic.
     pub reporting: Arc<Reporting>,
+    /// How it sees services as a client: the name of a view, of its namespace's where that is not of its own.
+    pub view: Arc<str>,
     /// Ports its probes and hooks name.
     pub probes: BTreeSet<u16>,
     /// Whether its connections may be accelerated.

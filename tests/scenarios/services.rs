@@ -134,6 +134,34 @@ async fn virtual_services_are_in_force_where_they_are_visible() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn destination_rules_are_for_the_clients_they_select() {
+    let (a, b) = (named("a").await, named("b").await);
+    let services = http_services(&[("web", 1, a), ("b", 2, b)]);
+    let to_subset = json!([{"route": [{"destination": {"host": "web", "subset": "all"}}]}]);
+    let rule = |name: &str, selector: Value, subset: &str| {
+        let mut rule = destination_rule("web", &json!({}));
+        rule["metadata"]["name"] = json!(name);
+        rule["spec"] = json!({"host": "web", "subsets": [{"name": subset, "labels": {}}]});
+        if !selector.is_null() {
+            rule["spec"]["workloadSelector"] = json!({"matchLabels": selector});
+        }
+        rule
+    };
+    let engine = Engine::start(&services).await.expect("engine");
+    for (what, rules, expected) in [
+        ("selects it", vec![rule("r", json!({"app": "client"}), "all")], "a"),
+        ("selects another", vec![rule("r", json!({"app": "other"}), "all")], "503"),
+        ("selects all", vec![rule("r", json!({}), "all")], "a"),
+        ("that is selected by comes first", vec![rule("r1", Value::Null, "other"), rule("r2", json!({"app": "client"}), "all")], "a"),
+        ("alone", vec![rule("r1", Value::Null, "all"), rule("r2", json!({"app": "client"}), "other")], "503"),
+        ("of another namespace", vec![in_namespace(rule("r", json!({"app": "client"}), "all"), "istio-system")], "503"),
+    ] {
+        engine.apply(&[services.clone(), vec![virtual_service("web", &to_subset)], rules].concat()).await.expect("applied");
+        assert_eq!(get(&engine, vip(1), "/x", "").await, expected, "{what}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn matches_are_tried_in_order_and_sources_are_looked_at() {
     let (a, b, c) = (named("a").await, named("b").await, named("c").await);
     let services = http_services(&[("web", 1, a), ("b", 2, b), ("c", 3, c)]);

@@ -55,7 +55,7 @@ pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, NoAnswer
     let mut answer = json!({"from": {"workload": source.name.to_string(), "identity": source.identity.to_string(), "enrolled": source.enrolled},
         "dialled": dialled, "allowed": false});
     let asker = Asker { question: &question, snapshot, source, dialled, host: &host };
-    let target = if source.enrolled { snapshot.resolve_for(&source.name.namespace, dialled) } else { snapshot.resolve(dialled) };
+    let target = if source.enrolled { snapshot.resolve_for(&source.view, dialled) } else { snapshot.resolve(dialled) };
     match target {
         Target::Service { service, port } => asker.to_service(service, port, &mut answer)?,
         Target::NoSuchPort(service) => {

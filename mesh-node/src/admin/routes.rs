@@ -32,11 +32,11 @@ pub(super) fn routes(node: &Node, query: &str) -> Result<Value, NoAnswer> {
     let mut all = Vec::new();
     for service in snapshot.services().iter().filter(|s| is_it(s)) {
         let common = of_service(service);
-        for (namespace, seen) in snapshot.views_of(&service.name) {
+        for (view, seen) in snapshot.views_of(&service.name) {
             // Only where it makes a difference.
             let own = of_service(seen);
             if own != common {
-                all.extend(own.into_iter().map(|one| for_clients(one, Some(namespace))));
+                all.extend(own.into_iter().map(|one| for_clients(one, Some(view))));
             }
         }
         all.extend(common.into_iter().map(|one| for_clients(one, None)));
@@ -44,8 +44,8 @@ pub(super) fn routes(node: &Node, query: &str) -> Result<Value, NoAnswer> {
     Ok(all.into())
 }
 
-fn for_clients(mut one: Value, namespace: Option<&str>) -> Value {
-    one["clientsOf"] = json!(namespace);
+fn for_clients(mut one: Value, view: Option<&str>) -> Value {
+    one["clientsOf"] = json!(view);
     one
 }
 

@@ -54,12 +54,12 @@ impl Node {
         let gauge = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
         let (mut all, snapshot) = ([0_usize; 7], self.proxy.config.load());
         for pod in self.proxy.pods.all() {
-            let namespace = snapshot.workload(&pod.uid).map(|w| w.name.namespace.clone()).unwrap_or_default();
+            let view = snapshot.workload(&pod.uid).map(|w| w.view.clone()).unwrap_or_default();
             for (id, state) in pod.clusters.all() {
                 let counts = [Limited::Connections, Limited::Pending, Limited::Requests, Limited::Retries].map(|of| state.count(of));
                 let now = Instant::now();
                 let ejected = state.outliers.ejected().iter().filter(|(_, until)| *until > now).count();
-                let limits = snapshot.cluster_for(&namespace, &id).map(|c| {
+                let limits = snapshot.cluster_for(&view, &id).map(|c| {
                     let http = &c.policy.http;
                     [c.policy.tcp.max_connections, http.max_pending, http.max_requests, http.max_retries]
                 });

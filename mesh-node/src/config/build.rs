@@ -4,6 +4,7 @@ mod policies;
 mod reporting;
 mod routes;
 mod services;
+mod views;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -14,6 +15,7 @@ use std::{
 
 use policies::{Attached, Attachments, Policies};
 use reporting::Reports;
+use views::Views;
 
 use super::{
     settings::{MeshSettings, OutboundPolicy},
@@ -50,10 +52,14 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     snapshot.trust_domains.aliases.extend(more.cloned());
     let attachments = policies::attachments(&builder);
     snapshot.policies = builder.parts.authorizations.iter().map(|(named, policy)| summary(named, policy, mesh)).collect();
-    let mut policies = Policies::new(&mut builder, &snapshot.trust_domains);
-    let mut reports = Reports::new(&mut builder);
-    builder.workloads(&mut policies, &mut reports, &attachments, &mut snapshot);
-    snapshot.remote_keys = policies.finish(&mut builder);
+    builder.parts.destination_rules.sort_by_key(|(named, _)| age(named));
+    let mut about = About {
+        policies: Policies::new(&mut builder, &snapshot.trust_domains),
+        reports: Reports::new(&mut builder),
+        views: Views::new(&builder),
+    };
+    builder.workloads(&mut about, &attachments, &mut snapshot);
+    snapshot.remote_keys = about.policies.finish(&mut builder);
     snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers).into_values().collect();
     snapshot.normalization = builder.parts.normalization;
     // Either of them may close.
@@ -63,7 +69,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     snapshot.retries = Arc::new(builder.parts.retries.take().unwrap_or_else(default_policy));
     snapshot.client_cert = builder.parts.client_cert;
     snapshot.headers = builder.parts.defaults.map(|d| d.headers).unwrap_or_default();
-    services::build(&mut builder, previous, &mut snapshot, now);
+    services::build(&mut builder, &about.views, previous, &mut snapshot, now);
     builder.statuses.sort();
     (snapshot, builder.statuses)
 }
@@ -173,13 +179,7 @@ impl<'a> Builder<'a> {
         Status { origin, severity, message: format!("{}: {message}", named.key) }
     }
 
-    fn workloads(
-        &mut self,
-        policies: &mut Policies<'_>,
-        reports: &mut Reports<'_>,
-        attachments: &Attachments<'_>,
-        snapshot: &mut Snapshot,
-    ) {
+    fn workloads(&mut self, about: &mut About<'a>, attachments: &Attachments<'_>, snapshot: &mut Snapshot) {
         let mut pods = std::mem::take(&mut self.parts.pods);
         pods.sort_by_key(|(named, _)| named.created);
         let mut owners: Map<IpAddr, (&Named, Option<SystemTime>)> = Map::default();
@@ -196,7 +196,7 @@ impl<'a> Builder<'a> {
                 self.remark(Severity::Error, named, &problem);
                 continue;
             }
-            let workload = match self.workload(named, pod, policies, reports, attachments, &mut alike) {
+            let workload = match self.workload(named, pod, about, attachments, &mut alike) {
                 Ok(workload) => Arc::new(workload),
                 Err(problem) => {
                     self.remark(Severity::Error, named, &problem);
@@ -255,8 +255,7 @@ impl<'a> Builder<'a> {
         &self,
         named: &'p Named,
         pod: &'p Pod,
-        policies: &mut Policies<'_>,
-        reports: &mut Reports<'_>,
+        about: &mut About<'a>,
         attachments: &'p Attachments<'_>,
         alike: &mut Alike<'p>,
     ) -> Result<Workload, String> {
@@ -265,17 +264,19 @@ impl<'a> Builder<'a> {
             .map_err(|e| format!("spec.serviceAccountName: {e}"))?;
         let ips = if pod.host_network { &[][..] } else { &pod.ips };
         let attached = ips.iter().filter_map(|ip| attachments.get(ip)).flatten().copied().collect::<Vec<_>>();
-        let Common { policy, ports, reporting } = alike.of((&name.namespace, &pod.labels), attached, |attached| Common {
-            policy: policies.of(name, &pod.labels, &self.mesh.root_namespace, attached),
+        let Common { policy, ports, reporting, view } = alike.of((&name.namespace, &pod.labels), attached, |attached| Common {
+            policy: about.policies.of(name, &pod.labels, &self.mesh.root_namespace, attached),
             ports: Arc::new(policies::ports(attached, &name.namespace)),
-            reporting: reports.of(name, &pod.labels, attached),
+            reporting: about.reports.of(name, &pod.labels, attached),
+            view: about.views.of(self, name, &pod.labels),
         });
         if pod.node == self.mesh.node {
-            policies.is_local(&policy);
+            about.policies.is_local(&policy);
         }
         Ok(Workload {
             ports,
             reporting,
+            view,
             probes: pod.probes.clone(),
             accelerate: pod.accelerate,
             uid: pod.uid.clone(),
@@ -299,6 +300,14 @@ struct Common {
     policy: WorkloadPolicy,
     ports: Arc<Ports>,
     reporting: Arc<Reporting>,
+    view: Arc<str>,
+}
+
+/// What workloads are made with, beside their pods.
+struct About<'a> {
+    policies: Policies<'a>,
+    reports: Reports<'a>,
+    views: Views<'a>,
 }
 
 /// What pods had in common that came before, by namespace and labels: most of a template's are alike.

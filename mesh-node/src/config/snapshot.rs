@@ -75,7 +75,7 @@ pub struct Snapshot {
     pub(super) by_name: Map<ObjectName, Arc<Service>>,
     pub(super) by_vip: Map<IpAddr, Arc<Service>>,
     pub(super) by_external: Map<SocketAddr, Arc<Service>>,
-    /// Services as clients of a namespace see them, where that differs: by client namespace and service.
+    /// Services as some clients see them, where that differs: by the client's view ([`Workload::view`]) and service.
     pub(super) views: Map<Arc<str>, Map<ObjectName, Arc<Service>>>,
 }
 
@@ -146,18 +146,17 @@ impl Snapshot {
         self.by_name.get(name)
     }
 
-    /// A cluster as clients of a namespace see it.
-    pub fn cluster_for(&self, namespace: &str, id: &ClusterId) -> Option<&Arc<Cluster>> {
-        let seen = self.views.get(namespace).and_then(|v| v.get(&id.service));
+    /// A cluster as clients with a view see it.
+    pub fn cluster_for(&self, view: &str, id: &ClusterId) -> Option<&Arc<Cluster>> {
+        let seen = self.views.get(view).and_then(|v| v.get(&id.service));
         let service = seen.or_else(|| self.by_name.get(&id.service))?;
         let port = service.port(id.port)?;
         if id.subset.is_empty() { Some(&port.cluster) } else { port.subsets.get(&id.subset) }
     }
 
     /// The cluster of a service's port, by the service's host name in the mesh.
-    /// As clients of a namespace see it, if one is named.
-    pub fn cluster_at(&self, namespace: Option<&str>, host: &str, port: u16) -> Option<Arc<Cluster>> {
-        let client = namespace;
+    /// As clients with a view see it, if one is named.
+    pub fn cluster_at(&self, view: Option<&str>, host: &str, port: u16) -> Option<Arc<Cluster>> {
         let mut labels = host.split('.');
         let (name, namespace) = (labels.next()?, labels.next()?);
         // A host elsewhere may begin like a service here.
@@ -165,8 +164,8 @@ impl Snapshot {
             return None;
         }
         let service = ObjectName { namespace: namespace.into(), name: name.into() };
-        match client {
-            Some(client) => self.cluster_for(client, &ClusterId { service, port, subset: "".into() }).cloned(),
+        match view {
+            Some(view) => self.cluster_for(view, &ClusterId { service, port, subset: "".into() }).cloned(),
             None => Some(self.by_name.get(&service)?.port(port)?.cluster.clone()),
         }
     }
@@ -176,23 +175,23 @@ impl Snapshot {
         self.by_external.keys().copied()
     }
 
-    /// A service as clients of namespaces see it that may see it differently.
+    /// A service as clients see it that may see it differently, by their view.
     pub fn views_of(&self, service: &ObjectName) -> Vec<(&str, &Service)> {
-        let mut all = self.views.iter().filter_map(|(ns, seen)| Some((&**ns, &**seen.get(service)?))).collect::<Vec<_>>();
-        all.sort_by_key(|(namespace, _)| *namespace);
+        let mut all = self.views.iter().filter_map(|(view, seen)| Some((&**view, &**seen.get(service)?))).collect::<Vec<_>>();
+        all.sort_by_key(|(view, _)| *view);
         all
     }
 
-    /// Whether clients of some namespaces see a service differently.
+    /// Whether some clients see a service differently.
     pub fn is_viewed(&self, service: &ObjectName) -> bool {
         self.views.values().any(|seen| seen.contains_key(service))
     }
 
-    /// What an address and port mean to a client of a namespace.
-    pub fn resolve_for(&self, namespace: &str, dst: SocketAddr) -> Target<'_> {
+    /// What an address and port mean to a client with a view.
+    pub fn resolve_for(&self, view: &str, dst: SocketAddr) -> Target<'_> {
         let target = self.resolve(dst);
         let Target::Service { service, port } = &target else { return target };
-        let seen = self.views.get(namespace).and_then(|v| v.get(&service.name));
+        let seen = self.views.get(view).and_then(|v| v.get(&service.name));
         match seen.and_then(|s| Some((s, s.port(port.port)?))) {
             Some((service, port)) => Target::Service { service, port },
             None => target,

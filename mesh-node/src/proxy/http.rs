@@ -305,7 +305,7 @@ impl Connection {
     fn is_web(&self) -> bool {
         let snapshot = self.proxy.config.load();
         let Some(source) = snapshot.workload(&self.pod.uid) else { return false };
-        let target = snapshot.resolve_for(&source.name.namespace, self.original);
+        let target = snapshot.resolve_for(&source.view, self.original);
         matches!(target, Target::Service { port, .. } if port.cluster.protocol == Protocol::GrpcWeb)
     }
 

@@ -100,7 +100,7 @@ impl Listed {
     pub fn requests(proxy: &Arc<Proxy>, pod: &ServedPod, client: SocketAddr, original: SocketAddr) -> Self {
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).cloned();
-        let service = workload.as_ref().and_then(|w| match snapshot.resolve_for(&w.name.namespace, original) {
+        let service = workload.as_ref().and_then(|w| match snapshot.resolve_for(&w.view, original) {
             Target::Service { service, .. } => Some(service.name.clone()),
             _ => None,
         });

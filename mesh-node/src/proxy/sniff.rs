@@ -218,7 +218,7 @@ enum Looks {
 fn looks(proxy: &Proxy, pod: &ServedPod, original: SocketAddr) -> Looks {
     let snapshot = proxy.config.load();
     let Some(source) = snapshot.workload(&pod.uid) else { return Looks::Opaque };
-    let Target::Service { port, .. } = snapshot.resolve_for(&source.name.namespace, original) else { return Looks::Opaque };
+    let Target::Service { port, .. } = snapshot.resolve_for(&source.view, original) else { return Looks::Opaque };
     match port.cluster.protocol {
         Protocol::Http | Protocol::Http2 | Protocol::Grpc | Protocol::GrpcWeb => Looks::Http,
         Protocol::Detect => Looks::Any,

@@ -274,8 +274,8 @@ async fn send(proxy: &Arc<Proxy>, exporter: &Exporter, pod: &WorkloadUid, body: 
     // As the pod sees it.
     let cluster = {
         let snapshot = proxy.config.load();
-        let namespace = snapshot.workload(&pod.uid).map(|pod| &*pod.name.namespace);
-        snapshot.cluster_at(namespace, &exporter.service, exporter.port)
+        let view = snapshot.workload(&pod.uid).map(|pod| &*pod.view);
+        snapshot.cluster_at(view, &exporter.service, exporter.port)
     };
     let Some(cluster) = cluster else {
         return Sent::Failed("there is no such service or port");

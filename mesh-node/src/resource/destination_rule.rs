@@ -15,7 +15,11 @@ pub(super) mod defaults {
     };
 }
 
-use super::{envelope::FieldError, selector::Labels, virtual_service::check_host};
+use super::{
+    envelope::FieldError,
+    selector::{Labels, WorkloadSelector},
+    virtual_service::check_host,
+};
 use crate::route::traffic::TrafficPolicy;
 
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +29,8 @@ pub struct DestinationRule {
     pub policy: Option<Layered>,
     pub subsets: Vec<Subset>,
     pub export_to: Vec<Arc<str>>,
+    /// It is for these clients of its own namespace alone, and for them in the place of rules that select nobody.
+    pub selector: Option<WorkloadSelector>,
     /// Where it asks for plaintext, which pods of the mesh do not speak to each other.
     pub plaintext: Option<String>,
 }
@@ -64,9 +70,6 @@ impl DestinationRule {
         if spec.host.is_empty() {
             return Err(FieldError::new("spec.host", "is missing; name a service"));
         }
-        if spec.workload_selector.is_some_and(|s| !s.match_labels.is_empty()) {
-            return Err(FieldError::new("spec.workloadSelector", "is not supported by mesh-node; remove it, or use exportTo"));
-        }
         check_host(&spec.host).map_err(|problem| FieldError::new("spec.host", problem))?;
         let policy = spec.traffic_policy.map(|p| policy::layered(p, "spec.trafficPolicy")).transpose()?;
         let mut subsets: Vec<Subset> = Vec::new();
@@ -81,7 +84,8 @@ impl DestinationRule {
             let policy = document.traffic_policy.map(|p| policy::layered(p, &format!("{at}.trafficPolicy")));
             subsets.push(Subset { name: document.name.into(), labels: document.labels, policy: policy.transpose()?.unwrap_or_default() });
         }
-        Ok(Self { host: spec.host.into(), policy, subsets, export_to: spec.export_to.into_iter().map(Arc::from).collect(), plaintext })
+        let export_to = spec.export_to.into_iter().map(Arc::from).collect();
+        Ok(Self { host: spec.host.into(), policy, subsets, export_to, selector: spec.workload_selector, plaintext })
     }
 }
 

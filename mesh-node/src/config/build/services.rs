@@ -10,7 +10,11 @@ use std::{
     time::Instant,
 };
 
-use super::{Builder, age, routes::Routes};
+use super::{
+    Builder,
+    routes::Routes,
+    views::{Client, Views},
+};
 use crate::{
     balance::Table,
     config::{
@@ -82,7 +86,7 @@ pub(super) fn closeness(host: &str, namespace: &str, service: &ObjectName) -> Op
     (service_of(host, namespace).as_ref() == Some(service)).then_some(usize::MAX)
 }
 
-pub(super) fn build(builder: &mut Builder<'_>, previous: &Snapshot, snapshot: &mut Snapshot, now: Instant) {
+pub(super) fn build(builder: &mut Builder<'_>, views: &Views<'_>, previous: &Snapshot, snapshot: &mut Snapshot, now: Instant) {
     let registry = registry(builder, previous, snapshot, now);
     let rules = Rules::new(builder, &registry);
     let routes = Routes::new(builder, &registry);
@@ -98,19 +102,20 @@ pub(super) fn build(builder: &mut Builder<'_>, previous: &Snapshot, snapshot: &m
         snapshot.services.push(service);
     }
     let namespaces: BTreeSet<&str> = rules.special.iter().chain(&routes.special).copied().collect();
-    for client in namespaces {
+    let namespaces = namespaces.into_iter().map(|namespace| (namespace.into(), Client { namespace, selected_by: &[] }));
+    for (view, client) in namespaces.chain(views.chosen().map(|(view, client)| (view.clone(), client))) {
         let mut own = Clusters { below: Some(&clusters), ..Clusters::default() };
         let differs = |name: &ObjectName| rules.differs(name, client, &builder.mesh.root_namespace);
         for (name, entry) in registry.iter().filter(|(name, _)| differs(name)) {
             own.add(name, entry, &rules.of(name, Some(client), &builder.mesh.root_namespace), &given);
         }
         // A route may lead to a cluster that differs: every service with routes is looked at.
-        let seen = registry.iter().filter(|(name, _)| differs(name) || routes.any(name, client)).map(|(name, entry)| {
-            let service = assemble(name, entry, &own, |port| routes.of(builder, name, port, Some(client), &own));
+        let seen = registry.iter().filter(|(name, _)| differs(name) || routes.any(name, client.namespace)).map(|(name, entry)| {
+            let service = assemble(name, entry, &own, |port| routes.of(builder, name, port, Some(client.namespace), &own));
             ((*name).clone(), Arc::new(service))
         });
         let seen = seen.collect();
-        snapshot.views.insert(client.into(), seen);
+        snapshot.views.insert(view, seen);
     }
     builder.statuses.extend(rules.remarks.into_inner());
     builder.statuses.extend(routes.remarks.into_inner());
@@ -187,12 +192,22 @@ fn endpoints(
 
 /// Destination rules by the services they are for, closest host and oldest first.
 struct Rules<'a> {
-    by_service: HashMap<&'a ObjectName, Vec<(usize, &'a Named, &'a DestinationRule)>>,
+    by_service: HashMap<&'a ObjectName, Vec<RuleOf<'a>>>,
     /// Who sees those that do not say so.
     exported: &'a [Arc<str>],
     /// Namespaces whose clients see some service otherwise.
     special: BTreeSet<&'a str>,
     remarks: std::cell::RefCell<Vec<crate::config::store::Status>>,
+}
+
+/// A destination rule for a service.
+struct RuleOf<'a> {
+    /// How closely it names it.
+    close: usize,
+    /// Among all of them, oldest first.
+    number: usize,
+    named: &'a Named,
+    rule: &'a DestinationRule,
 }
 
 /// What is in force for one service in one view.
@@ -204,14 +219,16 @@ struct Effective<'a> {
 
 impl<'a> Rules<'a> {
     fn new(builder: &mut Builder<'a>, registry: &Registry<'a>) -> Self {
-        let mut all = std::mem::take(&mut builder.parts.destination_rules);
-        all.sort_by_key(|(named, _)| age(named));
+        let all = std::mem::take(&mut builder.parts.destination_rules);
         let exported = builder.parts.defaults.map_or(&[][..], |defaults| &defaults.destination_rules);
         let mut rules = Self { by_service: HashMap::new(), exported, special: BTreeSet::new(), remarks: std::cell::RefCell::default() };
-        for (named, rule) in all {
+        for (number, (named, rule)) in all.into_iter().enumerate() {
             let namespace: &str = &named.key.name.namespace;
             let mut add = |name: &'a ObjectName, close: usize| {
-                rules.by_service.entry(name).or_default().push((close, named, rule));
+                rules.by_service.entry(name).or_default().push(RuleOf { close, number, named, rule });
+                if rule.selector.is_some() {
+                    return;
+                }
                 let export_to = or_default(&rule.export_to, exported);
                 let global = is_visible(export_to, namespace, None);
                 let restricted = export_to.iter().filter(|to| !["*", "~"].contains(&&***to));
@@ -236,30 +253,33 @@ impl<'a> Rules<'a> {
             }
         }
         for list in rules.by_service.values_mut() {
-            list.sort_by_key(|(close, ..)| std::cmp::Reverse(*close));
+            list.sort_by_key(|of| std::cmp::Reverse(of.close));
         }
         rules
     }
 
-    /// The rules of the first of these namespaces that has any: the client's, the service's, the root.
-    fn applying(&self, service: &ObjectName, client: Option<&str>, root: &str) -> Vec<(&'a Named, &'a DestinationRule)> {
+    /// The rules of the first of these namespaces that has any: the client's, the service's, the root. Of those that name the service most
+    /// closely, one that selects the client comes before those that select nobody.
+    fn applying(&self, service: &ObjectName, client: Option<Client<'_>>, root: &str) -> Vec<(&'a Named, &'a DestinationRule)> {
         let Some(all) = self.by_service.get(service) else { return Vec::new() };
-        let namespaces = client.into_iter().chain([&*service.namespace, root]);
-        for namespace in namespaces {
-            let here = all.iter().filter(|(_, named, rule)| {
-                let own: &str = &named.key.name.namespace;
-                own == namespace && is_visible(or_default(&rule.export_to, self.exported), own, client)
+        let viewer = client.map(|client| client.namespace);
+        for namespace in viewer.into_iter().chain([&*service.namespace, root]) {
+            let here = all.iter().filter(|of| {
+                let own: &str = &of.named.key.name.namespace;
+                let is_meant = of.rule.selector.is_none() || client.is_some_and(|client| client.selected_by.contains(&of.number));
+                own == namespace && is_meant && is_visible(or_default(&of.rule.export_to, self.exported), own, viewer)
             });
             let here = here.collect::<Vec<_>>();
-            if let Some((closest, ..)) = here.first() {
-                return here.iter().filter(|(close, ..)| close == closest).map(|(_, named, rule)| (*named, *rule)).collect();
-            }
+            let Some(closest) = here.first().map(|of| of.close) else { continue };
+            let closest = here.iter().filter(|of| of.close == closest);
+            let selector = closest.clone().find_map(|of| of.rule.selector.as_ref());
+            return closest.filter(|of| of.rule.selector.as_ref() == selector).map(|of| (of.named, of.rule)).collect();
         }
         Vec::new()
     }
 
     /// The oldest rule's policy, and the subsets of all for the same host.
-    fn of(&self, service: &ObjectName, client: Option<&str>, root: &str) -> Effective<'a> {
+    fn of(&self, service: &ObjectName, client: Option<Client<'_>>, root: &str) -> Effective<'a> {
         let mut effective = Effective::default();
         for (_, rule) in self.applying(service, client, root) {
             effective.policy = effective.policy.or(rule.policy.as_ref());
@@ -272,7 +292,7 @@ impl<'a> Rules<'a> {
         effective
     }
 
-    fn differs(&self, service: &ObjectName, client: &str, root: &str) -> bool {
+    fn differs(&self, service: &ObjectName, client: Client<'_>, root: &str) -> bool {
         let key = |client| self.applying(service, client, root).iter().map(|(named, _)| &named.key).collect::<Vec<_>>();
         key(None) != key(Some(client))
     }

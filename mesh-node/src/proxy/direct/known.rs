@@ -41,8 +41,8 @@ impl Known {
             Party { address: Some(address), identity: workload.as_ref().map(|w| w.identity.clone()), workload }
         };
         let (source, destination) = (party(flow.client), party(flow.endpoint));
-        let namespace = source.workload.as_ref().map(|w| w.name.namespace.clone()).unwrap_or_default();
-        let cluster = match snapshot.resolve_for(&namespace, flow.dialled) {
+        let view = source.workload.as_ref().map(|w| w.view.clone()).unwrap_or_default();
+        let cluster = match snapshot.resolve_for(&view, flow.dialled) {
             Target::Service { service, port } => Some(ClusterId { service: service.name.clone(), port: port.port, subset: "".into() }),
             _ => None,
         };

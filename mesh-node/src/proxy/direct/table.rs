@@ -129,7 +129,7 @@ impl Decide<'_> {
 
     /// Where connections of one pod may go.
     fn from(&self, source: &Workload, to: SocketAddr) -> Result<Vec<SocketAddr>, Indirect> {
-        let endpoints = match self.snapshot.resolve_for(&source.name.namespace, to) {
+        let endpoints = match self.snapshot.resolve_for(&source.view, to) {
             Target::Service { service, port } => self.endpoints(service, port, to)?,
             Target::Workload(_) => vec![to],
             Target::NoSuchPort(_) | Target::Unknown => return Err(Indirect::Endpoints),

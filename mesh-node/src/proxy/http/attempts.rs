@@ -204,7 +204,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         if now.generation == self.snapshot().generation {
             return true;
         }
-        let Some(cluster) = now.cluster_for(&self.forward.source.name.namespace, &self.cluster.id) else { return false };
+        let Some(cluster) = now.cluster_for(&self.forward.source.view, &self.cluster.id) else { return false };
         self.state = self.down.pod.clusters.of(cluster);
         self.cluster = cluster.clone();
         self.newer = Some(Arc::clone(&now));

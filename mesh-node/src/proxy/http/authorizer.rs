@@ -203,11 +203,9 @@ enum Whom<'s> {
 
 fn whom<'s>(gate: &Gate, snapshot: &'s Snapshot, provider: &Arc<str>) -> Whom<'s> {
     // As the pod sees the service that asks it.
-    let namespace = snapshot.workload(&gate.pod.uid).map(|pod| &*pod.name.namespace);
-    let found = snapshot
-        .authorizers
-        .get(provider)
-        .map(|authorizer| (authorizer, snapshot.cluster_at(namespace, &authorizer.service, authorizer.port)));
+    let view = snapshot.workload(&gate.pod.uid).map(|pod| &*pod.view);
+    let found =
+        snapshot.authorizers.get(provider).map(|authorizer| (authorizer, snapshot.cluster_at(view, &authorizer.service, authorizer.port)));
     let whom = match found {
         Some((_, Some(_))) if snapshot.is_asked_first(provider, gate.facts.destination) => {
             gate.proxy.metrics.authorizer_call("exempt");

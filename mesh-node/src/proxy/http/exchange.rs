@@ -109,7 +109,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
         self.begin(&mut head, source, snapshot.headers);
-        let Target::Service { service, port } = snapshot.resolve_for(&source.name.namespace, self.down.original) else {
+        let Target::Service { service, port } = snapshot.resolve_for(&source.view, self.down.original) else {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
         self.record.dialled = Some(port.cluster.clone());

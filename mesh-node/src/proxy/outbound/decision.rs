@@ -119,8 +119,8 @@ pub async fn left(proxy: &Proxy, pod: &ServedPod, cluster: &Cluster, address: So
     loop {
         {
             let snapshot = config.load();
-            let namespace = snapshot.workload(&pod.uid).map_or("", |w| &w.name.namespace);
-            let cluster = snapshot.cluster_for(namespace, &cluster.id);
+            let view = snapshot.workload(&pod.uid).map_or("", |w| &w.view);
+            let cluster = snapshot.cluster_for(view, &cluster.id);
             if !cluster.is_some_and(|c| there(c)) {
                 return;
             }
@@ -136,7 +136,7 @@ pub fn dialled(opaque: &Opaque) -> Option<ClusterId> {
     let Opaque { proxy, pod, original, .. } = opaque;
     let snapshot = proxy.config.load();
     let source = snapshot.workload(&pod.uid)?;
-    match snapshot.resolve_for(&source.name.namespace, *original) {
+    match snapshot.resolve_for(&source.view, *original) {
         Target::Service { service, .. } | Target::NoSuchPort(service) => {
             Some(ClusterId { service: service.name.clone(), port: original.port(), subset: "".into() })
         }
@@ -148,7 +148,7 @@ pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure
     let Opaque { proxy, pod, client, original, sni, .. } = opaque;
     let snapshot = proxy.config.load();
     let source = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
-    let (to, cluster) = match snapshot.resolve_for(&source.name.namespace, *original) {
+    let (to, cluster) = match snapshot.resolve_for(&source.view, *original) {
         Target::Service { service, port } => {
             let client = client_address(pod, *client, *original);
             let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };

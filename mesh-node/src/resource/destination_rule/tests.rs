@@ -123,7 +123,7 @@ fn mistakes_are_named_with_their_field() {
         (json!({"host": "a", "trafficPolicy": {"outlierDetection": {"maxEjectionPercent": 101}}}), "outlierDetection.maxEjectionPercent"),
         (json!({"host": "a", "trafficPolicy": {"portLevelSettings": [{"loadBalancer": {}}]}}), "portLevelSettings[0].port"),
         (json!({"host": "a", "trafficPolicy": {"tunnel": {}}}), "spec.trafficPolicy.tunnel"),
-        (json!({"host": "a", "workloadSelector": {"matchLabels": {"a": "b"}}}), "spec.workloadSelector"),
+        (json!({"host": "a", "workloadSelector": {"labels": {"a": "b"}}}), "workloadSelector"),
         (json!({"host": "a", "subsets": [{"name": "v", "trafficPolicy": {"outlierDetection": {"interval": "x"}}}]}), "interval"),
         (json!({"host": "a", "typo": 1}), "typo"),
     ] {

@@ -44,6 +44,7 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
             Object::VirtualService(vs) => lint.virtual_service(named, vs),
             Object::Service(service) => lint.service_ports(named, service),
             Object::DestinationRule(rule) => {
+                lint.selector(named, rule.selector.as_ref());
                 lint.subsets(named, rule);
                 lint.settings_of_ports(named, rule);
                 lint.exports(named, &rule.export_to);
@@ -114,8 +115,11 @@ impl<'a> Lint<'a> {
     fn subsets(&mut self, named: &Named, rule: &DestinationRule) {
         let namespace: &str = &named.key.name.namespace;
         let Some(service) = self.service(&rule.host, namespace).and_then(|name| self.snapshot.service(&name)) else { return };
+        // Some clients may have it alone.
+        let seen = std::iter::once(&**service).chain(self.snapshot.views_of(&service.name).into_iter().map(|(_, seen)| seen));
+        let ports = seen.flat_map(|service| &service.ports).collect::<Vec<_>>();
         for (i, subset) in rule.subsets.iter().enumerate() {
-            let reached = service.ports.iter().filter_map(|p| p.subsets.get(&subset.name)).any(|cluster| !cluster.endpoints.is_empty());
+            let reached = ports.iter().filter_map(|p| p.subsets.get(&subset.name)).any(|cluster| !cluster.endpoints.is_empty());
             if !reached && service.ports.iter().any(|p| !p.cluster.endpoints.is_empty()) {
                 let message = format!(
                     "spec.subsets[{i}].labels: no endpoint of {} has them; what is routed to {:?} is answered 503",
@@ -135,13 +139,14 @@ impl<'a> Lint<'a> {
 
     /// Of several for one host in one namespace, the oldest that has it counts.
     fn destination_rules(&mut self, aged: &[&Named]) {
-        let mut policies: BTreeMap<(String, String), &Named> = BTreeMap::new();
-        let mut subsets: BTreeMap<(String, String, String), &Named> = BTreeMap::new();
+        let mut policies: BTreeMap<_, &Named> = BTreeMap::new();
+        let mut subsets: BTreeMap<_, &Named> = BTreeMap::new();
         for named in aged {
             let Object::DestinationRule(rule) = &named.object else { continue };
             let namespace = named.key.name.namespace.to_string();
             let host = self.service(&rule.host, &namespace).map_or_else(|| rule.host.to_string(), |s| s.to_string());
-            let place = (namespace, host);
+            let selected = rule.selector.as_ref().map(|s| s.match_labels.iter().collect::<Vec<_>>());
+            let place = (namespace, host, selected);
             if rule.policy.is_some()
                 && let Some(older) = policies.get(&place)
             {
@@ -151,7 +156,7 @@ impl<'a> Lint<'a> {
                 policies.insert(place.clone(), named);
             }
             for (i, subset) in rule.subsets.iter().enumerate() {
-                let key = (place.0.clone(), place.1.clone(), subset.name.to_string());
+                let key = (place.clone(), &subset.name);
                 match subsets.get(&key) {
                     Some(older) => {
                         let message = format!(
