@@ -20,6 +20,7 @@ use crate::{
     id::canonical,
     io::{netns::Netns, socket},
     proxy::{Proxy, ServedPod, inbound, outbound},
+    spawn,
 };
 
 /// How long to wait when accepting fails for want of descriptors or memory.
@@ -57,7 +58,7 @@ impl Listeners {
             let Some(slot) = p.connection(&w) else { return refuse(&p, "outbound", &stream) };
             let Some(original) = original else { return outbound::lost(&p, &stream, client) };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
-            tokio::spawn(async move {
+            spawn::large(async move {
                 outbound::serve(p, w, stream, client, original, *here).await;
                 drop((slot, here));
             });
@@ -66,7 +67,7 @@ impl Listeners {
         let inbound = tokio::spawn(accept(self.inbound, draining.clone(), move |stream, client| {
             let Some(slot) = p.connection(&w) else { return refuse(&p, "inbound", &stream) };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
-            tokio::spawn(async move {
+            spawn::large(async move {
                 inbound::serve_plaintext(p, w, stream, client, *here).await;
                 drop((slot, here));
             });
@@ -77,7 +78,7 @@ impl Listeners {
                 return refuse(&p, "inbound", &stream);
             };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
-            tokio::spawn(async move {
+            spawn::large(async move {
                 inbound::serve_hbone(p, w, stream, client, caller, *here).await;
                 drop((slot, here));
             });

@@ -66,6 +66,7 @@ use crate::{
         relay::{Prefixed, Traffic},
     },
     route::{Target, request::RequestHead},
+    spawn,
 };
 
 /// How long a client may take over the head of a request it has begun.
@@ -221,7 +222,7 @@ impl Connection {
             h2::MAX_STREAMS,
             |accepted| match accepted {
                 Some(accepted) => match connection.proxy.request(&connection.pod) {
-                    Some(place) => drop(tokio::spawn(connection.clone().h2_exchange(accepted, place))),
+                    Some(place) => drop(spawn::large(connection.clone().h2_exchange(accepted, place))),
                     None => h2::turn_away(accepted),
                 },
                 None => connection.broke_protocol(),

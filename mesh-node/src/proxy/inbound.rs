@@ -46,6 +46,7 @@ use crate::{
     },
     policy::{Facts, Permit, Verdict},
     route::Workload,
+    spawn,
     tls::{self, HandshakeFailure, ServerStream},
 };
 
@@ -229,7 +230,7 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
         asked,
         revoked: is_revoked.clone(),
     };
-    let serving = server::serve(stream, |offer| drop(tokio::spawn(serve_offer(connection.clone(), offer))), pod.draining(since));
+    let serving = server::serve(stream, |offer| drop(spawn::large(serve_offer(connection.clone(), offer))), pod.draining(since));
     let revoked = async {
         revoked.await;
         // Before anything breaks of it.

@@ -22,6 +22,7 @@ use crate::{
     proxy::{Proxy, ServedPod},
     report::trace,
     route::{Cluster, request::RequestHead},
+    spawn,
 };
 
 /// How long a mirrored request may take in all, and its answer where the route sets no time.
@@ -62,7 +63,7 @@ pub fn start<B: RequestBody>(
         limit,
         body: CopiedBody { frames: receiver, framing, ended: watch::Sender::new(framing == Framing::Empty) },
     };
-    tokio::spawn(async move {
+    spawn::large(async move {
         let metrics = mirror.proxy.metrics.clone();
         let pod = mirror.pod.clone();
         let mirrored = tokio::select! {

@@ -31,6 +31,7 @@ use crate::{
         live::Cut,
     },
     route::{request::RequestHead, retry::Reset},
+    spawn,
 };
 
 /// The application's end of an HTTP/2 connection: streams can be opened on it until it says otherwise.
@@ -124,7 +125,7 @@ async fn streams(
         most,
         |accepted| match accepted {
             Some(accepted) => match gate.proxy.request(&gate.pod) {
-                Some(place) => drop(tokio::spawn(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), (accepted, place)))),
+                Some(place) => drop(spawn::large(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), (accepted, place)))),
                 None => h2::turn_away(accepted),
             },
             None => gate.broke_protocol(),
