@@ -36,8 +36,8 @@ pub struct Asker<'a> {
     pub hash: Option<u64>,
     /// Endpoints to avoid as long as there are others.
     pub tried: &'a [SocketAddr],
-    /// Whether localities of endpoints tried are avoided as well.
-    pub elsewhere: bool,
+    /// Endpoints asked before, in order, where those of other places are to be asked then.
+    pub attempted: &'a [SocketAddr],
     /// Endpoints left out for now, and until when.
     pub ejected: &'a [(SocketAddr, Instant)],
     pub now: Instant,
@@ -47,6 +47,15 @@ impl Asker<'_> {
     fn is_ejected(&self, endpoint: &Endpoint) -> bool {
         self.ejected.iter().any(|(a, until)| *a == endpoint.address && *until > self.now)
     }
+
+    /// What decides between places: the same for all that belongs to one endpoint.
+    fn places(&self, balancer: &Balancer) -> u64 {
+        match (balancer, self.hash) {
+            (Balancer::Hash { .. }, Some(of)) => hash(&of.to_le_bytes()),
+            (Balancer::ClientIp, _) => hash(self.client.to_string().as_bytes()),
+            _ => self.dice.rotate_left(17),
+        }
+    }
 }
 
 /// Picks an endpoint, or `None` when none can be used: of the client's address family, as long as there is one of it.
@@ -55,13 +64,10 @@ impl Asker<'_> {
 /// Ejected ones are left out, unless so few are left that the policy says to use all (panic, see [`locality`]). One already tried is
 /// avoided as long as there is another.
 pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint> {
-    let mut candidates = usable(cluster, (asker.client, asker.own), asker.node);
-    if asker.elsewhere {
-        avoid_localities(cluster, asker, &mut candidates);
-    }
-    let mut candidates = locality::narrow(cluster, asker, candidates);
+    let mut candidates = locality::narrow(cluster, asker, usable(cluster, (asker.client, asker.own), asker.node));
     if let (Balancer::Hash { .. }, Some(hash), Some(table)) = (&cluster.policy.balancer, asker.hash, &cluster.table) {
-        let address = table.pick(hash, |a| candidates.iter().any(|e| e.address == *a))?;
+        let is_v4 = candidates.first()?.address.is_ipv4();
+        let address = table.pick(hash, is_v4, |a| candidates.iter().any(|e| e.address == *a))?;
         return candidates.into_iter().find(|e| e.address == address);
     }
     avoid(&mut candidates, asker.tried);
@@ -88,13 +94,11 @@ fn avoid(candidates: &mut Vec<&Endpoint>, tried: &[SocketAddr]) {
     }
 }
 
-/// Leaves out localities that have been tried, as long as there are others.
-fn avoid_localities(cluster: &Cluster, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) {
-    let tried = cluster.endpoints.iter().filter(|e| asker.tried.contains(&e.address)).map(|e| &e.locality).collect::<Vec<_>>();
-    let fresh = |e: &Endpoint| !tried.contains(&&e.locality) && !asker.is_ejected(e);
-    if !tried.is_empty() && candidates.iter().any(|e| fresh(e)) {
-        candidates.retain(|e| fresh(e));
-    }
+/// How many endpoints a client of a place counts as a cluster's, of the address family of one of them: those that share what may be ejected.
+pub fn counted(cluster: &Cluster, from: &Locality, like: SocketAddr) -> usize {
+    let distribute = locality::distribute(cluster, from);
+    let listed = |e: &Endpoint| distribute.is_none_or(|d| locality::listed(d, &e.locality).is_some());
+    cluster.endpoints.iter().filter(|e| e.ready && e.address.is_ipv4() == like.is_ipv4() && listed(e)).count()
 }
 
 fn choose<'a>(cluster: &Cluster, asker: &Asker<'_>, candidates: &[&'a Endpoint]) -> Option<&'a Endpoint> {

@@ -15,6 +15,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+#[path = "exchanges/endpoints.rs"]
+mod endpoints;
 #[path = "exchanges/kept.rs"]
 mod kept;
 #[path = "exchanges/moved.rs"]

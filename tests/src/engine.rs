@@ -74,8 +74,9 @@ impl Engine {
         let netns = Arc::new(Netns::open(Path::new("/proc/self/ns/net"))?);
         let pod = ServedPod::new(WorkloadUid("uid-client".into()), netns.clone(), vec![client.parse()?]);
         let server = ServedPod::new(WorkloadUid("uid-server".into()), netns, vec![SERVER.parse()?]);
-        proxy.pods.insert(server.clone());
+        [&pod, &server].into_iter().for_each(|pod| proxy.pods.insert(pod.clone()));
         tokio::spawn(proxy.clone().recheck_policies());
+        tokio::spawn(proxy.clone().tidy_pool());
         let client = client.parse()?;
         let engine = Self { proxy, pod, server, client, config: config.clone(), changes: sender, log, _directory: directory };
         engine.apply(documents).await?;

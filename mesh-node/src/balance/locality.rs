@@ -15,22 +15,23 @@ use crate::route::{
 /// Percent of its traffic a percent of healthy endpoints carries, times 100.
 const OVERPROVISION: usize = 140;
 
-/// The candidates of the locality, or level, that the dice pick.
+/// The candidates of the locality, or level, that the dice pick, or the hash.
 pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: Vec<&'a Endpoint>) -> Vec<&'a Endpoint> {
     let (settings, outlier) = (&cluster.policy.locality, cluster.policy.outlier.as_ref());
     let panic = outlier.map_or(0, |o| o.min_health_percent) as usize;
-    let distributes = settings.enabled && !settings.distribute.is_empty();
+    let dice = asker.places(&cluster.policy.balancer);
     // What a DestinationRule says of places takes the place of what the Service prefers.
     if let Some(near) = cluster.near.filter(|_| !settings.given) {
         nearest(near, asker, &mut candidates);
     }
     let known = !asker.locality.region.is_empty() || !settings.failover_priority.is_empty();
+    let distributes = settings.enabled && !settings.distribute.is_empty();
     if !settings.enabled || distributes || outlier.is_none() || !known {
-        let healthy = if asker.ejected.is_empty() { candidates } else { by_health(vec![candidates], asker, panic) };
-        let from = settings.distribute.iter().filter(|_| distributes).find(|d| matches(&d.from, asker.locality));
-        return match from {
-            Some(distribute) => distributed(distribute, asker, &healthy),
-            None => healthy,
+        avoid_localities(cluster, asker, &mut candidates);
+        return match distribute(cluster, asker.locality) {
+            Some(distribute) => distributed(distribute, asker, &candidates, panic, dice),
+            None if asker.ejected.is_empty() => candidates,
+            None => by_health(vec![candidates], asker, panic, dice),
         };
     }
     let mut levels: Vec<(usize, Vec<&Endpoint>)> = Vec::new();
@@ -42,7 +43,37 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: V
         }
     }
     levels.sort_by_key(|(p, _)| *p);
-    by_health(levels.into_iter().map(|(_, level)| level).collect(), asker, panic)
+    let mut levels = levels.into_iter().map(|(_, level)| level).collect::<Vec<_>>();
+    avoid_levels(asker, &mut levels);
+    by_health(levels, asker, panic, dice)
+}
+
+/// Leaves out localities that have been asked, as long as there are others.
+fn avoid_localities(cluster: &Cluster, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) {
+    let tried = cluster.endpoints.iter().filter(|e| asker.attempted.contains(&e.address)).map(|e| &e.locality).collect::<Vec<_>>();
+    let fresh = |e: &Endpoint| !tried.contains(&&e.locality) && !asker.is_ejected(e);
+    if !tried.is_empty() && candidates.iter().any(|e| fresh(e)) {
+        candidates.retain(|e| fresh(e));
+    }
+}
+
+/// Leaves out levels that have been asked, of which what is to be avoided is found out after every second attempt: Envoy's `previous_priorities`
+/// with Istio's frequency of two. When all have been asked it begins anew.
+fn avoid_levels(asker: &Asker<'_>, levels: &mut Vec<Vec<&Endpoint>>) {
+    let (mut gone_to, mut avoided) = (Vec::new(), Vec::new());
+    for address in asker.attempted {
+        gone_to.push(levels.iter().position(|level| level.iter().any(|e| e.address == *address)));
+        if gone_to.len() % 2 == 0 {
+            avoided = gone_to.iter().copied().flatten().collect::<Vec<_>>();
+            let is_left = |(i, level): (usize, &Vec<&Endpoint>)| !avoided.contains(&i) && level.iter().any(|e| !asker.is_ejected(e));
+            if !levels.iter().enumerate().any(is_left) {
+                gone_to.clear();
+                avoided.clear();
+            }
+        }
+    }
+    let mut number = 0..;
+    levels.retain(|_| number.next().is_none_or(|i| !avoided.contains(&i)));
 }
 
 /// Leaves those of the nearest group in which one is healthy.
@@ -65,7 +96,7 @@ fn nearest(near: Near, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) {
 }
 
 /// What is healthy of the level that the dice pick; all of it where it has less than `panic` percent, and there is not enough elsewhere.
-fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: usize) -> Vec<&'a Endpoint> {
+fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: usize, dice: u64) -> Vec<&'a Endpoint> {
     let healthy = levels.iter().map(|level| level.iter().filter(|e| !asker.is_ejected(e)).count()).collect::<Vec<_>>();
     let share = |(level, healthy): (&Vec<&Endpoint>, &usize)| (OVERPROVISION * healthy / level.len().max(1)).min(100);
     let carried = levels.iter().zip(&healthy).map(share).collect::<Vec<_>>();
@@ -85,7 +116,7 @@ fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: u
         carried.iter().map(load).collect()
     };
     let loads = loads.into_iter().map(|load| u32::try_from(load).unwrap_or(u32::MAX));
-    let Some(picked) = pick_weighted(loads, asker.dice.rotate_left(17)) else { return Vec::new() };
+    let Some(picked) = pick_weighted(loads, dice) else { return Vec::new() };
     let mut level = levels.swap_remove(picked);
     if !in_panic[picked] {
         level.retain(|e| !asker.is_ejected(e));
@@ -93,11 +124,63 @@ fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: u
     level
 }
 
-fn distributed<'a>(distribute: &traffic::Distribute, asker: &Asker<'_>, candidates: &[&'a Endpoint]) -> Vec<&'a Endpoint> {
-    let of = |to: &str| candidates.iter().filter(|e| matches(to, &e.locality)).copied().collect::<Vec<_>>();
-    let groups = distribute.to.iter().map(|(to, weight)| (of(to), *weight)).filter(|(group, _)| !group.is_empty()).collect::<Vec<_>>();
-    let picked = pick_weighted(groups.iter().map(|(_, w)| *w), asker.dice.rotate_left(17));
-    picked.and_then(|i| groups.into_iter().nth(i)).map(|(group, _)| group).unwrap_or_default()
+/// What a client of a place is to distribute its traffic by, if anything.
+pub(super) fn distribute<'c>(cluster: &'c Cluster, from: &Locality) -> Option<&'c traffic::Distribute> {
+    let settings = &cluster.policy.locality;
+    settings.distribute.iter().filter(|_| settings.enabled).find(|d| matches(&d.from, from))
+}
+
+/// Which of the patterns a locality is listed by, the first of several. What is not listed is as if it were not there, as Istio has it.
+pub(super) fn listed(distribute: &traffic::Distribute, locality: &Locality) -> Option<usize> {
+    distribute.to.iter().position(|(to, _)| matches(to, locality))
+}
+
+/// The endpoints of one place.
+struct Place<'a> {
+    locality: &'a Locality,
+    /// The pattern it is listed by.
+    pattern: usize,
+    all: Vec<&'a Endpoint>,
+    healthy: usize,
+}
+
+/// What is healthy of the place that the dice pick, by weight. A pattern's weight is its places', by the number of their endpoints; of a place that
+/// has lost endpoints it is only as much as 1.4 times its healthy share. In panic any endpoint is used, whatever the weights.
+fn distributed<'a>(
+    distribute: &traffic::Distribute,
+    asker: &Asker<'_>,
+    candidates: &[&'a Endpoint],
+    panic: usize,
+    dice: u64,
+) -> Vec<&'a Endpoint> {
+    let mut places: Vec<Place<'a>> = Vec::new();
+    for endpoint in candidates {
+        let Some(pattern) = listed(distribute, &endpoint.locality) else { continue };
+        let found = places.iter().position(|place| *place.locality == endpoint.locality);
+        let place = found.unwrap_or_else(|| {
+            places.push(Place { locality: &endpoint.locality, pattern, all: Vec::new(), healthy: 0 });
+            places.len() - 1
+        });
+        places[place].all.push(endpoint);
+        places[place].healthy += usize::from(!asker.is_ejected(endpoint));
+    }
+    let sum = |of: fn(&Place<'_>) -> usize| places.iter().map(of).sum::<usize>();
+    let (all, healthy) = (sum(|place| place.all.len()), sum(|place| place.healthy));
+    if OVERPROVISION * healthy < 100 * all && 100 * healthy < panic * all {
+        return places.into_iter().flat_map(|place| place.all).collect();
+    }
+    let weight = |place: &Place<'_>| {
+        let of_pattern = places.iter().filter(|other| other.pattern == place.pattern).map(|other| other.all.len()).sum::<usize>();
+        let share = (OVERPROVISION * place.healthy / place.all.len().max(1)).min(100);
+        let weight = distribute.to.get(place.pattern).map_or(0, |(_, weight)| *weight as usize);
+        // In tenths of a thousandth: no place gets nothing for being one of many.
+        u32::try_from(weight * 100 * share * place.all.len() / of_pattern.max(1)).unwrap_or(u32::MAX)
+    };
+    let weights = places.iter().map(weight).collect::<Vec<_>>();
+    let Some(picked) = pick_weighted(weights.iter().copied(), dice) else { return Vec::new() };
+    let mut all = places.swap_remove(picked).all;
+    all.retain(|e| !asker.is_ejected(e));
+    all
 }
 
 /// `region/zone/subzone`, in which `*` and what is missing at the end stand for anything.

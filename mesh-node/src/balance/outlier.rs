@@ -38,7 +38,7 @@ impl Event {
     pub fn of_status(status: http::StatusCode) -> Self {
         match status.as_u16() {
             502..=504 => Self::GatewayError,
-            500.. => Self::ServerError,
+            500..600 => Self::ServerError,
             _ => Self::Success,
         }
     }
@@ -53,7 +53,7 @@ pub struct Streak {
 }
 
 impl Streak {
-    fn clear(&self) {
+    pub fn clear(&self) {
         [&self.server, &self.gateway, &self.local].into_iter().for_each(|count| count.store(0, Ordering::Relaxed));
     }
 

@@ -53,7 +53,7 @@ fn asker(dice: u64) -> Asker<'static> {
         turn: 0,
         hash: None,
         tried: &[],
-        elsewhere: false,
+        attempted: &[],
         ejected: &[],
         now: *NOW,
     }
@@ -296,8 +296,90 @@ fn a_retry_goes_to_another_locality_when_asked_to() {
     let tried: &'static [_] = vec![address("10.0.0.2:80")].leak();
     let near = counts(&cluster, 20, |dice, _| Asker { locality: &HERE, tried, ..asker(dice) });
     assert_eq!(near, HashMap::from([("10.0.0.3:80".to_owned(), 20)]));
-    let far = counts(&cluster, 20, |dice, _| Asker { locality: &HERE, tried, elsewhere: true, ..asker(dice) });
-    assert_eq!(far, HashMap::from([("10.0.0.4:80".to_owned(), 20)]));
+    // As recorded of Envoy with Istio's settings: two near, two elsewhere, and so on.
+    let mut attempted: Vec<SocketAddr> = Vec::new();
+    for expected in [2, 2, 1, 1, 2, 2, 1, 1] {
+        let before: &'static [_] = attempted.clone().leak();
+        let picked = counts(&cluster, 60, |dice, _| Asker { locality: &HERE, attempted: before, ..asker(dice) });
+        assert_eq!(picked.len(), expected, "{before:?}: {picked:?}");
+        assert_eq!(picked.contains_key("10.0.0.4:80"), expected == 1, "{before:?}: {picked:?}");
+        attempted.push(address(picked.keys().next().expect("one")));
+    }
+}
+
+/// What belongs to one endpoint goes on belonging to one where places have a say.
+#[test]
+fn hashes_decide_between_places_too() {
+    static HERE: LazyLock<Locality> = LazyLock::new(|| place("r1/z1/a"));
+    let mut endpoints = ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80", "10.0.0.5:80"].map(endpoint).to_vec();
+    for (endpoint, at) in endpoints.iter_mut().zip(["r1/z1/a", "r1/z1/a", "r1/z2/a", "r1/z2/a"]) {
+        endpoint.locality = place(at);
+    }
+    let later = *NOW + Duration::from_secs(1);
+    let ejected: &'static [_] = vec![(address("10.0.0.2:80"), later)].leak();
+    let hashing = Balancer::Hash { key: HashKey::SourceIp, table: HashTable::Ring { minimum: 1024 } };
+    let failing = |balancer| TrafficPolicy { balancer, outlier: Some(Outlier::default()), ..TrafficPolicy::default() };
+    let distributing = |balancer| {
+        let mut policy = TrafficPolicy { balancer, ..TrafficPolicy::default() };
+        policy.locality.distribute = vec![Distribute { from: "r1/*".into(), to: vec![("r1/z1/*".into(), 60), ("r1/z2/*".into(), 40)] }];
+        policy
+    };
+    for (policy, near) in [
+        (failing(hashing.clone()), 70),
+        (distributing(hashing), 60),
+        (failing(Balancer::ClientIp), 70),
+        (distributing(Balancer::ClientIp), 60),
+    ] {
+        let fails = policy.outlier.is_some();
+        let cluster = cluster(endpoints.clone(), policy);
+        let mut owners: HashMap<SocketAddr, u32> = HashMap::new();
+        for user in 0..2000_u32 {
+            let [a, b, c, d] = user.to_be_bytes();
+            let ask = |dice| Asker {
+                client: [10 + a, b, c, d].into(),
+                hash: Some(super::hash(&user.to_le_bytes())),
+                locality: &HERE,
+                ejected: if fails { ejected } else { &[] },
+                ..asker(dice)
+            };
+            let picked = [1_u64, u64::MAX / 3, u64::MAX - 5].map(|dice| pick(&cluster, &ask(dice)).expect("some").address);
+            assert!(picked.windows(2).all(|w| w[0] == w[1]), "{user}: {picked:?}");
+            *owners.entry(picked[0]).or_default() += 1;
+        }
+        let here = owners.iter().filter(|(a, _)| [address("10.0.0.2:80"), address("10.0.0.3:80")].contains(a)).map(|(_, n)| n).sum::<u32>();
+        // Binomial: four sigma is 88.
+        assert!(here.abs_diff(20 * near) < 90, "{here} of 2000, not {near} %: {owners:?}");
+    }
+}
+
+#[test]
+fn a_place_that_has_lost_endpoints_has_less_of_what_is_distributed() {
+    static HERE: LazyLock<Locality> = LazyLock::new(|| place("r1/z1/a"));
+    let names = ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80", "10.0.0.5:80", "10.0.0.6:80", "10.0.0.7:80", "10.0.0.8:80"];
+    let mut endpoints = names.map(endpoint).to_vec();
+    let places = ["r1/z1/a", "r1/z1/a", "r1/z1/a", "r1/z2/a", "r1/z2/a", "r1/z2/a", "r1/z3/a"];
+    for (endpoint, at) in endpoints.iter_mut().zip(places) {
+        endpoint.locality = place(at);
+    }
+    let later = *NOW + Duration::from_secs(1);
+    let near = |to: &[(&str, u32)], gone: usize, min_health_percent| {
+        let mut policy = TrafficPolicy { outlier: Some(Outlier { min_health_percent, ..Outlier::default() }), ..TrafficPolicy::default() };
+        policy.locality.distribute =
+            vec![Distribute { from: "r1/*".into(), to: to.iter().map(|(to, weight)| ((*to).into(), *weight)).collect() }];
+        let cluster = cluster(endpoints.clone(), policy);
+        let ejected: &'static [_] = endpoints.iter().take(gone).map(|e| (e.address, later)).collect::<Vec<_>>().leak();
+        let counts = counts(&cluster, 10_000, |dice, _| Asker { locality: &HERE, ejected, ..asker(dice) });
+        let of = |names: &[&str]| names.iter().filter_map(|name| counts.get(*name)).sum::<u32>() / 100;
+        (of(&names[..3]), of(&names[3..6]), counted(&cluster, &HERE, address(names[0])))
+    };
+    let two = [("r1/z1/*", 80), ("r1/z2/*", 20)];
+    assert_eq!(near(&two, 0, 0).2, 6, "what is not listed is not there");
+    assert!(near(&two, 0, 0).0.abs_diff(80) < 3);
+    // 80 of which 46 % is carried, against 20 (Envoy: 65 to 35).
+    assert!(near(&two, 2, 0).0.abs_diff(65) < 3, "{:?}", near(&two, 2, 0));
+    assert_eq!(near(&two, 3, 0), (0, 100, 6));
+    assert_eq!(near(&[("r1/z1/*", 100)], 3, 0), (0, 0, 3), "nothing is left");
+    assert_eq!(near(&[("r1/z1/*", 100)], 3, 50), (100, 0, 3), "panic, among those that are listed");
 }
 
 #[test]

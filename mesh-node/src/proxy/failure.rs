@@ -168,6 +168,8 @@ impl Failure {
             (Self::NoSuchPort { .. } | Self::NoRoute(_), _) => flagged(Flag::NoRoute),
             (Self::Overflow(_), _) => flagged(Flag::UpstreamOverflow),
             (Self::Cut(Cut::MaxDuration), _) => flagged(Flag::DurationTimeout),
+            // Envoy says nothing of one that nobody used.
+            (Self::Cut(Cut::Idle), _) => Ended::default(),
             (Self::Denied(denial), _) => closed(denial.details()),
             (Self::Identity(_) | Self::Tls { .. } | Self::Tunnel(_), Direction::Inbound)
             | (
@@ -178,7 +180,7 @@ impl Failure {
                 | Self::BadRequest(_)
                 | Self::ForeignAuthority(_)
                 | Self::Broken(_)
-                | Self::Cut(Cut::PolicyChanged | Cut::PodGone | Cut::LeftTheMesh | Cut::Shutdown | Cut::Idle | Cut::Revoked),
+                | Self::Cut(Cut::PolicyChanged | Cut::PodGone | Cut::LeftTheMesh | Cut::Shutdown | Cut::Revoked),
                 _,
             ) => closed(text()),
         }

@@ -396,7 +396,7 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
         () = left(&opaque.proxy, &opaque.pod, &cluster, to) => return Err(Failure::EndpointLeft(to)),
     };
     let event = if stream.is_ok() { Event::Success } else { Event::LocalOrigin };
-    if !matches!(stream, Err(Failure::Denied(_))) && state.observe(&cluster, to, &endpoint, event) {
+    if !matches!(stream, Err(Failure::Denied(_))) && state.observe(&cluster, &source.locality, (to, &endpoint), event) {
         opaque.proxy.metrics.ejections.inc();
     }
     let (stream, reached) = stream?;

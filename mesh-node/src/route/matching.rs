@@ -142,6 +142,28 @@ pub enum Matched {
 }
 
 impl Matched {
+    /// By a header's name, or a pseudo-header's.
+    pub fn of(name: &str) -> Option<Self> {
+        Some(match name {
+            ":authority" => Self::Authority,
+            ":method" => Self::Method,
+            ":path" => Self::Path,
+            ":scheme" => Self::Scheme,
+            name => Self::named(HeaderName::from_bytes(name.as_bytes()).ok()?),
+        })
+    }
+
+    /// What of a request it is, where that is no header.
+    pub fn pseudo<'r>(&self, request: &'r RequestHead) -> Option<&'r [u8]> {
+        Some(match self {
+            Self::Header(_) => return None,
+            Self::Authority => request.authority.as_bytes(),
+            Self::Method => request.method.as_str().as_bytes(),
+            Self::Path => request.target.as_str().as_bytes(),
+            Self::Scheme => request.scheme.as_str().as_bytes(),
+        })
+    }
+
     pub fn named(name: HeaderName) -> Self {
         if name == http::header::HOST { Self::Authority } else { Self::Header(name) }
     }
@@ -170,14 +192,10 @@ pub struct HeaderMatch {
 impl HeaderMatch {
     /// Repeated headers are looked at one by one, as recorded of Envoy.
     fn matches(&self, request: &RequestHead) -> bool {
-        let single = match &self.of {
-            Matched::Header(name) => return self.matches_any(&request.headers.get_all(name)),
-            Matched::Authority => request.authority.as_bytes(),
-            Matched::Method => request.method.as_str().as_bytes(),
-            Matched::Path => request.target.as_str().as_bytes(),
-            Matched::Scheme => request.scheme.as_str().as_bytes(),
-        };
-        self.value.matches(single) != self.inverted
+        match &self.of {
+            Matched::Header(name) => self.matches_any(&request.headers.get_all(name)),
+            of => of.pseudo(request).is_some_and(|single| self.value.matches(single) != self.inverted),
+        }
     }
 
     fn matches_any(&self, values: &GetAll<'_, HeaderValue>) -> bool {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use http::HeaderName;
+use super::matching::Matched;
 
 /// Envoy's and Istio's defaults unless a `DestinationRule` says otherwise.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -27,6 +27,11 @@ pub struct TrafficDefaults {
 }
 
 impl TrafficPolicy {
+    /// Whether connections are made, shared and kept by the same settings.
+    pub fn has_pools_of(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other) || self.tcp == other.tcp && self.http == other.http
+    }
+
     /// Has the mesh's say where this says nothing. `located`: the destination itself says which of its endpoints are preferred.
     pub fn fill(&mut self, defaults: &TrafficDefaults, located: bool) {
         self.tcp.connect_timeout = self.tcp.connect_timeout.or(defaults.connect_timeout);
@@ -69,7 +74,7 @@ pub enum Balancer {
 /// What of a request is hashed. Without it, an endpoint is picked at random.
 #[derive(Debug, Clone, PartialEq)]
 pub enum HashKey {
-    Header(HeaderName),
+    Header(Matched),
     /// With a life, a client without the cookie is given one.
     Cookie {
         name: Arc<str>,

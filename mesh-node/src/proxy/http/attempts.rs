@@ -24,6 +24,7 @@ use crate::{
     proxy::{outbound::asker, reporting::Ends},
     route::{
         Cluster, LoadGuard,
+        matching::Matched,
         request::{RequestHead, cookie, query_parameter},
         retry::{Reset, RetryPolicy},
         traffic::{Balancer, HashKey},
@@ -44,7 +45,7 @@ impl Hashed {
         let Balancer::Hash { key, .. } = &cluster.policy.balancer else { return Self::default() };
         let plain = |value: Option<&[u8]>| Self { hash: value.map(balance::hash), cookie: None };
         match key {
-            HashKey::Header(name) => {
+            HashKey::Header(Matched::Header(name)) => {
                 let mut all = head.headers.get_all(name).iter().map(HeaderValue::as_bytes);
                 match (all.next(), all.next()) {
                     (Some(first), Some(second)) => {
@@ -56,6 +57,7 @@ impl Hashed {
                     (only, _) => plain(only),
                 }
             }
+            HashKey::Header(of) => plain(of.pseudo(head)),
             HashKey::Query(name) => plain(head.query().and_then(|q| query_parameter(q, name)).map(str::as_bytes)),
             HashKey::SourceIp => plain(Some(down.client.ip().to_string().as_bytes())),
             HashKey::Cookie { name, ttl, attributes } => match (cookie(&head.headers, name).filter(|v| !v.is_empty()), ttl) {
@@ -68,7 +70,8 @@ impl Hashed {
 
     fn fresh_cookie(name: &str, attributes: &str, ttl: Duration) -> Self {
         let value = format!("{:016x}", fastrand::u64(..));
-        let age = if ttl.is_zero() { String::new() } else { format!("; Max-Age={}", ttl.as_secs()) };
+        // Of less than a second it would be one that is to be removed.
+        let age = if ttl.as_secs() == 0 { String::new() } else { format!("; Max-Age={}", ttl.as_secs()) };
         let cookie = HeaderValue::from_str(&format!("{name}=\"{value}\"{age}{attributes}; HttpOnly")).ok();
         Self { hash: Some(balance::hash(value.as_bytes())), cookie }
     }
@@ -141,7 +144,13 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             self.announce(&mut head);
             let ended = self.ask(&head, (address, &endpoint)).await;
             let again = match ended {
-                Attempt::Answered(answered) => return Outcome::Ended(self.answered(&answered)),
+                Attempt::Answered(answered) => {
+                    // What came before it was counted as what it seemed.
+                    if matches!(answered, Answered::Truncated(_) | Answered::Cut) {
+                        self.observe(address, &endpoint, Event::Broken);
+                    }
+                    return Outcome::Ended(self.answered(&answered));
+                }
                 Attempt::Abandoned => {
                     self.record.abandoned();
                     return Outcome::Ended(End::Broken);
@@ -171,9 +180,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
                     return Outcome::Failed(Unanswered::Reset(failed, self.number > 1));
                 }
             }
-            if !self.tried.contains(&address) {
-                self.tried.push(address);
-            }
+            self.tried.push(address);
             if let Some(up) = self.back_off().await {
                 return up;
             }
@@ -228,7 +235,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let asker = Asker {
             hash: self.hashed.hash,
             tried,
-            elsewhere: self.policy.remote_localities,
+            attempted: if self.policy.remote_localities { &self.tried } else { &[] },
             ..asker(source, &self.snapshot().mesh.node, self.down.client.ip(), (self.state.turn(), &ejected))
         };
         let endpoint = balance::pick(cluster, &asker)?;
@@ -303,7 +310,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let Self { responder, record, upload, deadlines, policy, forward, hashed, number, retry, grpc: is_grpc, .. } = self;
         let mut judge = |status: StatusCode, mut headers: HeaderMap, heard: Heard| {
             let grpc = headers.get("grpc-status").filter(|_| *is_grpc).map(|s| http_status_of_grpc(s.as_bytes()));
-            if state.observe(cluster, address, endpoint, Event::of_status(grpc.unwrap_or(status))) {
+            if state.observe(cluster, &forward.source.locality, (address, endpoint), Event::of_status(grpc.unwrap_or(status))) {
                 metrics.ejections.inc();
             }
             let again = policy.wants_after_response(status, &headers);
@@ -330,7 +337,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let (ended, reached) = attempt(&plan, &wanted, upload, *responder, deadlines, &mut judge).await;
         self.record.passed(self.upload.times(), self.upgrade);
         self.record.upstream_local = reached.and_then(|reached| reached.local);
-        self.record.endpoint = reached.map(|reached| reached.remote).or(self.record.endpoint);
+        // Who finds no place among those that wait is for no endpoint yet.
+        let nobody = matches!(&ended, Attempt::Failed(failed) if failed.reset == Reset::Overflow);
+        self.record.endpoint = reached.map(|reached| reached.remote).or(self.record.endpoint.filter(|_| !nobody));
         self.record.upstream_protocol = reached.map(|_| wanted.protocol());
         ended
     }
@@ -342,7 +351,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     }
 
     fn observe(&self, address: SocketAddr, endpoint: &EndpointState, event: Event) {
-        if self.state.observe(&self.cluster, address, endpoint, event) {
+        if self.state.observe(&self.cluster, &self.forward.source.locality, (address, endpoint), event) {
             self.down.proxy.metrics.ejections.inc();
         }
     }

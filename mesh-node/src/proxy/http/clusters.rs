@@ -18,9 +18,12 @@ use tokio::sync::Notify;
 
 use super::upstream::{H1Upstream, H2Upstream};
 use crate::{
-    balance::outlier::{Event, Outliers, Streak},
+    balance::{
+        self,
+        outlier::{Event, Outliers, Streak},
+    },
     proxy::reporting::EdgeSlot,
-    route::{Cluster, ClusterId, traffic::RetryBudget},
+    route::{Cluster, ClusterId, cluster::Locality, traffic::RetryBudget},
 };
 
 /// The clusters of one pod. Reading is lock-free; a cluster is added once.
@@ -219,12 +222,12 @@ impl ClusterState {
         self.begin(Limited::Retries, limit)
     }
 
-    /// Takes in what became of an attempt; whether the endpoint was ejected for it.
-    pub fn observe(&self, cluster: &Cluster, address: SocketAddr, endpoint: &EndpointState, event: Event) -> bool {
+    /// Takes in what became of an attempt of a client in a place; whether the endpoint was ejected for it.
+    pub fn observe(&self, cluster: &Cluster, from: &Locality, (address, endpoint): (SocketAddr, &EndpointState), event: Event) -> bool {
         let Some(settings) = &cluster.policy.outlier else { return false };
         let now = Instant::now();
         // Of those that are used: others are none of Envoy's hosts.
-        let endpoints = || cluster.endpoints.iter().filter(|e| e.ready && e.address.is_ipv4() == address.is_ipv4()).count();
+        let endpoints = || balance::counted(cluster, from, address);
         let ejected = self.outliers.record(address, &endpoint.streak, event, settings, endpoints, now);
         if ejected {
             tracing::info!(target: "proxy", cluster = %cluster.id, endpoint = %address, ?event, "endpoint ejected");
@@ -235,9 +238,14 @@ impl ClusterState {
     fn tidy(&self, cluster: &Cluster, now: Instant) {
         let exists = |a: &SocketAddr| cluster.endpoints.iter().any(|e| e.address == *a);
         self.outliers.ejected_by(cluster.policy.outlier.as_ref());
-        self.outliers.retain(exists);
+        // What was not ready comes back as if it were new, as Envoy, which does not hear of those that are not, has it.
+        let used = |a: &SocketAddr| cluster.endpoints.iter().any(|e| e.address == *a && (e.ready || e.serving_while_terminating));
+        self.outliers.retain(used);
         let all = self.endpoints.entries.load_full();
         for (address, endpoint) in all.iter() {
+            if !used(address) {
+                endpoint.streak.clear();
+            }
             if exists(address) {
                 endpoint.tidy(cluster, now);
                 if endpoint.next_soon(now) {
@@ -383,7 +391,9 @@ impl EndpointState {
         let kept = idle.len();
         drop(idle);
         (0..kept).for_each(|_| self.freed.notify_one());
-        if self.h2.load().iter().any(|c| c.is_closed()) {
+        let shared = self.h2.load();
+        shared.iter().filter(|c| !c.is_of(cluster)).for_each(|c| c.close());
+        if shared.iter().any(|c| c.is_closed()) {
             self.h2.rcu(|all| all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>());
         }
     }
@@ -432,67 +442,4 @@ impl Drop for ConnectionSlot {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn limits_hold_whatever_order_things_begin_and_end_in() {
-        let state = Arc::new(ClusterState::new());
-        let mut rng = fastrand::Rng::with_seed(5);
-        for of in [Limited::Connections, Limited::Pending, Limited::Requests, Limited::Retries] {
-            let mut held = Vec::new();
-            for _ in 0..1000 {
-                if rng.bool() {
-                    let room = held.len() < 7;
-                    let slot = state.begin(of, Some(7));
-                    assert_eq!(slot.is_some(), room);
-                    held.extend(slot);
-                } else if !held.is_empty() {
-                    held.swap_remove(rng.usize(..held.len()));
-                }
-                assert_eq!(state.count(of) as usize, held.len());
-            }
-        }
-        assert!(state.begin(Limited::Requests, None).is_some());
-        assert_eq!(state.count(Limited::Requests), 0, "given back");
-    }
-
-    #[test]
-    fn every_retry_is_within_its_budget() {
-        let state = Arc::new(ClusterState::new());
-        let budget = RetryBudget { percent: 20.0, minimum: 3 };
-        let mut rng = fastrand::Rng::with_seed(9);
-        let (mut requests, mut retries) = (Vec::new(), Vec::new());
-        for _ in 0..5000 {
-            match rng.u8(..4) {
-                0 | 1 => requests.extend(state.begin(Limited::Requests, None)),
-                2 => {
-                    let allowed = (requests.len() / 5).max(3);
-                    let slot = state.begin_retry(Some(1), Some(&budget));
-                    assert_eq!(slot.is_some(), retries.len() < allowed, "{} of {} requests", retries.len(), requests.len());
-                    retries.extend(slot);
-                }
-                _ if rng.bool() => drop(requests.pop()),
-                _ => drop(retries.pop()),
-            }
-        }
-        drop(retries);
-        let _one = state.begin_retry(Some(1), None).expect("without a budget the limit counts");
-        assert!(state.begin_retry(Some(1), None).is_none());
-    }
-
-    #[test]
-    fn an_endpoint_without_connections_gets_one_beyond_the_limit() {
-        let state = Arc::new(ClusterState::new());
-        let [a, b] = ["10.0.0.1:80", "10.0.0.2:80"].map(|a| state.endpoint(a.parse().expect("valid")));
-        let begin = |endpoint, http2| ConnectionSlot::begin(&state, endpoint, Some(1), http2);
-        let first = begin(&a, false).expect("room");
-        assert!(begin(&a, false).is_none());
-        let other = begin(&b, false).expect("or its requests would wait for ever");
-        let second = begin(&a, true).expect("and so would those of the other protocol");
-        assert!(begin(&a, true).is_none());
-        drop((first, other, second));
-        assert_eq!((state.count(Limited::Connections), a.connections.load(Ordering::Relaxed)), (0, 0));
-        assert!(begin(&a, true).is_some());
-    }
-}
+mod tests;

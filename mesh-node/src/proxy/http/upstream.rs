@@ -20,7 +20,7 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 use tokio::{sync::Notify, time::sleep};
 
-use self::{freed::Freed, shared::Times};
+use self::freed::Freed;
 pub use self::{
     hold::LocalHold,
     shared::{H2Upstream, StreamGuard},
@@ -94,6 +94,7 @@ pub struct H1Upstream {
     reached: Reached,
     requests: u32,
     made: Instant,
+    made_by: Arc<TrafficPolicy>,
     idle_since: Instant,
     /// When it will have been idle for too long, or open, if nobody uses it.
     expires: Option<Instant>,
@@ -101,10 +102,11 @@ pub struct H1Upstream {
 }
 
 impl H1Upstream {
-    /// Whether it has not been idle for too long, nor open.
+    /// Whether it was made by the settings of pools there are now, and has not been idle for too long, nor open.
     pub fn is_fresh(&self, cluster: &Cluster, now: Instant) -> bool {
         let policy = &cluster.policy;
-        now.saturating_duration_since(self.idle_since) < policy.http.idle_timeout
+        self.made_by.has_pools_of(policy)
+            && now.saturating_duration_since(self.idle_since) < policy.http.idle_timeout
             && policy.tcp.max_connection_duration.is_none_or(|most| now.saturating_duration_since(self.made) < most)
     }
 
@@ -230,6 +232,7 @@ async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         reached,
         requests: 0,
         made: idle_since,
+        made_by: wanted.cluster.policy.clone(),
         idle_since,
         expires: None,
         _slot: slot,
@@ -367,7 +370,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         requests: AtomicU32::new(0),
         closed: AtomicBool::new(false),
         changed: Notify::new(),
-        times: Times::of(&wanted.cluster.policy),
+        made_by: wanted.cluster.policy.clone(),
     });
     let source = wanted.pod.clone();
     // Of who asked for it: it is not unused before that.

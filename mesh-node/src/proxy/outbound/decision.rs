@@ -86,7 +86,7 @@ pub fn asker<'a>(source: &'a Workload, node: &'a str, client: IpAddr, (turn, eje
         turn,
         hash: None,
         tried: &[],
-        elsewhere: false,
+        attempted: &[],
         ejected,
         now: Instant::now(),
     }

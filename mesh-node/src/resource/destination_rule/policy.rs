@@ -6,8 +6,9 @@ use super::{Layered, document as doc};
 use crate::{
     resource::{
         envelope::FieldError,
-        fields::{Time, header_name, port, positive},
+        fields::{Time, port, positive},
     },
+    route::matching::Matched,
     route::traffic::{
         Balancer, Distribute, HashKey, HashTable, HttpPool, Keepalive, Locality, Outlier, RetryBudget, TcpPool, TrafficPolicy, Upgrade,
         Warmup,
@@ -173,9 +174,14 @@ fn hash_cookie(document: &doc::Cookie, at: &str) -> Result<HashKey> {
     Ok(HashKey::Cookie { name: document.name.as_str().into(), ttl: document.ttl.map(|t| t.0), attributes: attributes.into() })
 }
 
+fn hash_header(name: &str, at: &str) -> Result<HashKey> {
+    let header = Matched::of(name).ok_or_else(|| FieldError::new(at, format!("{name:?} is not a header name")))?;
+    Ok(HashKey::Header(header))
+}
+
 fn consistent_hash(document: &doc::ConsistentHash, at: &str) -> Result<Balancer> {
     let keys = [
-        document.http_header_name.as_deref().map(|n| header_name(n, &format!("{at}.httpHeaderName")).map(HashKey::Header)),
+        document.http_header_name.as_deref().map(|n| hash_header(n, &format!("{at}.httpHeaderName"))),
         document.http_cookie.as_ref().map(|c| hash_cookie(c, &format!("{at}.httpCookie"))),
         document.use_source_ip.filter(|u| *u).map(|_| Ok(HashKey::SourceIp)),
         document.http_query_parameter_name.as_deref().map(|n| Ok(HashKey::Query(n.into()))),

@@ -10,7 +10,7 @@ use crate::{
     resource::{
         authorization::bracketed,
         envelope::FieldError,
-        fields::{self, Percent, end_to_end_header, header_name, header_text, header_value, port, positive},
+        fields::{self, Percent, end_to_end_header, header_text, header_value, port, positive},
     },
     route::{
         matching::{ClaimMatch, HeaderMatch, HttpMatch, Matched, PathMatch, Pattern, QueryMatch, SourceMatch, TextMatch, compile},
@@ -144,13 +144,7 @@ fn http_match(document: &doc::HttpMatch, at: &str) -> Result<HttpMatch> {
                 continue;
             }
             let value = value.as_ref().map_or(Ok(TextMatch::Present), |v| text_match(v, &at))?;
-            let of = match name.as_str() {
-                ":authority" => Matched::Authority,
-                ":method" => Matched::Method,
-                ":path" => Matched::Path,
-                ":scheme" => Matched::Scheme,
-                name => Matched::named(header_name(name, &at)?),
-            };
+            let of = Matched::of(name).ok_or_else(|| FieldError::new(&at, format!("{name:?} is not a header name")))?;
             headers.push(HeaderMatch { of, value, inverted });
         }
     }

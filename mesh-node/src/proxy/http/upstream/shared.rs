@@ -36,31 +36,23 @@ pub struct H2Upstream {
     pub(super) closed: AtomicBool,
     /// Woken when the number of streams changes, and to close.
     pub(super) changed: Notify,
-    /// It is kept by these.
-    pub(super) times: Times,
-}
-
-/// How long a connection is kept, which it is told as it is made.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Times {
-    idle: Duration,
-    most: Option<Duration>,
-}
-
-impl Times {
-    pub(super) fn of(policy: &TrafficPolicy) -> Self {
-        Self { idle: policy.http.idle_timeout, most: policy.tcp.max_connection_duration }
-    }
+    /// The settings it was made, and is kept, by.
+    pub(super) made_by: Arc<TrafficPolicy>,
 }
 
 impl H2Upstream {
+    /// Whether it was made by the settings of pools there are now.
+    pub fn is_of(&self, cluster: &Cluster) -> bool {
+        self.made_by.has_pools_of(&cluster.policy)
+    }
+
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
     pub(super) fn has_room(&self, cluster: &Cluster) -> bool {
-        // Made by other settings: as with Envoy, whose clusters begin anew, it goes on with what it has.
-        if self.times != Times::of(&cluster.policy) {
+        // As with Envoy, whose clusters begin anew, it goes on with what it has.
+        if !self.is_of(cluster) {
             self.close();
         }
         let theirs = h2::most_streams(&self.send);
