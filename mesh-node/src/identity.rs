@@ -35,6 +35,8 @@ pub enum IssueError {
     State { path: String, what: &'static str, source: std::io::Error },
     #[error("the CA state in {path} is unusable: {problem}; restore it, or remove it to start a new trust root")]
     Corrupt { path: String, problem: String },
+    #[error("nobody who trusts the roots of the CA would believe what it signs ({0}); correct its certificate, its chain or the roots")]
+    Unusable(String),
     #[error("a certificate cannot be made")]
     Make(#[from] rcgen::Error),
     #[error("the certificate is unusable")]

@@ -184,7 +184,10 @@ fn a_node_that_waits_for_what_is_open_serves_who_comes_meanwhile() {
     // It has not asked for anything yet, and is told to go.
     let silent = "import socket; s = socket.create_connection(('web', 80)); print(s.recv(1), flush=True)";
     let mut silent = bed.command(&client, Path::new("/usr/bin/python3"), &["-c", silent]).stdout(Stdio::piped()).spawn().expect("python");
+    // What makes other programs read their files again, or end, does nothing here: nobody is to notice.
+    [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2].into_iter().for_each(|other| bed.nodes()[0].signal(other));
     std::thread::sleep(Duration::from_secs(1));
+    assert!(bed.node(0).is_running(), "{}", bed.nodes()[0].log_text());
     bed.nodes()[0].signal(Signal::SIGTERM);
     let began = std::time::Instant::now();
     // Pods come and go meanwhile.

@@ -72,6 +72,9 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
     let metrics = admin::bind(settings.metrics).await.with_context(|| format!("metrics address {}", settings.metrics))?;
     let shown = service.clone();
     let answer = move |method: &Method, uri: &Uri, _: &HeaderMap| match (method, uri.path()) {
+        (&Method::GET, "/healthz/ready") if !shown.is_usable() => {
+            admin::text(StatusCode::SERVICE_UNAVAILABLE, "nobody who trusts its roots would believe what it signs\n".to_owned())
+        }
         (&Method::GET, "/healthz/ready") => admin::text(StatusCode::OK, "ready\n".to_owned()),
         (&Method::GET, "/metrics") => match render(&shown) {
             Ok(text) => admin::text(StatusCode::OK, text),

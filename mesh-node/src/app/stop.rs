@@ -31,8 +31,25 @@ pub(super) struct StopSignals {
     interrupt: Signal,
 }
 
+/// Signals that mean something to other programs (reload, open logs anew) and nothing here, where it happens by itself; left alone they would
+/// end the process at once.
+fn ignore_others() -> io::Result<()> {
+    for (name, kind) in
+        [("SIGHUP", SignalKind::hangup()), ("SIGUSR1", SignalKind::user_defined1()), ("SIGUSR2", SignalKind::user_defined2())]
+    {
+        let mut heard = signal(kind)?;
+        tokio::spawn(async move {
+            while heard.recv().await.is_some() {
+                tracing::info!(target: "app", signal = name, "ignored: configuration, certificates and logs are looked at all the time");
+            }
+        });
+    }
+    Ok(())
+}
+
 impl StopSignals {
     pub fn new() -> io::Result<Self> {
+        ignore_others()?;
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 

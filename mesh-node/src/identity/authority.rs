@@ -22,6 +22,7 @@ use rustls::pki_types::CertificateDer;
 use super::IssueError;
 use crate::{
     id::{SpiffeId, TrustDomain},
+    policy::TrustDomains,
     tls,
 };
 
@@ -47,6 +48,8 @@ pub struct Authority {
     /// What follows a certificate in its chain.
     chain: Vec<CertificateDer<'static>>,
     roots: Vec<CertificateDer<'static>>,
+    /// When the first of the certificates expires that what it signs depends on.
+    until: Option<SystemTime>,
 }
 
 /// What tells one state of the directory from another.
@@ -70,7 +73,8 @@ impl Authority {
     /// Opens the authority in `dir`, making its root if there is nothing.
     pub fn open(dir: &Path, trust_domain: TrustDomain) -> Result<Self, IssueError> {
         fs::create_dir_all(dir).map_err(state("created", dir))?;
-        if !dir.join(CA_KEY).exists() {
+        // Where there is something nothing is made, and nothing needs to be written: it may be a mounted Secret.
+        if ![CA_KEY, ROOT_KEY, ROOT_CERT].iter().any(|name| dir.join(name).exists()) {
             let lock_path = dir.join(LOCK_FILE);
             let lock = File::create(&lock_path).map_err(state("locked", &lock_path))?;
             let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| state("locked", &lock_path)(e.into()))?;
@@ -92,7 +96,7 @@ impl Authority {
         };
         let intermediate = dir.join(CA_KEY).exists();
         let (key_name, cert_name) = if intermediate { (CA_KEY, CA_CERT) } else { (ROOT_KEY, ROOT_CERT) };
-        let key = KeyPair::from_pem(&read(key_name)?).map_err(|e| corrupt(format!("{key_name}: {e}")))?;
+        let key = KeyPair::from_pem(private_key(&read(key_name)?)).map_err(|e| corrupt(format!("{key_name}: {e}")))?;
         let cert_pem = read(cert_name)?;
         let signer = listed(cert_name, &cert_pem)?;
         let (_, parsed) = x509_parser::parse_x509_certificate(&signer[0]).map_err(|e| corrupt(format!("{cert_name}: {e}")))?;
@@ -102,14 +106,26 @@ impl Authority {
         let issuer = Issuer::from_ca_cert_der(&signer[0], key).map_err(|e| corrupt(format!("{cert_name}: {e}")))?;
         let mut roots = listed(ROOT_CERT, &read(ROOT_CERT)?)?;
         let mut chain = vec![signer[0].clone()];
-        if intermediate && dir.join(CHAIN).exists() {
-            let more = listed(CHAIN, &read(CHAIN)?)?;
+        // Istio's own secret has an empty one where a root signs.
+        let between = if intermediate && dir.join(CHAIN).exists() { read(CHAIN)? } else { String::new() };
+        if !between.trim().is_empty() {
+            let more = listed(CHAIN, &between)?;
             chain.extend(more.into_iter().filter(|c| !roots.contains(c) && *c != signer[0]));
         }
         if dir.join(MORE_ROOTS).exists() {
             roots.extend(listed(MORE_ROOTS, &read(MORE_ROOTS)?)?);
         }
-        Ok(Self { trust_domain, issuer, chain, roots })
+        let until = chain.iter().chain(roots.first()).filter_map(|der| tls::Described::read(der).ok()).map(|d| d.not_after).min();
+        Ok(Self { trust_domain, issuer, chain, roots, until })
+    }
+
+    /// Whether what it signs can be verified by who trusts its roots, now.
+    pub fn check(&self) -> Result<(), IssueError> {
+        let trust = tls::Trust::new(TrustDomains { local: self.trust_domain.clone(), aliases: Vec::new() }, tls::KeyExchange::default());
+        trust.set_roots(&self.roots)?;
+        let id = SpiffeId::new(&self.trust_domain, "mesh-node", "check").map_err(|e| IssueError::Unusable(e.to_string()))?;
+        let (_, chain) = self.issue(&id, Duration::from_hours(1))?;
+        trust.check(&chain).map_err(|e| IssueError::Unusable(e.to_string()))
     }
 
     /// Everybody's roots, the one that signs first.
@@ -164,7 +180,9 @@ impl Authority {
         ttl: Duration,
     ) -> Result<Vec<CertificateDer<'static>>, IssueError> {
         let now = SystemTime::now();
-        (params.not_before, params.not_after) = (whole_seconds(now - CLOCK_SKEW).into(), whole_seconds(now + ttl).into());
+        // No longer than what it depends on: who looks at it is to see when it ends.
+        let until = self.until.filter(|until| *until > now).map_or(now + ttl, |until| until.min(now + ttl));
+        (params.not_before, params.not_after) = (whole_seconds(now - CLOCK_SKEW).into(), whole_seconds(until).into());
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -173,6 +191,13 @@ impl Authority {
         // What signed goes along: a peer that knows it needs no more, and tools show a full chain.
         Ok([leaf.der().clone()].into_iter().chain(self.chain.iter().cloned()).collect())
     }
+}
+
+/// The private key of a file that may have something before it, as those of OpenSSL's `ecparam` do.
+fn private_key(pem: &str) -> &str {
+    let mut begins = pem.match_indices("-----BEGIN ").map(|(at, _)| at);
+    let key = begins.find(|at| pem[*at..].lines().next().is_some_and(|line| line.contains("PRIVATE KEY")));
+    key.map_or(pem, |at| &pem[at..])
 }
 
 pub(super) fn state(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> IssueError {
@@ -285,6 +310,76 @@ mod tests {
         trust.set_roots(authority.roots()).expect("roots");
         let foreign = SpiffeId::parse("spiffe://elsewhere/ns/a/sa/b").expect("valid");
         assert!(authority.issue(&foreign, Duration::from_hours(1)).is_err());
+    }
+
+    /// An authority below a root, made by `change` what it is.
+    fn intermediate(dir: &Path, change: impl FnOnce(&mut CertificateParams)) -> Result<Authority, IssueError> {
+        let root = Authority::open(&dir.join("root"), domain()).expect("root");
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("key");
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        change(&mut params);
+        let signer = params.signed_by(&key, &root.issuer).expect("signed");
+        let ca = dir.join("ca");
+        make(&ca);
+        // As OpenSSL's `ecparam` and Istio write them.
+        let key = format!("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n{}", key.serialize_pem());
+        let root = fs::read_to_string(dir.join("root").join(ROOT_CERT)).expect("root");
+        for (name, text) in [(CA_KEY, key), (CA_CERT, signer.pem()), (CHAIN, "\n".to_owned()), (ROOT_CERT, root)] {
+            fs::write(ca.join(name), text).expect("written");
+        }
+        Authority::open(&ca, domain())
+    }
+
+    #[test]
+    fn what_nobody_would_believe_is_found_out() {
+        let hour = Duration::from_hours(1);
+        let now = SystemTime::now();
+        let check = |change: &dyn Fn(&mut CertificateParams)| {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let authority = intermediate(dir.path(), change).expect("read");
+            authority.check().map_err(|e| e.to_string())
+        };
+        assert_eq!(check(&|_| {}), Ok(()));
+        for (what, change) in [
+            (
+                "expired",
+                &(|p: &mut CertificateParams| (p.not_before, p.not_after) = ((now - hour * 2).into(), (now - hour).into()))
+                    as &dyn Fn(&mut _),
+            ),
+            ("to come", &|p: &mut CertificateParams| p.not_before = (now + hour).into()),
+            ("none that may sign", &|p: &mut CertificateParams| p.is_ca = IsCa::ExplicitNoCa),
+        ] {
+            let told = check(change);
+            assert!(told.as_ref().is_err_and(|e| e.contains("would believe what it signs")), "{what}: {told:?}");
+        }
+        let (dir, other) = (tempfile::tempdir().expect("tempdir"), tempfile::tempdir().expect("tempdir"));
+        intermediate(dir.path(), |_| {}).expect("read");
+        Authority::open(other.path(), domain()).expect("another root");
+        fs::copy(other.path().join(ROOT_CERT), dir.path().join("ca").join(ROOT_CERT)).expect("copied");
+        assert!(Authority::open(&dir.path().join("ca"), domain()).expect("read").check().is_err(), "another root");
+    }
+
+    #[test]
+    fn what_is_signed_lives_no_longer_than_who_signs() {
+        let (dir, now) = (tempfile::tempdir().expect("tempdir"), SystemTime::now());
+        let authority = intermediate(dir.path(), |p| p.not_after = (now + Duration::from_secs(100)).into()).expect("read");
+        let life = |ttl: u64| {
+            let (_, chain) = authority.issue(&id(), Duration::from_secs(ttl)).expect("issued");
+            tls::Described::read(&chain[0]).expect("read").not_after.duration_since(now).expect("later").as_secs()
+        };
+        assert!(life(86_400) <= 100 && life(50) < 60, "{} {}", life(86_400), life(50));
+    }
+
+    /// A mounted Secret can be read and not written.
+    #[test]
+    fn where_there_is_a_root_nothing_is_written() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        Authority::open(dir.path(), domain()).expect("made");
+        fs::remove_file(dir.path().join(LOCK_FILE)).expect("locked while it was made");
+        Authority::open(dir.path(), domain()).expect("read");
+        assert!(!dir.path().join(LOCK_FILE).exists());
     }
 
     fn make(dir: &Path) {

@@ -42,6 +42,8 @@ impl EmbeddedCa {
         let authority = Authority::open(dir, domain.clone())?;
         let seen = Authority::stamp(dir);
         trust.set_roots(authority.roots())?;
+        // What cannot be verified yet may be some day, and connections that need no certificate go on without.
+        tell_of(&authority);
         Ok(Self { dir: dir.to_owned(), domain, ttl, trust, authority: ArcSwap::from_pointee(authority), seen: Mutex::new(seen) })
     }
 
@@ -61,12 +63,15 @@ impl EmbeddedCa {
         let mut seen = self.seen.lock().await;
         let now = Authority::stamp(&self.dir);
         if *seen == now {
-            // It may have been away, and is as it was.
-            problems::solved(problems::Kind::Authority, "");
+            // It may have been away, and is as it was; but time goes on.
+            tell_of(&self.authority.load());
             return false;
         }
         // Files that do not fit together yet are looked at again; until then everything stays as it was.
-        let loaded = Authority::load(&self.dir, self.domain.clone()).and_then(|a| Ok((self.trust.set_roots(a.roots())?, a)));
+        let loaded = Authority::load(&self.dir, self.domain.clone()).and_then(|authority| {
+            authority.check()?;
+            Ok((self.trust.set_roots(authority.roots())?, authority))
+        });
         match loaded {
             Ok((roots, authority)) => {
                 tracing::info!(target: "identity", directory = %self.dir.display(), roots = authority.roots().len(), roots_changed = roots, "CA state read again");
@@ -82,6 +87,14 @@ impl EmbeddedCa {
                 false
             }
         }
+    }
+}
+
+/// Says whether what an authority signs can be verified now.
+pub(super) fn tell_of(authority: &Authority) {
+    match authority.check() {
+        Ok(()) => problems::solved(problems::Kind::Authority, ""),
+        Err(error) => problems::found(problems::Kind::Authority, "", format!("error: {}", chain(&error))),
     }
 }
 

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     id::SpiffeId,
+    problems,
     telemetry::chain,
     tls::{self, Credentials, TlsError, Trust},
 };
@@ -98,7 +99,13 @@ impl CertificateSource for Files {
                 let now = self.stamp();
                 if *seen != now {
                     *seen = now;
-                    if let Err(error) = self.read_roots() {
+                    let read = self.read_roots();
+                    if read.is_ok() {
+                        problems::solved(problems::Kind::Authority, "");
+                    }
+                    if let Err(error) = read {
+                        let told = format!("error: roots cannot be read again; those read before stay trusted: {}", chain(&error));
+                        problems::found(problems::Kind::Authority, "", told);
                         tracing::warn!(target: "identity", error = chain(&error), "roots cannot be read again; those read before stay trusted");
                     }
                     return;

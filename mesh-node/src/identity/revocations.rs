@@ -6,7 +6,11 @@ use super::{
     IssueError,
     authority::{Stamp, state},
 };
-use crate::{problems, telemetry::chain, tls::Trust};
+use crate::{
+    problems,
+    telemetry::chain,
+    tls::{TlsError, Trust},
+};
 
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -14,9 +18,9 @@ const LOOK: Duration = Duration::from_secs(2);
 /// force.
 pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Output = ()> + Send, IssueError> {
     let mut seen = Stamp::of(paths.iter().cloned());
-    let lists = read(&paths, &trust)?;
+    let mut had = read(&paths, &trust, 0)?;
     if !paths.is_empty() {
-        tracing::info!(target: "identity", lists, "revocation lists read");
+        tracing::info!(target: "identity", lists = had, "revocation lists read");
     }
     Ok(async move {
         loop {
@@ -27,9 +31,9 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
                 problems::solved(problems::Kind::Revocations, "");
                 continue;
             }
-            match read(&paths, &trust) {
+            match read(&paths, &trust, had) {
                 Ok(lists) => {
-                    seen = now;
+                    (seen, had) = (now, lists);
                     problems::solved(problems::Kind::Revocations, "");
                     tracing::info!(target: "identity", lists, "revocation lists read again");
                 }
@@ -43,7 +47,52 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
     })
 }
 
-fn read(paths: &[PathBuf], trust: &Trust) -> Result<usize, IssueError> {
+/// `had`: how many lists were in force before. Once there are any an empty file is none that says that nothing is revoked, but one that is half
+/// way through being written.
+fn read(paths: &[PathBuf], trust: &Trust, had: usize) -> Result<usize, IssueError> {
     let texts = paths.iter().map(|p| fs::read(p).map_err(state("read", p))).collect::<Result<Vec<_>, _>>()?;
+    let empty = paths.iter().zip(&texts).find(|(_, text)| had > 0 && text.trim_ascii().is_empty());
+    if let Some((path, _)) = empty {
+        let problem = format!("{} is empty; to revoke nothing any more, give a list without entries", path.display());
+        return Err(TlsError::Revocations(problem).into());
+    }
     Ok(trust.set_revocations(texts.iter().map(Vec::as_slice))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{id::TrustDomain, policy::TrustDomains, tls::KeyExchange};
+
+    /// A list that is emptied is being written, and takes nothing back.
+    #[test]
+    fn an_empty_file_is_no_list_where_there_was_one() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("crl.pem");
+        let domain = TrustDomain::parse("cluster.local").expect("valid");
+        let trust = Trust::new(TrustDomains { local: domain, aliases: Vec::new() }, KeyExchange::default());
+        let key = rcgen::KeyPair::generate().expect("key");
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        params.key_usages = vec![rcgen::KeyUsagePurpose::CrlSign];
+        let issuer = rcgen::Issuer::new(params, key);
+        let now = std::time::SystemTime::now();
+        let list = rcgen::CertificateRevocationListParams {
+            this_update: now.into(),
+            next_update: (now + Duration::from_hours(1)).into(),
+            crl_number: rcgen::SerialNumber::from(vec![1]),
+            issuing_distribution_point: None,
+            revoked_certs: Vec::new(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&issuer).expect("signed").pem().expect("pem");
+        let read = |text: &str, had: usize| {
+            fs::write(&path, text).expect("written");
+            super::read(std::slice::from_ref(&path), &trust, had).map_err(|e| chain(&e))
+        };
+        assert_eq!((read("", 0), read(&list, 0)), (Ok(0), Ok(1)));
+        let told = read(" \n", 1);
+        assert!(told.as_ref().is_err_and(|e| e.contains("crl.pem is empty")), "{told:?}");
+        assert_eq!(read(&list, 1), Ok(1));
+    }
 }

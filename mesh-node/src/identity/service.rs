@@ -146,7 +146,11 @@ type Refused = (Refusal, String);
 impl Service {
     /// Opens the authority, making its root if there is nothing in its directory.
     pub fn open(settings: ServiceSettings, cluster: Arc<dyn Cluster>) -> Result<Arc<Self>, IssueError> {
-        let authority = ArcSwap::from_pointee(Authority::open(&settings.dir, settings.trust_domain.clone())?);
+        let authority = Authority::open(&settings.dir, settings.trust_domain.clone())?;
+        if let Err(error) = authority.check() {
+            tracing::error!(target: "ca", error = chain(&error), "the authority is of no use as it is");
+        }
+        let authority = ArcSwap::from_pointee(authority);
         Ok(Arc::new(Self { settings, cluster, authority, issued: AtomicU64::new(0), refused: Mutex::default() }))
     }
 
@@ -201,7 +205,8 @@ impl Service {
             tokio::time::sleep(LOOK).await;
             let now = Authority::stamp(&self.settings.dir);
             if now != seen {
-                match Authority::load(&self.settings.dir, self.settings.trust_domain.clone()) {
+                let loaded = Authority::load(&self.settings.dir, self.settings.trust_domain.clone());
+                match loaded.and_then(|authority| authority.check().map(|()| authority)) {
                     Ok(authority) => {
                         tracing::info!(target: "ca", roots = authority.roots().len(), "CA state read again");
                         self.authority.store(Arc::new(authority));
@@ -223,6 +228,11 @@ impl Service {
                 Err(error) => tracing::warn!(target: "ca", error = chain(&error), "no certificate for the service itself"),
             }
         }
+    }
+
+    /// Whether what it signs is believed by who trusts its roots.
+    pub fn is_usable(&self) -> bool {
+        self.authority.load().check().is_ok()
     }
 
     /// Certificates issued, and requests refused by reason.

@@ -143,6 +143,7 @@ impl Directory {
     }
 
     fn look(&mut self) -> Look {
+        self.last_good.again();
         let mut found = BTreeMap::new();
         let mut look = Look::default();
         if find(&self.root, MAX_DEPTH, &mut found) {
@@ -293,8 +294,16 @@ fn find(directory: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Seen>) -> 
                 found.insert(path, Ok(Version::of(&metadata)));
             }
             Ok(_) => {}
-            // Removed meanwhile, or a link to nowhere.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // A link to nowhere: where it leads is away, as a volume may be. Nobody has taken back what it held.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let may_be_meant = is_manifest(&path) || path.extension().is_none();
+                if may_be_meant && fs::symlink_metadata(&path).is_ok_and(|link| link.is_symlink()) {
+                    found.insert(
+                        path,
+                        Err("leads to nothing; what it held before stays in force; restore that, or remove the link".to_owned()),
+                    );
+                }
+            }
             Err(error) => drop(found.insert(path, Err(cannot(&error)))),
         }
     }

@@ -126,6 +126,15 @@ impl Trust {
         self.store.load().certificates.iter().filter_map(|der| Described::read(der).ok()).collect()
     }
 
+    /// Whether a chain would be verified now, in either role.
+    pub fn check(&self, chain: &[CertificateDer<'_>]) -> Result<(), TlsError> {
+        let (leaf, between) = chain.split_first().ok_or(TlsError::EmptyChain)?;
+        for role in [Role::Client, Role::Server] {
+            self.verify(leaf, between, UnixTime::now(), role).map_err(|e| TlsError::Certificate(e.to_string()))?;
+        }
+        Ok(())
+    }
+
     /// Verifies a chain, the peer's own certificate first.
     pub(super) fn verify(
         &self,

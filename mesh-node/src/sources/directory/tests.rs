@@ -185,3 +185,27 @@ async fn garbage_keeps_the_last_good_content_and_says_so() {
     running.wait_for("huge named", |r| r.errors().contains("the limit is")).await;
     assert_eq!(running.services(), ["good"]);
 }
+
+/// Where a link leads may be away for a while; who removes the link takes back what it held.
+#[tokio::test]
+async fn a_link_to_nothing_holds_what_it_held() {
+    let elsewhere = tempfile::tempdir().expect("tempdir");
+    let (target, below) = (elsewhere.path().join("a.yaml"), elsewhere.path().join("all"));
+    fs::write(&target, namespace("one")).expect("write");
+    fs::create_dir(&below).expect("made");
+    fs::write(below.join("b.yaml"), namespace("two")).expect("write");
+    let running = start();
+    let (link, all) = (running.dir.path().join("a.yaml"), running.dir.path().join("all"));
+    std::os::unix::fs::symlink(&target, &link).expect("linked");
+    std::os::unix::fs::symlink(&below, &all).expect("linked");
+    std::os::unix::fs::symlink("nowhere", running.dir.path().join("notes.txt")).expect("linked");
+    running.wait_for("followed", |r| r.services() == ["one", "two"]).await;
+    assert_eq!(running.errors(), "");
+    fs::rename(&target, elsewhere.path().join("away")).expect("moved");
+    fs::rename(&below, elsewhere.path().join("away.d")).expect("moved");
+    running.wait_for("told", |r| r.errors().matches("leads to nothing").count() == 2).await;
+    assert_eq!(running.services(), ["one", "two"], "{}", running.errors());
+    fs::rename(elsewhere.path().join("away"), &target).expect("moved");
+    fs::remove_file(&all).expect("removed");
+    running.wait_for("back, and taken back", |r| r.services() == ["one"] && r.errors().is_empty()).await;
+}
