@@ -3,7 +3,7 @@
 use http::Method;
 
 /// What a service's port declares.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord)]
 pub enum Protocol {
     /// Nothing: by the first bytes.
     #[default]
@@ -44,14 +44,19 @@ impl Protocol {
         matches!(self, Self::Http | Self::Http2 | Self::Grpc | Self::GrpcWeb)
     }
 
-    /// What is known where two declare it.
-    #[must_use]
-    pub fn or(self, other: Self) -> Self {
-        match (self, other) {
-            (a, b) if a == b => a,
-            (a, b) if a.is_http() && b.is_http() => Self::Http,
-            // Who declares nothing does not say that it is something else.
-            (declared, Self::Detect) | (Self::Detect, declared) if declared.is_http() => declared,
+    /// What is known where several declare it, in whatever order.
+    pub fn agreed(all: impl IntoIterator<Item = Self>) -> Self {
+        let mut all = all.into_iter().collect::<Vec<_>>();
+        all.sort_unstable();
+        all.dedup();
+        if let [one] = all[..] {
+            return one;
+        }
+        // Who declares nothing does not say that it is something else.
+        all.retain(|declared| *declared != Self::Detect);
+        match all[..] {
+            [one] if one.is_http() => one,
+            _ if !all.is_empty() && all.iter().all(|declared| declared.is_http()) => Self::Http,
             _ => Self::Detect,
         }
     }
@@ -274,15 +279,26 @@ mod tests {
         for (name, app, expected) in cases {
             assert_eq!(Protocol::declared(name, app), expected, "{name} {app:?}");
         }
-        for (one, other, both) in [
-            (Protocol::Http, Protocol::Http, Protocol::Http),
-            (Protocol::Http, Protocol::Grpc, Protocol::Http),
-            (Protocol::Grpc, Protocol::Detect, Protocol::Grpc),
-            (Protocol::Detect, Protocol::Http, Protocol::Http),
-            (Protocol::Http, Protocol::Tcp, Protocol::Detect),
-            (Protocol::Tcp, Protocol::Detect, Protocol::Detect),
+        for (all, expected) in [
+            (&[Protocol::Http, Protocol::Http][..], Protocol::Http),
+            (&[Protocol::Http, Protocol::Grpc], Protocol::Http),
+            (&[Protocol::Grpc, Protocol::Detect, Protocol::Grpc], Protocol::Grpc),
+            (&[Protocol::Http, Protocol::Grpc, Protocol::Detect], Protocol::Http),
+            (&[Protocol::Http, Protocol::Tcp], Protocol::Detect),
+            (&[Protocol::Http, Protocol::Tcp, Protocol::Http], Protocol::Detect),
+            (&[Protocol::Http, Protocol::Http2, Protocol::Tcp], Protocol::Detect),
+            (&[Protocol::Tcp, Protocol::Detect], Protocol::Detect),
+            (&[Protocol::Tcp, Protocol::Tls], Protocol::Detect),
+            (&[Protocol::Tcp, Protocol::Tcp], Protocol::Tcp),
+            (&[], Protocol::Detect),
         ] {
-            assert_eq!(one.or(other), both, "{one:?} and {other:?}");
+            // Whatever order they come in.
+            for turn in 0..all.len().max(1) {
+                let mut turned = all.to_vec();
+                turned.rotate_left(turn.min(all.len()));
+                let back = turned.iter().rev().copied().collect::<Vec<_>>();
+                assert_eq!([Protocol::agreed(turned), Protocol::agreed(back)], [expected; 2], "{all:?} from {turn}");
+            }
         }
     }
 

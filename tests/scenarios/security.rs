@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 
 #[path = "security/authorizers.rs"]
 mod authorizers;
+#[path = "security/declared.rs"]
+mod declared;
 #[path = "security/recorded.rs"]
 mod recorded;
 #[path = "security/routed.rs"]

@@ -370,11 +370,11 @@ pub(super) fn ports(attached: &[Attached<'_>], namespace: &str) -> Ports {
 /// What the ports of a pod carry, as the services of its own namespace that lead to them declare: anybody can make a service
 /// that leads to somebody else's pod. Where they disagree, it is found out; which HTTP it is always is.
 fn protocols(attached: &[Attached<'_>], namespace: &str) -> BTreeMap<u16, Protocol> {
-    let mut found = BTreeMap::new();
+    let mut found: BTreeMap<u16, Vec<Protocol>> = BTreeMap::new();
     for a in attached.iter().filter(|a| *a.service.namespace == *namespace) {
-        found.entry(a.port).and_modify(|p: &mut Protocol| *p = p.or(a.protocol)).or_insert(a.protocol);
+        found.entry(a.port).or_default().push(a.protocol);
     }
-    found
+    found.into_iter().map(|(port, all)| (port, Protocol::agreed(all))).collect()
 }
 
 /// The services that lead to ports several lead to.

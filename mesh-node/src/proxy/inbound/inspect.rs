@@ -35,6 +35,7 @@ use crate::{
         },
         live::{Carries, Cut, Note},
         pods::Stage,
+        sniff::asks_a_proxy,
     },
 };
 
@@ -69,7 +70,7 @@ pub struct Inspection<'a> {
 /// What a connection carries.
 enum Spoken {
     Http1,
-    /// What is no HTTP on a port that is declared to carry it, or may be it to a lenient application, or begins like it.
+    /// What is no HTTP on a port that is declared to carry it, or may be it to a lenient application, or begins like it, or asks a proxy.
     Unlike,
     /// Text that does not begin like a request, of which the first line is not whole.
     Text,
@@ -351,8 +352,7 @@ async fn look(
 /// What may be the beginning of a request: where nobody says that it is one, and nobody has to know, it is what it is.
 fn undecided(begun: &[u8], declared: Protocol) -> Spoken {
     match detect(begun) {
-        _ if declared.is_http() => Spoken::Http1,
-        Detected::Opaque => Spoken::Text,
+        Detected::Opaque if !declared.is_http() => Spoken::Text,
         _ => Spoken::Unlike,
     }
 }
@@ -372,6 +372,8 @@ fn spoken(begun: &[u8], declared: Protocol, full: bool) -> Option<Spoken> {
         Detected::Http2 => Spoken::Http2,
         Detected::Tls(name) if !declared.is_http() => Spoken::Opaque(Sni::Read(name.map(Arc::from))),
         // What is declared to be HTTP, or may be it to a lenient application, is refused as such if it is malformed.
+        // What a proxy is asked for is its own business, where nobody has to know.
+        Detected::Http1 if asks_a_proxy(begun) => Spoken::Unlike,
         Detected::Http1 => Spoken::Http1,
         Detected::Tls(_) => Spoken::Unlike,
         Detected::Opaque if declared.is_http() => Spoken::Unlike,
