@@ -87,8 +87,13 @@ pub struct CaptureSettings {
 pub enum CaptureError {
     #[error("this kernel cannot run mesh-node: {0}")]
     Unsupported(String),
-    #[error("another mesh-node serves with {0}; stop it first, or give this one another --bpf-dir")]
+    #[error("another mesh-node serves with {0}; stop it first, or give this one another --bpf-dir and another --cgroup-root")]
     Taken(String),
+    #[error(
+        "programs of another mesh-node are attached to {cgroup} that are not pinned below {pins}: give this one the --bpf-dir that one had, or remove \
+         them with mesh-node uninstall --bpf-dir DIRECTORY"
+    )]
+    Foreign { cgroup: String, pins: String },
     #[error("the eBPF object is unusable: {0}")]
     Object(String),
     #[error("eBPF program {program} does not load: {problem}")]
@@ -160,6 +165,13 @@ impl Capture {
         let cgroup =
             std::fs::File::open(&settings.cgroup).map_err(CaptureError::io(format!("open cgroup {}", settings.cgroup.display())))?;
         for hook in object::CGROUP_HOOKS {
+            let foreign = pins::is_foreign(&settings.pins, hook.program, cgroup.as_fd(), hook.attach_type);
+            if foreign.map_err(CaptureError::io(format!("ask for the programs of {}", settings.cgroup.display())))? {
+                return Err(CaptureError::Foreign {
+                    cgroup: settings.cgroup.display().to_string(),
+                    pins: settings.pins.display().to_string(),
+                });
+            }
             let link = pins::hook_link(&directory, hook.program);
             pins::drop_foreign(&link, &cgroup)?;
             pins::attach(&link, loaded.program(hook.program)?, cgroup.as_fd(), hook.attach_type)?;

@@ -133,6 +133,25 @@ fn a_cgroup_root_that_does_not_cover_the_process_is_refused() {
     assert!(!output.status.success() && text.contains("is not below --cgroup-root"), "{text}");
 }
 
+/// Programs that another process left hold the pods: a second generation beside them would judge what the first has led elsewhere already.
+#[test]
+fn programs_that_are_pinned_elsewhere_are_not_added_to() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    bed.node(0).kill();
+    let root = bed.nodes()[0].cgroup.display().to_string();
+    let (config, pins) = (bed.config().display().to_string(), bed.nodes()[0].pins.join("other").display().to_string());
+    let ca = bed.directory.join("ca").display().to_string();
+    let arguments =
+        ["run", "--node", "x", "--config-dir", &config, "--bpf-dir", &pins, "--ca-dir", &ca, "--state-dir", &ca, "--cgroup-root", &root];
+    let output = bed.nodes()[0].mesh_node(&arguments).expect("run");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("not pinned below") && text.contains("--bpf-dir"), "{text}");
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    assert!(answers(&bed, &client, &server.address(8080)), "the same one is taken over from");
+}
+
 #[test]
 fn pods_of_every_qos_class_are_found() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

@@ -114,6 +114,22 @@ pub fn update_steering(directory: &Path, program: BorrowedFd<'_>) -> Result<(), 
     Ok(())
 }
 
+/// Whether a program of this name is attached to a cgroup that is pinned nowhere below `base`: a process that was started with another directory,
+/// alive or dead, has put it there, and would have each connection judged twice.
+pub fn is_foreign(base: &Path, program: &str, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<bool> {
+    /// What the kernel keeps of a program's name.
+    const NAME: usize = 15;
+    let attached = sys::programs_on(cgroup, attach_type)?;
+    let pinned = fs::read_dir(base).into_iter().flat_map(versions).map(|version| hook_link(&version, program));
+    let ours = pinned.filter_map(|path| sys::link_program(sys::open_pin(&path).ok()?.as_fd()).ok()).collect::<Vec<_>>();
+    if attached.iter().all(|id| ours.contains(id)) {
+        return Ok(false);
+    }
+    let name = program.get(..NAME).unwrap_or(program).as_bytes();
+    let of_that_name = aya::programs::loaded_programs().filter_map(Result::ok).filter(|info| info.name() == name).map(|info| info.id());
+    Ok(of_that_name.filter(|id| attached.contains(id) && !ours.contains(id)).count() > 0)
+}
+
 /// Removes the pin of a link that is on another cgroup: the root was changed since.
 pub fn drop_foreign(path: &Path, cgroup: &fs::File) -> Result<(), CaptureError> {
     let Ok(link) = sys::open_pin(path) else { return Ok(()) };

@@ -29,6 +29,7 @@ const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_ITER_CREATE: libc::c_long = 33;
@@ -95,6 +96,18 @@ struct AttachAttr {
     program: u32,
     attach_type: u32,
     flags: u32,
+}
+
+/// The kernel writes how many there are into it.
+#[repr(C)]
+struct QueryAttr {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    pad: u32,
 }
 
 /// The beginning of `struct bpf_prog_test_run_attr`.
@@ -174,10 +187,39 @@ pub fn delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
 
 /// The id of the cgroup a link is on; 0 when that is gone.
 pub fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
+    link_info(link).map(|info| info.cgroup)
+}
+
+/// The id of the program a link runs.
+pub fn link_program(link: BorrowedFd<'_>) -> io::Result<u32> {
+    link_info(link).map(|info| info.program)
+}
+
+fn link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
     let mut info = CgroupLinkInfo::default();
     let length = u32::try_from(size_of::<CgroupLinkInfo>()).map_err(io::Error::other)?;
     bpf(BPF_OBJ_GET_INFO_BY_FD, &InfoAttr { fd: number(link), length, info: (&raw mut info) as u64 })?;
-    Ok(info.cgroup)
+    Ok(info)
+}
+
+/// The ids of the programs that are attached to a cgroup itself, whoever did it.
+pub fn programs_on(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+    /// The most the kernel takes on one cgroup (`BPF_CGROUP_MAX_PROGS`).
+    const MOST: usize = 64;
+    let mut ids = [0_u32; MOST];
+    let count = u32::try_from(MOST).map_err(io::Error::other)?;
+    let attr = QueryAttr {
+        target: number(cgroup),
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        programs: ids.as_mut_ptr() as u64,
+        count,
+        pad: 0,
+    };
+    bpf(BPF_PROG_QUERY, &attr)?;
+    // Those there are; the rest is as it was.
+    Ok(ids.into_iter().take_while(|id| *id != 0).collect())
 }
 
 fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<RawFd> {
