@@ -318,6 +318,8 @@ fn an_authority_that_is_away_is_missed_only_when_certificates_expire() {
     let told = || scene.certificate(1, "/sa/far")["error"].as_str().map(str::to_owned);
     wait_for("the outage is told", Duration::from_secs(life), || Ok(told().is_some_and(|e| e.contains("cannot be reached"))))
         .expect("told");
+    let status = scene.bed.nodes()[1].admin("/status").expect("a status");
+    assert!(status.contains("have no certificate, or none that can be renewed"), "{status}");
     std::thread::sleep(Duration::from_secs(life));
     // A connection in use outlives its certificate; a new one cannot be made, and the log says why.
     assert_eq!(scene.ask(), "200");

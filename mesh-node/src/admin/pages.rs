@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::{NoAnswer, query};
 use crate::{
     app::Node,
+    identity::CertificateState,
     problems,
     proxy::http::clusters::{ClusterState, Limited},
     route::Workload,
@@ -32,8 +33,28 @@ pub(super) fn status(node: &Node) -> Value {
         },
         "generation": snapshot.generation,
         "openConnections": node.proxy.metrics.open_connections.get(),
-        "remarks": node.proxy.config.statuses().iter().map(ToString::to_string).chain(node.proxy.jwks.problems()).chain(problems::all().into_iter().map(|(_, text)| text)).collect::<Vec<_>>(),
+        "remarks": remarks(node),
     })
+}
+
+/// What is not in force, and what is wrong with the node itself.
+fn remarks(node: &Node) -> Vec<String> {
+    let proxy = &node.proxy;
+    let configuration = proxy.config.statuses().iter().map(ToString::to_string).collect::<Vec<_>>();
+    let own = problems::all().into_iter().map(|(_, text)| text);
+    configuration.into_iter().chain(proxy.jwks.problems()).chain(own).chain(uncertified(&proxy.identity.states())).collect()
+}
+
+/// One for all identities that have no certificate, or one that cannot be renewed: they have one source.
+fn uncertified(states: &[CertificateState]) -> Option<String> {
+    let failing = states.iter().filter_map(|state| Some((state, state.error.as_deref()?))).collect::<Vec<_>>();
+    let (first, error) = failing.first()?;
+    Some(format!(
+        "error: {} of {} identities have no certificate, or none that can be renewed; of {} because {error}; meshctl certificates shows all",
+        failing.len(),
+        states.len(),
+        first.identity
+    ))
 }
 
 pub(super) fn workloads(node: &Node) -> Value {
