@@ -90,9 +90,16 @@ impl Store {
                 old.is_some()
             }
             Content::Unreadable(problem) => {
+                // A directory has its files in its name.
+                let below =
+                    |(other, file): (&Origin, &File)| other.0.starts_with(&*origin.0) && *other != origin && !file.objects.is_empty();
+                let holds_some = self.files.iter().any(below);
                 let file = self.files.entry(origin).or_default();
-                let rest =
-                    if file.objects.is_empty() { "nothing of this file is in force" } else { "what this file held before stays in force" };
+                let rest = match (file.objects.is_empty(), holds_some) {
+                    (false, _) => "what this file held before stays in force",
+                    (true, true) => "what was below it before stays in force",
+                    (true, false) => "nothing of this file is in force",
+                };
                 file.errors = vec![format!("{problem}; {rest}")];
                 true
             }

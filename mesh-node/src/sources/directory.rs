@@ -271,7 +271,7 @@ fn origin(path: &Path) -> Origin {
 
 /// Collects the manifests below a directory, and what there cannot be read. True when there were too many.
 fn find(directory: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Seen>) -> bool {
-    let cannot = |error: &io::Error| format!("cannot be read: {error}; what it held before stays in force");
+    let cannot = |error: &io::Error| format!("cannot be read: {error}");
     let entries = match fs::read_dir(directory).and_then(Iterator::collect::<io::Result<Vec<_>>>) {
         Ok(entries) => entries,
         // Removed meanwhile; the root itself must be there.
@@ -298,10 +298,7 @@ fn find(directory: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Seen>) -> 
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let may_be_meant = is_manifest(&path) || path.extension().is_none();
                 if may_be_meant && fs::symlink_metadata(&path).is_ok_and(|link| link.is_symlink()) {
-                    found.insert(
-                        path,
-                        Err("leads to nothing; what it held before stays in force; restore that, or remove the link".to_owned()),
-                    );
+                    found.insert(path, Err("leads to nothing; restore what it led to, or remove the link".to_owned()));
                 }
             }
             Err(error) => drop(found.insert(path, Err(cannot(&error)))),

@@ -205,6 +205,8 @@ async fn a_link_to_nothing_holds_what_it_held() {
     fs::rename(&below, elsewhere.path().join("away.d")).expect("moved");
     running.wait_for("told", |r| r.errors().matches("leads to nothing").count() == 2).await;
     assert_eq!(running.services(), ["one", "two"], "{}", running.errors());
+    let told = running.errors();
+    assert!(told.contains("what this file held before stays") && told.contains("what was below it before stays"), "{told}");
     fs::rename(elsewhere.path().join("away"), &target).expect("moved");
     fs::remove_file(&all).expect("removed");
     running.wait_for("back, and taken back", |r| r.services() == ["one"] && r.errors().is_empty()).await;
