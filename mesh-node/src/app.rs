@@ -4,6 +4,7 @@ mod ca;
 mod gauges;
 mod listeners;
 mod node;
+mod process;
 mod stop;
 
 pub use ca::{CaSettings, ClusterSettings, run_ca};

@@ -62,7 +62,7 @@ impl Asker<'_> {
 ///
 /// Ready endpoints are used; when there are none, those that still serve while they terminate, as kube-proxy does.
 /// Ejected ones are left out, unless so few are left that the policy says to use all (panic, see [`locality`]). One already tried is
-/// avoided as long as there is another.
+/// avoided as long as there is another, but where a hash decides, as with Istio.
 pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint> {
     let mut candidates = locality::narrow(cluster, asker, usable(cluster, (asker.client, asker.own), asker.node));
     if let (Balancer::Hash { .. }, Some(hash), Some(table)) = (&cluster.policy.balancer, asker.hash, &cluster.table) {

@@ -43,6 +43,7 @@ struct RefusedLabels {
 
 /// Serves until it is told to stop.
 pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
+    super::stop::ignore_others().context("signals cannot be heard of")?;
     let cluster: Arc<dyn Cluster> = match &settings.cluster {
         ClusterSettings::Kubernetes => {
             let missing = "this process is in no Kubernetes cluster (KUBERNETES_SERVICE_HOST is not set); give --tokens and --config-dir";

@@ -17,6 +17,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::{
     listeners::{Listeners, Serving},
+    process,
     stop::{self, StopSignals},
 };
 use crate::{
@@ -25,7 +26,6 @@ use crate::{
     config::{Configuration, MeshSettings, Publisher},
     id::WorkloadUid,
     identity::{self, CertificateSource, EmbeddedCa, Files, IstioCa, IstioCaSettings, Manager},
-    io::netns::Netns,
     proxy::{self, Direct, Limits, Proxy, ServedPod, live::Cut, pods::Origins},
     route::Workload,
     sources::{directory::Directory, last_good::LastGood},
@@ -136,8 +136,7 @@ impl Node {
 
 /// Runs a node until it is told to stop.
 pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
-    Netns::host().context("cannot open the node's network namespace")?;
-    let descriptors = raise_descriptor_limit().context("cannot raise the limit of open files")?;
+    let descriptors = process::prepare()?;
     let trust = Trust::new(settings.mesh.trust_domains.clone(), settings.key_exchange);
     let certificates = settings.certificates.open(&settings.mesh, &trust)?;
     let revocations = identity::follow_revocations(settings.revocations.clone(), trust.clone())?;
@@ -182,7 +181,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     serve_pages(&node).await?;
     tokio::spawn(publisher.run());
     tokio::spawn(revocations);
-    tokio::spawn(follow_aliases(config.clone(), trust));
+    tokio::spawn(config.clone().tell_of_aliases(trust));
     tokio::spawn(async move {
         // Without its source the node ends; this is why.
         if let Err(error) = source.run(sender).await {
@@ -207,13 +206,6 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     reconciler.until_stopped(discovery, config).await
 }
 
-/// Believes peers by the names of the trust domain that the configuration gives.
-async fn follow_aliases(mut config: Configuration, trust: Arc<Trust>) {
-    while config.changed().await {
-        trust.set_aliases(&config.load().trust_domains.aliases);
-    }
-}
-
 /// Opens everything a node shows itself on.
 async fn serve_pages(node: &Arc<Node>) -> anyhow::Result<()> {
     let settings = &node.settings;
@@ -231,14 +223,6 @@ async fn serve_pages(node: &Arc<Node>) -> anyhow::Result<()> {
         tokio::spawn(admin::serve_node(Listener::Unix(listener), node.clone(), Pages::All));
     }
     Ok(())
-}
-
-/// Raises the soft limit of open files to the hard one; the limit from then on.
-fn raise_descriptor_limit() -> nix::Result<u64> {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    Ok(hard)
 }
 
 /// Keeps what is captured equal to what should be.

@@ -33,7 +33,7 @@ pub(super) struct StopSignals {
 
 /// Signals that mean something to other programs (reload, open logs anew) and nothing here, where it happens by itself; left alone they would
 /// end the process at once.
-fn ignore_others() -> io::Result<()> {
+pub(super) fn ignore_others() -> io::Result<()> {
     for (name, kind) in
         [("SIGHUP", SignalKind::hangup()), ("SIGUSR1", SignalKind::user_defined1()), ("SIGUSR2", SignalKind::user_defined2())]
     {
@@ -49,7 +49,6 @@ fn ignore_others() -> io::Result<()> {
 
 impl StopSignals {
     pub fn new() -> io::Result<Self> {
-        ignore_others()?;
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 

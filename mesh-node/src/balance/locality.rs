@@ -19,7 +19,7 @@ const OVERPROVISION: usize = 140;
 pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: Vec<&'a Endpoint>) -> Vec<&'a Endpoint> {
     let (settings, outlier) = (&cluster.policy.locality, cluster.policy.outlier.as_ref());
     let panic = outlier.map_or(0, |o| o.min_health_percent) as usize;
-    let dice = asker.places(&cluster.policy.balancer);
+    let dice = || asker.places(&cluster.policy.balancer);
     // What a DestinationRule says of places takes the place of what the Service prefers.
     if let Some(near) = cluster.near.filter(|_| !settings.given) {
         nearest(near, asker, &mut candidates);
@@ -27,8 +27,14 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: V
     let known = !asker.locality.region.is_empty() || !settings.failover_priority.is_empty();
     let distributes = settings.enabled && !settings.distribute.is_empty();
     if !settings.enabled || distributes || outlier.is_none() || !known {
+        let distribute = distribute(cluster, asker.locality);
+        if let Some(distribute) = distribute {
+            let is_listed =
+                |e: &Endpoint| listed(distribute, &e.locality).and_then(|i| distribute.to.get(i)).is_some_and(|(_, weight)| *weight > 0);
+            candidates.retain(|e| is_listed(e));
+        }
         avoid_localities(cluster, asker, &mut candidates);
-        return match distribute(cluster, asker.locality) {
+        return match distribute {
             Some(distribute) => distributed(distribute, asker, &candidates, panic, dice),
             None if asker.ejected.is_empty() => candidates,
             None => by_health(vec![candidates], asker, panic, dice),
@@ -50,6 +56,9 @@ pub(super) fn narrow<'a>(cluster: &Cluster, asker: &Asker<'_>, mut candidates: V
 
 /// Leaves out localities that have been asked, as long as there are others.
 fn avoid_localities(cluster: &Cluster, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) {
+    if asker.attempted.is_empty() {
+        return;
+    }
     let tried = cluster.endpoints.iter().filter(|e| asker.attempted.contains(&e.address)).map(|e| &e.locality).collect::<Vec<_>>();
     let fresh = |e: &Endpoint| !tried.contains(&&e.locality) && !asker.is_ejected(e);
     if !tried.is_empty() && candidates.iter().any(|e| fresh(e)) {
@@ -95,10 +104,15 @@ fn nearest(near: Near, asker: &Asker<'_>, candidates: &mut Vec<&Endpoint>) {
     }
 }
 
+/// How many percent of its traffic a level or place carries: something, as long as anything of it is healthy.
+fn carries(healthy: usize, all: usize) -> usize {
+    (OVERPROVISION * healthy / all.max(1)).clamp(healthy.min(1), 100)
+}
+
 /// What is healthy of the level that the dice pick; all of it where it has less than `panic` percent, and there is not enough elsewhere.
-fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: usize, dice: u64) -> Vec<&'a Endpoint> {
+fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: usize, dice: impl Fn() -> u64) -> Vec<&'a Endpoint> {
     let healthy = levels.iter().map(|level| level.iter().filter(|e| !asker.is_ejected(e)).count()).collect::<Vec<_>>();
-    let share = |(level, healthy): (&Vec<&Endpoint>, &usize)| (OVERPROVISION * healthy / level.len().max(1)).min(100);
+    let share = |(level, healthy): (&Vec<&Endpoint>, &usize)| carries(*healthy, level.len());
     let carried = levels.iter().zip(&healthy).map(share).collect::<Vec<_>>();
     let covered = carried.iter().sum::<usize>() >= 100;
     let panics = |i: usize| !covered && 100 * healthy[i] < panic * levels[i].len();
@@ -116,7 +130,7 @@ fn by_health<'a>(mut levels: Vec<Vec<&'a Endpoint>>, asker: &Asker<'_>, panic: u
         carried.iter().map(load).collect()
     };
     let loads = loads.into_iter().map(|load| u32::try_from(load).unwrap_or(u32::MAX));
-    let Some(picked) = pick_weighted(loads, dice) else { return Vec::new() };
+    let Some(picked) = pick_weighted(loads, dice()) else { return Vec::new() };
     let mut level = levels.swap_remove(picked);
     if !in_panic[picked] {
         level.retain(|e| !asker.is_ejected(e));
@@ -151,7 +165,7 @@ fn distributed<'a>(
     asker: &Asker<'_>,
     candidates: &[&'a Endpoint],
     panic: usize,
-    dice: u64,
+    dice: impl Fn() -> u64,
 ) -> Vec<&'a Endpoint> {
     let mut places: Vec<Place<'a>> = Vec::new();
     for endpoint in candidates {
@@ -171,13 +185,13 @@ fn distributed<'a>(
     }
     let weight = |place: &Place<'_>| {
         let of_pattern = places.iter().filter(|other| other.pattern == place.pattern).map(|other| other.all.len()).sum::<usize>();
-        let share = (OVERPROVISION * place.healthy / place.all.len().max(1)).min(100);
+        let share = carries(place.healthy, place.all.len());
         let weight = distribute.to.get(place.pattern).map_or(0, |(_, weight)| *weight as usize);
         // In tenths of a thousandth: no place gets nothing for being one of many.
         u32::try_from(weight * 100 * share * place.all.len() / of_pattern.max(1)).unwrap_or(u32::MAX)
     };
     let weights = places.iter().map(weight).collect::<Vec<_>>();
-    let Some(picked) = pick_weighted(weights.iter().copied(), dice) else { return Vec::new() };
+    let Some(picked) = pick_weighted(weights.iter().copied(), dice()) else { return Vec::new() };
     let mut all = places.swap_remove(picked).all;
     all.retain(|e| !asker.is_ejected(e));
     all

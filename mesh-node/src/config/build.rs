@@ -59,6 +59,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
         views: Views::new(&builder),
     };
     builder.workloads(&mut about, &attachments, &mut snapshot);
+    about.views.finish(&mut builder);
     snapshot.remote_keys = about.policies.finish(&mut builder);
     snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers).into_values().collect();
     snapshot.normalization = builder.parts.normalization;

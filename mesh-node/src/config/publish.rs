@@ -11,7 +11,7 @@ use super::{
     snapshot::Snapshot,
     store::{Change, Status, Store},
 };
-use crate::spawn;
+use crate::{spawn, tls::Trust};
 
 /// Read access to the current configuration; cheap to clone.
 #[derive(Debug, Clone)]
@@ -40,6 +40,13 @@ impl Configuration {
     /// Completes when a generation not yet seen by this value is published; false when there will be none any more.
     pub async fn changed(&mut self) -> bool {
         self.generation.changed().await.is_ok()
+    }
+
+    /// Has peers believed by the names of the trust domain that the configuration gives.
+    pub async fn tell_of_aliases(mut self, trust: Arc<Trust>) {
+        while self.changed().await {
+            trust.set_aliases(&self.load().trust_domains.aliases);
+        }
     }
 
     /// Completes when the first complete reading of the sources is in force.

@@ -74,7 +74,7 @@ impl Authority {
     pub fn open(dir: &Path, trust_domain: TrustDomain) -> Result<Self, IssueError> {
         fs::create_dir_all(dir).map_err(state("created", dir))?;
         // Where there is something nothing is made, and nothing needs to be written: it may be a mounted Secret.
-        if ![CA_KEY, ROOT_KEY, ROOT_CERT].iter().any(|name| dir.join(name).exists()) {
+        if ![CA_KEY, ROOT_KEY].iter().any(|name| dir.join(name).exists()) {
             let lock_path = dir.join(LOCK_FILE);
             let lock = File::create(&lock_path).map_err(state("locked", &lock_path))?;
             let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| state("locked", &lock_path)(e.into()))?;
@@ -115,7 +115,9 @@ impl Authority {
         if dir.join(MORE_ROOTS).exists() {
             roots.extend(listed(MORE_ROOTS, &read(MORE_ROOTS)?)?);
         }
-        let until = chain.iter().chain(roots.first()).filter_map(|der| tls::Described::read(der).ok()).map(|d| d.not_after).min();
+        let expires = |der: &CertificateDer<'_>| tls::Described::read(der).ok().map(|d| d.not_after);
+        let root = chain.last().and_then(|top| roots.iter().filter(|root| is_issued_by(top, root)).filter_map(&expires).max());
+        let until = chain.iter().filter_map(expires).chain(root).min();
         Ok(Self { trust_domain, issuer, chain, roots, until })
     }
 
@@ -191,6 +193,12 @@ impl Authority {
         // What signed goes along: a peer that knows it needs no more, and tools show a full chain.
         Ok([leaf.der().clone()].into_iter().chain(self.chain.iter().cloned()).collect())
     }
+}
+
+/// Whether one names the other as who issued it.
+fn is_issued_by(certificate: &CertificateDer<'_>, issuer: &CertificateDer<'_>) -> bool {
+    let read = |der| x509_parser::parse_x509_certificate(der).ok().map(|(_, parsed)| parsed);
+    read(certificate).zip(read(issuer)).is_some_and(|(one, other)| one.issuer().as_raw() == other.subject().as_raw())
 }
 
 /// The private key of a file that may have something before it, as those of OpenSSL's `ecparam` do.
@@ -359,6 +367,22 @@ mod tests {
         Authority::open(other.path(), domain()).expect("another root");
         fs::copy(other.path().join(ROOT_CERT), dir.path().join("ca").join(ROOT_CERT)).expect("copied");
         assert!(Authority::open(&dir.path().join("ca"), domain()).expect("read").check().is_err(), "another root");
+    }
+
+    /// As `openssl ecparam -name prime256v1 -genkey` writes them.
+    #[test]
+    fn a_key_may_have_its_parameters_before_it() {
+        const KEY: &str = "-----BEGIN EC PARAMETERS-----
+BggqhkjOPQMBBw==
+-----END EC PARAMETERS-----
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIH0MTaxMoCK07AHPOWsa1qK/cWbD/ifL5fQNEmwROKgOoAoGCCqGSM49
+AwEHoUQDQgAEo5j1Ag3q01ry6Er8YyZP5qQml5WLoVSGjTcjuWgzBe9ibZZPlsHT
+/a/5ayOMJbbwjxBlXCBogrFw0quq67rdJA==
+-----END EC PRIVATE KEY-----
+";
+        assert!(KeyPair::from_pem(KEY).is_err() && KeyPair::from_pem(private_key(KEY)).is_ok());
+        assert_eq!(private_key("nothing"), "nothing");
     }
 
     #[test]

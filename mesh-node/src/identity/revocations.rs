@@ -18,9 +18,9 @@ const LOOK: Duration = Duration::from_secs(2);
 /// force.
 pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Output = ()> + Send, IssueError> {
     let mut seen = Stamp::of(paths.iter().cloned());
-    let mut had = read(&paths, &trust, 0)?;
+    let (lists, mut had) = read(&paths, &trust, &[])?;
     if !paths.is_empty() {
-        tracing::info!(target: "identity", lists = had, "revocation lists read");
+        tracing::info!(target: "identity", lists, "revocation lists read");
     }
     Ok(async move {
         loop {
@@ -31,9 +31,9 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
                 problems::solved(problems::Kind::Revocations, "");
                 continue;
             }
-            match read(&paths, &trust, had) {
-                Ok(lists) => {
-                    (seen, had) = (now, lists);
+            match read(&paths, &trust, &had) {
+                Ok((lists, holds)) => {
+                    (seen, had) = (now, holds);
                     problems::solved(problems::Kind::Revocations, "");
                     tracing::info!(target: "identity", lists, "revocation lists read again");
                 }
@@ -47,16 +47,17 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
     })
 }
 
-/// `had`: how many lists were in force before. Once there are any an empty file is none that says that nothing is revoked, but one that is half
-/// way through being written.
-fn read(paths: &[PathBuf], trust: &Trust, had: usize) -> Result<usize, IssueError> {
+/// How many lists there are, and which of the files hold any. `had`: which held some before: such a file that is empty is none that says that
+/// nothing is revoked, but one that is half way through being written.
+fn read(paths: &[PathBuf], trust: &Trust, had: &[bool]) -> Result<(usize, Vec<bool>), IssueError> {
     let texts = paths.iter().map(|p| fs::read(p).map_err(state("read", p))).collect::<Result<Vec<_>, _>>()?;
-    let empty = paths.iter().zip(&texts).find(|(_, text)| had > 0 && text.trim_ascii().is_empty());
-    if let Some((path, _)) = empty {
+    let holds = texts.iter().map(|text| !text.trim_ascii().is_empty()).collect::<Vec<_>>();
+    let emptied = paths.iter().enumerate().find(|(i, _)| had.get(*i) == Some(&true) && holds.get(*i) == Some(&false));
+    if let Some((_, path)) = emptied {
         let problem = format!("{} is empty; to revoke nothing any more, give a list without entries", path.display());
         return Err(TlsError::Revocations(problem).into());
     }
-    Ok(trust.set_revocations(texts.iter().map(Vec::as_slice))?)
+    Ok((trust.set_revocations(texts.iter().map(Vec::as_slice))?, holds))
 }
 
 #[cfg(test)]
@@ -86,13 +87,16 @@ mod tests {
             key_identifier_method: rcgen::KeyIdMethod::Sha256,
         };
         let list = list.signed_by(&issuer).expect("signed").pem().expect("pem");
-        let read = |text: &str, had: usize| {
+        let other = dir.path().join("never.pem");
+        fs::write(&other, "").expect("written");
+        let paths = [path.clone(), other];
+        let read = |text: &str, had: &[bool]| {
             fs::write(&path, text).expect("written");
-            super::read(std::slice::from_ref(&path), &trust, had).map_err(|e| chain(&e))
+            super::read(&paths, &trust, had).map_err(|e| chain(&e))
         };
-        assert_eq!((read("", 0), read(&list, 0)), (Ok(0), Ok(1)));
-        let told = read(" \n", 1);
+        assert_eq!((read("", &[]), read(&list, &[])), (Ok((0, vec![false; 2])), Ok((1, vec![true, false]))));
+        let told = read(" \n", &[true, false]);
         assert!(told.as_ref().is_err_and(|e| e.contains("crl.pem is empty")), "{told:?}");
-        assert_eq!(read(&list, 1), Ok(1));
+        assert_eq!(read(&list, &[true, false]), Ok((1, vec![true, false])), "one that never held any is in nobody's way");
     }
 }

@@ -99,7 +99,7 @@ pub(super) async fn begin(
 }
 
 /// Whether the first request of HTTP/1 is one for a proxy: a CONNECT, or for a whole URL.
-pub(super) fn asks_a_proxy(read: &[u8]) -> bool {
+fn asks_a_proxy(read: &[u8]) -> bool {
     let mut words = read.trim_ascii_start().split(|b| *b == b' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let begins = |scheme: &[u8]| target.get(..scheme.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(scheme));

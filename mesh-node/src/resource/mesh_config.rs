@@ -311,7 +311,7 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
     };
     problems.extend(spelling::remarks(mesh));
     let defaults = Box::new(defaults::read(mesh, &mut problems));
-    let aliases = aliases(mesh, &mut problems);
+    let aliases = defaults::aliases(mesh, &mut problems);
     let retries = part(mesh, "data.mesh").and_then(|document: RetryDocument| {
         document.default_http_retry_policy.as_ref().map(|r| retries(r, "data.mesh.defaultHttpRetryPolicy")).transpose()
     });
@@ -321,32 +321,6 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
     });
     let retries = retries.map(Box::new);
     Ok(MeshConfig { authorizers, normalization, client_cert, defaults, retries, observability, registry_only, aliases, problems })
-}
-
-/// Most names of the trust domain.
-const MOST_ALIASES: usize = 100;
-
-/// One that cannot be a trust domain's name is as if it were absent, and told of.
-fn aliases(mesh: &Value, problems: &mut Vec<String>) -> Vec<TrustDomain> {
-    let listed = match mesh.get("trustDomainAliases") {
-        None | Some(Value::Null) => return Vec::new(),
-        Some(Value::Array(listed)) => listed,
-        Some(other) => {
-            problems.push(format!("data.mesh.trustDomainAliases: {other} is no list of names; it is as if it were not there"));
-            return Vec::new();
-        }
-    };
-    if listed.len() > MOST_ALIASES {
-        problems.push(format!("data.mesh.trustDomainAliases: has {} names, of which the first {MOST_ALIASES} count", listed.len()));
-    }
-    let named = listed.iter().take(MOST_ALIASES).enumerate().map(|(i, name)| {
-        let text = name.as_str().ok_or_else(|| format!("{name} is no text"));
-        text.and_then(|text| TrustDomain::parse(text).map_err(|e| e.to_string())).map_err(|e| (i, e))
-    });
-    let mut told = |(i, error): (usize, String)| {
-        problems.push(format!("data.mesh.trustDomainAliases[{i}]: {error}; it is as if it were not there"));
-    };
-    named.filter_map(|name| name.map_err(&mut told).ok()).collect()
 }
 
 fn client_cert(mode: Option<&str>) -> Result<ClientCert, FieldError> {

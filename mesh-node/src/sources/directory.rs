@@ -150,6 +150,14 @@ impl Directory {
             let content = Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"));
             look.changes.push(Change { origin: origin(&self.root), content });
         }
+        // Of links to nothing those count that are named like manifests, or led to some.
+        let led_to_some = |path: &PathBuf| {
+            self.known
+                .range(path.clone()..)
+                .nth(usize::from(self.known.contains_key(path)))
+                .is_some_and(|(below, _)| below.starts_with(path))
+        };
+        found.retain(|path, seen| !leads_nowhere(seen) || is_manifest(path) || self.known.get(path) == Some(seen) || led_to_some(path));
         self.forget_gone(&found, &mut look);
         for (path, seen) in found {
             // What is as it was again is read again only if something else has been said meanwhile.
@@ -252,7 +260,7 @@ pub fn once(root: &Path, default_namespace: &str) -> io::Result<Vec<Change>> {
         let content = Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"));
         changes.push(Change { origin: origin(root), content });
     }
-    for (path, seen) in found {
+    for (path, seen) in found.into_iter().filter(|(path, seen)| !leads_nowhere(seen) || is_manifest(path)) {
         let content = match seen {
             Ok(version) => match read(&path, &version, default_namespace) {
                 Some((content, _)) => content,
@@ -263,6 +271,13 @@ pub fn once(root: &Path, default_namespace: &str) -> io::Result<Vec<Change>> {
         changes.push(Change { origin: origin(&path), content });
     }
     Ok(changes)
+}
+
+/// What is said of a link whose target is not there.
+const TO_NOTHING: &str = "leads to nothing; restore what it led to, or remove the link";
+
+fn leads_nowhere(seen: &Seen) -> bool {
+    seen.as_ref().is_err_and(|problem| problem == TO_NOTHING)
 }
 
 fn origin(path: &Path) -> Origin {
@@ -296,9 +311,8 @@ fn find(directory: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Seen>) -> 
             Ok(_) => {}
             // A link to nowhere: where it leads is away, as a volume may be. Nobody has taken back what it held.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let may_be_meant = is_manifest(&path) || path.extension().is_none();
-                if may_be_meant && fs::symlink_metadata(&path).is_ok_and(|link| link.is_symlink()) {
-                    found.insert(path, Err("leads to nothing; restore what it led to, or remove the link".to_owned()));
+                if found.len() < MAX_FILES && fs::symlink_metadata(&path).is_ok_and(|link| link.is_symlink()) {
+                    found.insert(path, Err(TO_NOTHING.to_owned()));
                 }
             }
             Err(error) => drop(found.insert(path, Err(cannot(&error)))),

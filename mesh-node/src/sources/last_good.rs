@@ -6,12 +6,15 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use crate::problems;
 
 /// Texts that cannot be written are tried again from memory, up to this many bytes of them.
 const MOST_UNKEPT: usize = 64 * 1024 * 1024;
+/// How often that is tried.
+const AGAIN: Duration = Duration::from_secs(4);
 
 /// Copies in a directory, each beginning with a line that names its original.
 #[derive(Debug)]
@@ -19,6 +22,8 @@ pub struct LastGood {
     directory: PathBuf,
     /// What could not be written and is to be.
     unkept: Mutex<BTreeMap<PathBuf, (Quality, String)>>,
+    /// When that was last tried.
+    tried: Mutex<Option<Instant>>,
 }
 
 impl LastGood {
@@ -38,7 +43,7 @@ impl LastGood {
                 problems::found(problems::Kind::LastGood, "", told);
             }
         }
-        Ok(Self { directory: directory.to_owned(), unkept: Mutex::default() })
+        Ok(Self { directory: directory.to_owned(), unkept: Mutex::default(), tried: Mutex::default() })
     }
 
     fn unkept(&self) -> MutexGuard<'_, BTreeMap<PathBuf, (Quality, String)>> {
@@ -90,21 +95,28 @@ impl LastGood {
     pub fn store(&self, original: &Path, text: &str, quality: Quality) {
         let name = original.to_string_lossy();
         let Err(error) = self.write(original, text, quality) else {
-            self.unkept().remove(original);
+            let mut unkept = self.unkept();
+            unkept.remove(original);
+            if unkept.is_empty() {
+                problems::solved(problems::Kind::LastGood, "");
+            }
             return problems::solved(problems::Kind::LastGood, &name);
         };
         let after = if self.set_aside(original) { "an older version of it is in force" } else { "nothing of it is in force" };
-        let told = format!(
-            "warning: {name}: its last good version cannot be kept for a restart ({error}); make room in the state directory, or {after} after a restart \
-             at a time when it cannot be read"
-        );
-        problems::found(problems::Kind::LastGood, &name, told);
         let mut unkept = self.unkept();
         let held = unkept.iter().filter(|(path, _)| *path != original).map(|(_, (_, text))| text.len()).sum::<usize>();
+        let is_tried_again = held + text.len() <= MOST_UNKEPT;
+        let how =
+            if is_tried_again { "make room in the state directory" } else { "make room in the state directory and write the file anew" };
+        let told = format!(
+            "warning: {name}: its last good version cannot be kept for a restart ({error}); {how}, or {after} after a restart at a time when it cannot \
+             be read"
+        );
+        problems::found(problems::Kind::LastGood, &name, told);
         if unkept.remove(original).is_none() {
             tracing::warn!(target: "config", %error, file = %original.display(), "cannot keep the last good version for a restart");
         }
-        if held + text.len() <= MOST_UNKEPT {
+        if is_tried_again {
             unkept.insert(original.to_owned(), (quality, text.to_owned()));
         }
     }
@@ -112,7 +124,11 @@ impl LastGood {
     fn write(&self, original: &Path, text: &str, quality: Quality) -> io::Result<()> {
         let copy = self.copy(original, quality);
         let temporary = copy.with_extension("new");
-        let written = fs::write(&temporary, format!("{}\n{text}", original.display())).and_then(|()| fs::rename(&temporary, &copy));
+        let whole = format!("{}\n{text}", original.display());
+        let written = match fs::read(&copy) {
+            Ok(there) if there == whole.as_bytes() => Ok(()),
+            _ => fs::write(&temporary, whole).and_then(|()| fs::rename(&temporary, &copy)),
+        };
         if written.is_err() {
             let _ = fs::remove_file(&temporary);
             return written;
@@ -133,9 +149,16 @@ impl LastGood {
         stale.exists() || [Quality::Good, Quality::Partial].iter().any(|q| self.copy(original, *q).exists())
     }
 
-    /// Tries again what could not be written.
+    /// Tries again what could not be written, now and then.
     pub fn again(&self) {
-        let unkept = std::mem::take(&mut *self.unkept());
+        let unkept = {
+            let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
+            if tried.is_some_and(|at| at.elapsed() < AGAIN) {
+                return;
+            }
+            *tried = Some(Instant::now());
+            std::mem::take(&mut *self.unkept())
+        };
         for (original, (quality, text)) in unkept {
             // Not told of once more.
             self.unkept().insert(original.clone(), (quality, String::new()));

@@ -55,6 +55,23 @@ async fn a_limit_is_for_connections_that_are_kept_too() {
     }
 }
 
+/// What goes on on connections of before is counted for itself: a stream that lasts holds nobody up who comes after the change.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_lasts_does_not_fill_a_pool_that_has_begun_anew() {
+    let up = scripted::http2("up", &Seen::default()).await.expect("upstream");
+    let documents =
+        |retries: u32| with(&[up], "http2", &json!({"connectionPool": {"tcp": {"maxConnections": 1}, "http": {"maxRetries": retries}}}));
+    let engine = Engine::start(&documents(1)).await.expect("engine");
+    let vip = VIP.parse().expect("valid");
+    let mut lasting = engine.connect(vip).await.expect("connected");
+    lasting.write_all(b"GET /x HTTP/1.1\r\nhost: web\r\nx-plan: hdrstall\r\n\r\n").await.expect("written");
+    let mut head = [0; 12];
+    timeout(Duration::from_secs(2), lasting.read_exact(&mut head)).await.expect("in time").expect("an answer");
+    engine.apply(&documents(2)).await.expect("applied");
+    let asked = timeout(Duration::from_secs(2), ask(&engine, vip, "/x", "host: web\r\n")).await;
+    assert_eq!(asked.expect("not held up"), "200");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_that_is_cut_counts_against_its_endpoint() {
     for plan in ["hdrrst", "hdrfin", "rst", "503"] {
@@ -108,7 +125,14 @@ async fn an_endpoint_that_becomes_ready_again_is_not_ejected_any_more() {
     }
     assert_eq!(asked("without", "200", 20).await, BTreeSet::from([ups[1].port()]));
     engine.apply(&documents(false)).await.expect("applied");
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    let ejected = || engine.pod.clusters.all().iter().map(|(_, state)| state.outliers.ejected().len()).sum::<usize>();
+    timeout(Duration::from_secs(5), async {
+        while ejected() > 0 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("forgotten");
     engine.apply(&documents(true)).await.expect("applied");
     assert_eq!(asked("again", "200", 40).await.len(), 2);
 }

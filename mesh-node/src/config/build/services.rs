@@ -306,7 +306,8 @@ pub(super) struct Clusters<'a> {
     below: Option<&'a Clusters<'a>>,
 }
 
-type Tables<'a> = HashMap<&'a ClusterId, &'a Arc<Table>>;
+/// In one view another than in another.
+type Tables<'a> = HashMap<&'a ClusterId, Vec<&'a Arc<Table>>>;
 
 /// What clusters are made with.
 struct Given<'a> {
@@ -316,9 +317,17 @@ struct Given<'a> {
 }
 
 fn tables(previous: &Snapshot) -> Tables<'_> {
-    let ports = previous.services.iter().flat_map(|s| &s.ports);
-    let clusters = ports.flat_map(|p| std::iter::once(&p.cluster).chain(p.subsets.values()));
-    clusters.filter_map(|c| Some((&c.id, c.table.as_ref()?))).collect()
+    let viewed = previous.views.values().flat_map(HashMap::values);
+    let ports = previous.services.iter().chain(viewed).flat_map(|s| &s.ports);
+    let mut found = Tables::new();
+    for cluster in ports.flat_map(|p| std::iter::once(&p.cluster).chain(p.subsets.values())) {
+        let Some(table) = &cluster.table else { continue };
+        let of_cluster = found.entry(&cluster.id).or_default();
+        if !of_cluster.iter().any(|other| Arc::ptr_eq(other, table)) {
+            of_cluster.push(table);
+        }
+    }
+    found
 }
 
 impl Clusters<'_> {
@@ -374,7 +383,7 @@ fn cluster(
     let table = match policy.balancer {
         Balancer::Hash { table, .. } => {
             let addresses = endpoints.iter().map(|e| e.address).collect::<Vec<_>>();
-            let same = given.tables.get(&id).filter(|t| t.is_of(table, &addresses));
+            let same = given.tables.get(&id).into_iter().flatten().find(|t| t.is_of(table, &addresses));
             Some(same.map_or_else(|| Arc::new(Table::build(table, addresses)), |t| (*t).clone()))
         }
         _ => None,

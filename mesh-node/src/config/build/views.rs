@@ -2,12 +2,13 @@
 //! (`workloadSelector`).
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
 use super::Builder;
 use crate::{
+    config::store::Severity,
     id::ObjectName,
     resource::selector::{Labels, Selecting},
 };
@@ -27,7 +28,12 @@ pub(super) struct Views<'a> {
     selecting: HashMap<&'a str, Selecting<'a, usize>>,
     /// By the view's name: the namespace, and the rules.
     chosen: BTreeMap<Arc<str>, (&'a str, Vec<usize>)>,
+    /// Rules that were to select somebody when there were too many.
+    refused: BTreeSet<usize>,
 }
+
+/// Most of such views: each has services of its own.
+const MOST: usize = 64;
 
 impl<'a> Views<'a> {
     pub(super) fn new(builder: &Builder<'a>) -> Self {
@@ -47,10 +53,26 @@ impl<'a> Views<'a> {
         if rules.is_empty() {
             return name.namespace.clone();
         }
+        if self.chosen.len() >= MOST && !self.chosen.values().any(|(other, chosen)| other == namespace && *chosen == rules) {
+            self.refused.extend(rules);
+            return name.namespace.clone();
+        }
         let names = rules.iter().filter_map(|i| builder.parts.destination_rules.get(*i)).map(|(named, _)| &*named.key.name.name);
         let view: Arc<str> = format!("{namespace} ({})", names.collect::<Vec<_>>().join(", ")).into();
         self.chosen.entry(view.clone()).or_insert((namespace, rules));
         view
+    }
+
+    /// Says which rules are not in force for all they select.
+    pub(super) fn finish(&self, builder: &mut Builder<'a>) {
+        let named =
+            self.refused.iter().filter_map(|i| builder.parts.destination_rules.get(*i)).map(|(named, _)| *named).collect::<Vec<_>>();
+        for named in named {
+            let message = format!(
+                "spec.workloadSelector: rules select clients in more than {MOST} ways, so it is not in force for some; select fewer"
+            );
+            builder.remark(Severity::Error, named, &message);
+        }
     }
 
     /// Those there are.

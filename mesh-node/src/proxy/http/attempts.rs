@@ -146,7 +146,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             let again = match ended {
                 Attempt::Answered(answered) => {
                     // What came before it was counted as what it seemed.
-                    if matches!(answered, Answered::Truncated(_) | Answered::Cut) {
+                    if matches!(answered, Answered::Truncated(_)) {
                         self.observe(address, &endpoint, Event::Broken);
                     }
                     return Outcome::Ended(self.answered(&answered));

@@ -23,7 +23,11 @@ use crate::{
         outlier::{Event, Outliers, Streak},
     },
     proxy::reporting::EdgeSlot,
-    route::{Cluster, ClusterId, cluster::Locality, traffic::RetryBudget},
+    route::{
+        Cluster, ClusterId,
+        cluster::Locality,
+        traffic::{RetryBudget, TrafficPolicy},
+    },
 };
 
 /// The clusters of one pod. Reading is lock-free; a cluster is added once.
@@ -37,8 +41,20 @@ pub struct Clusters {
 }
 
 impl Clusters {
+    /// What is under way to a cluster. With other settings of its pools it begins anew, as with Envoy: what there is goes on with what it has, and is
+    /// counted for itself.
     pub fn of(&self, cluster: &Cluster) -> Arc<ClusterState> {
-        let state = self.table.get_or_insert(&cluster.id, ClusterState::new);
+        let mut state = self.table.get_or_insert(&cluster.id, || ClusterState::new(&cluster.policy));
+        if !state.made_by.has_pools_of(&cluster.policy) {
+            let fresh = Arc::new(ClusterState::new(&cluster.policy));
+            let mut replaced = None;
+            self.table.change(|entries| {
+                let is_old = entries.get(&cluster.id).is_none_or(|now| !now.made_by.has_pools_of(&cluster.policy));
+                replaced = if is_old { entries.insert(cluster.id.clone(), fresh.clone()) } else { None };
+                state = entries.get(&cluster.id).unwrap_or(&fresh).clone();
+            });
+            replaced.iter().for_each(|old| old.retire());
+        }
         // After the entry was made: who retires all either finds it or is seen here.
         if self.retired.load(Ordering::SeqCst) {
             state.retire();
@@ -59,15 +75,18 @@ impl Clusters {
     /// Forgets clusters that are no more, and lets go of idle connections that are dead or have been idle too long.
     pub fn tidy(&self, now: Instant, current: impl Fn(&ClusterId) -> Option<Arc<Cluster>>) {
         let gone = self.all().into_iter().filter(|(id, state)| match current(id) {
-            Some(cluster) => {
+            Some(cluster) if state.made_by.has_pools_of(&cluster.policy) => {
                 state.tidy(&cluster, now);
                 false
             }
-            None => true,
+            _ => true,
         });
         let gone = gone.collect::<Vec<_>>();
         if !gone.is_empty() {
-            self.table.change(|entries| gone.iter().for_each(|(id, _)| drop(entries.remove(id))));
+            // Not one that has begun anew meanwhile.
+            self.table.change(|entries| {
+                entries.retain(|id, state| !gone.iter().any(|(gone, old)| gone == id && Arc::ptr_eq(state, old)));
+            });
         }
         gone.iter().for_each(|(_, state)| state.retire());
     }
@@ -124,6 +143,7 @@ pub enum Limited {
 
 #[derive(Debug)]
 pub struct ClusterState {
+    made_by: Arc<TrafficPolicy>,
     pub outliers: Outliers,
     turn: AtomicU64,
     connections: AtomicU32,
@@ -139,8 +159,9 @@ pub struct ClusterState {
 }
 
 impl ClusterState {
-    fn new() -> Self {
+    fn new(policy: &Arc<TrafficPolicy>) -> Self {
         Self {
+            made_by: policy.clone(),
             outliers: Outliers::new(Instant::now()),
             turn: AtomicU64::new(fastrand::u64(0..1024)),
             connections: AtomicU32::new(0),
@@ -391,9 +412,7 @@ impl EndpointState {
         let kept = idle.len();
         drop(idle);
         (0..kept).for_each(|_| self.freed.notify_one());
-        let shared = self.h2.load();
-        shared.iter().filter(|c| !c.is_of(cluster)).for_each(|c| c.close());
-        if shared.iter().any(|c| c.is_closed()) {
+        if self.h2.load().iter().any(|c| c.is_closed()) {
             self.h2.rcu(|all| all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>());
         }
     }

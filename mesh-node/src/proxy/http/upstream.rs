@@ -94,7 +94,6 @@ pub struct H1Upstream {
     reached: Reached,
     requests: u32,
     made: Instant,
-    made_by: Arc<TrafficPolicy>,
     idle_since: Instant,
     /// When it will have been idle for too long, or open, if nobody uses it.
     expires: Option<Instant>,
@@ -102,11 +101,10 @@ pub struct H1Upstream {
 }
 
 impl H1Upstream {
-    /// Whether it was made by the settings of pools there are now, and has not been idle for too long, nor open.
+    /// Whether it has not been idle for too long, nor open.
     pub fn is_fresh(&self, cluster: &Cluster, now: Instant) -> bool {
         let policy = &cluster.policy;
-        self.made_by.has_pools_of(policy)
-            && now.saturating_duration_since(self.idle_since) < policy.http.idle_timeout
+        now.saturating_duration_since(self.idle_since) < policy.http.idle_timeout
             && policy.tcp.max_connection_duration.is_none_or(|most| now.saturating_duration_since(self.made) < most)
     }
 
@@ -232,7 +230,6 @@ async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         reached,
         requests: 0,
         made: idle_since,
-        made_by: wanted.cluster.policy.clone(),
         idle_since,
         expires: None,
         _slot: slot,
@@ -370,7 +367,6 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         requests: AtomicU32::new(0),
         closed: AtomicBool::new(false),
         changed: Notify::new(),
-        made_by: wanted.cluster.policy.clone(),
     });
     let source = wanted.pod.clone();
     // Of who asked for it: it is not unused before that.

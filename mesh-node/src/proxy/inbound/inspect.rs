@@ -35,7 +35,6 @@ use crate::{
         },
         live::{Carries, Cut, Note},
         pods::Stage,
-        sniff::asks_a_proxy,
     },
 };
 
@@ -70,7 +69,7 @@ pub struct Inspection<'a> {
 /// What a connection carries.
 enum Spoken {
     Http1,
-    /// What is no HTTP on a port that is declared to carry it, or may be it to a lenient application, or begins like it, or asks a proxy.
+    /// What is no HTTP on a port that is declared to carry it, or may be it to a lenient application, or begins like it.
     Unlike,
     /// Text that does not begin like a request, of which the first line is not whole.
     Text,
@@ -352,13 +351,18 @@ async fn look(
 /// What may be the beginning of a request: where nobody says that it is one, and nobody has to know, it is what it is.
 fn undecided(begun: &[u8], declared: Protocol) -> Spoken {
     match detect(begun) {
-        Detected::Opaque if !declared.is_http() => Spoken::Text,
+        _ if declared.is_http() => Spoken::Http1,
+        Detected::Opaque => Spoken::Text,
         _ => Spoken::Unlike,
     }
 }
 
 /// The same where nothing more will come.
 fn ended(begun: &[u8], declared: Protocol) -> Spoken {
+    // Of a request whose line has not ended nothing has come that could be judged.
+    if declared.is_http() {
+        return Spoken::Unlike;
+    }
     match undecided(begun, declared) {
         Spoken::Text if resembles_http(&[begun, b"\n"].concat()) != Some(true) => Spoken::Opaque(Sni::Read(None)),
         Spoken::Text => Spoken::Unlike,
@@ -372,11 +376,18 @@ fn spoken(begun: &[u8], declared: Protocol, full: bool) -> Option<Spoken> {
         Detected::Http2 => Spoken::Http2,
         Detected::Tls(name) if !declared.is_http() => Spoken::Opaque(Sni::Read(name.map(Arc::from))),
         // What is declared to be HTTP, or may be it to a lenient application, is refused as such if it is malformed.
-        // What a proxy is asked for is its own business, where nobody has to know.
-        Detected::Http1 if asks_a_proxy(begun) => Spoken::Unlike,
         Detected::Http1 => Spoken::Http1,
         Detected::Tls(_) => Spoken::Unlike,
-        Detected::Opaque if declared.is_http() => Spoken::Unlike,
+        // A preamble hides what follows, from an application that wants one.
+        Detected::Opaque if declared.is_http() && is_preamble(begun) => Spoken::Unlike,
+        // What an application might take for a request is one, whatever its method: who it is from is to be told as it is.
+        Detected::Opaque if declared.is_http() => match resembles_http(begun) {
+            Some(false) => Spoken::Unlike,
+            Some(true) => Spoken::Http1,
+            None if !may_begin_with_method(begun) => Spoken::Unlike,
+            None if full => Spoken::Http1,
+            None => return None,
+        },
         // A server may make more of a client hello than is read here.
         Detected::Opaque if begun.first() == Some(&TLS_HANDSHAKE) => Spoken::Opaque(Sni::Unread),
         Detected::Opaque if declared == Protocol::Tls => Spoken::Opaque(Sni::Read(None)),
@@ -424,7 +435,7 @@ fn may_be_http2_server(first: &[u8]) -> bool {
 /// Whether bytes that are no HTTP to the detection may be some to a lenient application: the first line says HTTP, asks for a
 /// path, or is a proxy's preamble that hides what follows. `None`: the line is text so far, and not whole.
 fn resembles_http(read: &[u8]) -> Option<bool> {
-    if read.starts_with(b"PROXY ") || read.starts_with(PROXY_V2) {
+    if is_preamble(read) {
         return Some(true);
     }
     let end = memchr::memchr(b'\n', read);
@@ -440,6 +451,10 @@ fn resembles_http(read: &[u8]) -> Option<bool> {
     }
     let text = line.iter().all(|b| matches!(b, b'\t' | b'\r' | b' '..=b'~'));
     if text && end.is_none() { None } else { Some(false) }
+}
+
+fn is_preamble(read: &[u8]) -> bool {
+    read.starts_with(b"PROXY ") || read.starts_with(PROXY_V2)
 }
 
 /// Whether the first word has nothing in it that no method has (RFC 9110 section 5.6.2).

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
+    id::TrustDomain,
     resource::{
         destination_rule::defaults::{KeepaliveSpec, LocalitySpec, keepalive, locality},
         envelope::FieldError,
@@ -109,6 +110,32 @@ fn names(names: Vec<String>, _at: &str) -> Result<Vec<Arc<str>>, FieldError> {
 
 fn typed<T: serde::de::DeserializeOwned>(value: Value, at: &str) -> Result<T, FieldError> {
     serde_json::from_value(value).map_err(|error| FieldError::new(at, format!("{error}; correct or remove it")))
+}
+
+/// Most names of the trust domain.
+const MOST_ALIASES: usize = 100;
+
+/// One that cannot be a trust domain's name is as if it were absent, and told of.
+pub(super) fn aliases(mesh: &Value, problems: &mut Vec<String>) -> Vec<TrustDomain> {
+    let listed = match mesh.get("trustDomainAliases") {
+        None | Some(Value::Null) => return Vec::new(),
+        Some(Value::Array(listed)) => listed,
+        Some(other) => {
+            problems.push(format!("data.mesh.trustDomainAliases: {other} is no list of names; it is as if it were not there"));
+            return Vec::new();
+        }
+    };
+    if listed.len() > MOST_ALIASES {
+        problems.push(format!("data.mesh.trustDomainAliases: has {} names, of which the first {MOST_ALIASES} count", listed.len()));
+    }
+    let named = listed.iter().take(MOST_ALIASES).enumerate().map(|(i, name)| {
+        let text = name.as_str().ok_or_else(|| format!("{name} is no text"));
+        text.and_then(|text| TrustDomain::parse(text).map_err(|e| e.to_string())).map_err(|e| (i, e))
+    });
+    let mut told = |(i, error): (usize, String)| {
+        problems.push(format!("data.mesh.trustDomainAliases[{i}]: {error}; it is as if it were not there"));
+    };
+    named.filter_map(|name| name.map_err(&mut told).ok()).collect()
 }
 
 #[cfg(test)]

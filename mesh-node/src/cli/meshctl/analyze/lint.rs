@@ -44,8 +44,9 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
             Object::VirtualService(vs) => lint.virtual_service(named, vs),
             Object::Service(service) => lint.service_ports(named, service),
             Object::DestinationRule(rule) => {
-                lint.selector(named, rule.selector.as_ref());
-                lint.subsets(named, rule);
+                if lint.clients(named, rule) {
+                    lint.subsets(named, rule);
+                }
                 lint.settings_of_ports(named, rule);
                 lint.exports(named, &rule.export_to);
             }
@@ -110,6 +111,20 @@ impl<'a> Lint<'a> {
         if self.selected(&named.key.name.namespace, selector).next().is_none() {
             self.say(named, "spec.selector: matches no pod of these manifests; check its labels and the object's namespace");
         }
+    }
+
+    /// Whether a rule is for anybody: one that selects clients is for those of its own namespace, also in the root namespace.
+    fn clients(&mut self, named: &Named, rule: &DestinationRule) -> bool {
+        let Some(selector) = &rule.selector else { return true };
+        let namespace = &named.key.name.namespace;
+        let is_used = self.selected(namespace, selector).any(|w| w.name.namespace == *namespace);
+        if !is_used {
+            self.say(
+                named,
+                "spec.workloadSelector: matches no pod of the rule's namespace, whose clients alone it is for; check its labels",
+            );
+        }
+        is_used
     }
 
     fn subsets(&mut self, named: &Named, rule: &DestinationRule) {

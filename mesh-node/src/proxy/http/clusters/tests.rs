@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn limits_hold_whatever_order_things_begin_and_end_in() {
-    let state = Arc::new(ClusterState::new());
+    let state = Arc::new(ClusterState::new(&Arc::default()));
     let mut rng = fastrand::Rng::with_seed(5);
     for of in [Limited::Connections, Limited::Pending, Limited::Requests, Limited::Retries] {
         let mut held = Vec::new();
@@ -26,7 +26,7 @@ fn limits_hold_whatever_order_things_begin_and_end_in() {
 
 #[test]
 fn every_retry_is_within_its_budget() {
-    let state = Arc::new(ClusterState::new());
+    let state = Arc::new(ClusterState::new(&Arc::default()));
     let budget = RetryBudget { percent: 20.0, minimum: 3 };
     let mut rng = fastrand::Rng::with_seed(9);
     let (mut requests, mut retries) = (Vec::new(), Vec::new());
@@ -50,7 +50,7 @@ fn every_retry_is_within_its_budget() {
 
 #[test]
 fn an_endpoint_without_connections_gets_one_beyond_the_limit() {
-    let state = Arc::new(ClusterState::new());
+    let state = Arc::new(ClusterState::new(&Arc::default()));
     let [a, b] = ["10.0.0.1:80", "10.0.0.2:80"].map(|a| state.endpoint(a.parse().expect("valid")));
     let begin = |endpoint, http2| ConnectionSlot::begin(&state, endpoint, Some(1), http2);
     let first = begin(&a, false).expect("room");

@@ -19,7 +19,7 @@ use crate::{
         gate::Gate,
         h2::{self, Ended},
     },
-    route::{Cluster, traffic::TrafficPolicy},
+    route::Cluster,
 };
 
 /// An HTTP/2 connection, shared by all exchanges that find it.
@@ -36,25 +36,14 @@ pub struct H2Upstream {
     pub(super) closed: AtomicBool,
     /// Woken when the number of streams changes, and to close.
     pub(super) changed: Notify,
-    /// The settings it was made, and is kept, by.
-    pub(super) made_by: Arc<TrafficPolicy>,
 }
 
 impl H2Upstream {
-    /// Whether it was made by the settings of pools there are now.
-    pub fn is_of(&self, cluster: &Cluster) -> bool {
-        self.made_by.has_pools_of(&cluster.policy)
-    }
-
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
     pub(super) fn has_room(&self, cluster: &Cluster) -> bool {
-        // As with Envoy, whose clusters begin anew, it goes on with what it has.
-        if !self.is_of(cluster) {
-            self.close();
-        }
         let theirs = h2::most_streams(&self.send);
         let limit = cluster.policy.http.max_streams.unwrap_or(u32::MAX).min(theirs);
         !self.is_closed() && self.streams.load(Ordering::Acquire) < limit
