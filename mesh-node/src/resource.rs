@@ -130,5 +130,5 @@ pub enum Parsed {
     Ignored(Arc<str>),
 }
 
-pub use envelope::parse;
+pub use envelope::{ELSEWHERE, NOT_IN_ROOT, parse, placed};
 pub use further::further;

@@ -53,7 +53,7 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
             let mesh = MeshSettings::new("", settings.service.trust_domain.clone());
             let last_good =
                 LastGood::open(&state_dir.join("last-good-ca")).with_context(|| format!("state directory {}", state_dir.display()))?;
-            let source = Directory::open(config_dir, last_good, "default")
+            let source = Directory::open(config_dir, last_good, "default", &mesh.root_namespace)
                 .with_context(|| format!("configuration directory {}", config_dir.display()))?;
             let (sender, receiver) = mpsc::channel(16);
             let (publisher, mut config) = Publisher::new(Arc::new(mesh), receiver);

@@ -142,7 +142,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     let revocations = identity::follow_revocations(settings.revocations.clone(), trust.clone())?;
     let last_good = LastGood::open(&settings.state_dir.join("last-good"))
         .with_context(|| format!("state directory {}", settings.state_dir.display()))?;
-    let source = Directory::open(&settings.config_dir, last_good, "default")
+    let source = Directory::open(&settings.config_dir, last_good, "default", &settings.mesh.root_namespace)
         .with_context(|| format!("configuration directory {}", settings.config_dir.display()))?;
     let mut capture = Capture::open(&settings.capture)?;
     let discovery = Discovery::new(settings.capture.cgroup.clone())?;

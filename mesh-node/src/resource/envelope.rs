@@ -5,6 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
+use super::target::TargetRef;
 use super::{
     AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Key, Kind, Named, Namespace, Node, Object, Parsed,
     PeerAuthentication, Pod, ReferenceGrant, Rejection, RequestAuthentication, Service, Telemetry, VirtualService,
@@ -259,6 +260,27 @@ pub(super) fn typed<T: DeserializeOwned>(value: &Value, key: &Key) -> Result<T, 
         reject(key.to_string(), &error.path().to_string(), &problem, Some(key.clone()))
     })
 }
+
+/// An object, unless it is one that counts for nothing in its namespace; `root`: the mesh's own.
+pub fn placed(named: Box<Named>, root: &str) -> Result<Box<Named>, Rejection> {
+    let in_root = *named.key.name.namespace == *root;
+    let targets: &[TargetRef] = match &named.object {
+        Object::AuthorizationPolicy(policy) => &policy.targets,
+        Object::RequestAuthentication(policy) => &policy.targets,
+        Object::Telemetry(telemetry) => &telemetry.targets,
+        _ => &[],
+    };
+    let (field, problem) = match &named.object {
+        _ if targets.contains(&TargetRef::Everything) && !in_root => ("spec.targetRefs", ELSEWHERE),
+        Object::PeerAuthentication(policy) if policy.selector.is_some() && in_root => ("spec.selector", NOT_IN_ROOT),
+        _ => return Ok(named),
+    };
+    Err(reject(named.key.to_string(), field, problem, Some(named.key.clone())))
+}
+
+/// What is said of objects that count for nothing where they are.
+pub const ELSEWHERE: &str = "GatewayClass istio-waypoint counts in the root namespace only; move the object there";
+pub const NOT_IN_ROOT: &str = "is ignored in the root namespace; move the object to the workload's namespace";
 
 fn reject(object: String, field: &str, problem: &str, key: Option<Key>) -> Rejection {
     Rejection { object, field: field.to_owned(), problem: problem.to_owned(), key, instead: None }

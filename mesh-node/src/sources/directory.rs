@@ -19,7 +19,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     last_good::{LastGood, Quality},
-    manifest::{self, MAX_FILE},
+    manifest::{self, MAX_FILE, Namespaces},
     watch::{MAX_DEPTH, Watch},
 };
 use crate::config::{
@@ -66,6 +66,7 @@ type Seen = Result<Version, String>;
 pub struct Directory {
     root: PathBuf,
     default_namespace: String,
+    root_namespace: String,
     known: BTreeMap<PathBuf, Seen>,
     last_good: LastGood,
     /// Files whose last good version stands in for one that is being written.
@@ -85,12 +86,13 @@ struct Look {
 }
 
 impl Directory {
-    /// A source for an existing directory, whose last good contents are kept in another.
-    pub fn open(root: &Path, last_good: LastGood, default_namespace: &str) -> io::Result<Self> {
+    /// A source for an existing directory, whose last good contents are kept in another. `root_namespace`: the mesh's own.
+    pub fn open(root: &Path, last_good: LastGood, default_namespace: &str, root_namespace: &str) -> io::Result<Self> {
         fs::read_dir(root)?;
         Ok(Self {
             root: root.to_owned(),
             default_namespace: default_namespace.to_owned(),
+            root_namespace: root_namespace.to_owned(),
             known: BTreeMap::new(),
             last_good,
             stood_in: BTreeSet::new(),
@@ -166,7 +168,7 @@ impl Directory {
             }
             match &seen {
                 Ok(version) => {
-                    let Some(content) = read(&path, version, &self.default_namespace) else {
+                    let Some(content) = read(&path, version, self.namespaces()) else {
                         self.stand_in(&path, &mut look);
                         self.wait_for(&path, &mut look);
                         continue;
@@ -185,6 +187,10 @@ impl Directory {
         }
         look.unreadable = matches!(self.known.get(&self.root), Some(Err(_)));
         look
+    }
+
+    fn namespaces(&self) -> Namespaces<'_> {
+        Namespaces { default: &self.default_namespace, root: Some(&self.root_namespace) }
     }
 
     /// Takes down that a file is being written, and says so when that takes long.
@@ -225,7 +231,7 @@ impl Directory {
         match quality {
             Some(Quality::Good) => self.last_good.store(path, &text, Quality::Good),
             Some(Quality::Partial) => {
-                let text = manifest::in_force(&self.last_good.load(path), &text, &self.default_namespace);
+                let text = manifest::in_force(&self.last_good.load(path), &text, self.namespaces());
                 self.last_good.store(path, &text, Quality::Partial);
             }
             None => {}
@@ -240,7 +246,7 @@ impl Directory {
             return;
         }
         for text in self.last_good.load(path) {
-            let content = manifest::read(&text, &self.default_namespace);
+            let content = manifest::read(&text, self.namespaces());
             look.changes.push(Change { origin: origin(path), content });
         }
     }
@@ -262,7 +268,7 @@ pub fn once(root: &Path, default_namespace: &str) -> io::Result<Vec<Change>> {
     }
     for (path, seen) in found.into_iter().filter(|(path, seen)| !leads_nowhere(seen) || is_manifest(path)) {
         let content = match seen {
-            Ok(version) => match read(&path, &version, default_namespace) {
+            Ok(version) => match read(&path, &version, default_namespace.into()) {
                 Some((content, _)) => content,
                 None => Content::Unreadable("is being written".to_owned()),
             },
@@ -326,7 +332,7 @@ fn is_manifest(path: &Path) -> bool {
 }
 
 /// A file's content and text, or `None` while it is being written.
-fn read(path: &Path, version: &Version, default_namespace: &str) -> Option<(Content, String)> {
+fn read(path: &Path, version: &Version, namespaces: Namespaces<'_>) -> Option<(Content, String)> {
     let refused = |problem: String| Some((Content::Unreadable(problem), String::new()));
     let unreadable = |e: &dyn std::fmt::Display| refused(format!("cannot be read: {e}"));
     if version.size > MAX_FILE {
@@ -347,7 +353,7 @@ fn read(path: &Path, version: &Version, default_namespace: &str) -> Option<(Cont
         return None;
     }
     match String::from_utf8(bytes) {
-        Ok(text) => Some((manifest::read(&text, default_namespace), text)),
+        Ok(text) => Some((manifest::read(&text, namespaces), text)),
         Err(error) => refused(format!("is not UTF-8 text ({error}); correct the file")),
     }
 }

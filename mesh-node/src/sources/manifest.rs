@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     config::store::Content,
-    resource::{self, Key, Parsed},
+    resource::{self, Key, Parsed, Rejection},
 };
 
 /// The largest file read, bytes.
@@ -21,19 +21,43 @@ const MAX_LISTS: usize = 4;
 /// Documents of a file that are each told about when they cannot be read.
 const MAX_TOLD: usize = 10;
 
-/// Reads a file's text. Objects without a namespace get `default_namespace`.
-pub fn read(text: &str, default_namespace: &str) -> Content {
+/// What namespaces mean to objects that are read.
+#[derive(Debug, Clone, Copy)]
+pub struct Namespaces<'n> {
+    /// Of objects that name none.
+    pub default: &'n str,
+    /// The mesh's own. Objects that count in it alone, or not in it, are refused elsewhere, as others are whose fields mean nothing; where it is
+    /// not known they are not.
+    pub root: Option<&'n str>,
+}
+
+impl<'n> From<&'n str> for Namespaces<'n> {
+    fn from(default: &'n str) -> Self {
+        Self { default, root: None }
+    }
+}
+
+fn parse(document: &Value, namespaces: Namespaces<'_>) -> Result<Parsed, Rejection> {
+    match (resource::parse(document, namespaces.default)?, namespaces.root) {
+        (Parsed::Object(named), Some(root)) => resource::placed(named, root).map(Parsed::Object),
+        (parsed, _) => Ok(parsed),
+    }
+}
+
+/// Reads a file's text.
+pub fn read<'n>(text: &str, namespaces: impl Into<Namespaces<'n>>) -> Content {
+    let namespaces = namespaces.into();
     let Documents { documents, unread } = match documents(text) {
         Ok(documents) => documents,
         Err(problem) => return Content::Unreadable(format!("is not YAML: {problem}; correct the file")),
     };
     let (mut objects, mut rejections) = (Vec::new(), Vec::new());
     for document in documents.into_iter().flat_map(|d| flatten(d, MAX_LISTS)).map(with_mesh_config) {
-        match resource::parse(&document, default_namespace) {
+        match parse(&document, namespaces) {
             Ok(Parsed::Object(named)) => objects.push(*named),
             Ok(Parsed::Ignored(kind)) => tracing::debug!(target: "config", %kind, "ignored: not a kind of the mesh"),
             Err(rejection) => {
-                let further = resource::further(&document, default_namespace, &rejection);
+                let further = resource::further(&document, namespaces.default, &rejection);
                 rejections.push(rejection);
                 rejections.extend(further);
             }
@@ -50,14 +74,15 @@ pub fn items(text: &str) -> Vec<Value> {
 
 /// The documents in force of a file that says this, after it said those texts one after the other: of an object that is refused its last
 /// good version, and where a document cannot be read, all that it may have been.
-pub fn in_force(before: &[String], text: &str, default_namespace: &str) -> String {
+pub fn in_force<'n>(before: &[String], text: &str, namespaces: impl Into<Namespaces<'n>>) -> String {
+    let namespaces = namespaces.into();
     // Documents, and whether each is good or there is only something to stand in for it.
     let mut all: BTreeMap<Key, (Value, bool)> = BTreeMap::new();
     for text in before.iter().map(String::as_str).chain([text]) {
         let Ok(Documents { documents, unread }) = documents(text) else { continue };
         let mut old = std::mem::take(&mut all);
         for document in documents.into_iter().flat_map(|d| flatten(d, MAX_LISTS)) {
-            match resource::parse(&with_mesh_config(document.clone()), default_namespace) {
+            match parse(&with_mesh_config(document.clone()), namespaces) {
                 Ok(Parsed::Object(named)) => drop(all.insert(named.key, (document, true))),
                 Ok(Parsed::Ignored(_)) => {}
                 Err(rejection) => {

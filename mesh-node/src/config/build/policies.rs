@@ -13,7 +13,7 @@ use crate::{
     id::ObjectName,
     policy::{Authorization, CompiledPolicy, Governing, TrustDomains, WorkloadPolicy, effective_mtls},
     resource::{
-        AuthorizationPolicy, Named, PeerAuthentication, RequestAuthentication,
+        AuthorizationPolicy, ELSEWHERE, NOT_IN_ROOT, Named, PeerAuthentication, RequestAuthentication,
         authorization::Action,
         request_authentication::{JwtRule, KeySource, RemoteKeys},
         selector::{Labels, Selecting, WorkloadSelector},
@@ -129,7 +129,7 @@ impl<'a> Policies<'a> {
         let root = namespace == &*builder.mesh.root_namespace;
         if let Some(selector) = &policy.selector {
             if root {
-                let message = "spec.selector: is ignored in the root namespace; move the object to the workload's namespace";
+                let message = &format!("spec.selector: {NOT_IN_ROOT}");
                 return builder.remark(Severity::Error, named, message);
             }
             self.workload_mtls.entry(namespace).or_default().insert(selector, self.with_selectors.len());
@@ -216,19 +216,19 @@ impl<'a> Policies<'a> {
             let i = self.reached_by(i, service_port, port, ambiguous);
             ports.entry(port).or_default().push(i);
         }
+        // Where services disagree it is found out.
+        let opaque = protocols(attached, namespace).into_iter().filter(|(_, protocol)| matches!(protocol, Protocol::Tcp | Protocol::Tls));
+        for (port, _) in opaque {
+            for i in base.iter().chain(ports.get(&port).into_iter().flatten()) {
+                self.all[*i].opaque.entry(port).or_insert_with(|| name.clone());
+            }
+        }
         let mut all_ports = BTreeMap::new();
         for (port, mut extra) in ports {
             extra.extend(&base);
             extra.sort_unstable();
             extra.dedup();
             all_ports.insert(port, self.governing(extra));
-        }
-        // Where services disagree it is found out.
-        let opaque = protocols(attached, namespace).into_iter().filter(|(_, protocol)| matches!(protocol, Protocol::Tcp | Protocol::Tls));
-        for (port, _) in opaque {
-            for i in &base {
-                self.all[*i].opaque.entry(port).or_insert_with(|| name.clone());
-            }
         }
         WorkloadPolicy { mtls, everywhere: self.governing(base), ports: all_ports }
     }
@@ -316,7 +316,7 @@ fn scope<'a>(
     }
     if targets.contains(&TargetRef::Everything) {
         if named.key.name.namespace != builder.mesh.root_namespace {
-            let message = "spec.targetRefs: GatewayClass istio-waypoint counts in the root namespace only; move the object there";
+            let message = &format!("spec.targetRefs: {ELSEWHERE}");
             builder.remark(Severity::Error, named, message);
             return None;
         }

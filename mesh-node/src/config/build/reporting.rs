@@ -14,7 +14,7 @@ use crate::{
     id::ObjectName,
     report::{AccessLog, LogTo, MOST_TAGS, Reporting, Told, Traces, expression::Expression},
     resource::{
-        Named, Telemetry,
+        ELSEWHERE, Named, Telemetry,
         mesh_config::{Observability, observability::PROMETHEUS},
         selector::Labels,
         target::TargetRef,
@@ -89,7 +89,7 @@ impl<'a> Reports<'a> {
         } else if root {
             self.mesh.is_some() || self.mesh.replace(telemetry).is_some()
         } else if everything {
-            let message = "spec.targetRefs: GatewayClass istio-waypoint counts in the root namespace only; move the object there";
+            let message = &format!("spec.targetRefs: {ELSEWHERE}");
             return builder.remark(Severity::Error, named, message);
         } else {
             let taken = self.namespaces.contains_key(namespace);

@@ -470,14 +470,22 @@ fn rules_about_requests_are_told_of_on_ports_they_are_about() {
         "spec": {"clusterIP": "10.96.0.1", "ports": [{"name": "http", "port": 80}, {"name": "tcp", "port": 90}]}});
     let mut both = slice("a", &["10.0.0.1"], true);
     both["ports"] = json!([{"name": "http", "port": 8080}, {"name": "tcp", "port": 9090}]);
-    let told = |ports: Value| {
+    let told = |ports: Value, by: &str| {
         let to = json!([{"operation": {"ports": ports, "methods": ["PUT"]}}]);
         let policy = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "p", "namespace": "default"},
-            "spec": {"selector": {"matchLabels": {"app": "a"}}, "action": "DENY", "rules": [{"to": to}]}});
+            "spec": {"action": "DENY", "rules": [{"to": to}]}});
+        let mut policy = policy;
+        policy["spec"][by] = match by {
+            "selector" => json!({"matchLabels": {"app": "a"}}),
+            _ => json!([{"kind": "Service", "name": "web"}]),
+        };
         let (_, statuses) = built(&[pod("a", "10.0.0.1", &json!({})), service.clone(), both.clone(), policy]);
         statuses.iter().any(|s| s.to_string().contains("port 9090 of default/a"))
     };
-    assert_eq!((told(json!([])), told(json!(["9090"])), told(json!(["8080"]))), (true, true, false));
+    let by_selector = |ports| told(ports, "selector");
+    assert_eq!((by_selector(json!([])), by_selector(json!(["9090"])), by_selector(json!(["8080"]))), (true, true, false));
+    let by_service = |ports| told(ports, "targetRefs");
+    assert_eq!((by_service(json!([])), by_service(json!(["90"])), by_service(json!(["80"]))), (true, true, false));
 }
 
 #[test]

@@ -26,7 +26,9 @@ fn start_in(dir: tempfile::TempDir, state: tempfile::TempDir) -> Running {
     let (sender, receiver) = mpsc::channel(4);
     let (publisher, config) = Publisher::new(mesh, receiver);
     tokio::spawn(publisher.run());
-    tokio::spawn(Directory::open(dir.path(), LastGood::open(state.path()).expect("state"), "default").expect("open").run(sender));
+    tokio::spawn(
+        Directory::open(dir.path(), LastGood::open(state.path()).expect("state"), "default", "istio-system").expect("open").run(sender),
+    );
     Running { dir, state, config }
 }
 
@@ -210,4 +212,33 @@ async fn a_link_to_nothing_holds_what_it_held() {
     fs::rename(elsewhere.path().join("away"), &target).expect("moved");
     fs::remove_file(&all).expect("removed");
     running.wait_for("back, and taken back", |r| r.services() == ["one"] && r.errors().is_empty()).await;
+}
+
+/// An edit that makes an object count for nothing where it is takes nothing back, as any other mistake.
+#[tokio::test]
+async fn what_counts_for_nothing_where_it_is_leaves_what_was_in_force() {
+    let running = start();
+    running.wait_for("empty start", |r| r.config.is_ready()).await;
+    let object = |kind: &str, namespace: &str, spec: &str| {
+        format!("apiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {spec}\n")
+    };
+    let elsewhere = "targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}]";
+    let good = [
+        object("AuthorizationPolicy", "shop", "{action: DENY, rules: [{}]}"),
+        object("PeerAuthentication", "istio-system", "{mtls: {mode: STRICT}}"),
+    ];
+    let bad = [
+        object("AuthorizationPolicy", "shop", &format!("{{{elsewhere}, action: DENY, rules: [{{}}]}}")),
+        object("PeerAuthentication", "istio-system", "{selector: {matchLabels: {app: x}}, mtls: {mode: STRICT}}"),
+    ];
+    let file = running.dir.path().join("p.yaml");
+    fs::write(&file, good.join("---\n")).expect("write");
+    running.wait_for("in force", |r| r.config.load().policies.len() == 1).await;
+    fs::write(&file, bad.join("---\n")).expect("write");
+    running.wait_for("told", |r| r.errors().matches("its last good version stays in force").count() == 2).await;
+    assert_eq!(running.config.load().policies.len(), 1, "{}", running.errors());
+    // Where it counts it is taken.
+    let moved = object("AuthorizationPolicy", "istio-system", &format!("{{{elsewhere}, action: DENY, rules: [{{}}]}}"));
+    fs::write(&file, moved).expect("write");
+    running.wait_for("moved", |r| r.errors().is_empty() && r.config.load().policies.len() == 1).await;
 }

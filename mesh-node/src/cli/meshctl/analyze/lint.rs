@@ -58,6 +58,7 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
                 lint.selector(named, p.selector.as_ref());
                 lint.never_said(named, &p.rules);
                 lint.nowhere(named, &p.rules);
+                lint.ports_of_rules(named, p);
             }
             Object::RequestAuthentication(p) => lint.selector(named, p.selector.as_ref()),
             Object::Telemetry(t) => lint.selector(named, t.selector.as_ref()),

@@ -5,7 +5,7 @@ use crate::{
     admin::names::distance,
     detect::Protocol,
     id::ObjectName,
-    resource::{DestinationRule, Named, PeerAuthentication, Service},
+    resource::{AuthorizationPolicy, DestinationRule, Named, PeerAuthentication, Service, selector::WorkloadSelector},
     route::{PortOf, Workload},
 };
 
@@ -103,14 +103,37 @@ impl Lint<'_> {
 
     pub(super) fn modes_of_ports(&mut self, named: &Named, policy: &PeerAuthentication) {
         let Some(selector) = &policy.selector else { return };
-        let selected = self.selected(&named.key.name.namespace, selector).collect::<Vec<_>>();
+        let meant = policy.port_modes.keys().map(|port| ("spec.portLevelMtls".to_owned(), *port));
+        self.ports_of_services(named, Some(selector), meant.collect());
+    }
+
+    /// Ports of a policy that is for pods, whichever service leads to them.
+    pub(super) fn ports_of_rules(&mut self, named: &Named, policy: &AuthorizationPolicy) {
+        if !policy.targets.is_empty() {
+            return;
+        }
+        let mut meant = Vec::new();
+        for (i, rule) in policy.rules.iter().enumerate() {
+            for (j, to) in rule.to.iter().enumerate() {
+                for (field, ports) in [("ports", &to.ports.any_of), ("notPorts", &to.ports.none_of)] {
+                    meant.extend(ports.iter().map(|port| (format!("spec.rules[{i}].to[{j}].operation.{field}"), *port)));
+                }
+            }
+        }
+        self.ports_of_services(named, policy.selector.as_ref(), meant);
+    }
+
+    /// Tells of ports that are a service's and none of its pods'.
+    fn ports_of_services(&mut self, named: &Named, selector: Option<&WorkloadSelector>, meant: Vec<(String, u16)>) {
+        let everybody = WorkloadSelector::default();
+        let selected =
+            self.selected(&named.key.name.namespace, selector.unwrap_or(&everybody)).filter(|_| !meant.is_empty()).collect::<Vec<_>>();
         let lead = || selected.iter().flat_map(|w| &w.ports.services);
         let service_of = |port: u16| lead().find(|(_, of)| of.port == port).map(|(target, of)| (*target, of.service.clone()));
-        let meant = policy.port_modes.keys().filter(|port| !lead().any(|(target, _)| target == *port));
-        for (port, (target, service)) in meant.filter_map(|port| Some((*port, service_of(*port)?))).collect::<Vec<_>>() {
-            let message = format!(
-                "spec.portLevelMtls: {port} is the port of Service {service}, which leads to {target} of its pods; ports here are the pods'"
-            );
+        let none = meant.into_iter().filter(|(_, port)| !lead().any(|(target, _)| target == port));
+        for (at, port, (target, service)) in none.filter_map(|(at, port)| Some((at, port, service_of(port)?))).collect::<Vec<_>>() {
+            let message =
+                format!("{at}: {port} is the port of Service {service}, which leads to {target} of its pods; ports here are the pods'");
             self.say(named, &message);
         }
     }
