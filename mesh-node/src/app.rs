@@ -2,6 +2,7 @@
 
 mod ca;
 mod gauges;
+mod gone;
 mod listeners;
 mod node;
 mod process;

@@ -27,7 +27,7 @@ use std::{
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockHash};
 use mesh_common::{
     Address, addr,
-    maps::{ALIVE, Counter, FlowKey, MAX_PROXIES, NodeConfig, PendingKey, Pod},
+    maps::{ALIVE, Counter, FlowKey, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod},
 };
 use nix::fcntl::Flock;
 
@@ -126,6 +126,7 @@ pub struct Capture {
     counters: PerCpuArray<MapData, u64>,
     pending: OwnedFd,
     node_flows: OwnedFd,
+    proxy_flows: OwnedFd,
     cgroup: PathBuf,
     /// What acceleration needs, or why this kernel cannot.
     acceleration: Option<Result<accelerate::Parts, String>>,
@@ -192,6 +193,7 @@ impl Capture {
             counters: loaded.take("COUNTERS", PerCpuArray::try_from)?,
             pending: loaded.map_fd("PENDING")?,
             node_flows: loaded.map_fd("NODE_FLOWS")?,
+            proxy_flows: loaded.map_fd("PROXY_FLOWS")?,
             cgroup: settings.cgroup.clone(),
             acceleration: Some(acceleration),
             direct: Some(direct::open(&mut loaded)?),
@@ -276,6 +278,22 @@ impl Capture {
     pub fn forget_addresses(&mut self, addresses: &[IpAddr]) {
         for ip in addresses {
             let _ = self.listeners.remove(&octets(*ip));
+        }
+    }
+
+    /// What is noted of flows to these addresses.
+    pub fn noted_flows(&self, to: &[IpAddr]) -> HashSet<Vec<u8>> {
+        let to = to.iter().map(|ip| octets(*ip)).collect::<Vec<_>>();
+        let all = sys::keys(self.proxy_flows.as_fd(), size_of::<FlowKey>(), MAX_PROXY_FLOWS).unwrap_or_default();
+        all.into_iter().filter(|key| sys::plain::<FlowKey>(key).is_some_and(|flow| to.contains(&flow.local.ip))).collect()
+    }
+
+    /// Takes back what was noted of flows to a pod that is gone, and is still there: a socket that ends with its network namespace takes nothing
+    /// back itself. An open connection does not need its note any more.
+    pub fn forget_flows(&self, noted: &HashSet<Vec<u8>>) {
+        for key in noted {
+            // It may have been taken back meanwhile.
+            let _ = sys::delete(self.proxy_flows.as_fd(), key);
         }
     }
 

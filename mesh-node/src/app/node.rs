@@ -16,6 +16,7 @@ use anyhow::Context;
 use tokio::sync::{Notify, mpsc};
 
 use super::{
+    gone,
     listeners::{Listeners, Serving},
     process,
     stop::{self, StopSignals},
@@ -483,6 +484,9 @@ impl Reconciler {
             }
             serving.drain().await;
             pod.clusters.retire();
+            if !exists {
+                gone::forget_flows(&node, &pod.addresses()).await;
+            }
         });
     }
 }

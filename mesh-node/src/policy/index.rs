@@ -109,9 +109,15 @@ impl RuleSet {
         match view.seen {
             Seen::Now(request) => best.request(request),
             Seen::Never => best.look(&self.by_request),
-            // It depends on the request; which rule it would be is not asked.
-            Seen::Later if !self.by_request.is_empty() => best.truth = best.truth.max(Truth::Maybe),
-            Seen::Later => {}
+            // It depends on the request, as far as one of them can be about this connection at all: most of a pod's are, so that the first tells.
+            // Which rule it would be is not asked.
+            Seen::Later => {
+                let may_hold =
+                    |number: &u32| usize::try_from(*number).ok().and_then(|n| self.rules.get(n)).is_some_and(|r| r.truth(view) > Truth::No);
+                if best.truth < Truth::Maybe && self.by_request.iter().any(may_hold) {
+                    best.truth = Truth::Maybe;
+                }
+            }
         }
         let rule = usize::try_from(best.rule).ok().and_then(|n| self.rules.get(n));
         (best.truth, rule)

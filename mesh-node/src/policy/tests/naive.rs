@@ -173,6 +173,29 @@ fn rules_that_cannot_match_are_not_looked_at() {
         assert!(allowed(&policy, &web(), &head, None));
         assert_eq!(super::matching::LOOKED_AT.get(), 1, "of {count} rules of each action");
         assert!(matches!(policy.connection(&web()), Ok(Verdict::PerRequest(_))));
-        assert_eq!(super::matching::LOOKED_AT.get(), 1, "none is looked at before there is a request");
+        assert_eq!(super::matching::LOOKED_AT.get(), 3, "one of each action tells, before there is a request");
+    }
+}
+
+/// A rule about requests that names a port asks nothing of connections to others.
+#[test]
+fn rules_about_requests_to_one_port_leave_the_others_alone() {
+    for field in ["paths", "hosts", "methods"] {
+        for action in ["DENY", "ALLOW"] {
+            let mut rules = vec![json!({"to": [{"operation": {"ports": ["8080"], field: ["x"]}}]})];
+            if action == "ALLOW" {
+                rules.push(json!({"to": [{"operation": {"ports": ["9000"]}}]}));
+            }
+            let policy = policy(&[json!({"action": action, "rules": rules})]);
+            let to = |port: u16| {
+                let mut facts = web();
+                facts.destination.set_port(port);
+                facts
+            };
+            assert!(matches!(policy.connection(&to(8080)), Ok(Verdict::PerRequest(_))), "{field} {action}");
+            assert!(!policy.unseen(&to(8080)), "{field} {action}");
+            assert!(matches!(policy.connection(&to(9000)), Ok(Verdict::Allowed(_))), "{field} {action}");
+            assert!(policy.unseen(&to(9000)) && policy.settles(&to(9000)), "{field} {action}");
+        }
     }
 }
