@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::{NoAnswer, names::near, query};
 use crate::{
     app::Node,
+    detect::Protocol,
     route::{
         Cluster, Service, ServicePort,
         rule::{Action, Rule, Weighted},
@@ -57,10 +58,12 @@ fn of_port(service: &Service, port: &ServicePort) -> Vec<Value> {
     let protocol = format!("{:?}", port.cluster.protocol).to_lowercase();
     let shared = json!({"service": service.name.to_string(), "port": port.port, "protocol": protocol});
     let mut all = Vec::new();
-    for (kind, rules) in [("tls", &port.routes.tls), ("tcp", &port.routes.tcp)] {
+    // Rules of the other kind are there and never asked.
+    let (may_be_http, may_be_opaque) = (!matches!(port.cluster.protocol, Protocol::Tcp | Protocol::Tls), !port.cluster.protocol.is_http());
+    for (kind, rules) in [("tls", &port.routes.tls), ("tcp", &port.routes.tcp)].into_iter().filter(|_| may_be_opaque) {
         all.extend(rules.iter().enumerate().map(|(i, rule)| l4(shared.clone(), kind, i, rule)));
     }
-    let tables = port.routes.http.iter().flat_map(HttpTable::all);
+    let tables = port.routes.http.iter().filter(|_| may_be_http).flat_map(HttpTable::all);
     all.extend(tables.flat_map(|table| table.rules.iter().map(|rule| http(shared.clone(), rule))));
     if all.is_empty() {
         let mut one = shared;

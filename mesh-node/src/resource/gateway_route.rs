@@ -140,9 +140,16 @@ fn destination(reference: &Reference, at: &str) -> Result<Destination> {
     Ok(Destination { host: host.into(), subset: "".into(), port: number, refused: !is_service(reference, Some("Service")) })
 }
 
+/// Of the Gateway API's `HTTPMethod`.
+const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
+
 fn http_match(document: &Match, at: &str) -> Result<HttpMatch> {
     let path = document.path.as_ref().map(|p| {
         let value = p.value.as_deref().unwrap_or("/");
+        if p.r#type.as_deref() != Some("RegularExpression") && (!value.starts_with('/') || value.contains("//")) {
+            let problem = format!("{value:?} is no path a request may have: it begins with one slash, and has no two in a row");
+            return Err(FieldError::new(format!("{at}.path.value"), problem));
+        }
         match p.r#type.as_deref().unwrap_or("PathPrefix") {
             "Exact" => Ok(PathMatch::Exact { path: value.into(), ignore_case: false }),
             "PathPrefix" => Ok(PathMatch::Segments(value.into())),
@@ -153,6 +160,9 @@ fn http_match(document: &Match, at: &str) -> Result<HttpMatch> {
     let path = path.transpose()?.unwrap_or_else(|| PathMatch::Segments("/".into()));
     let method = match &document.method {
         None => None,
+        Some(Method::Name(name)) if !METHODS.contains(&name.as_str()) => {
+            return Err(FieldError::new(format!("{at}.method"), format!("{name:?} is none of {}", METHODS.join(", "))));
+        }
         Some(Method::Name(name)) => Some(TextMatch::Exact(name.as_str().into())),
         Some(Method::Grpc(_)) => return Err(FieldError::new(format!("{at}.method"), "is the name of an HTTP method, such as GET")),
     };
@@ -252,6 +262,10 @@ fn rule(document: &RuleDocument, at: &str) -> Result<Rule> {
     let timeouts = document.timeouts.as_ref();
     let nonzero = |t: Option<Time>| t.map(|t| t.0).filter(|t| !t.is_zero());
     let per_try = nonzero(timeouts.and_then(|t| t.backend_request));
+    let whole = nonzero(timeouts.and_then(|t| t.request));
+    if whole.zip(per_try).is_some_and(|(whole, per_try)| per_try > whole) {
+        return Err(FieldError::new(format!("{at}.timeouts.backendRequest"), "is longer than request, which is for all attempts together"));
+    }
     Ok(Rule {
         name: document.name.as_deref().unwrap_or_default().into(),
         number: 0,
@@ -259,7 +273,7 @@ fn rule(document: &RuleDocument, at: &str) -> Result<Rule> {
         action,
         headers: filters.headers,
         rewrite: filters.rewrite,
-        timeout: nonzero(timeouts.and_then(|t| t.request)),
+        timeout: whole,
         retries: retries(document.retry.as_ref(), per_try, &format!("{at}.retry"))?,
         fault: Fault::default(),
         mirrors: filters.mirrors,
@@ -298,6 +312,12 @@ fn filters(all: &[Filter], at: &str) -> Result<Filters> {
     for (i, filter) in all.iter().enumerate() {
         let at = format!("{at}[{i}]");
         let missing = |field: &str| FieldError::new(format!("{at}.{field}"), "is missing; the filter's type asks for it");
+        if filter.r#type != "RequestMirror" && all[..i].iter().any(|before| before.r#type == filter.r#type) {
+            return Err(FieldError::new(
+                &at,
+                format!("is the second {} of these filters; one is allowed, put both into it", filter.r#type),
+            ));
+        }
         match filter.r#type.as_str() {
             "RequestHeaderModifier" => {
                 let document = filter.request_header_modifier.as_ref().ok_or_else(|| missing("requestHeaderModifier"))?;

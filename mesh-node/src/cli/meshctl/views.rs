@@ -282,7 +282,13 @@ pub fn authorize(v: &Value) -> String {
     line("Allowed by", &v["allowedBy"]);
     line("Details", &v["details"]);
     line("Audited by", &v["audited"]);
-    line("Dry run", &v["dryRun"]["decision"]);
+    let by = |decision: String, policy: &Value| if policy.is_null() { decision } else { format!("{decision} by {}", cell(policy)) };
+    if !v["dryRun"].is_null() {
+        line("Dry run", &by(cell(&v["dryRun"]["decision"]), &v["dryRun"]["policy"]).into());
+    }
+    for asked in list(&v["externalAuthorizers"]) {
+        line("Authorizer", &format!("{} asked for {}", cell(&asked["provider"]), cell(&asked["policy"])).into());
+    }
     text
 }
 

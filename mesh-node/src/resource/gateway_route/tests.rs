@@ -66,6 +66,31 @@ fn what_is_wrong_with_a_method_is_told() {
     }
 }
 
+/// Files come past no API server: what its rules would refuse is refused here.
+#[test]
+fn what_an_api_server_would_refuse_is_refused() {
+    let set = |name: &str| json!({"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": name, "value": "1"}]}});
+    let mirror = json!({"type": "RequestMirror", "requestMirror": {"backendRef": {"name": "m", "port": 80}}});
+    for (rule, field) in [
+        (json!({"filters": [set("a"), mirror, mirror, set("b")]}), "spec.rules[0].filters[3]"),
+        (json!({"matches": [{"path": {"value": "nos"}}]}), "spec.rules[0].matches[0].path.value"),
+        (json!({"matches": [{"path": {"type": "Exact", "value": "/a//b"}}]}), "spec.rules[0].matches[0].path.value"),
+        (json!({"matches": [{"method": "get"}]}), "spec.rules[0].matches[0].method"),
+        (json!({"timeouts": {"request": "1s", "backendRequest": "2s"}}), "spec.rules[0].timeouts.backendRequest"),
+    ] {
+        let rejection = parsed(&json!([rule])).expect_err("refused");
+        assert_eq!(rejection.field, field, "{rejection}");
+    }
+    for rule in [
+        json!({"filters": [set("a"), mirror, mirror]}),
+        json!({"matches": [{"path": {"type": "RegularExpression", "value": "a//b"}, "method": "PATCH"}]}),
+        json!({"timeouts": {"request": "2s", "backendRequest": "2s"}}),
+        json!({"timeouts": {"request": "0s", "backendRequest": "2s"}}),
+    ] {
+        parsed(&json!([rule])).expect("taken");
+    }
+}
+
 /// A parent that cannot be read takes no other with it, and many rules are read once each.
 #[test]
 fn what_can_be_read_of_a_long_route_is_read() {

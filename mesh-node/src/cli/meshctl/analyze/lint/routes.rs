@@ -116,7 +116,18 @@ impl Lint<'_> {
         let namespace: &str = &named.key.name.namespace;
         let services = vs.hosts.iter().map(|host| self.service(host, namespace)).collect::<Option<BTreeSet<_>>>();
         let services = services.iter().flatten().filter_map(|name| self.snapshot.service(name));
-        let ports = services.flat_map(|s| &s.ports).map(|port| (port.port, is_tls(port))).collect::<Vec<_>>();
+        let all_ports = services.flat_map(|s| &s.ports).collect::<Vec<_>>();
+        let is_opaque = |port: &&ServicePort| matches!(port.cluster.protocol, Protocol::Tcp | Protocol::Tls);
+        if !vs.http.is_empty() && !all_ports.is_empty() && all_ports.iter().all(is_opaque) {
+            self.say(
+                named,
+                "spec.http: counts for nothing, as all ports of its hosts are declared not to carry HTTP (tcp, tls and the like)",
+            );
+        }
+        if !vs.tcp.is_empty() && !all_ports.is_empty() && all_ports.iter().all(|port| port.cluster.protocol.is_http()) {
+            self.say(named, "spec.tcp: counts for nothing, as all ports of its hosts are declared to carry HTTP");
+        }
+        let ports = all_ports.into_iter().map(|port| (port.port, is_tls(port))).collect::<Vec<_>>();
         for (kind, rules, tls) in [("tcp", &vs.tcp, false), ("tls", &vs.tls, true)] {
             let matches = rules.iter().map(|rule| &*rule.matches).collect::<Vec<_>>();
             let takes = vec![true; matches.len()];

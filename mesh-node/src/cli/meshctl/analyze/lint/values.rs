@@ -37,13 +37,7 @@ impl Lint<'_> {
     pub(super) fn never_said(&mut self, named: &Named, rules: &[authorization::Rule]) {
         for (i, rule) in rules.iter().enumerate() {
             for (j, from) in rule.from.iter().enumerate() {
-                for text in texts(&from.principals).filter(|text| text.starts_with("spiffe://")) {
-                    let short = text.trim_start_matches("spiffe://");
-                    let message = format!(
-                        "spec.rules[{i}].from[{j}].source.principals: {text:?} is nobody; principals are written without their scheme: {short:?}"
-                    );
-                    self.say(named, &message);
-                }
+                self.principals(named, &format!("spec.rules[{i}].from[{j}].source.principals"), &from.principals);
             }
             let starred = rule.from.iter().enumerate().flat_map(|(j, from)| {
                 let all = [("principals", &from.principals), ("trustDomains", &from.trust_domains)];
@@ -102,6 +96,18 @@ impl Lint<'_> {
                     self.say(named, &message);
                 }
             }
+        }
+    }
+
+    fn principals(&mut self, named: &Named, at: &str, principals: &Values<StringMatch>) {
+        for text in texts(principals) {
+            let local = &self.mesh.trust_domains.local;
+            let (how, meant) = match (text.strip_prefix("spiffe://"), text.starts_with("ns/")) {
+                (Some(short), _) => ("are written without their scheme", short.to_owned()),
+                (None, true) => ("begin with their trust domain", format!("{local}/{text}")),
+                (None, false) => continue,
+            };
+            self.say(named, &format!("{at}: {text:?} is nobody; principals {how}: {meant:?}"));
         }
     }
 
