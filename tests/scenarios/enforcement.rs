@@ -119,18 +119,23 @@ fn many_tunnels_cut_at_once_leave_the_others_of_the_pair_alone() {
     assert!(report.get("error").is_none(), "{report}");
 }
 
+/// Runs a process on the first node with pins of its own; whether it goes on, and what it says.
+fn with_pins_elsewhere(bed: &Bed, root: &Path) -> (bool, String) {
+    let node = &bed.nodes()[0];
+    let [config, pins, ca, root] =
+        [&*bed.config(), &node.pins.join("other"), &bed.directory.join("ca"), root].map(|path| path.display().to_string());
+    let arguments =
+        ["run", "--node", "x", "--config-dir", &config, "--bpf-dir", &pins, "--ca-dir", &ca, "--state-dir", &ca, "--cgroup-root", &root];
+    let output = node.mesh_node(&arguments).expect("run");
+    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
 #[test]
 fn a_cgroup_root_that_does_not_cover_the_process_is_refused() {
     let mut bed = Bed::start(1, &NodeOptions::default()).expect("bed");
     bed.node(0).stop().expect("stopped");
-    let root = bed.nodes()[0].cgroup.join("kubepods").display().to_string();
-    let (config, pins) = (bed.config().display().to_string(), bed.nodes()[0].pins.join("other").display().to_string());
-    let ca = bed.directory.join("ca").display().to_string();
-    let arguments =
-        ["run", "--node", "x", "--config-dir", &config, "--bpf-dir", &pins, "--ca-dir", &ca, "--state-dir", &ca, "--cgroup-root", &root];
-    let output = bed.nodes()[0].mesh_node(&arguments).expect("run");
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && text.contains("is not below --cgroup-root"), "{text}");
+    let (started, text) = with_pins_elsewhere(&bed, &bed.nodes()[0].cgroup.join("kubepods"));
+    assert!(!started && text.contains("is not below --cgroup-root"), "{text}");
 }
 
 /// Programs that another process left hold the pods: a second generation beside them would judge what the first has led elsewhere already.
@@ -139,14 +144,8 @@ fn programs_that_are_pinned_elsewhere_are_not_added_to() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
     bed.node(0).kill();
-    let root = bed.nodes()[0].cgroup.display().to_string();
-    let (config, pins) = (bed.config().display().to_string(), bed.nodes()[0].pins.join("other").display().to_string());
-    let ca = bed.directory.join("ca").display().to_string();
-    let arguments =
-        ["run", "--node", "x", "--config-dir", &config, "--bpf-dir", &pins, "--ca-dir", &ca, "--state-dir", &ca, "--cgroup-root", &root];
-    let output = bed.nodes()[0].mesh_node(&arguments).expect("run");
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && text.contains("not pinned below") && text.contains("--bpf-dir"), "{text}");
+    let (started, text) = with_pins_elsewhere(&bed, &bed.nodes()[0].cgroup);
+    assert!(!started && text.contains("not pinned below") && text.contains("--bpf-dir"), "{text}");
     bed.node(0).start().expect("started");
     bed.node(0).wait_ready().expect("ready");
     assert!(answers(&bed, &client, &server.address(8080)), "the same one is taken over from");
