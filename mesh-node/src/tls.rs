@@ -24,7 +24,7 @@ use rustls::{
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-pub use trust::Trust;
+pub use trust::{ReadList, Trust};
 use verify::{PeerVerifier, SingleCertificate};
 pub use verify::{peer_identity, uri_identities};
 
@@ -162,17 +162,19 @@ pub struct Described {
 impl Described {
     pub(crate) fn read(der: &[u8]) -> Result<Self, TlsError> {
         let (_, parsed) = x509_parser::parse_x509_certificate(der).map_err(|e| TlsError::Certificate(e.to_string()))?;
-        let time =
-            |t: x509_parser::time::ASN1Time| SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(t.timestamp()).unwrap_or_default());
         let validity = parsed.validity();
         Ok(Self {
             pem: pem(der),
             serial: parsed.raw_serial_as_string(),
             serial_number: parsed.serial.to_string(),
-            not_before: time(validity.not_before),
-            not_after: time(validity.not_after),
+            not_before: system_time(validity.not_before),
+            not_after: system_time(validity.not_after),
         })
     }
+}
+
+fn system_time(time: x509_parser::time::ASN1Time) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
 }
 
 /// The certificates in a PEM text.

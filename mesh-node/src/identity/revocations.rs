@@ -1,6 +1,12 @@
 //! Revocation lists in files: read when the node starts and again when they change.
 
-use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use super::{
     IssueError,
@@ -8,8 +14,9 @@ use super::{
 };
 use crate::{
     problems,
+    report::plain,
     telemetry::chain,
-    tls::{TlsError, Trust},
+    tls::{ReadList, TlsError, Trust},
 };
 
 const LOOK: Duration = Duration::from_secs(2);
@@ -18,12 +25,14 @@ const LOOK: Duration = Duration::from_secs(2);
 /// force.
 pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Output = ()> + Send, IssueError> {
     let mut seen = Stamp::of(paths.iter().cloned());
-    let (lists, mut had) = read(&paths, &trust, &[])?;
+    let (mut lists, mut had) = read(&paths, &trust, &[])?;
     if !paths.is_empty() {
-        tracing::info!(target: "identity", lists, "revocation lists read");
+        tracing::info!(target: "identity", lists = lists.len(), "revocation lists read");
     }
     Ok(async move {
+        let mut told = BTreeSet::new();
         loop {
+            tell_of_overdue(&paths, &lists, &mut told);
             tokio::time::sleep(LOOK).await;
             let now = Stamp::of(paths.iter().cloned());
             if now == seen {
@@ -32,10 +41,10 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
                 continue;
             }
             match read(&paths, &trust, &had) {
-                Ok((lists, holds)) => {
-                    (seen, had) = (now, holds);
+                Ok((read, holds)) => {
+                    (seen, lists, had) = (now, read, holds);
                     problems::solved(problems::Kind::Revocations, "");
-                    tracing::info!(target: "identity", lists, "revocation lists read again");
+                    tracing::info!(target: "identity", lists = lists.len(), "revocation lists read again");
                 }
                 Err(error) => {
                     let told = format!("error: revocation lists cannot be read; those read before stay in force: {}", chain(&error));
@@ -47,9 +56,35 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
     })
 }
 
-/// How many lists there are, and which of the files hold any. `had`: which held some before: such a file that is empty is none that says that
+/// Says of which files a list should have been followed by another by now: it stays in force, but nobody revoked since is in it. `told`: of
+/// which that has been said.
+fn tell_of_overdue(paths: &[PathBuf], lists: &[ReadList], told: &mut BTreeSet<PathBuf>) {
+    for (index, path) in paths.iter().enumerate() {
+        let now = SystemTime::now();
+        let due = lists.iter().filter(|list| list.text == index).filter_map(|list| list.due).min();
+        let about = path.to_string_lossy();
+        match due.filter(|due| *due < now) {
+            Some(due) => {
+                let due = plain::rfc3339(due);
+                let what = format!(
+                    "warning: the revocation list in {about} was to be replaced by {due}; it stays in force, and certificates revoked since are not in it: give a newer one"
+                );
+                problems::found(problems::Kind::Revocations, &about, what);
+                if told.insert(path.clone()) {
+                    tracing::warn!(target: "identity", path = %about, due, "a revocation list should have been replaced by now; it stays in force");
+                }
+            }
+            None => {
+                problems::solved(problems::Kind::Revocations, &about);
+                told.remove(path);
+            }
+        }
+    }
+}
+
+/// The lists there are, and which of the files hold any. `had`: which held some before: such a file that is empty is none that says that
 /// nothing is revoked, but one that is half way through being written.
-fn read(paths: &[PathBuf], trust: &Trust, had: &[bool]) -> Result<(usize, Vec<bool>), IssueError> {
+fn read(paths: &[PathBuf], trust: &Trust, had: &[bool]) -> Result<(Vec<ReadList>, Vec<bool>), IssueError> {
     let texts = paths.iter().map(|p| fs::read(p).map_err(state("read", p))).collect::<Result<Vec<_>, _>>()?;
     let holds = texts.iter().map(|text| !text.trim_ascii().is_empty()).collect::<Vec<_>>();
     let emptied = paths.iter().enumerate().find(|(i, _)| had.get(*i) == Some(&true) && holds.get(*i) == Some(&false));
@@ -92,11 +127,30 @@ mod tests {
         let paths = [path.clone(), other];
         let read = |text: &str, had: &[bool]| {
             fs::write(&path, text).expect("written");
-            super::read(&paths, &trust, had).map_err(|e| chain(&e))
+            super::read(&paths, &trust, had).map(|(lists, holds)| (lists.len(), holds)).map_err(|e| chain(&e))
         };
         assert_eq!((read("", &[]), read(&list, &[])), (Ok((0, vec![false; 2])), Ok((1, vec![true, false]))));
         let told = read(" \n", &[true, false]);
         assert!(told.as_ref().is_err_and(|e| e.contains("crl.pem is empty")), "{told:?}");
         assert_eq!(read(&list, &[true, false]), Ok((1, vec![true, false])), "one that never held any is in nobody's way");
+    }
+
+    #[test]
+    fn a_list_that_was_not_replaced_in_time_is_told_of() {
+        let path = PathBuf::from("/lists/overdue.pem");
+        let hour = |later: bool| {
+            let (now, hour) = (SystemTime::now(), Duration::from_hours(1));
+            Some(if later { now + hour } else { now - hour })
+        };
+        let list = |text, due| ReadList { text, due };
+        let told = |lists: &[ReadList]| {
+            let mut logged = BTreeSet::new();
+            tell_of_overdue(&[PathBuf::from("/lists/other.pem"), path.clone()], lists, &mut logged);
+            let problems = problems::all().into_iter().filter(|(_, text)| text.contains("overdue.pem was to be replaced by")).count();
+            (logged.len(), problems)
+        };
+        assert_eq!(told(&[list(0, None), list(1, hour(true))]), (0, 0));
+        assert_eq!(told(&[list(1, hour(true)), list(1, hour(false))]), (1, 1));
+        assert_eq!(told(&[list(0, None), list(1, None)]), (0, 0));
     }
 }

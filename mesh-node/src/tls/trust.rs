@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeSet,
     sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
 };
 
 use arc_swap::ArcSwap;
@@ -19,6 +20,15 @@ use crate::{
     id::{SpiffeId, TrustDomain},
     policy::TrustDomains,
 };
+
+/// A revocation list that is in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReadList {
+    /// In which of the texts.
+    pub text: usize,
+    /// When its issuer meant to have followed it by another, where it says so.
+    pub due: Option<SystemTime>,
+}
 
 /// What peers are verified with.
 #[derive(Debug)]
@@ -88,10 +98,10 @@ impl Trust {
     }
 
     /// Replaces the revocation lists: PEM, several lists in each text, or one in DER. Of an empty text there is none; one in which there is
-    /// something else is refused, and nothing replaced. How many there are.
-    pub fn set_revocations<'a>(&self, texts: impl IntoIterator<Item = &'a [u8]>) -> Result<usize, TlsError> {
-        let mut revocations = Vec::new();
-        for text in texts {
+    /// something else is refused, and nothing replaced.
+    pub fn set_revocations<'a>(&self, texts: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<ReadList>, TlsError> {
+        let (mut revocations, mut read) = (Vec::new(), Vec::new());
+        for (index, text) in texts.into_iter().enumerate() {
             let in_pem = CertificateRevocationListDer::pem_slice_iter(text).collect::<Result<Vec<_>, _>>();
             let lists = match in_pem.map_err(|e| TlsError::Revocations(e.to_string()))? {
                 none if none.is_empty() && !text.trim_ascii().is_empty() => vec![CertificateRevocationListDer::from(text)],
@@ -101,12 +111,14 @@ impl Trust {
                 let list = BorrowedCertRevocationList::from_der(&der).and_then(|list| list.to_owned());
                 let unread = |e| TlsError::Revocations(format!("{e}; what is expected is PEM (X509 CRL), or one list in DER"));
                 revocations.push(list.map_err(unread)?.into());
+                let parsed = x509_parser::parse_x509_crl(&der).ok();
+                let due = parsed.and_then(|(_, list)| list.next_update()).map(super::system_time);
+                read.push(ReadList { text: index, due });
             }
         }
-        let count = revocations.len();
         let revocations = Arc::new(revocations);
         self.replace(|old| Store { certificates: old.certificates.clone(), anchors: old.anchors.clone(), revocations });
-        Ok(count)
+        Ok(read)
     }
 
     fn replace(&self, new: impl FnOnce(&Store) -> Store) {
