@@ -63,21 +63,18 @@ fn tell_of_overdue(paths: &[PathBuf], lists: &[ReadList], told: &mut BTreeSet<Pa
         let now = SystemTime::now();
         let due = lists.iter().filter(|list| list.text == index).filter_map(|list| list.due).min();
         let about = path.to_string_lossy();
-        match due.filter(|due| *due < now) {
-            Some(due) => {
-                let due = plain::rfc3339(due);
-                let what = format!(
-                    "warning: the revocation list in {about} was to be replaced by {due}; it stays in force, and certificates revoked since are not in it: give a newer one"
-                );
-                problems::found(problems::Kind::Revocations, &about, what);
-                if told.insert(path.clone()) {
-                    tracing::warn!(target: "identity", path = %about, due, "a revocation list should have been replaced by now; it stays in force");
-                }
-            }
-            None => {
-                problems::solved(problems::Kind::Revocations, &about);
-                told.remove(path);
-            }
+        let Some(due) = due.filter(|due| *due < now) else {
+            problems::solved(problems::Kind::Revocations, &about);
+            told.remove(path);
+            continue;
+        };
+        let due = plain::rfc3339(due);
+        let what = format!(
+            "warning: the revocation list in {about} was to be replaced by {due}; it stays in force, and certificates revoked since are not in it: give a newer one"
+        );
+        problems::found(problems::Kind::Revocations, &about, what);
+        if told.insert(path.clone()) {
+            tracing::warn!(target: "identity", path = %about, due, "a revocation list should have been replaced by now; it stays in force");
         }
     }
 }

@@ -15,9 +15,10 @@ use crate::{
     id::ObjectName,
     resource::{
         DestinationRule, Kind, Named, Object,
+        destination_rule::Layered,
         selector::{Selecting, WorkloadSelector},
     },
-    route::{Workload, rule::Action},
+    route::{Workload, rule::Action, traffic::Locality},
 };
 
 /// Everything there is to say.
@@ -48,6 +49,7 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
                     lint.subsets(named, rule);
                 }
                 lint.settings_of_ports(named, rule);
+                lint.failover(named, rule);
                 lint.exports(named, &rule.export_to);
             }
             Object::PeerAuthentication(p) => {
@@ -58,6 +60,7 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
                 lint.selector(named, p.selector.as_ref());
                 lint.never_said(named, &p.rules);
                 lint.nowhere(named, &p.rules);
+                lint.tokens(named, p);
                 lint.ports_of_rules(named, p);
             }
             Object::RequestAuthentication(p) => lint.selector(named, p.selector.as_ref()),
@@ -140,6 +143,24 @@ impl<'a> Lint<'a> {
                 let message = format!(
                     "spec.subsets[{i}].labels: no endpoint of {} has them; what is routed to {:?} is answered 503",
                     service.name, subset.name
+                );
+                self.say(named, &message);
+            }
+        }
+    }
+
+    /// Where a service's clients go when it fails is of no use to those that never see that it does.
+    fn failover(&mut self, named: &Named, rule: &DestinationRule) {
+        let host = rule.policy.iter().map(|policy| ("spec.trafficPolicy".to_owned(), Some(policy), None));
+        let subset = |(i, s)| (format!("spec.subsets[{i}].trafficPolicy"), rule.policy.as_ref(), Some(s));
+        let subsets = rule.subsets.iter().map(|s| &s.policy).enumerate().map(subset);
+        for (at, host, subset) in host.chain(subsets).collect::<Vec<_>>() {
+            let policy = Layered::effective(host, subset, 0);
+            let says = |locality: &Locality| !locality.failover.is_empty() || !locality.failover_priority.is_empty();
+            let is_own = subset.is_none_or(|own| says(&Layered::effective(Some(own), None, 0).locality));
+            if is_own && says(&policy.locality) && policy.outlier.is_none() {
+                let message = format!(
+                    "{at}.loadBalancer.localityLbSetting: counts for nothing without outlierDetection, by which alone it is seen that endpoints fail"
                 );
                 self.say(named, &message);
             }

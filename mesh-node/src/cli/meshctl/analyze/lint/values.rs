@@ -3,10 +3,12 @@
 use super::Lint;
 use crate::{
     admin::names,
+    policy::WorkloadPolicy,
     resource::{
-        Named,
-        authorization::{self, Values},
+        AuthorizationPolicy, Named,
+        authorization::{self, Condition, Values},
         paths::PathPattern,
+        selector::WorkloadSelector,
         strings::StringMatch,
     },
 };
@@ -95,6 +97,38 @@ impl Lint<'_> {
                     let message = format!("spec.rules[{i}].to[{j}].operation.paths: no path is like {text:?}; they begin with a slash");
                     self.say(named, &message);
                 }
+            }
+        }
+    }
+
+    /// Tells of rules that ask for tokens where no token is ever looked at: a claim nobody has verified is nobody's.
+    pub(super) fn tokens(&mut self, named: &Named, policy: &AuthorizationPolicy) {
+        if !policy.targets.is_empty() {
+            return;
+        }
+        let namespace = &*named.key.name.namespace;
+        let all = WorkloadSelector::default();
+        let governed = self.selected(namespace, policy.selector.as_ref().unwrap_or(&all)).collect::<Vec<_>>();
+        let looks = |policy: &WorkloadPolicy| {
+            let ports = policy.ports.values();
+            std::iter::once(&policy.everywhere).chain(ports).any(|governing| !governing.authentication.is_empty())
+        };
+        if governed.is_empty() || governed.iter().any(|workload| looks(&workload.policy)) {
+            return;
+        }
+        for (i, rule) in policy.rules.iter().enumerate() {
+            let from = rule.from.iter().position(|from| !from.request_principals.any_of.is_empty());
+            let when = rule.when.iter().position(|condition| match condition {
+                Condition::RequestPrincipal(values) => !values.any_of.is_empty(),
+                Condition::Audience(values) | Condition::Presenter(values) | Condition::Claim(_, values) => !values.any_of.is_empty(),
+                _ => false,
+            });
+            let at = from.map(|j| format!("from[{j}].source.requestPrincipals")).or_else(|| Some(format!("when[{}]", when?)));
+            if let Some(at) = at {
+                let message = format!(
+                    "spec.rules[{i}].{at}: matches nothing, as no RequestAuthentication is for these pods and tokens are not looked at; add one"
+                );
+                self.say(named, &message);
             }
         }
     }
