@@ -307,7 +307,8 @@ impl Governing {
         facts.node || all.deny.find(&view).0 == Truth::No && allowed && !self.asks(&view)
     }
 
-    fn opaque(&self, facts: &Facts, allowed_by: &[Arc<str>]) -> Result<Permit, Denial> {
+    /// Judges a connection that carries no requests. `allowed_by`: the external authorizers that let it pass.
+    pub fn opaque(&self, facts: &Facts, allowed_by: &[Arc<str>]) -> Result<Permit, Denial> {
         if facts.node {
             return Ok(Permit(()));
         }
@@ -322,7 +323,8 @@ impl Governing {
         if allowed { Ok(Permit(())) } else { Err(Denial::NotAllowed) }
     }
 
-    fn request(&self, facts: &Facts, request: &Request<'_>) -> Result<(), Denial> {
+    /// Judges one request.
+    pub fn request(&self, facts: &Facts, request: &Request<'_>) -> Result<(), Denial> {
         if facts.node {
             return Ok(());
         }

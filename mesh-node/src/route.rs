@@ -23,7 +23,7 @@ pub use table::PortRoutes;
 use crate::{
     detect::Protocol,
     id::{ObjectName, SpiffeId, WorkloadUid},
-    policy::WorkloadPolicy,
+    policy::{Governing, WorkloadPolicy},
     report::Reporting,
     resource::{kube::WorkloadKind, selector::Labels},
 };
@@ -125,6 +125,11 @@ pub struct ServicePort {
     /// Subsets of them by name.
     pub subsets: BTreeMap<Arc<str>, Arc<Cluster>>,
     pub routes: PortRoutes,
+    /// The policies that refer to the service, which its own endpoints ask. They are asked where the client is of what does not go
+    /// there, or not as it came, as a waypoint would.
+    pub guard: Option<Arc<Governing>>,
+    /// Not all of its own endpoints ask them: some are no pods of the mesh.
+    pub is_guarded: bool,
 }
 
 /// A service's port, as it leads to a pod's.

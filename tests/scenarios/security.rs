@@ -21,6 +21,8 @@ mod recorded;
 mod routed;
 #[path = "security/servers.rs"]
 mod servers;
+#[path = "security/targeted.rs"]
+mod targeted;
 #[path = "security/told.rs"]
 mod told;
 

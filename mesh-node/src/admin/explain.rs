@@ -16,7 +16,7 @@ use super::{NoAnswer, authorization, query};
 use crate::{
     config::{OutboundPolicy, Snapshot},
     detect::Protocol,
-    policy::{Verified, received},
+    policy::{Verified, WorkloadPolicy, received},
     report::format::Template,
     route::{
         Cluster, Endpoint, Service, ServicePort, Target, Workload,
@@ -178,6 +178,19 @@ impl<'a> Asker<'a> {
         }
     }
 
+    /// Whether policies that refer to the service deny it where the client is, which the answer then says.
+    fn denied(self, port: &ServicePort, head: Option<&RequestHead>, answer: &mut Value) -> bool {
+        let Some(governing) = port.guard.as_ref().filter(|_| self.source.enrolled) else { return false };
+        let policy = WorkloadPolicy { everywhere: governing.clone(), ..WorkloadPolicy::default() };
+        let (denied, reason, by) = self.asked(head).judged(self.dialled, &policy);
+        if denied {
+            answer["allowed"] = false.into();
+            answer["policy"] = json!(by);
+            answer["verdict"] = format!("denied before it is routed, by what policies that refer to the service say: {reason}").into();
+        }
+        denied
+    }
+
     /// The request, if one is asked about, as the proxy would read it.
     fn request(self, answer: &mut Value) -> Result<RequestHead, String> {
         let mut head = self.question.head(self.host, self.dialled)?;
@@ -213,11 +226,14 @@ impl<'a> Asker<'a> {
         let head = self.request(answer)?;
         let table = port.routes.http.as_ref().and_then(|table| table.of(self.source, port.port)).filter(|_| self.source.enrolled);
         let Some(table) = table else {
+            if port.is_guarded && self.denied(port, Some(&head), answer) {
+                return Ok(());
+            }
             self.straight(&port.cluster, Some(&head), answer);
             return Ok(());
         };
         answer["route"] = json!({"from": &*table.origin, "rule": Value::Null});
-        let (rules, claims) = (self.snapshot.tokens_of(&port.cluster), self.question.claims.as_ref());
+        let (rules, claims) = (self.snapshot.tokens_at(port), self.question.claims.as_ref());
         let assumed = claims.filter(|_| table.asks_tokens(rules)).map(|claims| Verified::assumed(rules, claims));
         let verified = assumed.and_then(|assumed| assumed.ok().flatten());
         if claims.is_some() && table.asks_tokens(rules) && verified.is_none() {
@@ -226,10 +242,14 @@ impl<'a> Asker<'a> {
         }
         let seen = received(rules, verified.as_ref(), &head);
         let Some(found) = table.find(&seen, Context { source: self.source, port: port.port, claims: verified.as_ref() }) else {
-            answer["verdict"] = "no rule takes it: answered 404 (NR)".into();
+            if !self.denied(port, Some(&head), answer) {
+                answer["verdict"] = "no rule takes it: answered 404 (NR)".into();
+            }
             return Ok(());
         };
-        self.routed(found, &head, answer);
+        if !found.resolved.is_guarded || !self.denied(port, Some(&head), answer) {
+            self.routed(found, &head, answer);
+        }
         answer["route"]["from"] = (*found.resolved.origin).into();
         answer["route"]["rule"] = (found.resolved.rule.number + 1).into();
         Ok(())
@@ -245,17 +265,25 @@ impl<'a> Asker<'a> {
                 answer["verdict"] = "no rule about TLS takes the server name: the connection is reset (NR)".into();
                 return;
             }
-            _ => return self.straight(&port.cluster, head, answer),
+            _ => {
+                if !port.is_guarded || !self.denied(port, None, answer) {
+                    self.straight(&port.cluster, head, answer);
+                }
+                return;
+            }
         };
-        let ResolvedL4 { origin, rule, destinations } = found;
+        let ResolvedL4 { origin, rule, destinations, is_guarded } = found;
+        let kind = if rule.matches.iter().any(|m| !m.sni.is_empty()) { "tls" } else { "tcp" };
+        answer["route"] = json!({"from": &**origin, "rule": number + 1, "kind": kind});
+        if *is_guarded && self.denied(port, None, answer) {
+            return;
+        }
         let weights = rule.destinations.iter().map(|d| (d.weight, format!("{}{}", d.destination.host, d.destination.subset)));
         let mut fates = Fates::of(weights.clone().map(|(weight, _)| weight));
         let mut all = Vec::new();
         for ((weight, named), cluster) in weights.zip(destinations) {
             all.push(self.destination(&mut fates, weight, (cluster.as_deref(), named), "the connection is reset", head));
         }
-        let kind = if rule.matches.iter().any(|m| !m.sni.is_empty()) { "tls" } else { "tcp" };
-        answer["route"] = json!({"from": &**origin, "rule": number + 1, "kind": kind});
         answer["destinations"] = all.into();
         fates.tell(None, answer);
     }

@@ -60,6 +60,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     };
     builder.workloads(&mut about, &attachments, &mut snapshot);
     about.views.finish(&mut builder);
+    let guards = about.policies.of_services();
     snapshot.remote_keys = about.policies.finish(&mut builder);
     snapshot.authorizers = std::mem::take(&mut builder.parts.authorizers).into_values().collect();
     snapshot.normalization = builder.parts.normalization;
@@ -70,7 +71,7 @@ pub fn build(store: &Store, mesh: &Arc<MeshSettings>, previous: &Snapshot, now: 
     snapshot.retries = Arc::new(builder.parts.retries.take().unwrap_or_else(default_policy));
     snapshot.client_cert = builder.parts.client_cert;
     snapshot.headers = builder.parts.defaults.map(|d| d.headers).unwrap_or_default();
-    services::build(&mut builder, &about.views, previous, &mut snapshot, now);
+    services::build(&mut builder, (&about.views, &guards), previous, &mut snapshot, now);
     builder.statuses.sort();
     (snapshot, builder.statuses)
 }

@@ -20,7 +20,7 @@ use crate::{
         request_authentication::{JwtRule, RemoteKeys},
     },
     route::{
-        Cluster, ClusterId, Service, Target, Workload,
+        Cluster, ClusterId, Service, ServicePort, Target, Workload,
         retry::{RetryPolicy, default_policy},
     },
 };
@@ -120,6 +120,14 @@ impl Snapshot {
         let governed =
             cluster.endpoints.iter().find_map(|e| Some((self.workload_by_ip(e.address.ip()).filter(|w| w.enrolled)?, e.address.port())));
         governed.map_or(&[], |(workload, port)| &workload.policy.at(port).authentication)
+    }
+
+    /// What is asked of tokens of requests to a service: by its pods or, where it has none, by policies that refer to it.
+    pub fn tokens_at<'s>(&'s self, port: &'s ServicePort) -> &'s [Arc<JwtRule>] {
+        match (self.tokens_of(&port.cluster), &port.guard) {
+            ([], Some(governing)) => &governing.authentication,
+            (rules, _) => rules,
+        }
     }
 
     /// The pods of what is named so in a namespace, such as a Deployment.

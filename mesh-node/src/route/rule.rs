@@ -147,6 +147,15 @@ impl Rule {
         self.matches.is_empty() || self.matches.iter().any(HttpMatch::is_for_all)
     }
 
+    /// Whether all it does with a request is to choose where it goes, as it came.
+    pub fn passes_on(&self) -> bool {
+        let Action::Forward(all) = &self.action else { return false };
+        let rewrites = self.rewrite.is_some() || all.iter().any(|d| d.authority.is_some());
+        let changes = !self.headers.request.is_empty() || all.iter().any(|d| !d.headers.request.is_empty());
+        let answers = self.fault.abort.is_some() || self.cors.is_some();
+        !rewrites && !changes && !answers && self.mirrors.is_empty()
+    }
+
     /// Makes what a destination that is alone does to headers the rule's own, and the names of its matches those of routes.
     pub fn settle(&mut self) {
         for matched in self.matches.iter_mut().filter(|m| !m.name.is_empty()) {

@@ -45,6 +45,8 @@ pub struct ResolvedRule {
     pub rule: Arc<Rule>,
     pub destinations: Vec<Option<Arc<Cluster>>>,
     pub mirrors: Vec<Option<Arc<Cluster>>>,
+    /// The policies of the service it is a rule of are asked first: where it leads they are not, or about something else.
+    pub is_guarded: bool,
 }
 
 #[derive(Debug)]
@@ -53,6 +55,8 @@ pub struct ResolvedL4 {
     pub origin: Arc<str>,
     pub rule: Arc<L4Rule>,
     pub destinations: Vec<Option<Arc<Cluster>>>,
+    /// As of [`ResolvedRule`].
+    pub is_guarded: bool,
 }
 
 /// A rule that matched, and what of it did.
@@ -95,6 +99,17 @@ impl HttpTable {
     /// This one, and those after it.
     pub fn all(&self) -> impl Iterator<Item = &Self> {
         std::iter::successors(Some(self), |table| table.next.as_deref())
+    }
+
+    /// Has the service's policies asked before rules that keep not to them. `asks`: whether they are asked at all that a destination leads to.
+    fn guard(&mut self, asks: &dyn Fn(Option<&Cluster>) -> bool) {
+        for resolved in &mut self.rules {
+            let keeps = resolved.rule.passes_on() && resolved.destinations.iter().all(|cluster| asks(cluster.as_deref()));
+            resolved.is_guarded = !keeps;
+        }
+        if let Some(next) = &mut self.next {
+            next.guard(asks);
+        }
     }
 
     /// Whether it may matter which tokens a destination takes.
@@ -141,6 +156,17 @@ impl ResolvedL4 {
 }
 
 impl PortRoutes {
+    /// Has the policies of the service asked before rules that lead to where they are not asked alike. `asks`: whether they are at all
+    /// that a destination leads to.
+    pub fn guard(&mut self, asks: &dyn Fn(Option<&Cluster>) -> bool) {
+        if let Some(table) = &mut self.http {
+            table.guard(asks);
+        }
+        for resolved in self.tcp.iter_mut().chain(&mut self.tls) {
+            resolved.is_guarded = !resolved.destinations.iter().all(|cluster| asks(cluster.as_deref()));
+        }
+    }
+
     /// The rule for a connection that is not HTTP.
     pub fn l4_rule(&self, context: L4Context<'_>) -> FoundL4<'_> {
         let find = |rules| <[ResolvedL4]>::iter(rules).enumerate().find(|(_, r)| r.rule.matches(context));

@@ -176,6 +176,32 @@ fn target_refs_dry_run_and_audit() {
     assert_eq!(server["policies"]["deny"], json!(["istio-system/everything"]));
 }
 
+/// A service of no pods of its own, whose routes lead to others': its policies hold where the client is, and `explain` says so.
+#[test]
+fn policies_of_a_service_hold_where_its_routes_lead_away() {
+    let scene = scene();
+    let front = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "front", "namespace": "default"},
+        "spec": {"clusterIP": "10.96.7.1", "ports": [{"name": "tcp", "port": 81}, {"name": "http", "port": 80}]}});
+    let to = json!([{"destination": {"host": "server", "port": {"number": 80}}}]);
+    let routes = json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": "front", "namespace": "default"},
+        "spec": {"hosts": ["front"], "http": [{"match": [{"port": 80}], "route": to}], "tcp": [{"match": [{"port": 81}], "route": to}]}});
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": [front, routes]});
+    scene.bed.apply("routes", &list.to_string()).expect("applied");
+    let far = json!({"targetRefs": [{"kind": "Service", "group": "", "name": "front"}],
+        "rules": [{"from": [{"source": {"principals": ["cluster.local/ns/default/sa/far"]}}]}]});
+    for (policies, near) in [(vec![], ["200", "200"]), (vec![object("AuthorizationPolicy", "far", "default", &far)], ["403", "reset"])] {
+        scene.apply(&policies);
+        for (client, expected) in [(&scene.near, near), (&scene.far, ["200", "200"])] {
+            for (port, status) in [80, 81].into_iter().zip(expected) {
+                assert_eq!(scene.ask(client, &format!("10.96.7.1:{port}"), "/x", &[]), status, "{}: {port}", client.name);
+                let node = &scene.bed.nodes()[0];
+                let said = node.admin_json(&format!("/explain?from=default/{}&to=front:{port}", client.name)).expect("an answer");
+                assert_eq!(said["allowed"], status == "200", "{said}");
+            }
+        }
+    }
+}
+
 /// The connection is made by hand to be sure of its addresses.
 #[test]
 fn policies_see_the_pods_own_address_whatever_is_dialled() {

@@ -8,7 +8,7 @@ use crate::{
     admin::authorization,
     config::Snapshot,
     detect::Protocol,
-    policy::{Facts, Request, Sni, Verified, received},
+    policy::{Facts, Request, Sni, Verified, WorkloadPolicy, received},
     proxy::http::gate::remote,
     route::{
         Workload,
@@ -38,8 +38,13 @@ impl Asked<'_> {
             (true, true, false) => "tunnel",
         };
         let mut one = json!({"address": to, "workload": workload.name.to_string(), "node": &*workload.node, "path": path, "ready": true, "used": true});
-        let (denied, reason, policy) =
-            if workload.enrolled { self.judged(to, workload) } else { (false, authorization::OUTSIDE.to_owned(), None) };
+        // A port that is declared to carry no HTTP is not looked into, whatever is sent.
+        let looked_into = self.head.filter(|_| !matches!(workload.protocol(to.port()), Protocol::Tcp | Protocol::Tls));
+        let (denied, reason, policy) = if workload.enrolled {
+            Self { head: looked_into, ..self }.judged(to, &workload.policy)
+        } else {
+            (false, authorization::OUTSIDE.to_owned(), None)
+        };
         one["decision"] = if denied { "denied" } else { "allowed" }.into();
         one["reason"] = reason.into();
         one["policy"] = json!(policy);
@@ -47,7 +52,7 @@ impl Asked<'_> {
     }
 
     /// Whether it is denied, why, and by which policy.
-    fn judged(self, to: SocketAddr, workload: &Workload) -> (bool, String, Option<String>) {
+    pub fn judged(self, to: SocketAddr, policy: &WorkloadPolicy) -> (bool, String, Option<String>) {
         let Self { snapshot, source, .. } = self;
         if mesh_common::is_reserved_port(to.port()) {
             return (true, authorization::reserved(to.port()), None);
@@ -57,15 +62,14 @@ impl Asked<'_> {
         let mut facts = Facts::new(peer, own.copied().unwrap_or_else(|| to.ip()), to);
         facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
         facts.sni = Sni::Read(self.sni.cloned());
-        // A port that is declared to carry no HTTP is not looked into, whatever is sent.
-        let head = self.head.filter(|_| !matches!(workload.protocol(to.port()), Protocol::Tcp | Protocol::Tls));
+        let head = self.head;
         let normal = match head.map(|head| renormalised(head, snapshot.normalization)) {
             None => None,
             Some(Ok(normal)) => normal,
             Some(Err(_)) => return (true, "answered 400: its path cannot be normalised".to_owned(), None),
         };
         let head = normal.as_ref().or(head);
-        let rules = &workload.policy.at(to.port()).authentication;
+        let rules = &policy.at(to.port()).authentication;
         // Where no tokens are taken, none is looked at. That it is JSON is known.
         let claims = self.claims.filter(|_| head.is_some() && !rules.is_empty());
         let verified = claims.and_then(|claims| Verified::assumed(rules, claims).ok().flatten());
@@ -75,10 +79,10 @@ impl Asked<'_> {
         let received = head.map(|head| received(rules, verified.as_ref(), head));
         let request = received.as_ref().map(|head| Request::new(head, verified.as_ref(), remote(snapshot, &facts, &head.headers)));
         let can_be_asked = authorization::can_be_asked(snapshot, request.is_none());
-        let explanation = workload.policy.explain(&facts, request.as_ref(), can_be_asked);
-        let policy = explanation.denied.as_ref().map(|d| d.policy().to_owned()).or(explanation.rule.as_deref().map(str::to_owned));
+        let explanation = policy.explain(&facts, request.as_ref(), can_be_asked);
+        let by = explanation.denied.as_ref().map(|d| d.policy().to_owned()).or(explanation.rule.as_deref().map(str::to_owned));
         let allowed = explanation.rule.as_deref().filter(|_| explanation.denied.is_none()).map(|rule| format!(", and {rule} allows it"));
-        (explanation.denied.is_some(), authorization::reason(&explanation) + &allowed.unwrap_or_default(), policy)
+        (explanation.denied.is_some(), authorization::reason(&explanation) + &allowed.unwrap_or_default(), by)
     }
 }
 

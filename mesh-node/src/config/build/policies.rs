@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Builder, age};
+use super::{Builder, age, services::Guards};
 use crate::{
     config::{snapshot::Map, store::Severity},
     detect::Protocol,
@@ -233,6 +233,20 @@ impl<'a> Policies<'a> {
         WorkloadPolicy { mtls, everywhere: self.governing(base), ports: all_ports }
     }
 
+    /// What is asked of each service that policies refer to, beside what its endpoints ask.
+    pub(super) fn of_services(&mut self) -> Guards {
+        let mut found: BTreeMap<ObjectName, Vec<usize>> = BTreeMap::new();
+        for (namespace, reaching) in &self.by_namespace {
+            for (service, policies) in &reaching.services {
+                found.insert(ObjectName::new(namespace, service), policies.clone());
+            }
+        }
+        let guards = found.into_iter().map(|(name, policies)| (name, self.governing(policies))).collect::<Guards>();
+        // Any pod of this node may be a client.
+        guards.values().for_each(|governing| self.needs_keys(governing));
+        guards
+    }
+
     /// A policy of a service as it is for its port: another where it asks about that.
     fn reached_by(&mut self, i: usize, service_port: u16, port: u16, ambiguous: bool) -> usize {
         if let Some(found) = self.by_port.get(&(i, service_port, port, ambiguous)) {
@@ -297,8 +311,11 @@ impl<'a> Policies<'a> {
 
     /// Takes in that a pod of this node is governed by these.
     pub(super) fn is_local(&mut self, policy: &WorkloadPolicy) {
-        let rules = policy.ports.values().chain([&policy.everywhere]).flat_map(|g| &g.authentication);
-        self.remote.extend(rules.filter_map(|r| match &r.keys {
+        policy.ports.values().chain([&policy.everywhere]).for_each(|governing| self.needs_keys(governing));
+    }
+
+    fn needs_keys(&mut self, governing: &Governing) {
+        self.remote.extend(governing.authentication.iter().filter_map(|r| match &r.keys {
             KeySource::Remote(keys) => Some(keys.clone()),
             KeySource::Inline(_) => None,
         }));

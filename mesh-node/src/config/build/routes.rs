@@ -313,12 +313,17 @@ impl Resolver<'_, '_> {
             _ => Vec::new(),
         };
         let mirrors = rule.mirrors.iter().map(|m| self.cluster(named, namespace, &m.destination)).collect();
-        ResolvedRule { origin: named.key.to_string().into(), rule: Arc::new(rule), destinations, mirrors }
+        ResolvedRule { origin: named.key.to_string().into(), rule: Arc::new(rule), destinations, mirrors, is_guarded: false }
     }
 
     fn l4(&self, named: &Named, rule: &L4Rule) -> ResolvedL4 {
         let destinations = rule.destinations.iter().map(|d| self.cluster(named, &named.key.name.namespace, &d.destination));
-        ResolvedL4 { origin: named.key.to_string().into(), destinations: destinations.collect(), rule: Arc::new(rule.clone()) }
+        ResolvedL4 {
+            origin: named.key.to_string().into(),
+            destinations: destinations.collect(),
+            rule: Arc::new(rule.clone()),
+            is_guarded: false,
+        }
     }
 
     fn cluster(&self, named: &Named, namespace: &str, destination: &Destination) -> Option<Arc<Cluster>> {

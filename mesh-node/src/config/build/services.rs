@@ -23,6 +23,7 @@ use crate::{
     },
     detect::Protocol,
     id::ObjectName,
+    policy::Governing,
     resource::{
         DestinationRule, EndpointSlice, Named,
         destination_rule::{Layered, Subset},
@@ -86,7 +87,16 @@ pub(super) fn closeness(host: &str, namespace: &str, service: &ObjectName) -> Op
     (service_of(host, namespace).as_ref() == Some(service)).then_some(usize::MAX)
 }
 
-pub(super) fn build(builder: &mut Builder<'_>, views: &Views<'_>, previous: &Snapshot, snapshot: &mut Snapshot, now: Instant) {
+/// The policies that refer to services.
+pub(super) type Guards = BTreeMap<ObjectName, Arc<Governing>>;
+
+pub(super) fn build(
+    builder: &mut Builder<'_>,
+    (views, guards): (&Views<'_>, &Guards),
+    previous: &Snapshot,
+    snapshot: &mut Snapshot,
+    now: Instant,
+) {
     let registry = registry(builder, previous, snapshot, now);
     let rules = Rules::new(builder, &registry);
     let routes = Routes::new(builder, &registry);
@@ -96,7 +106,9 @@ pub(super) fn build(builder: &mut Builder<'_>, views: &Views<'_>, previous: &Sna
         clusters.add(name, entry, &rules.of(name, None, &builder.mesh.root_namespace), &given);
     }
     for (name, entry) in &registry {
-        let service = Arc::new(assemble(name, entry, &clusters, |port| routes.of(builder, name, port, None, &clusters)));
+        let mut service = assemble(name, entry, &clusters, |port| routes.of(builder, name, port, None, &clusters));
+        guard(&mut service, guards, snapshot);
+        let service = Arc::new(service);
         place(builder, entry, &service, snapshot);
         snapshot.by_name.insert((*name).clone(), service.clone());
         snapshot.services.push(service);
@@ -111,7 +123,8 @@ pub(super) fn build(builder: &mut Builder<'_>, views: &Views<'_>, previous: &Sna
         }
         // A route may lead to a cluster that differs: every service with routes is looked at.
         let seen = registry.iter().filter(|(name, _)| differs(name) || routes.any(name, client.namespace)).map(|(name, entry)| {
-            let service = assemble(name, entry, &own, |port| routes.of(builder, name, port, Some(client.namespace), &own));
+            let mut service = assemble(name, entry, &own, |port| routes.of(builder, name, port, Some(client.namespace), &own));
+            guard(&mut service, guards, snapshot);
             ((*name).clone(), Arc::new(service))
         });
         let seen = seen.collect();
@@ -411,9 +424,22 @@ fn assemble(
         let subsets = clusters.subsets(name).iter().filter_map(|s| Some((s.clone(), clusters.get(&id(p.port, s))?.clone())));
         let cluster = clusters.get(&id(p.port, &none))?.clone();
         let routes = routes((p, cluster.protocol));
-        Some(ServicePort { name: p.name.clone(), port: p.port, cluster, subsets: subsets.collect(), routes })
+        let subsets = subsets.collect();
+        Some(ServicePort { name: p.name.clone(), port: p.port, cluster, subsets, routes, guard: None, is_guarded: false })
     });
     Service { name: name.clone(), vips: entry.service.vips.clone(), ports: ports.collect() }
+}
+
+/// Has the policies that refer to a service asked where its own endpoints do not ask them.
+fn guard(service: &mut Service, guards: &Guards, snapshot: &Snapshot) {
+    let Some(governing) = guards.get(&service.name) else { return };
+    let asks = |e: &Endpoint| snapshot.workload_by_ip(e.address.ip()).is_some_and(|workload| workload.enrolled);
+    for port in &mut service.ports {
+        let own = port.cluster.endpoints.iter().filter(|e| asks(e)).map(|e| e.address).collect::<BTreeSet<_>>();
+        port.is_guarded = own.len() < port.cluster.endpoints.len();
+        port.routes.guard(&|cluster| cluster.is_some_and(|c| c.endpoints.iter().all(|e| own.contains(&e.address))));
+        port.guard = Some(governing.clone());
+    }
 }
 
 /// Gives a service its addresses, which no other has.

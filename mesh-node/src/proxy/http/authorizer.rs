@@ -254,7 +254,7 @@ fn call<'a>(gate: &'a Gate, cluster: &'a Arc<Cluster>, http2: bool) -> Call<'a> 
 fn tell(gate: &Gate, snapshot: &Snapshot, template: &Template, (head, protocol): (&RequestHead, &'static str)) -> Option<HeaderValue> {
     let kept = Kept::of(&head.headers, &template.asks().request);
     let (method, path, authority) = (head.method.as_str(), head.target.as_str(), head.authority.to_str().unwrap_or_default());
-    let teller = snapshot.workload(&gate.pod.uid);
+    let (teller, own) = (snapshot.workload(&gate.pod.uid), gate.proved());
     let entry = Entry {
         request: Some(Asked { method, path, sent_path: path, authority, scheme: head.scheme.as_str(), headers: &kept }),
         protocol: Some(protocol),
@@ -263,7 +263,7 @@ fn tell(gate: &Gate, snapshot: &Snapshot, template: &Template, (head, protocol):
         downstream_remote: Some(gate.client),
         mutual_tls: gate.facts.peer.is_some(),
         peer: gate.facts.peer.as_ref(),
-        local: teller.map(|w| &w.identity).filter(|_| gate.facts.peer.is_some()),
+        local: own.as_ref(),
         teller: teller.map(|w| &**w),
         ..Entry::begun(SystemTime::now())
     };

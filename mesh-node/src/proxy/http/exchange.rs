@@ -2,25 +2,29 @@
 //! direct response, pick a cluster, rewrite, mirror, then attempts until one is answered.
 
 mod cors;
+mod failure;
+mod guard;
 
 use std::{borrow::Cow, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use tokio::time::{Instant, sleep};
 
-pub(super) use self::cors::CorsAnswer;
-use self::cors::Preflight;
+pub(super) use self::{cors::CorsAnswer, failure::flag_of};
+use self::{
+    cors::Preflight,
+    guard::{Dialled, Passed},
+};
 use super::{
     Downstream,
-    attempt::{Deadlines, TimeUp},
-    attempts::{Attempts, Hashed, Outcome, Unanswered},
+    attempt::Deadlines,
+    attempts::{Attempts, Hashed, Outcome},
     body::{RequestBody, Responder},
     gate, headers,
     record::{Described, Flag, Record},
-    reply::{OVERLOADED, Reply, reason},
+    reply::Reply,
     tokens,
     upload::Upload,
-    upstream::Failed,
 };
 use crate::{
     config::Snapshot,
@@ -31,10 +35,9 @@ use crate::{
         Cluster, Target, Workload,
         matching::{Context, PathMatch},
         request::{RequestHead, renormalised},
-        retry::Reset,
         rewrite,
         rule::{Abort, Action, DirectResponse, Redirect, Rule, Tell, Weighted, pick_weighted},
-        table::ResolvedRule,
+        table::{Found, ResolvedRule},
     },
 };
 
@@ -73,12 +76,15 @@ pub(super) struct Forward<'s> {
     pub(super) dialled: &'s ObjectName,
     /// What was asked for, where answers are told of that.
     pub(super) asked: Option<Box<Described>>,
+    /// What policies of the service have made of it.
+    passed: Passed,
 }
 
 impl<'s> Forward<'s> {
     /// Where no route says anything.
     fn as_dialled(cluster: Arc<Cluster>, snapshot: &'s Snapshot, source: &'s Arc<Workload>, dialled: &'s ObjectName) -> Self {
-        Self { cluster, rule: None, destination: None, cors: None, snapshot, source, dialled, asked: None }
+        let passed = Passed::default();
+        Self { cluster, rule: None, destination: None, cors: None, snapshot, source, dialled, asked: None, passed }
     }
 
     /// Whether the route says to.
@@ -94,6 +100,7 @@ impl<'s> Forward<'s> {
         };
         respond_as(headers, self.rule, self.destination, &tell);
         cors::tell(headers, self.cors.as_ref());
+        self.passed.to_client.apply(headers);
     }
 }
 
@@ -119,23 +126,51 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         }
         let Ok(normal) = renormalised(&head, snapshot.normalization) else { return self.bad_path().await };
         head = normal.unwrap_or(head);
+        let dialled = Dialled { snapshot: &snapshot, source, service, port };
         let Some(table) = port.routes.http.as_ref().and_then(|table| table.of(source, port.port)) else {
-            let forward = Forward::as_dialled(port.cluster.clone(), &snapshot, source, &service.name);
-            return self.forward(head, forward).await;
+            return self.unrouted(dialled, head).await;
         };
-        let known = match tokens::known(self.down.proxy, &snapshot, (table, &port.cluster), &head).await {
+        let known = match tokens::known(self.down.proxy, &snapshot, (table, port), &head).await {
             Ok(known) => known,
             Err(refusal) => return self.unauthenticated(*refusal).await,
         };
         let context = Context { source, port: port.port, claims: known.claims.as_ref() };
-        let Some(found) = table.find(known.head.as_ref().unwrap_or(&head), context) else {
-            return self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await;
-        };
-        let (resolved, path) = (found.resolved, found.path);
+        match table.find(known.head.as_ref().unwrap_or(&head), context) {
+            Some(found) => self.routed(dialled, found, head).await,
+            None => match self.guard(dialled, None, &mut head).await {
+                Ok(_) => self.refuse(StatusCode::NOT_FOUND, Flag::NoRoute, "route_not_found").await,
+                Err(end) => end,
+            },
+        }
+    }
+
+    /// Serves what goes to the service itself.
+    async fn unrouted(&mut self, dialled: Dialled<'_>, mut head: RequestHead) -> End {
+        let Dialled { snapshot, source, service, port } = dialled;
+        let mut forward = Forward::as_dialled(port.cluster.clone(), snapshot, source, &service.name);
+        if port.is_guarded {
+            match self.guard(dialled, Some(&port.cluster), &mut head).await {
+                Ok(passed) => forward.passed = passed,
+                Err(end) => return end,
+            }
+        }
+        self.forward_rewritten(head, forward, false, Vec::new()).await
+    }
+
+    /// Serves what a rule takes.
+    async fn routed(&mut self, dialled: Dialled<'_>, Found { resolved, name, path }: Found<'_>, mut head: RequestHead) -> End {
+        let Dialled { snapshot, source, service, .. } = dialled;
         let rule = &*resolved.rule;
-        self.record.routed(found.name, &resolved.origin);
+        self.record.routed(name, &resolved.origin);
         let picked = if let Action::Forward(all) = &rule.action { pick_destination(resolved, all) } else { None };
         self.record.cluster = picked.as_ref().and_then(|(cluster, _)| cluster.clone());
+        let mut passed = Passed::default();
+        if resolved.is_guarded {
+            match self.guard(dialled, self.record.cluster.clone().as_deref(), &mut head).await {
+                Ok(made) => passed = made,
+                Err(end) => return end,
+            }
+        }
         if let Some(end) = self.fault(rule, picked.as_ref().map(|(_, destination)| *destination), &head).await {
             return end;
         }
@@ -157,10 +192,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     rule: Some(rule),
                     destination: Some(destination),
                     cors,
-                    snapshot: &snapshot,
+                    snapshot,
                     source,
                     dialled: &service.name,
                     asked: asked_of(&head, rule, Some(destination)),
+                    passed,
                 };
                 let mirrors = Self::mirrors(resolved);
                 self.forward_rewritten(head, forward, rewritten, mirrors).await
@@ -333,10 +369,6 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         all.filter(|(mirror, _)| mirror.share.hit(fastrand::u32(..))).filter_map(|(_, cluster)| cluster.clone()).collect()
     }
 
-    async fn forward(&mut self, head: RequestHead, forward: Forward<'_>) -> End {
-        self.forward_rewritten(head, forward, false, Vec::new()).await
-    }
-
     /// Makes of a request what its rule and destination say; whether that is another path.
     fn rewrite(
         &self,
@@ -353,7 +385,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         true
     }
 
-    async fn forward_rewritten(&mut self, head: RequestHead, forward: Forward<'_>, rewritten: bool, mirrors: Vec<Arc<Cluster>>) -> End {
+    async fn forward_rewritten(&mut self, head: RequestHead, mut forward: Forward<'_>, rewritten: bool, mirrors: Vec<Arc<Cluster>>) -> End {
         let changed = rewritten || forward.changes_headers();
         self.record.sent(&head, changed);
         self.record.cluster = Some(forward.cluster.clone());
@@ -365,7 +397,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let hashed = Hashed::of(&forward.cluster, &head, self.down);
         let replays = self.down.proxy.replays.of(&self.down.pod.kept);
         let keep = policy.attempts > 0 && self.upgrade.is_none();
-        let upload = Upload::new(self.body, keep, &replays);
+        let mut upload = Upload::new(self.body, keep, &replays);
+        if let Some(begun) = forward.passed.begun.take() {
+            upload = upload.after(begun);
+        }
         let attempts = Attempts {
             down: self.down,
             responder: self.responder,
@@ -392,64 +427,6 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             Outcome::Failed(failure) => failure,
         };
         self.fail(failure, &forward).await
-    }
-
-    async fn fail(&mut self, failure: Unanswered, forward: &Forward<'_>) -> End {
-        let (reply, details) = match failure {
-            Unanswered::Reset(failed, retried) => return self.failed(&failed, retried, forward).await,
-            Unanswered::NoEndpoint => {
-                self.record.raise(Flag::NoHealthyUpstream);
-                (Reply::new(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream"), "no_healthy_upstream")
-            }
-            Unanswered::Denied => (Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), "rbac_access_denied_matched_policy[none]"),
-            Unanswered::TimeUp(TimeUp::Client) => {
-                let reply = Reply {
-                    grpc_status: self.tells_in_grpc().then_some(4),
-                    ..Reply::new(StatusCode::GATEWAY_TIMEOUT, "downstream duration timeout")
-                };
-                (reply, "max_duration_timeout")
-            }
-            Unanswered::TimeUp(up) => {
-                self.record.raise(Flag::UpstreamTimeout);
-                (Reply::timeout(), if up == TimeUp::Attempt { "upstream_per_try_timeout" } else { "response_timeout" })
-            }
-            Unanswered::Malformed(malformed) => {
-                if malformed.protocol_error {
-                    self.record.raise(Flag::DownstreamProtocolError);
-                }
-                self.close = true;
-                (Reply::new(malformed.status, malformed.body), malformed.details)
-            }
-        };
-        self.record.details = Cow::Borrowed(details);
-        self.reply(reply, |record, headers| forward.decorate(headers, record, None)).await
-    }
-
-    async fn failed(&mut self, failed: &Failed, retried: bool, forward: &Forward<'_>) -> End {
-        self.record.raise(flag_of(failed.reset));
-        let words = reason(failed.reset).replace(' ', "_");
-        let when = if failed.begun { "after" } else { "before" };
-        self.record.details = match (failed.reset, &*failed.detail) {
-            (Reset::PerTryTimeout, _) => Cow::Borrowed("upstream_per_try_timeout"),
-            (_, "") => format!("upstream_reset_{when}_response_started{{{words}}}").into(),
-            (_, detail) => format!("upstream_reset_{when}_response_started{{{words}|{detail}}}").into(),
-        };
-        let mut reply = Reply::reset(failed.reset, retried);
-        if !forward.snapshot.headers.debug {
-            reply.headers.remove(&OVERLOADED);
-        }
-        self.reply(reply, |record, headers| forward.decorate(headers, record, None)).await
-    }
-}
-
-pub(super) fn flag_of(reset: Reset) -> Flag {
-    match reset {
-        Reset::ConnectFailure | Reset::ConnectTimeout => Flag::UpstreamConnectionFailure,
-        Reset::ConnectionTermination => Flag::UpstreamConnectionTermination,
-        Reset::ProtocolError => Flag::UpstreamProtocolError,
-        Reset::RefusedStream | Reset::RemoteReset => Flag::UpstreamRemoteReset,
-        Reset::Overflow => Flag::UpstreamOverflow,
-        Reset::PerTryTimeout => Flag::UpstreamTimeout,
     }
 }
 

@@ -45,7 +45,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Gate {
     pub proxy: Arc<Proxy>,
-    /// The pod that is protected.
+    /// The pod that is protected, or the client of a service that is.
     pub pod: Arc<ServedPod>,
     pub facts: Facts,
     pub client: SocketAddr,
@@ -60,6 +60,8 @@ pub struct Gate {
     edge: Arc<EdgeSlot>,
     /// Who the two ends of the connection are, as `x-forwarded-client-cert` has it.
     ends: Arc<OnceLock<Option<HeaderValue>>>,
+    /// It stands before a service, where the client is: nobody is at the other end yet.
+    of_service: bool,
 }
 
 impl fmt::Debug for Gate {
@@ -95,6 +97,18 @@ impl Pass {
     }
 }
 
+/// A request that is to be judged.
+pub struct Asked<'h> {
+    pub head: &'h RequestHead,
+    /// What has become of it, if that is something else.
+    pub changed: Option<RequestHead>,
+    /// A header the application gets beside its own.
+    pub client_cert: Option<HeaderValue>,
+    pub protocol: &'static str,
+    /// It goes on with its tokens, whatever is said of them.
+    pub keeps_tokens: bool,
+}
+
 /// A request that may not.
 #[derive(Debug)]
 pub struct Refusal {
@@ -120,7 +134,13 @@ impl Gate {
             free: Arc::new(AtomicU64::new(u64::MAX)),
             edge: Arc::default(),
             ends: Arc::default(),
+            of_service: false,
         }
+    }
+
+    /// Of a client of this node, before a service it has dialled.
+    pub fn of_service(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: Facts, client: SocketAddr) -> Self {
+        Self { of_service: true, ..Self::new(proxy.clone(), pod.clone(), facts, client) }
     }
 
     /// With the connection that was made to the application.
@@ -223,9 +243,8 @@ impl Gate {
     /// Whether an authorizer may be shown bodies.
     pub fn shows_bodies(&self) -> bool {
         let snapshot = self.proxy.config.load();
-        let shown = |provider: &Arc<str>| snapshot.authorizers.get(provider).is_some_and(|a| a.body.is_some());
         let workload = snapshot.workload(&self.pod.uid);
-        workload.is_some_and(|w| w.policy.at(self.facts.destination.port()).authorizers().any(shown))
+        workload.is_some_and(|w| shows_bodies(&snapshot, w.policy.at(self.facts.destination.port())))
     }
 
     /// Judges a request.
@@ -263,12 +282,24 @@ impl Gate {
             }
             Told::Only(None) => drop(changed.get_or_insert_with(|| head.clone()).headers.remove(&CLIENT_CERT)),
         }
+        self.judge(&snapshot, governing, Asked { head, changed, client_cert, protocol, keeps_tokens: false }, body).await
+    }
+
+    /// Judges a request by these policies.
+    pub async fn judge(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        governing: &Governing,
+        asked: Asked<'_>,
+        body: &mut impl Preview,
+    ) -> Result<Pass, Box<Refusal>> {
+        let Asked { head, mut changed, client_cert, protocol, keeps_tokens } = asked;
         let mut told = self.authenticate(governing, changed.as_ref().unwrap_or(head)).await;
         let mut to_client = ToClient::default();
         if !governing.authorization.custom.is_empty() && !self.facts.node {
             let claims = told.as_ref().ok().and_then(|a| a.claims.as_ref());
             let seen = changed.as_ref().unwrap_or(head);
-            if let Some(rewritten) = self.ask_authorizers(&snapshot, governing, (seen, protocol), body, claims, &mut to_client).await? {
+            if let Some(rewritten) = self.ask_authorizers(snapshot, governing, (seen, protocol), body, claims, &mut to_client).await? {
                 // What an authorizer wrote counts like what a client did.
                 let rewritten = renormalised(&rewritten, snapshot.normalization).map_err(|_| bad_path())?.unwrap_or(rewritten);
                 told = self.authenticate(governing, &rewritten).await;
@@ -276,16 +307,16 @@ impl Gate {
             }
         }
         let claims = told.map_err(|fault| tokens::refusal(&self.proxy, fault, head))?.claims;
-        if !governing.authentication.is_empty() {
+        if !governing.authentication.is_empty() && !keeps_tokens {
             let mut stripped = changed.take().unwrap_or_else(|| head.clone());
             strip(&governing.authentication, claims.as_ref(), &mut stripped);
             changed = Some(stripped);
         }
         let judged = changed.as_ref().unwrap_or(head);
-        let mut request = Request::new(judged, claims.as_ref(), self.remote(&snapshot, &judged.headers));
+        let mut request = Request::new(judged, claims.as_ref(), self.remote(snapshot, &judged.headers));
         request.also = client_cert.as_ref().map(|value| (&CLIENT_CERT, value));
         observe(&self.proxy, &self.facts, &governing.observed(&self.facts, Some(&request)), Some(judged));
-        if let Err(denial) = policy.request(&self.facts, &request) {
+        if let Err(denial) = governing.request(&self.facts, &request) {
             let mut refusal = self.denied(&denial);
             refusal.head = changed;
             return Err(refusal);
@@ -295,7 +326,7 @@ impl Gate {
 
     /// Who this end of the connection has proved to be; it has only where the other one has.
     pub fn proved(&self) -> Option<SpiffeId> {
-        self.facts.peer.as_ref()?;
+        self.facts.peer.as_ref().filter(|_| !self.of_service)?;
         Some(self.proxy.config.load().workload(&self.pod.uid)?.identity.clone())
     }
 
@@ -377,6 +408,12 @@ impl Gate {
         }
         Ok(changed)
     }
+}
+
+/// Whether an authorizer that policies name may be shown bodies.
+pub fn shows_bodies(snapshot: &Snapshot, governing: &Governing) -> bool {
+    let shown = |provider: &Arc<str>| snapshot.authorizers.get(provider).is_some_and(|a| a.body.is_some());
+    governing.authorizers().any(shown)
 }
 
 /// The end user's address: what the last proxy that is trusted says, else the client's own. `None`: the proxy says

@@ -11,7 +11,7 @@ use crate::{
     policy::{Authenticated, Verified, locate, needs_keys, received},
     proxy::Proxy,
     resource::request_authentication::{JwtRule, KeySource},
-    route::{Cluster, request::RequestHead, table::HttpTable},
+    route::{ServicePort, request::RequestHead, table::HttpTable},
 };
 
 /// Longest part of a path told in a challenge, bytes: Envoy's.
@@ -30,10 +30,10 @@ pub struct Known {
 pub async fn known(
     proxy: &Proxy,
     snapshot: &Snapshot,
-    (table, cluster): (&HttpTable, &Cluster),
+    (table, port): (&HttpTable, &ServicePort),
     head: &RequestHead,
 ) -> Result<Known, Box<Refusal>> {
-    let rules = if table.may_ask_tokens() { snapshot.tokens_of(cluster) } else { &[] };
+    let rules = if table.may_ask_tokens() { snapshot.tokens_at(port) } else { &[] };
     if !table.asks_tokens(rules) {
         return Ok(Known::default());
     }

@@ -11,6 +11,7 @@ use crate::{
     balance::{self, Asker},
     config::{OutboundPolicy, Snapshot},
     id::ObjectName,
+    policy::{Facts, Sni},
     proxy::{
         Failure, Proxy, ServedPod,
         http::clusters::{ClusterState, EndpointState},
@@ -152,7 +153,21 @@ pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure
         Target::Service { service, port } => {
             let client = client_address(pod, *client, *original);
             let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
-            let cluster = match port.routes.l4_rule(context) {
+            let found = port.routes.l4_rule(context);
+            let is_guarded = match &found {
+                FoundL4::Rule(_, found) => found.is_guarded,
+                FoundL4::Nowhere | FoundL4::Service => port.is_guarded,
+            };
+            if let Some(governing) = port.guard.as_ref().filter(|_| is_guarded) {
+                let mut facts = Facts::new(Some(source.identity.clone()), client, *original);
+                facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
+                facts.sni = Sni::Read(sni.as_deref().map(Into::into));
+                facts.dialled = Some(service.name.clone());
+                // Nobody is asked about it here: what an authorizer would have to allow is denied.
+                let denied = governing.opaque(&facts, &[]);
+                denied.inspect_err(|denial| proxy.metrics.policy_decision(denial.policy(), "connection_denied"))?;
+            }
+            let cluster = match found {
                 FoundL4::Rule(_, found) => found.pick(fastrand::u64(..)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?,
                 FoundL4::Nowhere => return Err(Failure::NoRoute(service.name.clone())),
                 FoundL4::Service => &port.cluster,

@@ -1,0 +1,102 @@
+//! Policies that refer to a service, asked where the client is, as a waypoint asks them: of what a route leads away from the service's own
+//! endpoints, which ask them too, and of what it answers or changes.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, StatusCode};
+
+use super::{End, Exchange};
+use crate::{
+    config::Snapshot,
+    policy::{Facts, Governing, Sni},
+    proxy::http::{
+        authorizer::ToClient,
+        body::{RequestBody, Responder},
+        gate::{Asked, Gate, shows_bodies},
+        upload::{Begun, Upload},
+        wire::{expects_continue, take_expectation},
+    },
+    route::{Cluster, Service, ServicePort, Workload, request::RequestHead},
+};
+
+/// What was dialled, and by whom.
+#[derive(Clone, Copy)]
+pub(super) struct Dialled<'s> {
+    pub snapshot: &'s Arc<Snapshot>,
+    pub source: &'s Arc<Workload>,
+    pub service: &'s Service,
+    pub port: &'s ServicePort,
+}
+
+/// What comes of a request that may pass, beside what becomes of its head.
+#[derive(Default)]
+pub(super) struct Passed {
+    /// What external authorizers have for the client.
+    pub to_client: ToClient,
+    /// What they were shown of the body.
+    pub begun: Option<Begun>,
+}
+
+impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
+    /// Asks, if there is anybody to ask. `cluster`: where the request goes, if it goes on.
+    pub(super) async fn guard(&mut self, dialled: Dialled<'_>, cluster: Option<&Cluster>, head: &mut RequestHead) -> Result<Passed, End> {
+        match &dialled.port.guard {
+            // Rare, and large.
+            Some(governing) => Box::pin(self.ask(dialled, governing, cluster, head)).await,
+            None => Ok(Passed::default()),
+        }
+    }
+
+    async fn ask(
+        &mut self,
+        Dialled { snapshot, source, service, .. }: Dialled<'_>,
+        governing: &Governing,
+        cluster: Option<&Cluster>,
+        head: &mut RequestHead,
+    ) -> Result<Passed, End> {
+        let down = self.down;
+        let mut facts = Facts::new(Some(source.identity.clone()), down.client.ip(), down.original);
+        facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
+        facts.sni = Sni::Read(None);
+        facts.dialled = Some(service.name.clone());
+        let gate = Gate::of_service(down.proxy, down.pod, facts, down.client);
+        if expects_continue(&head.headers) && !self.body.is_end() && shows_bodies(snapshot, governing) {
+            take_expectation(&mut head.headers);
+            if self.responder.informational(StatusCode::CONTINUE, HeaderMap::new()).await.is_err() {
+                return Err(self.abandoned());
+            }
+        }
+        let asked = Asked {
+            head,
+            changed: None,
+            client_cert: None,
+            protocol: self.record.protocol,
+            // They are asked for again.
+            keeps_tokens: cluster.is_some_and(|cluster| !snapshot.tokens_of(cluster).is_empty()),
+        };
+        let mut upload = Upload::new(&mut *self.body, false, &down.proxy.replays.of(&down.pod.kept));
+        let judged = tokio::select! {
+            biased;
+            judged = gate.judge(snapshot, governing, asked, &mut upload) => Some(judged),
+            _ = self.responder.gone() => None,
+        };
+        let begun = upload.set_aside();
+        match judged {
+            Some(Ok(pass)) => {
+                if let Some(changed) = pass.head {
+                    *head = changed;
+                    self.record.became(head);
+                }
+                Ok(Passed { to_client: pass.to_client, begun: Some(begun) })
+            }
+            Some(Err(refusal)) => {
+                refusal.note(self.record, &gate, head);
+                if refusal.gone {
+                    return Err(End::Broken);
+                }
+                Err(self.reply(refusal.reply, |_, _| {}).await)
+            }
+            None => Err(self.abandoned()),
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Policies that refer to a service, and routes that lead away from it or answer for it: they are asked before a route is, as a waypoint
+//! would ask them.
+
+use mesh_tests::{
+    engine::{Engine, NEAR_CLIENT, security, service, virtual_service},
+    scripted::{self, Seen},
+    token::Issuer,
+};
+use serde_json::{Value, json};
+
+use super::{ISSUER, ask, authorizers::mesh_config, claims, get, served, servers::authorizer};
+
+fn to(host: &str) -> Value {
+    json!([{"destination": {"host": host}}])
+}
+
+fn targeted(kind: &str, name: &str, mut spec: Value) -> Value {
+    spec["targetRefs"] = json!([{"kind": "Service", "group": "", "name": "server"}]);
+    security(kind, name, &spec)
+}
+
+fn routes() -> Value {
+    virtual_service(
+        "server",
+        &json!([
+            {"match": [{"uri": {"prefix": "/secret/moved"}}], "redirect": {"uri": "/x"}},
+            {"match": [{"uri": {"prefix": "/secret/told"}}], "directResponse": {"status": 200}},
+            {"match": [{"uri": {"prefix": "/secret/open"}}], "rewrite": {"uri": "/open"}, "route": to("server")},
+            {"match": [{"uri": {"prefix": "/secret/fault"}}], "fault": {"abort": {"httpStatus": 418, "percentage": {"value": 100}}}, "route": to("server")},
+            {"match": [{"uri": {"prefix": "/secret/copied"}}], "mirror": {"host": "other"}, "route": to("other")},
+            {"match": [{"uri": {"prefix": "/own"}}, {"uri": {"prefix": "/secret/own"}}], "route": to("server")},
+            {"match": [{"uri": {"prefix": "/secret"}}, {"uri": {"prefix": "/free"}}], "route": to("other")},
+        ]),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn routes_lead_nobody_around_the_policies_of_a_service() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("an upstream"), scripted::http1("up2", &seen).expect("an upstream"));
+    let documents = |policies: &[Value]| {
+        let mut all = served(one, policies);
+        all.extend(service("other", "10.99.0.2", "http", &[two]));
+        all.push(routes());
+        all
+    };
+    let deny =
+        targeted("AuthorizationPolicy", "secret", json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/secret*"]}}]}]}));
+    let engine = Engine::start_as(NEAR_CLIENT, &documents(&[])).await.expect("started");
+    let mut asked = 0;
+    let mut all = async |policies: &[Value], headers: &str, expected: &[(&str, &str)]| {
+        engine.apply(&documents(policies)).await.expect("applied");
+        for (path, status) in expected {
+            asked += 1;
+            let got = ask(&engine, "node", one, &get(path, &format!("guard-{asked}"), headers)).await;
+            assert_eq!(got.status, *status, "{path} with {} policies: {got:?}", policies.len());
+            if *status == "403" {
+                assert!(got.body == "RBAC: access denied" && seen.of(&format!("guard-{asked}")).is_empty(), "{path}: {got:?}");
+            }
+        }
+    };
+    let paths = [
+        "/secret/moved",
+        "/secret/told",
+        "/secret/open",
+        "/secret/fault",
+        "/secret/copied",
+        "/secret/own",
+        "/secret",
+        "/free",
+        "/own",
+        "/none",
+    ];
+    let statuses = |all: [&'static str; 10]| paths.into_iter().zip(all).collect::<Vec<_>>();
+    all(&[], "", &statuses(["301", "200", "200", "418", "200", "200", "200", "200", "200", "404"])).await;
+    all(std::slice::from_ref(&deny), "", &statuses(["403", "403", "403", "403", "403", "403", "403", "200", "200", "404"])).await;
+    // It allows what nobody here is.
+    let nobody = json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/other/sa/x"]}}]}]});
+    let allow = targeted("AuthorizationPolicy", "nobody", nobody);
+    all(&[allow], "", &statuses(["403"; 10])).await;
+    // Of pods, and of none that a route leads to.
+    let selected =
+        security("AuthorizationPolicy", "p", &json!({"selector": {"matchLabels": {"app": "other"}}, "action": "DENY", "rules": [{}]}));
+    all(&[selected], "", &[("/secret", "200"), ("/secret/moved", "301")]).await;
+    let port = |port: &str| {
+        targeted("AuthorizationPolicy", "port", json!({"action": "DENY", "rules": [{"to": [{"operation": {"ports": [port]}}]}]}))
+    };
+    all(&[port("80")], "", &[("/free", "403"), ("/secret/told", "403")]).await;
+    all(&[port("8080")], "", &[("/free", "200"), ("/secret/told", "200")]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_are_asked_for_before_a_route_leads_away() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("an upstream"), scripted::http1("up2", &seen).expect("an upstream"));
+    let issuer = Issuer::default();
+    let jwt = json!({"issuer": ISSUER, "jwks": issuer.jwks(), "outputClaimToHeaders": [{"header": "x-user", "claim": "sub"}]});
+    let policies = [
+        targeted("RequestAuthentication", "jwt", json!({"jwtRules": [jwt]})),
+        targeted(
+            "AuthorizationPolicy",
+            "known",
+            json!({"action": "DENY", "rules": [{"from": [{"source": {"notRequestPrincipals": ["*"]}}]}]}),
+        ),
+    ];
+    let mut documents = served(one, &policies);
+    documents.extend(service("other", "10.99.0.2", "http", &[two]));
+    documents
+        .push(virtual_service("server", &json!([{"match": [{"uri": {"prefix": "/own"}}], "route": to("server")}, {"route": to("other")}])));
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    let bearer = |issuer: &Issuer| format!("authorization: Bearer {}\r\nx-user: root\r\n", issuer.token(&claims(&json!({}))));
+    for (n, (headers, status)) in
+        [(String::new(), "403"), (bearer(&Issuer::default()), "401"), (bearer(&issuer), "200")].into_iter().enumerate()
+    {
+        for path in ["/away", "/own"] {
+            let id = format!("token-{n}{path}");
+            let got = ask(&engine, "node", one, &get(path, &id, &headers)).await;
+            assert_eq!(got.status, status, "{path} {headers}: {got:?}");
+            let arrived = seen.of(&id);
+            assert_eq!(arrived.len(), usize::from(status == "200"), "{path} {headers}");
+            for attempt in arrived {
+                let of = |name: &str| attempt.headers.iter().filter(|(n, _)| n == name).map(|(_, v)| v.as_str()).collect::<Vec<_>>();
+                assert_eq!((of("x-user"), of("authorization")), (vec!["alice"], Vec::new()), "{path}: what is verified, and no token");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_authorizer_is_asked_before_a_route_leads_away_and_shown_the_body() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("an upstream"), scripted::http1("up2", &seen).expect("an upstream"));
+    let provider = json!({"name": "h", "envoyExtAuthzHttp": {"service": "authz.default.svc.cluster.local", "port": 80,
+        "headersToUpstreamOnAllow": ["x-user", "x-body"], "headersToDownstreamOnAllow": ["set-cookie"],
+        "includeRequestBodyInCheck": {"maxRequestBytes": 100, "allowPartialMessage": true}}});
+    let custom = targeted("AuthorizationPolicy", "custom", json!({"action": "CUSTOM", "provider": {"name": "h"}, "rules": [{}]}));
+    let mut documents = served(one, &[mesh_config(&json!({"extensionProviders": [provider]})), custom]);
+    documents.extend(service("other", "10.99.0.2", "http", &[two]));
+    documents.extend(service("copy", "10.99.0.4", "http", &[scripted::http1("up3", &seen).expect("an upstream")]));
+    documents.extend(service("authz", "10.99.0.3", "http", &[authorizer()]));
+    documents.push(virtual_service("server", &json!([{"route": to("other"), "mirror": {"host": "copy"}, "retries": {"attempts": 1}}])));
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    let post = |id: &str, body: &str, more: &str| {
+        let length = body.len();
+        format!("POST /x HTTP/1.1\r\nhost: svc.example\r\nx-id: {id}\r\ncontent-length: {length}\r\n{more}\r\n{body}")
+    };
+    let long = format!("pass{}", "x".repeat(3000));
+    for (id, body, partial) in [("short", "pass1", "false"), ("long", &*long, "true")] {
+        let got = ask(&engine, "node", one, &post(id, body, "")).await;
+        assert_eq!((got.status.as_str(), got.header("set-cookie")), ("200", Some("a=1")), "{id}: {got:?}");
+        let arrived = || seen.of(id);
+        for _ in 0..100 {
+            if arrived().iter().filter(|attempt| attempt.body == body.len()).count() == 2 {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        assert_eq!(arrived().len(), 2, "{id}: with its copy");
+        for attempt in arrived() {
+            let of = |name: &str| attempt.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()).unwrap_or_default();
+            assert_eq!((of("x-user"), of("x-body")), ("alice", &*format!("{} {partial}", &body[..body.len().min(100)])), "{id}");
+            assert_eq!(attempt.body, body.len(), "{id}: whole, at {}", attempt.port);
+        }
+    }
+    let got = ask(&engine, "node", one, &post("refused", "no", "")).await;
+    assert!((got.status.as_str(), got.header("x-why")) == ("302", Some("none")) && seen.of("refused").is_empty(), "{got:?}");
+}
