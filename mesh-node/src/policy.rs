@@ -93,11 +93,11 @@ impl<'a> Request<'a> {
         self.head.headers.get_all(name).iter().chain(also)
     }
 
-    /// The path as a pattern sees it. Patterns that are written for paths as they are sent see those.
-    fn path(&self, pattern: &PathPattern, reading: Reading) -> &str {
+    /// Whether a pattern matches the path, read so; in another reading than as it is written the pattern is read in others too.
+    fn is_at(&self, pattern: &PathPattern, reading: Reading) -> bool {
         match reading.and_then(|n| self.readings.get(n)) {
-            Some(other) if !pattern.is_literal() => other,
-            _ => self.head.path(),
+            Some(other) => pattern.matches(other) || pattern.readings().iter().any(|pattern| pattern.matches(other)),
+            None => pattern.matches(self.head.path()),
         }
     }
 }

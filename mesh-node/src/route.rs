@@ -95,6 +95,11 @@ impl Workload {
         self.protocol(port).is_http() || dialled.is_some_and(says_so)
     }
 
+    /// Whether some port of its does.
+    pub fn carries_http_anywhere(&self) -> bool {
+        self.ports.protocols.values().any(|protocol| protocol.is_http())
+    }
+
     /// Istio's canonical service name, as far as labels give one.
     pub fn canonical_service(&self) -> Option<&str> {
         let label = |key: &str| self.labels.get(key);

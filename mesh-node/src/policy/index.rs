@@ -241,7 +241,8 @@ fn paths(test: &Test) -> Option<Vec<Key>> {
         return None;
     }
     let key = |(text, whole): (Arc<str>, bool)| if whole { Key::Path(text) } else { Key::Prefix(text) };
-    values.any_of.iter().map(|p| p.prefix().map(key)).collect()
+    let read = values.any_of.iter().flat_map(|p| std::iter::once(p.prefix()).chain(p.readings().into_iter().map(|p| p.prefix())));
+    read.map(|prefix| prefix.map(key)).collect()
 }
 
 fn hosts(test: &Test) -> Option<Vec<Key>> {

@@ -158,7 +158,7 @@ impl Test {
                 holds(values, |m| m.matches(&host))
             }
             Self::Method(values) => holds(values, |m| m.matches(head.method.as_str())),
-            Self::Path(values) => holds(values, |p| p.matches(request.path(p, reading))),
+            Self::Path(values) => holds(values, |p| request.is_at(p, reading)),
             Self::Header(name, values) => holds(values, |m| match m {
                 // Empty, or no text, is there nevertheless.
                 StringMatch::Present => request.header(name).next().is_some(),

@@ -370,6 +370,28 @@ fn paths_that_can_be_read_in_two_ways_never_get_more() {
     assert!(allowed(&literal, &web(), &head("GET", "h", "/@scope%2fname", &[]), None));
 }
 
+/// What is written for paths as they are sent protects, and opens, no other way than what is not.
+#[test]
+fn patterns_with_escapes_are_read_as_paths_are() {
+    let of = |action: &str, pattern: &str| policy(&[json!({"action": action, "rules": [{"to": [{"operation": {"paths": [pattern]}}]}]})]);
+    for (pattern, paths) in [
+        ("/my%20admin*", &["/my%20admin", "//my%20admin", "/;/my%20admin", "/x/..%2fmy%20admin", "/my%2520admin"][..]),
+        ("/%C3%A1dmin", &["/%C3%A1dmin", "/%c3%a1dmin", "/;x/%c3%A1dmin"]),
+        ("/a;v=1/secret", &["/a;v=1/secret", "/a/secret;x", "//a/secret"]),
+        ("*%20secret", &["/x%20secret", "/x%2520secret"]),
+        ("/{*}/my%20admin", &["/a/my%20admin", "/a/my%2520admin"]),
+    ] {
+        for path in paths {
+            assert!(!allowed(&of("DENY", pattern), &web(), &head("GET", "h", path, &[]), None), "{pattern}: {path} is not denied");
+        }
+        assert!(allowed(&of("ALLOW", pattern), &web(), &head("GET", "h", paths[0], &[]), None), "{pattern}: {}", paths[0]);
+    }
+    for path in ["/pub%20lic/..%2fadmin", "/pub%20lic/%2e%2e%2fadmin", "/pub%20lic/..%252fadmin"] {
+        assert!(!allowed(&of("ALLOW", "/pub%20lic/*"), &web(), &head("GET", "h", path, &[]), None), "{path} is allowed");
+    }
+    assert!(allowed(&of("ALLOW", "/pub%20lic/*"), &web(), &head("GET", "h", "/pub%20lic/a%2fb", &[]), None));
+}
+
 #[test]
 fn dry_run_policies_are_told_and_not_enforced() {
     let dry = |action: &str, path: &str| {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::strings::StringMatch;
+use crate::route::request::{decode_all, other_readings};
 
 /// A test of a request's path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,13 +90,22 @@ impl PathPattern {
         }
     }
 
-    /// Whether it is written for paths as they are sent: with escapes, parameters or empty segments.
-    pub fn is_literal(&self) -> bool {
+    /// The same for paths as applications may read them, where it is written for paths as they are sent: with escapes, parameters or empty
+    /// segments.
+    pub fn readings(&self) -> Vec<Self> {
         let odd = |text: &str| text.contains(['%', ';']) || text.contains("//");
+        let all = |text: &str| if odd(text) { other_readings(text) } else { Vec::new() };
         match self {
-            Self::Text(StringMatch::Exact(t) | StringMatch::Prefix(t) | StringMatch::Suffix(t)) => odd(t),
-            Self::Text(StringMatch::Present | StringMatch::Glob(_)) => false,
-            Self::Template(t) => t.segments.iter().flatten().any(|s| odd(s)) || t.rest.as_deref().is_some_and(odd),
+            Self::Text(StringMatch::Exact(text)) => all(text).into_iter().map(|t| Self::Text(StringMatch::Exact(t.into()))).collect(),
+            Self::Text(StringMatch::Prefix(text)) => all(text).into_iter().map(|t| Self::Text(StringMatch::Prefix(t.into()))).collect(),
+            Self::Text(StringMatch::Suffix(text)) if odd(text) => vec![Self::Text(StringMatch::Suffix(decode_all(text).into()))],
+            Self::Text(StringMatch::Suffix(_) | StringMatch::Present | StringMatch::Glob(_)) => Vec::new(),
+            Self::Template(t) => {
+                let decoded = |text: &Arc<str>| decode_all(text).into();
+                let segments = t.segments.iter().map(|segment| segment.as_ref().map(decoded)).collect();
+                let read = Template { segments, rest: t.rest.as_ref().map(decoded) };
+                if read == *t { Vec::new() } else { vec![Self::Template(read)] }
+            }
         }
     }
 }

@@ -161,7 +161,7 @@ fn decode_once(text: &str) -> Cow<'_, str> {
 }
 
 /// Every escape decoded, as often as that changes something: an application may do it twice.
-fn decode_all(path: &str) -> String {
+pub fn decode_all(path: &str) -> String {
     let mut text = path.to_owned();
     for _ in 0..4 {
         let next = decode_once(&text).into_owned();
@@ -262,7 +262,7 @@ pub fn normalise_path(path: &str) -> Result<Option<String>, BadPath> {
 
 /// Characters that are not as they are in a path (beside `%`, which may be).
 fn is_illegal(byte: u8) -> bool {
-    matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}')
+    matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}' | 0x80..)
 }
 
 /// A segment with what is unreserved decoded, and what is illegal encoded.
@@ -280,7 +280,10 @@ fn decode_unreserved(segment: &str) -> String {
             at += 1;
             continue;
         }
-        out.push_str(&segment[plain..at]);
+        // Between two of the bytes of one character there is nothing to cut at.
+        if plain < at {
+            out.push_str(&segment[plain..at]);
+        }
         let code = hex(at + 1).and_then(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok());
         match code {
             _ if byte != b'%' => {
@@ -339,6 +342,8 @@ mod tests {
             ("/%00", Err(BadPath::Nul)),
             ("/\"<>^`{|}", Ok(Some("/%22%3C%3E%5E%60%7B%7C%7D"))),
             ("/[a]'!$&()*+,=:@", Ok(None)),
+            ("/\u{e1}dm\u{20ac}", Ok(Some("/%C3%A1dm%E2%82%AC"))),
+            ("/a/../\u{e1}%2e\u{e1}", Ok(Some("/%C3%A1.%C3%A1"))),
             ("/%2%65", Ok(Some("/%252e"))),
             ("/%%41", Ok(Some("/%A"))),
             ("/a%%2e", Ok(Some("/a%."))),

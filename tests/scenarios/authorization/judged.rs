@@ -202,6 +202,22 @@ fn policies_of_a_service_hold_where_its_routes_lead_away() {
     }
 }
 
+/// A neighbour that dials a pod by its own address comes by no shorter way: the application is told who asks, and requests are counted.
+#[test]
+fn what_is_declared_to_carry_http_is_looked_into_by_whatever_address() {
+    let scene = scene();
+    let node = &scene.bed.nodes()[0];
+    for to in ["server:80".to_owned(), scene.server.address(8080), scene.server.address6(8080)] {
+        assert_eq!(scene.ask(&scene.near, &to, "/x", &[]), "200", "{to}");
+    }
+    wait_for("all are counted", Duration::from_secs(5), || {
+        Ok(node.metric("istio_requests_total", &["reporter=\"destination\""]).unwrap_or(0.0) > 2.5)
+    })
+    .expect("requests");
+    let direct = node.metric("mesh_capture_events_total", &["\"direct\""]).unwrap_or(0.0);
+    assert_eq!(direct, 0.0);
+}
+
 /// The connection is made by hand to be sure of its addresses.
 #[test]
 fn policies_see_the_pods_own_address_whatever_is_dialled() {

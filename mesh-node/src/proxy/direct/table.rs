@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     capture::{Dialled, direct::MOST_ENDPOINTS},
-    config::Snapshot,
+    config::{DestinationRequests, Snapshot},
     detect::Protocol,
     id::WorkloadUid,
     policy::Facts,
@@ -95,7 +95,8 @@ impl Decide<'_> {
     fn everywhere(&self) -> HashMap<Dialled, Vec<SocketAddr>> {
         let external = self.snapshot.external_addresses().map(|a| a.ip()).collect::<HashSet<_>>();
         let open = self.served.keys().filter_map(|uid| self.snapshot.workload(uid)).filter(|w| {
-            w.enrolled && w.accelerate && w.node == self.snapshot.mesh.node && w.policy.everywhere.is_nothing() && w.policy.ports.is_empty()
+            let here = w.enrolled && w.accelerate && w.node == self.snapshot.mesh.node;
+            here && w.policy.everywhere.is_nothing() && w.policy.ports.is_empty() && !(self.looks() && w.carries_http_anywhere())
         });
         let is_its = |w: &Workload, ip: &IpAddr| self.snapshot.workload_by_ip(*ip).is_some_and(|found| found.uid == w.uid);
         let ips = open.flat_map(|w| w.ips.iter().filter(|ip| is_its(w, ip)).copied().collect::<Vec<_>>());
@@ -135,6 +136,9 @@ impl Decide<'_> {
             Target::NoSuchPort(_) | Target::Unknown => return Err(Indirect::Endpoints),
         };
         for endpoint in &endpoints {
+            if self.snapshot.workload_by_ip(endpoint.ip()).is_some_and(|w| self.looks_into(w, endpoint.port())) {
+                return Err(Indirect::Protocol);
+            }
             let workload = self.destination(*endpoint).ok_or(Indirect::Endpoints)?;
             let client = address_like(source, endpoint.ip()).ok_or(Indirect::Endpoints)?;
             let facts = facts(self.snapshot, source, client, *endpoint);
@@ -188,7 +192,17 @@ impl Decide<'_> {
         let workload = self.snapshot.workload_by_ip(to.ip())?;
         let here =
             workload.enrolled && workload.accelerate && workload.node == self.snapshot.mesh.node && self.served.contains_key(&workload.uid);
-        (here && !mesh_common::is_reserved_port(to.port())).then_some(workload)
+        (here && !mesh_common::is_reserved_port(to.port()) && !self.looks_into(workload, to.port())).then_some(workload)
+    }
+
+    /// Whether destinations look into what is declared to carry HTTP, whoever asks about it.
+    fn looks(&self) -> bool {
+        self.snapshot.mesh.destination_requests == DestinationRequests::Declared
+    }
+
+    /// Whether what comes to a port is looked into: its application is told who asks, and requests are told of.
+    fn looks_into(&self, workload: &Workload, port: u16) -> bool {
+        self.looks() && workload.carries_http(port, None)
     }
 }
 
