@@ -133,7 +133,7 @@ pub struct ServicePort {
     /// The policies that refer to the service, which its own endpoints ask. They are asked where the client is of what does not go
     /// there, or not as it came, as a waypoint would.
     pub guard: Option<Arc<Governing>>,
-    /// Not all of its own endpoints ask them: some are no pods of the mesh.
+    /// Not all of its own endpoints ask them: some are no pods of the mesh, or do not know which port was dialled.
     pub is_guarded: bool,
 }
 

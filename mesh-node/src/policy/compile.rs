@@ -115,6 +115,11 @@ impl CompiledPolicy {
         changed.then_some(made)
     }
 
+    /// Whether it asks which port was dialled.
+    pub fn asks_ports(&self) -> bool {
+        self.rules.iter().flat_map(|r| &r.clauses).flatten().flatten().any(|test| matches!(test, Test::DestinationPort(_)))
+    }
+
     /// Whether it asks about requests to a port, and so means something else there on connections that carry none.
     pub fn needs_request(&self, port: u16) -> bool {
         self.rules.iter().any(|r| r.needs_request && r.concerns_port(port))

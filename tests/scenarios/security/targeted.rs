@@ -5,6 +5,7 @@ use mesh_tests::{
     engine::{Engine, NEAR_CLIENT, security, service, virtual_service},
     scripted::{self, Seen},
     token::Issuer,
+    wire::exchange,
 };
 use serde_json::{Value, json};
 
@@ -87,6 +88,40 @@ async fn routes_lead_nobody_around_the_policies_of_a_service() {
     };
     all(&[port("80")], "", &[("/free", "403"), ("/secret/told", "403")]).await;
     all(&[port("8080")], "", &[("/free", "200"), ("/secret/told", "200")]).await;
+}
+
+/// Of a port of a pod that two ports of a service lead to, which one was dialled is known where the client is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_allowed_on_one_port_is_not_on_another_that_leads_to_the_same() {
+    let seen = Seen::default();
+    let one = scripted::http1("up1", &seen).expect("an upstream");
+    let documents = |spec: Value| {
+        let mut all = served(one, &[targeted("AuthorizationPolicy", "ports", spec)]);
+        for document in &mut all {
+            let (at, port) = match document["kind"].as_str() {
+                Some("Service") => ("/spec/ports", json!({"name": "http-also", "port": 81})),
+                Some("EndpointSlice") => ("/ports", json!({"name": "http-also", "port": one.port()})),
+                _ => continue,
+            };
+            document.pointer_mut(at).and_then(Value::as_array_mut).expect("ports").push(port);
+        }
+        all
+    };
+    let engine = Engine::start_as(NEAR_CLIENT, &documents(json!({"rules": [{}]}))).await.expect("started");
+    let when = |port: &str| json!([{"key": "destination.port", "values": [port]}]);
+    for (spec, expected) in [
+        (json!({"rules": [{}]}), ["200", "200"]),
+        (json!({"rules": [{"to": [{"operation": {"ports": ["80"]}}]}]}), ["200", "403"]),
+        (json!({"rules": [{"to": [{"operation": {"notPorts": ["80"]}}]}]}), ["403", "200"]),
+        (json!({"rules": [{"when": when("81")}]}), ["403", "200"]),
+    ] {
+        engine.apply(&documents(spec.clone())).await.expect("applied");
+        for (port, status) in [80, 81].into_iter().zip(expected) {
+            let mut stream = engine.connect(format!("10.99.0.1:{port}").parse().expect("an address")).await.expect("connected");
+            let got = exchange(&mut stream, get("/x", "port", "").into_bytes(), false).await;
+            assert_eq!(got.status, status, "{port}: {spec}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,10 @@ use std::{
     sync::Arc,
 };
 
-use super::{Builder, age, services::Guards};
+use super::{
+    Builder, age,
+    services::{Guard, Guards},
+};
 use crate::{
     config::{snapshot::Map, store::Severity},
     detect::Protocol,
@@ -241,9 +244,14 @@ impl<'a> Policies<'a> {
                 found.insert(ObjectName::new(namespace, service), policies.clone());
             }
         }
-        let guards = found.into_iter().map(|(name, policies)| (name, self.governing(policies))).collect::<Guards>();
-        // Any pod of this node may be a client.
-        guards.values().for_each(|governing| self.needs_keys(governing));
+        let mut guards = Guards::new();
+        for (name, policies) in found {
+            let asks_ports = policies.iter().any(|i| matches!(&self.all[*i].what, What::Authorization(policy) if policy.asks_ports()));
+            let governing = self.governing(policies);
+            // Any pod of this node may be a client.
+            self.needs_keys(&governing);
+            guards.insert(name, Guard { governing, asks_ports });
+        }
         guards
     }
 

@@ -87,8 +87,15 @@ pub(super) fn closeness(host: &str, namespace: &str, service: &ObjectName) -> Op
     (service_of(host, namespace).as_ref() == Some(service)).then_some(usize::MAX)
 }
 
-/// The policies that refer to services.
-pub(super) type Guards = BTreeMap<ObjectName, Arc<Governing>>;
+/// The policies that refer to a service.
+pub(super) struct Guard {
+    pub governing: Arc<Governing>,
+    /// They ask which of its ports was dialled.
+    pub asks_ports: bool,
+}
+
+/// By service.
+pub(super) type Guards = BTreeMap<ObjectName, Guard>;
 
 pub(super) fn build(
     builder: &mut Builder<'_>,
@@ -432,8 +439,16 @@ fn assemble(
 
 /// Has the policies that refer to a service asked where its own endpoints do not ask them.
 fn guard(service: &mut Service, guards: &Guards, snapshot: &Snapshot) {
-    let Some(governing) = guards.get(&service.name) else { return };
-    let asks = |e: &Endpoint| snapshot.workload_by_ip(e.address.ip()).is_some_and(|workload| workload.enrolled);
+    let Some(Guard { governing, asks_ports }) = guards.get(&service.name) else { return };
+    let mut ports_to: HashMap<SocketAddr, BTreeSet<u16>> = HashMap::new();
+    for port in service.ports.iter().filter(|_| *asks_ports) {
+        port.cluster.endpoints.iter().for_each(|e| drop(ports_to.entry(e.address).or_default().insert(port.port)));
+    }
+    let asks = |e: &Endpoint| {
+        // By which of several ports it was come to is not known there.
+        let is_known = ports_to.get(&e.address).is_none_or(|ports| ports.len() == 1);
+        is_known && snapshot.workload_by_ip(e.address.ip()).is_some_and(|workload| workload.enrolled)
+    };
     for port in &mut service.ports {
         let own = port.cluster.endpoints.iter().filter(|e| asks(e)).map(|e| e.address).collect::<BTreeSet<_>>();
         port.is_guarded = own.len() < port.cluster.endpoints.len();

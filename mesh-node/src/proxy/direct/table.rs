@@ -158,6 +158,9 @@ impl Decide<'_> {
         if !port.routes.tcp.is_empty() || !port.routes.tls.is_empty() {
             return Err(Indirect::Routes);
         }
+        if port.is_guarded {
+            return Err(Indirect::Policy);
+        }
         let policy = &cluster.policy;
         if policy.tcp != TcpPool::default() || policy.outlier.is_some() || !policy.names.is_empty() {
             return Err(Indirect::TrafficPolicy);
