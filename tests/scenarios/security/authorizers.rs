@@ -26,7 +26,7 @@ async fn an_authorizer_over_http_decides() {
     let authz = authorizer();
     let provider = |name: &str, more: Value| {
         let mut http = json!({"service": "authz.default.svc.cluster.local", "port": 80, "timeout": "500ms",
-            "includeRequestHeadersInCheck": ["x-*"], "headersToUpstreamOnAllow": ["x-user", "x-line", "authorization"],
+            "includeRequestHeadersInCheck": ["x-*"], "headersToUpstreamOnAllow": ["x-user", "x-line", "x-body", "authorization"],
             "headersToDownstreamOnAllow": ["set-cookie"], "headersToDownstreamOnDeny": ["x-why"], "pathPrefix": "/check"});
         http.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
         json!({"name": name, "envoyExtAuthzHttp": http})
@@ -49,11 +49,18 @@ async fn an_authorizer_over_http_decides() {
     };
     let engine = Engine::start_as(NEAR_CLIENT, &documents("closed", &[])).await.expect("started");
     for way in ["outside", "node"] {
-        let got = ask(&engine, way, upstream, &get("/a?b=1", &format!("pass-{way}"), "x-pass: 1\r\nx-user: mallory\r\n")).await;
+        let got = ask(
+            &engine,
+            way,
+            upstream,
+            &get("/a?b=1", &format!("pass-{way}"), "x-pass: 1\r\nx-user: mallory\r\nx-envoy-auth-partial-body: true\r\n"),
+        )
+        .await;
         assert_eq!((got.status.as_str(), got.header("set-cookie")), ("200", Some("a=1")), "{way}: {got:?}");
         let attempts = seen.of(&format!("pass-{way}"));
         let header = |name: &str| attempts[0].headers.iter().filter(|(n, _)| n == name).map(|(_, v)| v.as_str()).collect::<Vec<_>>();
         assert_eq!((header("x-user"), header("x-line")), (vec!["alice"], vec!["GET /check/a?b=1 HTTP/1.1"]), "{way}");
+        assert_eq!(header("x-body"), ["none"], "{way}: what it is shown of a body is not the client's to say");
         let got = ask(&engine, way, upstream, &get("/a", &format!("deny-{way}"), "x-request-id: deny\r\n")).await;
         assert_eq!(
             (got.status.as_str(), got.body.as_str(), got.header("location"), got.header("x-why"), got.header("x-hidden")),

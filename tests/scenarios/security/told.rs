@@ -5,11 +5,12 @@ use std::time::Duration;
 use mesh_tests::{
     engine::{Engine, NEAR_CLIENT, security, service},
     scripted::{self, Seen},
+    token::Issuer,
     wire::exchange,
 };
 use serde_json::json;
 
-use super::{ask, authorizers, get, mesh_config, served, servers};
+use super::{ISSUER, ask, authorizers, get, mesh_config, served, servers};
 
 /// What the application says about its connection reaches the client.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -177,4 +178,41 @@ async fn applications_are_told_who_the_client_is() {
     .await;
     assert_eq!(got.status, "200");
     assert_eq!(seen.of("h2")[0].headers.iter().find(|(n, _)| n == "x-forwarded-client-cert").map(|(_, v)| v.as_str()), Some(both));
+}
+
+/// Who sends a request, and what its token said, is not for trailers to say.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_verified_cannot_be_said_behind_a_body() {
+    let (listener, received) =
+        (std::net::TcpListener::bind("127.0.0.1:0").expect("bound"), std::sync::Arc::<std::sync::Mutex<String>>::default());
+    let upstream = listener.local_addr().expect("an address");
+    let kept = received.clone();
+    std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        for mut stream in listener.incoming().flatten() {
+            let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
+            while !String::from_utf8_lossy(&all).contains("x-last: 1\r\n\r\n") {
+                match stream.read(&mut buffer) {
+                    Ok(0) | Err(_) => break,
+                    Ok(n) => all.extend_from_slice(&buffer[..n]),
+                }
+            }
+            *kept.lock().expect("a lock") = String::from_utf8_lossy(&all).into_owned();
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+        }
+    });
+    let issuer = Issuer::default();
+    let jwt = json!({"issuer": ISSUER, "jwks": issuer.jwks(), "outputClaimToHeaders": [{"header": "x-user", "claim": "sub"}], "outputPayloadToHeader": "x-payload"});
+    let documents = served(upstream, &[security("RequestAuthentication", "jwt", &json!({"jwtRules": [jwt]}))]);
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    let names = ["x-user", "x-payload", "x-forwarded-client-cert", "authorization", "x-forwarded-for"];
+    let trailers = names.map(|name| format!("{name}: forged\r\n")).concat();
+    let request =
+        format!("POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n{trailers}x-sum: 2\r\nx-last: 1\r\n\r\n");
+    for way in ["outside", "node"] {
+        let got = ask(&engine, way, upstream, &request).await;
+        assert_eq!(got.status, "200", "{way}: {got:?}");
+        let received = std::mem::take(&mut *received.lock().expect("a lock"));
+        assert!(received.contains("x-sum: 2\r\n") && !received.contains("forged"), "{way}: {received}");
+    }
 }

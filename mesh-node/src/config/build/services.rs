@@ -442,7 +442,9 @@ fn guard(service: &mut Service, guards: &Guards, snapshot: &Snapshot) {
     let Some(Guard { governing, asks_ports }) = guards.get(&service.name) else { return };
     let mut ports_to: HashMap<SocketAddr, BTreeSet<u16>> = HashMap::new();
     for port in service.ports.iter().filter(|_| *asks_ports) {
-        port.cluster.endpoints.iter().for_each(|e| drop(ports_to.entry(e.address).or_default().insert(port.port)));
+        for endpoint in port.cluster.endpoints.iter() {
+            ports_to.entry(endpoint.address).or_default().insert(port.port);
+        }
     }
     let asks = |e: &Endpoint| {
         // By which of several ports it was come to is not known there.

@@ -284,6 +284,7 @@ async fn enter<B: RequestBody, R: Responder>(
     let admitted = admit(&gate, (head, wanted.protocol()), upload, responder, deadlines).await;
     match admitted {
         Ok(Ok(mut pass)) => {
+            upload.keep_out(&pass.written);
             pass.head = pass.head.or(traced);
             if continued {
                 take_expectation(&mut pass.head.get_or_insert_with(|| plan.head.clone()).headers);

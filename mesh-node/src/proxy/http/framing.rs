@@ -15,8 +15,24 @@ pub enum Frame {
     Trailers(HeaderMap),
 }
 
-/// What says how a message is framed or routed may not come after it (RFC 9110 section 6.5.1).
-const UNTRAILED: [&str; 7] = ["content-length", "transfer-encoding", "host", "connection", "trailer", "te", "upgrade"];
+/// What says how a message is framed or routed, or who sends it, may not come after it (RFC 9110 section 6.5.1): it would be believed by who
+/// puts trailers among the headers, and nobody has looked at it.
+const UNTRAILED: [&str; 14] = [
+    "content-length",
+    "transfer-encoding",
+    "host",
+    "connection",
+    "trailer",
+    "te",
+    "upgrade",
+    "authorization",
+    "cookie",
+    "forwarded",
+    "x-forwarded-client-cert",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+];
 /// Longest line of a chunk's size with its extensions, bytes, and most trailers in all.
 const CHUNK_LINE: usize = 16 * 1024;
 const TRAILERS: usize = MAX_HEAD;

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use self::told::Told;
 use super::{
@@ -80,6 +80,8 @@ pub struct Pass {
     pub client_cert: Option<HeaderValue>,
     /// What external authorizers have for the client.
     pub to_client: ToClient,
+    /// Headers that say what was verified.
+    pub written: Vec<HeaderName>,
     /// Policies ask about what is sent on its connection.
     pub judged: bool,
     /// It was allowed to become something else, of which nobody sees what it carries.
@@ -321,7 +323,8 @@ impl Gate {
             refusal.head = changed;
             return Err(refusal);
         }
-        Ok(Pass { head: changed, claims, client_cert, to_client, judged: true, unseen: AtomicBool::new(false) })
+        let written = governing.authentication.iter().flat_map(|rule| rule.changed_headers()).cloned().collect();
+        Ok(Pass { head: changed, claims, client_cert, to_client, written, judged: true, unseen: AtomicBool::new(false) })
     }
 
     /// Who this end of the connection has proved to be; it has only where the other one has.

@@ -208,6 +208,7 @@ async fn h1_request(
     }
     let (source, up) = transport.halves();
     let (up_sink, up_source) = (UpSink::H1(H1Sink::new(up)), UpSource::H1(Reader::new(source, unread)));
+    upload.keep_out(&pass.written);
     let sent = went_on(&head, &pass, record);
     let plan = Plan { client_cert: pass.client_cert.as_ref(), ..Plan::once(sent, pass.upgrade(upgrade.as_ref())) };
     let cut = gate.denied_later(sent, &pass);

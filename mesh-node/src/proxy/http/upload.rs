@@ -1,6 +1,7 @@
 //! The request's body on its way up: kept as far as it may have to be sent again, and copied to mirrors.
 
 use bytes::BytesMut;
+use http::HeaderName;
 use tokio::{sync::mpsc, time::Instant};
 
 mod replays;
@@ -41,6 +42,8 @@ pub struct Upload<'a, B> {
     received: Option<Instant>,
     /// When all of it had gone on, in the attempt under way.
     sent: Option<Instant>,
+    /// What may not come behind it.
+    untrailed: Vec<HeaderName>,
 }
 
 /// The beginning of a body.
@@ -72,7 +75,23 @@ impl<'a, B: FrameSource> Upload<'a, B> {
             passed,
             received: None,
             sent: None,
+            untrailed: Vec::new(),
         }
+    }
+
+    /// Lets no trailers of these names pass: as headers they say what was verified.
+    pub fn keep_out(&mut self, names: &[HeaderName]) {
+        self.untrailed.extend_from_slice(names);
+    }
+
+    /// What an attempt is given.
+    fn given(&mut self, frame: Option<Frame>) -> Option<Frame> {
+        let mut frame = frame?;
+        if let Frame::Trailers(trailers) = &mut frame {
+            self.untrailed.iter().for_each(|name| drop(trailers.remove(name)));
+        }
+        self.passed.see(&frame);
+        Some(frame)
     }
 
     /// Copies every frame to a mirror, as long as it keeps up.
@@ -290,33 +309,25 @@ impl<B: FrameSource> Preview for Upload<'_, B> {
 
 impl<B: FrameSource> FrameSource for Upload<'_, B> {
     async fn frame(&mut self) -> Result<Option<Frame>, BodyError> {
-        if let Some(frame) = self.again() {
-            self.passed.see(&frame);
-            return Ok(Some(frame));
-        }
-        let frame = self.live.frame().await?.map(|f| self.pass(f));
-        if let Some(frame) = &frame {
-            self.passed.see(frame);
-        }
+        let frame = match self.again() {
+            Some(frame) => Some(frame),
+            None => self.live.frame().await?.map(|f| self.pass(f)),
+        };
         if self.live.is_end() {
             self.finish_mirrors();
         }
-        Ok(frame)
+        Ok(self.given(frame))
     }
 
     fn buffered(&mut self) -> Result<Option<Frame>, BodyError> {
-        if let Some(frame) = self.again() {
-            self.passed.see(&frame);
-            return Ok(Some(frame));
-        }
-        let frame = self.live.buffered()?.map(|f| self.pass(f));
-        if let Some(frame) = &frame {
-            self.passed.see(frame);
-        }
+        let frame = match self.again() {
+            Some(frame) => Some(frame),
+            None => self.live.buffered()?.map(|f| self.pass(f)),
+        };
         if self.live.is_end() {
             self.finish_mirrors();
         }
-        Ok(frame)
+        Ok(self.given(frame))
     }
 
     fn is_end(&self) -> bool {

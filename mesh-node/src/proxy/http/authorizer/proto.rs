@@ -225,7 +225,7 @@ fn attributes(gate: &Gate) -> Attributes {
 /// What is asked about a request.
 pub fn question(gate: &Gate, (head, protocol): (&RequestHead, &'static str), shown: Option<Shown>) -> CheckRequest {
     let mut headers: HashMap<String, String> = HashMap::new();
-    for name in head.headers.keys() {
+    for name in head.headers.keys().filter(|name| **name != PARTIAL_BODY) {
         let values = head.headers.get_all(name).iter().map(|v| text(v.as_bytes()));
         headers.insert(name.as_str().to_owned(), values.collect::<Vec<_>>().join(","));
     }

@@ -311,6 +311,7 @@ async fn h2_request(
         answer(Reply::new(StatusCode::NOT_FOUND, ""), grpc, responder, record).await;
         return Ok(());
     }
+    upload.keep_out(&pass.written);
     let sent = went_on(head, &pass, record);
     let Some(request) = wire_request(sent, pass.client_cert.as_ref()) else {
         record.details = Cow::Borrowed(Malformed::BAD_AUTHORITY.details);
