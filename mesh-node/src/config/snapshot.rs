@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -20,7 +20,7 @@ use crate::{
         request_authentication::{JwtRule, RemoteKeys},
     },
     route::{
-        Cluster, ClusterId, Service, ServicePort, Target, Workload,
+        Cluster, ClusterId, PortOf, Service, ServicePort, Target, Workload,
         retry::{RetryPolicy, default_policy},
     },
 };
@@ -203,6 +203,24 @@ impl Snapshot {
         match seen.and_then(|s| Some((s, s.port(port.port)?))) {
             Some((service, port)) => Target::Service { service, port },
             None => target,
+        }
+    }
+
+    /// The same on a connection that leads to a service already, if it does: addresses of services may change while it is open.
+    pub fn resolve_once(&self, view: &str, dst: SocketAddr, known: &OnceLock<PortOf>) -> Target<'_> {
+        let target = self.resolve_for(view, dst);
+        match (known.get(), &target) {
+            (Some(known), Target::Service { service, .. }) if service.name == known.service => target,
+            (Some(known), _) => {
+                let seen = self.views.get(view).and_then(|seen| seen.get(&known.service));
+                let Some(service) = seen.or_else(|| self.by_name.get(&known.service)) else { return Target::Unknown };
+                service.port(known.port).map_or(Target::NoSuchPort(service), |port| Target::Service { service, port })
+            }
+            (None, Target::Service { service, port }) => {
+                let _ = known.set(PortOf { service: service.name.clone(), port: port.port });
+                target
+            }
+            (None, _) => target,
         }
     }
 

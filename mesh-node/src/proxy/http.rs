@@ -35,7 +35,7 @@ pub mod wire;
 use std::{
     net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, OnceLock, atomic::Ordering},
     time::Duration,
 };
 
@@ -65,7 +65,7 @@ use crate::{
         rarely::Rarely,
         relay::{Prefixed, Traffic},
     },
-    route::{Target, request::RequestHead},
+    route::{PortOf, Target, request::RequestHead},
     spawn,
 };
 
@@ -79,6 +79,8 @@ pub struct Downstream<'d> {
     /// The client as others are to see it.
     pub client: SocketAddr,
     pub original: SocketAddr,
+    /// The service that was at the address when the first request came: it stays that one, whoever has the address later.
+    pub dialled: &'d OnceLock<PortOf>,
     pub http2: bool,
 }
 
@@ -90,6 +92,8 @@ pub struct Connection {
     pub original: SocketAddr,
     /// When it came.
     pub since: Stage,
+    /// The service it leads to, once that is known.
+    pub dialled: OnceLock<PortOf>,
 }
 
 impl Connection {
@@ -311,7 +315,7 @@ impl Connection {
     }
 
     fn downstream(&self, http2: bool) -> Downstream<'_> {
-        Downstream { proxy: &self.proxy, pod: &self.pod, client: self.client, original: self.original, http2 }
+        Downstream { proxy: &self.proxy, pod: &self.pod, client: self.client, original: self.original, dialled: &self.dialled, http2 }
     }
 }
 

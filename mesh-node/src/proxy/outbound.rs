@@ -4,7 +4,13 @@ mod decision;
 mod dial;
 mod tunnel;
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tokio::{
@@ -65,7 +71,7 @@ pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream
     match begun {
         Begun::Http { downstream, read, http2 } => {
             let address = SocketAddr::new(client_address(&pod, client, original), client.port());
-            let connection = http::Connection { since, proxy, pod, client: address, original };
+            let connection = http::Connection { since, proxy, pod, client: address, original, dialled: OnceLock::new() };
             if http2 { connection.serve_h2(downstream, read).await } else { connection.serve_h1(downstream, read).await }
         }
         Begun::Opaque { downstream, read, sni, established } => {

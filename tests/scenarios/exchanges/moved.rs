@@ -92,3 +92,28 @@ async fn what_is_passed_through_is_asked_where_it_was_dialled() {
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert_eq!(scene.seen.of("p").iter().map(|a| a.port).collect::<Vec<_>>(), [up.port()]);
 }
+
+/// A connection leads to the service it was made to, whichever address that has later, and whoever has its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_that_gets_another_address_keeps_its_connections() {
+    let seen = Seen::default();
+    let ups = ["up1", "up2"].map(|name| scripted::http1(name, &seen).expect("upstream"));
+    let all = |services: &[(&str, &str, SocketAddr)]| {
+        services.iter().flat_map(|(name, vip, up)| service(name, vip, "http", &[*up])).collect::<Vec<_>>()
+    };
+    let engine = Engine::start(&all(&[("web", "10.96.9.1", ups[0])])).await.expect("engine");
+    let mut stream = engine.connect(VIP.parse().expect("valid")).await.expect("connected");
+    let mut ask = async |n: usize| {
+        let request = format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: kept-{n}\r\n\r\n");
+        let got = mesh_tests::wire::exchange(&mut stream, request.into_bytes(), false).await;
+        (got.status.clone(), got.body.split(' ').next().unwrap_or_default().to_owned(), got.header("connection").map(str::to_owned))
+    };
+    let answer = |status: &str, body: &str, connection: Option<&str>| (status.to_owned(), body.to_owned(), connection.map(str::to_owned));
+    assert_eq!(ask(0).await, answer("200", "up1", None));
+    engine.apply(&all(&[("web", "10.96.9.7", ups[0])])).await.expect("applied");
+    assert_eq!(ask(1).await, answer("200", "up1", None), "its address is another");
+    engine.apply(&all(&[("web", "10.96.9.7", ups[0]), ("other", "10.96.9.1", ups[1])])).await.expect("applied");
+    assert_eq!(ask(2).await, answer("200", "up1", None), "its address is another's");
+    engine.apply(&all(&[("other", "10.96.9.1", ups[1])])).await.expect("applied");
+    assert_eq!(ask(3).await, answer("503", "", Some("close")), "it is gone");
+}

@@ -245,3 +245,35 @@ async fn headers_the_mesh_does_not_want_are_not_added() {
         assert!(attempt.headers.iter().any(|(n, v)| n == "x-request-id" && v == "mine"), "{attempt:?}");
     }
 }
+
+/// An application that says early that it is at work has all the time the request has, and may say so as often as it likes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_told_to_wait_waits_as_long_as_for_any_answer() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let up = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut buffer = [0; 4096];
+                while let Ok(1..) = stream.read(&mut buffer).await {
+                    let request = String::from_utf8_lossy(&buffer).into_owned();
+                    let many = if request.starts_with("GET /many") { 200 } else { 1 };
+                    let _ = stream.write_all("HTTP/1.1 103 Early Hints\r\nlink: a\r\n\r\n".repeat(many).as_bytes()).await;
+                    if many == 1 {
+                        sleep(Duration::from_millis(600)).await;
+                    }
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+                }
+            });
+        }
+    });
+    let rule = json!({"timeout": "3s", "retries": {"attempts": 2, "perTryTimeout": "200ms"}, "route": [{"destination": {"host": "web"}}]});
+    let mut documents = service("web", "10.96.9.1", "http", &[up]);
+    documents.push(virtual_service("web", &json!([rule])));
+    let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen: Seen::default() };
+    for (path, told) in [("/slow", 1), ("/many", 64)] {
+        let (text, _) = scene.say(&format!("GET {path} HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n")).await;
+        assert_eq!(text.matches("HTTP/1.1 103").count(), told, "{path}: {text}");
+        assert!(text.contains("HTTP/1.1 200 OK") && text.ends_with("ok"), "{path}: {text}");
+    }
+}

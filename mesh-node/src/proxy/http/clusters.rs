@@ -159,7 +159,7 @@ pub struct ClusterState {
 }
 
 impl ClusterState {
-    fn new(policy: &Arc<TrafficPolicy>) -> Self {
+    pub(super) fn new(policy: &Arc<TrafficPolicy>) -> Self {
         Self {
             made_by: policy.clone(),
             outliers: Outliers::new(Instant::now()),
@@ -175,7 +175,7 @@ impl ClusterState {
         }
     }
 
-    fn retire(&self) {
+    pub fn retire(&self) {
         self.retired.store(true, Ordering::SeqCst);
         self.endpoints.entries.load().values().for_each(|endpoint| endpoint.let_go());
     }
@@ -193,6 +193,10 @@ impl ClusterState {
     /// Adds a connection that is shared, likewise.
     pub fn share(&self, endpoint: &EndpointState, connection: &Arc<H2Upstream>) {
         endpoint.h2.rcu(|all| all.iter().filter(|c| !c.is_closed()).chain([connection]).cloned().collect::<Vec<_>>());
+        if connection.is_closed() {
+            // It ended meanwhile.
+            endpoint.forget_closed();
+        }
         if self.retired.load(Ordering::SeqCst) {
             endpoint.let_go();
         }
@@ -396,7 +400,15 @@ impl EndpointState {
     fn let_go(&self) {
         let idle = std::mem::take(&mut *self.idle());
         idle.into_iter().for_each(H1Upstream::retire);
-        self.h2.load().iter().for_each(|connection| connection.close());
+        // Each holds this: nothing would ever be forgotten.
+        self.h2.swap(Arc::default()).iter().for_each(|connection| connection.close());
+    }
+
+    /// Forgets shared connections that take no more streams.
+    pub fn forget_closed(&self) {
+        if self.h2.load().iter().any(|c| c.is_closed()) {
+            self.h2.rcu(|all| all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>());
+        }
     }
 
     fn tidy(&self, cluster: &Cluster, now: Instant) {
@@ -412,9 +424,7 @@ impl EndpointState {
         let kept = idle.len();
         drop(idle);
         (0..kept).for_each(|_| self.freed.notify_one());
-        if self.h2.load().iter().any(|c| c.is_closed()) {
-            self.h2.rcu(|all| all.iter().filter(|c| !c.is_closed()).cloned().collect::<Vec<_>>());
-        }
+        self.forget_closed();
     }
 }
 

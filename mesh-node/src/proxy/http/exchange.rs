@@ -116,7 +116,9 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
         self.begin(&mut head, source, snapshot.headers);
-        let Target::Service { service, port } = snapshot.resolve_for(&source.view, self.down.original) else {
+        let Target::Service { service, port } = snapshot.resolve_once(&source.view, self.down.original, self.down.dialled) else {
+            // Who asks again finds out where it is now.
+            self.close = true;
             return self.refuse(StatusCode::SERVICE_UNAVAILABLE, Flag::NoCluster, "cluster_not_found").await;
         };
         self.record.dialled = Some(port.cluster.clone());

@@ -412,6 +412,7 @@ async fn drive(
         () = old => {}
     }
     shared.closed.store(true, Ordering::Release);
+    shared.endpoint.forget_closed();
     drop(slot);
 }
 

@@ -15,8 +15,10 @@ use super::{
 };
 use crate::route::retry::Reset;
 
-/// Most informational answers to one request: nothing but the client's reading holds them up.
+/// Most informational answers to one request that are passed on: nothing but the client's reading holds them up. Others are left out.
 const MOST_INTERIM: u32 = 64;
+/// So many are no answers to anything.
+const FLOOD: u32 = 16_384;
 
 /// A request and its response on one connection.
 pub(super) struct Exchange<'e, 'a, 'b, B, R> {
@@ -55,6 +57,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         self.sink.begin(self.plan.head, self.framing(), self.plan.upgrade, self.plan.client_cert);
         let (mut uploaded, mut no_more_up, mut begun, mut interim) = (false, false, false, 0_u32);
         let response = loop {
+            // What has been heard of is not tried again: an attempt has all the time there is, as with Envoy.
+            let arm = if begun { arm_route } else { arm };
             arm(self.plan, self.deadlines, self.upload.is_received());
             let watch = uploaded && !self.half_closed;
             let event = tokio::select! {
@@ -69,12 +73,14 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
             match event {
                 Event::Head(Ok(head)) if is_interim(head.status) => {
                     self.upload.commit();
-                    begun = true;
+                    (begun, self.deadlines.attempt) = (true, None);
                     interim += 1;
-                    if interim > MOST_INTERIM {
+                    if interim > FLOOD {
                         return Attempt::Failed(Failed { begun, ..Failed::new(Reset::ProtocolError) });
                     }
-                    if let Some(ended) = self.interim(head, cut.as_mut()).await {
+                    if interim <= MOST_INTERIM
+                        && let Some(ended) = self.interim(head, cut.as_mut()).await
+                    {
                         return ended;
                     }
                 }

@@ -97,3 +97,44 @@ impl Drop for StreamGuard {
         self.0.endpoint.freed.notify_one();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::http::clusters::ClusterState;
+
+    /// An endpoint that is let go of, or whose connection has ended, is forgotten.
+    #[tokio::test]
+    async fn a_shared_connection_keeps_no_endpoint_that_is_gone() {
+        for ends in [true, false] {
+            let state = Arc::new(ClusterState::new(&Arc::default()));
+            let address = "10.0.0.1:80".parse().expect("an address");
+            let endpoint = state.endpoint(address);
+            let (near, _far) = tokio::io::duplex(4096);
+            let (send, _connection) = ::h2::client::handshake(near).await.expect("begun");
+            let shared = Arc::new(H2Upstream {
+                gate: None,
+                send,
+                whole: Arc::default(),
+                endpoint: endpoint.clone(),
+                workload: None,
+                reached: Reached { local: None, remote: address },
+                streams: AtomicU32::new(0),
+                requests: AtomicU32::new(0),
+                closed: AtomicBool::new(false),
+                changed: Notify::new(),
+            });
+            state.share(&endpoint, &shared);
+            assert_eq!(endpoint.h2.load().len(), 1);
+            if ends {
+                shared.close();
+                endpoint.forget_closed();
+            }
+            let known = Arc::downgrade(&endpoint);
+            drop((endpoint, shared));
+            state.retire();
+            drop(state);
+            assert!(known.upgrade().is_none(), "{ends}");
+        }
+    }
+}
