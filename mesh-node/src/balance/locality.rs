@@ -207,8 +207,8 @@ fn matches(pattern: &str, locality: &Locality) -> bool {
 fn priority(settings: &traffic::Locality, asker: &Asker<'_>, endpoint: &Endpoint) -> usize {
     if !settings.failover_priority.is_empty() {
         let same = |label: &&std::sync::Arc<str>| match label.split_once('=') {
-            Some((key, value)) => endpoint_label(endpoint, key) == Some(value),
-            None => endpoint_label(endpoint, label) == asker_label(asker, label),
+            Some((key, value)) => endpoint.label(key) == Some(value),
+            None => endpoint.label(label) == asker_label(asker, label),
         };
         let labels = settings.failover_priority.len() - settings.failover_priority.iter().take_while(same).count();
         // Within what is level by labels, regions fail over as they do alone.
@@ -245,16 +245,9 @@ fn place<'a>(locality: &'a Locality, label: &str) -> Option<&'a str> {
     }
 }
 
-fn endpoint_label<'a>(endpoint: &'a Endpoint, label: &str) -> Option<&'a str> {
-    match label {
-        "kubernetes.io/hostname" => endpoint.node.as_deref(),
-        _ => place(&endpoint.locality, label).or_else(|| endpoint.labels.get(label)),
-    }
-}
-
 fn asker_label<'a>(asker: &Asker<'a>, label: &str) -> Option<&'a str> {
     match label {
         "kubernetes.io/hostname" => Some(asker.node),
-        _ => place(asker.locality, label).or_else(|| asker.labels.get(label)),
+        _ => place(asker.locality, label).filter(|place| !place.is_empty()).or_else(|| asker.labels.get(label)),
     }
 }

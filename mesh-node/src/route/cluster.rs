@@ -93,6 +93,20 @@ pub struct Endpoint {
     pub load: Arc<Load>,
 }
 
+impl Endpoint {
+    /// A label, as Istio has them: those of its place are the node's, others the pod's.
+    pub fn label(&self, label: &str) -> Option<&str> {
+        let place: Option<&str> = match label {
+            "topology.kubernetes.io/region" => Some(&self.locality.region),
+            "topology.kubernetes.io/zone" => Some(&self.locality.zone),
+            "topology.istio.io/subzone" => Some(&self.locality.subzone),
+            "kubernetes.io/hostname" => self.node.as_deref(),
+            _ => None,
+        };
+        place.filter(|place| !place.is_empty()).or_else(|| self.labels.get(label))
+    }
+}
+
 /// A count of what is under way, and since when the endpoint has been known.
 #[derive(Debug)]
 pub struct Load {

@@ -389,7 +389,7 @@ fn cluster(
     let id = ClusterId { service: name.clone(), port: port.port, subset: subset.map(|s| s.name.clone()).unwrap_or_default() };
     let endpoints = match subset {
         None => endpoints.clone(),
-        Some(subset) => endpoints.iter().filter(|e| subset.labels.iter().all(|(k, v)| e.labels.get(k) == Some(v))).cloned().collect(),
+        Some(subset) => endpoints.iter().filter(|e| subset.labels.iter().all(|(k, v)| e.label(k) == Some(v))).cloned().collect(),
     };
     let mut policy = Layered::effective(policy, subset.map(|s| &s.policy), port.port);
     let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref());

@@ -353,19 +353,20 @@ fn questions_lead_where_authorizers_are_and_who_is_asked_about_them() {
 }
 
 #[test]
-fn pods_with_their_nodes_address_are_of_subsets_too() {
+fn pods_with_their_nodes_address_are_of_subsets_too_and_places_are_labels() {
     let host = json!({"spec": {"hostNetwork": true}});
     let mut slice = slice("a", &["10.0.0.1", "10.0.0.2"], true);
     for (i, name) in ["one", "two"].into_iter().enumerate() {
         slice["endpoints"][i]["targetRef"] = json!({"kind": "Pod", "name": name});
+        slice["endpoints"][i]["zone"] = format!("zone-{name}").into();
     }
     let rule = json!({"apiVersion": "networking.istio.io/v1", "kind": "DestinationRule", "metadata": {"name": "r", "namespace": "default"},
-        "spec": {"host": "web", "subsets": [{"name": "one", "labels": {"app": "one"}}]}});
+        "spec": {"host": "web", "subsets": [{"name": "one", "labels": {"app": "one"}}, {"name": "two", "labels": {"topology.kubernetes.io/zone": "zone-two"}}]}});
     let (snapshot, statuses) = built(&[service(), slice, rule, pod("one", "10.0.0.1", &host), pod("two", "10.0.0.2", &host)]);
     assert!(statuses.is_empty(), "{statuses:?}");
     let Target::Service { port, .. } = snapshot.resolve("10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
-    let of = port.subsets["one"].endpoints.iter().map(|e| e.address.to_string()).collect::<Vec<_>>();
-    assert_eq!(of, ["10.0.0.1:8080"]);
+    let of = |subset: &str| port.subsets[subset].endpoints.iter().map(|e| e.address.to_string()).collect::<Vec<_>>();
+    assert_eq!((of("one"), of("two")), (vec!["10.0.0.1:8080".to_owned()], vec!["10.0.0.2:8080".to_owned()]));
 }
 
 #[test]
