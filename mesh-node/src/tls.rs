@@ -130,6 +130,11 @@ impl Credentials {
         now >= self.not_after
     }
 
+    /// Whether it is not valid yet: whoever issued it has, or had, a clock that is ahead.
+    pub fn is_early(&self, now: SystemTime) -> bool {
+        now < self.not_before
+    }
+
     /// The certificates of the chain, leaf first.
     pub fn chain(&self) -> Vec<Described> {
         self.key.cert.iter().filter_map(|der| Described::read(der).ok()).collect()

@@ -233,12 +233,16 @@ impl Keeper {
     }
 }
 
-/// Sleeps, until so much time has passed by either clock, or somebody waits for a certificate although there was one.
+/// Sleeps, until so much time has passed by either clock, the clock was set back to before the certificate is valid, or somebody waits for one
+/// although there was one.
 async fn rest(wait: Duration, wanted: &Notify, current: &watch::Sender<Current>) {
     let (until, at) = (tokio::time::Instant::now() + wait, SystemTime::now() + wait);
+    let is_early = |now| current.borrow().credentials.as_ref().is_some_and(|c| c.is_early(now));
+    // One that was early from the start has an issuer whose clock is another.
+    let was_early = is_early(SystemTime::now());
     loop {
-        let left = until.saturating_duration_since(tokio::time::Instant::now());
-        if left.is_zero() || SystemTime::now() >= at {
+        let (left, now) = (until.saturating_duration_since(tokio::time::Instant::now()), SystemTime::now());
+        if left.is_zero() || now >= at || !was_early && is_early(now) {
             return;
         }
         tokio::select! {

@@ -168,6 +168,7 @@ pub fn certificates(v: &Value) -> String {
         let (before, after) = (c["notBefore"].as_u64(), c["notAfter"].as_u64());
         let state = match (after, c["error"].as_str()) {
             (Some(after), _) if after <= now => "expired".to_owned(),
+            (Some(_), _) if before.is_some_and(|before| before > now) => "not valid yet: a clock is, or was, ahead".to_owned(),
             (Some(_), None) => "good".to_owned(),
             (Some(_), Some(error)) => format!("good, but renewal fails: {error}"),
             (None, Some(error)) => format!("none: {error}"),
