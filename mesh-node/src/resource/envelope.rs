@@ -25,6 +25,9 @@ const NOT_HONOURED: &[(&str, &str)] = &[
     ("gateway.networking.k8s.io", "Gateway"),
     ("gateway.networking.k8s.io", "TCPRoute"),
     ("gateway.networking.k8s.io", "TLSRoute"),
+    // What Istio makes DestinationRules of.
+    ("gateway.networking.k8s.io", "BackendTLSPolicy"),
+    ("gateway.networking.x-k8s.io", "XBackendTrafficPolicy"),
 ];
 
 const ISTIO_VERSIONS: &[&str] = &["v1", "v1beta1", "v1alpha3", "v1alpha1"];
@@ -180,7 +183,6 @@ const HARMLESS: &[(&str, &str)] = &[
     ("install.istio.io", "IstioOperator"),
     ("operator.istio.io", "Istio"),
     ("gateway.networking.k8s.io", "GatewayClass"),
-    ("gateway.networking.k8s.io", "BackendTLSPolicy"),
     ("gateway.networking.k8s.io", "ListenerSet"),
     ("gateway.networking.k8s.io", "UDPRoute"),
 ];
@@ -218,6 +220,7 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
         Kind::ConfigMap => Object::MeshConfig(Box::new(super::mesh_config::read(document, key)?)),
         Kind::VirtualService => Object::VirtualService(Box::new(VirtualService::read(spec_of(spec, key)?).map_err(fail)?)),
         Kind::DestinationRule => Object::DestinationRule(Box::new(DestinationRule::read(spec_of(spec, key)?).map_err(fail)?)),
+        Kind::HTTPRoute | Kind::GRPCRoute if spec.is_some_and(GatewayRoute::is_elsewhere) => Object::GatewayRoute(GatewayRoute::default()),
         Kind::HTTPRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, false).map_err(fail)?),
         Kind::GRPCRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, true).map_err(fail)?),
         Kind::ReferenceGrant => Object::ReferenceGrant(ReferenceGrant::read(spec_of(spec, key)?)),
@@ -248,10 +251,33 @@ fn spec_of<T: DeserializeOwned>(spec: Option<&Value>, key: &Key) -> Result<T, Re
         None | Some(Value::Null) => &empty,
         Some(spec) => spec,
     };
-    typed(spec, key).map_err(|mut r| {
+    match typed(spec, key) {
+        // As an API server has it, what is null where that says nothing is not there.
+        Err(_) if has_null(spec) => typed(&without_nulls(spec), key),
+        read => read,
+    }
+    .map_err(|mut r| {
         r.field = if r.field == "." { "spec".into() } else { format!("spec.{}", r.field) };
         r
     })
+}
+
+fn has_null(value: &Value) -> bool {
+    match value {
+        Value::Object(fields) => fields.values().any(|field| field.is_null() || has_null(field)),
+        Value::Array(all) => all.iter().any(has_null),
+        _ => false,
+    }
+}
+
+fn without_nulls(value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            fields.iter().filter(|(_, field)| !field.is_null()).map(|(name, field)| (name.clone(), without_nulls(field))).collect()
+        }
+        Value::Array(all) => all.iter().map(without_nulls).collect(),
+        other => other.clone(),
+    }
 }
 
 pub(super) fn typed<T: DeserializeOwned>(value: &Value, key: &Key) -> Result<T, Rejection> {

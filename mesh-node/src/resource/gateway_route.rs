@@ -30,7 +30,7 @@ use crate::route::{
 type Result<T> = std::result::Result<T, FieldError>;
 
 /// A route of the mesh: rules of one match each, in the order written.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct GatewayRoute {
     /// Services it is for. Gateways among its parents are not this node's business.
     pub parents: Vec<Parent>,
@@ -48,7 +48,17 @@ pub struct Parent {
     pub section: Option<Arc<str>>,
 }
 
+/// Parents that are others' business.
+const GATEWAYS: [&str; 3] = ["Gateway", "ListenerSet", "XListenerSet"];
+
 impl GatewayRoute {
+    /// Whether it is for gateways alone: whatever else it says is for whoever runs those.
+    pub(super) fn is_elsewhere(spec: &Value) -> bool {
+        let Some(parents) = spec.get("parentRefs").and_then(Value::as_array).filter(|all| !all.is_empty()) else { return false };
+        let kind = |parent: &Value| parent.get("kind").map_or(Some("Gateway"), Value::as_str).is_some_and(|kind| GATEWAYS.contains(&kind));
+        parents.iter().all(kind)
+    }
+
     /// What stands in for one that cannot be read: rules that can be, and for what others match, where that can be read, an error, as Gateway API
     /// asks for of filters that are not known: none may be passed over.
     pub(super) fn as_far_as_it_can_be_read(spec: &Value, grpc: bool) -> Option<Self> {
@@ -80,6 +90,12 @@ impl GatewayRoute {
     pub(super) fn read(spec: Spec, grpc: bool) -> Result<Self> {
         // Host names say nothing about a Service parent, and default gateways are none.
         let Spec { parent_refs, hostnames: _, use_default_gateways: _, rules } = spec;
+        for (i, kind) in parent_refs.iter().enumerate().filter_map(|(i, p)| Some((i, p.kind.as_deref()?))) {
+            if kind != "Service" && !GATEWAYS.contains(&kind) {
+                let problem = format!("{kind:?} is no kind whose routes are honoured here; those of a Service are");
+                return Err(FieldError::new(format!("spec.parentRefs[{i}].kind"), problem));
+            }
+        }
         let parents = parent_refs.iter().enumerate().filter(|(_, p)| is_service(p, Some("Gateway")));
         let parents = parents.map(|(i, p)| parent(p, &format!("spec.parentRefs[{i}]"))).collect::<Result<_>>()?;
         let mut flat = Vec::new();

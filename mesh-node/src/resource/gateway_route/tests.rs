@@ -126,3 +126,33 @@ fn a_filter_that_is_not_known_is_not_passed_over() {
     assert_eq!(route.rules.iter().map(|rule| rule.number).collect::<Vec<_>>(), [0, 1]);
     assert!(matches!(&route.rules[0].matches[0].path, Some(PathMatch::Segments(path)) if &**path == "/private"));
 }
+
+/// What is for gateways is read by whoever runs those, and what is for nobody is told.
+#[test]
+fn a_route_of_gateways_is_not_read_and_one_of_nothing_is_told() {
+    let of = |parents: &Value, spec: &Value| {
+        let mut spec = spec.clone();
+        spec["parentRefs"] = parents.clone();
+        parse(
+            &json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "default"}, "spec": spec}),
+            "default",
+        )
+    };
+    let unknown = json!({"rules": [{"filters": [{"type": "ExtensionRef", "extensionRef": {"group": "x", "kind": "Y", "name": "z"}}], "unknown": 1}]});
+    let gateways = json!([{"name": "gw"}, {"kind": "ListenerSet", "name": "l"}]);
+    let Ok(Parsed::Object(named)) = of(&gateways, &unknown) else { panic!("nothing to say") };
+    assert_eq!(named.object, Object::GatewayRoute(GatewayRoute::default()));
+    assert!(of(&json!([{"name": "gw"}, {"kind": "Service", "group": "", "name": "s"}]), &unknown).is_err());
+    for kind in ["service", "ServiceEntry", "Mesh"] {
+        let told = of(&json!([{"kind": kind, "name": "s"}]), &json!({})).expect_err(kind);
+        assert_eq!(told.field, "spec.parentRefs[0].kind", "{kind}");
+    }
+}
+
+/// As templates often leave it.
+#[test]
+fn what_is_null_is_not_there() {
+    let route = parsed(&json!([{"matches": null, "filters": null, "timeouts": null,
+        "backendRefs": [{"name": "a", "port": 80, "filters": null, "weight": null}]}]));
+    assert_eq!(route, parsed(&json!([{"backendRefs": [{"name": "a", "port": 80}]}])));
+}
