@@ -277,3 +277,25 @@ async fn who_is_told_to_wait_waits_as_long_as_for_any_answer() {
         assert!(text.contains("HTTP/1.1 200 OK") && text.ends_with("ok"), "{path}: {text}");
     }
 }
+
+/// What a route says of answers is said of those of backends that are not there, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_for_missing_backends_are_decorated() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    for (backend, flags) in [(json!({"name": "nope", "port": 8080}), "NC"), (json!({"name": "web", "port": 80, "weight": 0}), "-")] {
+        let mut documents = service("web", "10.96.9.1", "http", &[up]);
+        documents.push(json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r"}, "spec": {
+            "parentRefs": [{"kind": "Service", "group": "", "name": "web"}],
+            "rules": [{"filters": [{"type": "ResponseHeaderModifier", "responseHeaderModifier": {"set": [{"name": "x-s", "value": "s"}]}}], "backendRefs": [backend]}]}}));
+        let engine = Engine::start(&documents).await.expect("engine");
+        let scene = Scene { engine, vip: VIP.parse().expect("valid"), seen: seen.clone() };
+        let (text, _) = scene.say("GET /x HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await;
+        assert!(text.starts_with("HTTP/1.1 500") && text.contains("x-s: s\r\n"), "{flags}: {text}");
+        let labels = [&*format!("response_flags=\"{flags}\""), "response_code=\"500\""];
+        let rendered = scene.engine.proxy.metrics.render().expect("metrics");
+        let counted =
+            rendered.lines().any(|line| line.starts_with("istio_requests_total") && labels.iter().all(|label| line.contains(label)));
+        assert!(counted, "{flags}: {rendered}");
+    }
+}

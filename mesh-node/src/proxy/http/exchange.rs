@@ -259,15 +259,18 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
 
     /// A destination that does not exist.
     async fn missing(&mut self, rule: &Rule, picked: Option<&Weighted>, cors: Option<&CorsAnswer>, head: &RequestHead) -> End {
-        if rule.missing_status == StatusCode::INTERNAL_SERVER_ERROR {
+        let of_gateway_api = rule.missing_status == StatusCode::INTERNAL_SERVER_ERROR;
+        if of_gateway_api && picked.is_none() {
+            // Where there is nothing to pick Istio's route answers itself.
             self.record.details = Cow::Borrowed("direct_response");
-            // `UNAVAILABLE`, as Gateway API has it of `GRPCRoute`s, whatever kind of route it is.
-            let grpc_status = self.tells_in_grpc().then_some(14);
-            return self.reply(Reply { grpc_status, ..Reply::new(rule.missing_status, "") }, |_, _| {}).await;
+        } else {
+            self.record.raise(Flag::NoCluster);
+            self.record.details = Cow::Borrowed("cluster_not_found");
         }
-        self.record.raise(Flag::NoCluster);
-        self.record.details = Cow::Borrowed("cluster_not_found");
-        self.reply_as(Reply::new(rule.missing_status, ""), head, (Some(rule), picked), cors).await
+        // `UNAVAILABLE`, as Gateway API has it of `GRPCRoute`s, whatever kind of route it is.
+        let grpc_status = (of_gateway_api && self.tells_in_grpc()).then_some(14);
+        let reply = Reply { grpc_status, ..Reply::new(rule.missing_status, "") };
+        self.reply_as(reply, head, (Some(rule), picked), cors).await
     }
 
     async fn refuse(&mut self, status: StatusCode, flag: Flag, details: &'static str) -> End {

@@ -138,7 +138,8 @@ fn a_route_of_gateways_is_not_read_and_one_of_nothing_is_told() {
             "default",
         )
     };
-    let unknown = json!({"rules": [{"filters": [{"type": "ExtensionRef", "extensionRef": {"group": "x", "kind": "Y", "name": "z"}}], "unknown": 1}]});
+    let unknown =
+        json!({"rules": [{"filters": [{"type": "ExtensionRef", "extensionRef": {"group": "x", "kind": "Y", "name": "z"}}], "unknown": 1}]});
     let gateways = json!([{"name": "gw"}, {"kind": "ListenerSet", "name": "l"}]);
     let Ok(Parsed::Object(named)) = of(&gateways, &unknown) else { panic!("nothing to say") };
     assert_eq!(named.object, Object::GatewayRoute(GatewayRoute::default()));
