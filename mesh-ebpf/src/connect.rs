@@ -10,7 +10,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use mesh_common::{
-    Address, addr,
+    Address, TRANSPARENT_MARK, addr,
     connect::{Verdict, decide, is_own},
     maps::{ALIVE, Counter, SocketMark},
 };
@@ -97,6 +97,17 @@ fn words(ip: &[u8; 16]) -> [u32; 4] {
     unsafe { core::mem::transmute(*ip) }
 }
 
+/// Whether the proxy has said of a socket that it is for a program of the pod itself: by an address of the pod's that may not be among those
+/// that are known.
+#[inline(always)]
+fn is_marked(ctx: &SockAddrContext) -> bool {
+    // SAFETY: fields of a valid context, the socket checked for null.
+    unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        !sk.is_null() && (*sk).mark == TRANSPARENT_MARK
+    }
+}
+
 /// The shared body: `Ok(None)` leaves the connect alone, `Ok(Some)` rewrites it, `Err` is the hook's refusal.
 #[inline(always)]
 fn conclude(ctx: &SockAddrContext, dst: Address) -> Result<Option<Address>, i32> {
@@ -122,7 +133,7 @@ fn conclude(ctx: &SockAddrContext, dst: Address) -> Result<Option<Address>, i32>
     // SAFETY: as above.
     if unsafe { PROXIES.get(cgroup) }.is_some() {
         // Only what goes to this pod's application is let past its steering; elsewhere the proxy is a client like any.
-        return if is_own(&dst.ip, pod) { remember(ctx, SocketMark::PROXY, dst).map(|()| None) } else { forget(ctx) };
+        return if is_own(&dst.ip, pod) || is_marked(ctx) { remember(ctx, SocketMark::PROXY, dst).map(|()| None) } else { forget(ctx) };
     }
     match decide(&dst, pod) {
         Verdict::Untouched => forget(ctx),

@@ -1,6 +1,7 @@
 //! Composition: which pods to serve, their listeners, and the life of the process.
 
 mod ca;
+mod further;
 mod gauges;
 mod gone;
 mod listeners;

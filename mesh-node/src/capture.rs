@@ -36,6 +36,7 @@ pub use direct::{Dialled, Direct, DirectFlow, FlowEvents, Phase};
 pub use discovery::{Discovery, LocalPod, cgroup2_mount, pod_uid};
 pub use object::verify;
 pub use pins::uninstall;
+pub use routing::local_addresses;
 
 use crate::io::netns::Netns;
 
@@ -251,6 +252,11 @@ impl Capture {
         self.capture(netns, addresses, direct, *prepared.as_ref().unwrap_or(&0))?;
         prepared?;
         listening.map_err(CaptureError::map("LISTENERS"))
+    }
+
+    /// Steers what comes to a further address of a pod that is captured to its listener.
+    pub fn steer(&mut self, address: IpAddr, inbound: &impl AsRawFd) -> Result<(), CaptureError> {
+        self.listeners.insert(octets(address), inbound.as_raw_fd(), 0).map_err(CaptureError::map("LISTENERS"))
     }
 
     /// Captures a pod without anybody to accept its connections: they are refused while a process serves.

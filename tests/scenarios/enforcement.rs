@@ -69,6 +69,38 @@ fn an_address_the_mesh_does_not_know_is_no_way_round_policy() {
     assert!(!answers(&bed, &client, &server.address(8080)), "denied by its own address, too");
 }
 
+/// What comes to it is judged, and passes where it may: from outside the mesh, over the pod's link, and as long as it is there.
+#[test]
+fn an_address_the_mesh_does_not_know_is_served_like_the_others() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    let stranger = bed.pod(&PodSpec::new("stranger", 0).in_namespace("plain")).expect("stranger");
+    ip(&server, &["addr", "add", "10.244.16.200/20", "dev", "eth0"]);
+    ip(&server, &["addr", "add", "fd00:244:1::200/64", "dev", "eth0", "nodad"]);
+    let shown = bed.command(&server, "ip".as_ref(), &["-j", "-6", "addr", "show", "dev", "eth0", "scope", "link"]).output().expect("ip");
+    let shown: Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+    let mut all = shown[0]["addr_info"].as_array().into_iter().flatten();
+    let link = all.find_map(|info| info["local"].as_str()).expect("an address");
+    // Of the stranger's device, which has the same number in each pod.
+    let by_link = format!("[{link}%{}]:8080", shown[0]["ifindex"]);
+    let further = ["10.244.16.200:8080".to_owned(), "[fd00:244:1::200]:8080".to_owned(), by_link];
+    for to in &further {
+        wait_for(to, Duration::from_secs(8), || Ok(answers(&bed, &stranger, to))).expect("an answer");
+    }
+    assert!(further[..2].iter().all(|to| answers(&bed, &client, to)), "from the mesh");
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: d, namespace: default}\nspec: {action: DENY, rules: [{from: [{source: {notNamespaces: [default]}}]}]}\n";
+    bed.apply("policy", deny).expect("applied");
+    bed.settle().expect("settled");
+    assert!(further.iter().all(|to| !answers(&bed, &stranger, to)), "a policy holds there");
+    bed.withdraw("policy").expect("withdrawn");
+    bed.settle().expect("settled");
+    assert!(answers(&bed, &stranger, &further[0]));
+    ip(&server, &["addr", "del", "10.244.16.200/20", "dev", "eth0"]);
+    let steered = || mesh_node::capture::count_entries(&bed.nodes()[0].pinned("maps").join("LISTENERS")).expect("the map");
+    let before = steered();
+    wait_for("the listener to go", Duration::from_secs(8), || Ok(steered() < before)).expect("gone");
+}
+
 #[test]
 fn a_pod_that_changes_its_addresses_stays_captured() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");

@@ -16,6 +16,7 @@ use anyhow::Context;
 use tokio::sync::{Notify, mpsc};
 
 use super::{
+    further::Further,
     gone,
     listeners::{Listeners, Serving},
     process,
@@ -203,6 +204,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
         stay: None,
         announced: false,
         since: None,
+        further: Further::default(),
     };
     reconciler.until_stopped(discovery, config).await
 }
@@ -243,6 +245,7 @@ struct Reconciler {
     announced: bool,
     /// When pods were first looked for.
     since: Option<Instant>,
+    further: Further,
 }
 
 struct Served {
@@ -305,6 +308,11 @@ impl Reconciler {
                     }
                     blind = Some(error);
                 }
+            }
+            if self.further.is_due() {
+                let found = Further::look(self.served.iter().map(|(uid, s)| (uid.clone(), s.pod.netns.clone())).collect()).await;
+                let pods = self.served.iter().map(|(uid, s)| (uid, &s.inbound)).collect::<HashMap<_, _>>();
+                self.further.take(found, &pods, &self.node.proxy.config.load(), &mut self.node.capture());
             }
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
@@ -465,7 +473,8 @@ impl Reconciler {
     fn release(&mut self, uid: &WorkloadUid, exists: bool) {
         let Some(Served { pod, netns_cookie, serving, .. }) = self.served.remove(uid) else { return };
         self.node.capture().release(netns_cookie);
-        self.forget_addresses(&pod.addresses());
+        let further = self.further.forget(uid);
+        self.forget_addresses(&[&**pod.addresses(), &further].concat());
         tracing::info!(target: "app", %uid, exists, "pod released");
         if exists {
             self.released.push((netns_cookie, Arc::downgrade(&pod)));

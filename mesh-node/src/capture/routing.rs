@@ -82,13 +82,20 @@ fn spread(netlink: &mut Netlink, addresses: &[IpAddr]) -> io::Result<u8> {
 
 /// The index of the device that has an address.
 fn device_of(address: IpAddr) -> io::Result<Option<u32>> {
-    let has = |i: &InterfaceAddress| {
-        let storage = i.address.as_ref();
-        let v4 = storage.and_then(|s| s.as_sockaddr_in()).map(|s| IpAddr::V4(s.ip()));
-        v4.or_else(|| storage.and_then(|s| s.as_sockaddr_in6()).map(|s| IpAddr::V6(s.ip()))) == Some(address)
-    };
-    let found = getifaddrs()?.find(has);
+    let found = getifaddrs()?.find(|i| address_of(i) == Some(address));
     Ok(found.map(|i| if_nametoindex(i.interface_name.as_str())).transpose()?)
+}
+
+/// The addresses of a namespace's devices that are up.
+pub fn local_addresses(netns: &Netns) -> io::Result<Vec<IpAddr>> {
+    let all = netns.enter(|| getifaddrs().map(Iterator::collect::<Vec<_>>))??;
+    Ok(all.iter().filter_map(address_of).collect())
+}
+
+fn address_of(i: &InterfaceAddress) -> Option<IpAddr> {
+    let storage = i.address.as_ref()?;
+    let v4 = storage.as_sockaddr_in().map(|s| IpAddr::V4(s.ip()));
+    v4.or_else(|| storage.as_sockaddr_in6().map(|s| IpAddr::V6(s.ip())))
 }
 
 /// Undoes [`prepare`]; a namespace that was never prepared is left alone.

@@ -89,13 +89,27 @@ pub enum Source {
     Client(IpAddr),
     /// The same, of a pod of this node, which may be connected to the same application directly: from a port of [`NEIGHBOUR_PORTS`].
     Neighbour(IpAddr),
+    /// The same, of one outside the mesh, whose own connections come to the pod from ports of its choice: from one of [`NEIGHBOUR_PORTS`] too,
+    /// as long as there is one. From a port that the client then picks for another connection, that would meet this one.
+    Outsider(IpAddr),
+}
+
+impl Source {
+    /// Whom is impersonated.
+    pub fn client(self) -> Option<IpAddr> {
+        match self {
+            Self::Own => None,
+            Self::Client(client) | Self::Neighbour(client) | Self::Outsider(client) => Some(client),
+        }
+    }
 }
 
 /// Ports no pod's own connections come from, unless it changes `net.ipv4.ip_local_port_range`: above the range that new network
 /// namespaces begin with. At most so many connections there are through the proxy from one pod to one port of another of its node.
 pub const NEIGHBOUR_PORTS: Range<u16> = 61_000..65_535;
-/// How many of them are tried.
+/// How many of them are tried; of one outside the mesh, which may have more connections than there are such ports.
 const TRIES: usize = 32;
+const OUTSIDER_TRIES: usize = 8;
 
 /// Connects from inside a namespace. The timeout is the caller's.
 pub async fn connect(netns: &Netns, to: SocketAddr, source: Source) -> io::Result<TcpStream> {
@@ -112,9 +126,14 @@ async fn connect_with(netns: &Netns, to: SocketAddr, source: Source, local: bool
     loop {
         let connected = connect_once(netns, to, source, local).await;
         tries += 1;
-        match connected {
-            Err(error) if is_taken(&error) && tries < TRIES && matches!(source, Source::Neighbour(_)) => {}
-            other => return other,
+        match (connected, source) {
+            (Err(error), Source::Neighbour(_)) if is_taken(&error) && tries < TRIES => {}
+            (Err(error), Source::Outsider(_)) if is_taken(&error) && tries < OUTSIDER_TRIES => {}
+            // Any port is better than none.
+            (Err(error), Source::Outsider(client)) if is_taken(&error) => {
+                return connect_once(netns, to, Source::Client(client), local).await;
+            }
+            (other, _) => return other,
         }
     }
 }
@@ -128,6 +147,8 @@ async fn connect_once(netns: &Netns, to: SocketAddr, source: Source, local: bool
     let socket = netns.enter(|| connecting(to, source))??;
     if local {
         bound(&socket)?;
+        // The connect hook lets it past the pod's steering.
+        socket.set_mark(TRANSPARENT_MARK)?;
     }
     // SAFETY: the descriptor is a socket we own and give away.
     let socket = unsafe { TcpSocket::from_raw_fd(socket.into_raw_fd()) };
@@ -138,15 +159,12 @@ async fn connect_once(netns: &Netns, to: SocketAddr, source: Source, local: bool
 fn connecting(to: SocketAddr, source: Source) -> io::Result<Socket> {
     let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-    let client = match source {
-        Source::Client(client) | Source::Neighbour(client) if client != to.ip() => client,
-        // Its own address, or the pod talking to itself through a service: no impersonation.
-        _ => return Ok(socket),
-    };
+    // Its own address, or the pod talking to itself through a service: no impersonation.
+    let Some(client) = source.client().filter(|client| *client != to.ip()) else { return Ok(socket) };
     socket.set_mark(TRANSPARENT_MARK)?;
     let (level, option) = if to.is_ipv4() { (libc::SOL_IP, IP_TRANSPARENT) } else { (libc::SOL_IPV6, IPV6_TRANSPARENT) };
     set_option(&socket, level, option)?;
-    let port = if matches!(source, Source::Neighbour(_)) {
+    let port = if matches!(source, Source::Neighbour(_) | Source::Outsider(_)) {
         // Many connections share a port, to different places.
         socket.set_reuse_address(true)?;
         fastrand::u16(NEIGHBOUR_PORTS)

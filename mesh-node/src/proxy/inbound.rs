@@ -8,7 +8,7 @@ mod inspect;
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -114,11 +114,14 @@ fn describe(outcome: &mut Outcome, snapshot: &Snapshot, workload: &Arc<Workload>
     outcome.source.workload = snapshot.workload_by_ip(facts.source).cloned();
 }
 
+fn is_link_local(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
+}
+
 async fn connect_application(pod: &ServedPod, to: SocketAddr, source: Source, _permit: &Permit) -> Result<TcpStream, Failure> {
-    let source = match source {
-        Source::Client(client) | Source::Neighbour(client) if client.is_ipv4() != to.is_ipv4() => Source::Own,
-        source => source,
-    };
+    // A link-local address means nothing without its link.
+    let unlike = |client: IpAddr| client.is_ipv4() != to.is_ipv4() || is_link_local(client);
+    let source = if source.client().is_some_and(unlike) { Source::Own } else { source };
     match timeout(CONNECT_TIMEOUT, socket::connect_locally(&pod.netns, to, source)).await {
         Ok(connected) => connected.map_err(|source| Failure::Application { to, source }),
         Err(_) => Err(Failure::Application { to, source: io::ErrorKind::TimedOut.into() }),
@@ -145,7 +148,8 @@ pub async fn serve_steered(
 ) {
     let mut outcome = Outcome::new(&proxy, Direction::Inbound);
     outcome.source.address = Some(client);
-    let destination = SocketAddr::new(canonical(destination.ip()), destination.port());
+    let scoped = is_link_local(destination.ip());
+    let destination = if scoped { destination } else { SocketAddr::new(canonical(destination.ip()), destination.port()) };
     outcome.destination.address = Some(destination);
     outcome.destination.workload = proxy.config.load().workload(&pod.uid).cloned();
     let result = plaintext(&proxy, &pod, downstream, (client, since), destination, &mut outcome).await;
@@ -164,7 +168,7 @@ async fn plaintext(
 ) -> Result<(), Failure> {
     let mut facts = Facts::new(None, client.ip(), destination);
     facts.node = is_probe(proxy, pod, client, destination);
-    let admitted = match admit(proxy, pod, facts.clone(), Source::Client(client.ip()), outcome).await {
+    let admitted = match admit(proxy, pod, facts.clone(), Source::Outsider(client.ip()), outcome).await {
         Ok(admitted) => admitted,
         Err(failure) => {
             if matches!(failure, Failure::Denied(_)) {

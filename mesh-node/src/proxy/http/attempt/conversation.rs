@@ -1,6 +1,10 @@
 //! A request and its response on one connection, both at the same time.
 
-use std::{future::Future, io, pin::pin};
+use std::{
+    future::Future,
+    io,
+    pin::{Pin, pin},
+};
 
 use http::{HeaderMap, StatusCode};
 
@@ -75,12 +79,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                     self.upload.commit();
                     (begun, self.deadlines.attempt) = (true, None);
                     interim += 1;
-                    if interim > FLOOD {
-                        return Attempt::Failed(Failed { begun, ..Failed::new(Reset::ProtocolError) });
-                    }
-                    if interim <= MOST_INTERIM
-                        && let Some(ended) = self.interim(head, cut.as_mut()).await
-                    {
+                    if let Some(ended) = self.interim(head, interim, cut.as_mut()).await {
                         return ended;
                     }
                 }
@@ -130,8 +129,12 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         Attempt::Answered(answered)
     }
 
-    /// Passes an informational answer on; how the attempt ends, if that does not work.
-    async fn interim(&mut self, head: WireResponse, cut: std::pin::Pin<&mut (impl Future<Output = ()> + Send)>) -> Option<Attempt> {
+    /// Passes an informational answer on, the first ones of which this is that `number`; how the attempt ends, if that does not work.
+    async fn interim(&mut self, head: WireResponse, number: u32, cut: Pin<&mut (impl Future<Output = ()> + Send)>) -> Option<Attempt> {
+        if number > MOST_INTERIM {
+            let flood = || Attempt::Failed(Failed { begun: true, ..Failed::new(Reset::ProtocolError) });
+            return (number > FLOOD).then(flood);
+        }
         tokio::select! {
             biased;
             told = self.responder.informational(head.status, head.headers) => told.err().map(|error| gone(&error)),
@@ -169,7 +172,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         framing: Framing,
         last: bool,
         (mut uploaded, mut no_more_up): (bool, bool),
-        mut cut: std::pin::Pin<&mut (impl Future<Output = ()> + Send)>,
+        mut cut: Pin<&mut (impl Future<Output = ()> + Send)>,
     ) -> Answered {
         let switched = status == StatusCode::SWITCHING_PROTOCOLS;
         // A client that was refused another protocol may have begun to speak it.
