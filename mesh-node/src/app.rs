@@ -10,4 +10,4 @@ mod process;
 mod stop;
 
 pub use ca::{CaSettings, ClusterSettings, run_ca};
-pub use node::{CertificateSettings, Node, NodeSettings, PodState, run};
+pub use node::{CertificateSettings, NO_PROCESS, Node, NodeSettings, PodState, run};

@@ -38,6 +38,8 @@ fn a_pod_that_takes_a_mesh_port_first_is_cut_off_and_not_let_through() {
         mine.and_then(|p| p["problem"].as_str().map(str::to_owned)).unwrap_or_default()
     };
     wait_for("the problem to be told", Duration::from_secs(5), || Ok(problem(&bed).contains("cannot listen"))).expect("told");
+    let status = bed.nodes()[0].admin("/status").expect("status");
+    assert!(status.contains("Pod default/squatter cannot be served") && status.contains("cannot listen"), "{status}");
     // Its connections end at its own listener: nothing leaves the pod.
     let out = bed.probe(&squatter, &["ask", &server.address(8080), "who"]).expect("a report");
     let reached = out["answer"].as_str().is_some_and(|a| a.contains(&format!("\"local\":\"{}", server.v4())));

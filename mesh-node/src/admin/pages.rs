@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{NoAnswer, query};
 use crate::{
-    app::Node,
+    app::{NO_PROCESS, Node, PodState},
     identity::CertificateState,
     problems,
     proxy::http::clusters::{ClusterState, Limited},
@@ -42,7 +42,20 @@ fn remarks(node: &Node) -> Vec<String> {
     let proxy = &node.proxy;
     let configuration = proxy.config.statuses().iter().map(ToString::to_string).collect::<Vec<_>>();
     let own = problems::all().into_iter().map(|(_, text)| text);
-    configuration.into_iter().chain(proxy.jwks.problems()).chain(own).chain(uncertified(&proxy.identity.states())).collect()
+    let configuration = configuration.into_iter().chain(proxy.jwks.problems());
+    configuration.chain(own).chain(uncertified(&proxy.identity.states())).chain(unserved(&node.pods())).collect()
+}
+
+/// Most pods that are told of one by one.
+const MOST: usize = 20;
+
+/// Pods of the mesh that are there and cannot be served.
+fn unserved(pods: &[PodState]) -> Vec<String> {
+    let problem = |p: &PodState| p.problem.clone().filter(|problem| problem != NO_PROCESS);
+    let told = pods.iter().filter_map(|p| {
+        Some(format!("error: Pod {}/{} cannot be served, and its connections are refused: {}", p.namespace, p.name, problem(p)?))
+    });
+    told.take(MOST).collect()
 }
 
 /// One for all identities that have no certificate, or one that cannot be renewed: they have one source.

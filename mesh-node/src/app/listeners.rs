@@ -16,10 +16,10 @@ use tokio::{
 };
 
 use crate::{
-    capture::OriginalDestinations,
+    capture::{NodeFlows, OriginalDestinations},
     id::canonical,
     io::{netns::Netns, socket},
-    proxy::{Proxy, ServedPod, inbound, outbound},
+    proxy::{Proxy, ServedPod, inbound, outbound, pods::Origins},
     spawn,
 };
 
@@ -130,5 +130,15 @@ async fn accept(listener: TcpListener, mut draining: watch::Receiver<bool>, mut 
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// The kernel's word on which connections are the node's own.
+#[derive(Debug)]
+pub struct NodeOrigins(pub NodeFlows);
+
+impl Origins for NodeOrigins {
+    fn is_node(&self, client: SocketAddr, destination: SocketAddr) -> bool {
+        self.0.is_node(client, destination)
     }
 }

@@ -18,23 +18,25 @@ use tokio::sync::{Notify, mpsc};
 use super::{
     further::Further,
     gone,
-    listeners::{Listeners, Serving},
+    listeners::{Listeners, NodeOrigins, Serving},
     process,
     stop::{self, StopSignals},
 };
 use crate::{
     admin::{self, Listener, Pages, Scrapes},
-    capture::{Acceleration, Capture, CaptureSettings, Discovery, LocalPod, NodeFlows, SameNode},
+    capture::{Acceleration, Capture, CaptureSettings, Discovery, LocalPod, SameNode},
     config::{Configuration, MeshSettings, Publisher},
     id::WorkloadUid,
     identity::{self, CertificateSource, EmbeddedCa, Files, IstioCa, IstioCaSettings, Manager},
-    proxy::{self, Direct, Limits, Proxy, ServedPod, live::Cut, pods::Origins},
+    proxy::{self, Direct, Limits, Proxy, ServedPod, live::Cut},
     route::Workload,
     sources::{directory::Directory, last_good::LastGood},
     telemetry::{Metrics, chain},
     tls::{HandshakeFailure, KeyExchange, Trust},
 };
 
+/// The problem of a pod that is not there, or not yet.
+pub const NO_PROCESS: &str = "no process of it has been found in the cgroups";
 /// How often the node looks for pods that came or went.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long what another version of this program holds is held on for pods that cannot be looked into.
@@ -258,16 +260,6 @@ struct Served {
     direct: bool,
 }
 
-/// The kernel's word on which connections are the node's own.
-#[derive(Debug)]
-struct NodeOrigins(NodeFlows);
-
-impl Origins for NodeOrigins {
-    fn is_node(&self, client: SocketAddr, destination: SocketAddr) -> bool {
-        self.0.is_node(client, destination)
-    }
-}
-
 type Found = HashMap<WorkloadUid, LocalPod>;
 
 impl Reconciler {
@@ -416,7 +408,7 @@ impl Reconciler {
 
     fn state(&self, workload: &Workload, found: &Found) -> PodState {
         let captured = self.served.contains_key(&workload.uid);
-        let missing = || (!found.contains_key(&workload.uid)).then(|| "no process of it has been found in the cgroups".to_owned());
+        let missing = || (!found.contains_key(&workload.uid)).then(|| NO_PROCESS.to_owned());
         let problem = self.held.get(&workload.uid).cloned().or_else(missing);
         PodState {
             uid: workload.uid.to_string(),
