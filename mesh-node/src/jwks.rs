@@ -152,7 +152,8 @@ impl Jwks {
             {
                 let mut sets = self.lock();
                 let recently = |set: &Set| set.used.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|u| u.elapsed() < FORGET);
-                sets.retain(|remote, set| wanted.contains(remote) || recently(set));
+                // Whoever asks for one that could not be had has it fetched.
+                sets.retain(|remote, set| wanted.contains(remote) || set.keys.load().is_some() && recently(set));
                 for remote in &wanted {
                     sets.entry(remote.clone()).or_default();
                 }
@@ -214,7 +215,11 @@ impl Jwks {
             Err(error) => {
                 self.metrics.jwks_fetch("failed");
                 let (kept, error) = (set.keys.load().is_some(), chain(&error));
-                tracing::warn!(target: "jwks", uri = &*remote.uri, error, kept, "keys cannot be fetched");
+                if set.problem.load().as_deref() == Some(&error) {
+                    tracing::debug!(target: "jwks", uri = &*remote.uri, error, kept, "keys still cannot be fetched");
+                } else {
+                    tracing::warn!(target: "jwks", uri = &*remote.uri, error, kept, "keys cannot be fetched");
+                }
                 set.problem.store(Some(Arc::new(error)));
                 false
             }
