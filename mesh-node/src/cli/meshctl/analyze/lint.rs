@@ -71,7 +71,8 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
     let mut aged = store.objects().collect::<Vec<_>>();
     aged.sort_by_key(|named| (named.created.is_none(), named.created, &named.key));
     lint.destination_rules(&aged);
-    lint.peer_authentications(&aged);
+    lint.of_one_pod(&aged);
+    lint.gateway_routes(&aged);
     lint.delegates(&aged);
     lint.found
 }
@@ -209,13 +210,16 @@ impl<'a> Lint<'a> {
     }
 
     /// Of several for one pod, the oldest counts.
-    fn peer_authentications(&mut self, aged: &[&Named]) {
+    fn of_one_pod(&mut self, aged: &[&Named]) {
+        self.selected_twice(aged, |object| if let Object::PeerAuthentication(p) = object { p.selector.as_ref() } else { None });
+        self.selected_twice(aged, |object| if let Object::Telemetry(t) = object { t.selector.as_ref() } else { None });
+    }
+
+    fn selected_twice(&mut self, aged: &[&Named], selector: impl Fn(&Object) -> Option<&WorkloadSelector>) {
         let mut said = BTreeSet::new();
         let mut all: BTreeMap<&str, Selecting<'_, usize>> = BTreeMap::new();
         for (i, named) in aged.iter().enumerate() {
-            if let Object::PeerAuthentication(p) = &named.object
-                && let Some(selector) = &p.selector
-            {
+            if let Some(selector) = selector(&named.object) {
                 all.entry(&named.key.name.namespace).or_default().insert(selector, i);
             }
         }

@@ -1,18 +1,28 @@
 //! Rules of routes that are never reached, or ask for what is never said.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::Lint;
 use crate::{
     detect::Protocol,
-    resource::{Named, VirtualService},
+    resource::{Named, Object, VirtualService},
     route::{
         ServicePort,
         l4::{L4Match, host_matches},
         matching::{HttpMatch, PathMatch, SourceMatch, TextMatch},
         rule::{Action, Rule},
+        table::{HttpTable, ResolvedRule},
     },
 };
+
+/// A rule, by its object and its number there.
+type Place<'a> = (&'a str, usize);
+
+/// Most rules of a port that are compared with each other.
+const MOST_RULES: usize = 500;
 
 /// Whether whatever passes one test passes the other.
 trait Covers {
@@ -153,6 +163,47 @@ impl Lint<'_> {
         for (kind, i, j, port) in asked {
             if let Some(port) = port.filter(|port| !ports.is_empty() && !ports.iter().any(|(p, _)| p == port)) {
                 self.say(named, &format!("spec.{kind}[{i}].match[{j}].port: no Service among its hosts has a port {port}"));
+            }
+        }
+    }
+
+    /// Tells of rules of Gateway API's routes that others take all requests of, which may be in other objects: by port, in the order they are in
+    /// force.
+    pub(super) fn gateway_routes(&mut self, aged: &[&Named]) {
+        let routes = aged.iter().filter(|named| matches!(named.object, Object::GatewayRoute(_)));
+        let routes = routes.map(|named| (named.key.to_string(), *named)).collect::<BTreeMap<_, _>>();
+        if routes.is_empty() {
+            return;
+        }
+        let mut found = BTreeSet::new();
+        let tables = self.snapshot.services().iter().flat_map(|service| &service.ports).filter_map(|port| port.routes.http.as_ref());
+        for table in tables.flat_map(HttpTable::all).filter(|table| table.rules.len() <= MOST_RULES) {
+            // A rule of several matches is as many here.
+            let mut takers: BTreeMap<Place<'_>, Option<BTreeSet<Place<'_>>>> = BTreeMap::new();
+            for (i, resolved) in table.rules.iter().enumerate() {
+                let covers = |earlier: &&ResolvedRule| match (&*earlier.rule.matches, &*resolved.rule.matches) {
+                    ([own], [wanted]) => own.covers(wanted),
+                    _ => false,
+                };
+                let place = |resolved: &'_ ResolvedRule| resolved.rule.number;
+                let taker = table.rules.iter().take(i).find(covers).map(|earlier| (&*earlier.origin, place(earlier)));
+                let all = takers.entry((&*resolved.origin, place(resolved))).or_insert_with(|| Some(BTreeSet::new()));
+                match (all.as_mut(), taker) {
+                    (Some(all), Some(taker)) => drop(all.insert(taker)),
+                    (_, None) => *all = None,
+                    (None, Some(_)) => {}
+                }
+            }
+            for ((origin, number), takers) in takers {
+                let Some(taker) = takers.iter().flatten().next() else { continue };
+                let of = if taker.0 == origin { String::new() } else { format!(" of {}", taker.0) };
+                let message = format!("spec.rules[{number}]: is never reached, as spec.rules[{}]{of} takes all that it would", taker.1);
+                found.insert((origin.to_owned(), message));
+            }
+        }
+        for (origin, message) in found {
+            if let Some(named) = routes.get(&origin) {
+                self.say(named, &message);
             }
         }
     }
