@@ -230,14 +230,18 @@ pub fn strip(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &mut Req
     for out in &rule.claim_headers {
         let text = claim(token, &out.claim).and_then(|value| match value {
             Value::Array(_) | Value::Object(_) => Some(STANDARD.encode(value.to_string())),
-            // As Envoy writes it.
-            Value::Number(n) if n.is_f64() => n.as_f64().map(|n| format!("{n:.6}")),
+            Value::Number(n) => n.as_f64().map(number),
             other => claim_text(other),
         });
-        if let Some(value) = text.and_then(|t| HeaderValue::from_bytes(t.as_bytes()).ok()) {
+        if let Some(value) = text.filter(|text| !text.is_empty()).and_then(|t| HeaderValue::from_bytes(t.as_bytes()).ok()) {
             head.headers.insert(out.header.clone(), value);
         }
     }
+}
+
+/// As Envoy writes it, to which every number of a token is a double: what is whole and not negative without a fraction.
+fn number(n: f64) -> String {
+    if n >= 0.0 && n.fract() == 0.0 { format!("{:.0}", n.abs()) } else { format!("{n:.6}") }
 }
 
 fn remove(location: &Location, head: &mut RequestHead) {
@@ -250,5 +254,25 @@ fn remove(location: &Location, head: &mut RequestHead) {
         }
         // Envoy leaves cookies as they are.
         Location::Cookie(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a real Envoy has written.
+    #[test]
+    fn numbers_are_written_as_envoy_does() {
+        for (n, text) in [
+            (10_000_000_000.0, "10000000000"),
+            (-0.0, "0"),
+            (-1.0, "-1.000000"),
+            (9_007_199_254_740_992.0, "9007199254740992"),
+            (1.5, "1.500000"),
+            (7.0, "7"),
+        ] {
+            assert_eq!(number(n), text);
+        }
     }
 }
