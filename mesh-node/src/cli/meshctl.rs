@@ -258,10 +258,7 @@ impl Meshctl {
                 self.print(&json!({"level": level}), |_| answer.clone());
                 Ok(ExitCode::SUCCESS)
             }
-            What::ConfigDump => {
-                say(&admin.get("/config_dump")?);
-                Ok(ExitCode::SUCCESS)
-            }
+            What::ConfigDump => self.show("/config_dump", |dump| format!("{dump:#}\n")),
             What::Metrics => self.metrics(),
             What::Completion { shell } => {
                 let mut text = Vec::new();
