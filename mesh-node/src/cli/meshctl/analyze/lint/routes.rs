@@ -8,6 +8,7 @@ use std::{
 use super::Lint;
 use crate::{
     detect::Protocol,
+    id::ObjectName,
     resource::{Named, Object, VirtualService},
     route::{
         ServicePort,
@@ -167,6 +168,26 @@ impl Lint<'_> {
         }
     }
 
+    /// Tells of parents none of whose ports carries what the route is about.
+    fn parents(&mut self, named: &Named) {
+        let Object::GatewayRoute(route) = &named.object else { return };
+        for parent in &route.parents {
+            let namespace = parent.namespace.as_ref().unwrap_or(&named.key.name.namespace);
+            let name = ObjectName { namespace: namespace.clone(), name: parent.name.clone() };
+            let Some(service) = self.snapshot.service(&name) else { continue };
+            let meant = |p: &&ServicePort| {
+                parent.port.is_none_or(|port| port == p.port) && parent.section.as_ref().is_none_or(|section| *section == p.name)
+            };
+            let mut ports = service.ports.iter().filter(meant).peekable();
+            if ports.peek().is_some() && ports.all(|p| matches!(p.cluster.protocol, Protocol::Tcp | Protocol::Tls)) {
+                let message = format!(
+                    "spec.parentRefs: the route counts for nothing at {name}, whose ports it is for are declared not to carry HTTP (tcp, tls and the like)"
+                );
+                self.say(named, &message);
+            }
+        }
+    }
+
     /// Tells of rules of Gateway API's routes that others take all requests of, which may be in other objects: by port, in the order they are in
     /// force.
     pub(super) fn gateway_routes(&mut self, aged: &[&Named]) {
@@ -175,6 +196,7 @@ impl Lint<'_> {
         if routes.is_empty() {
             return;
         }
+        routes.values().for_each(|named| self.parents(named));
         let mut found = BTreeSet::new();
         let tables = self.snapshot.services().iter().flat_map(|service| &service.ports).filter_map(|port| port.routes.http.as_ref());
         for table in tables.flat_map(HttpTable::all).filter(|table| table.rules.len() <= MOST_RULES) {
