@@ -97,10 +97,14 @@ fn an_address_the_mesh_does_not_know_is_served_like_the_others() {
     bed.withdraw("policy").expect("withdrawn");
     bed.settle().expect("settled");
     assert!(answers(&bed, &stranger, &further[0]));
-    ip(&server, &["addr", "del", "10.244.16.200/20", "dev", "eth0"]);
     let steered = || mesh_node::capture::count_entries(&bed.nodes()[0].pinned("maps").join("LISTENERS")).expect("the map");
     let before = steered();
+    ip(&server, &["addr", "del", "10.244.16.200/20", "dev", "eth0"]);
     wait_for("the listener to go", Duration::from_secs(8), || Ok(steered() < before)).expect("gone");
+    // One that two pods have is nobody's.
+    let before = steered();
+    ip(&client, &["addr", "add", "fd00:244:1::200/64", "dev", "eth0", "nodad"]);
+    wait_for("the shared one to go", Duration::from_secs(8), || Ok(steered() < before)).expect("gone");
 }
 
 #[test]

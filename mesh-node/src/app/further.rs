@@ -19,7 +19,8 @@ use crate::{
 
 /// How often it is looked.
 const LOOK: Duration = Duration::from_secs(2);
-/// Most that are taken of one pod.
+/// Most that are looked at, and most that are served, of one pod.
+const LOOKED_AT: usize = 64;
 const MOST: usize = 16;
 
 /// By pod.
@@ -27,6 +28,8 @@ const MOST: usize = 16;
 pub struct Further {
     of: HashMap<WorkloadUid, BTreeSet<IpAddr>>,
     looked: Option<Instant>,
+    /// Those that several pods have, of which that has been said.
+    shared: BTreeSet<IpAddr>,
 }
 
 impl Further {
@@ -36,12 +39,12 @@ impl Further {
 
     /// What there is in the network namespaces of pods now. Asks each of them.
     pub async fn look(pods: Vec<(WorkloadUid, Arc<Netns>)>) -> Vec<(WorkloadUid, Vec<IpAddr>)> {
-        let look = move || pods.into_iter().filter_map(|(uid, netns)| Some((uid, local_addresses(&netns).ok()?))).collect();
+        let look = move || pods.into_iter().filter_map(|(uid, netns)| Some((uid, local_addresses(&netns, LOOKED_AT).ok()?))).collect();
         tokio::task::spawn_blocking(look).await.unwrap_or_default()
     }
 
     /// Has what comes to these addresses accepted for their pods, and nothing any more for those that are gone. One that is a pod's by the
-    /// configuration, or another's already, stays theirs.
+    /// configuration stays that, and one that several have is nobody's: the kernel would not tell them apart.
     pub fn take(
         &mut self,
         found: Vec<(WorkloadUid, Vec<IpAddr>)>,
@@ -50,18 +53,32 @@ impl Further {
         capture: &mut Capture,
     ) {
         self.looked = Some(Instant::now());
-        let theirs = self.of.iter().flat_map(|(uid, all)| all.iter().map(|ip| (*ip, uid.clone())));
-        let mut owners = theirs.collect::<HashMap<_, _>>();
-        for (uid, addresses) in found {
-            let Some(inbound) = inbound.get(&uid) else { continue };
-            let mut is_free =
-                |ip: &IpAddr| snapshot.workload_by_ip(*ip).is_none() && *owners.entry(*ip).or_insert_with(|| uid.clone()) == uid;
-            let wanted = addresses.into_iter().filter(|ip| !ip.is_loopback() && is_free(ip));
-            let wanted = wanted.collect::<BTreeSet<_>>().into_iter().take(MOST).collect::<BTreeSet<_>>();
+        let is_free = |ip: &IpAddr| snapshot.workload_by_ip(*ip).is_none();
+        let mut had_by: HashMap<IpAddr, usize> = HashMap::new();
+        for ip in found.iter().flat_map(|(_, all)| all.iter().collect::<BTreeSet<_>>()) {
+            *had_by.entry(*ip).or_default() += 1;
+        }
+        let shared = had_by.iter().filter(|(ip, pods)| **pods > 1 && is_free(ip)).map(|(ip, _)| *ip).collect::<BTreeSet<_>>();
+        for ip in shared.difference(&self.shared) {
+            tracing::warn!(target: "app", address = %ip, "several pods have this address; what comes to it is refused");
+        }
+        self.shared = shared;
+        let wanted = found.into_iter().filter(|(uid, _)| inbound.contains_key(uid)).map(|(uid, addresses)| {
+            let own = addresses.into_iter().filter(|ip| is_free(ip) && !self.shared.contains(ip)).collect::<BTreeSet<_>>();
+            (uid, own.into_iter().take(MOST).collect::<BTreeSet<_>>())
+        });
+        let wanted = wanted.collect::<Vec<_>>();
+        // First what is not theirs any more: it may be another's now.
+        for (uid, wanted) in &wanted {
             let had = self.of.entry(uid.clone()).or_default();
-            let gone = had.difference(&wanted).copied().filter(|ip| snapshot.workload_by_ip(*ip).is_none()).collect::<Vec<_>>();
+            let gone = had.difference(wanted).copied().filter(is_free).collect::<Vec<_>>();
             capture.forget_addresses(&gone);
+            had.retain(|ip| wanted.contains(ip));
+        }
+        for (uid, wanted) in wanted {
+            let had = self.of.entry(uid.clone()).or_default();
             for ip in wanted.difference(had) {
+                let Some(inbound) = inbound.get(&uid) else { continue };
                 match capture.steer(*ip, *inbound) {
                     Ok(()) => tracing::info!(target: "app", %uid, address = %ip, "a further address of a pod is served"),
                     Err(error) => {

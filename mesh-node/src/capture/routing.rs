@@ -12,10 +12,11 @@ use std::{
 
 use mesh_common::{SPREAD_V4, SPREAD_V6, TRANSPARENT_MARK, TRANSPARENT_RULE_PRIORITY, TRANSPARENT_TABLE, maps::Pod};
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
@@ -82,20 +83,28 @@ fn spread(netlink: &mut Netlink, addresses: &[IpAddr]) -> io::Result<u8> {
 
 /// The index of the device that has an address.
 fn device_of(address: IpAddr) -> io::Result<Option<u32>> {
-    let found = getifaddrs()?.find(|i| address_of(i) == Some(address));
+    let has = |i: &InterfaceAddress| {
+        let storage = i.address.as_ref();
+        let v4 = storage.and_then(|s| s.as_sockaddr_in()).map(|s| IpAddr::V4(s.ip()));
+        v4.or_else(|| storage.and_then(|s| s.as_sockaddr_in6()).map(|s| IpAddr::V6(s.ip()))) == Some(address)
+    };
+    let found = getifaddrs()?.find(has);
     Ok(found.map(|i| if_nametoindex(i.interface_name.as_str())).transpose()?)
 }
 
-/// The addresses of a namespace's devices that are up.
-pub fn local_addresses(netns: &Netns) -> io::Result<Vec<IpAddr>> {
-    let all = netns.enter(|| getifaddrs().map(Iterator::collect::<Vec<_>>))??;
-    Ok(all.iter().filter_map(address_of).collect())
+/// The addresses of a namespace's devices that are not loopback ones; of a namespace with more than so many, the first.
+pub fn local_addresses(netns: &Netns, most: usize) -> io::Result<Vec<IpAddr>> {
+    netns.enter(|| Netlink::open()?.addresses(most))?
 }
 
-fn address_of(i: &InterfaceAddress) -> Option<IpAddr> {
-    let storage = i.address.as_ref()?;
-    let v4 = storage.as_sockaddr_in().map(|s| IpAddr::V4(s.ip()));
-    v4.or_else(|| storage.as_sockaddr_in6().map(|s| IpAddr::V6(s.ip())))
+fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+    let of = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Local(ip) | AddressAttribute::Address(ip) => Some(*ip),
+        _ => None,
+    };
+    // A peer's address stands before its own.
+    let local = message.attributes.iter().find(|attribute| matches!(attribute, AddressAttribute::Local(_)));
+    local.or_else(|| message.attributes.iter().find(|attribute| of(attribute).is_some())).and_then(of)
 }
 
 /// Undoes [`prepare`]; a namespace that was never prepared is left alone.
@@ -237,6 +246,38 @@ impl Netlink {
         socket.bind_auto()?;
         socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
         Ok(Self(socket))
+    }
+
+    /// As many addresses as are wanted, without those of loopback. What more there are is not read.
+    fn addresses(&mut self, most: usize) -> io::Result<Vec<IpAddr>> {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let mut packet = NetlinkMessage::new(header, NetlinkPayload::from(RouteNetlinkMessage::GetAddress(AddressMessage::default())));
+        packet.finalize();
+        let mut bytes = vec![0; packet.buffer_len()];
+        packet.serialize(&mut bytes);
+        self.0.send(&bytes, 0)?;
+        let mut found = Vec::new();
+        loop {
+            let (answer, _) = self.0.recv_from_full()?;
+            let mut rest = &answer[..];
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
+                let length = usize::try_from(message.header.length).unwrap_or(usize::MAX).next_multiple_of(4);
+                rest = rest.get(length.max(1)..).unwrap_or_default();
+                match message.payload {
+                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewAddress(message)) => {
+                        found.extend(address_of(&message).filter(|ip| !ip.is_loopback()));
+                        if found.len() >= most {
+                            return Ok(found);
+                        }
+                    }
+                    NetlinkPayload::Done(_) => return Ok(found),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+        }
     }
 
     /// Sends one request and waits for its acknowledgement. What exists already is fine.

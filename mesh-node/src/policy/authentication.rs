@@ -208,19 +208,19 @@ fn accept(token: &Token, rule: &JwtRule, keys: Option<&Keys>, now: SystemTime) -
 /// to be forwarded, and claims are put on.
 pub fn received(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &RequestHead) -> RequestHead {
     let mut received = head.clone();
-    strip(rules, verified, &mut received);
+    strip(rules, verified, &mut received, &[]);
     received
 }
 
-/// As [`received`], in place.
-pub fn strip(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &mut RequestHead) {
+/// As [`received`], in place. `again`: the rules of who gets it next; one among them that has verified the token has to find it.
+pub fn strip(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &mut RequestHead, again: &[Arc<JwtRule>]) {
     for rule in rules {
         for name in rule.payload_header.iter().chain(rule.claim_headers.iter().map(|c| &c.header)) {
             head.headers.remove(name);
         }
     }
     let Some(Verified { token, rule }) = verified else { return };
-    if !rule.forward {
+    if !rule.forward && !again.contains(rule) {
         let locations = locate(rule, head).into_iter().map(|f| f.location).collect::<Vec<_>>();
         locations.into_iter().for_each(|location| remove(location, head));
     }

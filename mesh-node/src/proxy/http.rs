@@ -48,6 +48,7 @@ pub use record::Flags;
 pub use upload::{Replays, Share};
 
 use self::{
+    authorizer::ToClient,
     body::{FrameSink, RequestBody, Responder},
     exchange::{End, Exchange},
     grpc_web::{Web, WebBody, WebResponder},
@@ -179,6 +180,7 @@ impl Connection {
             close: false,
             grpc: false,
             web: false,
+            to_client: ToClient::default(),
         };
         let end = tokio::select! {
             biased;
@@ -279,6 +281,7 @@ impl Connection {
             close: false,
             grpc: false,
             web: false,
+            to_client: ToClient::default(),
         };
         let cut = tokio::select! {
             _ = self.run(exchange, head) => false,
@@ -303,7 +306,8 @@ impl Connection {
         let Exchange { down, body, responder, record, upgrade, close, grpc, .. } = exchange;
         let (mut body, mut responder) = (WebBody::new(body, web), WebResponder::new(responder, web));
         let (body, responder) = (&mut body, &mut responder);
-        Box::pin(Exchange { down, body, responder, record, upgrade, close, grpc, web: true }.run(head)).await
+        Box::pin(Exchange { down, body, responder, record, upgrade, close, grpc, web: true, to_client: ToClient::default() }.run(head))
+            .await
     }
 
     /// Whether the port that was dialled declares gRPC-Web.

@@ -90,11 +90,11 @@ impl GatewayRoute {
     pub(super) fn read(spec: Spec, grpc: bool) -> Result<Self> {
         // Host names say nothing about a Service parent, and default gateways are none.
         let Spec { parent_refs, hostnames: _, use_default_gateways: _, rules } = spec;
-        for (i, kind) in parent_refs.iter().enumerate().filter_map(|(i, p)| Some((i, p.kind.as_deref()?))) {
-            if kind != "Service" && !GATEWAYS.contains(&kind) {
-                let problem = format!("{kind:?} is no kind whose routes are honoured here; those of a Service are");
-                return Err(FieldError::new(format!("spec.parentRefs[{i}].kind"), problem));
-            }
+        let is_honoured = |p: &Reference| p.kind.as_deref().is_none_or(|kind| kind == "Service" || GATEWAYS.contains(&kind));
+        // Others among them are others' business too.
+        if let Some(kind) = parent_refs.first().filter(|_| !parent_refs.iter().any(is_honoured)).and_then(|p| p.kind.as_deref()) {
+            let problem = format!("{kind:?} is no kind whose routes are honoured here; those of a Service are");
+            return Err(FieldError::new("spec.parentRefs[0].kind", problem));
         }
         let parents = parent_refs.iter().enumerate().filter(|(_, p)| is_service(p, Some("Gateway")));
         let parents = parents.map(|(i, p)| parent(p, &format!("spec.parentRefs[{i}]"))).collect::<Result<_>>()?;

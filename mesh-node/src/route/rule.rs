@@ -153,7 +153,7 @@ impl Rule {
         let rewrites = self.rewrite.is_some() || all.iter().any(|d| d.authority.is_some());
         let changes = !self.headers.request.is_empty() || all.iter().any(|d| !d.headers.request.is_empty());
         let answers = self.fault.abort.is_some() || self.cors.is_some();
-        !rewrites && !changes && !answers && self.mirrors.is_empty()
+        all.iter().any(|d| d.weight > 0) && !rewrites && !changes && !answers && self.mirrors.is_empty()
     }
 
     /// Makes what a destination that is alone does to headers the rule's own, and the names of its matches those of routes.

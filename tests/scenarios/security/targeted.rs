@@ -75,6 +75,11 @@ async fn routes_lead_nobody_around_the_policies_of_a_service() {
     let statuses = |all: [&'static str; 10]| paths.into_iter().zip(all).collect::<Vec<_>>();
     all(&[], "", &statuses(["301", "200", "200", "418", "200", "200", "200", "200", "200", "404"])).await;
     all(std::slice::from_ref(&deny), "", &statuses(["403", "403", "403", "403", "403", "403", "403", "200", "200", "404"])).await;
+    // The same for every service, as a mesh's waypoints would have it.
+    let mut class = deny.clone();
+    class["spec"]["targetRefs"] = json!([{"kind": "GatewayClass", "group": "gateway.networking.k8s.io", "name": "istio-waypoint"}]);
+    class["metadata"]["namespace"] = "istio-system".into();
+    all(&[class], "", &statuses(["403", "403", "403", "403", "403", "403", "403", "200", "200", "404"])).await;
     // It allows what nobody here is.
     let nobody = json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/other/sa/x"]}}]}]});
     let allow = targeted("AuthorizationPolicy", "nobody", nobody);
@@ -161,6 +166,56 @@ async fn tokens_are_asked_for_before_a_route_leads_away() {
     }
 }
 
+/// What is verified before a route is what is judged, and no more goes on than who gets it has to verify again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn claims_are_judged_before_a_route_whatever_is_asked_of_tokens_behind_it() {
+    let seen = Seen::default();
+    let one = scripted::http1("up1", &seen).expect("an upstream");
+    let (issuer, other) = (Issuer::default(), Issuer::default());
+    let rule = |name: &str, issuer: &Issuer| json!({"issuer": name, "jwks": issuer.jwks(), "outputClaimToHeaders": [{"header": "x-user", "claim": "sub"}]});
+    let documents = |others: bool, route: Value| {
+        let mut policies = vec![
+            targeted("RequestAuthentication", "jwt", json!({"jwtRules": [rule(ISSUER, &issuer)]})),
+            targeted(
+                "AuthorizationPolicy",
+                "alice",
+                json!({"rules": [{"when": [{"key": "request.headers[x-user]", "values": ["alice"]}]}]}),
+            ),
+        ];
+        if others {
+            // Of another service of the same pods, whose issuer is another.
+            let mut theirs = targeted("RequestAuthentication", "theirs", json!({"jwtRules": [rule("https://other.example", &other)]}));
+            theirs["spec"]["targetRefs"][0]["name"] = "other".into();
+            policies.push(theirs);
+        }
+        let mut all = served(one, &policies);
+        if others {
+            // Not those of the service itself.
+            all.retain(|document| document["kind"] != "EndpointSlice");
+        }
+        all.extend(service("other", "10.99.0.2", "http", &[one]));
+        all.push(virtual_service("server", &json!([route])));
+        all
+    };
+    let engine = Engine::start_as(NEAR_CLIENT, &documents(false, json!({"route": to("server")}))).await.expect("started");
+    let token = format!("authorization: Bearer {}\r\n", issuer.token(&claims(&json!({}))));
+    let changing = json!({"headers": {"request": {"set": {"x-a": "1"}}}, "route": to("server")});
+    for (n, (others, route)) in [(false, changing), (true, json!({"route": to("other")}))].into_iter().enumerate() {
+        engine.apply(&documents(others, route)).await.expect("applied");
+        for (m, (headers, status)) in [("x-user: alice\r\n", "403"), (&*token, "200")].into_iter().enumerate() {
+            let id = format!("judged-{n}-{m}");
+            let got = ask(&engine, "node", one, &get("/x", &id, headers)).await;
+            assert_eq!(got.status, status, "{others} {headers}: {got:?}");
+            for attempt in seen.of(&id) {
+                let of = |name: &str| attempt.headers.iter().filter(|(n, _)| n == name).map(|(_, v)| v.clone()).collect::<Vec<_>>();
+                // Of an issuer there is something else asked of, the claims are that one's to write.
+                let user = if others { vec![] } else { vec!["alice".to_owned()] };
+                assert_eq!((of("authorization"), of("x-user")), (vec![], user), "{others}");
+            }
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_authorizer_is_asked_before_a_route_leads_away_and_shown_the_body() {
     let seen = Seen::default();
@@ -173,7 +228,13 @@ async fn an_authorizer_is_asked_before_a_route_leads_away_and_shown_the_body() {
     documents.extend(service("other", "10.99.0.2", "http", &[two]));
     documents.extend(service("copy", "10.99.0.4", "http", &[scripted::http1("up3", &seen).expect("an upstream")]));
     documents.extend(service("authz", "10.99.0.3", "http", &[authorizer()]));
-    documents.push(virtual_service("server", &json!([{"route": to("other"), "mirror": {"host": "copy"}, "retries": {"attempts": 1}}])));
+    documents.push(virtual_service(
+        "server",
+        &json!([
+            {"match": [{"uri": {"prefix": "/moved"}}], "redirect": {"uri": "/x"}},
+            {"route": to("other"), "mirror": {"host": "copy"}, "retries": {"attempts": 1}},
+        ]),
+    ));
     let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
     let post = |id: &str, body: &str, more: &str| {
         let length = body.len();
@@ -197,6 +258,8 @@ async fn an_authorizer_is_asked_before_a_route_leads_away_and_shown_the_body() {
             assert_eq!(attempt.body, body.len(), "{id}: whole, at {}", attempt.port);
         }
     }
+    let got = ask(&engine, "node", one, &post("moved", "pass", "").replacen("/x", "/moved", 1)).await;
+    assert_eq!((got.status.as_str(), got.header("set-cookie")), ("301", Some("a=1")), "{got:?}");
     let got = ask(&engine, "node", one, &post("refused", "no", "")).await;
     assert!((got.status.as_str(), got.header("x-why")) == ("302", Some("none")) && seen.of("refused").is_empty(), "{got:?}");
 }

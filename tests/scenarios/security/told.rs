@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use mesh_tests::{
-    engine::{Engine, NEAR_CLIENT, security, service},
+    engine::{Engine, NEAR_CLIENT, security, server_pod, service, virtual_service},
     scripted::{self, Seen},
     token::Issuer,
     wire::exchange,
@@ -203,13 +203,22 @@ async fn what_was_verified_cannot_be_said_behind_a_body() {
     });
     let issuer = Issuer::default();
     let jwt = json!({"issuer": ISSUER, "jwks": issuer.jwks(), "outputClaimToHeaders": [{"header": "x-user", "claim": "sub"}], "outputPayloadToHeader": "x-payload"});
-    let documents = served(upstream, &[security("RequestAuthentication", "jwt", &json!({"jwtRules": [jwt]}))]);
+    let documents = served(upstream, &[security("RequestAuthentication", "jwt", &json!({"jwtRules": [jwt.clone()]}))]);
+    // Of a service whose route leads to another's pods.
+    let target = json!([{"kind": "Service", "group": "", "name": "server"}]);
+    let targeted = security("RequestAuthentication", "jwt", &json!({"targetRefs": target, "jwtRules": [jwt]}));
+    let mut away = vec![server_pod(), targeted, virtual_service("server", &json!([{"route": [{"destination": {"host": "other"}}]}]))];
+    away.extend(service("server", "10.99.0.1", "http", &[]));
+    away.extend(service("other", "10.99.0.2", "http", &[upstream]));
     let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
     let names = ["x-user", "x-payload", "x-forwarded-client-cert", "authorization", "x-forwarded-for"];
     let trailers = names.map(|name| format!("{name}: forged\r\n")).concat();
     let request =
         format!("POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n{trailers}x-sum: 2\r\nx-last: 1\r\n\r\n");
-    for way in ["outside", "node"] {
+    for way in ["outside", "node", "away"] {
+        if way == "away" {
+            engine.apply(&away).await.expect("applied");
+        }
         let got = ask(&engine, way, upstream, &request).await;
         assert_eq!(got.status, "200", "{way}: {got:?}");
         let received = std::mem::take(&mut *received.lock().expect("a lock"));

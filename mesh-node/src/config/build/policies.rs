@@ -105,6 +105,8 @@ pub(super) struct Policies<'a> {
     compiled: HashMap<Vec<usize>, Arc<Governing>>,
     /// Policies of services by the port they are reached by and the pod's.
     by_port: HashMap<(usize, u16, u16, bool), usize>,
+    /// Those of all services: of the class of waypoints there would be.
+    of_all_services: Vec<usize>,
     /// Key sets that pods of this node need.
     remote: std::collections::BTreeSet<RemoteKeys>,
 }
@@ -160,7 +162,8 @@ impl<'a> Policies<'a> {
             Self::look_for(builder, named, provider);
         }
         if let Some(scope) = scope(builder, named, policy.selector.as_ref(), &policy.targets) {
-            self.add(Policy { named, scope, what: What::Authorization(Arc::new(compiled)), opaque: BTreeMap::new() });
+            let what = What::Authorization(Arc::new(compiled));
+            self.add(Policy { named, scope, what, opaque: BTreeMap::new() }, &policy.targets);
         }
     }
 
@@ -188,11 +191,15 @@ impl<'a> Policies<'a> {
 
     fn request_authentication(&mut self, builder: &mut Builder<'a>, named: &'a Named, policy: &'a RequestAuthentication) {
         if let Some(scope) = scope(builder, named, policy.selector.as_ref(), &policy.targets) {
-            self.add(Policy { named, scope, what: What::Authentication(policy.rules.clone()), opaque: BTreeMap::new() });
+            let what = What::Authentication(policy.rules.clone());
+            self.add(Policy { named, scope, what, opaque: BTreeMap::new() }, &policy.targets);
         }
     }
 
-    fn add(&mut self, policy: Policy<'a>) {
+    fn add(&mut self, policy: Policy<'a>, targets: &[TargetRef]) {
+        if targets.contains(&TargetRef::Everything) {
+            self.of_all_services.push(self.all.len());
+        }
         let namespace: &'a str = &policy.named.key.name.namespace;
         self.by_namespace.entry(namespace).or_default().add(self.all.len(), &policy.scope);
         self.all.push(policy);
@@ -244,15 +251,20 @@ impl<'a> Policies<'a> {
                 found.insert(ObjectName::new(namespace, service), policies.clone());
             }
         }
-        let mut guards = Guards::new();
-        for (name, policies) in found {
-            let asks_ports = policies.iter().any(|i| matches!(&self.all[*i].what, What::Authorization(policy) if policy.asks_ports()));
-            let governing = self.governing(policies);
-            // Any pod of this node may be a client.
-            self.needs_keys(&governing);
-            guards.insert(name, Guard { governing, asks_ports });
-        }
-        guards
+        let all = self.of_all_services.clone();
+        let of_any = (!all.is_empty()).then(|| self.guard(all.clone()));
+        let of = found.into_iter().map(|(name, own)| (name, self.guard([own, all.clone()].concat()))).collect();
+        Guards { of, of_any }
+    }
+
+    fn guard(&mut self, mut policies: Vec<usize>) -> Guard {
+        policies.sort_unstable();
+        policies.dedup();
+        let asks_ports = policies.iter().any(|i| matches!(&self.all[*i].what, What::Authorization(policy) if policy.asks_ports()));
+        let governing = self.governing(policies);
+        // Any pod of this node may be a client.
+        self.needs_keys(&governing);
+        Guard { governing, asks_ports }
     }
 
     /// A policy of a service as it is for its port: another where it asks about that.

@@ -95,7 +95,11 @@ pub(super) struct Guard {
 }
 
 /// By service.
-pub(super) type Guards = BTreeMap<ObjectName, Guard>;
+pub(super) struct Guards {
+    pub of: BTreeMap<ObjectName, Guard>,
+    /// Of services that no policy refers to by name.
+    pub of_any: Option<Guard>,
+}
 
 pub(super) fn build(
     builder: &mut Builder<'_>,
@@ -439,7 +443,7 @@ fn assemble(
 
 /// Has the policies that refer to a service asked where its own endpoints do not ask them.
 fn guard(service: &mut Service, guards: &Guards, snapshot: &Snapshot) {
-    let Some(Guard { governing, asks_ports }) = guards.get(&service.name) else { return };
+    let Some(Guard { governing, asks_ports }) = guards.of.get(&service.name).or(guards.of_any.as_ref()) else { return };
     let mut ports_to: HashMap<SocketAddr, BTreeSet<u16>> = HashMap::new();
     for port in service.ports.iter().filter(|_| *asks_ports) {
         for endpoint in port.cluster.endpoints.iter() {
@@ -453,7 +457,7 @@ fn guard(service: &mut Service, guards: &Guards, snapshot: &Snapshot) {
     };
     for port in &mut service.ports {
         let own = port.cluster.endpoints.iter().filter(|e| asks(e)).map(|e| e.address).collect::<BTreeSet<_>>();
-        port.is_guarded = own.len() < port.cluster.endpoints.len();
+        port.is_guarded = !port.cluster.endpoints.iter().all(|e| own.contains(&e.address));
         port.routes.guard(&|cluster| cluster.is_some_and(|c| c.endpoints.iter().all(|e| own.contains(&e.address))));
         port.guard = Some(governing.clone());
     }

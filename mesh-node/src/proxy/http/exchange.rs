@@ -19,6 +19,7 @@ use super::{
     Downstream,
     attempt::Deadlines,
     attempts::{Attempts, Hashed, Outcome},
+    authorizer::ToClient,
     body::{RequestBody, Responder},
     gate, headers,
     record::{Described, Flag, Record},
@@ -62,6 +63,8 @@ pub struct Exchange<'e, 'd, B, R> {
     pub grpc: bool,
     /// It came as gRPC-Web: what is answered here is told as HTTP.
     pub web: bool,
+    /// What external authorizers of the service that was dialled have for the client.
+    pub to_client: ToClient,
 }
 
 /// Where a request is forwarded to.
@@ -78,13 +81,14 @@ pub(super) struct Forward<'s> {
     pub(super) asked: Option<Box<Described>>,
     /// What policies of the service have made of it.
     passed: Passed,
+    to_client: ToClient,
 }
 
 impl<'s> Forward<'s> {
     /// Where no route says anything.
     fn as_dialled(cluster: Arc<Cluster>, snapshot: &'s Snapshot, source: &'s Arc<Workload>, dialled: &'s ObjectName) -> Self {
-        let passed = Passed::default();
-        Self { cluster, rule: None, destination: None, cors: None, snapshot, source, dialled, asked: None, passed }
+        let (passed, to_client) = (Passed::default(), ToClient::default());
+        Self { cluster, rule: None, destination: None, cors: None, snapshot, source, dialled, asked: None, passed, to_client }
     }
 
     /// Whether the route says to.
@@ -100,7 +104,7 @@ impl<'s> Forward<'s> {
         };
         respond_as(headers, self.rule, self.destination, &tell);
         cors::tell(headers, self.cors.as_ref());
-        self.passed.to_client.apply(headers);
+        self.to_client.apply(headers);
     }
 }
 
@@ -152,7 +156,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let mut forward = Forward::as_dialled(port.cluster.clone(), snapshot, source, &service.name);
         if port.is_guarded {
             match self.guard(dialled, Some(&port.cluster), &mut head).await {
-                Ok(passed) => forward.passed = passed,
+                Ok(passed) => (forward.passed, forward.to_client) = (passed, std::mem::take(&mut self.to_client)),
                 Err(end) => return end,
             }
         }
@@ -199,6 +203,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     dialled: &service.name,
                     asked: asked_of(&head, rule, Some(destination)),
                     passed,
+                    to_client: std::mem::take(&mut self.to_client),
                 };
                 let mirrors = Self::mirrors(resolved);
                 self.forward_rewritten(head, forward, rewritten, mirrors).await
@@ -298,12 +303,14 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         cors: Option<&CorsAnswer>,
     ) -> End {
         let asked = rule.and_then(|rule| asked_of(head, rule, destination));
+        let to_client = std::mem::take(&mut self.to_client);
         let change = |record: &Record, headers: &mut HeaderMap| {
             let tell = |template: &Template, headers: &HeaderMap| {
                 record.tell(template, asked.as_deref().map(Described::asked), Some((None, headers)))
             };
             respond_as(headers, rule, destination, &tell);
             cors::tell(headers, cors);
+            to_client.apply(headers);
         };
         self.reply(reply, change).await
     }
@@ -339,7 +346,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let mut reply = Reply::new(StatusCode::OK, "");
         reply.headers = headers;
         self.record.details = Cow::Borrowed("cors_response");
-        self.reply(reply, |_, _| {}).await
+        let to_client = std::mem::take(&mut self.to_client);
+        self.reply(reply, |_, headers| to_client.apply(headers)).await
     }
 
     /// Delays and aborts, each by its own dice.
@@ -406,6 +414,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         if let Some(begun) = forward.passed.begun.take() {
             upload = upload.after(begun);
         }
+        upload.keep_out(&forward.passed.written);
         let attempts = Attempts {
             down: self.down,
             responder: self.responder,

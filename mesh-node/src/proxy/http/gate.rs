@@ -37,6 +37,7 @@ use crate::{
         pods::Stage,
         reporting::{EdgeSlot, Ends},
     },
+    resource::request_authentication::JwtRule,
     route::request::{RequestHead, renormalised},
     telemetry::traffic::Reporter,
 };
@@ -107,8 +108,8 @@ pub struct Asked<'h> {
     /// A header the application gets beside its own.
     pub client_cert: Option<HeaderValue>,
     pub protocol: &'static str,
-    /// It goes on with its tokens, whatever is said of them.
-    pub keeps_tokens: bool,
+    /// The rules about tokens of who gets it next.
+    pub again: &'h [Arc<JwtRule>],
 }
 
 /// A request that may not.
@@ -284,7 +285,7 @@ impl Gate {
             }
             Told::Only(None) => drop(changed.get_or_insert_with(|| head.clone()).headers.remove(&CLIENT_CERT)),
         }
-        self.judge(&snapshot, governing, Asked { head, changed, client_cert, protocol, keeps_tokens: false }, body).await
+        self.judge(&snapshot, governing, Asked { head, changed, client_cert, protocol, again: &[] }, body).await
     }
 
     /// Judges a request by these policies.
@@ -295,13 +296,16 @@ impl Gate {
         asked: Asked<'_>,
         body: &mut impl Preview,
     ) -> Result<Pass, Box<Refusal>> {
-        let Asked { head, mut changed, client_cert, protocol, keeps_tokens } = asked;
+        let Asked { head, mut changed, client_cert, protocol, again } = asked;
+        let mut written = Vec::new();
         let mut told = self.authenticate(governing, changed.as_ref().unwrap_or(head)).await;
         let mut to_client = ToClient::default();
         if !governing.authorization.custom.is_empty() && !self.facts.node {
             let claims = told.as_ref().ok().and_then(|a| a.claims.as_ref());
             let seen = changed.as_ref().unwrap_or(head);
             if let Some(rewritten) = self.ask_authorizers(snapshot, governing, (seen, protocol), body, claims, &mut to_client).await? {
+                let is_same = |name: &&HeaderName| rewritten.headers.get_all(*name).iter().eq(seen.headers.get_all(*name));
+                written.extend(rewritten.headers.keys().filter(|name| !is_same(name)).cloned());
                 // What an authorizer wrote counts like what a client did.
                 let rewritten = renormalised(&rewritten, snapshot.normalization).map_err(|_| bad_path())?.unwrap_or(rewritten);
                 told = self.authenticate(governing, &rewritten).await;
@@ -309,9 +313,9 @@ impl Gate {
             }
         }
         let claims = told.map_err(|fault| tokens::refusal(&self.proxy, fault, head))?.claims;
-        if !governing.authentication.is_empty() && !keeps_tokens {
+        if !governing.authentication.is_empty() {
             let mut stripped = changed.take().unwrap_or_else(|| head.clone());
-            strip(&governing.authentication, claims.as_ref(), &mut stripped);
+            strip(&governing.authentication, claims.as_ref(), &mut stripped, again);
             changed = Some(stripped);
         }
         let judged = changed.as_ref().unwrap_or(head);
@@ -323,7 +327,7 @@ impl Gate {
             refusal.head = changed;
             return Err(refusal);
         }
-        let written = governing.authentication.iter().flat_map(|rule| rule.changed_headers()).cloned().collect();
+        written.extend(governing.authentication.iter().flat_map(|rule| rule.changed_headers()).cloned());
         Ok(Pass { head: changed, claims, client_cert, to_client, written, judged: true, unseen: AtomicBool::new(false) })
     }
 

@@ -86,12 +86,16 @@ impl<'a, B: FrameSource> Upload<'a, B> {
 
     /// What an attempt is given.
     fn given(&mut self, frame: Option<Frame>) -> Option<Frame> {
-        let mut frame = frame?;
+        let frame = self.without_untrailed(frame?);
+        self.passed.see(&frame);
+        Some(frame)
+    }
+
+    fn without_untrailed(&self, mut frame: Frame) -> Frame {
         if let Frame::Trailers(trailers) = &mut frame {
             self.untrailed.iter().for_each(|name| drop(trailers.remove(name)));
         }
-        self.passed.see(&frame);
-        Some(frame)
+        frame
     }
 
     /// Copies every frame to a mirror, as long as it keeps up.
@@ -227,6 +231,7 @@ impl<'a, B: FrameSource> Upload<'a, B> {
     }
 
     fn pass(&mut self, frame: Frame) -> Frame {
+        let frame = self.without_untrailed(frame);
         self.copy(&frame);
         let charged = if self.keeping && self.kept_bytes < REPLAY_EACH { self.charge(&frame, false) } else { 0 };
         if charged == 0 {

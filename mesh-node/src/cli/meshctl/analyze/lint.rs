@@ -152,19 +152,23 @@ impl<'a> Lint<'a> {
 
     /// Where a service's clients go when it fails is of no use to those that never see that it does.
     fn failover(&mut self, named: &Named, rule: &DestinationRule) {
-        let host = rule.policy.iter().map(|policy| ("spec.trafficPolicy".to_owned(), Some(policy), None));
-        let subset = |(i, s)| (format!("spec.subsets[{i}].trafficPolicy"), rule.policy.as_ref(), Some(s));
-        let subsets = rule.subsets.iter().map(|s| &s.policy).enumerate().map(subset);
-        for (at, host, subset) in host.chain(subsets).collect::<Vec<_>>() {
-            let policy = Layered::effective(host, subset, 0);
-            let says = |locality: &Locality| !locality.failover.is_empty() || !locality.failover_priority.is_empty();
-            let is_own = subset.is_none_or(|own| says(&Layered::effective(Some(own), None, 0).locality));
-            if is_own && says(&policy.locality) && policy.outlier.is_none() {
-                let message = format!(
-                    "{at}.loadBalancer.localityLbSetting: counts for nothing without outlierDetection, by which alone it is seen that endpoints fail"
-                );
-                self.say(named, &message);
-            }
+        let host = rule.policy.as_ref();
+        let says = |locality: &Locality| !locality.failover.is_empty() || !locality.failover_priority.is_empty();
+        let layers = std::iter::once(None).chain(rule.subsets.iter().map(|subset| Some(&subset.policy)));
+        let mut all = layers.flat_map(|subset| {
+            let ports = host.into_iter().chain(subset).flat_map(|layered| layered.ports.keys().copied());
+            std::iter::once(0).chain(ports).map(move |port| Layered::effective(host, subset, port)).collect::<Vec<_>>()
+        });
+        // Where some of them see it, that is what is meant.
+        if all.clone().any(|policy| says(&policy.locality)) && all.all(|policy| policy.outlier.is_none()) {
+            let at = if host.is_some_and(|host| says(&Layered::effective(Some(host), None, 0).locality)) {
+                "spec.trafficPolicy.loadBalancer.localityLbSetting"
+            } else {
+                "spec.subsets"
+            };
+            let message =
+                format!("{at}: its failover counts for nothing without outlierDetection, by which alone it is seen that endpoints fail");
+            self.say(named, &message);
         }
     }
 

@@ -3,14 +3,13 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 
 use super::{End, Exchange};
 use crate::{
     config::Snapshot,
     policy::{Facts, Governing, Sni},
     proxy::http::{
-        authorizer::ToClient,
         body::{RequestBody, Responder},
         gate::{Asked, Gate, shows_bodies},
         upload::{Begun, Upload},
@@ -31,10 +30,10 @@ pub(super) struct Dialled<'s> {
 /// What comes of a request that may pass, beside what becomes of its head.
 #[derive(Default)]
 pub(super) struct Passed {
-    /// What external authorizers have for the client.
-    pub to_client: ToClient,
-    /// What they were shown of the body.
+    /// What external authorizers were shown of the body.
     pub begun: Option<Begun>,
+    /// Headers that say what was verified.
+    pub written: Vec<HeaderName>,
 }
 
 impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
@@ -71,8 +70,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             changed: None,
             client_cert: None,
             protocol: self.record.protocol,
-            // They are asked for again.
-            keeps_tokens: cluster.is_some_and(|cluster| !snapshot.tokens_of(cluster).is_empty()),
+            again: cluster.map_or(&[], |cluster| snapshot.tokens_of(cluster)),
         };
         let mut upload = Upload::new(&mut *self.body, false, &down.proxy.replays.of(&down.pod.kept));
         let judged = tokio::select! {
@@ -87,7 +85,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     *head = changed;
                     self.record.became(head);
                 }
-                Ok(Passed { to_client: pass.to_client, begun: Some(begun) })
+                self.to_client = pass.to_client;
+                Ok(Passed { begun: Some(begun), written: pass.written })
             }
             Some(Err(refusal)) => {
                 refusal.note(self.record, &gate, head);
