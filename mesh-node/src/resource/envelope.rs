@@ -220,7 +220,9 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
         Kind::ConfigMap => Object::MeshConfig(Box::new(super::mesh_config::read(document, key)?)),
         Kind::VirtualService => Object::VirtualService(Box::new(VirtualService::read(spec_of(spec, key)?).map_err(fail)?)),
         Kind::DestinationRule => Object::DestinationRule(Box::new(DestinationRule::read(spec_of(spec, key)?).map_err(fail)?)),
-        Kind::HTTPRoute | Kind::GRPCRoute if spec.is_some_and(GatewayRoute::is_elsewhere) => Object::GatewayRoute(GatewayRoute::default()),
+        Kind::HTTPRoute | Kind::GRPCRoute if spec.is_some_and(super::gateway_route::are_elsewhere) => {
+            Object::GatewayRoute(GatewayRoute::default())
+        }
         Kind::HTTPRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, false).map_err(fail)?),
         Kind::GRPCRoute => Object::GatewayRoute(GatewayRoute::read(spec_of(spec, key)?, true).map_err(fail)?),
         Kind::ReferenceGrant => Object::ReferenceGrant(ReferenceGrant::read(spec_of(spec, key)?)),

@@ -1,6 +1,7 @@
 //! Gateway API's `HTTPRoute` and `GRPCRoute` with Services as parents (mesh routing), and `ReferenceGrant`.
 
 mod document;
+mod parents;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -11,6 +12,9 @@ use document::{
     RewriteDocument, RuleDocument, Typed,
 };
 use http::StatusCode;
+pub use parents::Parent;
+pub(super) use parents::are_elsewhere;
+use parents::is_service;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -37,28 +41,7 @@ pub struct GatewayRoute {
     pub rules: Vec<Rule>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parent {
-    /// The route's own when absent.
-    pub namespace: Option<Arc<str>>,
-    pub name: Arc<str>,
-    /// All ports when absent.
-    pub port: Option<u16>,
-    /// The name of a port, which it has to be of as well.
-    pub section: Option<Arc<str>>,
-}
-
-/// Parents that are others' business.
-const GATEWAYS: [&str; 3] = ["Gateway", "ListenerSet", "XListenerSet"];
-
 impl GatewayRoute {
-    /// Whether it is for gateways alone: whatever else it says is for whoever runs those.
-    pub(super) fn is_elsewhere(spec: &Value) -> bool {
-        let Some(parents) = spec.get("parentRefs").and_then(Value::as_array).filter(|all| !all.is_empty()) else { return false };
-        let kind = |parent: &Value| parent.get("kind").map_or(Some("Gateway"), Value::as_str).is_some_and(|kind| GATEWAYS.contains(&kind));
-        parents.iter().all(kind)
-    }
-
     /// What stands in for one that cannot be read: rules that can be, and for what others match, where that can be read, an error, as Gateway API
     /// asks for of filters that are not known: none may be passed over.
     pub(super) fn as_far_as_it_can_be_read(spec: &Value, grpc: bool) -> Option<Self> {
@@ -90,14 +73,7 @@ impl GatewayRoute {
     pub(super) fn read(spec: Spec, grpc: bool) -> Result<Self> {
         // Host names say nothing about a Service parent, and default gateways are none.
         let Spec { parent_refs, hostnames: _, use_default_gateways: _, rules } = spec;
-        let is_honoured = |p: &Reference| p.kind.as_deref().is_none_or(|kind| kind == "Service" || GATEWAYS.contains(&kind));
-        // Others among them are others' business too.
-        if let Some(kind) = parent_refs.first().filter(|_| !parent_refs.iter().any(is_honoured)).and_then(|p| p.kind.as_deref()) {
-            let problem = format!("{kind:?} is no kind whose routes are honoured here; those of a Service are");
-            return Err(FieldError::new("spec.parentRefs[0].kind", problem));
-        }
-        let parents = parent_refs.iter().enumerate().filter(|(_, p)| is_service(p, Some("Gateway")));
-        let parents = parents.map(|(i, p)| parent(p, &format!("spec.parentRefs[{i}]"))).collect::<Result<_>>()?;
+        let parents = parents::read(&parent_refs)?;
         let mut flat = Vec::new();
         for (i, document) in rules.unwrap_or_else(|| vec![RuleDocument::default()]).iter().enumerate() {
             let at = format!("spec.rules[{i}]");
@@ -128,23 +104,6 @@ pub fn precedence(matched: &HttpMatch) -> (u8, usize, bool, usize, usize) {
         None => (0, 0),
     };
     (kind, length, matched.method.is_some(), matched.headers.len(), matched.query.len())
-}
-
-/// `default` is the kind of a reference that names none.
-fn is_service(reference: &Reference, default: Option<&str>) -> bool {
-    let group = reference.group.as_deref();
-    let kind = reference.kind.as_deref().or(default);
-    kind == Some("Service") && matches!(group, None | Some("" | "core"))
-}
-
-fn parent(reference: &Reference, at: &str) -> Result<Parent> {
-    let number = reference.port.map(|number| port(number, &format!("{at}.port"))).transpose()?;
-    Ok(Parent {
-        namespace: reference.namespace.as_deref().map(Arc::from),
-        name: reference.name.as_str().into(),
-        port: number,
-        section: reference.section_name.as_deref().map(Arc::from),
-    })
 }
 
 fn destination(reference: &Reference, at: &str) -> Result<Destination> {

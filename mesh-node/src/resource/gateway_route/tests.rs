@@ -144,6 +144,9 @@ fn a_route_of_gateways_is_not_read_and_one_of_nothing_is_told() {
     let Ok(Parsed::Object(named)) = of(&gateways, &unknown) else { panic!("nothing to say") };
     assert_eq!(named.object, Object::GatewayRoute(GatewayRoute::default()));
     assert!(of(&json!([{"name": "gw"}, {"kind": "Service", "group": "", "name": "s"}]), &unknown).is_err());
+    let mixed =
+        json!([{"kind": "ServiceEntry", "group": "networking.istio.io", "name": "e"}, {"kind": "Service", "group": "", "name": "s"}]);
+    assert!(of(&mixed, &json!({})).is_ok(), "others among them are others' business");
     for kind in ["service", "ServiceEntry", "Mesh"] {
         let told = of(&json!([{"kind": kind, "name": "s"}]), &json!({})).expect_err(kind);
         assert_eq!(told.field, "spec.parentRefs[0].kind", "{kind}");
