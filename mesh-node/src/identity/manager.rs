@@ -59,6 +59,8 @@ pub struct Manager {
     turnstile: Turnstile,
     /// Told when what certificates are made with has changed.
     anew: watch::Receiver<u64>,
+    /// Told when a fetch succeeds after one that failed: others need not wait out their back-off.
+    well: Arc<watch::Sender<u64>>,
     _follower: Arc<Follower>,
 }
 
@@ -100,7 +102,7 @@ impl Manager {
             }
         });
         let held = Arc::new(Follower(follower.abort_handle()));
-        Self { source, entries: Arc::default(), turnstile: Turnstile::new(AT_ONCE), anew, _follower: held }
+        Self { source, entries: Arc::default(), turnstile: Turnstile::new(AT_ONCE), anew, well: Arc::default(), _follower: held }
     }
 
     /// A certificate that is valid now. Waits for the first fetch; fails when that fails, or when the last certificate
@@ -158,6 +160,7 @@ impl Manager {
             wanted: wanted.clone(),
             turnstile: self.turnstile.clone(),
             anew: self.anew.clone(),
+            well: self.well.clone(),
         };
         let keeper = tokio::spawn(keeper.run()).abort_handle();
         entries.insert(id.clone(), Entry { current: receiver.clone(), keeper, wanted: wanted.clone() });
@@ -185,19 +188,27 @@ struct Keeper {
     wanted: Arc<Notify>,
     turnstile: Turnstile,
     anew: watch::Receiver<u64>,
+    well: Arc<watch::Sender<u64>>,
 }
 
 impl Keeper {
     async fn run(mut self) {
         let mut backoff = BACKOFF_MIN;
+        let mut well = self.well.subscribe();
         loop {
             let pass = self.pass().await;
             // What changes from here on is a reason to fetch again.
             self.anew.borrow_and_update();
+            well.borrow_and_update();
             let issued = self.source.issue(&self.id).await;
             drop(pass);
             let wait = match issued.and_then(unexpired) {
                 Ok(credentials) => {
+                    if self.current.borrow().error.is_some() {
+                        self.well.send_modify(|times| *times += 1);
+                        // Not for itself.
+                        well.borrow_and_update();
+                    }
                     backoff = BACKOFF_MIN;
                     let wait = credentials.renew_in(SystemTime::now(), fastrand::f64() * 2.0 - 1.0);
                     tracing::debug!(target: "identity", identity = %self.id, serial = credentials.serial, "certificate issued");
@@ -213,8 +224,10 @@ impl Keeper {
                     wait
                 }
             };
+            let failed = self.current.borrow().error.is_some();
             tokio::select! {
                 () = rest(wait, &self.wanted, &self.current) => {}
+                Ok(()) = well.changed(), if failed => tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await,
                 // Without a sender there will be no change.
                 Ok(()) = self.anew.changed() => tokio::time::sleep(SPREAD.mul_f64(fastrand::f64())).await,
             }
@@ -276,12 +289,18 @@ mod tests {
     struct Counting {
         ca: EmbeddedCa,
         issued: AtomicUsize,
-        fail_after: usize,
+        fail_after: AtomicUsize,
+    }
+
+    impl Counting {
+        fn mend(&self) {
+            self.fail_after.store(usize::MAX, Ordering::SeqCst);
+        }
     }
 
     impl CertificateSource for Counting {
         fn issue<'a>(&'a self, id: &'a SpiffeId) -> Boxed<'a, Result<Credentials, IssueError>> {
-            if self.issued.fetch_add(1, Ordering::SeqCst) >= self.fail_after {
+            if self.issued.fetch_add(1, Ordering::SeqCst) >= self.fail_after.load(Ordering::SeqCst) {
                 return Box::pin(async { Err(IssueError::Stopped) });
             }
             self.ca.issue(id)
@@ -293,7 +312,7 @@ mod tests {
         let domain = TrustDomain::parse("cluster.local").expect("valid");
         let trust = Trust::new(TrustDomains { local: domain.clone(), aliases: Vec::new() }, KeyExchange::default());
         let ca = EmbeddedCa::open(dir.path(), domain, trust, ttl).expect("open");
-        let source = Arc::new(Counting { ca, issued: AtomicUsize::new(0), fail_after });
+        let source = Arc::new(Counting { ca, issued: AtomicUsize::new(0), fail_after: AtomicUsize::new(fail_after) });
         (Manager::new(source.clone()), source, dir)
     }
 
@@ -329,6 +348,23 @@ mod tests {
         let again = manager.credentials(&id("b")).await.expect("still valid");
         assert!(Arc::ptr_eq(&first, &again) && source.issued.load(Ordering::SeqCst) > 2);
         assert!(manager.states()[0].error.is_some());
+    }
+
+    /// Whoever has waited longest after failures is not the last to hear that it works again.
+    #[tokio::test(start_paused = true)]
+    async fn one_that_succeeds_after_a_failure_tells_the_others() {
+        let (manager, source, _dir) = manager(Duration::from_hours(1), 0);
+        for account in ["b", "c"] {
+            assert!(manager.credentials(&id(account)).await.is_err());
+        }
+        tokio::time::sleep(Duration::from_mins(30)).await;
+        source.mend();
+        let healed = |n: usize| manager.states().iter().filter(|state| state.error.is_none()).count() == n;
+        while !healed(1) && !healed(2) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        tokio::time::sleep(SPREAD + Duration::from_millis(100)).await;
+        assert!(healed(2), "{:?}", manager.states());
     }
 
     /// A file nobody replaces, or an authority whose clock is wrong.
