@@ -122,7 +122,14 @@ impl Fates {
         }
         let used = endpoints.iter().filter(|e| e["used"] == true).collect::<Vec<_>>();
         if used.is_empty() {
-            return self.fail(weight, "no endpoint is ready: answered 503 (UH), or reset if it is no request".to_owned());
+            // What is ready is of other nodes.
+            let elsewhere = endpoints.iter().any(|e| e["ready"] == true);
+            let why = if elsewhere {
+                "no endpoint of the client's node is ready, and internalTrafficPolicy is Local"
+            } else {
+                "no endpoint is ready"
+            };
+            return self.fail(weight, format!("{why}: answered 503 (UH), or reset if it is no request"));
         }
         self.usable += used.len();
         let denied = used.iter().filter(|e| e["decision"] == "denied").collect::<Vec<_>>();
@@ -216,6 +223,8 @@ mod tests {
         );
         let empty = |f: &mut Fates| f.add(1, std::slice::from_ref(&unused));
         assert!(told(&[1], &empty, None).1.starts_with("no endpoint is ready"));
+        let elsewhere = json!({"used": false, "ready": true, "decision": "allowed"});
+        assert!(told(&[1], &|f| f.add(1, std::slice::from_ref(&elsewhere)), None).1.contains("internalTrafficPolicy"));
         assert_eq!(told(&[50, 50], &half, Some(("503", 100.0))), (false, "answered 503 by the route's fault".to_owned()));
         let some = told(&[1], &|f| f.add(1, std::slice::from_ref(&yes)), Some(("gRPC status 14", 0.5)));
         assert_eq!(
