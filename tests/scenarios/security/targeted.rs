@@ -84,6 +84,19 @@ async fn routes_lead_nobody_around_the_policies_of_a_service() {
     let nobody = json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/other/sa/x"]}}]}]});
     let allow = targeted("AuthorizationPolicy", "nobody", nobody);
     all(&[allow], "", &statuses(["403"; 10])).await;
+    // What it is switched to could carry requests that nobody judges.
+    engine.apply(&documents(&[deny])).await.expect("applied");
+    for (protocol, path, expected) in
+        [("h2c", "/free", true), ("foo/1", "/free", true), ("foo/1", "/secret/own", false), ("websocket", "/free", true)]
+    {
+        let id = format!("switch-{}-{}", protocol.len(), path.len());
+        let headers = format!("connection: upgrade\r\nupgrade: {protocol}\r\n");
+        let _ = ask(&engine, "node", one, &get(path, &id, &headers)).await;
+        let arrived = seen.of(&id);
+        assert_eq!(!arrived.is_empty(), expected, "{protocol} {path}");
+        let offered = arrived.iter().any(|attempt| attempt.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("upgrade")));
+        assert_eq!(offered, protocol == "websocket", "{protocol} {path}");
+    }
     // Of pods, and of none that a route leads to.
     let selected =
         security("AuthorizationPolicy", "p", &json!({"selector": {"matchLabels": {"app": "other"}}, "action": "DENY", "rules": [{}]}));

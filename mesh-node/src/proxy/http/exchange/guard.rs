@@ -13,7 +13,7 @@ use crate::{
         body::{RequestBody, Responder},
         gate::{Asked, Gate, shows_bodies},
         upload::{Begun, Upload},
-        wire::{expects_continue, take_expectation},
+        wire::{expects_continue, is_websocket, take_expectation},
     },
     route::{Cluster, Service, ServicePort, Workload, request::RequestHead},
 };
@@ -86,6 +86,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     self.record.became(head);
                 }
                 self.to_client = pass.to_client;
+                // What it could become else may carry requests that nobody judges.
+                self.upgrade = self.upgrade.take().filter(is_websocket);
                 Ok(Passed { begun: Some(begun), written: pass.written })
             }
             Some(Err(refusal)) => {
