@@ -167,6 +167,24 @@ async fn an_authorizer_over_grpc_decides() {
     }
 }
 
+/// Where nobody of the provider's name is configured, what it would be asked about is denied as Istio denies it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_provider_that_is_not_there_denies() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let rules = json!([{"to": [{"operation": {"paths": ["/a"]}}]}]);
+    let custom =
+        json!({"selector": {"matchLabels": {"app": "server"}}, "action": "CUSTOM", "provider": {"name": "nobody"}, "rules": rules});
+    let documents = served(upstream, &[security("AuthorizationPolicy", "custom", &custom)]);
+    let engine = Engine::start_as(NEAR_CLIENT, &documents).await.expect("started");
+    for way in ["outside", "node"] {
+        for (path, status, body) in [("/a", "403", "RBAC: access denied"), ("/free", "200", "up1 200 #1\n")] {
+            let got = ask(&engine, way, upstream, &get(path, way, "")).await;
+            assert_eq!((got.status.as_str(), got.body.as_str()), (status, body), "{way} {path}: {got:?}");
+        }
+    }
+}
+
 /// What CUSTOM makes of connections that carry no requests.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_authorizer_is_asked_about_opaque_connections() {

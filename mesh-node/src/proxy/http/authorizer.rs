@@ -92,7 +92,7 @@ pub async fn ask(
 ) -> Answer {
     let asked = match whom(gate, snapshot, provider) {
         Whom::Nobody => return Answer::Allowed { to_client: ToClient::default() },
-        Whom::Unknown => return refused(StatusCode::FORBIDDEN, format!("{ERROR}{{unknown_provider_{provider}}}")),
+        Whom::Unknown => return nobody_to_ask(),
         Whom::Away => return refused(StatusCode::FORBIDDEN, format!("{ERROR}{{no_service_of_provider_{provider}}}")),
         Whom::Found(authorizer, cluster) => {
             // Clients may take their time over it: the authorizer's begins after that.
@@ -238,6 +238,12 @@ async fn in_time<T>(
 
 fn refused(status: StatusCode, details: String) -> Answer {
     Answer::Denied(refusal(Reply::new(status, ""), details))
+}
+
+/// What becomes of requests for which nobody of that name is configured: Istio has a rule that denies, and its name is what logs tell.
+fn nobody_to_ask() -> Answer {
+    const DETAILS: &str = "rbac_access_denied_matched_policy[default-deny-all-due-to-bad-CUSTOM-action]";
+    Answer::Denied(Refusal::new(Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), DETAILS))
 }
 
 fn refusal(reply: Reply, details: String) -> Box<Refusal> {
