@@ -132,6 +132,11 @@ fn meshctl_shows_a_node_from_inside() {
         let (success, text) = run(&["status", "-o", output]);
         assert!(success && text.contains(part) && !text.contains('\x1b'), "{text}");
     }
+    let (success, text) = run(&["config-dump", "-o", "yaml"]);
+    let first = text.lines().next().unwrap_or_default();
+    assert!(success && !first.contains('{') && text.lines().any(|line| line.trim_start().starts_with("workloadState:")), "{text}");
+    let there = |name: &str| text.lines().any(|line| line.contains("name:") && line.contains(name));
+    assert!(there("a-pod") && there("shop-front"), "{text}");
 }
 
 #[test]

@@ -257,7 +257,11 @@ async fn who_is_told_to_wait_waits_as_long_as_for_any_answer() {
                 let mut buffer = [0; 4096];
                 while let Ok(1..) = stream.read(&mut buffer).await {
                     let request = String::from_utf8_lossy(&buffer).into_owned();
-                    let many = if request.starts_with("GET /many") { 200 } else { 1 };
+                    let many = match request.split(' ').nth(1) {
+                        Some("/many") => 200,
+                        Some("/flood") => 17_000,
+                        _ => 1,
+                    };
                     let _ = stream.write_all("HTTP/1.1 103 Early Hints\r\nlink: a\r\n\r\n".repeat(many).as_bytes()).await;
                     if many == 1 {
                         sleep(Duration::from_millis(600)).await;
@@ -276,6 +280,9 @@ async fn who_is_told_to_wait_waits_as_long_as_for_any_answer() {
         assert_eq!(text.matches("HTTP/1.1 103").count(), told, "{path}: {text}");
         assert!(text.contains("HTTP/1.1 200 OK") && text.ends_with("ok"), "{path}: {text}");
     }
+    // That many answer nothing.
+    let (text, _) = scene.say("GET /flood HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await;
+    assert!(text.contains("HTTP/1.1 502") && !text.contains("HTTP/1.1 200"), "{text}");
 }
 
 /// What a route says of answers is said of those of backends that are not there, too.
