@@ -212,8 +212,7 @@ impl Snapshot {
         match (known.get(), &target) {
             (Some(known), Target::Service { service, .. }) if service.name == known.service => target,
             (Some(known), _) => {
-                let seen = self.views.get(view).and_then(|seen| seen.get(&known.service));
-                let Some(service) = seen.or_else(|| self.by_name.get(&known.service)) else { return Target::Unknown };
+                let Some(service) = self.service_of(view, &known.service) else { return Target::Unknown };
                 service.port(known.port).map_or(Target::NoSuchPort(service), |port| Target::Service { service, port })
             }
             (None, Target::Service { service, port }) => {
@@ -222,6 +221,12 @@ impl Snapshot {
             }
             (None, _) => target,
         }
+    }
+
+    /// A service as clients of a view see it.
+    pub fn service_of(&self, view: &str, name: &ObjectName) -> Option<&Arc<Service>> {
+        let seen = self.views.get(view).and_then(|seen| seen.get(name));
+        seen.or_else(|| self.by_name.get(name))
     }
 
     /// What an address and port mean to a client in the mesh of no namespace in particular.

@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use self::decision::{Chosen, Decision, client_address, decide, describe, dialled, hbone_address};
+use self::decision::{Chosen, Decision, client_address, decide, denied_later, describe, dialled, hbone_address};
 pub(super) use self::{
     decision::{Way, asker, is_meant, left},
     dial::Dial,
@@ -203,12 +203,13 @@ impl Opaque {
         }
     }
 
-    /// Completes when the connection is to end: with the pod, or for the limits of its destination.
+    /// Completes when the connection is to end: with the pod, for the limits of its destination, or for policies of the service.
     async fn cut(&self, limits: &TimeLimits, traffic: &Traffic) -> Cut {
         tokio::select! {
             biased;
             cut = self.pod.ended() => cut,
             cut = limits.reached(traffic) => cut,
+            () = denied_later(self) => Cut::PolicyChanged,
         }
     }
 }

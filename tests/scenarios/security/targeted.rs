@@ -1,6 +1,8 @@
 //! Policies that refer to a service, and routes that lead away from it or answer for it: they are asked before a route is, as a waypoint
 //! would ask them.
 
+use std::time::{Duration, Instant};
+
 use mesh_tests::{
     engine::{Engine, NEAR_CLIENT, security, service, virtual_service},
     scripted::{self, Seen},
@@ -8,6 +10,7 @@ use mesh_tests::{
     wire::exchange,
 };
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
 
 use super::{ISSUER, ask, authorizers::mesh_config, claims, get, served, servers::authorizer};
 
@@ -275,4 +278,55 @@ async fn an_authorizer_is_asked_before_a_route_leads_away_and_shown_the_body() {
     assert_eq!((got.status.as_str(), got.header("set-cookie")), ("301", Some("a=1")), "{got:?}");
     let got = ask(&engine, "node", one, &post("refused", "no", "")).await;
     assert!((got.status.as_str(), got.header("x-why")) == ("302", Some("none")) && seen.of("refused").is_empty(), "{got:?}");
+}
+
+/// A change of the policies ends what they have let go elsewhere: who has no answer yet is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_led_away_ends_when_it_is_denied() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("an upstream"), scripted::http1("up2", &seen).expect("an upstream"));
+    let documents = |principal: &str| {
+        let spec = json!({"rules": [{"from": [{"source": {"principals": [format!("cluster.local/ns/default/sa/{principal}")]}}]}]});
+        let mut all = served(one, &[targeted("AuthorizationPolicy", "who", spec), routes()]);
+        all.extend(service("other", "10.99.0.2", "http", &[two]));
+        all
+    };
+    let engine = Engine::start_as(NEAR_CLIENT, &documents("client")).await.expect("started");
+    let asked = ask(&engine, "node", one, "GET /free HTTP/1.1\r\nhost: a\r\nx-id: slow\r\nx-plan: 200/3000\r\n\r\n");
+    let change = async {
+        while seen.of("slow").is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        engine.apply(&documents("other")).await.expect("applied");
+        Instant::now()
+    };
+    let (got, changed) = tokio::join!(asked, change);
+    assert_eq!((got.status.as_str(), got.body.as_str()), ("403", "RBAC: access denied"), "{got:?}");
+    assert!(changed.elapsed() < Duration::from_secs(2), "after {:?}", changed.elapsed());
+}
+
+/// The same of connections that carry no requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_was_led_away_ends_when_it_is_denied() {
+    let seen = Seen::default();
+    let (one, two) = (scripted::http1("up1", &seen).expect("an upstream"), scripted::http1("up2", &seen).expect("an upstream"));
+    let documents = |policies: &[Value]| {
+        let route = json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": "server"},
+            "spec": {"hosts": ["server"], "tcp": [{"route": to("other")}]}});
+        let mut all = vec![route];
+        all.extend(service("server", "10.99.0.1", "tcp", &[one]));
+        all.extend(service("other", "10.99.0.2", "tcp", &[two]));
+        all.extend(policies.iter().cloned());
+        all
+    };
+    let engine = Engine::start_as(NEAR_CLIENT, &documents(&[])).await.expect("started");
+    let mut stream = engine.connect("10.99.0.1:80".parse().expect("an address")).await.expect("connected");
+    let request = |id: &str| get("/", id, "").into_bytes();
+    assert_eq!(exchange(&mut stream, request("first"), false).await.status, "200");
+    let of = |spec: Value| [targeted("AuthorizationPolicy", "who", spec)];
+    engine.apply(&documents(&of(json!({"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["81"]}}]}]})))).await.expect("applied");
+    assert_eq!(exchange(&mut stream, request("of another port"), false).await.status, "200");
+    engine.apply(&documents(&of(json!({"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["80"]}}]}]})))).await.expect("applied");
+    let ended = tokio::time::timeout(Duration::from_secs(2), stream.read(&mut [0; 64])).await;
+    assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
 }

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 pub(super) use self::{cors::CorsAnswer, failure::flag_of};
 use self::{
     cors::Preflight,
-    guard::{Dialled, Passed},
+    guard::{Dialled, Passed, under},
 };
 use super::{
     Downstream,
@@ -415,6 +415,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             upload = upload.after(begun);
         }
         upload.keep_out(&forward.passed.written);
+        let judged = forward.passed.judged.take();
         let attempts = Attempts {
             down: self.down,
             responder: self.responder,
@@ -436,11 +437,29 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             number: 0,
             retry: None,
         };
-        let failure = match attempts.run(head).await {
+        let outcome = match judged {
+            None => attempts.run(head).await,
+            Some(judged) => match under(judged, attempts.run(head)).await {
+                Some(outcome) => outcome,
+                None => return self.denied().await,
+            },
+        };
+        let failure = match outcome {
             Outcome::Ended(end) => return end,
             Outcome::Failed(failure) => failure,
         };
         self.fail(failure, &forward).await
+    }
+
+    /// Ends what is not allowed any more; who has no answer yet is told.
+    async fn denied(&mut self) -> End {
+        if self.record.status.is_some() {
+            self.record.cut();
+            return End::Broken;
+        }
+        self.record.details = Cow::Borrowed("rbac_access_denied_matched_policy[none]");
+        self.close = true;
+        self.reply(Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), |_, _| {}).await
     }
 }
 

@@ -11,14 +11,14 @@ use crate::{
     balance::{self, Asker},
     config::{OutboundPolicy, Snapshot},
     id::ObjectName,
-    policy::{Facts, Sni},
+    policy::{Denial, Facts, Sni},
     proxy::{
         Failure, Proxy, ServedPod,
         http::clusters::{ClusterState, EndpointState},
         outcome::{Outcome, Party},
     },
     route::{
-        Cluster, ClusterId, LoadGuard, Target, Workload,
+        Cluster, ClusterId, LoadGuard, Service, ServicePort, Target, Workload,
         l4::L4Context,
         table::FoundL4,
         traffic::{Balancer, HashKey},
@@ -146,27 +146,15 @@ pub fn dialled(opaque: &Opaque) -> Option<ClusterId> {
 }
 
 pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure> {
-    let Opaque { proxy, pod, client, original, sni, .. } = opaque;
+    let Opaque { proxy, pod, client, original, .. } = opaque;
     let snapshot = proxy.config.load();
     let source = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
     let (to, cluster) = match snapshot.resolve_for(&source.view, *original) {
         Target::Service { service, port } => {
             let client = client_address(pod, *client, *original);
-            let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
-            let found = port.routes.l4_rule(context);
-            let is_guarded = match &found {
-                FoundL4::Rule(_, found) => found.is_guarded,
-                FoundL4::Nowhere | FoundL4::Service => port.is_guarded,
-            };
-            if let Some(governing) = port.guard.as_ref().filter(|_| is_guarded) {
-                let mut facts = Facts::new(Some(source.identity.clone()), client, *original);
-                facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
-                facts.sni = Sni::Read(sni.as_deref().map(Into::into));
-                facts.dialled = Some(service.name.clone());
-                // Nobody is asked about it here: what an authorizer would have to allow is denied.
-                let denied = governing.opaque(&facts, &[]);
-                denied.inspect_err(|denial| proxy.metrics.policy_decision(denial.policy(), "connection_denied"))?;
-            }
+            let found = find(opaque, &source, client, port);
+            let denied = guard(&snapshot, opaque, (&source, client), (service, port), &found);
+            denied.inspect_err(|denial| proxy.metrics.policy_decision(denial.policy(), "connection_denied"))?;
             let cluster = match found {
                 FoundL4::Rule(_, found) => found.pick(fastrand::u64(..)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?,
                 FoundL4::Nowhere => return Err(Failure::NoRoute(service.name.clone())),
@@ -180,6 +168,52 @@ pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure
         Target::Workload(_) | Target::Unknown => (*original, None),
     };
     Ok(Decision { way: way(&snapshot, to)?, source, cluster })
+}
+
+fn find<'p>(opaque: &Opaque, source: &Workload, client: IpAddr, port: &'p ServicePort) -> FoundL4<'p> {
+    port.routes.l4_rule(L4Context { source, client, destination: opaque.original, sni: opaque.sni.as_deref() })
+}
+
+/// Asks the policies of the service that was dialled, where its endpoints would not be asked theirs.
+fn guard(
+    snapshot: &Snapshot,
+    opaque: &Opaque,
+    (source, client): (&Workload, IpAddr),
+    (service, port): (&Service, &ServicePort),
+    found: &FoundL4<'_>,
+) -> Result<(), Denial> {
+    let is_guarded = match found {
+        FoundL4::Rule(_, found) => found.is_guarded,
+        FoundL4::Nowhere | FoundL4::Service => port.is_guarded,
+    };
+    let Some(governing) = port.guard.as_ref().filter(|_| is_guarded) else { return Ok(()) };
+    let mut facts = Facts::new(Some(source.identity.clone()), client, opaque.original);
+    facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
+    facts.sni = Sni::Read(opaque.sni.as_deref().map(Into::into));
+    facts.dialled = Some(service.name.clone());
+    // Nobody is asked about it here: what an authorizer would have to allow is denied.
+    governing.opaque(&facts, &[]).map(drop)
+}
+
+/// Completes when policies of the service that was dialled have come to deny an open connection.
+pub async fn denied_later(opaque: &Opaque) {
+    let mut config = opaque.proxy.config.clone();
+    loop {
+        if let Err(denial) = still(&config.load(), opaque) {
+            return opaque.proxy.metrics.policy_decision(denial.policy(), "connection_denied");
+        }
+        if !config.changed().await {
+            return std::future::pending().await;
+        }
+    }
+}
+
+/// Whether a connection that was let through would be now.
+fn still(snapshot: &Snapshot, opaque: &Opaque) -> Result<(), Denial> {
+    let Some(source) = snapshot.workload(&opaque.pod.uid) else { return Ok(()) };
+    let Target::Service { service, port } = snapshot.resolve_for(&source.view, opaque.original) else { return Ok(()) };
+    let client = client_address(&opaque.pod, opaque.client, opaque.original);
+    guard(snapshot, opaque, (source, client), (service, port), &find(opaque, source, client, port))
 }
 
 fn choose(

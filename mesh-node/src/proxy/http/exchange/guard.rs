@@ -8,14 +8,14 @@ use http::{HeaderMap, HeaderName, StatusCode};
 use super::{End, Exchange};
 use crate::{
     config::Snapshot,
-    policy::{Facts, Governing, Sni},
+    policy::{Facts, Governing, Sni, Verified},
     proxy::http::{
         body::{RequestBody, Responder},
         gate::{Asked, Gate, shows_bodies},
         upload::{Begun, Upload},
         wire::{expects_continue, is_websocket, take_expectation},
     },
-    route::{Cluster, Service, ServicePort, Workload, request::RequestHead},
+    route::{Cluster, PortOf, Service, ServicePort, Workload, request::RequestHead},
 };
 
 /// What was dialled, and by whom.
@@ -34,6 +34,49 @@ pub(super) struct Passed {
     pub begun: Option<Begun>,
     /// Headers that say what was verified.
     pub written: Vec<HeaderName>,
+    /// What was judged, for as long as the request is under way.
+    pub judged: Option<Box<Judged>>,
+}
+
+/// A request that policies of its service have let pass, to be judged by later ones too.
+pub(super) struct Judged {
+    gate: Gate,
+    head: RequestHead,
+    claims: Option<Verified>,
+    dialled: PortOf,
+    generation: u64,
+}
+
+impl Judged {
+    /// Completes when a later configuration denies it.
+    pub async fn denied_later(&self) {
+        let mut config = self.gate.proxy.config.clone();
+        loop {
+            if config.load().generation != self.generation && self.is_denied(&config.load()) {
+                return;
+            }
+            if !config.changed().await {
+                return std::future::pending().await;
+            }
+        }
+    }
+
+    fn is_denied(&self, snapshot: &Snapshot) -> bool {
+        let source = snapshot.workload(&self.gate.pod.uid);
+        let service = source.and_then(|source| snapshot.service_of(&source.view, &self.dialled.service));
+        let governing = service.and_then(|service| service.port(self.dialled.port)?.guard.as_ref());
+        governing.is_some_and(|governing| self.gate.is_denied_by(snapshot, governing, &self.head, self.claims.as_ref()))
+    }
+}
+
+/// What comes of it, unless it is denied before.
+pub(super) async fn under<O>(judged: Box<Judged>, served: impl Future<Output = O> + Send) -> Option<O> {
+    let served = Box::pin(served);
+    tokio::select! {
+        biased;
+        outcome = served => Some(outcome),
+        () = judged.denied_later() => None,
+    }
 }
 
 impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
@@ -48,7 +91,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
 
     async fn ask(
         &mut self,
-        Dialled { snapshot, source, service, .. }: Dialled<'_>,
+        Dialled { snapshot, source, service, port }: Dialled<'_>,
         governing: &Governing,
         cluster: Option<&Cluster>,
         head: &mut RequestHead,
@@ -86,9 +129,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     self.record.became(head);
                 }
                 self.to_client = pass.to_client;
+                let dialled = PortOf { service: service.name.clone(), port: port.port };
+                let judged = Judged { gate, head: head.clone(), claims: pass.claims, dialled, generation: snapshot.generation };
                 // What it could become else may carry requests that nobody judges.
                 self.upgrade = self.upgrade.take().filter(is_websocket);
-                Ok(Passed { begun: Some(begun), written: pass.written })
+                Ok(Passed { begun: Some(begun), written: pass.written, judged: Some(Box::new(judged)) })
             }
             Some(Err(refusal)) => {
                 refusal.note(self.record, &gate, head);
