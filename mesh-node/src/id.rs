@@ -141,9 +141,35 @@ pub struct ObjectName {
     pub name: Arc<str>,
 }
 
+/// The domain of the cluster's DNS. Istio's default, and not to be set.
+pub const CLUSTER_DOMAIN: &str = "cluster.local";
+
 impl ObjectName {
     pub fn new(namespace: &str, name: &str) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
+    }
+
+    /// The Service that a host name means in an object of a namespace: `name`, `name.namespace`, and that with `.svc` or
+    /// `.svc.cluster.local` behind it, as Istio completes short names. `None`: no Service of the cluster.
+    pub fn from_host(host: &str, namespace: &str) -> Option<Self> {
+        let host = host.strip_suffix('.').unwrap_or(host);
+        let Some((name, rest)) = host.split_once('.') else {
+            return (!host.is_empty() && host != "*").then(|| Self::new(namespace, host));
+        };
+        let (namespace, domain) = rest.split_once('.').unwrap_or((rest, ""));
+        let is_here = matches!(domain.strip_prefix("svc"), Some("" | ".cluster.local")) || domain.is_empty();
+        (is_here && !name.is_empty() && name != "*" && !namespace.is_empty()).then(|| Self::new(namespace, name))
+    }
+
+    /// The Service of a name that means the same in every namespace: `name.namespace.svc`, with or without the cluster's domain.
+    pub fn from_fqdn(host: &str) -> Option<Self> {
+        let host = host.strip_suffix('.').unwrap_or(host);
+        if host.split('.').nth(2) == Some("svc") { Self::from_host(host, "") } else { None }
+    }
+
+    /// The Service's name in DNS: `name.namespace.svc.cluster.local`.
+    pub fn fqdn(&self) -> String {
+        format!("{}.{}.svc.{CLUSTER_DOMAIN}", self.name, self.namespace)
     }
 }
 
@@ -167,6 +193,33 @@ pub fn canonical(ip: IpAddr) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn object_name_from_host_takes_names_of_the_cluster_only() {
+        let web = Some(ObjectName::new("shop", "web"));
+        for (host, expected) in [
+            ("web", &web),
+            ("web.", &web),
+            ("web.shop", &web),
+            ("web.shop.svc", &web),
+            ("web.shop.svc.cluster.local", &web),
+            ("web.shop.svc.cluster.local.", &web),
+            ("web.shop.svc.example.com", &None),
+            ("web.shop.svc.cluster", &None),
+            ("web.shop.svcs", &None),
+            ("web.shop.example", &None),
+            ("*.shop.svc.cluster.local", &None),
+            ("*", &None),
+            ("", &None),
+            (".shop", &None),
+            ("web..svc", &None),
+        ] {
+            assert_eq!(&ObjectName::from_host(host, "shop"), expected, "{host}");
+            let everywhere = expected.clone().filter(|_| host.contains(".svc"));
+            assert_eq!(ObjectName::from_fqdn(host), everywhere, "{host}");
+        }
+        assert_eq!(web.map(|name| name.fqdn()).as_deref(), Some("web.shop.svc.cluster.local"));
+    }
 
     #[test]
     fn spiffe_id_of_five_segments_parses_and_prints_back() {

@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -22,6 +23,7 @@ use tokio::{
 
 use crate::{
     config::{Configuration, Snapshot},
+    id::ObjectName,
     jwt::{Keys, KeysError},
     resource::request_authentication::RemoteKeys,
     telemetry::{Metrics, chain},
@@ -41,6 +43,12 @@ const LOOK: Duration = Duration::from_secs(5);
 /// Largest document read, bytes.
 const MAX_DOCUMENT: usize = 1024 * 1024;
 const MAX_REDIRECTS: usize = 3;
+/// Where clouds tell their machines secrets, beside link-local addresses: Alibaba Cloud's, Oracle's and AWS's over IPv6.
+const METADATA: [IpAddr; 3] = [
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+];
 
 /// Why keys cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -59,8 +67,12 @@ enum FetchError {
     Body(String),
     #[error("{0} is not a URL that can be fetched")]
     Url(String),
-    #[error("{0} is an address of the node itself, which keys are not fetched from")]
-    Forbidden(std::net::IpAddr),
+    #[error("the answers led from one to another more than {MAX_REDIRECTS} times")]
+    TooManyRedirects,
+    #[error("what began with HTTPS goes on with {0}, without it")]
+    Downgrade(String),
+    #[error("{0} is a loopback, link-local, multicast or metadata address, which keys are not fetched from")]
+    Forbidden(IpAddr),
     #[error("the answer {0}")]
     Keys(#[from] KeysError),
 }
@@ -262,21 +274,24 @@ async fn get(config: &Configuration, url: &str) -> Result<String, FetchError> {
         let body = Limited::new(response.into_body(), MAX_DOCUMENT).collect().await.map_err(|e| FetchError::Body(e.to_string()))?;
         return String::from_utf8(body.to_bytes().to_vec()).map_err(|e| FetchError::Body(e.to_string()));
     }
-    Err(FetchError::Url(url))
+    Err(FetchError::TooManyRedirects)
 }
 
 /// What began protected does not go on unprotected.
 fn refuse_downgrade(from: &str, to: &str) -> Result<(), FetchError> {
     let is_secure = |url: &str| url.parse::<Uri>().is_ok_and(|u| u.scheme_str() == Some("https"));
-    if is_secure(from) && !is_secure(to) { Err(FetchError::Url(to.to_owned())) } else { Ok(()) }
+    if is_secure(from) && !is_secure(to) { Err(FetchError::Downgrade(to.to_owned())) } else { Ok(()) }
 }
 
 /// Whether an address is the node's own, or one that means something to the machine it is on: policies are written by tenants,
 /// and must not make the node ask itself or the cloud's metadata service.
-fn is_forbidden(ip: std::net::IpAddr) -> bool {
+fn is_forbidden(ip: IpAddr) -> bool {
+    if METADATA.contains(&ip.to_canonical()) {
+        return true;
+    }
     match ip.to_canonical() {
-        std::net::IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local() || v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast(),
-        std::net::IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast(),
+        IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local() || v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast(),
     }
 }
 
@@ -328,8 +343,6 @@ async fn connect(config: &Configuration, host: &str, port: u16) -> Result<TcpStr
 }
 
 fn endpoint(snapshot: &Snapshot, host: &str, port: u16) -> Option<std::net::SocketAddr> {
-    let mut labels = host.split('.');
-    let (name, namespace, svc) = (labels.next()?, labels.next()?, labels.next()?);
-    let service = snapshot.services().iter().find(|s| svc == "svc" && &*s.name.name == name && &*s.name.namespace == namespace)?;
+    let service = snapshot.service(&ObjectName::from_fqdn(&host.to_ascii_lowercase())?)?;
     service.port(port)?.cluster.endpoints.iter().find(|e| e.ready).map(|e| e.address)
 }

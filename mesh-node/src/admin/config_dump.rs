@@ -114,7 +114,7 @@ fn workload(w: &Workload, cluster: &str, root: &str, (selecting, services): Know
 }
 
 fn service(s: &Arc<Service>, snapshot: &Snapshot, cluster: &str) -> Value {
-    let host = host(&s.name);
+    let host = s.name.fqdn();
     let ports = s.ports.iter().map(|p| (p.port.to_string(), json!(p.cluster.endpoints.first().map_or(p.port, |e| e.address.port()))));
     let mut endpoints: Map<String, Value> = Map::new();
     for (port, endpoint) in s.ports.iter().flat_map(|p| p.cluster.endpoints.iter().map(move |e| (p.port, e))) {
@@ -158,7 +158,7 @@ fn balancer(cluster: &Cluster) -> Option<Value> {
 
 /// A service's host with its namespace, by which ztunnel knows it.
 fn namespaced(service: &ObjectName) -> String {
-    format!("{}/{}", service.namespace, host(service))
+    format!("{}/{}", service.namespace, service.fqdn())
 }
 
 fn certificate(c: &CertificateState) -> Value {
@@ -180,11 +180,6 @@ fn certificate(c: &CertificateState) -> Value {
     })
 }
 
-/// A service's name in DNS.
-fn host(service: &ObjectName) -> String {
-    format!("{}.{}.svc.cluster.local", service.name, service.namespace)
-}
-
 /// The pods served here with their connections.
 fn workload_state(node: &Node, snapshot: &Snapshot, cluster: &str) -> Value {
     let open = node.proxy.open.all();
@@ -197,7 +192,7 @@ fn workload_state(node: &Node, snapshot: &Snapshot, cluster: &str) -> Value {
             // Out of a pod: what was dialled, and where that led. Into one: the service that was, and the application.
             let (original, actual) = match direction {
                 Direction::Outbound => (json!(o.asked.or(o.destination.address)), o.tunnel.or(o.destination.address)),
-                Direction::Inbound => (json!(o.service.as_ref().map(host)), o.destination.address),
+                Direction::Inbound => (json!(o.service.as_ref().map(ObjectName::fqdn)), o.destination.address),
             };
             json!({"src": o.source.address, "originalDst": original, "actualDst": actual,
                 "protocol": if o.tunnel.is_some() { "HBONE" } else { "TCP" }})

@@ -30,6 +30,8 @@ pub struct Further {
     looked: Option<Instant>,
     /// Those that several pods have, of which that has been said.
     shared: BTreeSet<IpAddr>,
+    /// Those that could not be served, of which that has been said.
+    failed: BTreeSet<IpAddr>,
 }
 
 impl Further {
@@ -58,6 +60,7 @@ impl Further {
         for ip in found.iter().flat_map(|(_, all)| all.iter().collect::<BTreeSet<_>>()) {
             *had_by.entry(*ip).or_default() += 1;
         }
+        self.failed.retain(|ip| had_by.contains_key(ip));
         let shared = had_by.iter().filter(|(ip, pods)| **pods > 1 && is_free(ip)).map(|(ip, _)| *ip).collect::<BTreeSet<_>>();
         for ip in shared.difference(&self.shared) {
             tracing::warn!(target: "app", address = %ip, "several pods have this address; what comes to it is refused");
@@ -77,16 +80,24 @@ impl Further {
         }
         for (uid, wanted) in wanted {
             let had = self.of.entry(uid.clone()).or_default();
-            for ip in wanted.difference(had) {
-                let Some(inbound) = inbound.get(&uid) else { continue };
-                match capture.steer(*ip, *inbound) {
-                    Ok(()) => tracing::info!(target: "app", %uid, address = %ip, "a further address of a pod is served"),
-                    Err(error) => {
-                        tracing::warn!(target: "app", %uid, address = %ip, error = chain(&error), "a further address of a pod is refused");
+            let Some(inbound) = inbound.get(&uid) else { continue };
+            for ip in wanted {
+                if had.contains(&ip) {
+                    continue;
+                }
+                // One that fails is tried again when it is looked next.
+                match capture.steer(ip, *inbound) {
+                    Ok(()) => {
+                        tracing::info!(target: "app", %uid, address = %ip, "a further address of a pod is served");
+                        had.insert(ip);
+                        self.failed.remove(&ip);
                     }
+                    Err(error) if self.failed.insert(ip) => {
+                        tracing::warn!(target: "app", %uid, address = %ip, error = chain(&error), "a further address of a pod is refused for now");
+                    }
+                    Err(_) => {}
                 }
             }
-            *had = wanted;
         }
     }
 

@@ -165,13 +165,8 @@ impl Snapshot {
     /// The cluster of a service's port, by the service's host name in the mesh.
     /// As clients with a view see it, if one is named.
     pub fn cluster_at(&self, view: Option<&str>, host: &str, port: u16) -> Option<Arc<Cluster>> {
-        let mut labels = host.split('.');
-        let (name, namespace) = (labels.next()?, labels.next()?);
-        // A host elsewhere may begin like a service here.
-        if labels.next().is_some_and(|kind| kind != "svc") {
-            return None;
-        }
-        let service = ObjectName { namespace: namespace.into(), name: name.into() };
+        // A short name could be of any namespace.
+        let service = ObjectName::from_host(host, "").filter(|service| !service.namespace.is_empty())?;
         match view {
             Some(view) => self.cluster_for(view, &ClusterId { service, port, subset: "".into() }).cloned(),
             None => Some(self.by_name.get(&service)?.port(port)?.cluster.clone()),

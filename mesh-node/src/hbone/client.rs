@@ -30,8 +30,11 @@ use crate::io::turn::LastOfAll;
 pub enum TunnelError {
     #[error("the HTTP/2 handshake failed")]
     Handshake(#[source] h2::Error),
+    #[error("the peer did not finish the HTTP/2 handshake in time")]
+    HandshakeTimeout,
+    /// The peer, or the application behind it.
     #[error("the peer did not answer in time")]
-    Timeout,
+    ResponseTimeout,
     /// The connection broke, or was being shut down, before the peer looked at the request: another one may do.
     #[error("the HBONE connection is closing")]
     Closing(#[source] Option<h2::Error>),
@@ -167,7 +170,7 @@ impl Connection {
             .max_pending_accept_reset_streams(RESET_STREAMS)
             .max_header_list_size(CLIENT_HEADER_LIST)
             .enable_push(false);
-        let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await.map_err(|_| TunnelError::Timeout)?;
+        let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await.map_err(|_| TunnelError::HandshakeTimeout)?;
         let (send, connection) = handshake.map_err(TunnelError::Handshake)?;
         let shared = Arc::new(Shared {
             send: Mutex::new(Some(send)),

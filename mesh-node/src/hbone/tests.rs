@@ -404,7 +404,7 @@ async fn connections_of_workloads_that_are_gone_are_closed() {
 #[tokio::test(start_paused = true)]
 async fn a_failed_dial_is_the_callers_error_and_the_next_call_tries_again() {
     let pool = Pool::default();
-    let fail = || async { Err::<Connection, TunnelError>(TunnelError::Timeout) };
+    let fail = || async { Err::<Connection, TunnelError>(TunnelError::ResponseTimeout) };
     assert!(pool.open(&key("a"), || Ok(request()), fail).await.is_err());
     let network = Network::default();
     assert!(network.open(&pool, &key("a")).await.is_ok());

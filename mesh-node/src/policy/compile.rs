@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     Mtls, RuleSet,
-    matching::{CompiledRule, Test, Truth, View},
+    matching::{CompiledRule, ConnectionTest, RequestTest, Test, Truth, View},
 };
 use crate::{
     id::{ObjectName, TrustDomain},
@@ -108,7 +108,7 @@ impl CompiledPolicy {
         };
         let (mut made, mut changed) = (self.clone(), false);
         for test in made.rules.iter_mut().flat_map(|r| &mut r.clauses).flatten().flatten() {
-            if let Test::DestinationPort(Values { any_of, none_of }) = test {
+            if let Test::Connection(ConnectionTest::DestinationPort(Values { any_of, none_of })) = test {
                 changed |= judged(any_of) | judged(none_of);
             }
         }
@@ -117,7 +117,12 @@ impl CompiledPolicy {
 
     /// Whether it asks which port was dialled.
     pub fn asks_ports(&self) -> bool {
-        self.rules.iter().flat_map(|r| &r.clauses).flatten().flatten().any(|test| matches!(test, Test::DestinationPort(_)))
+        self.rules
+            .iter()
+            .flat_map(|r| &r.clauses)
+            .flatten()
+            .flatten()
+            .any(|test| matches!(test, Test::Connection(ConnectionTest::DestinationPort(_))))
     }
 
     /// Whether it asks about requests to a port, and so means something else there on connections that carry none.
@@ -188,7 +193,13 @@ impl Authorization {
         let (mut allow, mut shadow_allow) = (Vec::new(), Vec::new());
         let (mut names, mut asks_sni) = (Vec::new(), false);
         for policy in policies {
-            asks_sni |= policy.rules.iter().flat_map(|r| &r.clauses).flatten().flatten().any(|t| matches!(t, Test::Sni(_)));
+            asks_sni |= policy
+                .rules
+                .iter()
+                .flat_map(|r| &r.clauses)
+                .flatten()
+                .flatten()
+                .any(|t| matches!(t, Test::Connection(ConnectionTest::Sni(_))));
             names.push(policy.name.clone());
             let list = match (policy.action, policy.dry_run) {
                 (Action::Custom, _) => custom.entry(policy.provider.clone().unwrap_or_default()).or_default(),
@@ -229,49 +240,54 @@ fn clauses(rule: &Rule, namespace: &str, domains: &TrustDomains) -> Vec<Vec<Vec<
 }
 
 /// A test, unless nothing is asked.
-fn test<T: Clone, U>(values: &Values<T>, make: impl FnOnce(Values<T>) -> U) -> Option<U> {
-    (!values.is_empty()).then(|| make(values.clone()))
+fn test<T: Clone, U: Into<Test>>(values: &Values<T>, make: impl FnOnce(Values<T>) -> U) -> Option<Test> {
+    (!values.is_empty()).then(|| make(values.clone()).into())
 }
 
 fn source_tests(source: &SourceMatch, namespace: &str, domains: &TrustDomains) -> Vec<Test> {
     let SourceMatch { principals: of, request_principals, namespaces, service_accounts, trust_domains, ip_blocks, remote_ip_blocks } =
         source;
     let all = [
-        test(of, |v| Test::Principal(principals(&v, domains))),
-        test(namespaces, Test::Namespace),
-        test(service_accounts, |v| Test::ServiceAccount(accounts(&v, namespace))),
-        test(trust_domains, Test::TrustDomain),
-        test(ip_blocks, Test::SourceIp),
-        test(remote_ip_blocks, Test::RemoteIp),
-        test(request_principals, Test::RequestPrincipal),
+        test(of, |v| ConnectionTest::Principal(principals(&v, domains))),
+        test(namespaces, ConnectionTest::Namespace),
+        test(service_accounts, |v| ConnectionTest::ServiceAccount(accounts(&v, namespace))),
+        test(trust_domains, ConnectionTest::TrustDomain),
+        test(ip_blocks, ConnectionTest::SourceIp),
+        test(remote_ip_blocks, ConnectionTest::RemoteIp),
+        test(request_principals, RequestTest::RequestPrincipal),
     ];
     all.into_iter().flatten().collect()
 }
 
 fn operation_tests(operation: &OperationMatch) -> Vec<Test> {
     let OperationMatch { hosts, ports, methods, paths } = operation;
-    let all = [test(ports, Test::DestinationPort), test(methods, Test::Method), test(hosts, Test::Host), test(paths, Test::Path)];
+    let all = [
+        test(ports, ConnectionTest::DestinationPort),
+        test(methods, RequestTest::Method),
+        test(hosts, RequestTest::Host),
+        test(paths, RequestTest::Path),
+    ];
     all.into_iter().flatten().collect()
 }
 
 fn condition_test(condition: &Condition, namespace: &str, domains: &TrustDomains) -> Test {
     match condition {
-        Condition::SourceIp(v) => Test::SourceIp(v.clone()),
-        Condition::RemoteIp(v) => Test::RemoteIp(v.clone()),
-        Condition::SourceNamespace(v) => Test::Namespace(v.clone()),
-        Condition::SourcePrincipal(v) => Test::Principal(principals(v, domains)),
-        Condition::SourceServiceAccount(v) => Test::ServiceAccount(accounts(v, namespace)),
-        Condition::SourceTrustDomain(v) => Test::TrustDomain(v.clone()),
-        Condition::DestinationIp(v) => Test::DestinationIp(v.clone()),
-        Condition::DestinationPort(v) => Test::DestinationPort(v.clone()),
-        Condition::Sni(v) => Test::Sni(v.clone()),
-        Condition::Header(name, v) => Test::Header(name.clone(), v.clone()),
-        Condition::Host(v) => Test::Host(v.clone()),
-        Condition::Method(v) => Test::Method(v.clone()),
-        Condition::RequestPrincipal(v) => Test::RequestPrincipal(v.clone()),
-        Condition::Audience(v) => Test::Audience(v.clone()),
-        Condition::Presenter(v) => Test::Presenter(v.clone()),
-        Condition::Claim(path, v) => Test::Claim(path.clone(), v.clone()),
+        Condition::SourceIp(v) => ConnectionTest::SourceIp(v.clone()).into(),
+        Condition::RemoteIp(v) => ConnectionTest::RemoteIp(v.clone()).into(),
+        Condition::SourceNamespace(v) => ConnectionTest::Namespace(v.clone()).into(),
+        Condition::SourcePrincipal(v) => ConnectionTest::Principal(principals(v, domains)).into(),
+        Condition::SourceServiceAccount(v) => ConnectionTest::ServiceAccount(accounts(v, namespace)).into(),
+        Condition::SourceTrustDomain(v) => ConnectionTest::TrustDomain(v.clone()).into(),
+        Condition::DestinationIp(v) => ConnectionTest::DestinationIp(v.clone()).into(),
+        Condition::DestinationPort(v) => ConnectionTest::DestinationPort(v.clone()).into(),
+        Condition::Sni(v) => ConnectionTest::Sni(v.clone()).into(),
+        Condition::Header(name, v) => RequestTest::Header(name.clone(), v.clone()).into(),
+        Condition::Host(v) => RequestTest::Host(v.clone()).into(),
+        Condition::Method(v) => RequestTest::Method(v.clone()).into(),
+        Condition::RequestPrincipal(v) => RequestTest::RequestPrincipal(v.clone()).into(),
+        Condition::Audience(v) => RequestTest::Audience(v.clone()).into(),
+        Condition::Presenter(v) => RequestTest::Presenter(v.clone()).into(),
+        Condition::Claim(path, v) => RequestTest::Claim(path.clone(), v.clone()).into(),
     }
 }
 

@@ -8,7 +8,7 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
 use super::{
     Request,
-    matching::{CompiledRule, Seen, Test, Truth, View},
+    matching::{CompiledRule, ConnectionTest, RequestTest, Seen, Test, Truth, View},
 };
 use crate::{
     id::SpiffeId,
@@ -216,27 +216,29 @@ fn exact(values: &Values<StringMatch>, key: fn(Arc<str>) -> Key) -> Option<Vec<K
 
 fn principals(test: &Test) -> Option<Vec<Key>> {
     match test {
-        Test::Principal(values) => exact(values, Key::Principal),
+        Test::Connection(ConnectionTest::Principal(values)) => exact(values, Key::Principal),
         _ => None,
     }
 }
 
 fn accounts(test: &Test) -> Option<Vec<Key>> {
     match test {
-        Test::ServiceAccount(values) if !values.any_of.is_empty() => Some(values.any_of.iter().cloned().map(Key::Account).collect()),
+        Test::Connection(ConnectionTest::ServiceAccount(values)) if !values.any_of.is_empty() => {
+            Some(values.any_of.iter().cloned().map(Key::Account).collect())
+        }
         _ => None,
     }
 }
 
 fn namespaces(test: &Test) -> Option<Vec<Key>> {
     match test {
-        Test::Namespace(values) => exact(values, Key::Namespace),
+        Test::Connection(ConnectionTest::Namespace(values)) => exact(values, Key::Namespace),
         _ => None,
     }
 }
 
 fn paths(test: &Test) -> Option<Vec<Key>> {
-    let Test::Path(values) = test else { return None };
+    let Test::Request(RequestTest::Path(values)) = test else { return None };
     if values.any_of.is_empty() {
         return None;
     }
@@ -247,7 +249,7 @@ fn paths(test: &Test) -> Option<Vec<Key>> {
 
 fn hosts(test: &Test) -> Option<Vec<Key>> {
     match test {
-        Test::Host(values) => exact(values, Key::Host),
+        Test::Request(RequestTest::Host(values)) => exact(values, Key::Host),
         _ => None,
     }
 }

@@ -56,6 +56,13 @@ pub(super) struct View<'a> {
 /// One condition. A field AND its `not` twin.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Test {
+    Connection(ConnectionTest),
+    Request(RequestTest),
+}
+
+/// What a connection can tell.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum ConnectionTest {
     Principal(Values<StringMatch>),
     Namespace(Values<StringMatch>),
     /// Namespace and name of service accounts.
@@ -66,6 +73,11 @@ pub(super) enum Test {
     DestinationIp(Values<IpNet>),
     DestinationPort(Values<u16>),
     Sni(Values<StringMatch>),
+}
+
+/// What only a request can tell.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum RequestTest {
     Host(Values<StringMatch>),
     Method(Values<StringMatch>),
     Path(Values<PathPattern>),
@@ -76,40 +88,39 @@ pub(super) enum Test {
     Claim(Vec<Arc<str>>, Values<StringMatch>),
 }
 
+impl From<ConnectionTest> for Test {
+    fn from(test: ConnectionTest) -> Self {
+        Self::Connection(test)
+    }
+}
+
+impl From<RequestTest> for Test {
+    fn from(test: RequestTest) -> Self {
+        Self::Request(test)
+    }
+}
+
 impl Test {
     /// Whether only a request can tell.
     pub(super) fn needs_request(&self) -> bool {
-        match self {
-            Self::Principal(_)
-            | Self::Namespace(_)
-            | Self::ServiceAccount(_)
-            | Self::TrustDomain(_)
-            | Self::SourceIp(_)
-            | Self::RemoteIp(_)
-            | Self::DestinationIp(_)
-            | Self::DestinationPort(_)
-            | Self::Sni(_) => false,
-            Self::Host(_)
-            | Self::Method(_)
-            | Self::Path(_)
-            | Self::Header(..)
-            | Self::RequestPrincipal(_)
-            | Self::Audience(_)
-            | Self::Presenter(_)
-            | Self::Claim(..) => true,
-        }
+        matches!(self, Self::Request(_))
     }
 
     /// `unknown`: what is made of something that should have been told and was not.
     fn truth(&self, view: &View<'_>, reading: Reading, unknown: Truth) -> Truth {
-        if self.needs_request() {
-            return match view.seen {
-                Seen::Later => Truth::Maybe,
-                // Only rules that refuse are asked on an opaque connection: without the field, they refuse more.
-                Seen::Never => Truth::Yes,
-                Seen::Now(request) => self.holds(request, reading).into(),
-            };
+        match (self, view.seen) {
+            (Self::Connection(test), _) => test.truth(view, unknown),
+            (Self::Request(_), Seen::Later) => Truth::Maybe,
+            // Of rules that deny, or name an authorizer: where the field is not known they match. `CompiledRule::truth` does not let rules
+            // that allow get here.
+            (Self::Request(_), Seen::Never) => Truth::Yes,
+            (Self::Request(test), Seen::Now(request)) => test.holds(request, reading).into(),
         }
+    }
+}
+
+impl ConnectionTest {
+    fn truth(&self, view: &View<'_>, unknown: Truth) -> Truth {
         let facts = view.facts;
         let peer = facts.peer.as_ref();
         let holds = match self {
@@ -144,11 +155,12 @@ impl Test {
                 };
                 holds(values, |m| name.is_some_and(|n| m.matches(n)))
             }
-            _ => false,
         };
         holds.into()
     }
+}
 
+impl RequestTest {
     fn holds(&self, request: &Request<'_>, reading: Reading) -> bool {
         let head = request.head;
         let claims = request.claims;
@@ -169,7 +181,6 @@ impl Test {
             Self::Audience(values) => holds(values, |m| claims.is_some_and(|c| c.token.audiences().iter().any(|a| m.matches(a)))),
             Self::Presenter(values) => holds(values, |m| claim_matches(claims, &["azp".into()], m)),
             Self::Claim(path, values) => holds(values, |m| claim_matches(claims, path, m)),
-            _ => false,
         }
     }
 }
@@ -229,15 +240,16 @@ thread_local! {
 impl CompiledRule {
     /// Whether it can match what goes to a port, wherever that is.
     pub(super) fn concerns_port(&self, port: u16) -> bool {
-        let can = |test: &Test| !matches!(test, Test::DestinationPort(values) if !holds(values, |p| *p == port));
+        let can =
+            |test: &Test| !matches!(test, Test::Connection(ConnectionTest::DestinationPort(values)) if !holds(values, |p| *p == port));
         self.clauses.iter().all(|clause| clause.iter().any(|tests| tests.iter().all(can)))
     }
 
     /// Whether it can match what goes to an address, whoever sends it and whatever it is.
     pub(super) fn concerns(&self, destination: SocketAddr) -> bool {
         let can = |test: &Test| match test {
-            Test::DestinationIp(values) => holds(values, |net| contains(net, destination.ip())),
-            Test::DestinationPort(values) => holds(values, |port| *port == destination.port()),
+            Test::Connection(ConnectionTest::DestinationIp(values)) => holds(values, |net| contains(net, destination.ip())),
+            Test::Connection(ConnectionTest::DestinationPort(values)) => holds(values, |port| *port == destination.port()),
             _ => true,
         };
         self.clauses.iter().all(|clause| clause.iter().any(|tests| tests.iter().all(can)))

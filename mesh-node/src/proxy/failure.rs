@@ -23,6 +23,8 @@ pub enum Failure {
     NoSuchPort { service: ObjectName, port: u16 },
     #[error("service {0} has no usable endpoint")]
     NoEndpoint(ObjectName),
+    #[error("{0} names no service and port that this pod is an endpoint of")]
+    UnknownHost(String),
     #[error("no rule about TLS of service {0} takes the server name")]
     NoRoute(ObjectName),
     #[error("{0} is no endpoint any more")]
@@ -80,7 +82,7 @@ impl Failure {
             Self::LostOriginalDestination => "lost_original_destination",
             Self::ReservedPort(_) => "reserved_port",
             Self::NoSuchPort { .. } => "no_such_port",
-            Self::NoEndpoint(_) => "no_endpoint",
+            Self::NoEndpoint(_) | Self::UnknownHost(_) => "no_endpoint",
             Self::NoRoute(_) => "no_route",
             Self::EndpointLeft(_) => "endpoint_left",
             Self::Overflow(_) => "overflow",
@@ -123,12 +125,13 @@ impl Failure {
             Self::Identity(_) => "IDENTITY_ERROR",
             Self::Cut(Cut::Revoked) | Self::Tls { kind: HandshakeFailure::Revoked, .. } => "CERT_REVOKED",
             Self::Tls { .. } => "TLS_FAILURE",
-            Self::Tunnel(TunnelError::Handshake(_) | TunnelError::Timeout) => "H2_HANDSHAKE_FAILURE",
+            Self::Tunnel(TunnelError::Handshake(_) | TunnelError::HandshakeTimeout) => "H2_HANDSHAKE_FAILURE",
             Self::Dial { .. }
             | Self::DialPeer { .. }
             | Self::DialTimeout(_)
             | Self::Application { .. }
             | Self::NoEndpoint(_)
+            | Self::UnknownHost(_)
             | Self::NoRoute(_)
             | Self::EndpointLeft(_)
             | Self::NoSuchPort { .. }
@@ -137,7 +140,9 @@ impl Failure {
             | Self::NotServedYet
             | Self::TooManyConnections
             | Self::UnknownWorkload
-            | Self::Tunnel(TunnelError::Closing(_) | TunnelError::Request(_) | TunnelError::Refused(_)) => "CONNECT",
+            | Self::Tunnel(TunnelError::Closing(_) | TunnelError::Request(_) | TunnelError::Refused(_) | TunnelError::ResponseTimeout) => {
+                "CONNECT"
+            }
             Self::LostOriginalDestination
             | Self::ReservedPort(_)
             | Self::BadRequest(_)
@@ -164,7 +169,7 @@ impl Failure {
             (Self::DialTimeout(_), _) => connecting("connection_timeout".to_owned()),
             (Self::NotServedYet | Self::EndpointLeft(_), _)
             | (Self::Identity(_) | Self::Tls { .. } | Self::Tunnel(_), Direction::Outbound) => connecting(text()),
-            (Self::NoEndpoint(_) | Self::NotInRegistry(_), _) => flagged(Flag::NoHealthyUpstream),
+            (Self::NoEndpoint(_) | Self::UnknownHost(_) | Self::NotInRegistry(_), _) => flagged(Flag::NoHealthyUpstream),
             (Self::NoSuchPort { .. } | Self::NoRoute(_), _) => flagged(Flag::NoRoute),
             (Self::Overflow(_), _) => flagged(Flag::UpstreamOverflow),
             (Self::Cut(Cut::MaxDuration), _) => flagged(Flag::DurationTimeout),
@@ -201,6 +206,7 @@ impl Failure {
             | Self::ReservedPort(_)
             | Self::NoSuchPort { .. }
             | Self::NoEndpoint(_)
+            | Self::UnknownHost(_)
             | Self::NoRoute(_)
             | Self::NotInRegistry(_)
             | Self::TooManyConnections
@@ -228,7 +234,28 @@ impl Failure {
         match self {
             Self::Dial { source, .. } | Self::Application { source, .. } => source.kind() == io::ErrorKind::ConnectionRefused,
             Self::Tunnel(TunnelError::Refused(status)) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
-            _ => false,
+            Self::LostOriginalDestination
+            | Self::ReservedPort(_)
+            | Self::NoSuchPort { .. }
+            | Self::NoEndpoint(_)
+            | Self::UnknownHost(_)
+            | Self::NoRoute(_)
+            | Self::EndpointLeft(_)
+            | Self::Overflow(_)
+            | Self::NotInRegistry(_)
+            | Self::TooManyConnections
+            | Self::UnknownWorkload
+            | Self::NotServedYet
+            | Self::Identity(_)
+            | Self::DialPeer { .. }
+            | Self::DialTimeout(_)
+            | Self::Tls { .. }
+            | Self::Tunnel(_)
+            | Self::Denied(_)
+            | Self::BadRequest(_)
+            | Self::ForeignAuthority(_)
+            | Self::Broken(_)
+            | Self::Cut(_) => false,
         }
     }
 
@@ -248,6 +275,7 @@ impl Failure {
             | Self::ReservedPort(_)
             | Self::NoSuchPort { .. }
             | Self::NoEndpoint(_)
+            | Self::UnknownHost(_)
             | Self::NoRoute(_)
             | Self::NotInRegistry(_)
             | Self::Overflow(_)

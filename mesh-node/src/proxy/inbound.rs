@@ -18,6 +18,7 @@ use std::{
 
 use http::StatusCode;
 pub use inspect::{Inspection, refuse, server_first};
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     net::TcpStream,
     sync::Semaphore,
@@ -209,7 +210,7 @@ pub async fn cut(registration: &mut Registration, pod: &ServedPod) -> Cut {
 }
 
 /// An HBONE connection, as accepted on the HBONE listener.
-/// `handshake` is given back when the handshake is over.
+/// `caller` is given back when the TLS handshake is over.
 pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStream, client: SocketAddr, caller: Place, since: Stage) {
     let local = match stream.local_addr() {
         Ok(local) => SocketAddr::new(canonical(local.ip()), local.port()),
@@ -221,7 +222,7 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
         Err(failure) => return refused_handshake(&proxy, (client, local), begun, failure),
     };
     drop(caller);
-    proxy.metrics.hbone_connections.inc();
+    let _counted = Counted::begin(proxy.metrics.hbone_connections.clone());
     let asked = Arc::new(Semaphore::new(SERVER_MAX_STREAMS as usize));
     let is_revoked = Arc::<AtomicBool>::default();
     let connection = HboneConnection {
@@ -250,7 +251,22 @@ pub async fn serve_hbone(proxy: Arc<Proxy>, pod: Arc<ServedPod>, stream: TcpStre
             proxy.metrics.handshake_failure("server", "revoked_later");
         }
     }
-    proxy.metrics.hbone_connections.dec();
+}
+
+/// Counts an HBONE connection while it is open.
+struct Counted(Gauge);
+
+impl Counted {
+    fn begin(gauge: Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 fn refused_handshake(proxy: &Arc<Proxy>, (client, local): (SocketAddr, SocketAddr), begun: Instant, failure: Failure) {
@@ -398,7 +414,7 @@ async fn answer(
         Authority::Host { name, .. } => Some(&**name),
         Authority::Address(_) => None,
     };
-    facts.dialled = request.host.as_deref().or(named).and_then(service_of);
+    facts.dialled = request.host.as_deref().or(named).and_then(ObjectName::from_fqdn);
     outcome.dialled.clone_from(&facts.dialled);
     admit(&connection.proxy, &connection.pod, facts, Source::Client(connection.client.ip()), outcome).await
 }
@@ -412,21 +428,14 @@ fn destination(connection: &HboneConnection, request: &ConnectRequest) -> Result
         Authority::Host { name, port } => {
             let snapshot = connection.proxy.config.load();
             let found = endpoint_here(&snapshot, name, *port, own);
-            found.ok_or_else(|| Failure::NoEndpoint(ObjectName::new("", name)))
+            found.ok_or_else(|| Failure::UnknownHost(format!("{name}:{port}")))
         }
     }
 }
 
-/// The service a host names: `name.namespace.svc` and the cluster's domain.
-fn service_of(host: &str) -> Option<ObjectName> {
-    let mut labels = host.split('.');
-    let (name, namespace, svc) = (labels.next()?, labels.next()?, labels.next()?);
-    (svc == "svc").then(|| ObjectName::new(namespace, name))
-}
-
 /// The endpoint of a service, by its cluster name, that is this pod.
 fn endpoint_here(snapshot: &Snapshot, host: &str, port: u16, own: impl Fn(SocketAddr) -> bool) -> Option<SocketAddr> {
-    let service = snapshot.service(&service_of(host)?)?;
+    let service = snapshot.service(&ObjectName::from_fqdn(host)?)?;
     service.port(port)?.cluster.endpoints.iter().map(|e| e.address).find(|a| own(*a))
 }
 

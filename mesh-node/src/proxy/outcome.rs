@@ -429,7 +429,7 @@ impl Outcome {
         }
         // Who the two are is known for certain where both have proved it.
         let mutual = self.source.identity.is_some() && self.destination.identity.is_some();
-        let service = self.service().map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace));
+        let service = self.service().map(ObjectName::fqdn);
         // What the other end dialled: through a tunnel, the HBONE address, with the application's beside it.
         let (dst, hbone) = match self.tunnel {
             Some(tunnel) => (Some(tunnel), self.destination.address),

@@ -106,11 +106,7 @@ fn introduced(introduction: &Introduction, identity: Option<&SpiffeId>) -> Peer 
 
 fn service_names(service: Option<&ObjectName>) -> ServiceNames {
     match service {
-        Some(s) => ServiceNames {
-            host: format!("{}.{}.svc.cluster.local", s.name, s.namespace).into(),
-            name: s.name.clone(),
-            namespace: s.namespace.clone(),
-        },
+        Some(s) => ServiceNames { host: s.fqdn().into(), name: s.name.clone(), namespace: s.namespace.clone() },
         None => ServiceNames { host: UNKNOWN.into(), name: UNKNOWN.into(), namespace: UNKNOWN.into() },
     }
 }

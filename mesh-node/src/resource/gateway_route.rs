@@ -108,7 +108,7 @@ pub fn precedence(matched: &HttpMatch) -> (u8, usize, bool, usize, usize) {
 
 fn destination(reference: &Reference, at: &str) -> Result<Destination> {
     let host = match &reference.namespace {
-        Some(namespace) => format!("{}.{namespace}.svc.cluster.local", reference.name),
+        Some(namespace) => crate::id::ObjectName::new(namespace, &reference.name).fqdn(),
         None => reference.name.clone(),
     };
     let number = reference.port.map(|p| port(p, &format!("{at}.port"))).transpose()?;

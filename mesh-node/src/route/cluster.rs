@@ -24,7 +24,7 @@ pub struct ClusterId {
 
 impl fmt::Display for ClusterId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "outbound|{}|{}|{}.{}.svc.cluster.local", self.port, self.subset, self.service.name, self.service.namespace)
+        write!(f, "outbound|{}|{}|{}", self.port, self.subset, self.service.fqdn())
     }
 }
 

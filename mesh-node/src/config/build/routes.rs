@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     Builder, age,
-    services::{Clusters, Registry, closeness, is_visible, or_default, service_of},
+    services::{Clusters, Registry, closeness, is_visible, or_default},
 };
 use crate::{
     config::store::{Severity, Status},
@@ -90,7 +90,7 @@ impl<'a> Routes<'a> {
                 }
                 continue;
             }
-            match service_of(host, namespace).and_then(|n| registry.get_key_value(&n)) {
+            match ObjectName::from_host(host, namespace).and_then(|n| registry.get_key_value(&n)) {
                 Some((name, _)) => {
                     if let Some(alias) = self.aliases.get(name) {
                         let message = format!(
@@ -160,10 +160,10 @@ impl<'a> Routes<'a> {
     /// The service that a host is in the end, where it stands for another.
     fn concrete(&self, host: &str, namespace: &str) -> Result<Option<ObjectName>, String> {
         const MOST: usize = 4;
-        let mut service = service_of(host, namespace);
+        let mut service = ObjectName::from_host(host, namespace);
         for _ in 0..=MOST {
             let Some((name, alias)) = service.as_ref().and_then(|name| Some((name, self.aliases.get(name)?))) else { return Ok(service) };
-            let target = service_of(alias, &name.namespace).filter(|target| self.ports.contains_key(target));
+            let target = ObjectName::from_host(alias, &name.namespace).filter(|target| self.ports.contains_key(target));
             service = Some(target.ok_or_else(|| format!("the Service stands for {alias}, which is none of the mesh"))?);
         }
         Err("the Service stands for others that stand for others, too many of them".into())

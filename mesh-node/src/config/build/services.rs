@@ -50,20 +50,6 @@ pub(super) struct Entry<'a> {
 /// All services by name.
 pub(super) type Registry<'a> = BTreeMap<&'a ObjectName, Entry<'a>>;
 
-/// A service's full name.
-pub(super) fn full_name(name: &ObjectName) -> String {
-    format!("{}.{}.svc.cluster.local", name.name, name.namespace)
-}
-
-/// The service a host name means in an object of a namespace: a short name is of that namespace.
-pub(super) fn service_of(host: &str, namespace: &str) -> Option<ObjectName> {
-    let mut labels = host.trim_end_matches('.').split('.');
-    let name = labels.next().filter(|n| !n.is_empty() && *n != "*")?;
-    let Some(of) = labels.next() else { return Some(ObjectName::new(namespace, name)) };
-    let rest = labels.collect::<Vec<_>>().join(".");
-    matches!(rest.as_str(), "" | "svc" | "svc.cluster.local").then(|| ObjectName::new(of, name))
-}
-
 /// Whether an object is for clients of a namespace; `None` is any namespace that is not treated apart.
 pub(super) fn is_visible(export_to: &[Arc<str>], own: &str, client: Option<&str>) -> bool {
     export_to.is_empty()
@@ -82,9 +68,9 @@ pub(super) fn or_default<'a>(export_to: &'a [Arc<str>], exported: &'a [Arc<str>]
 /// How closely a host pattern of an object names a service: exactly is the most, a longer wildcard is more.
 pub(super) fn closeness(host: &str, namespace: &str, service: &ObjectName) -> Option<usize> {
     if host.starts_with('*') {
-        return host_matches(host, &full_name(service)).then_some(host.len());
+        return host_matches(host, &service.fqdn()).then_some(host.len());
     }
-    (service_of(host, namespace).as_ref() == Some(service)).then_some(usize::MAX)
+    (ObjectName::from_host(host, namespace).as_ref() == Some(service)).then_some(usize::MAX)
 }
 
 /// The policies that refer to a service.
@@ -269,7 +255,7 @@ impl<'a> Rules<'a> {
                 });
                 continue;
             }
-            if let Some((name, _)) = service_of(&rule.host, namespace).and_then(|n| registry.get_key_value(&n)) {
+            if let Some((name, _)) = ObjectName::from_host(&rule.host, namespace).and_then(|n| registry.get_key_value(&n)) {
                 add(name, usize::MAX);
             } else {
                 let message = format!("spec.host: there is no Service {}; the rule is not used", rule.host);

@@ -97,7 +97,7 @@ impl Traced {
         };
         let Some(traces) = &told.traces else { return };
         let name = match service {
-            Some(s) => format!("{}.{}.svc.cluster.local:{port}/*", s.name, s.namespace),
+            Some(s) => format!("{}:{port}/*", s.fqdn()),
             // Not what clients make up.
             None => format!("unknown:{port}/*"),
         };

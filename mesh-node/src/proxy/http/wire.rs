@@ -472,7 +472,8 @@ fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
     if digits.is_empty() || digits.len() - zeros > 19 || !digits.iter().all(u8::is_ascii_digit) {
         return Err(CODEC);
     }
-    Ok(digits.iter().try_fold(0_u64, |n, d| n.checked_mul(10)?.checked_add(u64::from(d - b'0'))))
+    let length = digits.iter().try_fold(0_u64, |n, d| n.checked_mul(10)?.checked_add(u64::from(d - b'0')));
+    length.map(Some).ok_or(CODEC)
 }
 
 /// Removes what is for this connection only: RFC 9110 section 7.6.1. `te: trailers` stays.

@@ -114,7 +114,7 @@ impl<'d> Dial<'d> {
             Way::Tunnel(to, workload) => {
                 let forwarded = Forwarded {
                     client: SocketAddr::new(client_address(pod, *client, to), client.port()),
-                    host: service.map(|s| format!("{}.{}.svc.cluster.local", s.name, s.namespace)),
+                    host: service.map(ObjectName::fqdn),
                 };
                 Stream::Tunnel(Box::new(tunnel::open(proxy, pod, to, source, &workload, &forwarded).await?))
             }

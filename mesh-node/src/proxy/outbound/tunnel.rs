@@ -40,7 +40,7 @@ pub async fn open(
     let request = || build(&Authority::Address(to), forwarded, &carried, trace).map_err(|e| Failure::Broken(io::Error::other(e)));
     let connect = || dial(proxy.clone(), pod.clone(), key.clone());
     let opened = timeout_at(Instant::now() + TUNNEL_TIMEOUT, proxy.pool.open(&key, request, connect)).await;
-    opened.unwrap_or(Err(Failure::Tunnel(TunnelError::Timeout)))
+    opened.unwrap_or(Err(Failure::Tunnel(TunnelError::ResponseTimeout)))
 }
 
 /// Who is at this end of a tunnel, for the other end's telemetry: with the keys and values ztunnel has.

@@ -82,7 +82,9 @@ impl From<NoUpstream> for Attempt {
         };
         match &failure {
             Failure::Denied(_) | Failure::Tunnel(TunnelError::Refused(StatusCode::UNAUTHORIZED)) => Self::Denied,
-            Failure::DialTimeout(_) | Failure::Tunnel(TunnelError::Timeout) => Self::Failed(Failed::new(Reset::ConnectTimeout)),
+            Failure::DialTimeout(_) | Failure::Tunnel(TunnelError::HandshakeTimeout | TunnelError::ResponseTimeout) => {
+                Self::Failed(Failed::new(Reset::ConnectTimeout))
+            }
             Failure::Dial { source, .. } | Failure::DialPeer { source, .. } | Failure::Application { source, .. }
                 if source.kind() == io::ErrorKind::TimedOut =>
             {
