@@ -326,11 +326,5 @@ async fn every_recorded_row_is_answered_as_recorded() {
         }
     }
     assert!(failures.is_empty(), "{} of {} rows differ:\n{}", failures.len(), corpus.rows.len(), failures.join("\n"));
-    for _ in 0..200 {
-        if engine.proxy.metrics.http_active.get() == 0 {
-            return;
-        }
-        sleep(Duration::from_millis(10)).await;
-    }
-    panic!("{} requests never ended", engine.proxy.metrics.http_active.get());
+    engine.until_idle().await;
 }

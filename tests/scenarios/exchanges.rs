@@ -55,13 +55,7 @@ impl Scene {
     }
 
     async fn until_idle(&self) {
-        for _ in 0..300 {
-            if self.engine.proxy.metrics.http_active.get() == 0 {
-                return;
-            }
-            sleep(Duration::from_millis(10)).await;
-        }
-        panic!("{} requests are still under way", self.engine.proxy.metrics.http_active.get());
+        self.engine.until_idle().await;
     }
 }
 

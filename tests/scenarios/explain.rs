@@ -1,6 +1,9 @@
 //! `meshctl` against what really happens: what it says would become of a request becomes of it; and what it says of manifests.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    io::{BufRead, BufReader},
+};
 
 use mesh_tests::{Bed, NodeOptions, Pod, PodSpec, bed::program};
 use serde_json::{Value, json};
@@ -164,15 +167,13 @@ fn a_workload_is_followed_and_a_node_is_stopped_in_order() {
     let follow = |workload: &str, more: &[&str]| {
         let node = &scene.bed.nodes()[0];
         let arguments = [&["trace", workload][..], more].concat();
-        node.spawn(&program("meshctl"), &arguments).expect("meshctl")
+        let mut child = node.spawn(&program("meshctl"), &arguments).expect("meshctl");
+        let mut said = String::new();
+        BufReader::new(child.stderr.take().expect("piped")).read_line(&mut said).expect("said");
+        assert_eq!(said, format!("meshctl: following default/{workload}\n"));
+        child
     };
     let (asking, asked) = (follow("client", &["--count", "3"]), follow("web-v1", &["--count", "1", "-o", "json"]));
-    let watched = || {
-        let ask = |workload: &str| scene.bed.nodes()[0].admin_json(&format!("/trace?workload={workload}"));
-        Ok(ask("default/client").is_ok() && ask("default/web-v1").is_ok())
-    };
-    mesh_tests::bed::wait_for("the node", std::time::Duration::from_secs(5), watched).expect("watched");
-    std::thread::sleep(std::time::Duration::from_millis(700));
     for path in ["/a", "/gone", "/a/secret"] {
         scene.really(&scene.clients[0], path, &["x-request-id: followed"]);
     }

@@ -97,13 +97,7 @@ async fn many_streams_share_a_connection_and_a_reset_one_leaves_the_others_alone
     for response in responses {
         assert_eq!(response.await.expect("a response").status(), StatusCode::OK);
     }
-    for _ in 0..300 {
-        if engine.proxy.metrics.http_active.get() == 0 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("{} requests are still under way", engine.proxy.metrics.http_active.get());
+    engine.until_idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -115,7 +115,11 @@ fn renewals_under_load_fail_no_request() {
         std::thread::sleep(Duration::from_millis(200));
     }
     assert!(load.finish() > 100);
-    drop(steady.wait_with_output());
+    let steady = steady.wait_with_output().expect("ended");
+    let steady: Value = serde_json::from_slice(&steady.stdout).expect("a report");
+    let statuses = steady["statuses"].as_object().expect("statuses");
+    assert!(!statuses.is_empty() && statuses.keys().all(|s| s == "200"), "{steady}");
+    assert!(steady["errors"].as_object().is_some_and(serde_json::Map::is_empty), "{steady}");
     let expected = usize::try_from(seconds / life).expect("few");
     assert!(serials.len() >= expected, "{} certificates in {seconds} s of {life} s each", serials.len());
 }

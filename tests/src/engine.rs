@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -152,6 +152,22 @@ impl Engine {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         found
+    }
+}
+
+/// Waits until something is so; panics with what is waited for if it does not come to be.
+pub async fn wait_until(what: &str, at_most: Duration, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + at_most;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited {at_most:?} in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+impl Engine {
+    /// Waits until no request is under way.
+    pub async fn until_idle(&self) {
+        wait_until("no request is under way", Duration::from_secs(3), || self.proxy.metrics.http_active.get() == 0).await;
     }
 }
 

@@ -150,13 +150,8 @@ async fn connections_kept_for_what_is_no_more_are_closed() {
     let until = |wanted: i32| {
         let open = open.clone();
         async move {
-            for _ in 0..500 {
-                if open.load(std::sync::atomic::Ordering::SeqCst) == wanted {
-                    return;
-                }
-                sleep(Duration::from_millis(10)).await;
-            }
-            panic!("{} connections are open, and not {wanted}", open.load(std::sync::atomic::Ordering::SeqCst));
+            let is_so = || open.load(std::sync::atomic::Ordering::SeqCst) == wanted;
+            mesh_tests::engine::wait_until(&format!("{wanted} connections are open"), Duration::from_secs(5), is_so).await;
         }
     };
     let engine = Engine::start(&service("web", "10.96.9.1", "http", &[up])).await.expect("engine");

@@ -84,13 +84,7 @@ async fn tcp_and_tls_connections_are_routed_too() {
     // Who has named a server has it told.
     let named = |name: &str| lines_of(&path).iter().filter(|line| line["sni"] == *name && line["tells"] == *name).count();
     for name in ["b.example", "x.wild.example", "other.example", "c.example"] {
-        for _ in 0..100 {
-            if named(name) == 1 {
-                break;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-        assert_eq!(named(name), 1, "{name}: {:?}", lines_of(&path));
+        mesh_tests::engine::wait_until(name, std::time::Duration::from_secs(2), || named(name) == 1).await;
     }
 }
 

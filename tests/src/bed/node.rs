@@ -153,7 +153,7 @@ impl Node {
 
     /// Starts a program on this node, outside pods; what it prints can be read.
     pub fn spawn(&self, program: &Path, arguments: &[&str]) -> Result<std::process::Child> {
-        Ok(self.command("mesh-node", program, arguments)?.stdout(Stdio::piped()).spawn()?)
+        Ok(self.command("mesh-node", program, arguments)?.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
     }
 
     fn command(&self, cgroup: &str, program: &Path, arguments: &[&str]) -> Result<Command> {

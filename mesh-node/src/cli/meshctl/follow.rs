@@ -35,6 +35,9 @@ pub fn trace(
         asked.extend(next.map(|n| ("from", n.to_string())));
         let asked = asked.iter().map(|(name, value)| (*name, value.as_str())).collect::<Vec<_>>();
         let answer = admin.document(&query("/trace", &asked))?;
+        if next.is_none() {
+            eprintln!("meshctl: following {workload}");
+        }
         next = Some(answer["next"].as_u64().unwrap_or_default());
         if let Some(lost) = answer["lost"].as_u64().filter(|n| *n > 0) {
             eprintln!("meshctl: {lost} more were not kept: there are too many to follow");
