@@ -4,11 +4,13 @@
 pub mod cluster;
 pub mod l4;
 pub mod matching;
+mod re2;
 pub mod request;
 pub mod retry;
 pub mod rewrite;
 pub mod rule;
 pub mod table;
+pub mod target;
 pub mod traffic;
 
 use std::{

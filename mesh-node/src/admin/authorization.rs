@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method};
 use serde_json::{Value, json};
 
 use super::{NoAnswer, names::near, query};
@@ -18,6 +18,7 @@ use crate::{
     route::{
         Workload,
         request::{RequestHead, Scheme, renormalised},
+        target::RequestTarget,
     },
 };
 
@@ -29,7 +30,7 @@ struct Question {
     from: String,
     plaintext: bool,
     method: Option<Method>,
-    path: Option<PathAndQuery>,
+    path: Option<RequestTarget>,
     host: Option<HeaderValue>,
     headers: HeaderMap,
     claims: Option<String>,
@@ -174,7 +175,7 @@ impl Question {
             method: self.method.clone().unwrap_or_default(),
             scheme: Scheme::Http,
             authority,
-            target: self.path.clone().unwrap_or_else(|| PathAndQuery::from_static("/")),
+            target: self.path.clone().unwrap_or_else(|| RequestTarget::from_static("/")),
             headers: self.headers.clone(),
         }))
     }

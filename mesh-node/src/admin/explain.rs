@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method};
 use serde_json::{Value, json};
 
 use self::fates::{Asked, Fates};
@@ -26,6 +26,7 @@ use crate::{
         rewrite,
         rule::{Abort, Action, Rule},
         table::{Found, FoundL4, ResolvedL4},
+        target::RequestTarget,
         traffic::Balancer,
     },
 };
@@ -35,7 +36,7 @@ struct Question {
     from: String,
     to: String,
     method: Option<Method>,
-    path: Option<PathAndQuery>,
+    path: Option<RequestTarget>,
     headers: HeaderMap,
     claims: Option<String>,
     sni: Option<Arc<str>>,
@@ -151,7 +152,7 @@ impl Question {
             method: self.method.clone().unwrap_or_default(),
             scheme: Scheme::Http,
             authority,
-            target: self.path.clone().unwrap_or_else(|| PathAndQuery::from_static("/")),
+            target: self.path.clone().unwrap_or_else(|| RequestTarget::from_static("/")),
             headers,
         })
     }

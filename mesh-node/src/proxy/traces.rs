@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use prost::Message;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc},
@@ -37,7 +37,10 @@ use crate::{
         Exporter, HeaderText,
         span::{self, Span},
     },
-    route::request::{RequestHead, Scheme},
+    route::{
+        request::{RequestHead, Scheme},
+        target::RequestTarget,
+    },
     telemetry::Metrics,
 };
 
@@ -335,7 +338,7 @@ fn question(exporter: &Exporter, length: usize) -> Option<RequestHead> {
         method: Method::POST,
         scheme: Scheme::Http,
         authority: HeaderValue::try_from(format!("{}:{}", exporter.service, exporter.port)).ok()?,
-        target: exporter.path.as_ref().map_or(Ok(PathAndQuery::from_static(EXPORT)), |path| PathAndQuery::try_from(&**path)).ok()?,
+        target: exporter.path.as_ref().map_or(Ok(RequestTarget::from_static(EXPORT)), |path| path.parse::<RequestTarget>()).ok()?,
         headers,
     })
 }

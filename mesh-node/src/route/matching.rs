@@ -6,12 +6,13 @@ use http::{HeaderName, HeaderValue, header::GetAll};
 
 use super::{
     Workload,
+    re2::translate,
     request::{RequestHead, query_parameter},
 };
 use crate::{policy::Verified, resource::selector::Labels};
 
 /// Size bound of one compiled regular expression, bytes: an operator's pattern must not take the node's memory.
-const REGEX_SIZE: usize = 256 * 1024;
+const REGEX_SIZE: usize = 4 * 1024 * 1024;
 
 /// A regular expression that matches whole values, in RE2's syntax and sense: classes are ASCII unless the pattern asks
 /// for Unicode.
@@ -24,7 +25,7 @@ pub struct Pattern {
 impl Pattern {
     /// Compiles; the error says what is wrong.
     pub fn parse(text: &str) -> Result<Self, String> {
-        Ok(Self { text: text.into(), whole: compile(&format!("^(?:{text})$"))? })
+        Ok(Self { text: text.into(), whole: build(&format!("^(?:{})$", translate(text)?))? })
     }
 
     /// As it was written.
@@ -44,6 +45,10 @@ impl Pattern {
 
 /// Compiles RE2 syntax, unanchored.
 pub fn compile(text: &str) -> Result<regex::bytes::Regex, String> {
+    build(&translate(text)?)
+}
+
+fn build(text: &str) -> Result<regex::bytes::Regex, String> {
     let unicode = text.contains("\\p") || text.contains("\\P") || !text.is_ascii();
     let built = regex::bytes::RegexBuilder::new(text).unicode(unicode).size_limit(REGEX_SIZE).build();
     built.map_err(|e| e.to_string().lines().last().unwrap_or("is not a regular expression").trim().to_owned())

@@ -2,8 +2,9 @@
 
 use std::borrow::Cow;
 
-use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method};
 
+use super::target::RequestTarget;
 use crate::resource::mesh_config::Normalization;
 
 /// Method, target and headers of a request. `Host` and `:authority` are one field, not a header.
@@ -15,7 +16,7 @@ pub struct RequestHead {
     /// As received, with a port if there was one.
     pub authority: HeaderValue,
     /// Normalised path, and the query as received.
-    pub target: PathAndQuery,
+    pub target: RequestTarget,
     pub headers: HeaderMap,
 }
 
@@ -46,6 +47,13 @@ impl RequestHead {
     /// The authority as text; anything but visible ASCII was refused when the request was read.
     pub fn host(&self) -> &str {
         self.authority.to_str().unwrap_or_default()
+    }
+
+    /// What the client spoke to the first proxy, as far as that says so; else the scheme.
+    pub fn forwarded_proto(&self) -> &str {
+        let told = self.headers.get("x-forwarded-proto").map(HeaderValue::as_bytes);
+        let known = ["http", "https"].into_iter().find(|known| told.is_some_and(|told| told.eq_ignore_ascii_case(known.as_bytes())));
+        known.unwrap_or_else(|| self.scheme.as_str())
     }
 
     /// The port of the authority, or HTTP's own.
@@ -83,7 +91,7 @@ pub fn decoded_parameter(query: &str, name: &str) -> Option<String> {
 }
 
 /// A target without a query parameter, wherever it stands and however it is written; `None` if it has none.
-pub fn without_parameter(target: &PathAndQuery, name: &str) -> Option<PathAndQuery> {
+pub fn without_parameter(target: &RequestTarget, name: &str) -> Option<RequestTarget> {
     let query = target.query()?;
     let is_it = |pair: &&str| decode_once(pair.split_once('=').map_or(*pair, |(key, _)| key)) == name;
     if !query.split('&').any(|pair| is_it(&pair)) {
@@ -91,7 +99,7 @@ pub fn without_parameter(target: &PathAndQuery, name: &str) -> Option<PathAndQue
     }
     let rest = query.split('&').filter(|pair| !is_it(pair)).collect::<Vec<_>>().join("&");
     let text = if rest.is_empty() { target.path().to_owned() } else { format!("{}?{rest}", target.path()) };
-    PathAndQuery::try_from(text).ok()
+    RequestTarget::try_from(text).ok()
 }
 
 /// How applications may read a path, where that is not as it is written: with escapes decoded or not, parameters after `;`
@@ -195,7 +203,7 @@ pub fn renormalised(head: &RequestHead, normalization: Normalization) -> Result<
         return Ok(None);
     }
     let target = head.query().map_or(text.clone(), |q| format!("{text}?{q}"));
-    let target = PathAndQuery::try_from(target).map_err(|_| BadPath::NotAbsolute)?;
+    let target = RequestTarget::try_from(target).map_err(|_| BadPath::NotAbsolute)?;
     Ok(Some(RequestHead { target, ..head.clone() }))
 }
 
@@ -402,7 +410,7 @@ mod tests {
         {
             assert_eq!(decoded_parameter(query, "a").as_deref(), expected, "{query}");
         }
-        let without = |target: &'static str| without_parameter(&PathAndQuery::from_static(target), "a").map(|t| t.to_string());
+        let without = |target: &'static str| without_parameter(&RequestTarget::from_static(target), "a").map(|t| t.to_string());
         assert_eq!(without("/x?%61=1&b=2").as_deref(), Some("/x?b=2"));
         assert_eq!(without("/x?b=2"), None);
         let mut headers = HeaderMap::new();

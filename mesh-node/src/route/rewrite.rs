@@ -1,11 +1,12 @@
 //! What a route does to a request's target and headers, and the targets of redirects.
 
-use http::{HeaderMap, HeaderValue, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue};
 
 use super::{
     matching::PathMatch,
     request::RequestHead,
     rule::{PathRewrite, Redirect, RedirectPort, Rule, Weighted},
+    target::RequestTarget,
 };
 use crate::report::{
     entry::{Asked, ORIGINAL_HOST},
@@ -85,7 +86,7 @@ pub fn request(
         _ => new,
     };
     // What a rewrite makes of a path is a path, unless the operator wrote something that is not; then it stays.
-    head.target = PathAndQuery::try_from(new).ok()?;
+    head.target = RequestTarget::try_from(new).ok()?;
     original
 }
 
@@ -95,21 +96,18 @@ pub fn location(redirect: &Redirect, matched: Option<&PathMatch>, head: &Request
     let (host, own_port) = split_port(head.host());
     let given = redirect.authority.as_deref();
     let host = given.unwrap_or(host);
-    let printed = match redirect.port {
-        RedirectPort::Port(port) => Some(port),
-        // The scheme's own needs not be said; if the client said one, that stays.
-        RedirectPort::FromRequest if port == well_known(scheme) && given.is_none() => own_port.filter(|_| scheme == head.scheme.as_str()),
-        RedirectPort::FromRequest => Some(port),
-        RedirectPort::FromScheme => None,
-        RedirectPort::Keep if given.is_some() => None,
+    // Which port is a scheme's own is decided where the route is written, for Istio: it knows no other scheme there than the redirect's.
+    let written = well_known(redirect.scheme.as_deref().unwrap_or("http"));
+    let proto = head.forwarded_proto();
+    let kept = || {
         // The old scheme's own port does not go with the new one.
-        RedirectPort::Keep => own_port.filter(|p| scheme == head.scheme.as_str() || *p != well_known(head.scheme.as_str())),
+        own_port.filter(|p| given.is_none() && (scheme == proto || *p != well_known(proto)))
     };
     let printed = match redirect.port {
-        // As the client wrote it.
-        RedirectPort::Keep => printed,
-        RedirectPort::FromRequest if given.is_none() && port == well_known(scheme) => printed,
-        _ => printed.filter(|p| *p != well_known(scheme)),
+        RedirectPort::Port(port) => Some(port).filter(|p| *p != written),
+        RedirectPort::FromRequest if port != written => Some(port),
+        RedirectPort::FromRequest | RedirectPort::Keep => kept(),
+        RedirectPort::FromScheme => None,
     };
     let path = redirect.path.as_ref().map_or_else(|| head.path().to_owned(), |p| self::path(p, matched, head.path()));
     let query = head.query().filter(|_| !path.contains('?'));
@@ -238,6 +236,39 @@ mod tests {
         ];
         for (redirect, target, host, expected) in cases {
             assert_eq!(location(&redirect, None, &head(target, host), 9080), expected);
+        }
+    }
+
+    /// What ends TLS before the mesh says so, and the port of the mesh's own service is no port of its.
+    #[test]
+    fn redirects_behind_what_ends_tls_do_not_point_at_the_port_inside() {
+        let to = |scheme: Option<&str>, authority: Option<&str>, port| Redirect {
+            scheme: scheme.map(Into::into),
+            authority: authority.map(Into::into),
+            port,
+            path: None,
+            status: StatusCode::MOVED_PERMANENTLY,
+        };
+        for (redirect, host, port, expected) in [
+            (to(None, None, RedirectPort::FromRequest), "w.example", 80, "https://w.example/a"),
+            (to(None, None, RedirectPort::FromRequest), "w.example:8443", 80, "https://w.example:8443/a"),
+            (to(None, None, RedirectPort::FromRequest), "w.example", 8080, "https://w.example:8080/a"),
+            (to(None, None, RedirectPort::FromRequest), "w.example", 443, "https://w.example:443/a"),
+            (to(None, None, RedirectPort::Port(80)), "w.example", 9080, "https://w.example/a"),
+            (to(None, Some("o.example:81"), RedirectPort::FromRequest), "w.example", 80, "https://o.example:81/a"),
+            (to(Some("http"), None, RedirectPort::Keep), "w.example:443", 80, "http://w.example/a"),
+            (to(Some("http"), None, RedirectPort::Keep), "w.example:80", 80, "http://w.example:80/a"),
+        ] {
+            for scheme in [Scheme::Https, Scheme::Http] {
+                let mut asked = RequestHead { scheme, ..head("/a", host) };
+                asked.headers.insert("x-forwarded-proto", HeaderValue::from_static("https"));
+                let expected = if scheme == Scheme::Http && redirect.scheme.is_none() {
+                    expected.replace("https:", "http:")
+                } else {
+                    expected.to_owned()
+                };
+                assert_eq!(location(&redirect, None, &asked, port), expected, "{redirect:?} {host} {port} {scheme:?}");
+            }
         }
     }
 

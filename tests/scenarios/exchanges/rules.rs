@@ -285,6 +285,25 @@ async fn who_is_told_to_wait_waits_as_long_as_for_any_answer() {
     assert!(text.contains("HTTP/1.1 502") && !text.contains("HTTP/1.1 200"), "{text}");
 }
 
+/// Queries are passed on as they were written, whatever a URL should not have in it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queries_pass_as_they_were_written() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let rule = json!({"match": [{"queryParams": {"q": {"exact": "\"<1>\""}}}], "rewrite": {"uri": "/<x>"}, "route": [{"destination": {"host": "web"}}]});
+    let mut documents = service("web", "10.96.9.1", "http", &[up]);
+    documents.push(virtual_service("web", &json!([rule, {"route": [{"destination": {"host": "web"}}]}])));
+    let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen };
+    for (target, sent) in
+        [("/s?source={\"query\":<1>}&`|^\\", "/s?source={\"query\":<1>}&`|^\\"), ("/<s>", "/%3Cs%3E"), ("/a?q=\"<1>\"", "/<x>a?q=\"<1>\"")]
+    {
+        let id = format!("odd-{}", target.len());
+        let (text, _) = scene.say(&format!("GET {target} HTTP/1.1\r\nhost: web\r\nx-id: {id}\r\nconnection: close\r\n\r\n")).await;
+        assert!(text.contains("HTTP/1.1 200 OK"), "{target}: {text}");
+        assert_eq!(scene.seen.of(&id)[0].line, format!("GET {sent} HTTP/1.1"));
+    }
+}
+
 /// What a route says of answers is said of those of backends that are not there, too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_for_missing_backends_are_decorated() {

@@ -420,7 +420,7 @@ async fn check(
         method: http::Method::POST,
         scheme,
         authority: HeaderValue::from_str(&authorizer.service).ok()?,
-        target: http::uri::PathAndQuery::from_static("/envoy.service.auth.v3.Authorization/Check"),
+        target: crate::route::target::RequestTarget::from_static("/envoy.service.auth.v3.Authorization/Check"),
         headers,
     };
     let message = crate::grpc::frame(question);

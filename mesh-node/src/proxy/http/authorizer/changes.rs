@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use http::{HeaderMap, HeaderName, HeaderValue, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+use crate::route::target::RequestTarget;
 
 /// How a header is put among others of its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,10 +67,10 @@ pub fn remove<'a>(headers: &mut HeaderMap, names: impl Iterator<Item = &'a str>)
 
 /// A target with parameters set and removed, which puts all of them in the order of their names; none when that is no target.
 pub fn with_parameters<'a>(
-    target: &'a PathAndQuery,
+    target: &'a RequestTarget,
     set: impl Iterator<Item = (&'a str, &'a str)>,
     removed: impl Iterator<Item = &'a str>,
-) -> Option<PathAndQuery> {
+) -> Option<RequestTarget> {
     let mut all: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for parameter in target.query().unwrap_or_default().split('&').filter(|p| !p.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
@@ -83,7 +85,7 @@ pub fn with_parameters<'a>(
     let query = all.iter().flat_map(|(name, values)| values.iter().map(move |value| format!("{}={}", query(name), query(value))));
     let query = query.collect::<Vec<_>>().join("&");
     let path = target.path();
-    PathAndQuery::try_from(if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") }).ok()
+    RequestTarget::try_from(if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") }).ok()
 }
 
 /// What an authorizer may write into a query as it means it: what cannot stand in one is escaped, and what separates parameters stays.

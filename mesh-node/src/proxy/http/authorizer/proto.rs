@@ -394,7 +394,7 @@ mod tests {
                 method: from.parse().expect("a method"),
                 scheme: Scheme::Http,
                 authority: HeaderValue::from_static("a"),
-                target: http::uri::PathAndQuery::from_static("/"),
+                target: crate::route::target::RequestTarget::from_static("/"),
                 headers: HeaderMap::new(),
             };
             let header = Some(Header { key: ":method".into(), value: to.into(), raw_value: Vec::new() });
@@ -409,7 +409,7 @@ mod tests {
             method: Method::GET,
             scheme: Scheme::Http,
             authority: HeaderValue::from_static("a"),
-            target: http::uri::PathAndQuery::from_static("/"),
+            target: crate::route::target::RequestTarget::from_static("/"),
             headers: HeaderMap::from_iter([(HeaderName::from_static("x-old"), HeaderValue::from_static("1"))]),
         };
         let set = |key: &str| {
@@ -448,7 +448,7 @@ mod tests {
                 method: Method::GET,
                 scheme: Scheme::Http,
                 authority: HeaderValue::from_static("a"),
-                target: http::uri::PathAndQuery::from_static("/"),
+                target: crate::route::target::RequestTarget::from_static("/"),
                 headers: HeaderMap::new(),
             };
             let header = Some(Header { key: key.into(), value: value.into(), raw_value: Vec::new() });

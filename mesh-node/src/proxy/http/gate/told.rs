@@ -76,7 +76,7 @@ mod tests {
             method: Method::GET,
             scheme: Scheme::Http,
             authority: HeaderValue::from_static("a"),
-            target: http::uri::PathAndQuery::from_static("/"),
+            target: crate::route::target::RequestTarget::from_static("/"),
             headers: HeaderMap::new(),
         };
         for value in ["URI=one", "URI=two"] {

@@ -1,7 +1,7 @@
 //! Heads of requests as HTTP/2 has them.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method, Request, header};
 
 use super::AMBIGUOUS;
 use crate::{
@@ -10,7 +10,10 @@ use crate::{
         headers::CLIENT_CERT,
         wire::{MAX_HEAD, MAX_HEADERS, Malformed, Refused, Said, checked_authority, path_and_query, strip_hop_by_hop},
     },
-    route::request::{RequestHead, Scheme},
+    route::{
+        request::{RequestHead, Scheme},
+        target::RequestTarget,
+    },
 };
 
 /// Turns a request of HTTP/2 into the common form.
@@ -50,12 +53,12 @@ pub fn list_size(headers: &HeaderMap) -> usize {
 }
 
 /// Whose resource, and which.
-fn place(method: &Method, authority: Option<HeaderValue>, target: Option<&Bytes>) -> Result<(HeaderValue, PathAndQuery), Malformed> {
+fn place(method: &Method, authority: Option<HeaderValue>, target: Option<&Bytes>) -> Result<(HeaderValue, RequestTarget), Malformed> {
     let authority = checked_authority(authority.ok_or(Malformed::MISSING_HOST)?)?;
     if method == Method::OPTIONS && target.is_some_and(|target| &**target == b"*") {
         return Err(Malformed::NO_RESOURCE);
     }
-    Ok((authority, target.map_or_else(|| Ok(PathAndQuery::from_static("/")), path_and_query)?))
+    Ok((authority, target.map_or_else(|| Ok(RequestTarget::from_static("/")), path_and_query)?))
 }
 
 /// Whether a message says twice, or not at all although it seems to, whom it is for or how long it is, or has what HTTP/1 could not say.
@@ -92,7 +95,7 @@ pub fn wire_request(head: &RequestHead, client_cert: Option<&HeaderValue>) -> Op
         Scheme::Https => http::uri::Scheme::HTTPS,
     });
     parts.authority = Some(http::uri::Authority::from_maybe_shared(Bytes::copy_from_slice(head.authority.as_bytes())).ok()?);
-    parts.path_and_query = Some(head.target.clone());
+    parts.path_and_query = Some(head.target.to_http()?);
     let mut request = Request::new(());
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = http::Uri::from_parts(parts).ok()?;

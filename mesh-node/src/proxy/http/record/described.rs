@@ -1,6 +1,6 @@
 //! What logs, tags and spans say of a request.
 
-use http::{HeaderMap, HeaderValue, Method, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method};
 
 use crate::{
     proxy::http::headers::ORIGINAL_PATH,
@@ -8,7 +8,7 @@ use crate::{
         entry::Asked,
         kept::{Kept, Wanted},
     },
-    route::request::RequestHead,
+    route::{request::RequestHead, target::RequestTarget},
 };
 
 /// What was asked for. Kept only when somebody will ask about it.
@@ -16,7 +16,7 @@ pub struct Described {
     method: Method,
     path: Target,
     /// What it became.
-    sent: Option<PathAndQuery>,
+    sent: Option<RequestTarget>,
     authority: HeaderValue,
     scheme: &'static str,
     pub(super) headers: Kept,
@@ -26,7 +26,7 @@ pub struct Described {
 /// What a request was for.
 #[derive(Debug)]
 enum Target {
-    Path(PathAndQuery),
+    Path(RequestTarget),
     /// What could not be read, as it was written.
     Unread(String),
     /// That of CONNECT is the authority.
@@ -62,7 +62,7 @@ impl Described {
 
     /// A request as it goes on, which says itself what its path was before.
     pub fn rewritten(head: &RequestHead, wanted: &Wanted) -> Self {
-        let before = head.headers.get(&ORIGINAL_PATH).and_then(|path| PathAndQuery::try_from(path.as_bytes()).ok());
+        let before = head.headers.get(&ORIGINAL_PATH).and_then(|path| RequestTarget::try_from(path.as_bytes()).ok());
         let now = Self::of(head, wanted);
         match before {
             Some(path) => Self { path: Target::Path(path), sent: Some(head.target.clone()), ..now },
@@ -118,7 +118,7 @@ impl Described {
         Asked {
             method: self.method.as_str(),
             path: self.path.as_str(),
-            sent_path: self.sent.as_ref().map_or_else(|| self.path.as_str(), PathAndQuery::as_str),
+            sent_path: self.sent.as_ref().map_or_else(|| self.path.as_str(), RequestTarget::as_str),
             authority: self.authority.to_str().unwrap_or_default(),
             scheme: self.scheme,
             headers: &self.headers,

@@ -1,10 +1,13 @@
 //! What a request is for: its target, and the authority that is asked.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 
 use super::{CODEC, INVALID_URL, Malformed};
-use crate::route::request::{Scheme, normalise_path};
+use crate::route::{
+    request::{Scheme, normalise_path},
+    target::RequestTarget,
+};
 
 /// What a proxy before this one was asked with, where the request itself does not say.
 pub(super) fn forwarded_scheme(headers: &HeaderMap) -> Scheme {
@@ -18,7 +21,7 @@ pub(super) fn target_of(
     target: &Bytes,
     headers: &mut HeaderMap,
     minor: u8,
-) -> Result<(HeaderValue, PathAndQuery), Malformed> {
+) -> Result<(HeaderValue, RequestTarget), Malformed> {
     let mut hosts = headers.get_all(header::HOST).iter();
     let host = match (hosts.next().cloned(), hosts.next()) {
         (Some(_), Some(_)) => return Err(CODEC),
@@ -29,7 +32,7 @@ pub(super) fn target_of(
         if port_in_url(target)?.is_none() {
             return Err(INVALID_URL);
         }
-        return Ok((HeaderValue::from_maybe_shared(target.clone()).map_err(|_| INVALID_URL)?, PathAndQuery::from_static("/")));
+        return Ok((HeaderValue::from_maybe_shared(target.clone()).map_err(|_| INVALID_URL)?, RequestTarget::from_static("/")));
     }
     if target.starts_with(b"/") {
         // HTTP/1.0 knows no Host; there it may be missing.
@@ -87,14 +90,14 @@ pub fn checked_authority(authority: HeaderValue) -> Result<HeaderValue, Malforme
 
 /// Path and query, the path normalised. A fragment is taken off, as Istio has its proxies do
 /// (`envoy.reloadable_features.http_reject_path_with_fragment`).
-pub fn path_and_query(target: &Bytes) -> Result<PathAndQuery, Malformed> {
+pub fn path_and_query(target: &Bytes) -> Result<RequestTarget, Malformed> {
     let bad = Malformed::refused(StatusCode::BAD_REQUEST, "path_normalization_failed", true);
     let text = std::str::from_utf8(target).map_err(|_| bad)?;
     let text = text.split_once('#').map_or(text, |(before, _)| before);
     let (path, query) = text.split_once('?').map_or((text, None), |(path, query)| (path, Some(query)));
     let parsed = match normalise_path(path).map_err(|_| bad)? {
-        None => PathAndQuery::from_maybe_shared(target.slice(..text.len())),
-        Some(normal) => PathAndQuery::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
+        None => RequestTarget::from_maybe_shared(target.slice(..text.len())),
+        Some(normal) => RequestTarget::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
     };
     parsed.map_err(|_| bad)
 }

@@ -1,0 +1,284 @@
+//! RE2's syntax, which Istio's patterns are written in, in that of the regular expressions that are used here.
+//!
+//! Source: RE2's `re2/parse.cc` with the flags Envoy leaves it. What is no RE2 either is passed on as it is, and refused by who compiles it.
+
+use std::{iter::Peekable, str::Chars};
+
+/// What `\d`, `\s` and `\w` stand for: ASCII, and no vertical tab among white space.
+const CLASSES: [(char, &str); 3] = [('d', "0-9"), ('s', "\\t\\n\\x0C\\r "), ('w', "0-9A-Za-z_")];
+/// The most repetitions that may be asked for.
+const MOST_REPEATED: u32 = 1000;
+
+/// A pattern that means here what `pattern` means to RE2.
+pub fn translate(pattern: &str) -> Result<String, String> {
+    let mut translation = Translation { rest: pattern.chars().peekable(), made: String::with_capacity(pattern.len() + 8), open: 0 };
+    translation.run()?;
+    Ok(translation.made)
+}
+
+struct Translation<'p> {
+    rest: Peekable<Chars<'p>>,
+    made: String,
+    /// Groups that are open.
+    open: usize,
+}
+
+impl Translation<'_> {
+    fn run(&mut self) -> Result<(), String> {
+        while let Some(c) = self.rest.next() {
+            match c {
+                '\\' => self.escape()?,
+                '[' => self.class()?,
+                '{' => self.repetition()?,
+                '(' => {
+                    self.open += 1;
+                    self.made.push(c);
+                }
+                ')' if self.open == 0 => return Err("has a ) that closes nothing".to_owned()),
+                ')' => {
+                    self.open -= 1;
+                    self.made.push(c);
+                }
+                c => self.made.push(c),
+            }
+        }
+        Ok(())
+    }
+
+    fn escape(&mut self) -> Result<(), String> {
+        match self.rest.next() {
+            Some('Q') => self.quoted(),
+            Some('C') => self.made += "(?s-u:.)",
+            Some(c @ ('b' | 'B')) => self.made += &format!("(?-u:\\{c})"),
+            Some(c) if class_of(c).is_some() => {
+                let (members, negated) = class_of(c).unwrap_or_default();
+                self.made += &format!("[{}{members}]", if negated { "^" } else { "" });
+            }
+            Some(c @ ('p' | 'P')) => self.unicode_group(c),
+            Some(c) => match self.escaped(c)? {
+                Some(literal) => literal_into(&mut self.made, literal),
+                None => self.made.extend(['\\', c]),
+            },
+            None => self.made.push('\\'),
+        }
+        Ok(())
+    }
+
+    /// Up to `\E`, everything is what it is.
+    fn quoted(&mut self) {
+        while let Some(c) = self.rest.next() {
+            if c == '\\' && self.rest.next_if_eq(&'E').is_some() {
+                return;
+            }
+            literal_into(&mut self.made, c);
+        }
+    }
+
+    /// The one character that an escape stands for. `None`: it stands for something else.
+    fn escaped(&mut self, c: char) -> Result<Option<char>, String> {
+        let octal = |c: &char| ('0'..='7').contains(c);
+        match c {
+            '1'..='7' if self.rest.peek().is_none_or(|next| !octal(next)) => Err(format!("refers to group {c}, which RE2 does not do")),
+            '0'..='7' => {
+                let mut code = u32::from(c) - u32::from('0');
+                for _ in 0..2 {
+                    let Some(digit) = self.rest.next_if(octal) else { break };
+                    code = code * 8 + u32::from(digit) - u32::from('0');
+                }
+                Ok(char::from_u32(code))
+            }
+            c if c.is_ascii() && !c.is_ascii_alphanumeric() && c != '_' => Ok(Some(c)),
+            _ => Ok(None),
+        }
+    }
+
+    /// `\pL`, `\p{Greek}`, and with `^` in front of the name what is not of it.
+    fn unicode_group(&mut self, c: char) {
+        let mut sign = c;
+        let name = if self.rest.next_if_eq(&'{').is_some() {
+            if self.rest.next_if_eq(&'^').is_some() {
+                sign = if c == 'p' { 'P' } else { 'p' };
+            }
+            let name = std::iter::from_fn(|| self.rest.next_if(|c| *c != '}')).collect::<String>();
+            self.rest.next();
+            name
+        } else {
+            self.rest.next().map(String::from).unwrap_or_default()
+        };
+        self.made += &format!("\\{sign}{{{name}}}");
+    }
+
+    /// A brace that begins no count is a brace.
+    fn repetition(&mut self) -> Result<(), String> {
+        let counts = self.rest.clone().take_while(|c| *c != '}').collect::<String>();
+        let closed = self.rest.clone().nth(counts.chars().count()) == Some('}');
+        let (least, most) = counts.split_once(',').map_or((counts.as_str(), None), |(least, most)| (least, Some(most)));
+        let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        if !closed || !is_number(least) || !most.is_none_or(|most| most.is_empty() || is_number(most)) {
+            self.made += "\\{";
+            return Ok(());
+        }
+        let too_many = |text: &str| !text.is_empty() && text.parse().map_or(true, |n: u32| n > MOST_REPEATED);
+        if too_many(least) || most.is_some_and(too_many) {
+            return Err(format!("repeats something more than {MOST_REPEATED} times"));
+        }
+        self.made.push('{');
+        Ok(())
+    }
+
+    /// Behind the bracket that opens it.
+    fn class(&mut self) -> Result<(), String> {
+        self.made.push('[');
+        if self.rest.next_if_eq(&'^').is_some() {
+            self.made.push('^');
+        }
+        let mut first = true;
+        loop {
+            match self.rest.next() {
+                // Who compiles it tells that it is not closed.
+                None => return Ok(()),
+                Some(']') if !first => {
+                    self.made.push(']');
+                    return Ok(());
+                }
+                Some(c) => self.class_item(c)?,
+            }
+            first = false;
+        }
+    }
+
+    fn class_item(&mut self, c: char) -> Result<(), String> {
+        if c == '[' && self.posix_class() {
+            return Ok(());
+        }
+        if c == '\\' {
+            if let Some((members, negated)) = self.rest.peek().copied().and_then(class_of) {
+                self.rest.next();
+                self.made += &if negated { format!("[^{members}]") } else { members.to_owned() };
+                return Ok(());
+            }
+            if let Some(sign) = self.rest.next_if(|c| matches!(c, 'p' | 'P')) {
+                self.unicode_group(sign);
+                return Ok(());
+            }
+        }
+        self.class_character(c)?;
+        // A range, unless the class ends there.
+        let mut ahead = self.rest.clone();
+        if ahead.next() == Some('-') && ahead.peek().is_some_and(|c| *c != ']') {
+            self.rest.next();
+            self.made.push('-');
+            if let Some(c) = self.rest.next() {
+                self.class_character(c)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn class_character(&mut self, c: char) -> Result<(), String> {
+        if c != '\\' {
+            literal_into(&mut self.made, c);
+            return Ok(());
+        }
+        let Some(c) = self.rest.next() else { return Ok(()) };
+        match self.escaped(c)? {
+            Some(literal) => literal_into(&mut self.made, literal),
+            None if c == 'x' => {
+                self.made += "\\x";
+                if self.rest.next_if_eq(&'{').is_some() {
+                    self.made.push('{');
+                    self.made.extend(std::iter::from_fn(|| self.rest.next_if(|c| *c != '}')));
+                    self.rest.next();
+                    self.made.push('}');
+                } else {
+                    self.made.extend(self.rest.by_ref().take(2));
+                }
+            }
+            None => self.made.extend(['\\', c]),
+        }
+        Ok(())
+    }
+
+    /// `[:alpha:]` and its kin, behind the bracket.
+    fn posix_class(&mut self) -> bool {
+        let ahead = self.rest.clone().collect::<String>();
+        let Some(length) = ahead.strip_prefix(':').and_then(|inner| inner.find(":]")) else { return false };
+        let name = &ahead[1..=length];
+        if !name.trim_start_matches('^').bytes().all(|b| b.is_ascii_lowercase()) || name.is_empty() {
+            return false;
+        }
+        self.made += &format!("[:{name}:]");
+        self.rest.nth(name.chars().count() + 2);
+        true
+    }
+}
+
+/// The members of one of Perl's classes, and whether those are what it leaves out.
+fn class_of(c: char) -> Option<(&'static str, bool)> {
+    let (_, members) = CLASSES.iter().find(|(name, _)| c.eq_ignore_ascii_case(name))?;
+    Some((*members, c.is_ascii_uppercase()))
+}
+
+/// A character as itself, wherever it stands.
+fn literal_into(made: &mut String, c: char) {
+    // `\<` and `\>` would be ends of words.
+    if c.is_ascii_punctuation() && c != '<' && c != '>' {
+        made.push('\\');
+    }
+    made.push(c);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::matching::Pattern;
+
+    #[test]
+    fn patterns_mean_what_they_mean_to_re2() {
+        for (pattern, taken, not) in [
+            ("/files/[\\w-.]+", &["/files/a-b.c"][..], &["/files/a b"][..]),
+            ("/users/{id}", &["/users/{id}"], &["/users/7"]),
+            ("a{", &["a{"], &["a"]),
+            ("a{,2}", &["a{,2}"], &["aa"]),
+            ("a{2}", &["aa"], &["a{2}"]),
+            ("a{2,}b{1,2}?", &["aab", "aaabb"], &["ab"]),
+            ("\\Qa.b\\E.", &["a.bc"], &["axbc"]),
+            ("\\Qa.b", &["a.b"], &["axb"]),
+            ("[[]a]", &["[a]"], &["a"]),
+            ("\\012", &["\n"], &["012"]),
+            ("\\101\\0", &["A\0"], &["A"]),
+            ("\\C", &["x"], &["xy"]),
+            ("[&&a-z]+", &["abc", "&"], &["A"]),
+            ("[a-c--b]+", &["b", "-", "."], &["d"]),
+            ("[+--]", &["-", ",", "+"], &["."]),
+            ("[a~~b]", &["~", "a"], &["c"]),
+            ("[[a]]", &["a]", "[]"], &["a"]),
+            ("\\<a\\>", &["<a>"], &["a"]),
+            ("[]a]+", &["]a"], &["b"]),
+            ("[^]a]", &["b"], &["]", "a"]),
+            ("[a-]", &["-", "a"], &["b"]),
+            ("[\\]\\-x]+", &["]-x"], &["\\"]),
+            ("[[:alpha:][:digit:]_]+", &["aB3_"], &["-"]),
+            ("[[:^alpha:]]", &["3"], &["a"]),
+            ("[[:x]", &["[", ":", "x"], &["y"]),
+            ("\\d\\D\\s\\S\\w\\W", &["1a xa-"], &["1a\u{b}xa-"]),
+            ("[\\d\\S]", &["1", "a"], &[" "]),
+            ("[\\x41-\\x{43}]", &["A", "C"], &["D", "x"]),
+            ("(?i)ab(c|d)(?:e)", &["ABCE"], &["abe"]),
+            ("(?P<n>a)\\.\\/", &["a./"], &["ab/"]),
+            ("\\p{^Lu}", &["a"], &["A"]),
+            ("\\pL{1,20}", &["abc"], &["1"]),
+            ("[\\p{L}\\p{N}_-]{3,30}", &["a-é"], &["a b"]),
+            ("(東京|大阪)/.{1,255}", &["東京/x"], &["x"]),
+            ("é\\d", &["é1"], &["é\u{661}"]),
+            ("\\bab\\b", &["ab"], &["b"]),
+            ("a\\\\b", &["a\\b"], &["ab"]),
+        ] {
+            let compiled = Pattern::parse(pattern).unwrap_or_else(|error| panic!("{pattern}: {error}"));
+            taken.iter().for_each(|value| assert!(compiled.matches(value.as_bytes()), "{pattern} {value:?}"));
+            not.iter().for_each(|value| assert!(!compiled.matches(value.as_bytes()), "{pattern} not {value:?}"));
+        }
+        for pattern in ["a)(b", "[", "[a", "(", "a{1001}", "\\1", "*", "\\", "[\\", "\\p{Nope}", "[b-a]", "\\y", "(?=a)"] {
+            assert!(Pattern::parse(pattern).is_err(), "{pattern}");
+        }
+    }
+}
