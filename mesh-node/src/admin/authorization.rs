@@ -185,7 +185,7 @@ impl Question {
         let rules = &destination.policy.at(self.port).authentication;
         let verified = Verified::assumed(rules, claims).map_err(|e| format!("claims: {e}"))?;
         verified.map(Some).ok_or_else(|| {
-            let issuers = rules.iter().map(|r| &*r.issuer).collect::<Vec<_>>();
+            let issuers = rules.iter().map(|r| &*r.issuer).filter(|issuer| !issuer.is_empty()).collect::<Vec<_>>();
             format!("claims: `iss` has to be an issuer that {} takes tokens of: {}", destination.name, issuers.join(", "))
         })
     }

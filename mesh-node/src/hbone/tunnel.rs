@@ -151,11 +151,22 @@ impl Duplex for Tunnel {
         (source, TunnelSink { stream: &mut self.send, finished: false, asks: self.held.is_some() })
     }
 
-    fn reset(mut self) {
+    fn reset(self) {
+        self.reset_as(Reason::CONNECT_ERROR);
+    }
+}
+
+impl Tunnel {
+    /// Ends it so that the other end sees that what came from here was not of the protocol that was spoken.
+    pub fn garble(self) {
+        self.reset_as(Reason::PROTOCOL_ERROR);
+    }
+
+    fn reset_as(mut self, reason: Reason) {
         // A reset drops what the library has not written yet, which may be the last that was said.
         tokio::spawn(async move {
             tokio::time::sleep(BEFORE_RESET).await;
-            self.send.send_reset(Reason::CONNECT_ERROR);
+            self.send.send_reset(reason);
             drop(self);
         });
     }
@@ -346,5 +357,6 @@ fn into_io(error: h2::Error) -> io::Error {
     if error.is_io() {
         return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
     }
-    io::Error::new(io::ErrorKind::ConnectionReset, error)
+    let is_garbled = error.is_reset() && error.is_remote() && error.reason() == Some(Reason::PROTOCOL_ERROR);
+    io::Error::new(if is_garbled { io::ErrorKind::InvalidData } else { io::ErrorKind::ConnectionReset }, error)
 }

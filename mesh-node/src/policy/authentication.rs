@@ -35,7 +35,7 @@ impl Verified {
     pub fn assumed(rules: &[Arc<JwtRule>], claims: &str) -> Result<Option<Self>, Fault> {
         let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
         let token = Token::parse(&format!("{}.{}.AAAA", part(r#"{"alg":"RS256"}"#), part(claims)))?;
-        let rule = rules.iter().find(|r| *r.issuer == *token.issuer()).cloned();
+        let rule = of_issuer(rules.iter(), &token, |rule| rule).cloned();
         Ok(rule.map(|rule| Self { token, rule }))
     }
 
@@ -53,8 +53,9 @@ impl Verified {
         match self.claim(path) {
             Some(Value::String(words)) if self.is_word_list(path) => words.split(' ').map(str::to_owned).collect(),
             Some(Value::Array(all)) => all.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-            Some(value) => claim_text(value).into_iter().collect(),
-            None => Vec::new(),
+            Some(Value::String(text)) => vec![text.clone()],
+            // Numbers and truth values are no texts for Envoy's matchers, here or in policies.
+            Some(_) | None => Vec::new(),
         }
     }
 }
@@ -179,12 +180,22 @@ fn verify_each(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead,
     let mut first = None;
     for found in locations.into_iter().flat_map(|location| locate_at(location, head)) {
         let token = Token::parse(&found.text)?;
-        let own = rules.iter().find(|(rule, _)| *rule.issuer == *token.issuer() && rule.locations.contains(found.location));
+        let there = rules.iter().filter(|(rule, _)| rule.locations.contains(found.location));
+        let own = of_issuer(there, &token, |(rule, _)| rule);
         let (rule, keys) = own.ok_or(Fault::UnknownIssuer)?;
         accept(&token, rule, keys.as_deref(), now)?;
         first.get_or_insert_with(|| Verified { token, rule: (*rule).clone() });
     }
     Ok(first)
+}
+
+/// The rule for a token: its issuer's own, or one for any.
+fn of_issuer<'r, R>(rules: impl Iterator<Item = &'r R> + Clone, token: &Token, rule: impl Fn(&R) -> &Arc<JwtRule>) -> Option<&'r R> {
+    let own = rules.clone().find(|r| *rule(r).issuer == *token.issuer());
+    own.or_else(|| {
+        let mut rules = rules;
+        rules.find(|r| rule(r).is_of(token.issuer()))
+    })
 }
 
 /// All tokens at a rule's places must be its valid ones; the first of them is returned.

@@ -141,7 +141,7 @@ impl Connection {
             };
             match end {
                 Next::Another => {}
-                Next::Abort => return Finished::Cut,
+                Next::Abort | Next::Garble => return Finished::Cut,
                 Next::Close => {
                     // The answer must not be lost to a reset because of what the client still sends.
                     let closed = async {
@@ -353,6 +353,8 @@ enum Next {
     Another,
     Close,
     Abort,
+    /// The other end is to see that what it would get is no HTTP.
+    Garble,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

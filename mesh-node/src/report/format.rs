@@ -241,7 +241,12 @@ impl Template {
     }
 
     pub fn text(&self, entry: &Entry<'_>) -> String {
-        String::from_utf8_lossy(&join(self.program.steps.iter(), &self.program, entry, b"")).into_owned()
+        String::from_utf8_lossy(&self.bytes(entry)).into_owned()
+    }
+
+    /// As it is written; what clients sent may be no text.
+    pub fn bytes(&self, entry: &Entry<'_>) -> Vec<u8> {
+        join(self.program.steps.iter(), &self.program, entry, b"")
     }
 }
 

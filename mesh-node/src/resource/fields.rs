@@ -67,6 +67,11 @@ pub fn header_name(text: &str, at: &str) -> Result<HeaderName, FieldError> {
 const HOP_BY_HOP: [&str; 9] =
     ["connection", "content-length", "expect", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
 
+/// Whether a name is of a header between two neighbours: what a route says of those comes to nothing, as with Envoy.
+pub fn is_hop_by_hop(name: &str) -> bool {
+    HOP_BY_HOP.iter().any(|known| known.eq_ignore_ascii_case(name))
+}
+
 /// The name of a header that goes from end to end.
 pub fn end_to_end_header(text: &str, at: &str) -> Result<HeaderName, FieldError> {
     let name = header_name(text, at)?;

@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use super::{
     envelope::FieldError,
-    fields::{self, Time, end_to_end_header, header_name, header_text, header_value, port},
+    fields::{self, Time, header_name, header_text, header_value, port},
 };
 use crate::route::{
     matching::{HeaderMatch, HttpMatch, Matched, PathMatch, Pattern, QueryMatch, TextMatch},
@@ -343,7 +343,10 @@ fn modifier(document: &Modifier, at: &str) -> Result<(HeaderChanges, Option<http
                 authority.get_or_insert(fields::authority(&pair.value, &value)?);
                 continue;
             }
-            let name = end_to_end_header(&pair.name, &format!("{at}.name"))?;
+            let name = header_name(&pair.name, &format!("{at}.name"))?;
+            if fields::is_hop_by_hop(name.as_str()) {
+                continue;
+            }
             // Gateway API's values are what they say; Istio's are Envoy's, where they can be.
             let text = match header_text(&pair.value, &value) {
                 Err(_) if pair.value.contains('%') => Some(HeaderText::Plain(header_value(&pair.value, &value)?)),
@@ -357,7 +360,8 @@ fn modifier(document: &Modifier, at: &str) -> Result<(HeaderChanges, Option<http
         Ok::<_, FieldError>(out)
     };
     let (set, add) = (pairs(&document.set, "set")?, pairs(&document.add, "add")?);
-    let remove = document.remove.iter().enumerate().map(|(i, name)| end_to_end_header(name, &format!("{at}.remove[{i}]")));
+    let remove = document.remove.iter().enumerate().filter(|(_, name)| !fields::is_hop_by_hop(name));
+    let remove = remove.map(|(i, name)| header_name(name, &format!("{at}.remove[{i}]")));
     Ok((HeaderChanges { set, add, remove: remove.collect::<Result<_>>()? }, authority))
 }
 

@@ -24,6 +24,7 @@ pub struct RequestAuthentication {
 /// One issuer whose tokens are accepted.
 #[derive(Debug, Clone, PartialEq)]
 pub struct JwtRule {
+    /// Empty: tokens of any, which these keys verify.
     pub issuer: Arc<str>,
     /// Any of these; none asks for nothing.
     pub audiences: Vec<String>,
@@ -66,6 +67,11 @@ impl JwtRule {
             claim_headers: list("outputClaimToHeaders").iter().filter_map(claim).collect(),
             word_lists: Vec::new(),
         }
+    }
+
+    /// Whether tokens of an issuer are this rule's.
+    pub fn is_of(&self, issuer: &str) -> bool {
+        self.issuer.is_empty() || *self.issuer == *issuer
     }
 
     /// Headers that are not the client's once a token has been verified, or taken out with it.
@@ -203,8 +209,7 @@ impl RequestAuthentication {
 }
 
 fn rule(spec: RuleSpec, at: &str) -> Result<JwtRule, FieldError> {
-    let issuer = spec.issuer.filter(|i| !i.is_empty());
-    let issuer = issuer.ok_or_else(|| FieldError::new(format!("{at}.issuer"), "is missing; name the `iss` of the tokens"))?;
+    let issuer = spec.issuer.unwrap_or_default();
     let audiences = spec.audiences.unwrap_or_default();
     if let Some(i) = audiences.iter().position(String::is_empty) {
         return Err(FieldError::new(format!("{at}.audiences[{i}]"), "is empty; name an audience, or remove it"));
@@ -222,6 +227,12 @@ fn rule(spec: RuleSpec, at: &str) -> Result<JwtRule, FieldError> {
             KeySource::Inline(Arc::new(keys))
         }
         (None, Some(uri)) => KeySource::Remote(remote(&uri, false, timeout, &format!("{at}.jwksUri"))?),
+        (None, None) if issuer.is_empty() => {
+            return Err(FieldError::new(
+                format!("{at}.issuer"),
+                "is missing, and so are the keys; name the `iss` of the tokens, or set jwksUri",
+            ));
+        }
         // OpenID Connect Discovery 1.0, section 4.
         (None, None) => {
             let uri = format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
@@ -371,7 +382,7 @@ mod tests {
             json!({"jwtRules": [rule]})
         };
         for (spec, field) in [
-            (json!({"jwtRules": [{"jwksUri": "https://a.example/keys"}]}), "jwtRules[0].issuer"),
+            (json!({"jwtRules": [{"audiences": ["a"]}]}), "jwtRules[0].issuer"),
             (json!({"jwtRules": [{"issuer": "plain"}]}), "or set jwks or jwksUri"),
             (with(json!({"jwks": "{}"})), "cannot both be set"),
             (with(json!({"jwksUri": "ftp://x/"})), "jwksUri"),

@@ -30,7 +30,8 @@ pub fn path(rewrite: &PathRewrite, matched: Option<&PathMatch>, path: &str) -> S
         }
     };
     // Whatever was written, a path is absolute.
-    if rewritten.starts_with('/') { rewritten } else { format!("/{rewritten}") }
+    let is_left = rewritten.starts_with('/') || rewritten.is_empty() && matches!(rewrite, PathRewrite::Regex { .. });
+    if is_left { rewritten } else { format!("/{rewritten}") }
 }
 
 /// RE2's substitution: `\0` to `\9` are groups, `\\` is a backslash.
@@ -80,7 +81,12 @@ pub fn request(
         head.headers.insert(ORIGINAL_HOST.clone(), original);
     }
     let original = HeaderValue::from_str(head.target.as_str()).ok();
-    let new = path(rewrite?.path.as_ref()?, matched, head.path());
+    let rewrite = rewrite?.path.as_ref()?;
+    let new = path(rewrite, matched, head.path());
+    // A pattern that leaves nothing rewrites nothing, for Envoy.
+    if new.is_empty() {
+        return None;
+    }
     let new = match head.query() {
         Some(query) if !new.contains('?') => format!("{new}?{query}"),
         _ => new,
@@ -110,6 +116,7 @@ pub fn location(redirect: &Redirect, matched: Option<&PathMatch>, head: &Request
         RedirectPort::FromScheme => None,
     };
     let path = redirect.path.as_ref().map_or_else(|| head.path().to_owned(), |p| self::path(p, matched, head.path()));
+    let path = if path.is_empty() { "/".to_owned() } else { path };
     let query = head.query().filter(|_| !path.contains('?'));
     let mut location = format!("{scheme}://{host}");
     if let Some(port) = printed {

@@ -314,7 +314,10 @@ pub fn conclude(ended: &Attempt, record: &mut Record) {
     match ended {
         Attempt::Answered(Answered::Cut) | Attempt::Cut => record.cut(),
         Attempt::Answered(Answered::Truncated(reset)) => failed(*reset, "upstream_reset_after_response_started", record),
-        Attempt::Failed(failure) => failed(failure.reset, "upstream_reset_before_response_started", record),
+        Attempt::Failed(failure) => {
+            failed(failure.reset, "upstream_reset_before_response_started", record);
+            record.unanswered(failure.reset);
+        }
         // Whose time is up is the client's side: for the destination it has gone.
         Attempt::Answered(Answered::Abandoned | Answered::TimeUp(_)) | Attempt::Abandoned | Attempt::TimeUp(_) => record.abandoned(),
         Attempt::Malformed(malformed) => {

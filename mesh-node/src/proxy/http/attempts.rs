@@ -32,6 +32,9 @@ use crate::{
     telemetry::traffic::{Edge, Reporter},
 };
 
+/// How soon after a request was sent its connection has to end, so that it can have been over before.
+const AS_IT_IS_USED: Duration = Duration::from_millis(200);
+
 /// What a request is hashed by.
 #[derive(Debug, Default)]
 pub(super) struct Hashed {
@@ -266,8 +269,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
     }
 
     async fn ask(&mut self, head: &RequestHead, to: (SocketAddr, &Arc<EndpointState>)) -> Attempt {
+        let begun = Instant::now();
         let ended = self.attempt(head, to, false).await;
-        if !self.may_be_asked_anew(head, &ended) {
+        if begun.elapsed() > AS_IT_IS_USED || !self.may_be_asked_anew(head, &ended) {
             return ended;
         }
         self.down.proxy.metrics.retries.inc();

@@ -273,7 +273,7 @@ fn tell(gate: &Gate, snapshot: &Snapshot, template: &Template, (head, protocol):
         teller: teller.map(|w| &**w),
         ..Entry::begun(SystemTime::now())
     };
-    HeaderValue::from_str(&template.text(&entry)).ok().filter(|value| !value.is_empty())
+    HeaderValue::from_bytes(&template.bytes(&entry)).ok().filter(|value| !value.is_empty())
 }
 
 async fn ask_http(

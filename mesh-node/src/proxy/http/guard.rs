@@ -43,7 +43,11 @@ pub async fn serve_h1(
     let application = application.map(|transport| (transport, &mut read));
     let ending = std::pin::pin!(ending);
     let next = h1_loop(gate, client, &mut unread, application, traffic, ending).await?;
-    Ok(if next == Next::Abort { Ends::Reset } else { Ends::Closed })
+    Ok(match next {
+        Next::Abort => Ends::Reset,
+        Next::Garble => Ends::Garbled,
+        Next::Another | Next::Close => Ends::Closed,
+    })
 }
 
 /// How the connections of the two ends are to end.
@@ -53,6 +57,19 @@ pub enum Ends {
     Closed,
     /// The client must see a failure.
     Reset,
+    /// Its node must see that what it would have got is no HTTP.
+    Garbled,
+}
+
+impl Ends {
+    /// Has the client see it.
+    pub fn end(self, client: Transport) {
+        match self {
+            Self::Closed => {}
+            Self::Reset => client.reset(),
+            Self::Garbled => client.garble(),
+        }
+    }
 }
 
 type Application<'a> = (&'a mut Transport, &'a mut Unread);
@@ -103,7 +120,7 @@ async fn h1_loop(
         };
         match next {
             Next::Another if application.is_some() => {}
-            Next::Abort => return Ok(Next::Abort),
+            Next::Abort | Next::Garble => return Ok(next),
             Next::Another | Next::Close => {
                 let closed = async {
                     if sink.shutdown().await.is_ok() {
@@ -221,7 +238,9 @@ async fn h1_request(
         Ended::Broken | Ended::Silent if !responder.has_started() || responder.would_look_complete() => Next::Abort,
         Ended::Whole | Ended::Broken | Ended::Silent => Next::Close,
         Ended::Malformed(malformed) => refuse(Reply::new(malformed.status, malformed.body), grpc, true, responder, reader, record).await,
-        // An application that ends its connection ends the client's; one that says what is no HTTP, the client could not read either.
+        // An application that ends its connection ends the client's; one that says what is no HTTP, the client could not read either. Its node
+        // is told, and answers as it would for an application of its own.
+        Ended::Unreadable if responder.is_tunnelled() && !responder.has_started() => Next::Garble,
         Ended::Unreadable => refuse(Reply::reset(Reset::ProtocolError, false), grpc, true, responder, reader, record).await,
     }
 }

@@ -111,7 +111,11 @@ impl<'a> Reader<'a> {
             match self.fill().await {
                 Ok(true) => {}
                 Ok(false) => return Err(NoHead::Ended { partial: !self.unread.buffer.is_empty() }),
-                Err(_) => return Err(NoHead::Broken { partial: !self.unread.buffer.is_empty() }),
+                // What another node says of its application counts as what could not be read here.
+                Err(error) => {
+                    let is_garbled = error.kind() == io::ErrorKind::InvalidData;
+                    return Err(NoHead::Broken { partial: is_garbled || !self.unread.buffer.is_empty() });
+                }
             }
         }
     }
@@ -375,6 +379,11 @@ impl<'s, 'a> H1Responder<'s, 'a> {
 
     pub fn has_started(&self) -> bool {
         self.started
+    }
+
+    /// Whether the client is on another node.
+    pub fn is_tunnelled(&self) -> bool {
+        self.sink.sink.is_tunnel()
     }
 }
 

@@ -18,26 +18,21 @@ mod told;
 pub use self::described::Described;
 use super::{
     meter::Meter,
-    reply::grpc_code,
+    reply::{Reply, grpc_code},
     traced::{Onward, Traced},
     wire::{Malformed, Refused, Said},
 };
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
     id::{ObjectName, SpiffeId},
-    proxy::{
-        reporting::{self, Ends},
-        traces::Spans,
-    },
+    proxy::{reporting::Ends, traces::Spans},
     report::{
         Reporting, Told,
-        entry::{Asked, ClusterName, Entry, X_REQUEST_ID},
-        format::Template,
+        entry::X_REQUEST_ID,
         kept::{Kept, Wanted},
-        peer::End,
         trace::Parent,
     },
-    route::{Cluster, PortOf, Workload, request::RequestHead},
+    route::{Cluster, PortOf, Workload, request::RequestHead, retry::Reset},
     telemetry::{
         Metrics,
         traffic::{Edge, Followed, HttpKey, Messages, Reporter, Request, Tags},
@@ -58,6 +53,8 @@ pub struct Record {
     pub protocol: &'static str,
     pub flags: Flags,
     pub details: Cow<'static, str>,
+    /// Why there was no connection to where it went.
+    pub transport_failure: Option<Cow<'static, str>>,
     pub status: Option<StatusCode>,
     /// The rule's name, or whose it is.
     route: Option<Arc<str>>,
@@ -82,6 +79,8 @@ pub struct Record {
     /// It has come to an end that is told as it is.
     concluded: bool,
     pub grpc: bool,
+    /// What a call without an answer ended as.
+    grpc_meant: Option<u32>,
     /// What passed of the request's and the response's body.
     pub up: Meter,
     pub down: Meter,
@@ -130,6 +129,7 @@ impl Record {
             protocol,
             flags: Flags::default(),
             details: Cow::Borrowed(""),
+            transport_failure: None,
             status: None,
             route: None,
             route_is_named: false,
@@ -145,6 +145,7 @@ impl Record {
             other: None,
             concluded: false,
             grpc: false,
+            grpc_meant: None,
             up: Meter::default(),
             down: Meter::default(),
             answered_after: None,
@@ -362,6 +363,14 @@ impl Record {
         }
     }
 
+    /// The application gave no answer. Its client sees that as it happened; a proxy of Istio's would have answered for it, and it is told of
+    /// like that.
+    pub fn unanswered(&mut self, reset: Reset) {
+        let status = Reply::reset(reset, false).status;
+        self.grpc_meant = self.grpc.then(|| grpc_code(status).into());
+        self.status = Some(if self.grpc { StatusCode::OK } else { status });
+    }
+
     /// The client did not wait for the end.
     pub fn abandoned(&mut self) {
         self.concluded = true;
@@ -389,76 +398,7 @@ impl Record {
     /// What gRPC has of it: where an answer says nothing, what its HTTP status means.
     fn grpc_status(&self) -> Option<u32> {
         let meant = || self.status.filter(|_| self.grpc).map(|status| u32::from(grpc_code(status)));
-        self.down.grpc_status.or_else(meant)
-    }
-
-    fn entry(&self, duration: Duration) -> Entry<'_> {
-        let described = self.described.as_deref();
-        let asked = described.map(Described::asked);
-        let inbound = self.reporter == Reporter::Destination;
-        let cluster = match &self.cluster {
-            Some(cluster) => {
-                Some(ClusterName::Outbound { service: &cluster.id.service, port: cluster.id.port, subset: &cluster.id.subset })
-            }
-            None => inbound.then(|| ClusterName::Inbound(self.destination.port())),
-        };
-        let after = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(self.started));
-        Entry {
-            start: reporting::wall(self.started),
-            duration,
-            request: asked,
-            protocol: Some(self.protocol),
-            code: self.status.map_or(0, |s| s.as_u16()),
-            grpc_status: self.grpc_status(),
-            grpc_said: self.down.grpc_status.is_some(),
-            flags: self.flags.text(),
-            flags_long: self.flags.long(),
-            received_after: after(self.received_at),
-            sent_after: after(self.sent_at),
-            answered_after: after(self.answered_at),
-            attempts: if inbound { u32::from(self.details == "via_upstream") } else { self.attempts },
-            upstream_protocol: self.upstream_protocol.or((inbound && self.details == "via_upstream").then_some(self.protocol)),
-            tells_a_request: true,
-            flag_bits: self.flags.bits(),
-            details: Some(&self.details),
-            termination_details: None,
-            transport_failure: None,
-            bytes_received: self.up.bytes,
-            bytes_sent: self.down.bytes,
-            service_time: self.answered_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
-            upstream_host: self.endpoint,
-            upstream_cluster: cluster,
-            upstream_local: self.upstream_local.filter(|_| self.endpoint.is_some()),
-            downstream_local: Some(self.destination),
-            downstream_remote: Some(self.client),
-            sni: None,
-            // Istio's name for what no rule has routed.
-            route: self.route.as_deref().or((inbound || self.cluster.is_some()).then_some("default")),
-            response_headers: described.and_then(|d| d.response_headers.as_ref()),
-            response_trailers: self.down.trailers(),
-            mutual_tls: self.mutual_tls,
-            trace: self.trace,
-            peer: self.peer.as_ref(),
-            local: self.local.as_ref(),
-            teller: self.teller.as_deref(),
-            other: self.other.as_deref().map(|other| (if inbound { End::Downstream } else { End::Upstream }, other)),
-            cluster: &self.metrics.cluster,
-        }
-    }
-
-    /// What is written into a header: of a request, as it was asked for and with what is known of it, or of its answer. None of nothing.
-    pub fn tell(
-        &self,
-        template: &Template,
-        asked: Option<Asked<'_>>,
-        answer: Option<(Option<StatusCode>, &HeaderMap)>,
-    ) -> Option<HeaderValue> {
-        let headers = answer.map(|(_, headers)| Kept::of(headers, &template.asks().response));
-        let code = answer.and_then(|(status, _)| status).map_or(0, |s| s.as_u16());
-        // Whose rule it is is nobody's business but the operator's.
-        let route = self.route.as_deref().filter(|_| self.route_is_named);
-        let entry = Entry { request: asked, response_headers: headers.as_ref(), code, route, ..self.entry(self.started.elapsed()) };
-        HeaderValue::from_str(&template.text(&entry)).ok().filter(|value| !value.is_empty())
+        self.down.grpc_status.or(self.grpc_meant).or_else(meant)
     }
 
     /// Where a request is counted that went nowhere.

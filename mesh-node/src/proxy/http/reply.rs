@@ -55,6 +55,8 @@ impl Reply {
     pub fn into_parts(self, grpc: bool, is_head: bool) -> (StatusCode, HeaderMap, Bytes) {
         let Self { status, body, mut headers, grpc_status, verbatim } = self;
         if let Some(body) = verbatim {
+            // RFC 9110 section 15.3.5: there is none.
+            let body = if status == StatusCode::NO_CONTENT { Bytes::new() } else { body };
             if !body.is_empty() {
                 headers.entry(header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
             }

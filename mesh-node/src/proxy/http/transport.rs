@@ -122,6 +122,14 @@ impl Transport {
         }
     }
 
+    /// Ends it so that another node sees that what came from here was not of the protocol that was spoken, and any other end a failure.
+    pub fn garble(self) {
+        match self {
+            Self::Tunnel(tunnel) => tunnel.garble(),
+            other => other.reset(),
+        }
+    }
+
     /// Ends it so that the other end sees a failure.
     pub fn reset(self) {
         match self {
@@ -168,6 +176,13 @@ impl TransportSource<'_> {
 pub struct TransportSink<'a> {
     kind: SinkKind<'a>,
     written: Option<&'a AtomicU64>,
+}
+
+impl TransportSink<'_> {
+    /// Whether it leads to another node.
+    pub fn is_tunnel(&self) -> bool {
+        matches!(self.kind, SinkKind::Tunnel(_))
+    }
 }
 
 enum SinkKind<'a> {

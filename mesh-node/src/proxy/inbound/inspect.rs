@@ -186,8 +186,8 @@ async fn http1(
 ) -> Result<(), Failure> {
     let mut application = Transport::Tcp(application);
     let ended = guard::serve_h1(gate, &mut downstream, Some(&mut application), traffic, ending).await;
-    if !matches!(ended, Ok(Ends::Closed)) {
-        downstream.reset();
+    if ended != Ok(Ends::Closed) {
+        ended.unwrap_or(Ends::Reset).end(downstream);
         application.reset();
     }
     ended.map(drop).map_err(Failure::Cut)
@@ -262,9 +262,7 @@ pub async fn refuse(
             Spoken::Opaque(_) | Spoken::Text => downstream.reset(),
             Spoken::Http1 | Spoken::Unlike => {
                 let ended = guard::serve_h1(&gate, &mut downstream, None, &Traffic::default(), pod.ended()).await;
-                if ended != Ok(Ends::Closed) {
-                    downstream.reset();
-                }
+                ended.unwrap_or(Ends::Reset).end(downstream);
             }
             // Ends with the connection, or by the clock.
             Spoken::Http2 => drop(guard::serve_h2(Arc::new(gate), downstream, None, Arc::default(), pod.ended()).await),

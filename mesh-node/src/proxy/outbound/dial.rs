@@ -164,6 +164,11 @@ fn mirrored(failure: &Failure) -> Failure {
     let status = match failure {
         Failure::Denied(_) => ::http::StatusCode::UNAUTHORIZED,
         Failure::UnknownWorkload => return Failure::UnknownWorkload,
+        // Nothing is between the two that would not know.
+        Failure::Application { to, source } => {
+            let source = source.raw_os_error().map_or_else(|| source.kind().into(), std::io::Error::from_raw_os_error);
+            return Failure::Application { to: *to, source };
+        }
         _ => ::http::StatusCode::SERVICE_UNAVAILABLE,
     };
     Failure::Tunnel(TunnelError::Refused(status))

@@ -10,7 +10,7 @@ use crate::{
     resource::{
         authorization::bracketed,
         envelope::FieldError,
-        fields::{self, Percent, end_to_end_header, header_text, header_value, port, positive},
+        fields::{self, Percent, header_name, header_text, header_value, port, positive},
     },
     route::{
         matching::{ClaimMatch, HeaderMatch, HttpMatch, Matched, PathMatch, Pattern, QueryMatch, SourceMatch, TextMatch, compile},
@@ -140,9 +140,6 @@ fn http_match(document: &doc::HttpMatch, at: &str) -> Result<HttpMatch> {
                 claims.push(ClaimMatch { path, value, inverted });
                 continue;
             }
-            if ["uri", "scheme", "method", "authority"].contains(&name.as_str()) {
-                continue;
-            }
             let value = value.as_ref().map_or(Ok(TextMatch::Present), |v| text_match(v, &at))?;
             let of = Matched::of(name).ok_or_else(|| FieldError::new(&at, format!("{name:?} is not a header name")))?;
             headers.push(HeaderMatch { of, value, inverted });
@@ -221,18 +218,23 @@ fn is_host(name: &str) -> bool {
     name.eq_ignore_ascii_case("host") || name == ":authority"
 }
 
+/// Whether there is a header of that name to change.
+fn is_changed(name: &str) -> bool {
+    !name.starts_with(':') && !is_host(name) && !fields::is_hop_by_hop(name)
+}
+
 fn header_changes(operations: &doc::HeaderOperations, at: &str) -> Result<HeaderChanges> {
     let pairs = |all: &std::collections::BTreeMap<String, String>, field: &str| {
-        let all = all.iter().filter(|(name, _)| !name.starts_with(':') && !is_host(name));
+        let all = all.iter().filter(|(name, _)| is_changed(name));
         let pair = |(name, value): (&String, &String)| {
             let at = format!("{at}.{field}.{name}");
-            Ok((end_to_end_header(name, &at)?, header_text(value, &at)?))
+            Ok((header_name(name, &at)?, header_text(value, &at)?))
         };
         let all = all.map(pair).collect::<Result<Vec<_>>>()?;
         Ok(all.into_iter().filter_map(|(name, text)| Some((name, text?))).collect::<Vec<_>>())
     };
-    let remove = operations.remove.iter().enumerate().filter(|(_, name)| !name.starts_with(':') && !is_host(name));
-    let remove = remove.map(|(i, name)| end_to_end_header(name, &format!("{at}.remove[{i}]"))).collect::<Result<_>>()?;
+    let remove = operations.remove.iter().enumerate().filter(|(_, name)| is_changed(name));
+    let remove = remove.map(|(i, name)| header_name(name, &format!("{at}.remove[{i}]"))).collect::<Result<_>>()?;
     Ok(HeaderChanges { set: pairs(&operations.set, "set")?, add: pairs(&operations.add, "add")?, remove })
 }
 

@@ -32,18 +32,22 @@ pub fn tell(headers: &mut HeaderMap, cors: Option<&CorsAnswer>) {
 
 /// Judges a request under a rule with CORS.
 pub fn judge(cors: &Cors, head: &RequestHead) -> Preflight {
-    let Some(origin) = head.headers.get(header::ORIGIN) else { return Preflight::Pass(None) };
-    let preflight = head.method == Method::OPTIONS && head.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    let said = |name| head.headers.get(name).filter(|value| !value.is_empty());
+    let Some(origin) = said(header::ORIGIN) else { return Preflight::Pass(None) };
+    let preflight = head.method == Method::OPTIONS && said(header::ACCESS_CONTROL_REQUEST_METHOD).is_some();
     let allowed = cors.allows(origin.as_bytes());
     if !preflight {
         let answer = CorsAnswer { origin: origin.clone(), credentials: cors.credentials, expose: cors.expose.clone() };
         return Preflight::Pass(allowed.then_some(answer));
     }
-    if !allowed {
-        return if cors.forward_unmatched { Preflight::Pass(None) } else { Preflight::Answer(HeaderMap::new()) };
+    if !allowed && cors.forward_unmatched {
+        return Preflight::Pass(None);
     }
     let mut headers = HeaderMap::new();
-    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+    // Without it, the rest allows a browser nothing; Envoy says it all the same.
+    if allowed {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+    }
     if cors.credentials {
         headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
     }

@@ -59,6 +59,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             (_, "") => format!("upstream_reset_{when}_response_started{{{words}}}").into(),
             (_, detail) => format!("upstream_reset_{when}_response_started{{{words}|{detail}}}").into(),
         };
+        self.record.transport_failure = (!failed.detail.is_empty()).then(|| failed.detail.clone());
         let mut reply = Reply::reset(failed.reset, retried);
         if !forward.snapshot.headers.debug {
             reply.headers.remove(&OVERLOADED);

@@ -40,6 +40,8 @@ struct Streams {
     send: ::h2::client::SendRequest<Bytes>,
     whole: Arc<Whole>,
     over: Arc<watch::Sender<bool>>,
+    /// It ended before it had said anything of HTTP/2: no stream was or will be opened on it, and another connection would end like it.
+    broken: Option<Reset>,
 }
 
 /// How long a stream waits for an application that takes none at a time, and how often it is looked: its client may find one elsewhere.
@@ -50,8 +52,12 @@ const AFTER_ITS_END: Duration = Duration::from_secs(30);
 
 impl Streams {
     /// Opens a stream when there is a place for it; the client is told to open no more when there is none any more.
-    async fn open(self, request: http::Request<()>, empty: bool) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
-        let Self { send, over, .. } = self;
+    async fn open(self, request: http::Request<()>, empty: bool) -> Result<(ResponseFuture, SendStream<Bytes>), Reset> {
+        let Self { send, over, broken, .. } = self;
+        if let Some(reset) = broken {
+            over.send_replace(true);
+            return Err(reset);
+        }
         let opened = async {
             // The library takes a request for one that takes none, and keeps it until it takes some.
             let taken = async {
@@ -64,8 +70,19 @@ impl Streams {
         };
         opened.await.ok_or_else(|| {
             over.send_replace(true);
-            ::h2::Reason::REFUSED_STREAM
+            Reset::RefusedStream
         })
+    }
+}
+
+/// What an application's connection was that ended before its SETTINGS.
+fn broken_as(error: &::h2::Error) -> Reset {
+    if error.is_go_away() && error.is_remote() {
+        Reset::RefusedStream
+    } else if error.is_io() || error.reason() == Some(::h2::Reason::CONNECT_ERROR) {
+        Reset::ConnectionTermination
+    } else {
+        Reset::ProtocolError
     }
 }
 
@@ -108,8 +125,9 @@ async fn streams(
     let most = opened.as_ref().map_or(h2::MAX_STREAMS, |opened| h2::most_streams(&opened.send).max(1));
     let over = Arc::new(watch::Sender::new(false));
     let (send, connection, whole) = opened.map_or_else(Default::default, |o| (Some(o.send), Some(o.connection), o.whole));
+    let broken = settled.as_ref().err().map(broken_as);
     let drive = drive(connection, (send.clone(), settled), &over);
-    let streams = send.map(|send| Streams { send, whole, over: over.clone() });
+    let streams = send.map(|send| Streams { send, whole, over: over.clone(), broken });
     let mut ended = over.subscribe();
     let (pod, since) = (gate.pod.clone(), gate.since);
     let draining = async move {
@@ -166,7 +184,12 @@ async fn drive(
     });
     let result = match settled {
         Ok(()) => result.await,
-        broken => broken,
+        // Whoever asks next is told; until then nothing is over for it.
+        broken => {
+            let mut told = over.subscribe();
+            let _ = timeout(AFTER_ITS_END, told.wait_for(|over| *over)).await;
+            broken
+        }
     };
     over.send_replace(true);
     result.map_err(h2::into_io)
@@ -241,7 +264,13 @@ async fn open(
 ) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
     tokio::select! {
         biased;
-        opened = streams.open(request, empty) => opened.inspect_err(|_| record.raise(Flag::UpstreamConnectionTermination)),
+        opened = streams.open(request, empty) => opened.map_err(|reset| {
+            match reset {
+                Reset::RefusedStream => record.raise(Flag::UpstreamConnectionTermination),
+                reset => attempt::conclude(&Attempt::Failed(Failed::new(reset)), record),
+            }
+            as_told(reset)
+        }),
         () = gate.denied_later(sent, pass) => {
             record.cut();
             Err(::h2::Reason::REFUSED_STREAM)

@@ -170,11 +170,12 @@ pub fn most_streams(send: &h2::client::SendRequest<Bytes>) -> u32 {
 }
 
 impl Opened {
-    /// Waits until the application has said how many streams it takes at a time, or for a moment. An error is its end.
+    /// Waits until the application has said how many streams it takes at a time, or for a moment. An error is its end before that, in order
+    /// or not.
     pub async fn settle(&mut self) -> Result<(), h2::Error> {
         let Self { send, connection, .. } = self;
         let settled = poll_fn(|cx| match std::pin::Pin::new(&mut *connection).poll(cx) {
-            Poll::Ready(ended) => Poll::Ready(ended),
+            Poll::Ready(ended) => Poll::Ready(ended.and(Err(h2::Reason::CONNECT_ERROR.into()))),
             Poll::Pending if send.current_max_send_streams() != UNTOLD => Poll::Ready(Ok(())),
             Poll::Pending => Poll::Pending,
         });

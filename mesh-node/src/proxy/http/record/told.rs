@@ -1,18 +1,28 @@
 //! A request that is over: logged, traced and counted.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{
+    borrow::Cow,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use h2::Reason;
+use http::{HeaderMap, HeaderValue, StatusCode};
 
-use super::{Flag, Record, X_REQUEST_ID, is_traced, told};
+use super::{Described, Flag, Record, X_REQUEST_ID, is_traced, told};
 use crate::{
     proxy::{
         http::{h2::Client, wire::Malformed},
         reporting,
     },
-    report::entry::Entry,
+    report::{
+        entry::{Asked, ClusterName, Entry},
+        format::Template,
+        kept::Kept,
+        peer::End,
+    },
     route::Workload,
-    telemetry::traffic::{Edge, Tags},
+    telemetry::traffic::{Edge, Reporter, Tags},
 };
 
 impl Record {
@@ -47,6 +57,76 @@ impl Record {
     pub fn broke_protocol(&mut self, source: Option<&Arc<Workload>>) {
         self.malformed(&Malformed::INVALID_FIELD, source);
         self.concluded = true;
+    }
+
+    /// What there is to tell of it.
+    pub(super) fn entry(&self, duration: Duration) -> Entry<'_> {
+        let described = self.described.as_deref();
+        let asked = described.map(Described::asked);
+        let inbound = self.reporter == Reporter::Destination;
+        let cluster = match &self.cluster {
+            Some(cluster) => {
+                Some(ClusterName::Outbound { service: &cluster.id.service, port: cluster.id.port, subset: &cluster.id.subset })
+            }
+            None => inbound.then(|| ClusterName::Inbound(self.destination.port())),
+        };
+        let after = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(self.started));
+        Entry {
+            start: reporting::wall(self.started),
+            duration,
+            request: asked,
+            protocol: Some(self.protocol),
+            code: self.status.map_or(0, |s| s.as_u16()),
+            grpc_status: self.grpc_status(),
+            grpc_said: self.down.grpc_status.is_some(),
+            flags: self.flags.text(),
+            flags_long: self.flags.long(),
+            received_after: after(self.received_at),
+            sent_after: after(self.sent_at),
+            answered_after: after(self.answered_at),
+            attempts: if inbound { u32::from(self.details == "via_upstream") } else { self.attempts },
+            upstream_protocol: self.upstream_protocol.or((inbound && self.details == "via_upstream").then_some(self.protocol)),
+            tells_a_request: true,
+            flag_bits: self.flags.bits(),
+            details: Some(&self.details),
+            termination_details: None,
+            transport_failure: self.transport_failure.as_deref(),
+            bytes_received: self.up.bytes,
+            bytes_sent: self.down.bytes,
+            service_time: self.answered_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
+            upstream_host: self.endpoint,
+            upstream_cluster: cluster,
+            upstream_local: self.upstream_local.filter(|_| self.endpoint.is_some()),
+            downstream_local: Some(self.destination),
+            downstream_remote: Some(self.client),
+            sni: None,
+            // Istio's name for what no rule has routed.
+            route: self.route.as_deref().or((inbound || self.cluster.is_some()).then_some("default")),
+            response_headers: described.and_then(|d| d.response_headers.as_ref()),
+            response_trailers: self.down.trailers(),
+            mutual_tls: self.mutual_tls,
+            trace: self.trace,
+            peer: self.peer.as_ref(),
+            local: self.local.as_ref(),
+            teller: self.teller.as_deref(),
+            other: self.other.as_deref().map(|other| (if inbound { End::Downstream } else { End::Upstream }, other)),
+            cluster: &self.metrics.cluster,
+        }
+    }
+
+    /// What is written into a header: of a request, as it was asked for and with what is known of it, or of its answer. None of nothing.
+    pub fn tell(
+        &self,
+        template: &Template,
+        asked: Option<Asked<'_>>,
+        answer: Option<(Option<StatusCode>, &HeaderMap)>,
+    ) -> Option<HeaderValue> {
+        let headers = answer.map(|(_, headers)| Kept::of(headers, &template.asks().response));
+        let code = answer.and_then(|(status, _)| status).map_or(0, |s| s.as_u16());
+        // Whose rule it is is nobody's business but the operator's.
+        let route = self.route.as_deref().filter(|_| self.route_is_named);
+        let entry = Entry { request: asked, response_headers: headers.as_ref(), code, route, ..self.entry(self.started.elapsed()) };
+        HeaderValue::from_bytes(&template.bytes(&entry)).ok().filter(|value| !value.is_empty())
     }
 
     /// For who looks at one node: what was denied, and everything with `--log access=debug`.
