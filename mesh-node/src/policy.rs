@@ -133,6 +133,16 @@ pub enum Denial {
 }
 
 impl Denial {
+    /// As ztunnel's access log has it.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::PlaintextUnderStrict => "explicitly denied by: istio-system/istio_converted_static_strict".to_owned(),
+            Self::DeniedBy { policy, .. } => format!("explicitly denied by: {policy}"),
+            Self::NotAllowed => "allow policies exist, but none allowed".to_owned(),
+            Self::External { .. } => self.to_string(),
+        }
+    }
+
     /// `response_code_details`, with the rule named as Istio does.
     pub fn details(&self) -> String {
         let rule = match self {

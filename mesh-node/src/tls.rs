@@ -383,6 +383,7 @@ impl HandshakeFailure {
                 | CertificateError::NotValidYet
                 | CertificateError::NotValidYetContext { .. } => Self::Expired,
                 CertificateError::Revoked => Self::Revoked,
+                CertificateError::Other(other) if other.0.is::<verify::Unverified>() => Self::Untrusted,
                 CertificateError::ApplicationVerificationFailure | CertificateError::Other(_) => Self::WrongIdentity,
                 _ => Self::Untrusted,
             },

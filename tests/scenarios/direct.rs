@@ -127,7 +127,7 @@ fn what_policy_does_not_allow_whatever_it_carries_takes_the_proxy_and_what_it_co
     assert!(!works(&services[0]) && !works(&server.address(8080)));
     assert_eq!(direct(&bed), before);
     let log = bed.nodes()[0].access_log();
-    assert_eq!(log.iter().filter(|l| l.contains("not allowed any more")).count(), 4, "{log:#?}");
+    assert_eq!(log.iter().filter(|l| l.contains("due to policy change")).count(), 4, "{log:#?}");
     assert_eq!((entries(&bed, "FLOWS"), connections(&bed).len()), (0, 0));
     // Nothing but the connections was cut: plaintext from outside the mesh is still taken.
     bed.withdraw("by-name").expect("withdrawn");

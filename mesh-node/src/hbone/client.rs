@@ -8,6 +8,7 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -40,9 +41,13 @@ pub enum TunnelError {
     Closing(#[source] Option<h2::Error>),
     #[error("the tunnel request failed")]
     Request(#[source] h2::Error),
-    #[error("the peer refused the tunnel with status {0}")]
+    /// In ztunnel's words, as its users search for them.
+    #[error("http status: {0}")]
     Refused(StatusCode),
 }
+
+/// How long a peer may leave a request unanswered, and every other, until no more are sent to it on the same connection.
+const SILENCE: Duration = Duration::from_secs(5);
 
 /// A connection that tunnels can be opened on; cheap to clone. It closes itself when idle for [`IDLE_RELEASE`].
 #[derive(Debug, Clone)]
@@ -53,6 +58,8 @@ struct Shared {
     /// Taken out when the connection is to end: without senders and streams it says GOAWAY and closes.
     send: Mutex<Option<SendRequest<Bytes>>>,
     streams: AtomicUsize,
+    /// Requests that the peer has answered.
+    answers: AtomicUsize,
     closed: AtomicBool,
     /// What goes on in it does well to go elsewhere.
     leaving: AtomicBool,
@@ -175,6 +182,7 @@ impl Connection {
         let shared = Arc::new(Shared {
             send: Mutex::new(Some(send)),
             streams: AtomicUsize::new(0),
+            answers: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             revoked: AtomicBool::new(false),
@@ -223,7 +231,24 @@ impl Connection {
         let sender = self.0.sender().filter(|_| !self.is_closed()).ok_or(TunnelError::Closing(None))?;
         let mut send = sender.ready().await.map_err(closing)?;
         let (response, stream) = send.send_request(request, false).map_err(closing)?;
-        let response = response.await.map_err(|error| if unprocessed(&error) { closing(error) } else { TunnelError::Request(error) })?;
+        let answered = async {
+            let mut response = pin!(response);
+            let (answers, mut silence) = (self.0.answers.load(Ordering::SeqCst), pin!(tokio::time::sleep(SILENCE)));
+            tokio::select! {
+                biased;
+                answered = &mut response => return answered,
+                () = &mut silence => {}
+            }
+            // A peer that does not answer may answer nobody any more: others go elsewhere until that is known.
+            if self.0.answers.load(Ordering::SeqCst) == answers {
+                self.0.refuse();
+            }
+            response.await
+        };
+        // Nothing of the client's is sent before there is an answer: what is lost with its connection can be asked again.
+        let lost = |error: &h2::Error| unprocessed(error) || error.is_io();
+        let response = answered.await.map_err(|error| if lost(&error) { closing(error) } else { TunnelError::Request(error) })?;
+        self.0.answers.fetch_add(1, Ordering::SeqCst);
         if response.status() != StatusCode::OK {
             return Err(TunnelError::Refused(response.status()));
         }

@@ -56,7 +56,7 @@ impl fmt::Display for Authority {
 /// Why a request is no HBONE request; the answer is 400.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadRequest {
-    #[error("method {0} is not CONNECT")]
+    #[error("expected method CONNECT, got {0}")]
     Method(String),
     #[error("extended CONNECT is not HBONE")]
     Extended,
@@ -95,8 +95,20 @@ pub fn parse<B>(request: &Request<B>) -> Result<ConnectRequest, BadRequest> {
         authority,
         host: header("forwarded").and_then(forwarded_host),
         traceparent: header("traceparent").and_then(|v| v.parse().ok()),
-        introduction: request.headers().get("baggage").filter(|value| value.len() <= MAX_BAGGAGE).cloned(),
+        introduction: introduced(request.headers()),
     })
+}
+
+/// All of `baggage`, which may be in several lines.
+fn introduced(headers: &HeaderMap) -> Option<HeaderValue> {
+    let mut all = headers.get_all("baggage").iter();
+    let (first, rest) = (all.next()?, all.map(HeaderValue::as_bytes).collect::<Vec<_>>());
+    let whole = if rest.is_empty() {
+        first.clone()
+    } else {
+        HeaderValue::from_bytes(&[&[first.as_bytes()], &*rest].concat().join(&b","[..])).ok()?
+    };
+    (whole.len() <= MAX_BAGGAGE).then_some(whole)
 }
 
 /// Builds the request that opens a tunnel to `to`.

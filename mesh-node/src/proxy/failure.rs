@@ -49,11 +49,11 @@ pub enum Failure {
     DialTimeout(SocketAddr),
     #[error("the TLS handshake failed")]
     Tls { kind: HandshakeFailure, source: io::Error },
-    #[error("no tunnel")]
+    #[error(transparent)]
     Tunnel(#[from] TunnelError),
-    #[error("connection closed due to policy rejection")]
-    Denied(#[from] Denial),
-    #[error("not an HBONE request")]
+    #[error("connection closed due to policy rejection: {}", .0.reason())]
+    Denied(Denial),
+    #[error(transparent)]
     BadRequest(#[from] BadRequest),
     #[error("authority {0} is not this pod")]
     ForeignAuthority(String),
@@ -73,6 +73,12 @@ pub struct Ended {
     pub unconnected: Option<String>,
     /// Why it was ended here, or not let in.
     pub closed: Option<String>,
+}
+
+impl From<Denial> for Failure {
+    fn from(denial: Denial) -> Self {
+        Self::Denied(denial)
+    }
 }
 
 impl Failure {

@@ -35,6 +35,7 @@ use super::{
 };
 use crate::{
     config::{DestinationRequests, Snapshot},
+    detect::Protocol,
     hbone::{
         HANDSHAKE_TIMEOUT, SERVER_MAX_STREAMS,
         headers::{Authority, BadRequest, ConnectRequest},
@@ -85,6 +86,12 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
             // A client that speaks HTTP is told about each of its requests, and they are counted instead.
             proxy.metrics.policy_decision(denial.policy(), "connection_denied");
         })?;
+        // Of what carries no requests it is known now; the application need not hear of it.
+        if matches!(verdict, Verdict::PerRequest(_)) && is_opaque(workload, &facts) {
+            workload.policy.opaque(&facts, &[]).inspect_err(|denial| {
+                proxy.metrics.policy_decision(denial.policy(), "connection_denied");
+            })?;
+        }
         if matches!(verdict, Verdict::Allowed(_)) {
             gate::observe(proxy, &facts, &workload.policy.at(to.port()).observed(&facts, None), None);
         }
@@ -106,6 +113,15 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
     let application = connect_application(pod, to, source, &permit).await?;
     registration.hold(proxy.accelerate(pod, &application));
     Ok(Admitted { application, registration, facts, per_request })
+}
+
+/// Whether it is declared that a connection carries no requests, and nothing but policies is asked about it.
+fn is_opaque(workload: &Workload, facts: &Facts) -> bool {
+    let port = facts.destination.port();
+    let governing = workload.policy.at(port);
+    workload.declared(port, facts.dialled.as_ref()) == Protocol::Tcp
+        && !governing.authorization.asks_sni
+        && governing.connection_authorizers(facts).is_empty()
 }
 
 fn describe(outcome: &mut Outcome, snapshot: &Snapshot, workload: &Arc<Workload>, facts: &Facts) {

@@ -42,7 +42,7 @@ pub enum Cut {
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::PolicyChanged => "the connection is not allowed any more",
+            Self::PolicyChanged => "connection closed due to policy change",
             Self::PodGone => "the pod is gone",
             Self::LeftTheMesh => "one of the pods is not in the mesh any more",
             Self::Shutdown => "the proxy is shutting down",

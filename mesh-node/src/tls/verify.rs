@@ -32,7 +32,6 @@ pub fn peer_identity(chain: Option<&[CertificateDer<'_>]>) -> Option<SpiffeId> {
 }
 
 /// A valid certificate of somebody else.
-#[derive(Debug)]
 struct WrongPeer(String);
 
 impl fmt::Display for WrongPeer {
@@ -41,7 +40,25 @@ impl fmt::Display for WrongPeer {
     }
 }
 
+// As the TLS library prints it.
+impl fmt::Debug for WrongPeer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 impl std::error::Error for WrongPeer {}
+
+/// A chain of certificates that is not one.
+#[derive(thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Unverified(String);
+
+impl fmt::Debug for Unverified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 fn wrong_peer(message: String) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(WrongPeer(message)))))
@@ -77,7 +94,7 @@ fn certificate_error(error: webpki::Error) -> Error {
         E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding,
         E::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,
         E::InvalidSignatureForPublicKey => CertificateError::BadSignature,
-        other => CertificateError::Other(OtherError(Arc::new(WrongPeer(other.to_string())))),
+        other => CertificateError::Other(OtherError(Arc::new(Unverified(other.to_string())))),
     })
 }
 

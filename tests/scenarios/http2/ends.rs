@@ -289,3 +289,39 @@ async fn what_comes_late_for_many_reset_streams_ends_nothing() {
     };
     tokio::time::timeout(Duration::from_secs(5), answered).await.expect("its ping is answered");
 }
+
+/// One that speaks no HTTP/2 is told of as what it is, and not as one that takes no more streams, of which its client would try another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_application_of_another_protocol_is_not_one_that_refuses_streams() {
+    for (what, says, resets, reason) in [
+        ("HTTP/1", &b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"[..], false, h2::Reason::PROTOCOL_ERROR),
+        ("nothing, and the end", b"", false, h2::Reason::CONNECT_ERROR),
+        ("nothing, and a reset", b"", true, h2::Reason::CONNECT_ERROR),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut preface = vec![0; mesh_node::detect::PREFACE.len()];
+                    let _ = stream.read_exact(&mut preface).await;
+                    let _ = stream.write_all(says).await;
+                    if resets {
+                        let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+                    } else {
+                        let _ = stream.shutdown().await;
+                        let _ = stream.read_to_end(&mut Vec::new()).await;
+                    }
+                });
+            }
+        });
+        let (engine, stream) = into_the_pod(address).await;
+        let (send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+        tokio::spawn(connection);
+        let request = Request::get("http://svc.example/x").body(()).expect("valid");
+        let response = send.clone().ready().await.expect("ready").send_request(request, true).expect("sent").0;
+        let response = tokio::time::timeout(Duration::from_secs(5), response).await.expect("an end");
+        assert_eq!(response.map(|r| r.status()).map_err(|e| e.reason()), Err(Some(reason)), "{what}");
+        engine.until_idle().await;
+    }
+}

@@ -106,12 +106,12 @@ fn connections_are_told_of_by_what_was_dialled() {
         (
             7,
             ["UF,URX", "-", "delayed_connect_error:_Connection_refused"],
-            ["UF,URX", "-", "no_tunnel:_the_peer_refused_the_tunnel_with_status_503_Service_Unavailable"],
+            ["UF,URX", "-", "http_status:_503_Service_Unavailable"],
         ),
         (
             8081,
             ["-", "rbac_access_denied_matched_policy[ns[default]-policy[deny]-rule[0]]", "-"],
-            ["UF,URX", "-", "no_tunnel:_the_peer_refused_the_tunnel_with_status_401_Unauthorized"],
+            ["UF,URX", "-", "http_status:_401_Unauthorized"],
         ),
     ] {
         assert!(bed.probe(&client, &["ask", &server.address(port), "ping"]).expect("a report")["answer"].is_null());

@@ -160,7 +160,7 @@ fn scenes(bed: &mut Bed) -> Result<()> {
     println!("   a new one is {}", verdict(page_of(bed, &client, &reviews.v4().to_string()).is_ok()));
     println!("   productpage still gets its reviews: {}", verdict(reviews_of(&page_of(bed, &client, "productpage")?).is_some()));
     let policies = bed.nodes()[reviews.node].access_log();
-    let denied = policies.iter().rev().find(|l| l.contains("policy rejection") || l.contains("not allowed any more"));
+    let denied = policies.iter().rev().find(|l| l.contains("policy rejection") || l.contains("due to policy change"));
     println!("   in node{}'s log: {}", reviews.node + 1, denied.and_then(|l| l.split("error=").nth(1)).unwrap_or("(nothing)"));
 
     title("7. Routing, applied live: a canary (03-canary-90-10.yaml), then by header (04-route-by-header.yaml)")?;
