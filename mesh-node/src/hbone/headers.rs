@@ -315,6 +315,16 @@ mod tests {
     }
 
     #[test]
+    fn baggage_in_several_lines_is_one() {
+        let mut request = Request::builder().method("CONNECT").uri("10.0.0.1:80").body(()).expect("request");
+        for line in ["k8s.namespace.name=n", "service.name=s,k8s.pod.name=p"] {
+            request.headers_mut().append("baggage", HeaderValue::from_static(line));
+        }
+        let read = parse(&request).expect("read").introduction.as_ref().and_then(Introduction::read).expect("somebody");
+        assert_eq!((read.namespace.as_deref(), read.service.as_deref(), read.workload.as_deref()), (Some("n"), Some("s"), Some("p")));
+    }
+
+    #[test]
     fn an_introduction_is_what_is_known_of_it() {
         let long = format!("k8s.pod.name={},service.name=s", "x".repeat(254));
         for (text, workload, service) in [

@@ -1,5 +1,10 @@
 //! What comes to a port that a service declares to carry HTTP, and is none, or is a proxy's.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
@@ -85,5 +90,49 @@ async fn services_that_disagree_have_it_found_out() {
         let mut answer = String::new();
         let read = tokio::time::timeout(Duration::from_secs(3), stream.read_to_string(&mut answer)).await;
         assert!(read.is_ok_and(|read| read.is_ok()) && answer == format!("? {text}"), "{text}: {answer:?}");
+    }
+}
+
+/// A service that declares a port to carry no HTTP opens no way to an application that another one declares to have HTTP there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_service_does_not_have_clients_say_who_they_are() {
+    let seen = Seen::default();
+    let upstream = scripted::http1("up1", &seen).expect("an upstream");
+    let mut documents = served(upstream, &[]);
+    documents.extend(service("another", "10.97.1.1", "tcp", &[upstream]));
+    let engine = Engine::start(&documents).await.expect("started");
+    let got = ask(&engine, "outside", upstream, &get("/a", "by address", "x-forwarded-client-cert: URI=evil\r\n")).await;
+    assert_eq!(got.status, "200", "{got:?}");
+    let attempts = seen.of("by address");
+    assert!(!attempts[0].headers.iter().any(|(name, _)| name == "x-forwarded-client-cert"), "{attempts:?}");
+}
+
+/// What policies about requests deny whatever it turns out to be, on a port without requests, the application does not hear of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_denied_in_any_case_does_not_reach_the_application() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let upstream = listener.local_addr().expect("an address");
+    let reached = Arc::new(AtomicUsize::new(0));
+    let counted = reached.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let _ = stream.write_all(b"hello").await;
+        }
+    });
+    let documents = |rule: Value| {
+        let mut all = vec![server_pod(), security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [rule]}))];
+        all.extend(service("server", "10.99.0.1", "tcp", &[upstream]));
+        all
+    };
+    let engine = Engine::start(&documents(json!({"to": [{"operation": {"methods": ["GET"]}}]}))).await.expect("started");
+    for (rule, expected) in [
+        (json!({"to": [{"operation": {"methods": ["GET"]}}]}), 0),
+        (json!({"to": [{"operation": {"methods": ["GET"], "ports": ["1"]}}]}), 1),
+    ] {
+        engine.apply(&documents(rule.clone())).await.expect("applied");
+        let mut stream = engine.connect_inbound(upstream.port()).await.expect("connected");
+        let read = tokio::time::timeout(Duration::from_secs(2), stream.read(&mut [0; 8])).await.expect("an end, or a word");
+        assert_eq!((reached.load(Ordering::SeqCst), read.ok() == Some(5)), (expected, expected == 1), "{rule}");
     }
 }

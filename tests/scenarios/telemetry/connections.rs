@@ -103,11 +103,7 @@ fn connections_are_told_of_by_what_was_dialled() {
     bed.apply("deny", deny).expect("applied");
     bed.settle().expect("settled");
     for (port, inbound, outbound) in [
-        (
-            7,
-            ["UF,URX", "-", "delayed_connect_error:_Connection_refused"],
-            ["UF,URX", "-", "http_status:_503_Service_Unavailable"],
-        ),
+        (7, ["UF,URX", "-", "delayed_connect_error:_Connection_refused"], ["UF,URX", "-", "http_status:_503_Service_Unavailable"]),
         (
             8081,
             ["-", "rbac_access_denied_matched_policy[ns[default]-policy[deny]-rule[0]]", "-"],
