@@ -31,6 +31,8 @@ use crate::{
     io::relay::{Duplex, Sink, Source},
 };
 
+mod peers;
+
 /// A server that hands its offers to the test, and can be told to drain.
 struct Server {
     offers: mpsc::UnboundedReceiver<Offer>,
@@ -469,40 +471,4 @@ async fn a_tunnel_goes_on_while_its_peer_takes_back_too_many() {
     };
     let (opened, _accepted) = tokio::join!(connection.open(request()), taken);
     opened.expect("opened");
-}
-
-/// What one node says of an application is told apart, at the other, from an application that is gone.
-#[tokio::test(start_paused = true)]
-async fn what_was_not_of_the_protocol_is_told_apart_from_a_reset() {
-    for (garbles, kind) in [(true, std::io::ErrorKind::InvalidData), (false, std::io::ErrorKind::ConnectionReset)] {
-        let (connection, mut server) = connected().await;
-        let (mut opened, accepted) = pair(&connection, &mut server).await;
-        if garbles {
-            accepted.garble();
-        } else {
-            accepted.reset();
-        }
-        let ended = opened.halves().0.next().await;
-        assert_eq!(ended.map_err(|error| error.kind()), Err(kind));
-    }
-}
-
-/// A connection whose peer answers nothing is not used for others; one whose peer answers others is.
-#[tokio::test(start_paused = true)]
-async fn a_silent_peer_gets_no_more_tunnels_on_the_same_connection() {
-    for answers in [false, true] {
-        let (connection, mut server) = connected().await;
-        let waiting = tokio::spawn({
-            let connection = connection.clone();
-            async move { connection.open(request()).await.map(drop) }
-        });
-        let _offer = server.offers.recv().await.expect("an offer");
-        if answers {
-            sleep(Duration::from_secs(1)).await;
-            let _other = pair(&connection, &mut server).await;
-        }
-        sleep(Duration::from_secs(6)).await;
-        assert_eq!(connection.has_room(), answers, "{answers}");
-        assert!(!waiting.is_finished(), "it may still be answered");
-    }
 }

@@ -7,7 +7,7 @@ use super::{live::Cut, outcome::Direction};
 use crate::{
     hbone::{TunnelError, headers::BadRequest, tunnel},
     id::ObjectName,
-    io::relay::Broken,
+    io::relay::{Broken, Side},
     policy::Denial,
     telemetry::{Flag, Flags, chain},
     tls::HandshakeFailure,
@@ -61,6 +61,9 @@ pub enum Failure {
     Application { to: SocketAddr, source: io::Error },
     #[error("the connection broke")]
     Broken(#[source] io::Error),
+    /// Once it was open.
+    #[error("the upstream reset the connection")]
+    UpstreamReset(#[source] io::Error),
     #[error("{0}")]
     Cut(Cut),
 }
@@ -109,7 +112,7 @@ impl Failure {
             Self::BadRequest(_) => "bad_request",
             Self::ForeignAuthority(_) => "foreign_authority",
             Self::Application { .. } => "application",
-            Self::Broken(_) => "broken",
+            Self::Broken(_) | Self::UpstreamReset(_) => "broken",
             Self::Cut(Cut::PolicyChanged) => "policy_changed",
             Self::Cut(Cut::PodGone) => "pod_gone",
             Self::Cut(Cut::LeftTheMesh) => "left_the_mesh",
@@ -154,6 +157,7 @@ impl Failure {
             | Self::BadRequest(_)
             | Self::ForeignAuthority(_)
             | Self::Broken(_)
+            | Self::UpstreamReset(_)
             | Self::Cut(Cut::PodGone | Cut::LeftTheMesh | Cut::Shutdown | Cut::Idle | Cut::MaxDuration) => "-",
         }
     }
@@ -178,6 +182,7 @@ impl Failure {
             (Self::NoEndpoint(_) | Self::UnknownHost(_) | Self::NotInRegistry(_), _) => flagged(Flag::NoHealthyUpstream),
             (Self::NoSuchPort { .. } | Self::NoRoute(_), _) => flagged(Flag::NoRoute),
             (Self::Overflow(_), _) => flagged(Flag::UpstreamOverflow),
+            (Self::UpstreamReset(_), _) => flagged(Flag::UpstreamRemoteReset),
             (Self::Cut(Cut::MaxDuration), _) => flagged(Flag::DurationTimeout),
             // Envoy says nothing of one that nobody used.
             (Self::Cut(Cut::Idle), _) => Ended::default(),
@@ -200,7 +205,7 @@ impl Failure {
     /// Whether it is that one end has reset an open connection, or gone while the other still sent: that is how some connections end, and
     /// no failure of anything, as for ztunnel. What breaks between nodes is one.
     pub fn is_an_end(&self) -> bool {
-        let Self::Broken(error) = self else { return false };
+        let (Self::Broken(error) | Self::UpstreamReset(error)) = self else { return false };
         matches!(error.raw_os_error(), Some(libc::ECONNRESET | libc::EPIPE | libc::ENOTCONN)) || tunnel::is_reset(error)
     }
 
@@ -231,6 +236,7 @@ impl Failure {
             | Self::Denied(_)
             | Self::Application { .. }
             | Self::Broken(_)
+            | Self::UpstreamReset(_)
             | Self::Cut(_) => false,
         }
     }
@@ -261,6 +267,7 @@ impl Failure {
             | Self::BadRequest(_)
             | Self::ForeignAuthority(_)
             | Self::Broken(_)
+            | Self::UpstreamReset(_)
             | Self::Cut(_) => false,
         }
     }
@@ -296,6 +303,7 @@ impl Failure {
             | Self::ForeignAuthority(_)
             | Self::Application { .. }
             | Self::Broken(_)
+            | Self::UpstreamReset(_)
             | Self::Cut(_) => false,
         }
     }
@@ -307,9 +315,14 @@ pub fn io_words(error: &io::Error) -> String {
     text.split(" (os error").next().unwrap_or(&text).to_owned()
 }
 
+fn is_reset(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ECONNRESET) || tunnel::is_reset(error)
+}
+
 impl From<Broken<Cut>> for Failure {
     fn from(broken: Broken<Cut>) -> Self {
         match broken {
+            Broken::Read { side: Side::Upstream, source } if is_reset(&source) => Self::UpstreamReset(source),
             Broken::Read { source, .. } | Broken::Write { source, .. } => Self::Broken(source),
             Broken::Cut(cut) => Self::Cut(cut),
         }

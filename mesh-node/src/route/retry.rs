@@ -172,12 +172,12 @@ impl RetryPolicy {
 
 /// The condition a `grpc-status` in response headers stands for, whatever the request was.
 fn grpc_condition(headers: &HeaderMap) -> Option<RetryOn> {
-    Some(match headers.get("grpc-status")?.as_bytes() {
-        b"1" => RetryOn::GRPC_CANCELLED,
-        b"4" => RetryOn::GRPC_DEADLINE,
-        b"8" => RetryOn::GRPC_EXHAUSTED,
-        b"13" => RetryOn::GRPC_INTERNAL,
-        b"14" => RetryOn::GRPC_UNAVAILABLE,
+    Some(match headers.get("grpc-status")?.to_str().ok()?.parse::<u32>().ok()? {
+        1 => RetryOn::GRPC_CANCELLED,
+        4 => RetryOn::GRPC_DEADLINE,
+        8 => RetryOn::GRPC_EXHAUSTED,
+        13 => RetryOn::GRPC_INTERNAL,
+        14 => RetryOn::GRPC_UNAVAILABLE,
         _ => return None,
     })
 }

@@ -152,7 +152,7 @@ impl Rule {
         let Action::Forward(all) = &self.action else { return false };
         let rewrites = self.rewrite.is_some() || all.iter().any(|d| d.authority.is_some());
         let changes = !self.headers.request.is_empty() || all.iter().any(|d| !d.headers.request.is_empty());
-        let answers = self.fault.abort.is_some() || self.cors.is_some();
+        let answers = self.fault.abort.is_some() || self.fault.delay.is_some() || self.cors.is_some();
         all.iter().any(|d| d.weight > 0) && !rewrites && !changes && !answers && self.mirrors.is_empty()
     }
 
@@ -164,6 +164,7 @@ impl Rule {
         if let Action::Forward(all) = &mut self.action
             && let [only] = all.as_mut_slice()
             && only.alone
+            && only.weight > 0
         {
             self.headers.request.join(std::mem::take(&mut only.headers.request));
             self.headers.response.join(std::mem::take(&mut only.headers.response));

@@ -133,6 +133,8 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             self.record.attempts = self.number;
             let picked = if self.catch_up() { self.pick() } else { None };
             let Some((address, endpoint, _load)) = picked else { return Outcome::Failed(Unanswered::NoEndpoint) };
+            self.deadlines.attempt = None;
+            self.announce(&mut head);
             // Not of what goes nowhere.
             for cluster in std::mem::take(&mut self.mirrors) {
                 mirror::start(self.down, (&head, self.record.is_traced()), cluster, self.timeout, &mut self.upload);
@@ -143,8 +145,6 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             let snapshot = self.newer.as_deref().unwrap_or(self.forward.snapshot);
             self.record.between(self.forward.source, || snapshot.workload_by_ip(address.ip()));
             self.upload.rewind();
-            self.deadlines.attempt = None;
-            self.announce(&mut head);
             let ended = self.ask(&head, (address, &endpoint)).await;
             let again = match ended {
                 Attempt::Answered(answered) => {

@@ -7,7 +7,8 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use crate::{report::entry::X_REQUEST_ID, resource::mesh_config::AddedHeaders, route::request::RequestHead};
 
 /// Headers by which a caller that is trusted could steer Envoy's router. Nobody is, so they are taken off.
-const CONTROL: [&str; 17] = [
+const CONTROL: [&str; 18] = [
+    "x-envoy-upstream-stream-duration-ms",
     "x-envoy-internal",
     "x-envoy-retry-on",
     "x-envoy-retry-grpc-on",

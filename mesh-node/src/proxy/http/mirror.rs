@@ -41,9 +41,13 @@ pub fn start<B: RequestBody>(
 ) {
     let mut head = head.clone();
     head.headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
-    if let Ok(client) = HeaderValue::from_str(&down.client.ip().to_string()) {
-        head.headers.append("x-forwarded-for", client);
+    let client = down.client.ip().to_string();
+    let came_by = head.headers.get_all("x-forwarded-for").iter().map(HeaderValue::as_bytes).chain([client.as_bytes()]);
+    if let Ok(value) = HeaderValue::from_bytes(&came_by.collect::<Vec<_>>().join(&b","[..])) {
+        head.headers.insert("x-forwarded-for", value);
     }
+    // For the proxy that it came to, and no other.
+    head.headers.remove("x-envoy-upstream-rq-timeout-ms");
     if traced {
         // Its spans would be told as the request's own.
         trace::unsampled(&mut head.headers);

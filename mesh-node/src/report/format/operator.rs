@@ -12,13 +12,16 @@ use self::nothing::{NOTHING, WITH_ARGUMENTS};
 use self::values::Cut;
 pub use self::values::Values;
 use super::{Entry, Program, Then, time::TimeFormat};
-use crate::report::{
-    attributes::HeadersOf,
-    entry::{Asked, Header, ORIGINAL_HOST},
-    environment::Variable,
-    expression::Expression,
-    kept::Asks,
-    plain,
+use crate::{
+    report::{
+        attributes::HeadersOf,
+        entry::{Asked, Header, ORIGINAL_HOST},
+        environment::Variable,
+        expression::Expression,
+        kept::Asks,
+        plain,
+    },
+    route::request::decoded_parameter,
 };
 
 /// What stands for something of the request or connection. Small: a line goes through many of them.
@@ -426,7 +429,7 @@ impl What {
             Self::Nothing => values.nothing(),
             Self::Environment(variable) => text(entry.teller.and_then(|pod| variable.of(pod)).as_deref(), values),
             Self::QueryParameter(number) => {
-                text(program.parameters.get(usize::from(number)).and_then(|name| parameter(entry, name)), values);
+                text(program.parameters.get(usize::from(number)).and_then(|name| parameter(entry, name)).as_deref(), values);
             }
             Self::PeerUriSan => identity(entry.peer, values),
             Self::LocalUriSan => identity(entry.local, values),
@@ -456,10 +459,9 @@ fn original(asked: Asked<'_>) -> Option<&str> {
     Some(asked.path).filter(|path| *path != asked.sent_path)
 }
 
-fn parameter<'e>(entry: &Entry<'e>, name: &str) -> Option<&'e str> {
-    let (_, query) = entry.request?.sent_path.split_once('?')?;
-    let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
+/// Decoded, as Envoy does it for this.
+fn parameter(entry: &Entry<'_>, name: &str) -> Option<String> {
+    decoded_parameter(entry.request.as_ref()?.sent_path.split_once('?')?.1, name)
 }
 
 /// An empty one is none.
