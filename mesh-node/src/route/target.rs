@@ -35,9 +35,9 @@ impl RequestTarget {
     }
 
     /// Without a copy where the library takes it.
-    pub fn from_maybe_shared(text: Bytes) -> Result<Self, NoTarget> {
+    pub fn from_shared(text: &Bytes) -> Result<Self, NoTarget> {
         let plain = PathAndQuery::from_maybe_shared(text.clone()).ok().filter(|plain| plain.as_str().len() == text.len());
-        plain.map_or_else(|| std::str::from_utf8(&text).map_err(|_| NoTarget).and_then(Self::odd), |plain| Ok(Self(Form::Plain(plain))))
+        plain.map_or_else(|| std::str::from_utf8(text).map_err(|_| NoTarget).and_then(Self::odd), |plain| Ok(Self(Form::Plain(plain))))
     }
 
     fn odd(text: &str) -> Result<Self, NoTarget> {
@@ -91,7 +91,7 @@ impl TryFrom<String> for RequestTarget {
     type Error = NoTarget;
 
     fn try_from(text: String) -> Result<Self, NoTarget> {
-        Self::from_maybe_shared(text.into())
+        Self::from_shared(&text.into())
     }
 }
 
@@ -107,7 +107,7 @@ impl TryFrom<&[u8]> for RequestTarget {
     type Error = NoTarget;
 
     fn try_from(text: &[u8]) -> Result<Self, NoTarget> {
-        Self::from_maybe_shared(Bytes::copy_from_slice(text))
+        Self::from_shared(&Bytes::copy_from_slice(text))
     }
 }
 

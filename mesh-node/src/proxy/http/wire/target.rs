@@ -96,7 +96,7 @@ pub fn path_and_query(target: &Bytes) -> Result<RequestTarget, Malformed> {
     let text = text.split_once('#').map_or(text, |(before, _)| before);
     let (path, query) = text.split_once('?').map_or((text, None), |(path, query)| (path, Some(query)));
     let parsed = match normalise_path(path).map_err(|_| bad)? {
-        None => RequestTarget::from_maybe_shared(target.slice(..text.len())),
+        None => RequestTarget::from_shared(&target.slice(..text.len())),
         Some(normal) => RequestTarget::try_from(query.map_or(normal.clone(), |q| format!("{normal}?{q}"))),
     };
     parsed.map_err(|_| bad)
