@@ -31,15 +31,15 @@ use crate::{
 };
 
 /// How often a set is fetched again.
-const REFRESH: Duration = Duration::from_mins(5);
+const REFRESH_INTERVAL: Duration = Duration::from_mins(5);
 /// How soon after a failure, or for a key that was not there.
-const AGAIN: Duration = Duration::from_secs(10);
+const RETRY_DELAY: Duration = Duration::from_secs(10);
 /// How soon after a failure when there is no set at all and a request waits for one.
 const URGENT: Duration = Duration::from_secs(1);
 /// How long a set is kept that no policy of this node's own pods names and a request once asked for.
 const FORGET: Duration = Duration::from_mins(15);
 /// How often the age of sets is looked at.
-const LOOK: Duration = Duration::from_secs(5);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Largest document read, bytes.
 const MAX_DOCUMENT: usize = 1024 * 1024;
 const MAX_REDIRECTS: usize = 3;
@@ -152,7 +152,7 @@ impl Jwks {
     /// The keys of an issuer, fetched again unless that was just done.
     pub async fn renewed(&self, remote: &RemoteKeys) -> Option<Arc<Keys>> {
         let set = self.set(remote);
-        self.fetch(remote, &set, AGAIN).await;
+        self.fetch(remote, &set, RETRY_DELAY).await;
         set.keys.load_full()
     }
 
@@ -174,7 +174,7 @@ impl Jwks {
             for remote in wanted {
                 let (this, set) = (self.clone(), self.set(&remote));
                 tokio::spawn(async move {
-                    let again = if set.keys.load().is_some() { REFRESH } else { AGAIN };
+                    let again = if set.keys.load().is_some() { REFRESH_INTERVAL } else { RETRY_DELAY };
                     // Somebody is at it: nothing to wait for.
                     if set.last.try_lock().is_ok() {
                         this.fetch(&remote, &set, again).await;
@@ -183,7 +183,7 @@ impl Jwks {
             }
             tokio::select! {
                 changed = config.changed() => if !changed { return },
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(SWEEP_INTERVAL) => {}
             }
         }
     }
@@ -200,7 +200,7 @@ impl Jwks {
     /// any more: who asks and leaves does not make the next one fetch.
     async fn fetch(&self, remote: &RemoteKeys, set: &Arc<Set>, pause: Duration) {
         let mut last = set.last.clone().lock_owned().await;
-        let pause = if last.as_ref().is_some_and(|l| !l.good) { pause.min(AGAIN) } else { pause };
+        let pause = if last.as_ref().is_some_and(|l| !l.good) { pause.min(RETRY_DELAY) } else { pause };
         if last.as_ref().is_some_and(|l| l.at.elapsed() < pause) {
             return;
         }

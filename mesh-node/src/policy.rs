@@ -42,9 +42,9 @@ pub struct Facts {
     /// The application's address and port.
     pub destination: SocketAddr,
     /// The kernel vouches that it comes from the pod's own node, outside of any pod: the kubelet and its probes.
-    pub node: bool,
+    pub from_node: bool,
     /// It is a proxy whose word about its clients' addresses counts.
-    pub proxy: bool,
+    pub via_trusted_proxy: bool,
     pub sni: Sni,
     /// The service the client has dialled, as far as it says so.
     pub dialled: Option<ObjectName>,
@@ -62,7 +62,7 @@ pub enum Sni {
 impl Facts {
     /// A connection from another pod, or from outside.
     pub fn new(peer: Option<SpiffeId>, source: IpAddr, destination: SocketAddr) -> Self {
-        Self { peer, source, destination, node: false, proxy: false, sni: Sni::default(), dialled: None }
+        Self { peer, source, destination, from_node: false, via_trusted_proxy: false, sni: Sni::default(), dialled: None }
     }
 }
 
@@ -72,7 +72,7 @@ pub struct Request<'a> {
     pub head: &'a RequestHead,
     /// From a token that was verified.
     pub claims: Option<&'a Verified>,
-    /// The end user's address, if whoever has to tell it does.
+    /// The client's address for `remote.ip`. `None`: a trusted proxy sent an `x-forwarded-for` that cannot be read.
     pub remote: Option<IpAddr>,
     /// A header the application gets beside those of the head.
     pub also: Option<(&'static HeaderName, &'a HeaderValue)>,
@@ -213,8 +213,8 @@ impl WorkloadPolicy {
     }
 
     /// Whether a connection nobody looks into may go on. What is only observed ends none.
-    pub fn unseen(&self, facts: &Facts) -> bool {
-        self.plaintext(facts).is_ok() && self.at(facts.destination.port()).unseen(facts)
+    pub fn allows_uninspected(&self, facts: &Facts) -> bool {
+        self.plaintext(facts).is_ok() && self.at(facts.destination.port()).allows_uninspected(facts)
     }
 
     /// Whether tokens or external authorizers are asked about requests on a connection.
@@ -224,10 +224,10 @@ impl WorkloadPolicy {
 
     /// Whether a connection may do whatever it likes, and nothing of it, nor of its like, has to be told to anybody: it can be left
     /// to itself.
-    pub fn settles(&self, facts: &Facts) -> bool {
+    pub fn allows_unconditionally(&self, facts: &Facts) -> bool {
         let governing = self.at(facts.destination.port());
         matches!(self.connection(facts), Ok(Verdict::Allowed(_)))
-            && self.unseen(facts)
+            && self.allows_uninspected(facts)
             && governing.observed(facts, None) == Observed::default()
     }
 
@@ -264,14 +264,14 @@ impl WorkloadPolicy {
     }
 
     fn plaintext(&self, facts: &Facts) -> Result<(), Denial> {
-        let refused = facts.peer.is_none() && !facts.node && self.mtls.is_strict(facts.destination.port());
+        let refused = facts.peer.is_none() && !facts.from_node && self.mtls.is_strict(facts.destination.port());
         if refused { Err(Denial::PlaintextUnderStrict) } else { Ok(()) }
     }
 }
 
 impl Governing {
     /// Whether there is nothing to ask: whoever has an identity may do whatever they like.
-    pub fn is_nothing(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         let all = &self.authorization;
         let rules = [&all.deny, &all.audit, &all.shadow_deny];
         self.authentication.is_empty()
@@ -282,7 +282,7 @@ impl Governing {
     }
 
     fn connection(&self, facts: &Facts) -> Result<Verdict, Denial> {
-        if facts.node {
+        if facts.from_node {
             return Ok(Verdict::Allowed(Permit(())));
         }
         let view = View { facts, seen: Seen::Later };
@@ -310,16 +310,16 @@ impl Governing {
     }
 
     /// Whether a connection nobody looks into may go on.
-    fn unseen(&self, facts: &Facts) -> bool {
+    fn allows_uninspected(&self, facts: &Facts) -> bool {
         let view = View { facts, seen: Seen::Later };
         let all = &self.authorization;
         let allowed = all.allow.find(&view).0 == Truth::Yes;
-        facts.node || all.deny.find(&view).0 == Truth::No && allowed && !self.asks(&view)
+        facts.from_node || all.deny.find(&view).0 == Truth::No && allowed && !self.asks(&view)
     }
 
     /// Judges a connection that carries no requests. `allowed_by`: the external authorizers that let it pass.
     pub fn opaque(&self, facts: &Facts, allowed_by: &[Arc<str>]) -> Result<Permit, Denial> {
-        if facts.node {
+        if facts.from_node {
             return Ok(Permit(()));
         }
         let view = View { facts, seen: Seen::Never };
@@ -335,7 +335,7 @@ impl Governing {
 
     /// Judges one request.
     pub fn request(&self, facts: &Facts, request: &Request<'_>) -> Result<(), Denial> {
-        if facts.node {
+        if facts.from_node {
             return Ok(());
         }
         let view = View { facts, seen: Seen::Now(request) };
@@ -359,7 +359,7 @@ impl Governing {
     /// The policy on whose behalf an external authorizer has to be asked about a request.
     pub fn asks_about(&self, provider: &str, facts: &Facts, request: &Request<'_>) -> Option<&Arc<str>> {
         let view = View { facts, seen: Seen::Now(request) };
-        let rules = self.authorization.custom.get(provider).filter(|_| !facts.node)?;
+        let rules = self.authorization.custom.get(provider).filter(|_| !facts.from_node)?;
         match rules.find(&view) {
             (Truth::Yes, Some(rule)) => Some(&rule.policy),
             _ => None,
@@ -369,7 +369,7 @@ impl Governing {
     /// The external authorizers that have to be asked about a connection that carries no requests, and on whose behalf.
     pub fn connection_authorizers(&self, facts: &Facts) -> Vec<(Arc<str>, Arc<str>)> {
         let view = View { facts, seen: Seen::Never };
-        let asked = self.authorization.custom.iter().filter(|_| !facts.node);
+        let asked = self.authorization.custom.iter().filter(|_| !facts.from_node);
         let asked = asked.filter_map(|(provider, rules)| match rules.find(&view) {
             (Truth::Yes, Some(rule)) => Some((provider.clone(), rule.policy.clone())),
             _ => None,

@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Most that are told of one kind; there is no more to learn from others.
-const MOST: usize = 20;
+const MAX_LISTED: usize = 20;
 
 /// Kinds of problems, as the metric names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,7 +64,7 @@ impl Problems {
     fn put(&self, kind: Kind, about: &str, problem: Problem) -> bool {
         let mut all = self.lasting();
         let key = (kind, about.to_owned());
-        if !all.contains_key(&key) && all.keys().filter(|(k, _)| *k == kind).count() >= MOST {
+        if !all.contains_key(&key) && all.keys().filter(|(k, _)| *k == kind).count() >= MAX_LISTED {
             return false;
         }
         all.insert(key, problem).is_none()
@@ -118,6 +118,6 @@ mod tests {
         let long = Some(Duration::from_mins(1));
         assert!(found("b", "long", long) && !found("b", "long", long), "no news");
         (0..50).for_each(|n| assert_eq!(found(&n.to_string(), "many", None), n < 19));
-        assert_eq!(told().len(), MOST);
+        assert_eq!(told().len(), MAX_LISTED);
     }
 }

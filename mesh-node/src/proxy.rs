@@ -133,21 +133,21 @@ impl Proxy {
 
     /// Closes pooled connections of workloads and services that are gone, and those not needed any more.
     pub async fn tidy_pool(self: Arc<Self>) {
-        const EVERY: Duration = Duration::from_secs(10);
+        const TIDY_INTERVAL: Duration = Duration::from_secs(10);
         const SOON: Duration = Duration::from_millis(100);
         let mut config = self.config.clone();
         let mut edges_tidied = std::time::Instant::now();
         loop {
             tokio::select! {
                 changed = config.changed() => if !changed { return },
-                () = tokio::time::sleep(EVERY) => {}
+                () = tokio::time::sleep(TIDY_INTERVAL) => {}
                 // What its tunnels carry and nobody uses keeps it, and its peer, from ending.
                 () = self.pool.left() => tokio::time::sleep(SOON).await,
             }
             let snapshot = config.load().clone();
             self.pool.retain(|uid| snapshot.workload(uid).is_some_and(|w| w.enrolled));
             let now = std::time::Instant::now();
-            if now.duration_since(edges_tidied) >= EVERY {
+            if now.duration_since(edges_tidied) >= TIDY_INTERVAL {
                 edges_tidied = now;
                 let (metrics, cluster) = (&self.metrics, &self.metrics.cluster);
                 spawn::aside(|| metrics.traffic.tidy(now, |edge| reporting::is_current(edge, &snapshot, cluster)));

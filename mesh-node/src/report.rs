@@ -33,13 +33,13 @@ pub const MOST_TAGS: usize = 20;
 /// How a workload's traffic is told, as a client and as a server.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Reporting {
-    pub client: Told,
-    pub server: Told,
+    pub client: TelemetryPlan,
+    pub server: TelemetryPlan,
 }
 
 /// The same in one direction.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Told {
+pub struct TelemetryPlan {
     pub tags: Arc<TagPlan>,
     /// Values of the plan's dynamic tags.
     pub values: Vec<Arc<Expression>>,
@@ -49,7 +49,7 @@ pub struct Told {
     pub asks: Asks,
 }
 
-impl Told {
+impl TelemetryPlan {
     pub fn new(tags: TagPlan, values: Vec<Arc<Expression>>, logs: Vec<LogTo>, traces: Option<Traces>) -> Self {
         let mut asks = Asks::default();
         let filters = logs.iter().filter_map(|l| l.filter.as_deref());
@@ -57,7 +57,7 @@ impl Told {
         logs.iter().for_each(|l| l.log.format.asks(&mut asks));
         if let Some(traces) = &traces {
             for (_, tag) in &traces.tags {
-                if let SpanTag::Told(template) = tag {
+                if let SpanTag::Template(template) = tag {
                     asks.join(template.asks());
                 }
             }
@@ -140,5 +140,5 @@ pub enum SpanTag {
     /// A variable of the pod's environment, or the default.
     Environment(environment::Variable, Option<Arc<str>>),
     /// What Envoy's operators say of the request; nothing is no tag.
-    Told(format::Template),
+    Template(format::Template),
 }

@@ -51,7 +51,7 @@ pub struct HandshakeLabels {
     pub reason: &'static str,
 }
 
-/// What a policy decided, other than to let pass. `none`: no policy allowed it.
+/// Which end of a connection tells of it: `source` or `destination`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReporterLabels {
     pub reporter: &'static str,
@@ -87,7 +87,7 @@ pub struct ReasonLabels {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct LimitLabels {
-    /// `connections`, `pending_requests`, `requests` or `retries`.
+    /// `connections`, `pending_requests`, `requests` or `retries` of a `DestinationRule`; `kept_bodies`; `requests_of_pod` of `--max-requests`.
     pub limit: &'static str,
 }
 
@@ -221,7 +221,7 @@ impl Metrics {
         metrics.register();
         // What is lost is seen against nought, and not against nothing.
         ["exported", "rejected", "failed", "dropped"].into_iter().for_each(|result| metrics.spans(result, 0));
-        for limit in ["connections", "pending_requests", "requests", "retries", "kept_bodies"] {
+        for limit in ["connections", "pending_requests", "requests", "retries", "kept_bodies", "requests_of_pod"] {
             metrics.overflows.get_or_create(&LimitLabels { limit }).inc_by(0);
         }
         metrics

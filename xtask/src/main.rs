@@ -31,7 +31,7 @@ enum Command {
         #[command(subcommand)]
         command: EbpfCommand,
     },
-    /// Set up, build, and run Bookinfo on two meshed nodes; needs root. Under three minutes after the build.
+    /// Set up, build, and run Bookinfo on two meshed nodes; needs root. About twenty seconds after the build.
     Demo {
         /// Leave the nodes and pods running and print how to explore and how to remove them.
         #[arg(long)]

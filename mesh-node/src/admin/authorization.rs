@@ -46,7 +46,7 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, NoAnswer> {
     let to = SocketAddr::new(*to.ok_or_else(|| format!("to: {} has no address", question.to))?, question.port);
     let peer = peer.filter(|w| w.enrolled && destination.enrolled && !question.plaintext).map(|w| w.identity.clone());
     let mut facts = Facts::new(peer, source, to);
-    facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), source);
+    facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), source);
     let claims = question.claims(destination)?;
     let protocol = destination.protocol(question.port);
     let opaque = matches!(protocol, Protocol::Tcp | Protocol::Tls);

@@ -47,7 +47,7 @@ fn remarks(node: &Node) -> Vec<String> {
 }
 
 /// Most pods that are told of one by one.
-const MOST: usize = 20;
+const MAX_LISTED: usize = 20;
 
 /// Pods of the mesh that are there and cannot be served.
 fn unserved(pods: &[PodState]) -> Vec<String> {
@@ -55,7 +55,7 @@ fn unserved(pods: &[PodState]) -> Vec<String> {
     let told = pods.iter().filter_map(|p| {
         Some(format!("error: Pod {}/{} cannot be served, and its connections are refused: {}", p.namespace, p.name, problem(p)?))
     });
-    told.take(MOST).collect()
+    told.take(MAX_LISTED).collect()
 }
 
 /// One for all identities that have no certificate, or one that cannot be renewed: they have one source.

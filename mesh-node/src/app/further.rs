@@ -18,10 +18,10 @@ use crate::{
 };
 
 /// How often it is looked.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// Most that are looked at, and most that are served, of one pod.
-const LOOKED_AT: usize = 64;
-const MOST: usize = 16;
+const MAX_READ: usize = 64;
+const MAX_SERVED: usize = 16;
 
 /// By pod.
 #[derive(Debug, Default)]
@@ -36,12 +36,12 @@ pub struct Further {
 
 impl Further {
     pub fn is_due(&self) -> bool {
-        self.looked.is_none_or(|looked| looked.elapsed() >= LOOK)
+        self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_INTERVAL)
     }
 
     /// What there is in the network namespaces of pods now. Asks each of them.
     pub async fn look(pods: Vec<(WorkloadUid, Arc<Netns>)>) -> Vec<(WorkloadUid, Vec<IpAddr>)> {
-        let look = move || pods.into_iter().filter_map(|(uid, netns)| Some((uid, local_addresses(&netns, LOOKED_AT).ok()?))).collect();
+        let look = move || pods.into_iter().filter_map(|(uid, netns)| Some((uid, local_addresses(&netns, MAX_READ).ok()?))).collect();
         tokio::task::spawn_blocking(look).await.unwrap_or_default()
     }
 
@@ -68,7 +68,7 @@ impl Further {
         self.shared = shared;
         let wanted = found.into_iter().filter(|(uid, _)| inbound.contains_key(uid)).map(|(uid, addresses)| {
             let own = addresses.into_iter().filter(|ip| is_free(ip) && !self.shared.contains(ip)).collect::<BTreeSet<_>>();
-            (uid, own.into_iter().take(MOST).collect::<BTreeSet<_>>())
+            (uid, own.into_iter().take(MAX_SERVED).collect::<BTreeSet<_>>())
         });
         let wanted = wanted.collect::<Vec<_>>();
         // First what is not theirs any more: it may be another's now.

@@ -39,8 +39,8 @@ use crate::{
 pub const NO_PROCESS: &str = "no process of it has been found in the cgroups";
 /// How often the node looks for pods that came or went.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How long what another version of this program holds is held on for pods that cannot be looked into.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the pins of another ABI version stay attached while some pods cannot be inspected, although others can.
+const FOREIGN_PINS_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a released pod's listeners go on, for peers that have not heard of it yet.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
 
@@ -360,7 +360,7 @@ impl Reconciler {
     fn waits(&mut self, found: &Found, incomplete: bool) -> bool {
         let since = *self.since.get_or_insert_with(Instant::now);
         let others = incomplete && self.node.capture().follows_another();
-        others && (found.is_empty() || since.elapsed() < PATIENCE)
+        others && (found.is_empty() || since.elapsed() < FOREIGN_PINS_TIMEOUT)
     }
 
     /// Served pods that are to be released, and whether they still exist.

@@ -3,10 +3,27 @@
 use std::collections::HashMap;
 
 const MAGIC: u16 = 0xeb9f;
+// Kinds of types, as `Documentation/bpf/btf.rst` of the kernel numbers them.
+const INT: u32 = 1;
+const ARRAY: u32 = 3;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 const ENUM: u32 = 6;
-const MODIFIERS: [u32; 5] = [8, 9, 10, 11, 18];
+const TYPEDEF: u32 = 8;
+const VOLATILE: u32 = 9;
+const CONST: u32 = 10;
+const RESTRICT: u32 = 11;
+const FUNC: u32 = 12;
+const FUNC_PROTO: u32 = 13;
+const VAR: u32 = 14;
+const DATASEC: u32 = 15;
+const FLOAT: u32 = 16;
+const DECL_TAG: u32 = 17;
+const TYPE_TAG: u32 = 18;
+const ENUM64: u32 = 19;
+const PTR: u32 = 2;
+const FWD: u32 = 7;
+const MODIFIERS: [u32; 5] = [TYPEDEF, VOLATILE, CONST, RESTRICT, TYPE_TAG];
 
 /// The kernel's types, as far as they are needed: structures, enumerations and what stands for them.
 pub struct Btf<'b> {
@@ -130,11 +147,11 @@ fn kind(info: u32) -> u32 {
 fn trailing(info: u32) -> Found<usize> {
     let n = (info & 0xffff) as usize;
     Ok(match kind(info) {
-        1 | 14 | 17 => 4,
-        2 | 7..=12 | 16 | 18 => 0,
-        3 => 12,
-        STRUCT | UNION | 15 | 19 => n * 12,
-        6 | 13 => n * 8,
+        INT | VAR | DECL_TAG => 4,
+        PTR | FWD | TYPEDEF | VOLATILE | CONST | RESTRICT | FUNC | FLOAT | TYPE_TAG => 0,
+        ARRAY => 12,
+        STRUCT | UNION | DATASEC | ENUM64 => n * 12,
+        ENUM | FUNC_PROTO => n * 8,
         other => return Err(format!("it has a kind of type this program does not know ({other})")),
     })
 }

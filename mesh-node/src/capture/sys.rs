@@ -205,9 +205,9 @@ fn link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
 /// The ids of the programs that are attached to a cgroup itself, whoever did it.
 pub fn programs_on(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
     /// The most the kernel takes on one cgroup (`BPF_CGROUP_MAX_PROGS`).
-    const MOST: usize = 64;
-    let mut ids = [0_u32; MOST];
-    let count = u32::try_from(MOST).map_err(io::Error::other)?;
+    const MAX_PROGRAMS: usize = 64;
+    let mut ids = [0_u32; MAX_PROGRAMS];
+    let count = u32::try_from(MAX_PROGRAMS).map_err(io::Error::other)?;
     let attr = QueryAttr {
         target: number(cgroup),
         attach_type,

@@ -2,7 +2,7 @@
 //! workload, so that a reused address never meets an old connection.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     future::Future,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
@@ -79,7 +79,7 @@ impl Pool {
         Ok((connection, true))
     }
 
-    /// Closes connections that neither end's workload exists for any more, and forgets keys without connections.
+    /// Closes connections whose source or destination workload is gone, and forgets keys without connections.
     pub fn retain(&self, exists: impl Fn(&WorkloadUid) -> bool) {
         self.lock().retain(|key, slot| {
             let wanted = exists(&key.source_workload) && exists(&key.destination_workload);
@@ -116,11 +116,6 @@ impl Pool {
             Some(PoolState { key, connections: live.len(), streams: live.iter().map(|c| c.streams()).sum() })
         };
         slots.into_iter().filter_map(state).collect()
-    }
-
-    /// Keys of the pool, for tests and inspection.
-    pub fn keys(&self) -> HashSet<PoolKey> {
-        self.lock().keys().cloned().collect()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PoolKey, Arc<Slot>>> {

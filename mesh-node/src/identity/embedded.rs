@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// How often the directory is looked at.
-const LOOK: Duration = Duration::from_secs(2);
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Signs with an authority kept in a directory.
 #[derive(Debug)]
@@ -107,7 +107,7 @@ impl CertificateSource for EmbeddedCa {
     fn changed(&self) -> Boxed<'_, ()> {
         Box::pin(async move {
             loop {
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(CHECK_INTERVAL).await;
                 if self.reload().await {
                     return;
                 }

@@ -24,7 +24,7 @@ use crate::{
     tls::{self, Credentials, TlsError, Trust},
 };
 
-const LOOK: Duration = Duration::from_secs(2);
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const ROOTS: [&str; 2] = ["roots.pem", "root-cert.pem"];
 const CHAINS: [&str; 2] = ["tls.crt", "cert-chain.pem"];
 const KEYS: [&str; 2] = ["tls.key", "key.pem"];
@@ -94,7 +94,7 @@ impl CertificateSource for Files {
     fn changed(&self) -> Boxed<'_, ()> {
         Box::pin(async move {
             loop {
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(CHECK_INTERVAL).await;
                 let mut seen = self.seen.lock().await;
                 let now = self.stamp();
                 if *seen != now {
@@ -145,7 +145,7 @@ mod tests {
         write();
         let one = files.issue(&id).await.expect("there");
         write();
-        tokio::time::timeout(LOOK * 3, files.changed()).await.expect("seen");
+        tokio::time::timeout(CHECK_INTERVAL * 3, files.changed()).await.expect("seen");
         let two = files.issue(&id).await.expect("there");
         assert_ne!(one.serial, two.serial);
         let other = SpiffeId::parse("spiffe://cluster.local/ns/a/sa/c").expect("valid");

@@ -19,7 +19,7 @@ use crate::{
     tls::{ReadList, TlsError, Trust},
 };
 
-const LOOK: Duration = Duration::from_secs(2);
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Reads the lists now, and returns a task that goes on doing so. A list that cannot be read leaves those read before in
 /// force.
@@ -33,7 +33,7 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
         let mut told = BTreeSet::new();
         loop {
             tell_of_overdue(&paths, &lists, &mut told);
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
             let now = Stamp::of(paths.iter().cloned());
             if now == seen {
                 // They may have been away, and are as they were.

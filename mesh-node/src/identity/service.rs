@@ -43,7 +43,7 @@ use crate::{
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Connections served at once; more are refused.
 const CONNECTIONS: usize = 1024;
-const LOOK: Duration = Duration::from_secs(2);
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Life of the service's own certificate; a new one is made at half of it.
 const SERVER_TTL: Duration = Duration::from_hours(24);
 
@@ -202,7 +202,7 @@ impl Service {
         let mut seen = Authority::stamp(&self.settings.dir);
         let mut renewed = tokio::time::Instant::now();
         loop {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
             let now = Authority::stamp(&self.settings.dir);
             if now != seen {
                 let loaded = Authority::load(&self.settings.dir, self.settings.trust_domain.clone());

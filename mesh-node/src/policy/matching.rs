@@ -135,7 +135,7 @@ impl ConnectionTest {
             Self::TrustDomain(values) => holds(values, |m| peer.is_some_and(|p| m.matches(p.trust_domain().as_str()))),
             Self::SourceIp(values) => holds(values, |net| contains(net, facts.source)),
             Self::RemoteIp(values) => match view.seen {
-                Seen::Later if facts.proxy => return Truth::Maybe,
+                Seen::Later if facts.via_trusted_proxy => return Truth::Maybe,
                 Seen::Now(Request { remote: None, .. }) => return unknown,
                 Seen::Now(Request { remote: Some(ip), .. }) => holds(values, |net| contains(net, *ip)),
                 Seen::Later | Seen::Never => holds(values, |net| contains(net, facts.source)),

@@ -426,7 +426,7 @@ fn the_node_itself_is_always_let_in() {
     all.mtls.strict = true;
     let mut kubelet = facts("", "10.0.0.1", "10.0.0.9:8080");
     assert!(all.connection(&kubelet).is_err());
-    kubelet.node = true;
+    kubelet.from_node = true;
     assert!(matches!(all.connection(&kubelet), Ok(Verdict::Allowed(_))));
 }
 
@@ -461,10 +461,10 @@ fn a_server_name_nobody_read_may_be_any() {
 fn only_what_is_enforced_ends_a_connection_nobody_looks_into() {
     let asks = json!([{"to": [{"operation": {"methods": ["POST"]}}]}]);
     let observed = policy(&[json!({"action": "AUDIT", "rules": asks})]);
-    assert!(matches!(observed.connection(&web()), Ok(Verdict::PerRequest(_))) && observed.unseen(&web()));
-    assert!(!policy(&[json!({"action": "DENY", "rules": asks})]).unseen(&web()));
-    assert!(!policy(&[json!({"rules": asks})]).unseen(&web()));
-    assert!(policy(&[json!({"rules": [{}]})]).unseen(&web()));
+    assert!(matches!(observed.connection(&web()), Ok(Verdict::PerRequest(_))) && observed.allows_uninspected(&web()));
+    assert!(!policy(&[json!({"action": "DENY", "rules": asks})]).allows_uninspected(&web()));
+    assert!(!policy(&[json!({"rules": asks})]).allows_uninspected(&web()));
+    assert!(policy(&[json!({"rules": [{}]})]).allows_uninspected(&web()));
 }
 
 #[test]

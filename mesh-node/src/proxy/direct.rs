@@ -40,7 +40,7 @@ const SWEEP: Duration = Duration::from_secs(5);
 /// How long a flow may be without a port before it is taken for one whose dialling failed at once.
 const DIALLING: Duration = Duration::from_secs(5);
 /// How long to wait before flows that were being dialled while they were to be cut are looked at again.
-const AGAIN: Duration = Duration::from_millis(20);
+const RETRY_DELAY: Duration = Duration::from_millis(20);
 
 /// Direct connections of this node's pods.
 pub struct Direct {
@@ -142,7 +142,7 @@ impl Direct {
                     spawn::aside(|| self.sync());
                 }
                 () = self.again.notified() => {
-                    tokio::time::sleep(AGAIN).await;
+                    tokio::time::sleep(RETRY_DELAY).await;
                     spawn::aside(|| self.go_through());
                 }
                 _ = sweep.tick() => spawn::aside(|| self.go_through()),

@@ -74,7 +74,7 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
         return Err(Failure::ReservedPort(to.port()));
     }
     let client = facts.source;
-    facts.proxy = proxy.config.load().mesh.is_trusted_proxy(facts.peer.as_ref(), client);
+    facts.via_trusted_proxy = proxy.config.load().mesh.is_trusted_proxy(facts.peer.as_ref(), client);
     let mut registration = proxy.live.register(pod.uid.clone(), facts.clone());
     let (verdict, looked_into) = {
         let snapshot = proxy.config.load();
@@ -106,7 +106,7 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
         // A change of policy after the verdict and before this may have gone unseen.
         let snapshot = proxy.config.load();
         let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
-        if !workload.policy.unseen(&facts) {
+        if !workload.policy.allows_uninspected(&facts) {
             return Err(Failure::Cut(Cut::PolicyChanged));
         }
     }
@@ -184,7 +184,7 @@ async fn plaintext(
     outcome: &mut Outcome,
 ) -> Result<(), Failure> {
     let mut facts = Facts::new(None, client.ip(), destination);
-    facts.node = is_probe(proxy, pod, client, destination);
+    facts.from_node = is_probe(proxy, pod, client, destination);
     let admitted = match admit(proxy, pod, facts.clone(), Source::Outsider(client.ip()), outcome).await {
         Ok(admitted) => admitted,
         Err(failure) => {
@@ -323,7 +323,7 @@ async fn first_word(stream: &TcpStream) -> io::Result<()> {
     const HEADER: usize = 5;
     const HANDSHAKE: u8 = 22;
     // RFC 8446 section 5.1, and some more as libraries have it: who says more means no TLS.
-    const MOST: usize = 16_640;
+    const MAX_RECORD: usize = 16_640;
     let mut seen = vec![0; LONGEST_WORD];
     let mut wait = Duration::from_millis(1);
     loop {
@@ -334,7 +334,7 @@ async fn first_word(stream: &TcpStream) -> io::Result<()> {
             _ => return Ok(()),
         };
         let ended = stream.ready(tokio::io::Interest::READABLE).await?.is_read_closed();
-        if ended || whole > HEADER + MOST || n >= whole.min(LONGEST_WORD) {
+        if ended || whole > HEADER + MAX_RECORD || n >= whole.min(LONGEST_WORD) {
             return Ok(());
         }
         // The kernel says at once that there is something, and not when there is more.

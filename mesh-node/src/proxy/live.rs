@@ -98,7 +98,7 @@ pub(super) fn is_denied(workload: &Workload, facts: &Facts, carries: Carries, al
     let policy = &workload.policy;
     let opaque = matches!(workload.protocol(facts.destination.port()), Protocol::Tcp | Protocol::Tls);
     match carries {
-        Carries::Unknown if !opaque => !policy.unseen(facts),
+        Carries::Unknown if !opaque => !policy.allows_uninspected(facts),
         Carries::Undecided | Carries::Requests => policy.connection(facts).is_err(),
         Carries::Unknown | Carries::Opaque => policy.opaque(facts, allowed_by).is_err(),
     }
@@ -130,11 +130,6 @@ impl Live {
             snapshot.workload(&e.workload).is_some_and(|w| e.is_denied(w, snapshot))
         });
         denied.filter(|e| e.cut.send_replace(Some(Cut::PolicyChanged)).is_none()).count()
-    }
-
-    /// Connections into one workload, or all.
-    pub fn count(&self) -> usize {
-        self.lock().len()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Entry>> {

@@ -44,15 +44,15 @@ use crate::{
     telemetry::ReasonLabels,
 };
 
-/// How long attempts go on while the destination's node is still enrolling it, and how far apart they are.
+/// How long attempts go on while the destination's node is still enrolling it.
 pub(super) const RETRY_FOR: Duration = Duration::from_secs(3);
-/// Waits between dials: the first, and the longest. Between nodes each dial is a handshake, of which one that is overloaded wants no more.
-const RETRY_AFTER: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(400)];
+/// The first wait between dials, and the longest. Between nodes each dial is a handshake, of which one that is overloaded wants no more.
+const FIRST_RETRY_DELAY: Duration = Duration::from_millis(50);
+const MAX_RETRY_DELAY: Duration = Duration::from_millis(400);
 
 /// How long to wait before the next dial, after so many: twice as long each time, and not when others do.
 fn pause(dials: u32) -> Duration {
-    let [first, longest] = RETRY_AFTER;
-    let full = first.saturating_mul(1 << dials.min(8)).min(longest);
+    let full = FIRST_RETRY_DELAY.saturating_mul(1 << dials.min(8)).min(MAX_RETRY_DELAY);
     full.mul_f64(0.75 + fastrand::f64() / 2.0)
 }
 

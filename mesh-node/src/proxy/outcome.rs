@@ -23,7 +23,7 @@ use crate::{
     id::{ObjectName, SpiffeId},
     io::relay::Traffic,
     report::{
-        Told,
+        TelemetryPlan,
         entry::{ClusterName, Entry},
         peer::End,
     },
@@ -207,7 +207,7 @@ impl Outcome {
         })
     }
 
-    fn told(&self) -> Option<&Told> {
+    fn told(&self) -> Option<&TelemetryPlan> {
         let reporting = &self.teller()?.reporting;
         Some(match self.direction {
             Direction::Outbound => &reporting.client,

@@ -1,4 +1,4 @@
-//! The pods this process serves, by UID and by address.
+//! The pods this process serves, by UID.
 
 use std::{
     collections::HashMap,

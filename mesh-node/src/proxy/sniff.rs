@@ -27,9 +27,9 @@ use crate::{
 /// How long a client is given to speak first before the server is connected, so that it can.
 const CLIENT_FIRST: Duration = Duration::from_millis(3);
 /// How long the first bytes may take to become a whole request line or client hello; then they are opaque.
-const WHOLE: Duration = Duration::from_millis(500);
+const HEAD_TIMEOUT: Duration = Duration::from_millis(500);
 /// First bytes looked at, at most: a little more than the longest line or client hello that is waited for.
-const MOST: usize = 72 * 1024;
+const MAX_FIRST_BYTES: usize = 72 * 1024;
 
 /// What a connection turned out to be.
 pub(super) enum Begun {
@@ -149,7 +149,7 @@ async fn server_first(
         // The server cannot be reached: what the client has yet to say may lead elsewhere.
         Err((said, mut failed)) => {
             let more = async { if said == Said::All { Ok(0) } else { downstream.read_buf(read).await } };
-            let more = timeout(WHOLE, more).await;
+            let more = timeout(HEAD_TIMEOUT, more).await;
             let leads = !read.is_empty() && said != Said::All && matches!(more, Ok(Ok(_)));
             if leads && let Some(failed) = &mut failed {
                 // What comes of it is yet to be seen.
@@ -188,7 +188,7 @@ async fn hear(downstream: &TcpStream, read: &mut BytesMut) -> Said {
         }
         match downstream.try_read_buf(read) {
             Ok(n) if n > 0 => match detect(read) {
-                Detected::More if read.len() < MOST => {}
+                Detected::More if read.len() < MAX_FIRST_BYTES => {}
                 Detected::Opaque | Detected::Tls(_) | Detected::More => return Said::All,
                 Detected::Http1 | Detected::Http2 => return Said::Elsewhere,
             },
@@ -236,7 +236,7 @@ async fn look(downstream: &mut TcpStream, read: &mut BytesMut, pod: &ServedPod, 
         }
     };
     let mut draining = std::pin::pin!(draining);
-    let deadline = sleep(WHOLE);
+    let deadline = sleep(HEAD_TIMEOUT);
     let mut deadline = std::pin::pin!(deadline);
     let mut begun = !read.is_empty();
     loop {
@@ -244,12 +244,12 @@ async fn look(downstream: &mut TcpStream, read: &mut BytesMut, pod: &ServedPod, 
         if detected != Detected::More {
             return Some(detected);
         }
-        if read.len() >= MOST {
+        if read.len() >= MAX_FIRST_BYTES {
             return Some(Detected::Opaque);
         }
         if !begun {
             // Nothing yet: it has all the time it likes.
-            deadline.as_mut().reset(tokio::time::Instant::now() + WHOLE);
+            deadline.as_mut().reset(tokio::time::Instant::now() + HEAD_TIMEOUT);
         }
         tokio::select! {
             biased;

@@ -53,13 +53,13 @@ const MOST_SENT: usize = 16 * 1024 * 1024;
 const BATCH: usize = 512;
 const BATCH_BYTES: usize = 1024 * 1024;
 /// How long spans wait for more.
-const EVERY: Duration = Duration::from_secs(1);
+const EXPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// Most requests of one pod that wait for one collector.
 const MOST_BATCHES: usize = 16;
 /// How long who sends to a collector stays when there is nothing to send.
 const IDLE: Duration = Duration::from_mins(1);
 /// How long it waits, if the collector does not say, before it tries once more what may go better then.
-const AGAIN: Duration = Duration::from_millis(300);
+const RETRY_DELAY: Duration = Duration::from_millis(300);
 /// Largest answer of a collector that is looked at, bytes.
 const MAX_ANSWER: usize = 64 * 1024;
 /// Requests of one pod to one collector under way: who sends does so one by one, and may be followed by another.
@@ -168,7 +168,7 @@ pub async fn export(proxy: Arc<Proxy>) {
     let mut senders: HashMap<(Arc<Exporter>, WorkloadUid), Sender> = HashMap::new();
     loop {
         tokio::select! {
-            () = sleep(EVERY) => {}
+            () = sleep(EXPORT_INTERVAL) => {}
             () = proxy.spans.many.notified() => {}
         }
         let mut waiting: HashMap<(Arc<Exporter>, WorkloadUid), Vec<Span>> = HashMap::new();
@@ -240,7 +240,7 @@ async fn send_all(
             let Some(message) = message(&proxy, &exporter, &pod, spans) else { return Sent::PodGone };
             match send(&proxy, &exporter, &pod, message.clone()).await {
                 Sent::NotNow(_, wait) => {
-                    sleep(wait.unwrap_or(AGAIN)).await;
+                    sleep(wait.unwrap_or(RETRY_DELAY)).await;
                     send(&proxy, &exporter, &pod, message).await
                 }
                 sent => sent,

@@ -122,7 +122,7 @@ pub fn attributes(entry: &Entry<'_>, failed: bool, place: Place<'_>, traces: &Tr
             SpanTag::Environment(variable, default) => {
                 variable.of(workload).map(Cow::into_owned).or_else(|| default.as_ref().map(ToString::to_string))
             }
-            SpanTag::Told(template) => Some(template.text(entry)).filter(|text| !text.is_empty()),
+            SpanTag::Template(template) => Some(template.text(entry)).filter(|text| !text.is_empty()),
         };
         if let Some(value) = value {
             all.retain(|(n, _)| **n != **name);

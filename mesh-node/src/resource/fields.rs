@@ -101,7 +101,7 @@ pub fn header_text(text: &str, at: &str) -> Result<Option<HeaderText>, FieldErro
     let template = template.map_err(|e| FieldError::new(at, format!("{text:?} {e}; a percent sign of its own is written %%")))?;
     match template.plain() {
         Some(plain) => header_value(plain, at).map(|value| Some(HeaderText::Plain(value))),
-        None => header_value(text, at).map(|_| Some(HeaderText::Told(template))),
+        None => header_value(text, at).map(|_| Some(HeaderText::Template(template))),
     }
 }
 
@@ -122,7 +122,7 @@ mod tests {
         };
         assert_eq!((plain("a b"), plain("100%%")), ("a b".to_owned(), "100%".to_owned()));
         assert!(matches!(header_text("", "at"), Ok(None)));
-        assert!(matches!(header_text("<%REQ(x-a)%>", "at"), Ok(Some(HeaderText::Told(_)))));
+        assert!(matches!(header_text("<%REQ(x-a)%>", "at"), Ok(Some(HeaderText::Template(_)))));
         for (text, words) in [
             ("100%", "without its closing %: %; a percent sign of its own is written %%"),
             ("%NO_SUCH%", "%NO_SUCH% is not an operator of Envoy's"),

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::{Rejection, parse};
 
 /// Mistakes told of beside the first, of one document.
-const MOST: usize = 9;
+const MAX_FURTHER: usize = 9;
 
 /// An element that was taken out of a list: the list, and the place it had.
 struct Taken {
@@ -17,7 +17,7 @@ struct Taken {
 pub fn further(document: &Value, default_namespace: &str, first: &Rejection) -> Vec<Rejection> {
     let (mut rest, mut found, mut taken) = (document.clone(), Vec::<Rejection>::new(), Vec::new());
     let mut at = first.field.clone();
-    while first.key.is_some() && found.len() < MOST && !is_telling(&at) && take_out(&mut rest, &at, &mut taken) {
+    while first.key.is_some() && found.len() < MAX_FURTHER && !is_telling(&at) && take_out(&mut rest, &at, &mut taken) {
         let Err(next) = parse(&rest, default_namespace) else { break };
         at.clone_from(&next.field);
         let field = as_written(&next.field, &taken);
@@ -148,6 +148,6 @@ mod tests {
         let fields = (0..50).map(|i| (format!("wat{i}"), json!(1))).collect::<serde_json::Map<_, _>>();
         let document =
             json!({"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": {"name": "p"}, "spec": fields});
-        assert_eq!(all(&document).len(), 1 + MOST);
+        assert_eq!(all(&document).len(), 1 + MAX_FURTHER);
     }
 }

@@ -210,7 +210,7 @@ struct FilterSpec {
 }
 
 /// Most providers, entries and tags of one object.
-const MOST: usize = 100;
+const MAX_ENTRIES: usize = 100;
 
 impl Telemetry {
     pub(super) fn read(spec: Spec) -> Result<Self, FieldError> {
@@ -226,8 +226,8 @@ impl Telemetry {
 
 fn each<S, T>(all: Option<Vec<S>>, at: &str, read: impl Fn(S, &str) -> Result<T, FieldError>) -> Result<Vec<T>, FieldError> {
     let all = all.unwrap_or_default();
-    if all.len() > MOST {
-        return Err(FieldError::new(at, format!("has {} entries; at most {MOST} are honoured", all.len())));
+    if all.len() > MAX_ENTRIES {
+        return Err(FieldError::new(at, format!("has {} entries; at most {MAX_ENTRIES} are honoured", all.len())));
     }
     all.into_iter().enumerate().map(|(i, spec)| read(spec, &format!("{at}[{i}]"))).collect()
 }
@@ -259,8 +259,8 @@ fn tracing(spec: TracingSpec, at: &str) -> Result<Tracing, FieldError> {
     });
     let tags = spec.custom_tags.map(|tags| {
         let at = format!("{at}.customTags");
-        if tags.len() > MOST {
-            return Err(FieldError::new(at, format!("has {} entries; at most {MOST} are honoured", tags.len())));
+        if tags.len() > MAX_ENTRIES {
+            return Err(FieldError::new(at, format!("has {} entries; at most {MAX_ENTRIES} are honoured", tags.len())));
         }
         let tags = tags.into_iter().map(|(name, tag)| Ok((Arc::from(&*name), span_tag(tag, &format!("{at}.{name}"))?)));
         let tags = tags.collect::<Result<Vec<_>, FieldError>>()?;
@@ -296,7 +296,7 @@ fn span_tag(tag: CustomTag, at: &str) -> Result<Option<SpanTag>, FieldError> {
         CustomTag { literal: None, header: None, environment: None, formatter: Some(formatter) } => {
             let at = format!("{at}.formatter.value");
             let template = Template::parse(&formatter.value).map_err(|e| FieldError::new(at, format!("{:?} {e}", formatter.value)))?;
-            Ok(Some(SpanTag::Told(template)))
+            Ok(Some(SpanTag::Template(template)))
         }
         _ => Err(FieldError::new(at, "is not one of literal, header, environment and formatter; set exactly one of them")),
     }
@@ -310,8 +310,11 @@ fn metrics(spec: MetricsSpec, at: &str) -> Result<Metrics, FieldError> {
 fn override_of(spec: OverrideSpec, at: &str) -> Result<Override, FieldError> {
     let OverrideSpec { matched, disabled, tag_overrides } = spec;
     let tags = tag_overrides.unwrap_or_default();
-    if tags.len() > MOST {
-        return Err(FieldError::new(format!("{at}.tagOverrides"), format!("has {} entries; at most {MOST} are honoured", tags.len())));
+    if tags.len() > MAX_ENTRIES {
+        return Err(FieldError::new(
+            format!("{at}.tagOverrides"),
+            format!("has {} entries; at most {MAX_ENTRIES} are honoured", tags.len()),
+        ));
     }
     let tags = tags.into_iter().map(|(name, tag)| Ok((Arc::from(&*name), tag_change(&name, tag, &format!("{at}.tagOverrides.{name}"))?)));
     let tags = tags.collect::<Result<Vec<_>, _>>()?;

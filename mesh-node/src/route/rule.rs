@@ -93,7 +93,7 @@ pub struct HeaderChanges {
 pub enum HeaderText {
     Plain(HeaderValue),
     /// What is told of the request; where that is nothing, no header is written.
-    Told(Template),
+    Template(Template),
 }
 
 /// What a template comes to, with the headers as they are.
@@ -113,7 +113,7 @@ impl HeaderChanges {
 
     /// Whether it tells of the request.
     pub fn tells(&self) -> bool {
-        self.set.iter().chain(&self.add).any(|(_, text)| matches!(text, HeaderText::Told(_)))
+        self.set.iter().chain(&self.add).any(|(_, text)| matches!(text, HeaderText::Template(_)))
     }
 
     /// Everything that is told is told of the headers after the removals.
@@ -122,11 +122,11 @@ impl HeaderChanges {
             headers.remove(name);
         }
         let all = self.set.iter().chain(&self.add);
-        let told = all.filter_map(|(_, text)| if let HeaderText::Told(template) = text { Some(tell(template, headers)) } else { None });
+        let told = all.filter_map(|(_, text)| if let HeaderText::Template(template) = text { Some(tell(template, headers)) } else { None });
         let mut told = if self.tells() { told.collect() } else { Vec::new() }.into_iter();
         let mut value = |text: &HeaderText| match text {
             HeaderText::Plain(value) => Some(value.clone()),
-            HeaderText::Told(_) => told.next().flatten(),
+            HeaderText::Template(_) => told.next().flatten(),
         };
         for (name, text) in &self.set {
             if let Some(value) = value(text) {

@@ -14,7 +14,7 @@ use crate::problems;
 /// Texts that cannot be written are tried again from memory, up to this many bytes of them.
 const MOST_UNKEPT: usize = 64 * 1024 * 1024;
 /// How often that is tried.
-const AGAIN: Duration = Duration::from_secs(4);
+const RETRY_INTERVAL: Duration = Duration::from_secs(4);
 
 /// Copies in a directory, each beginning with a line that names its original.
 #[derive(Debug)]
@@ -153,7 +153,7 @@ impl LastGood {
     pub fn again(&self) {
         let unkept = {
             let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
-            if tried.is_some_and(|at| at.elapsed() < AGAIN) {
+            if tried.is_some_and(|at| at.elapsed() < RETRY_INTERVAL) {
                 return;
             }
             *tried = Some(Instant::now());

@@ -28,7 +28,7 @@ const GATHER: Duration = Duration::from_millis(50);
 /// So many bytes do not wait longer.
 const ENOUGH: usize = 1024 * 1024;
 /// How often it is looked whether a file is still where it was, and how long a file may be out of use.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const UNUSED: Duration = Duration::from_mins(10);
 
 /// Logs, by the files they go to.
@@ -249,7 +249,7 @@ impl Writer {
             let lines = {
                 let waiting = queue.lock();
                 let idle = |w: &mut Waiting| w.text.is_empty() && !w.hurry;
-                let (waiting, _) = queue.news.wait_timeout_while(waiting, LOOK, idle).unwrap_or_else(PoisonError::into_inner);
+                let (waiting, _) = queue.news.wait_timeout_while(waiting, CHECK_INTERVAL, idle).unwrap_or_else(PoisonError::into_inner);
                 let few = |w: &mut Waiting| !w.text.is_empty() && w.text.len() < ENOUGH && !w.hurry;
                 let (mut waiting, _) = queue.news.wait_timeout_while(waiting, GATHER, few).unwrap_or_else(PoisonError::into_inner);
                 std::mem::swap(&mut batch, &mut waiting.text);
@@ -260,7 +260,7 @@ impl Writer {
                 }
                 std::mem::take(&mut waiting.lines)
             };
-            if self.looked.elapsed() >= LOOK {
+            if self.looked.elapsed() >= CHECK_INTERVAL {
                 self.target.look();
                 self.looked = Instant::now();
             }

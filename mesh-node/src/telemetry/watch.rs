@@ -16,7 +16,7 @@ const MOST_BYTES: usize = 1024 * 1024;
 /// Most workloads that can be looked at at once.
 const MOST_WORKLOADS: usize = 16;
 /// How long it goes on when nobody fetches.
-const PATIENCE: Duration = Duration::from_secs(10);
+const WATCH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is looked at. Where that is nothing, it costs one relaxed load for each request.
 #[derive(Debug, Default)]
@@ -59,7 +59,7 @@ impl Watch {
 
     /// Lets go of what nobody fetches any more.
     fn forget(&self, all: &mut HashMap<String, Seen>, now: Instant) {
-        all.retain(|_, seen| now.saturating_duration_since(seen.fetched) < PATIENCE);
+        all.retain(|_, seen| now.saturating_duration_since(seen.fetched) < WATCH_TIMEOUT);
         self.looked_at.store(all.len(), Ordering::Relaxed);
     }
 
@@ -140,7 +140,7 @@ mod tests {
         (2..MOST_WORKLOADS).for_each(|i| assert!(watch.fetch(&format!("x/{i}"), None).is_some()));
         assert!(watch.fetch("one/more", None).is_none() && watch.fetch("a/b", None).is_some());
         // Those nobody has fetched for a while hold no place.
-        let later = Instant::now() + PATIENCE;
+        let later = Instant::now() + WATCH_TIMEOUT;
         assert!(watch.fetch_at("one/more", None, later).is_some());
         assert_eq!(watch.looked_at.load(Ordering::Relaxed), 1);
     }

@@ -60,7 +60,7 @@ impl Asked<'_> {
         let own = source.ips.iter().find(|ip| ip.is_ipv4() == to.is_ipv4()).or(source.ips.first());
         let peer = source.enrolled.then(|| source.identity.clone());
         let mut facts = Facts::new(peer, own.copied().unwrap_or_else(|| to.ip()), to);
-        facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
+        facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
         facts.sni = Sni::Read(self.sni.cloned());
         let head = self.head;
         let normal = match head.map(|head| renormalised(head, snapshot.normalization)) {

@@ -20,7 +20,7 @@ use crate::io::netns::Netns;
 const FLOOD: u64 = 8 * MAX_QUEUED as u64;
 const CHUNK: usize = 4096;
 /// How long bytes may be on their way from one socket to the other.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PROOF_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Whether this kernel can be trusted; if not, why.
 pub fn prove(kernel: &Kernel, id: u64) -> Result<(), String> {
@@ -65,7 +65,7 @@ pub fn prove(kernel: &Kernel, id: u64) -> Result<(), String> {
     while read < written {
         let n = match reader.read(&mut buffer) {
             Ok(n) if n > 0 => n,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && started.elapsed() < PATIENCE => {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && started.elapsed() < PROOF_TIMEOUT => {
                 std::thread::yield_now();
                 continue;
             }

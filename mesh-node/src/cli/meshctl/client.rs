@@ -16,7 +16,7 @@ use super::Failure;
 /// How long something may take to come.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long all of an answer may take.
-const PATIENCE: Duration = Duration::from_mins(1);
+const ANSWER_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Where a node's admin endpoint is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,7 +90,7 @@ impl Admin {
             }
         };
         write!(stream, "{method} {path} HTTP/1.0\r\nhost: mesh-node\r\ncontent-length: 0\r\n\r\n").map_err(broken)?;
-        let answer = read(&mut *stream, Instant::now() + PATIENCE).map_err(broken)?;
+        let answer = read(&mut *stream, Instant::now() + ANSWER_TIMEOUT).map_err(broken)?;
         let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| Failure::Other(format!("what answers at {self} is not HTTP")))?;
         let length = head.lines().find_map(|l| l.split_once(':').filter(|(name, _)| name.eq_ignore_ascii_case("content-length")));
         let length = length.and_then(|(_, n)| n.trim().parse::<usize>().ok());

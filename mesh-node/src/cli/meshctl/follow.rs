@@ -16,7 +16,7 @@ use super::{
 };
 
 /// How often a node is asked.
-const EVERY: Duration = Duration::from_millis(300);
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
 
 /// Prints what a workload does, from now on, each as `shown` has it of the event and a line for people.
 pub fn trace(
@@ -56,7 +56,7 @@ pub fn trace(
         if until.is_some_and(|until| Instant::now() >= until) {
             return Ok(());
         }
-        sleep(EVERY);
+        sleep(POLL_INTERVAL);
     }
 }
 
@@ -115,7 +115,7 @@ pub fn drain(admin: &Admin, patience: Duration) -> Result<ExitCode, Failure> {
             Err(Failure::Broken(_)) => {}
             Err(other) => return Err(other),
         }
-        sleep(EVERY);
+        sleep(POLL_INTERVAL);
     }
     eprintln!("meshctl: it has not stopped after {} s", patience.as_secs());
     Ok(ExitCode::FAILURE)

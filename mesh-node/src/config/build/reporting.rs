@@ -12,7 +12,7 @@ use super::{
 use crate::{
     config::store::Severity,
     id::ObjectName,
-    report::{AccessLog, LogTo, MOST_TAGS, Reporting, Told, Traces, expression::Expression},
+    report::{AccessLog, LogTo, MOST_TAGS, Reporting, TelemetryPlan, Traces, expression::Expression},
     resource::{
         ELSEWHERE, Named, Telemetry,
         mesh_config::{Observability, observability::PROMETHEUS},
@@ -161,14 +161,14 @@ impl<'a> Reports<'a> {
         let observability = &self.observability;
         let resolved = self.resolved.entry(key).or_insert_with(|| {
             let levels = levels.into_iter().flatten().collect::<Vec<_>>();
-            let told = |side| Told::resolve(&levels, observability, side);
+            let told = |side| TelemetryPlan::resolve(&levels, observability, side);
             Arc::new(Reporting { client: told(Side::Client), server: told(Side::Server) })
         });
         resolved.clone()
     }
 }
 
-impl Told {
+impl TelemetryPlan {
     fn resolve(levels: &[&Telemetry], observability: &Observability, side: Side) -> Self {
         let (tags, values) = metrics(levels, observability, side);
         Self::new(tags, values, logs(levels, observability, side), traces(levels, observability, side))

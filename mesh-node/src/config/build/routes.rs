@@ -159,9 +159,9 @@ impl<'a> Routes<'a> {
 
     /// The service that a host is in the end, where it stands for another.
     fn concrete(&self, host: &str, namespace: &str) -> Result<Option<ObjectName>, String> {
-        const MOST: usize = 4;
+        const MAX_ALIASES: usize = 4;
         let mut service = ObjectName::from_host(host, namespace);
-        for _ in 0..=MOST {
+        for _ in 0..=MAX_ALIASES {
             let Some((name, alias)) = service.as_ref().and_then(|name| Some((name, self.aliases.get(name)?))) else { return Ok(service) };
             let target = ObjectName::from_host(alias, &name.namespace).filter(|target| self.ports.contains_key(target));
             service = Some(target.ok_or_else(|| format!("the Service stands for {alias}, which is none of the mesh"))?);

@@ -33,7 +33,7 @@ pub(super) struct Views<'a> {
 }
 
 /// Most of such views: each has services of its own.
-const MOST: usize = 64;
+const MAX_VIEWS: usize = 64;
 
 impl<'a> Views<'a> {
     pub(super) fn new(builder: &Builder<'a>) -> Self {
@@ -53,7 +53,7 @@ impl<'a> Views<'a> {
         if rules.is_empty() {
             return name.namespace.clone();
         }
-        if self.chosen.len() >= MOST && !self.chosen.values().any(|(other, chosen)| other == namespace && *chosen == rules) {
+        if self.chosen.len() >= MAX_VIEWS && !self.chosen.values().any(|(other, chosen)| other == namespace && *chosen == rules) {
             self.refused.extend(rules);
             return name.namespace.clone();
         }
@@ -69,7 +69,7 @@ impl<'a> Views<'a> {
             self.refused.iter().filter_map(|i| builder.parts.destination_rules.get(*i)).map(|(named, _)| *named).collect::<Vec<_>>();
         for named in named {
             let message = format!(
-                "spec.workloadSelector: rules select clients in more than {MOST} ways, so it is not in force for some; select fewer"
+                "spec.workloadSelector: rules select clients in more than {MAX_VIEWS} ways, so it is not in force for some; select fewer"
             );
             builder.remark(Severity::Error, named, &message);
         }

@@ -12,11 +12,15 @@ fn one_alternative_about_requests_leaves_a_connection_unsettled() {
         let mixed = policy(std::slice::from_ref(&spec));
         assert!(matches!(mixed.connection(&web()), Ok(Verdict::PerRequest(_))), "{spec}");
         assert_eq!(mixed.opaque(&web(), &[]).expect_err("denied"), Denial::NotAllowed, "{spec}");
-        assert!(!mixed.settles(&web()) && !mixed.unseen(&web()), "{spec}");
+        assert!(!mixed.allows_unconditionally(&web()) && !mixed.allows_uninspected(&web()), "{spec}");
         assert!(allowed(&mixed, &web(), &head("POST", "h", "/", &[]), None), "{spec}");
         // A rule of its own settles it.
         let both = policy(&[spec, json!({"rules": [{"to": [{"operation": {"ports": ["8080"]}}]}]})]);
-        assert!(matches!(both.connection(&web()), Ok(Verdict::Allowed(_))) && both.opaque(&web(), &[]).is_ok() && both.settles(&web()));
+        assert!(
+            matches!(both.connection(&web()), Ok(Verdict::Allowed(_)))
+                && both.opaque(&web(), &[]).is_ok()
+                && both.allows_unconditionally(&web())
+        );
     }
 }
 

@@ -193,9 +193,9 @@ fn rules_about_requests_to_one_port_leave_the_others_alone() {
                 facts
             };
             assert!(matches!(policy.connection(&to(8080)), Ok(Verdict::PerRequest(_))), "{field} {action}");
-            assert!(!policy.unseen(&to(8080)), "{field} {action}");
+            assert!(!policy.allows_uninspected(&to(8080)), "{field} {action}");
             assert!(matches!(policy.connection(&to(9000)), Ok(Verdict::Allowed(_))), "{field} {action}");
-            assert!(policy.unseen(&to(9000)) && policy.settles(&to(9000)), "{field} {action}");
+            assert!(policy.allows_uninspected(&to(9000)) && policy.allows_unconditionally(&to(9000)), "{field} {action}");
         }
     }
 }

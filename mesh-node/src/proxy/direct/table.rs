@@ -96,7 +96,7 @@ impl Decide<'_> {
         let external = self.snapshot.external_addresses().map(|a| a.ip()).collect::<HashSet<_>>();
         let open = self.served.keys().filter_map(|uid| self.snapshot.workload(uid)).filter(|w| {
             let here = w.enrolled && w.accelerate && w.node == self.snapshot.mesh.node;
-            here && w.policy.everywhere.is_nothing() && w.policy.ports.is_empty() && !(self.looks() && w.carries_http_anywhere())
+            here && w.policy.everywhere.is_empty() && w.policy.ports.is_empty() && !(self.looks() && w.carries_http_anywhere())
         });
         let is_its = |w: &Workload, ip: &IpAddr| self.snapshot.workload_by_ip(*ip).is_some_and(|found| found.uid == w.uid);
         let ips = open.flat_map(|w| w.ips.iter().filter(|ip| is_its(w, ip)).copied().collect::<Vec<_>>());
@@ -124,7 +124,7 @@ impl Decide<'_> {
             Target::Workload(_) => vec![to],
             Target::NoSuchPort(_) | Target::Unknown => return None,
         };
-        let open = |to: &SocketAddr| self.destination(*to).is_some_and(|w| w.policy.at(to.port()).is_nothing());
+        let open = |to: &SocketAddr| self.destination(*to).is_some_and(|w| w.policy.at(to.port()).is_empty());
         endpoints.iter().all(open).then_some(endpoints)
     }
 
@@ -142,7 +142,7 @@ impl Decide<'_> {
             let workload = self.destination(*endpoint).ok_or(Indirect::Endpoints)?;
             let client = address_like(source, endpoint.ip()).ok_or(Indirect::Endpoints)?;
             let facts = facts(self.snapshot, source, client, *endpoint);
-            if !workload.policy.settles(&facts) {
+            if !workload.policy.allows_unconditionally(&facts) {
                 return Err(Indirect::Policy);
             }
         }
@@ -212,7 +212,7 @@ impl Decide<'_> {
 /// What is known of a connection before it is dialled.
 pub fn facts(snapshot: &Snapshot, source: &Workload, client: IpAddr, to: SocketAddr) -> Facts {
     let mut facts = Facts::new(Some(source.identity.clone()), client, to);
-    facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
+    facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
     facts
 }
 

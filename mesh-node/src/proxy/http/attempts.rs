@@ -15,7 +15,7 @@ use super::{
     record::{Flag, Record},
     reply::{http_status_of_grpc, reason},
     upload::Upload,
-    upstream::{Failed, PATIENCE, Wanted},
+    upstream::{Failed, REDIAL_TIMEOUT, Wanted},
     wire::Malformed,
 };
 use crate::{
@@ -300,7 +300,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             http2: cluster.speaks_http2(self.down.http2) && self.upgrade.is_none(),
             fresh,
             // For all attempts together.
-            patience: if self.number > 1 || fresh { PATIENCE.saturating_sub(self.record.age()) } else { PATIENCE },
+            patience: if self.number > 1 || fresh { REDIAL_TIMEOUT.saturating_sub(self.record.age()) } else { REDIAL_TIMEOUT },
         };
         let plan = Plan {
             head,

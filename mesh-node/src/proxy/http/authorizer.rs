@@ -66,13 +66,13 @@ pub enum Answer {
 }
 
 /// What comes of a question that was answered.
-enum Told {
+enum AuthorizerAnswer {
     Decided(Answer),
     /// The authorizer says that it failed, and what its client is to be told.
     Failed(Box<Reply>),
 }
 
-impl Told {
+impl AuthorizerAnswer {
     fn word(&self) -> &'static str {
         match self {
             Self::Decided(Answer::Allowed { .. }) => "allowed",
@@ -106,13 +106,15 @@ pub async fn ask(
                     Check::Grpc => ask_grpc(gate, &cluster, authorizer, (head, protocol), shown).await,
                 }
             };
-            (in_time(gate, authorizer, answer, Told::word).await, authorizer)
+            (in_time(gate, authorizer, answer, AuthorizerAnswer::word).await, authorizer)
         }
     };
     match asked {
-        (Some(Told::Decided(answer)), _) => answer,
-        (Some(Told::Failed(_)) | None, authorizer) if authorizer.fail_open => Answer::Allowed { to_client: ToClient::default() },
-        (Some(Told::Failed(reply)), _) => Answer::Denied(refusal(*reply, ERROR.to_owned())),
+        (Some(AuthorizerAnswer::Decided(answer)), _) => answer,
+        (Some(AuthorizerAnswer::Failed(_)) | None, authorizer) if authorizer.fail_open => {
+            Answer::Allowed { to_client: ToClient::default() }
+        }
+        (Some(AuthorizerAnswer::Failed(reply)), _) => Answer::Denied(refusal(*reply, ERROR.to_owned())),
         (None, authorizer) => refused(authorizer.status_on_error, ERROR.to_owned()),
     }
 }
@@ -283,7 +285,7 @@ async fn ask_http(
     check: &HttpCheck,
     (head, protocol): (&mut RequestHead, &'static str),
     shown: Option<Shown>,
-) -> Option<Told> {
+) -> Option<AuthorizerAnswer> {
     let mut headers = HeaderMap::new();
     for (name, value) in &head.headers {
         let sent = name == header::AUTHORIZATION || any(&check.request_headers, name);
@@ -295,7 +297,7 @@ async fn ask_http(
     for (name, text) in &check.additional_headers {
         let value = match text {
             HeaderText::Plain(value) => Some(value.clone()),
-            HeaderText::Told(template) => tell(gate, snapshot, template, (head, protocol)),
+            HeaderText::Template(template) => tell(gate, snapshot, template, (head, protocol)),
         };
         if let Some(value) = value {
             headers.insert(name.clone(), value);
@@ -326,7 +328,7 @@ async fn ask_http(
     if body.over || answered.status.is_server_error() {
         return None;
     }
-    Some(Told::Decided(if answered.status == StatusCode::OK {
+    Some(AuthorizerAnswer::Decided(if answered.status == StatusCode::OK {
         allowed_over_http(check, &answered.headers, head)
     } else {
         denied_over_http(check, answered, body.data.into(), head.is_grpc())
@@ -389,13 +391,13 @@ async fn ask_grpc(
     authorizer: &Authorizer,
     (head, protocol): (&mut RequestHead, &'static str),
     shown: Option<Shown>,
-) -> Option<Told> {
+) -> Option<AuthorizerAnswer> {
     let question = proto::question(gate, (head, protocol), shown);
     let response = check(gate, cluster, authorizer, head.scheme, Some(&head.headers), &question).await?;
-    Some(Told::Decided(match proto::apply(&response, head, authorizer.status_on_error) {
+    Some(AuthorizerAnswer::Decided(match proto::apply(&response, head, authorizer.status_on_error) {
         proto::Outcome::Allowed { to_client } => Answer::Allowed { to_client },
         proto::Outcome::Denied(reply) => Answer::Denied(refusal(*reply, DENIED.to_owned())),
-        proto::Outcome::Failed(reply) => return Some(Told::Failed(reply)),
+        proto::Outcome::Failed(reply) => return Some(AuthorizerAnswer::Failed(reply)),
         proto::Outcome::Invalid => refused(StatusCode::INTERNAL_SERVER_ERROR, INVALID.to_owned()),
     }))
 }

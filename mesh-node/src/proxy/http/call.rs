@@ -11,7 +11,7 @@ use super::{
     meter::{Meter, Metered},
     record::Flag,
     upload::Upload,
-    upstream::{PATIENCE, UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
+    upstream::{REDIAL_TIMEOUT, UpSink, UpSource, Upstream, Wanted, acquire, is_interim, release},
     wire::Framing,
 };
 use crate::{
@@ -73,7 +73,7 @@ impl Call<'_> {
             address,
             http2: *http2,
             fresh: false,
-            patience: PATIENCE,
+            patience: REDIAL_TIMEOUT,
         };
         let upstream = acquire(&wanted).await.ok()?;
         // A destination on this node is as well protected from these requests as from others, and they are told of as well.

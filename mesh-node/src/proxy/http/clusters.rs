@@ -1,7 +1,7 @@
 //! What a pod has under way to each destination: connections, requests, retries, and which endpoints it leaves out.
 //!
 //! For each source pod and cluster, as a sidecar would count, so that limits written for sidecars keep their meaning.
-//! Counters are atomic and idle connections are kept in lock-free queues: requests of one pod do not wait for each other.
+//! Counters are atomic; idle connections are a stack under a lock that is held for a push or pop.
 
 use std::{
     collections::HashMap,
@@ -309,8 +309,8 @@ impl Drop for Slot {
     }
 }
 
-/// What is kept for less than this is not left to what tidies now and then.
-pub const MOMENT: Duration = Duration::from_secs(10);
+/// Kept connections that expire sooner have a timer of their own; later ones wait for `tidy`.
+pub const SHORT_IDLE: Duration = Duration::from_secs(10);
 
 /// They come and go as boxes: it is those that are moved, and not what is in them.
 type Idle = Vec<Box<H1Upstream>>;
@@ -376,7 +376,7 @@ impl EndpointState {
     /// When the next connection expires that does so soon. Without one nobody waits for it.
     fn next_to_expire(&self) -> Option<Instant> {
         let soon = || {
-            let until = Instant::now() + MOMENT;
+            let until = Instant::now() + SHORT_IDLE;
             self.idle().iter().filter_map(|connection| connection.expires()).min().filter(|at| *at < until)
         };
         soon().or_else(|| {
@@ -388,7 +388,7 @@ impl EndpointState {
 
     /// Whether a connection that is kept expires before this is tidied again.
     fn next_soon(&self, now: Instant) -> bool {
-        self.idle().iter().any(|connection| connection.expires().is_some_and(|at| at.saturating_duration_since(now) < MOMENT))
+        self.idle().iter().any(|connection| connection.expires().is_some_and(|at| at.saturating_duration_since(now) < SHORT_IDLE))
     }
 
     fn retire_expired(&self, now: Instant) {

@@ -16,7 +16,7 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
-use self::told::Told;
+use self::told::ClientCertAction;
 use super::{
     authorizer::{self, Answer, ToClient},
     body::Preview,
@@ -46,7 +46,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Gate {
     pub proxy: Arc<Proxy>,
-    /// The pod that is protected, or the client of a service that is.
+    /// The pod whose application is protected; before a service ([`Gate::of_service`]), the client's pod.
     pub pod: Arc<ServedPod>,
     pub facts: Facts,
     pub client: SocketAddr,
@@ -278,12 +278,12 @@ impl Gate {
         // Nobody is asked about what a client says of itself there. Authorizers see it among the headers.
         let (mut client_cert, asks) = (None, !governing.authorization.custom.is_empty());
         match self.told(&snapshot, changed.as_ref().unwrap_or(head)) {
-            Told::AsItIs => {}
-            Told::Also(value) if !asks => client_cert = Some(value),
-            Told::Also(value) | Told::Only(Some(value)) => {
+            ClientCertAction::AsItIs => {}
+            ClientCertAction::Also(value) if !asks => client_cert = Some(value),
+            ClientCertAction::Also(value) | ClientCertAction::Only(Some(value)) => {
                 changed.get_or_insert_with(|| head.clone()).headers.insert(CLIENT_CERT.clone(), value);
             }
-            Told::Only(None) => drop(changed.get_or_insert_with(|| head.clone()).headers.remove(&CLIENT_CERT)),
+            ClientCertAction::Only(None) => drop(changed.get_or_insert_with(|| head.clone()).headers.remove(&CLIENT_CERT)),
         }
         self.judge(&snapshot, governing, Asked { head, changed, client_cert, protocol, again: &[] }, body).await
     }
@@ -300,7 +300,7 @@ impl Gate {
         let mut written = Vec::new();
         let mut told = self.authenticate(governing, changed.as_ref().unwrap_or(head)).await;
         let mut to_client = ToClient::default();
-        if !governing.authorization.custom.is_empty() && !self.facts.node {
+        if !governing.authorization.custom.is_empty() && !self.facts.from_node {
             let claims = told.as_ref().ok().and_then(|a| a.claims.as_ref());
             let seen = changed.as_ref().unwrap_or(head);
             if let Some(rewritten) = self.ask_authorizers(snapshot, governing, (seen, protocol), body, claims, &mut to_client).await? {
@@ -381,7 +381,7 @@ impl Gate {
     }
 
     async fn authenticate(&self, governing: &Governing, head: &RequestHead) -> Result<Authenticated, Fault> {
-        if self.facts.node {
+        if self.facts.from_node {
             return Ok(Authenticated::default());
         }
         tokens::authenticate(&self.proxy, &governing.authentication, head).await
@@ -431,7 +431,7 @@ pub fn shows_bodies(snapshot: &Snapshot, governing: &Governing) -> bool {
 /// The end user's address: what the last proxy that is trusted says, else the client's own. `None`: the proxy says
 /// something that is no address.
 pub fn remote(snapshot: &Snapshot, facts: &Facts, headers: &HeaderMap) -> Option<IpAddr> {
-    if !facts.proxy {
+    if !facts.via_trusted_proxy {
         return Some(facts.source);
     }
     let told = headers.get_all("x-forwarded-for").iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
@@ -457,14 +457,11 @@ fn bad_path() -> Box<Refusal> {
     Refusal::new(Reply::new(StatusCode::BAD_REQUEST, ""), "path_normalization_failed")
 }
 
-/// Adds headers to those there are.
 impl Refusal {
     pub fn new(reply: Reply, details: impl Into<String>) -> Box<Self> {
         Box::new(Self { reply, details: details.into(), flag: None, gone: false, head: None })
     }
-}
 
-impl Refusal {
     /// Takes it down in the record of the request at a gate.
     pub fn note(&self, record: &mut Record, gate: &Gate, head: &RequestHead) {
         if self.gone {

@@ -106,13 +106,13 @@ fn whole_milliseconds(time: Duration) -> u64 {
 
 /// Milliseconds as a `grpc-timeout`, whose number has eight digits at most.
 fn grpc_timeout_text(millis: u64) -> String {
-    const MOST: u64 = 99_999_999;
+    const MAX_MILLIS: u64 = 99_999_999;
     let [seconds, minutes, hours] = [1000, 60_000, 3_600_000].map(|unit| millis / unit);
     match millis {
-        ..=MOST => format!("{millis}m"),
-        _ if seconds <= MOST => format!("{seconds}S"),
-        _ if minutes <= MOST => format!("{minutes}M"),
-        _ => format!("{}H", hours.min(MOST)),
+        ..=MAX_MILLIS => format!("{millis}m"),
+        _ if seconds <= MAX_MILLIS => format!("{seconds}S"),
+        _ if minutes <= MAX_MILLIS => format!("{minutes}M"),
+        _ => format!("{}H", hours.min(MAX_MILLIS)),
     }
 }
 

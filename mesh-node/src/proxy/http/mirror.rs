@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How long a mirrored request may take in all, and its answer where the route sets no time.
-const PATIENCE: Duration = Duration::from_mins(5);
+const MIRROR_TIMEOUT: Duration = Duration::from_mins(5);
 /// Mirrored requests under way for one pod; more are dropped and counted.
 const AT_ONCE: u32 = 1024;
 
@@ -71,7 +71,7 @@ pub fn start<B: RequestBody>(
         let metrics = mirror.proxy.metrics.clone();
         let pod = mirror.pod.clone();
         let mirrored = tokio::select! {
-            mirrored = timeout(PATIENCE, mirror.run()) => mirrored.ok().flatten(),
+            mirrored = timeout(MIRROR_TIMEOUT, mirror.run()) => mirrored.ok().flatten(),
             _ = pod.ended() => None,
         };
         if mirrored.is_none() {
@@ -135,7 +135,7 @@ impl Mirror {
         let late = async {
             // Its sender is the body's own.
             let _ = ended.wait_for(|ended| *ended).await;
-            sleep(limit.unwrap_or(PATIENCE)).await;
+            sleep(limit.unwrap_or(MIRROR_TIMEOUT)).await;
         };
         let mut answer = Collected::up_to(0);
         tokio::select! {

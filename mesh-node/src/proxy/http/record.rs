@@ -20,14 +20,14 @@ use super::{
     meter::Meter,
     reply::{Reply, grpc_code},
     traced::{Onward, Traced},
-    wire::{Malformed, Refused, Said},
+    wire::{Malformed, ParsedHead, Refused},
 };
 pub use crate::telemetry::{Flag, Flags};
 use crate::{
     id::{ObjectName, SpiffeId},
     proxy::{reporting::Ends, traces::Spans},
     report::{
-        Reporting, Told,
+        Reporting, TelemetryPlan,
         entry::X_REQUEST_ID,
         kept::{Kept, Wanted},
         trace::Parent,
@@ -238,7 +238,7 @@ impl Record {
     pub fn refused_as(&mut self, refused: &Refused, source: Option<&Arc<Workload>>) {
         self.malformed(&refused.malformed, source);
         self.grpc = refused.is_grpc();
-        if let Some(Said { method, target, authority, headers }) = &refused.said {
+        if let Some(ParsedHead { method, target, authority, headers }) = &refused.said {
             if !headers.contains_key(CONTENT_LENGTH) && !headers.contains_key(TRANSFER_ENCODING) {
                 self.came_without_body(method);
             }
@@ -423,7 +423,7 @@ impl Record {
     }
 }
 
-fn told(reporting: &Reporting, reporter: Reporter) -> &Told {
+fn told(reporting: &Reporting, reporter: Reporter) -> &TelemetryPlan {
     match reporter {
         Reporter::Source => &reporting.client,
         Reporter::Destination => &reporting.server,

@@ -27,7 +27,7 @@ pub use self::{
     ways::{Failed, UpSink, UpSource, is_interim},
 };
 use super::{
-    clusters::{ClusterState, ConnectionSlot, EndpointState, Limited, MOMENT, Slot},
+    clusters::{ClusterState, ConnectionSlot, EndpointState, Limited, SHORT_IDLE, Slot},
     gate::Gate,
     h1::{H1Sink, Reader, Unread},
     transport::{Counted, Transport},
@@ -82,7 +82,7 @@ pub struct Wanted<'a> {
 }
 
 /// As long as connections that carry no HTTP.
-pub const PATIENCE: Duration = outbound::RETRY_FOR;
+pub const REDIAL_TIMEOUT: Duration = outbound::RETRY_FOR;
 
 /// An HTTP/1 connection, used by one exchange at a time.
 #[derive(Debug)]
@@ -429,7 +429,7 @@ pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, state: &Clust
     if worn || !connection.is_fresh(cluster, connection.idle_since) {
         connection.retire();
     } else {
-        let soon = connection.expires.is_some_and(|at| at.saturating_duration_since(connection.idle_since) < MOMENT);
+        let soon = connection.expires.is_some_and(|at| at.saturating_duration_since(connection.idle_since) < SHORT_IDLE);
         state.keep(endpoint, connection);
         if soon {
             endpoint.expire();

@@ -91,12 +91,12 @@ pub enum Framing {
 pub struct Refused {
     pub malformed: Malformed,
     /// Once its head has been read.
-    pub said: Option<Said>,
+    pub said: Option<ParsedHead>,
 }
 
 /// What a head says.
 #[derive(Debug)]
-pub struct Said {
+pub struct ParsedHead {
     pub method: Method,
     /// As it was written.
     pub target: Bytes,
@@ -209,7 +209,7 @@ pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
             // What is refused is not read to its end: nothing of it may be taken for another request.
             let malformed = Malformed { close: refused.close || framing != Framing::Empty || !keep_alive, ..refused };
             // Envoy's log has nothing of what its codec refuses.
-            let said = (!malformed.protocol_error).then_some(Said { method, target, authority: host, headers });
+            let said = (!malformed.protocol_error).then_some(ParsedHead { method, target, authority: host, headers });
             return Err(Box::new(Refused { malformed, said }));
         }
     };

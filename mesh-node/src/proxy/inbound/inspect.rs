@@ -47,7 +47,7 @@ const HELLO: Duration = Duration::from_secs(10);
 /// First byte of a TLS record that carries a handshake.
 const TLS_HANDSHAKE: u8 = 0x16;
 /// First bytes looked at, at most.
-const MOST: usize = 72 * 1024;
+const MAX_FIRST_BYTES: usize = 72 * 1024;
 
 /// A connection that was let in and has to be looked into.
 pub struct Inspection<'a> {
@@ -168,7 +168,7 @@ impl Inspection<'_> {
 /// Whether a connection is let in, whatever it carries: what is only observed keeps nobody out.
 fn is_free(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> bool {
     let snapshot = proxy.config.load();
-    snapshot.workload(&pod.uid).is_some_and(|w| w.policy.unseen(facts))
+    snapshot.workload(&pod.uid).is_some_and(|w| w.policy.allows_uninspected(facts))
 }
 
 /// Whether tokens or authorizers are asked about requests, of which a connection that carries none knows nothing.
@@ -301,7 +301,7 @@ async fn look(
     loop {
         // Servers skip empty lines before a request.
         let begun = &read[http::wire::leading_line_ends(&read)..];
-        if let Some(spoken) = spoken(begun, declared, read.len() >= MOST) {
+        if let Some(spoken) = spoken(begun, declared, read.len() >= MAX_FIRST_BYTES) {
             return (spoken, read.freeze());
         }
         let hello = begun.first() == Some(&TLS_HANDSHAKE);

@@ -188,7 +188,7 @@ fn guard(
     };
     let Some(governing) = port.guard.as_ref().filter(|_| is_guarded) else { return Ok(()) };
     let mut facts = Facts::new(Some(source.identity.clone()), client, opaque.original);
-    facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
+    facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
     facts.sni = Sni::Read(opaque.sni.as_deref().map(Into::into));
     facts.dialled = Some(service.name.clone());
     // Nobody is asked about it here: what an authorizer would have to allow is denied.

@@ -66,7 +66,7 @@ impl<'d> Dial<'d> {
 
     /// In one way; where nobody listens at the endpoint's address of one family, and it has one of the other, there: the address that took it.
     pub(super) async fn go(&self, way: Way, source: &Arc<Workload>) -> Result<(Stream, SocketAddr), Failure> {
-        // Seldom asked for; but what fails within the node is told of as it does.
+        // Looked up beforehand for a dial within the node only: that one has to keep quiet if the other family will be tried.
         let other = if matches!(way, Way::Local(..)) { self.otherwise() } else { None };
         let to = way.to();
         let failure = match self.go_once(way, source, other.is_some()).await {

@@ -10,7 +10,7 @@ pub(super) enum Token {
 }
 
 /// Most words and signs: a chain of operators is evaluated as deep as it is long.
-const MOST: usize = 400;
+const MAX_TOKENS: usize = 400;
 
 /// Longest first, so that `<=` is not read as `<`.
 const SIGNS: [&str; 25] =
@@ -45,8 +45,8 @@ pub(super) fn scan(text: &str) -> Result<Vec<Token>, String> {
             let sign = SIGNS.iter().find(|s| rest.starts_with(**s)).ok_or_else(|| format!("has {first:?}, which means nothing there"))?;
             (Token::Sign(sign), &rest[sign.len()..])
         };
-        if tokens.len() >= MOST {
-            return Err(format!("has more than {MOST} words and signs"));
+        if tokens.len() >= MAX_TOKENS {
+            return Err(format!("has more than {MAX_TOKENS} words and signs"));
         }
         tokens.push(token);
         rest = after_blanks(after);

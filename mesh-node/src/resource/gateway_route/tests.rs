@@ -50,7 +50,7 @@ fn values_of_headers_are_what_they_say() {
     let route = parsed(&json!([{"filters": [filter]}])).expect("a route");
     let set = &route.rules[0].headers.request.set;
     assert!(matches!(&set[0].1, HeaderText::Plain(value) if value == "50%"), "{set:?}");
-    assert!(matches!(&set[1].1, HeaderText::Told(_)), "{set:?}");
+    assert!(matches!(&set[1].1, HeaderText::Template(_)), "{set:?}");
     assert_eq!(route.parents[0].section.as_deref(), Some("http"));
 }
 

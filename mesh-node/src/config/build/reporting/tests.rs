@@ -39,7 +39,7 @@ fn built(documents: &[Value]) -> (Arc<Reporting>, Vec<Status>) {
     (snapshot.workload(&WorkloadUid("u".into())).expect("the pod").reporting.clone(), statuses)
 }
 
-fn names(told: &Told) -> Vec<&str> {
+fn names(told: &TelemetryPlan) -> Vec<&str> {
     told.logs.iter().map(|l| &*l.log.name).collect()
 }
 

@@ -98,7 +98,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
     ) -> Result<Passed, End> {
         let down = self.down;
         let mut facts = Facts::new(Some(source.identity.clone()), down.client.ip(), down.original);
-        facts.proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
+        facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
         facts.sni = Sni::Read(None);
         facts.dialled = Some(service.name.clone());
         let gate = Gate::of_service(down.proxy, down.pod, facts, down.client);

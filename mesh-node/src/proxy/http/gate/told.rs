@@ -6,7 +6,7 @@ use super::{Gate, Pass};
 use crate::{config::Snapshot, proxy::http::headers::CLIENT_CERT, resource::mesh_config::ClientCert, route::request::RequestHead};
 
 /// What an application is told of who the client is.
-pub(super) enum Told {
+pub(super) enum ClientCertAction {
     /// What the request says itself.
     AsItIs,
     /// This, of which the request says nothing.
@@ -16,19 +16,19 @@ pub(super) enum Told {
 }
 
 /// What the request says, and one element more.
-fn appended(head: &RequestHead, own: Option<HeaderValue>) -> Told {
-    let Some(own) = own else { return Told::AsItIs };
+fn appended(head: &RequestHead, own: Option<HeaderValue>) -> ClientCertAction {
+    let Some(own) = own else { return ClientCertAction::AsItIs };
     let all = head.headers.get_all(&CLIENT_CERT).iter().map(HeaderValue::as_bytes).chain([own.as_bytes()]).collect::<Vec<_>>();
-    HeaderValue::from_bytes(&all.join(&b","[..])).map_or(Told::AsItIs, |value| Told::Only(Some(value)))
+    HeaderValue::from_bytes(&all.join(&b","[..])).map_or(ClientCertAction::AsItIs, |value| ClientCertAction::Only(Some(value)))
 }
 
 impl Gate {
     /// What passes without being asked about.
     pub(super) fn unasked(&self, snapshot: &Snapshot, head: &RequestHead) -> Pass {
         match self.told(snapshot, head) {
-            Told::AsItIs => Pass::default(),
-            Told::Also(value) => Pass { client_cert: Some(value), ..Pass::default() },
-            Told::Only(value) => {
+            ClientCertAction::AsItIs => Pass::default(),
+            ClientCertAction::Also(value) => Pass { client_cert: Some(value), ..Pass::default() },
+            ClientCertAction::Only(value) => {
                 let mut head = head.clone();
                 head.headers.remove(&CLIENT_CERT);
                 Pass { head: Some(head), client_cert: value, ..Pass::default() }
@@ -37,19 +37,19 @@ impl Gate {
     }
 
     /// What the application is told of who the client is.
-    pub(super) fn told(&self, snapshot: &Snapshot, head: &RequestHead) -> Told {
+    pub(super) fn told(&self, snapshot: &Snapshot, head: &RequestHead) -> ClientCertAction {
         let said = head.headers.get(&CLIENT_CERT);
         let own = || self.ends.get_or_init(|| self.ends(snapshot)).clone();
         let set = |own: Option<HeaderValue>| match (said, own) {
-            (None, Some(own)) => Told::Also(own),
-            (None, None) => Told::AsItIs,
-            (Some(_), own) => Told::Only(own),
+            (None, Some(own)) => ClientCertAction::Also(own),
+            (None, None) => ClientCertAction::AsItIs,
+            (Some(_), own) => ClientCertAction::Only(own),
         };
         let proved = self.facts.peer.is_some();
         match snapshot.client_cert {
-            ClientCert::AlwaysForwardOnly => Told::AsItIs,
-            ClientCert::ForwardOnly if proved => Told::AsItIs,
-            ClientCert::Verified if self.facts.proxy => said.map_or_else(|| set(own()), |_| appended(head, own())),
+            ClientCert::AlwaysForwardOnly => ClientCertAction::AsItIs,
+            ClientCert::ForwardOnly if proved => ClientCertAction::AsItIs,
+            ClientCert::Verified if self.facts.via_trusted_proxy => said.map_or_else(|| set(own()), |_| appended(head, own())),
             ClientCert::AppendForward if proved && said.is_some() => appended(head, own()),
             ClientCert::Verified | ClientCert::SanitizeSet | ClientCert::AppendForward => set(own()),
             ClientCert::Sanitize | ClientCert::ForwardOnly => set(None),
@@ -83,7 +83,7 @@ mod tests {
             head.headers.append(CLIENT_CERT.clone(), HeaderValue::from_static(value));
         }
         let told = appended(&head, Some(HeaderValue::from_static("By=b;URI=c")));
-        assert!(matches!(told, Told::Only(Some(value)) if value == "URI=one,URI=two,By=b;URI=c"));
-        assert!(matches!(appended(&head, None), Told::AsItIs), "who it is itself is not known");
+        assert!(matches!(told, ClientCertAction::Only(Some(value)) if value == "URI=one,URI=two,By=b;URI=c"));
+        assert!(matches!(appended(&head, None), ClientCertAction::AsItIs), "who it is itself is not known");
     }
 }

@@ -45,8 +45,8 @@ struct Streams {
 }
 
 /// How long a stream waits for an application that takes none at a time, and how often it is looked: its client may find one elsewhere.
-const PLACE: Duration = Duration::from_secs(3);
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const STREAM_TIMEOUT: Duration = Duration::from_secs(3);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How long a client may take to what has come of an application's connection that has failed.
 const AFTER_ITS_END: Duration = Duration::from_secs(30);
 
@@ -62,10 +62,10 @@ impl Streams {
             // The library takes a request for one that takes none, and keeps it until it takes some.
             let taken = async {
                 while h2::most_streams(&send) == 0 {
-                    sleep(LOOK_AGAIN).await;
+                    sleep(POLL_INTERVAL).await;
                 }
             };
-            timeout(PLACE, taken).await.ok()?;
+            timeout(STREAM_TIMEOUT, taken).await.ok()?;
             send.ready().await.ok()?.send_request(request, empty).ok()
         };
         opened.await.ok_or_else(|| {

@@ -8,7 +8,7 @@ use crate::{
     proxy::http::{
         framing::has_odd_name,
         headers::CLIENT_CERT,
-        wire::{MAX_HEAD, MAX_HEADERS, Malformed, Refused, Said, checked_authority, path_and_query, strip_hop_by_hop},
+        wire::{MAX_HEAD, MAX_HEADERS, Malformed, ParsedHead, Refused, checked_authority, path_and_query, strip_hop_by_hop},
     },
     route::{
         request::{RequestHead, Scheme},
@@ -37,7 +37,7 @@ pub fn request_head(request: Request<()>) -> Result<RequestHead, Box<Refused>> {
     let (authority, target) = match read {
         Ok(read) => read,
         Err(malformed) => {
-            let said = Said { method: parts.method, target: target.unwrap_or_default(), authority, headers };
+            let said = ParsedHead { method: parts.method, target: target.unwrap_or_default(), authority, headers };
             return Err(Box::new(Refused { malformed: Malformed { close: false, ..malformed }, said: Some(said) }));
         }
     };
