@@ -8,6 +8,7 @@ pub mod headers;
 pub mod pool;
 pub mod server;
 pub mod tunnel;
+pub mod windows;
 
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ pub use tunnel::Tunnel;
 ///
 /// A stream's window bounds what a reader that does not read can pile up here: 1 MiB per flow, against ztunnel's 4. The
 /// connection's window is not allowed to become the bottleneck: with ztunnel's 16 MiB four stalled readers stop every
-/// other stream between the same two pods.
+/// other stream between the same two pods. With many connections it is narrower ([`windows`]).
 pub const STREAM_WINDOW: u32 = 1024 * 1024;
 pub const CONNECTION_WINDOW: u32 = 256 * 1024 * 1024;
 pub const MAX_FRAME: u32 = 1024 * 1024;

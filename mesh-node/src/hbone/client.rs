@@ -21,8 +21,8 @@ use tokio::{
 };
 
 use super::{
-    CLIENT_HEADER_LIST, CONNECTION_WINDOW, ERROR_RESETS, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, RESET_MEMORY,
-    RESET_STREAMS, SEND_BUFFER, STREAM_WINDOW, Tunnel, keepalive, tunnel::Held,
+    CLIENT_HEADER_LIST, ERROR_RESETS, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER,
+    STREAM_WINDOW, Tunnel, keepalive, tunnel::Held, windows::WindowShare,
 };
 use crate::io::turn::LastOfAll;
 
@@ -165,10 +165,11 @@ impl Connection {
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        let share = WindowShare::take();
         let mut builder = h2::client::Builder::new();
         builder
             .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_connection_window_size(share.first())
             .max_frame_size(MAX_FRAME)
             .max_send_buffer_size(SEND_BUFFER)
             .max_concurrent_reset_streams(RESET_STREAMS)
@@ -190,7 +191,7 @@ impl Connection {
             left: Notify::new(),
             keeper: OnceLock::new(),
         });
-        tokio::spawn(drive(connection, shared.clone(), revoked));
+        tokio::spawn(drive(connection, share, shared.clone(), revoked));
         Ok(Self(shared))
     }
 
@@ -262,8 +263,12 @@ fn unprocessed(error: &h2::Error) -> bool {
 }
 
 /// Runs the connection until it breaks, is idle too long, or its peer stops answering.
-async fn drive<T>(mut connection: h2::client::Connection<T, Bytes>, shared: Arc<Shared>, revoked: impl Future<Output = ()>)
-where
+async fn drive<T>(
+    mut connection: h2::client::Connection<T, Bytes>,
+    mut share: WindowShare,
+    shared: Arc<Shared>,
+    revoked: impl Future<Output = ()>,
+) where
     T: AsyncRead + AsyncWrite + Send + Unpin,
 {
     let ping_pong = connection.ping_pong();
@@ -281,6 +286,9 @@ where
     let mut turn = LastOfAll::default();
     let run = poll_fn(|cx| {
         turn.poll(cx, |cx| {
+            if let Some(window) = share.changed() {
+                connection.set_target_window_size(window);
+            }
             let polled = Pin::new(&mut connection).poll(cx);
             if polled.is_pending() && !shared.leaving.load(Ordering::SeqCst) && shared.is_sent_away() {
                 shared.leave();

@@ -15,10 +15,11 @@ use tokio::{
 };
 
 use super::{
-    CONNECTION_WINDOW, ERROR_RESETS, HANDSHAKE_TIMEOUT, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST,
-    SERVER_MAX_STREAMS, STREAM_WINDOW, Tunnel,
+    ERROR_RESETS, HANDSHAKE_TIMEOUT, MAX_FRAME, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER, SERVER_HEADER_LIST, SERVER_MAX_STREAMS,
+    STREAM_WINDOW, Tunnel,
     headers::{BadRequest, ConnectRequest, parse},
     keepalive,
+    windows::WindowShare,
 };
 use crate::io::turn::LastOfAll;
 
@@ -86,10 +87,11 @@ pub async fn serve<T>(io: T, mut on_offer: impl FnMut(Offer), drain: impl Future
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
+    let mut share = WindowShare::take();
     let mut builder = h2::server::Builder::new();
     builder
         .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
+        .initial_connection_window_size(share.first())
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
         .max_concurrent_reset_streams(RESET_STREAMS)
@@ -119,6 +121,9 @@ where
         let has_place = place.is_some();
         // Without one, what has been accepted goes on; of what has not, there is a limit to what may have been taken back.
         let step = poll_fn(|cx| {
+            if let Some(window) = share.changed() {
+                connection.set_target_window_size(window);
+            }
             if has_place {
                 turn.poll(cx, |cx| connection.poll_accept(cx)).map(Step::Accepted)
             } else {

@@ -1,0 +1,64 @@
+//! How much of what peers have sent may wait unread, for all HBONE connections of the process together.
+//!
+//! HTTP/2 bounds it for a stream and for a connection. Wide windows keep streams that nobody reads from blocking others between the same
+//! two pods; many of them at once would be all of a node's memory. So a connection's window is its share of what there is for all, and no
+//! less than ztunnel's, which it comes to where there are many connections.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::CONNECTION_WINDOW;
+
+/// For all connections together, bytes, as long as they are no more than 64.
+pub const TOGETHER: u64 = 1024 * 1024 * 1024;
+/// The narrowest window of a connection, bytes: ztunnel's.
+pub const NARROWEST: u32 = 16 * 1024 * 1024;
+
+static OPEN: AtomicU64 = AtomicU64::new(0);
+
+/// The share of one connection, as long as that is open.
+#[derive(Debug)]
+pub struct WindowShare {
+    told: u32,
+}
+
+impl WindowShare {
+    pub fn take() -> Self {
+        Self { told: share_of(OPEN.fetch_add(1, Ordering::Relaxed) + 1) }
+    }
+
+    /// The window that the connection begins with.
+    pub fn first(&self) -> u32 {
+        self.told
+    }
+
+    /// The window that it is to have from now on, if that is another one.
+    pub fn changed(&mut self) -> Option<u32> {
+        let now = share_of(OPEN.load(Ordering::Relaxed));
+        (std::mem::replace(&mut self.told, now) != now).then_some(now)
+    }
+}
+
+impl Drop for WindowShare {
+    fn drop(&mut self) {
+        OPEN.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// In steps of two, so that it does not change with each connection.
+fn share_of(open: u64) -> u32 {
+    let each = TOGETHER / open.max(1).next_power_of_two();
+    u32::try_from(each).unwrap_or(CONNECTION_WINDOW).clamp(NARROWEST, CONNECTION_WINDOW)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn window_share_narrows_to_ztunnels_and_stays_within_the_sum() {
+        for (open, expected) in [(0, 256), (1, 256), (4, 256), (5, 128), (8, 128), (9, 64), (64, 16), (65, 16), (100_000, 16)] {
+            assert_eq!(share_of(open), expected * 1024 * 1024, "{open}");
+            assert!(open > 64 || u64::from(share_of(open)) * open <= TOGETHER, "{open}");
+        }
+    }
+}
