@@ -322,7 +322,9 @@ fn is_reset(error: &io::Error) -> bool {
 impl From<Broken<Cut>> for Failure {
     fn from(broken: Broken<Cut>) -> Self {
         match broken {
-            Broken::Read { side: Side::Upstream, source } if is_reset(&source) => Self::UpstreamReset(source),
+            Broken::Read { side: Side::Upstream, source } | Broken::Write { side: Side::Upstream, source } if is_reset(&source) => {
+                Self::UpstreamReset(source)
+            }
             Broken::Read { source, .. } | Broken::Write { source, .. } => Self::Broken(source),
             Broken::Cut(cut) => Self::Cut(cut),
         }

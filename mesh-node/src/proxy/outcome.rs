@@ -106,6 +106,8 @@ pub struct Outcome {
     pub sni: Arc<OnceLock<Arc<str>>>,
     opened: Option<Arc<Open>>,
     failure: Option<Failure>,
+    /// How an open connection ended that did not fail: by a reset of the upstream's.
+    end: Option<Failure>,
     /// Nothing is said of it.
     quiet: bool,
 }
@@ -135,6 +137,7 @@ impl Outcome {
             sni: Arc::default(),
             opened: None,
             failure: None,
+            end: None,
             quiet: false,
         }
     }
@@ -262,6 +265,7 @@ impl Outcome {
     pub fn fail(&mut self, failure: Failure) {
         if self.opened.is_some() && failure.is_an_end() {
             tracing::debug!(target: "proxy", error = %chain(&failure), "an end of a connection is gone");
+            self.end = Some(failure).filter(|failure| matches!(failure, Failure::UpstreamReset(_)));
             return;
         }
         self.failure.get_or_insert(failure);
@@ -387,7 +391,7 @@ impl Outcome {
 
     /// What access logs tell of how it ended.
     fn ended(&self) -> Ended {
-        self.failure.as_ref().map_or_else(Ended::default, |failure| failure.told(self.direction))
+        self.failure.as_ref().or(self.end.as_ref()).map_or_else(Ended::default, |failure| failure.told(self.direction))
     }
 
     /// Writes it to the access logs that want it.

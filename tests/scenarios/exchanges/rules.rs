@@ -73,8 +73,12 @@ async fn mirrors_get_the_recorded_copies() {
     .concat();
     let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen };
     for (id, plan, status) in [("m", "200", "200"), ("late", "200/600", "504")] {
-        let (answer, _) =
-            scene.say(&format!("{}hello", post(plan, id, 5)).replace("x-id", "connection: close\r\nx-request-id: r\r\nx-id")).await;
+        let (answer, _) = scene
+            .say(
+                &format!("{}hello", post(plan, id, 5))
+                    .replace("x-id", "connection: close\r\nx-forwarded-for: 1.2.3.4\r\nx-request-id: r\r\nx-id"),
+            )
+            .await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
         for _ in 0..200 {
             if scene.seen.of(id).len() == 3 && scene.seen.of(id).iter().all(|a| a.body == 5) {
@@ -91,6 +95,9 @@ async fn mirrors_get_the_recorded_copies() {
                 (Some("true"), Some("r"), Some("web"), 5),
                 "{copy:?}"
             );
+            let came_by = copy.headers.iter().filter(|(n, _)| n == "x-forwarded-for").map(|(_, v)| v.as_str()).collect::<Vec<_>>();
+            assert!(matches!(came_by[..], [one] if one.starts_with("1.2.3.4,")), "{copy:?}");
+            assert_eq!(header("x-envoy-expected-rq-timeout-ms"), Some("200"), "{copy:?}");
         }
     }
     // The route's time is the mirrors', too.
@@ -323,5 +330,27 @@ async fn answers_for_missing_backends_are_decorated() {
         let counted =
             rendered.lines().any(|line| line.starts_with("istio_requests_total") && labels.iter().all(|label| line.contains(label)));
         assert!(counted, "{flags}: {rendered}");
+    }
+}
+
+/// What an application gives no answer to counts at its own node as what a proxy of Istio's answers for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_answered_is_told_as_an_error() {
+    let seen = Seen::default();
+    let up = scripted::http1("up1", &seen).expect("upstream");
+    let documents = [vec![mesh_tests::engine::server_pod()], service("web", "10.96.9.1", "http", &[up])].concat();
+    let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen };
+    let of_metrics = |labels: &[&str]| {
+        let rendered = scene.engine.proxy.metrics.render().expect("metrics");
+        rendered.lines().any(|line| line.starts_with("istio_requests_total") && labels.iter().all(|label| line.contains(label)))
+    };
+    for (plan, code, flag) in [("rst", "503", "UC"), ("fin", "503", "UC"), ("garbage", "502", "UPE")] {
+        let mut stream = scene.engine.connect_inbound(up.port()).await.expect("connected");
+        let request = format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: none-{plan}\r\nx-plan: {plan}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("written");
+        let _ = read(&mut stream).await;
+        scene.until_idle().await;
+        let labels = [format!("response_code=\"{code}\""), format!("response_flags=\"{flag}\""), "reporter=\"destination\"".to_owned()];
+        assert!(of_metrics(&labels.each_ref().map(String::as_str)), "{plan}: {labels:?}");
     }
 }

@@ -96,6 +96,30 @@ fn what_nothing_is_ever_like_is_told_at_its_own_line() {
     assert!(!text.contains("/fine/"), "{text}");
 }
 
+/// Manifests that work here and not with Istio are told of.
+#[test]
+fn names_that_istio_does_not_complete_are_told() {
+    let service =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: reviews}\nspec: {selector: {app: reviews}, ports: [{name: http, port: 80}]}\n";
+    let route = |host: &str, to: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: r}}\nspec: {{hosts: [{host}], http: [{{route: [{{destination: {{host: {to}}}}}]}}]}}\n"
+        )
+    };
+    let full = "reviews.default.svc.cluster.local";
+    for (host, to, told) in [
+        ("reviews", full, None),
+        (full, "reviews", None),
+        ("reviews.default", full, Some("spec.hosts: Istio takes \"reviews.default\" for a host outside the mesh")),
+        (full, "reviews.default.svc", Some("spec.http[0].route[0].destination.host: Istio takes \"reviews.default.svc\"")),
+    ] {
+        let (_kept, path) = directory(&[("route.yaml", &route(host, to)), ("service.yaml", service)]);
+        let (_, text) = analyze(&[&path]);
+        assert_eq!(text.contains("Istio takes"), told.is_some(), "{host} {to}: {text}");
+        assert!(told.is_none_or(|told| text.contains(told) && text.contains(&format!("write {full}"))), "{text}");
+    }
+}
+
 /// What would not be noticed, and what is hardly meant so.
 #[test]
 fn manifests_are_analyzed_by_file_and_line() {

@@ -215,3 +215,29 @@ async fn who_waits_for_an_endpoint_that_leaves_goes_to_another() {
     read.expect("in time").expect("an answer");
     assert_eq!(&answer, b"a");
 }
+
+/// Why there was no connection for a request, and who ended one that carries none, is told as Envoy tells it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failures_of_upstreams_are_told() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let resetting = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.read(&mut [0; 8]).await;
+            let _ = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
+        }
+    });
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("access.log");
+    let logs = logging(&path, &json!({"flags": "%RESPONSE_FLAGS%", "why": "%UPSTREAM_TRANSPORT_FAILURE_REASON%"}));
+    let documents = [service("web", "10.97.0.1", "http", &[closed]), service("db", "10.97.0.2", "tcp", &[resetting]), logs].concat();
+    let engine = Engine::start(&documents).await.expect("engine");
+    assert!(say(&engine, vip(1), b"GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await.starts_with("HTTP/1.1 503"));
+    assert_eq!(say(&engine, vip(2), b"hello").await, "");
+    let refused =
+        || lines_of(&path).iter().any(|l| l["why"].as_str().is_some_and(|why| why == "delayed_connect_error:_Connection_refused"));
+    mesh_tests::engine::wait_until("the request is told", std::time::Duration::from_secs(2), refused).await;
+    let reset = || lines_of(&path).iter().any(|l| l["flags"] == "UR");
+    mesh_tests::engine::wait_until("the connection is told", std::time::Duration::from_secs(2), reset).await;
+}

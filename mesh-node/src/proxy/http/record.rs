@@ -79,6 +79,8 @@ pub struct Record {
     /// It has come to an end that is told as it is.
     concluded: bool,
     pub grpc: bool,
+    /// The application gave no answer: the status is what a proxy would have answered.
+    unanswered: bool,
     /// What a call without an answer ended as.
     grpc_meant: Option<u32>,
     /// What passed of the request's and the response's body.
@@ -145,6 +147,7 @@ impl Record {
             other: None,
             concluded: false,
             grpc: false,
+            unanswered: false,
             grpc_meant: None,
             up: Meter::default(),
             down: Meter::default(),
@@ -369,6 +372,7 @@ impl Record {
         let status = Reply::reset(reset, false).status;
         self.grpc_meant = self.grpc.then(|| grpc_code(status).into());
         self.status = Some(if self.grpc { StatusCode::OK } else { status });
+        self.unanswered = true;
     }
 
     /// The client did not wait for the end.

@@ -173,10 +173,16 @@ impl<'a> Lint<'a> {
     }
 
     fn service(&self, host: &str, namespace: &str) -> Option<ObjectName> {
-        let mut labels = host.split('.');
-        let name =
-            ObjectName::new(labels.next().filter(|n| !n.is_empty()).map(|_| labels.next().unwrap_or(namespace))?, host.split('.').next()?);
-        self.snapshot.service(&name).is_some().then_some(name)
+        ObjectName::from_host(host, namespace).filter(|name| self.snapshot.service(name).is_some())
+    }
+
+    /// Tells of a Service that is named in a way only mesh-node understands.
+    fn half_named(&mut self, named: &Named, field: &str, host: &str) {
+        let Some(name) = self.service(host, &named.key.name.namespace).filter(|name| host.contains('.') && *host != *name.fqdn()) else {
+            return;
+        };
+        let message = format!("{field}: Istio takes {host:?} for a host outside the mesh, which mesh-node does not; write {}", name.fqdn());
+        self.say(named, &message);
     }
 
     /// Of several for one host in one namespace, the oldest that has it counts.
@@ -186,6 +192,7 @@ impl<'a> Lint<'a> {
         for named in aged {
             let Object::DestinationRule(rule) = &named.object else { continue };
             let namespace = named.key.name.namespace.to_string();
+            self.half_named(named, "spec.host", &rule.host);
             let host = self.service(&rule.host, &namespace).map_or_else(|| rule.host.to_string(), |s| s.to_string());
             let selected = rule.selector.as_ref().map(|s| s.match_labels.iter().collect::<Vec<_>>());
             let place = (namespace, host, selected);

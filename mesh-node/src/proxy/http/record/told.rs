@@ -45,10 +45,11 @@ impl Record {
     /// The same, where the application's connection ends with the client's: that is not what the request ended for.
     pub fn left_together(&mut self, client: Client) {
         if client == Client::Gone
-            && self.status.is_none()
+            && (self.status.is_none() || self.unanswered)
             && self.flags.replace(Flag::UpstreamConnectionTermination, Flag::DownstreamDisconnect)
         {
             self.details = Cow::Borrowed("downstream_remote_disconnect");
+            (self.status, self.grpc_meant) = (None, None);
         }
         self.left(client);
     }

@@ -115,8 +115,15 @@ impl Lint<'_> {
             self.say(named, "spec.gateways: mesh is not among them; its routes are for gateways, which mesh-node does not serve");
         }
         self.exports(named, &vs.export_to);
+        for host in &vs.hosts {
+            self.half_named(named, "spec.hosts", host);
+        }
         for (i, rule) in vs.http.iter().enumerate() {
             self.asked_of(named, i, rule);
+            let Action::Forward(all) = &rule.action else { continue };
+            for (j, to) in all.iter().enumerate() {
+                self.half_named(named, &format!("spec.http[{i}].route[{j}].destination.host"), &to.destination.host);
+            }
         }
         let http = vs.http.iter().map(|rule| &*rule.matches).collect::<Vec<_>>();
         // What none of a delegate's own rules takes goes on to those behind it.
