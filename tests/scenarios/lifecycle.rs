@@ -321,7 +321,12 @@ fn a_reused_address_never_meets_an_old_connection_or_identity() {
                 spec: {selector: {matchLabels: {app: new}}, rules: [{from: [{source: {principals: [cluster.local/ns/default/sa/client]}}]}]}\n";
     bed.apply("new", deny).expect("applied");
     let steady = start(&bed, &client, &["steady", &old.address(8080), "20"]);
-    wait_for("a tunnel", Duration::from_secs(5), || Ok(bed.nodes()[0].admin_json("/pool")?[0]["streams"] == 1)).expect("tunnel");
+    // One that is not connected yet would be, to whoever comes.
+    let answered = || {
+        let all = bed.nodes()[0].admin_json("/connections")?;
+        Ok(all.as_array().is_some_and(|all| all.iter().any(|c| c["receivedBytes"].as_u64().is_some_and(|n| n > 0))))
+    };
+    wait_for("an answer", Duration::from_secs(5), answered).expect("answered");
     bed.delete(&old).expect("deleted");
     let [new] = bed.meshed([PodSpec::server("new", 1).at(77)]).expect("a pod at the same address");
     assert_eq!(new.addresses, old.addresses);
