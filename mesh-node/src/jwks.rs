@@ -43,11 +43,15 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Largest document read, bytes.
 const MAX_DOCUMENT: usize = 1024 * 1024;
 const MAX_REDIRECTS: usize = 3;
-/// Where clouds tell their machines secrets, beside link-local addresses: Alibaba Cloud's, Oracle's and AWS's over IPv6.
-const METADATA: [IpAddr; 3] = [
+/// Where clouds tell their machines secrets, beside link-local addresses: Alibaba Cloud's, Oracle's and Azure's, and over IPv6 those of AWS,
+/// Google and what a NAT64 makes of the usual one.
+const METADATA: [IpAddr; 6] = [
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
     IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V6(Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, 0xa9fe, 0xa9fe)),
 ];
 
 /// Why keys cannot be had.

@@ -91,16 +91,9 @@ impl Workload {
         self.ports.protocols.get(&port).copied().unwrap_or_default()
     }
 
-    /// Whether a port of its carries HTTP for who has dialled this service, as far as it says so.
+    /// Whether a port of its carries HTTP for who has dialled this service, or the pod itself, as far as services say so.
     pub fn carries_http(&self, port: u16, dialled: Option<&ObjectName>) -> bool {
         self.protocol(port).is_http() || self.ports.http_of.get(&port).is_some_and(|all| dialled.is_none_or(|of| all.contains(of)))
-    }
-
-    /// What a port of its is declared to carry for who has dialled this service, or the pod itself: what only some services say is
-    /// HTTP has to be looked at.
-    pub fn declared(&self, port: u16, dialled: Option<&ObjectName>) -> Protocol {
-        let protocol = self.protocol(port);
-        if protocol.is_http() || !self.carries_http(port, dialled) { protocol } else { Protocol::Detect }
     }
 
     /// Whether some port of its does.

@@ -353,10 +353,15 @@ pub fn is_reset(error: &io::Error) -> bool {
     inner.and_then(h2::Error::reason) == Some(Reason::CONNECT_ERROR)
 }
 
+/// Whether the other end has said that what came from there was not of the protocol that was spoken.
+pub fn is_garbled(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<h2::Error>());
+    inner.is_some_and(|error| error.is_reset() && error.is_remote() && error.reason() == Some(Reason::PROTOCOL_ERROR))
+}
+
 fn into_io(error: h2::Error) -> io::Error {
     if error.is_io() {
         return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
     }
-    let is_garbled = error.is_reset() && error.is_remote() && error.reason() == Some(Reason::PROTOCOL_ERROR);
-    io::Error::new(if is_garbled { io::ErrorKind::InvalidData } else { io::ErrorKind::ConnectionReset }, error)
+    io::Error::new(io::ErrorKind::ConnectionReset, error)
 }

@@ -2,16 +2,16 @@
 //!
 //! HTTP/2 bounds it for a stream and for a connection. Wide windows keep streams that nobody reads from blocking others between the same
 //! two pods; many of them at once would be all of a node's memory. So a connection's window is its share of what there is for all, and no
-//! less than ztunnel's, which it comes to where there are many connections.
+//! less than what 32 streams that nobody reads take; a ztunnel's is half of that, and four of its streams fill it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::CONNECTION_WINDOW;
 
-/// For all connections together, bytes, as long as they are no more than 64.
+/// For all connections together, bytes, as long as they are no more than 32.
 pub const TOGETHER: u64 = 1024 * 1024 * 1024;
-/// The narrowest window of a connection, bytes: ztunnel's.
-pub const NARROWEST: u32 = 16 * 1024 * 1024;
+/// The narrowest window of a connection, bytes.
+pub const NARROWEST: u32 = 32 * 1024 * 1024;
 
 static OPEN: AtomicU64 = AtomicU64::new(0);
 
@@ -55,10 +55,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn window_share_narrows_to_ztunnels_and_stays_within_the_sum() {
-        for (open, expected) in [(0, 256), (1, 256), (4, 256), (5, 128), (8, 128), (9, 64), (64, 16), (65, 16), (100_000, 16)] {
+    fn window_share_narrows_and_stays_within_the_sum() {
+        for (open, expected) in [(0, 256), (1, 256), (4, 256), (5, 128), (8, 128), (9, 64), (32, 32), (33, 32), (100_000, 32)] {
             assert_eq!(share_of(open), expected * 1024 * 1024, "{open}");
-            assert!(open > 64 || u64::from(share_of(open)) * open <= TOGETHER, "{open}");
+            assert!(open > 32 || u64::from(share_of(open)) * open <= TOGETHER, "{open}");
         }
     }
 }

@@ -34,6 +34,11 @@ const IP_BIND_ADDRESS_NO_PORT: libc::c_int = 24;
 const IPV6_TRANSPARENT: libc::c_int = 75;
 const IP_TRANSPARENT: libc::c_int = 19;
 
+/// An error once more, for who is told of it as well: errors of the system cannot be cloned.
+pub fn same_error(error: &io::Error) -> io::Error {
+    error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
+}
+
 /// Listens on `port` of every address of the namespace, both families, or IPv4 alone where the kernel has no IPv6.
 ///
 /// `SO_REUSEPORT` lets a new process listen before the old one has stopped.

@@ -119,9 +119,7 @@ pub async fn admit(proxy: &Proxy, pod: &ServedPod, mut facts: Facts, source: Sou
 fn is_opaque(workload: &Workload, facts: &Facts) -> bool {
     let port = facts.destination.port();
     let governing = workload.policy.at(port);
-    workload.declared(port, facts.dialled.as_ref()) == Protocol::Tcp
-        && !governing.authorization.asks_sni
-        && governing.connection_authorizers(facts).is_empty()
+    workload.protocol(port) == Protocol::Tcp && !governing.authorization.asks_sni && governing.connection_authorizers(facts).is_empty()
 }
 
 fn describe(outcome: &mut Outcome, snapshot: &Snapshot, workload: &Arc<Workload>, facts: &Facts) {

@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use self::decision::{Chosen, Decision, client_address, decide, denied_later, describe, dialled, hbone_address};
+use self::decision::{Chosen, Decision, Guarded, client_address, decide, denied_later, describe, dialled, hbone_address};
 pub(super) use self::{
     decision::{Way, asker, is_meant, left},
     dial::Dial,
@@ -37,7 +37,7 @@ use crate::{
     detect,
     hbone::Tunnel,
     io::{
-        relay::{Broken, Prefixed, Traffic, relay},
+        relay::{Broken, Prefixed, Side, Traffic, relay},
         socket::{self, reset_on_close},
     },
     route::LoadGuard,
@@ -130,9 +130,9 @@ impl Opaque {
         }
         outcome.opened();
         let (traffic, names) = (outcome.traffic.clone(), outcome.sni.clone());
-        let Upstream { stream, limits, held: _held, .. } = upstream;
+        let Upstream { stream, limits, guarded, held: _held, .. } = upstream;
         let downstream = Prefixed::new(downstream, read);
-        let cut = self.cut(&limits, &traffic);
+        let cut = self.cut(&limits, &traffic, guarded.as_ref());
         let tunnel = if let Stream::Tunnel(tunnel) = &stream { tunnel.leaving() } else { None };
         let relayed = match stream {
             Stream::Tcp(stream) => relay(downstream, stream, &traffic, cut).await,
@@ -204,12 +204,12 @@ impl Opaque {
     }
 
     /// Completes when the connection is to end: with the pod, for the limits of its destination, or for policies of the service.
-    async fn cut(&self, limits: &TimeLimits, traffic: &Traffic) -> Cut {
+    async fn cut(&self, limits: &TimeLimits, traffic: &Traffic, guarded: Option<&Guarded>) -> Cut {
         tokio::select! {
             biased;
             cut = self.pod.ended() => cut,
             cut = limits.reached(traffic) => cut,
-            () = denied_later(self) => Cut::PolicyChanged,
+            () = denied_later(self, guarded) => Cut::PolicyChanged,
         }
     }
 }
@@ -220,6 +220,7 @@ struct Upstream {
     /// The address that took it.
     reached: SocketAddr,
     limits: TimeLimits,
+    guarded: Option<Guarded>,
     held: Held,
 }
 
@@ -322,6 +323,11 @@ async fn relay_local(
                 outcome.fail(Failure::Cut(reason));
                 Err(Broken::Cut(reason))
             }
+            Err(Failure::UpstreamReset(source)) => {
+                let told = socket::same_error(&source);
+                outcome.fail(Failure::UpstreamReset(source));
+                Err(Broken::Read { side: Side::Upstream, source: told })
+            }
             other => {
                 other.unwrap_or_else(|failure| outcome.fail(failure));
                 Ok(())
@@ -338,8 +344,12 @@ async fn relay_local(
         }
     };
     let relayed = relay(downstream, application, traffic, cut).await;
-    if let Err(Broken::Cut(cut)) = &relayed {
-        outcome.fail(Failure::Cut(*cut));
+    match &relayed {
+        Ok(()) => {}
+        Err(Broken::Cut(cut)) => outcome.fail(Failure::Cut(*cut)),
+        Err(Broken::Read { side, source } | Broken::Write { side, source }) => {
+            outcome.fail(Broken::Read { side: *side, source: socket::same_error(source) }.into());
+        }
     }
     relayed
 }
@@ -386,11 +396,11 @@ async fn gone(downstream: &TcpStream) -> io::Error {
 }
 
 async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> {
-    let Decision { way, source, cluster } = decision;
+    let Decision { way, source, cluster, guarded } = decision;
     let Some(Chosen { cluster, state, endpoint, load }) = cluster else {
         let dial = Dial::new(opaque, opaque.original, None);
         let (stream, reached) = dial.go(way, &source).await?;
-        return Ok(Upstream { stream, reached, limits: TimeLimits::default(), held: Held::default() });
+        return Ok(Upstream { stream, reached, limits: TimeLimits::default(), guarded, held: Held::default() });
     };
     let settings = &cluster.policy.tcp;
     let slot = ConnectionSlot::within(&state, &endpoint, settings.max_connections);
@@ -411,7 +421,7 @@ async fn dial(opaque: &Opaque, decision: Decision) -> Result<Upstream, Failure> 
         socket::keep_alive(stream, k.time, k.interval, k.probes).map_err(Failure::Broken)?;
     }
     let limits = TimeLimits { most: settings.max_connection_duration, idle: settings.idle_timeout };
-    Ok(Upstream { stream, reached, limits, held: Held { _load: load, _slot: Some(slot) } })
+    Ok(Upstream { stream, reached, limits, guarded, held: Held { _load: load, _slot: Some(slot) } })
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ pub fn compile(text: &str) -> Result<regex::bytes::Regex, String> {
 }
 
 fn build(text: &str) -> Result<regex::bytes::Regex, String> {
-    let unicode = text.contains("\\p") || text.contains("\\P") || !text.is_ascii();
+    let unicode = ["\\p", "\\P", "\\x{"].iter().any(|beyond| text.contains(beyond)) || !text.is_ascii();
     let built = regex::bytes::RegexBuilder::new(text).unicode(unicode).size_limit(REGEX_SIZE).build();
     built.map_err(|e| e.to_string().lines().last().unwrap_or("is not a regular expression").trim().to_owned())
 }

@@ -8,9 +8,17 @@ use std::{iter::Peekable, str::Chars};
 const CLASSES: [(char, &str); 3] = [('d', "0-9"), ('s', "\\t\\n\\x0C\\r "), ('w', "0-9A-Za-z_")];
 /// The most repetitions that may be asked for.
 const MOST_REPEATED: u32 = 1000;
+/// The longest pattern, bytes.
+const LONGEST: usize = 16 * 1024;
+/// The names of classes that stand in brackets and colons.
+const POSIX: [&str; 14] =
+    ["alnum", "alpha", "ascii", "blank", "cntrl", "digit", "graph", "lower", "print", "punct", "space", "upper", "word", "xdigit"];
 
 /// A pattern that means here what `pattern` means to RE2.
 pub fn translate(pattern: &str) -> Result<String, String> {
+    if pattern.len() > LONGEST {
+        return Err(format!("is longer than {LONGEST} bytes"));
+    }
     let mut translation = Translation { rest: pattern.chars().peekable(), made: String::with_capacity(pattern.len() + 8), open: 0 };
     translation.run()?;
     Ok(translation.made)
@@ -55,6 +63,7 @@ impl Translation<'_> {
                 self.made += &format!("[{}{members}]", if negated { "^" } else { "" });
             }
             Some(c @ ('p' | 'P')) => self.unicode_group(c),
+            Some('x') => self.hexadecimal(),
             Some(c) => match self.escaped(c)? {
                 Some(literal) => literal_into(&mut self.made, literal),
                 None => self.made.extend(['\\', c]),
@@ -99,8 +108,12 @@ impl Translation<'_> {
             if self.rest.next_if_eq(&'^').is_some() {
                 sign = if c == 'p' { 'P' } else { 'p' };
             }
-            let name = std::iter::from_fn(|| self.rest.next_if(|c| *c != '}')).collect::<String>();
-            self.rest.next();
+            let name = std::iter::from_fn(|| self.rest.next_if(|c| c.is_ascii_alphanumeric() || *c == '_')).collect::<String>();
+            if self.rest.next_if_eq(&'}').is_none() {
+                // Who compiles it tells that it is not closed.
+                self.made += &format!("\\{sign}{{{name}");
+                return;
+            }
             name
         } else {
             self.rest.next().map(String::from).unwrap_or_default()
@@ -108,12 +121,30 @@ impl Translation<'_> {
         self.made += &format!("\\{sign}{{{name}}}");
     }
 
+    /// `\x41` and `\x{41}`.
+    fn hexadecimal(&mut self) {
+        self.made += "\\x";
+        if self.rest.next_if_eq(&'{').is_some() {
+            self.made.push('{');
+            self.made.extend(std::iter::from_fn(|| self.rest.next_if(char::is_ascii_hexdigit)));
+            self.made.extend(self.rest.next_if_eq(&'}'));
+        } else {
+            self.made.extend(self.rest.by_ref().take(2));
+        }
+    }
+
     /// A brace that begins no count is a brace.
     fn repetition(&mut self) -> Result<(), String> {
-        let counts = self.rest.clone().take_while(|c| *c != '}').collect::<String>();
-        let closed = self.rest.clone().nth(counts.chars().count()) == Some('}');
+        let mut ahead = self.rest.clone();
+        let mut counts = String::new();
+        while let Some(c) = ahead.next_if(|c| c.is_ascii_digit() || *c == ',') {
+            counts.push(c);
+        }
+        let closed = ahead.peek() == Some(&'}');
         let (least, most) = counts.split_once(',').map_or((counts.as_str(), None), |(least, most)| (least, Some(most)));
-        let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        // Numbers do not begin with a nought.
+        let is_number =
+            |text: &str| !text.is_empty() && (text.len() == 1 || !text.starts_with('0')) && text.bytes().all(|b| b.is_ascii_digit());
         if !closed || !is_number(least) || !most.is_none_or(|most| most.is_empty() || is_number(most)) {
             self.made += "\\{";
             return Ok(());
@@ -148,7 +179,7 @@ impl Translation<'_> {
     }
 
     fn class_item(&mut self, c: char) -> Result<(), String> {
-        if c == '[' && self.posix_class() {
+        if c == '[' && self.posix_class()? {
             return Ok(());
         }
         if c == '\\' {
@@ -183,33 +214,32 @@ impl Translation<'_> {
         let Some(c) = self.rest.next() else { return Ok(()) };
         match self.escaped(c)? {
             Some(literal) => literal_into(&mut self.made, literal),
-            None if c == 'x' => {
-                self.made += "\\x";
-                if self.rest.next_if_eq(&'{').is_some() {
-                    self.made.push('{');
-                    self.made.extend(std::iter::from_fn(|| self.rest.next_if(|c| *c != '}')));
-                    self.rest.next();
-                    self.made.push('}');
-                } else {
-                    self.made.extend(self.rest.by_ref().take(2));
-                }
-            }
+            None if c == 'x' => self.hexadecimal(),
             None => self.made.extend(['\\', c]),
         }
         Ok(())
     }
 
     /// `[:alpha:]` and its kin, behind the bracket.
-    fn posix_class(&mut self) -> bool {
-        let ahead = self.rest.clone().collect::<String>();
-        let Some(length) = ahead.strip_prefix(':').and_then(|inner| inner.find(":]")) else { return false };
-        let name = &ahead[1..=length];
-        if !name.trim_start_matches('^').bytes().all(|b| b.is_ascii_lowercase()) || name.is_empty() {
-            return false;
+    fn posix_class(&mut self) -> Result<bool, String> {
+        let mut ahead = self.rest.clone();
+        if ahead.next() != Some(':') {
+            return Ok(false);
         }
-        self.made += &format!("[:{name}:]");
-        self.rest.nth(name.chars().count() + 2);
-        true
+        let negated = ahead.next_if_eq(&'^').is_some();
+        let mut name = String::new();
+        while let Some(c) = ahead.next_if(char::is_ascii_alphabetic) {
+            name.push(c);
+        }
+        if ahead.next() != Some(':') || ahead.next() != Some(']') {
+            return Ok(false);
+        }
+        if !POSIX.contains(&name.as_str()) {
+            return Err(format!("has a class [:{name}:], which is none"));
+        }
+        self.made += &format!("[:{}{name}:]", if negated { "^" } else { "" });
+        self.rest = ahead;
+        Ok(true)
     }
 }
 
@@ -263,6 +293,9 @@ mod tests {
             ("\\d\\D\\s\\S\\w\\W", &["1a xa-"], &["1a\u{b}xa-"]),
             ("[\\d\\S]", &["1", "a"], &[" "]),
             ("[\\x41-\\x{43}]", &["A", "C"], &["D", "x"]),
+            ("\\x41\\x{4A}\\x{4321}", &["AJ\u{4321}"], &["A"]),
+            ("[\\x{4e00}-\\x{9fff}]+", &["東京"], &["a"]),
+            ("a{01}", &["a{01}"], &["a"]),
             ("(?i)ab(c|d)(?:e)", &["ABCE"], &["abe"]),
             ("(?P<n>a)\\.\\/", &["a./"], &["ab/"]),
             ("\\p{^Lu}", &["a"], &["A"]),
@@ -277,7 +310,24 @@ mod tests {
             taken.iter().for_each(|value| assert!(compiled.matches(value.as_bytes()), "{pattern} {value:?}"));
             not.iter().for_each(|value| assert!(!compiled.matches(value.as_bytes()), "{pattern} not {value:?}"));
         }
-        for pattern in ["a)(b", "[", "[a", "(", "a{1001}", "\\1", "*", "\\", "[\\", "\\p{Nope}", "[b-a]", "\\y", "(?=a)"] {
+        for pattern in [
+            "a)(b",
+            "[",
+            "[a",
+            "(",
+            "a{1001}",
+            "\\1",
+            "*",
+            "\\",
+            "[\\",
+            "\\p{Nope}",
+            "[b-a]",
+            "\\y",
+            "(?=a)",
+            "[[:foo:]]",
+            "\\p{L",
+            &"{".repeat(20_000),
+        ] {
             assert!(Pattern::parse(pattern).is_err(), "{pattern}");
         }
     }

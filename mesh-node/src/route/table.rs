@@ -156,6 +156,10 @@ impl ResolvedL4 {
 }
 
 impl PortRoutes {
+    pub fn is_empty(&self) -> bool {
+        self.http.is_none() && self.tcp.is_empty() && self.tls.is_empty()
+    }
+
     /// Has the policies of the service asked before rules that lead to where they are not asked alike. `asks`: whether they are at all
     /// that a destination leads to.
     pub fn guard(&mut self, asks: &dyn Fn(Option<&Cluster>) -> bool) {

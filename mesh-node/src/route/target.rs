@@ -75,9 +75,13 @@ impl RequestTarget {
             Form::Plain(plain) => Some(plain.clone()),
             Form::Odd { text, .. } => {
                 let mut encoded = String::with_capacity(text.len() + 16);
+                let mut in_query = false;
                 for c in text.chars() {
+                    in_query |= c == '?';
                     match c {
-                        '"' | '<' | '>' | '\\' | '^' | '`' | '{' | '|' | '}' => encoded += &format!("%{:02X}", u32::from(c)),
+                        '<' | '>' => encoded += &format!("%{:02X}", u32::from(c)),
+                        '"' if in_query => encoded += "%22",
+                        '`' if !in_query => encoded += "%60",
                         c => encoded.push(c),
                     }
                 }
@@ -136,6 +140,7 @@ mod tests {
             ("/a?<b>", "/a", Some("<b>"), "/a?%3Cb%3E"),
             ("/<a>?b?c", "/<a>", Some("b?c"), "/%3Ca%3E?b?c"),
             ("/<é>", "/<é>", None, "/%3Cé%3E"),
+            ("/`?`{x}|^\\&q=<", "/`", Some("`{x}|^\\&q=<"), "/%60?`{x}|^\\&q=%3C"),
         ] {
             let target = text.parse::<RequestTarget>().expect(text);
             assert_eq!((target.as_str(), target.path(), target.query()), (text, path, query));

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use mesh_tests::{
-    engine::{Engine, NEAR_CLIENT, security, service, virtual_service},
+    engine::{Engine, NEAR_CLIENT, security, service, virtual_service, wait_until},
     scripted::{self, Seen},
     token::Issuer,
     wire::exchange,
@@ -285,24 +285,29 @@ async fn an_authorizer_is_asked_before_a_route_leads_away_and_shown_the_body() {
 async fn what_was_led_away_ends_when_it_is_denied() {
     let seen = Seen::default();
     let (one, two) = (scripted::http1("up1", &seen).expect("an upstream"), scripted::http1("up2", &seen).expect("an upstream"));
-    let documents = |principal: &str| {
-        let spec = json!({"rules": [{"from": [{"source": {"principals": [format!("cluster.local/ns/default/sa/{principal}")]}}]}]});
-        let mut all = served(one, &[targeted("AuthorizationPolicy", "who", spec), routes()]);
+    let documents = |principal: Option<&str>| {
+        let spec = |principal: &str| json!({"rules": [{"from": [{"source": {"principals": [format!("cluster.local/ns/default/sa/{principal}")]}}]}]});
+        let mut all = served(one, &[routes()]);
+        all.extend(principal.map(|principal| targeted("AuthorizationPolicy", "who", spec(principal))));
         all.extend(service("other", "10.99.0.2", "http", &[two]));
         all
     };
-    let engine = Engine::start_as(NEAR_CLIENT, &documents("client")).await.expect("started");
-    let asked = ask(&engine, "node", one, "GET /free HTTP/1.1\r\nhost: a\r\nx-id: slow\r\nx-plan: 200/3000\r\n\r\n");
-    let change = async {
-        while seen.of("slow").is_empty() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        engine.apply(&documents("other")).await.expect("applied");
-        Instant::now()
-    };
-    let (got, changed) = tokio::join!(asked, change);
-    assert_eq!((got.status.as_str(), got.body.as_str()), ("403", "RBAC: access denied"), "{got:?}");
-    assert!(changed.elapsed() < Duration::from_secs(2), "after {:?}", changed.elapsed());
+    let engine = Engine::start_as(NEAR_CLIENT, &documents(None)).await.expect("started");
+    // A policy that changes, and the first there is.
+    for before in [Some("client"), None] {
+        engine.apply(&documents(before)).await.expect("applied");
+        let id = format!("slow-{before:?}");
+        let request = format!("GET /free HTTP/1.1\r\nhost: a\r\nx-id: {id}\r\nx-plan: 200/3000\r\n\r\n");
+        let asked = ask(&engine, "node", one, &request);
+        let change = async {
+            wait_until("the request has arrived", Duration::from_secs(2), || !seen.of(&id).is_empty()).await;
+            engine.apply(&documents(Some("other"))).await.expect("applied");
+            Instant::now()
+        };
+        let (got, changed) = tokio::join!(asked, change);
+        assert_eq!((got.status.as_str(), got.body.as_str()), ("403", "RBAC: access denied"), "{before:?}: {got:?}");
+        assert!(changed.elapsed() < Duration::from_secs(2), "after {:?}", changed.elapsed());
+    }
 }
 
 /// The same of connections that carry no requests.

@@ -429,9 +429,9 @@ fn assemble(
 
 /// Has the policies that refer to a service asked where its own endpoints do not ask them.
 fn guard(service: &mut Service, guards: &Guards, snapshot: &Snapshot) {
-    let Some(Guard { governing, asks_ports }) = guards.of.get(&service.name).or(guards.of_any.as_ref()) else { return };
+    let policies = guards.of.get(&service.name).or(guards.of_any.as_ref());
     let mut ports_to: HashMap<SocketAddr, BTreeSet<u16>> = HashMap::new();
-    for port in service.ports.iter().filter(|_| *asks_ports) {
+    for port in service.ports.iter().filter(|_| policies.is_some_and(|policies| policies.asks_ports)) {
         for endpoint in port.cluster.endpoints.iter() {
             ports_to.entry(endpoint.address).or_default().insert(port.port);
         }
@@ -441,11 +441,12 @@ fn guard(service: &mut Service, guards: &Guards, snapshot: &Snapshot) {
         let is_known = ports_to.get(&e.address).is_none_or(|ports| ports.len() == 1);
         is_known && snapshot.workload_by_ip(e.address.ip()).is_some_and(|workload| workload.enrolled)
     };
-    for port in &mut service.ports {
+    // Where there are none, it is known which requests later ones will be asked about.
+    for port in service.ports.iter_mut().filter(|port| policies.is_some() || !port.routes.is_empty()) {
         let own = port.cluster.endpoints.iter().filter(|e| asks(e)).map(|e| e.address).collect::<BTreeSet<_>>();
         port.is_guarded = !port.cluster.endpoints.iter().all(|e| own.contains(&e.address));
         port.routes.guard(&|cluster| cluster.is_some_and(|c| c.endpoints.iter().all(|e| own.contains(&e.address))));
-        port.guard = Some(governing.clone());
+        port.guard = policies.map(|policies| policies.governing.clone());
     }
 }
 

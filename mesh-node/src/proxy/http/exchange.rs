@@ -30,6 +30,7 @@ use super::{
 use crate::{
     config::Snapshot,
     id::ObjectName,
+    policy::Denial,
     report::{entry::Asked, format::Template, kept::Wanted},
     resource::mesh_config::AddedHeaders,
     route::{
@@ -437,27 +438,21 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             number: 0,
             retry: None,
         };
-        let outcome = match judged {
-            None => attempts.run(head).await,
-            Some(judged) => match under(judged, attempts.run(head)).await {
-                Some(outcome) => outcome,
-                None => return self.denied().await,
-            },
-        };
-        let failure = match outcome {
-            Outcome::Ended(end) => return end,
-            Outcome::Failed(failure) => failure,
+        let failure = match under(judged, attempts.run(head)).await {
+            Ok(Outcome::Ended(end)) => return end,
+            Ok(Outcome::Failed(failure)) => failure,
+            Err(denial) => return self.denied(&denial).await,
         };
         self.fail(failure, &forward).await
     }
 
     /// Ends what is not allowed any more; who has no answer yet is told.
-    async fn denied(&mut self) -> End {
+    async fn denied(&mut self, denial: &Denial) -> End {
         if self.record.status.is_some() {
             self.record.cut();
             return End::Broken;
         }
-        self.record.details = Cow::Borrowed("rbac_access_denied_matched_policy[none]");
+        self.record.details = denial.details().into();
         self.close = true;
         self.reply(Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), |_, _| {}).await
     }

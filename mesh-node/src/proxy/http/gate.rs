@@ -342,11 +342,6 @@ impl Gate {
         Refusal::new(Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), denial.details())
     }
 
-    /// Whether policies deny a request that others have let in.
-    pub fn is_denied_by(&self, snapshot: &Snapshot, governing: &Governing, head: &RequestHead, claims: Option<&Verified>) -> bool {
-        governing.request(&self.facts, &Request::new(head, claims, self.remote(snapshot, &head.headers))).is_err()
-    }
-
     /// Completes when a later configuration denies a request that was let in.
     pub async fn denied_later(&self, head: &RequestHead, pass: &Pass) {
         let mut config = self.proxy.config.clone();

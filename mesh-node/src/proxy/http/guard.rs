@@ -238,9 +238,9 @@ async fn h1_request(
         Ended::Broken | Ended::Silent if !responder.has_started() || responder.would_look_complete() => Next::Abort,
         Ended::Whole | Ended::Broken | Ended::Silent => Next::Close,
         Ended::Malformed(malformed) => refuse(Reply::new(malformed.status, malformed.body), grpc, true, responder, reader, record).await,
-        // An application that ends its connection ends the client's; one that says what is no HTTP, the client could not read either. Its node
-        // is told, and answers as it would for an application of its own.
-        Ended::Unreadable if responder.is_tunnelled() && !responder.has_started() => Next::Garble,
+        // An application that ends its connection ends the client's; one that says what is no HTTP, the client could not read either. The node
+        // of one that has dialled a service reads it: it is told, and answers as it would for an application of its own.
+        Ended::Unreadable if responder.is_tunnelled() && gate.facts.dialled.is_some() && !responder.has_started() => Next::Garble,
         Ended::Unreadable => refuse(Reply::reset(Reset::ProtocolError, false), grpc, true, responder, reader, record).await,
     }
 }

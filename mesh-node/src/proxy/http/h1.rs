@@ -12,7 +12,10 @@ use super::{
     transport::{TransportSink, TransportSource},
     wire::{self, Framing, MAX_HEAD, MAX_RESPONSE_HEAD, Malformed, Refused},
 };
-use crate::proxy::{ServedPod, pods::Stage};
+use crate::{
+    hbone,
+    proxy::{ServedPod, pods::Stage},
+};
 
 /// How long a client may take to read an answer after which the connection is closed, and what it may still send.
 const LINGER: Duration = Duration::from_secs(1);
@@ -113,7 +116,7 @@ impl<'a> Reader<'a> {
                 Ok(false) => return Err(NoHead::Ended { partial: !self.unread.buffer.is_empty() }),
                 // What another node says of its application counts as what could not be read here.
                 Err(error) => {
-                    let is_garbled = error.kind() == io::ErrorKind::InvalidData;
+                    let is_garbled = hbone::tunnel::is_garbled(&error);
                     return Err(NoHead::Broken { partial: is_garbled || !self.unread.buffer.is_empty() });
                 }
             }

@@ -276,7 +276,7 @@ pub async fn refuse(
 fn declared(proxy: &Proxy, pod: &ServedPod, facts: &Facts) -> Protocol {
     let (snapshot, port) = (proxy.config.load(), facts.destination.port());
     let Some(workload) = snapshot.workload(&pod.uid) else { return Protocol::Detect };
-    match workload.declared(port, facts.dialled.as_ref()) {
+    match workload.protocol(port) {
         Protocol::Tcp if workload.policy.at(port).authorization.asks_sni => Protocol::Tls,
         declared => declared,
     }

@@ -11,14 +11,14 @@ use crate::{
     balance::{self, Asker},
     config::{OutboundPolicy, Snapshot},
     id::ObjectName,
-    policy::{Denial, Facts, Sni},
+    policy::{Denial, Facts, Governing, Sni},
     proxy::{
         Failure, Proxy, ServedPod,
         http::clusters::{ClusterState, EndpointState},
         outcome::{Outcome, Party},
     },
     route::{
-        Cluster, ClusterId, LoadGuard, Service, ServicePort, Target, Workload,
+        Cluster, ClusterId, LoadGuard, PortOf, Target, Workload,
         l4::L4Context,
         table::FoundL4,
         traffic::{Balancer, HashKey},
@@ -32,6 +32,7 @@ pub struct Decision {
     pub source: Arc<Workload>,
     /// The service, and what is counted at it; none for an address that is of no service.
     pub cluster: Option<Chosen>,
+    pub guarded: Option<Guarded>,
 }
 
 /// An endpoint picked from a cluster.
@@ -146,15 +147,24 @@ pub fn dialled(opaque: &Opaque) -> Option<ClusterId> {
 }
 
 pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure> {
-    let Opaque { proxy, pod, client, original, .. } = opaque;
+    let Opaque { proxy, pod, client, original, sni, .. } = opaque;
     let snapshot = proxy.config.load();
     let source = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?.clone();
+    let mut guarded = None;
     let (to, cluster) = match snapshot.resolve_for(&source.view, *original) {
         Target::Service { service, port } => {
             let client = client_address(pod, *client, *original);
-            let found = find(opaque, &source, client, port);
-            let denied = guard(&snapshot, opaque, (&source, client), (service, port), &found);
-            denied.inspect_err(|denial| proxy.metrics.policy_decision(denial.policy(), "connection_denied"))?;
+            let context = L4Context { source: &source, client, destination: *original, sni: sni.as_deref() };
+            let found = port.routes.l4_rule(context);
+            let is_guarded = match &found {
+                FoundL4::Rule(_, found) => found.is_guarded,
+                FoundL4::Nowhere | FoundL4::Service => port.is_guarded,
+            };
+            if is_guarded {
+                port.guard.iter().try_for_each(|governing| guard(&snapshot, opaque, &source, &service.name, governing))?;
+                let dialled = PortOf { service: service.name.clone(), port: port.port };
+                guarded = Some(Guarded { dialled, generation: snapshot.generation });
+            }
             let cluster = match found {
                 FoundL4::Rule(_, found) => found.pick(fastrand::u64(..)).ok_or_else(|| Failure::NoEndpoint(service.name.clone()))?,
                 FoundL4::Nowhere => return Err(Failure::NoRoute(service.name.clone())),
@@ -167,53 +177,47 @@ pub fn decide(opaque: &Opaque, tried: &[SocketAddr]) -> Result<Decision, Failure
         Target::Unknown if snapshot.outbound == OutboundPolicy::RegistryOnly => return Err(Failure::NotInRegistry(*original)),
         Target::Workload(_) | Target::Unknown => (*original, None),
     };
-    Ok(Decision { way: way(&snapshot, to)?, source, cluster })
+    Ok(Decision { way: way(&snapshot, to)?, source, cluster, guarded })
 }
 
-fn find<'p>(opaque: &Opaque, source: &Workload, client: IpAddr, port: &'p ServicePort) -> FoundL4<'p> {
-    port.routes.l4_rule(L4Context { source, client, destination: opaque.original, sni: opaque.sni.as_deref() })
+/// The service that was dialled, as long as its policies are asked here: its endpoints would not be asked theirs where the connection goes.
+#[derive(Debug, Clone)]
+pub struct Guarded {
+    dialled: PortOf,
+    generation: u64,
 }
 
-/// Asks the policies of the service that was dialled, where its endpoints would not be asked theirs.
-fn guard(
-    snapshot: &Snapshot,
-    opaque: &Opaque,
-    (source, client): (&Workload, IpAddr),
-    (service, port): (&Service, &ServicePort),
-    found: &FoundL4<'_>,
-) -> Result<(), Denial> {
-    let is_guarded = match found {
-        FoundL4::Rule(_, found) => found.is_guarded,
-        FoundL4::Nowhere | FoundL4::Service => port.is_guarded,
-    };
-    let Some(governing) = port.guard.as_ref().filter(|_| is_guarded) else { return Ok(()) };
-    let mut facts = Facts::new(Some(source.identity.clone()), client, opaque.original);
-    facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), client);
+/// Asks the policies of the service that was dialled.
+fn guard(snapshot: &Snapshot, opaque: &Opaque, source: &Workload, service: &ObjectName, governing: &Governing) -> Result<(), Denial> {
+    let mut facts = Facts::new(Some(source.identity.clone()), client_address(&opaque.pod, opaque.client, opaque.original), opaque.original);
+    facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
     facts.sni = Sni::Read(opaque.sni.as_deref().map(Into::into));
-    facts.dialled = Some(service.name.clone());
+    facts.dialled = Some(service.clone());
     // Nobody is asked about it here: what an authorizer would have to allow is denied.
-    governing.opaque(&facts, &[]).map(drop)
+    let judged = governing.opaque(&facts, &[]).map(drop);
+    judged.inspect_err(|denial| opaque.proxy.metrics.policy_decision(denial.policy(), "connection_denied"))
 }
 
 /// Completes when policies of the service that was dialled have come to deny an open connection.
-pub async fn denied_later(opaque: &Opaque) {
+pub async fn denied_later(opaque: &Opaque, guarded: Option<&Guarded>) {
+    let Some(Guarded { dialled, generation }) = guarded else { return std::future::pending().await };
     let mut config = opaque.proxy.config.clone();
     loop {
-        if let Err(denial) = still(&config.load(), opaque) {
-            return opaque.proxy.metrics.policy_decision(denial.policy(), "connection_denied");
+        {
+            let snapshot = config.load();
+            let source = snapshot.workload(&opaque.pod.uid).filter(|_| snapshot.generation != *generation);
+            let governing = source.and_then(|source| {
+                let port = snapshot.service_of(&source.view, &dialled.service)?.port(dialled.port)?;
+                Some((source, port.guard.as_ref()?))
+            });
+            if governing.is_some_and(|(source, governing)| guard(&snapshot, opaque, source, &dialled.service, governing).is_err()) {
+                return;
+            }
         }
         if !config.changed().await {
             return std::future::pending().await;
         }
     }
-}
-
-/// Whether a connection that was let through would be now.
-fn still(snapshot: &Snapshot, opaque: &Opaque) -> Result<(), Denial> {
-    let Some(source) = snapshot.workload(&opaque.pod.uid) else { return Ok(()) };
-    let Target::Service { service, port } = snapshot.resolve_for(&source.view, opaque.original) else { return Ok(()) };
-    let client = client_address(&opaque.pod, opaque.client, opaque.original);
-    guard(snapshot, opaque, (source, client), (service, port), &find(opaque, source, client, port))
 }
 
 fn choose(

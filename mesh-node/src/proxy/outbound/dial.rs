@@ -166,8 +166,7 @@ fn mirrored(failure: &Failure) -> Failure {
         Failure::UnknownWorkload => return Failure::UnknownWorkload,
         // Nothing is between the two that would not know.
         Failure::Application { to, source } => {
-            let source = source.raw_os_error().map_or_else(|| source.kind().into(), std::io::Error::from_raw_os_error);
-            return Failure::Application { to: *to, source };
+            return Failure::Application { to: *to, source: socket::same_error(source) };
         }
         _ => ::http::StatusCode::SERVICE_UNAVAILABLE,
     };

@@ -1,19 +1,24 @@
 //! Policies that refer to a service, asked where the client is, as a waypoint asks them: of what a route leads away from the service's own
 //! endpoints, which ask them too, and of what it answers or changes.
 
-use std::sync::Arc;
+use std::{future::poll_fn, net::SocketAddr, pin::pin, sync::Arc, task::Poll};
 
 use http::{HeaderMap, HeaderName, StatusCode};
 
 use super::{End, Exchange};
 use crate::{
     config::Snapshot,
-    policy::{Facts, Governing, Sni, Verified},
-    proxy::http::{
-        body::{RequestBody, Responder},
-        gate::{Asked, Gate, shows_bodies},
-        upload::{Begun, Upload},
-        wire::{expects_continue, is_websocket, take_expectation},
+    id::ObjectName,
+    policy::{Denial, Facts, Governing, Request, Sni, Verified},
+    proxy::{
+        Proxy, ServedPod,
+        http::{
+            Downstream,
+            body::{RequestBody, Responder},
+            gate::{Asked, Gate, remote, shows_bodies},
+            upload::{Begun, Upload},
+            wire::{expects_continue, is_websocket, take_expectation},
+        },
     },
     route::{Cluster, PortOf, Service, ServicePort, Workload, request::RequestHead},
 };
@@ -38,9 +43,12 @@ pub(super) struct Passed {
     pub judged: Option<Box<Judged>>,
 }
 
-/// A request that policies of its service have let pass, to be judged by later ones too.
+/// A request that policies of its service have let pass, if there were any, to be judged by later ones too.
 pub(super) struct Judged {
-    gate: Gate,
+    proxy: Arc<Proxy>,
+    pod: Arc<ServedPod>,
+    client: SocketAddr,
+    original: SocketAddr,
     head: RequestHead,
     claims: Option<Verified>,
     dialled: PortOf,
@@ -48,12 +56,32 @@ pub(super) struct Judged {
 }
 
 impl Judged {
-    /// Completes when a later configuration denies it.
-    pub async fn denied_later(&self) {
-        let mut config = self.gate.proxy.config.clone();
+    fn new(down: &Downstream<'_>, dialled: Dialled<'_>, head: &RequestHead, claims: Option<Verified>) -> Box<Self> {
+        let Downstream { proxy, pod, client, original, .. } = *down;
+        Box::new(Self {
+            proxy: proxy.clone(),
+            pod: pod.clone(),
+            client,
+            original,
+            head: head.clone(),
+            claims,
+            dialled: PortOf { service: dialled.service.name.clone(), port: dialled.port.port },
+            generation: dialled.snapshot.generation,
+        })
+    }
+
+    /// Completes when a later configuration denies it, which is counted.
+    pub async fn denied_later(self: Box<Self>) -> Denial {
+        let mut config = self.proxy.config.clone();
         loop {
-            if config.load().generation != self.generation && self.is_denied(&config.load()) {
-                return;
+            {
+                let snapshot = config.load();
+                if snapshot.generation != self.generation
+                    && let Err(denial) = self.judge(&snapshot)
+                {
+                    self.proxy.metrics.policy_decision(denial.policy(), "denied");
+                    return denial;
+                }
             }
             if !config.changed().await {
                 return std::future::pending().await;
@@ -61,22 +89,35 @@ impl Judged {
         }
     }
 
-    fn is_denied(&self, snapshot: &Snapshot) -> bool {
-        let source = snapshot.workload(&self.gate.pod.uid);
-        let service = source.and_then(|source| snapshot.service_of(&source.view, &self.dialled.service));
-        let governing = service.and_then(|service| service.port(self.dialled.port)?.guard.as_ref());
-        governing.is_some_and(|governing| self.gate.is_denied_by(snapshot, governing, &self.head, self.claims.as_ref()))
+    fn judge(&self, snapshot: &Snapshot) -> Result<(), Denial> {
+        let Some(source) = snapshot.workload(&self.pod.uid) else { return Ok(()) };
+        let port = snapshot.service_of(&source.view, &self.dialled.service).and_then(|service| service.port(self.dialled.port));
+        let Some(governing) = port.and_then(|port| port.guard.as_ref()) else { return Ok(()) };
+        let facts = facts(snapshot, source, &self.dialled.service, (self.client, self.original));
+        let remote = remote(snapshot, &facts, &self.head.headers);
+        governing.request(&facts, &Request::new(&self.head, self.claims.as_ref(), remote))
     }
 }
 
+fn facts(snapshot: &Snapshot, source: &Workload, service: &ObjectName, (client, original): (SocketAddr, SocketAddr)) -> Facts {
+    let mut facts = Facts::new(Some(source.identity.clone()), client.ip(), original);
+    facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
+    facts.sni = Sni::Read(None);
+    facts.dialled = Some(service.clone());
+    facts
+}
+
 /// What comes of it, unless it is denied before.
-pub(super) async fn under<O>(judged: Box<Judged>, served: impl Future<Output = O> + Send) -> Option<O> {
-    let served = Box::pin(served);
-    tokio::select! {
-        biased;
-        outcome = served => Some(outcome),
-        () = judged.denied_later() => None,
-    }
+pub(super) async fn under<O>(judged: Option<Box<Judged>>, served: impl Future<Output = O>) -> Result<O, Denial> {
+    let mut served = pin!(served);
+    let mut denied = judged.map(|judged| Box::pin(judged.denied_later()));
+    poll_fn(|cx| {
+        if let Poll::Ready(outcome) = served.as_mut().poll(cx) {
+            return Poll::Ready(Ok(outcome));
+        }
+        denied.as_mut().map_or(Poll::Pending, |denied| denied.as_mut().poll(cx).map(Err))
+    })
+    .await
 }
 
 impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
@@ -85,22 +126,19 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         match &dialled.port.guard {
             // Rare, and large.
             Some(governing) => Box::pin(self.ask(dialled, governing, cluster, head)).await,
-            None => Ok(Passed::default()),
+            None => Ok(Passed { judged: Some(Judged::new(self.down, dialled, head, None)), ..Passed::default() }),
         }
     }
 
     async fn ask(
         &mut self,
-        Dialled { snapshot, source, service, port }: Dialled<'_>,
+        dialled: Dialled<'_>,
         governing: &Governing,
         cluster: Option<&Cluster>,
         head: &mut RequestHead,
     ) -> Result<Passed, End> {
-        let down = self.down;
-        let mut facts = Facts::new(Some(source.identity.clone()), down.client.ip(), down.original);
-        facts.via_trusted_proxy = snapshot.mesh.is_trusted_proxy(facts.peer.as_ref(), facts.source);
-        facts.sni = Sni::Read(None);
-        facts.dialled = Some(service.name.clone());
+        let (down, Dialled { snapshot, source, service, .. }) = (self.down, dialled);
+        let facts = facts(snapshot, source, &service.name, (down.client, down.original));
         let gate = Gate::of_service(down.proxy, down.pod, facts, down.client);
         if expects_continue(&head.headers) && !self.body.is_end() && shows_bodies(snapshot, governing) {
             take_expectation(&mut head.headers);
@@ -129,11 +167,10 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
                     self.record.became(head);
                 }
                 self.to_client = pass.to_client;
-                let dialled = PortOf { service: service.name.clone(), port: port.port };
-                let judged = Judged { gate, head: head.clone(), claims: pass.claims, dialled, generation: snapshot.generation };
+                let judged = Judged::new(down, dialled, head, pass.claims);
                 // What it could become else may carry requests that nobody judges.
                 self.upgrade = self.upgrade.take().filter(is_websocket);
-                Ok(Passed { begun: Some(begun), written: pass.written, judged: Some(Box::new(judged)) })
+                Ok(Passed { begun: Some(begun), written: pass.written, judged: Some(judged) })
             }
             Some(Err(refusal)) => {
                 refusal.note(self.record, &gate, head);

@@ -175,6 +175,8 @@ impl Opened {
     pub async fn settle(&mut self) -> Result<(), h2::Error> {
         let Self { send, connection, .. } = self;
         let settled = poll_fn(|cx| match std::pin::Pin::new(&mut *connection).poll(cx) {
+            // It has said what it takes, and that it goes.
+            Poll::Ready(Ok(())) if send.current_max_send_streams() != UNTOLD => Poll::Ready(Ok(())),
             Poll::Ready(ended) => Poll::Ready(ended.and(Err(h2::Reason::CONNECT_ERROR.into()))),
             Poll::Pending if send.current_max_send_streams() != UNTOLD => Poll::Ready(Ok(())),
             Poll::Pending => Poll::Pending,
