@@ -175,10 +175,9 @@ impl Opened {
     pub async fn settle(&mut self) -> Result<(), h2::Error> {
         let Self { send, connection, .. } = self;
         let settled = poll_fn(|cx| match std::pin::Pin::new(&mut *connection).poll(cx) {
-            // It has said what it takes, and that it goes.
-            Poll::Ready(Ok(())) if send.current_max_send_streams() != UNTOLD => Poll::Ready(Ok(())),
+            // It has said what it takes, though it may go.
+            Poll::Ready(Ok(())) | Poll::Pending if send.current_max_send_streams() != UNTOLD => Poll::Ready(Ok(())),
             Poll::Ready(ended) => Poll::Ready(ended.and(Err(h2::Reason::CONNECT_ERROR.into()))),
-            Poll::Pending if send.current_max_send_streams() != UNTOLD => Poll::Ready(Ok(())),
             Poll::Pending => Poll::Pending,
         });
         tokio::time::timeout(SETTLES, settled).await.unwrap_or(Ok(()))
