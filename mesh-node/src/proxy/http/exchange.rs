@@ -5,7 +5,7 @@ mod cors;
 mod failure;
 mod guard;
 
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, pin::pin, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use tokio::time::{Instant, sleep};
@@ -438,7 +438,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             number: 0,
             retry: None,
         };
-        let failure = match under(judged, attempts.run(head)).await {
+        let ended = {
+            let run = pin!(attempts.run(head));
+            under(judged, run).await
+        };
+        let failure = match ended {
             Ok(Outcome::Ended(end)) => return end,
             Ok(Outcome::Failed(failure)) => failure,
             Err(denial) => return self.denied(&denial).await,

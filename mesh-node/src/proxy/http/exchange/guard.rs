@@ -1,7 +1,7 @@
 //! Policies that refer to a service, asked where the client is, as a waypoint asks them: of what a route leads away from the service's own
 //! endpoints, which ask them too, and of what it answers or changes.
 
-use std::{future::poll_fn, net::SocketAddr, pin::pin, sync::Arc, task::Poll};
+use std::{future::poll_fn, net::SocketAddr, pin::Pin, sync::Arc, task::Poll};
 
 use http::{HeaderMap, HeaderName, StatusCode};
 
@@ -108,8 +108,7 @@ fn facts(snapshot: &Snapshot, source: &Workload, service: &ObjectName, (client, 
 }
 
 /// What comes of it, unless it is denied before.
-pub(super) async fn under<O>(judged: Option<Box<Judged>>, served: impl Future<Output = O>) -> Result<O, Denial> {
-    let mut served = pin!(served);
+pub(super) async fn under<O>(judged: Option<Box<Judged>>, mut served: Pin<&mut impl Future<Output = O>>) -> Result<O, Denial> {
     let mut denied = judged.map(|judged| Box::pin(judged.denied_later()));
     poll_fn(|cx| {
         if let Poll::Ready(outcome) = served.as_mut().poll(cx) {
