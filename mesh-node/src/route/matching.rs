@@ -14,8 +14,7 @@ use crate::{policy::Verified, resource::selector::Labels};
 /// Size bound of one compiled regular expression, bytes: an operator's pattern must not take the node's memory.
 const REGEX_SIZE: usize = 4 * 1024 * 1024;
 
-/// A regular expression that matches whole values, in RE2's syntax and sense: classes are ASCII unless the pattern asks
-/// for Unicode.
+/// A regular expression that matches whole values, in RE2's syntax and sense, byte by byte.
 #[derive(Clone)]
 pub struct Pattern {
     text: Arc<str>,
@@ -49,8 +48,7 @@ pub fn compile(text: &str) -> Result<regex::bytes::Regex, String> {
 }
 
 fn build(text: &str) -> Result<regex::bytes::Regex, String> {
-    let unicode = ["\\p", "\\P", "\\x{"].iter().any(|beyond| text.contains(beyond)) || !text.is_ascii();
-    let built = regex::bytes::RegexBuilder::new(text).unicode(unicode).size_limit(REGEX_SIZE).build();
+    let built = regex::bytes::RegexBuilder::new(text).unicode(false).size_limit(REGEX_SIZE).build();
     built.map_err(|e| e.to_string().lines().last().unwrap_or("is not a regular expression").trim().to_owned())
 }
 

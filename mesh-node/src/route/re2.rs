@@ -1,5 +1,8 @@
 //! RE2's syntax, which Istio's patterns are written in, in that of the regular expressions that are used here.
 //!
+//! As Envoy does, byte by byte (RE2's Latin-1): what is not ASCII in a pattern is the bytes of its UTF-8, and `\pL` a byte that is a letter
+//! in Latin-1.
+//!
 //! Source: RE2's `re2/parse.cc` with the flags Envoy leaves it. What is no RE2 either is passed on as it is, and refused by who compiles it.
 
 use std::{iter::Peekable, str::Chars};
@@ -19,7 +22,8 @@ pub fn translate(pattern: &str) -> Result<String, String> {
     if pattern.len() > LONGEST {
         return Err(format!("is longer than {LONGEST} bytes"));
     }
-    let mut translation = Translation { rest: pattern.chars().peekable(), made: String::with_capacity(pattern.len() + 8), open: 0 };
+    let bytes = pattern.bytes().map(char::from).collect::<String>();
+    let mut translation = Translation { rest: bytes.chars().peekable(), made: String::with_capacity(pattern.len() + 8), open: 0 };
     translation.run()?;
     Ok(translation.made)
 }
@@ -47,7 +51,8 @@ impl Translation<'_> {
                     self.open -= 1;
                     self.made.push(c);
                 }
-                c => self.made.push(c),
+                c if c.is_ascii() => self.made.push(c),
+                c => literal_into(&mut self.made, c),
             }
         }
         Ok(())
@@ -62,8 +67,7 @@ impl Translation<'_> {
                 let (members, negated) = class_of(c).unwrap_or_default();
                 self.made += &format!("[{}{members}]", if negated { "^" } else { "" });
             }
-            Some(c @ ('p' | 'P')) => self.unicode_group(c),
-            Some('x') => self.hexadecimal(),
+            Some(c @ ('p' | 'P')) => self.unicode_group(c)?,
             Some(c) => match self.escaped(c)? {
                 Some(literal) => literal_into(&mut self.made, literal),
                 None => self.made.extend(['\\', c]),
@@ -94,43 +98,49 @@ impl Translation<'_> {
                     let Some(digit) = self.rest.next_if(octal) else { break };
                     code = code * 8 + u32::from(digit) - u32::from('0');
                 }
-                Ok(char::from_u32(code))
+                byte(code).map(Some)
             }
-            c if c.is_ascii() && !c.is_ascii_alphanumeric() && c != '_' => Ok(Some(c)),
+            'x' => self.hexadecimal().map(Some),
+            c if !c.is_ascii() || !c.is_ascii_alphanumeric() && c != '_' => Ok(Some(c)),
             _ => Ok(None),
         }
     }
 
-    /// `\pL`, `\p{Greek}`, and with `^` in front of the name what is not of it.
-    fn unicode_group(&mut self, c: char) {
-        let mut sign = c;
+    /// `\pL`, `\p{Greek}`, and with `^` in front of the name what is not of it: the bytes that are.
+    fn unicode_group(&mut self, c: char) -> Result<(), String> {
+        let mut negated = c == 'P';
         let name = if self.rest.next_if_eq(&'{').is_some() {
-            if self.rest.next_if_eq(&'^').is_some() {
-                sign = if c == 'p' { 'P' } else { 'p' };
-            }
+            negated ^= self.rest.next_if_eq(&'^').is_some();
             let name = std::iter::from_fn(|| self.rest.next_if(|c| c.is_ascii_alphanumeric() || *c == '_')).collect::<String>();
             if self.rest.next_if_eq(&'}').is_none() {
-                // Who compiles it tells that it is not closed.
-                self.made += &format!("\\{sign}{{{name}");
-                return;
+                return Err(format!("has \\{c}{{{name} without its end"));
             }
             name
         } else {
             self.rest.next().map(String::from).unwrap_or_default()
         };
-        self.made += &format!("\\{sign}{{{name}}}");
+        let of = regex::Regex::new(&format!("^\\p{{{name}}}$")).map_err(|_| format!("has \\{c}{{{name}}}, which is no class"))?;
+        let is_member = |b: u8| of.is_match(char::from(b).encode_utf8(&mut [0; 4])) != negated;
+        self.made.push('[');
+        let members = (0..=u8::MAX).filter(|b| is_member(*b)).collect::<Vec<_>>();
+        for b in &members {
+            self.made += &format!("\\x{b:02X}");
+        }
+        // Of none, what nothing is.
+        self.made += if members.is_empty() { "^\\x00-\\xFF]" } else { "]" };
+        Ok(())
     }
 
-    /// `\x41` and `\x{41}`.
-    fn hexadecimal(&mut self) {
-        self.made += "\\x";
-        if self.rest.next_if_eq(&'{').is_some() {
-            self.made.push('{');
-            self.made.extend(std::iter::from_fn(|| self.rest.next_if(char::is_ascii_hexdigit)));
-            self.made.extend(self.rest.next_if_eq(&'}'));
-        } else {
-            self.made.extend(self.rest.by_ref().take(2));
+    /// `\x41` and `\x{41}`, behind the letter.
+    fn hexadecimal(&mut self) -> Result<char, String> {
+        let braced = self.rest.next_if_eq(&'{').is_some();
+        let mut digits = String::new();
+        while let Some(c) = self.rest.next_if(|c| c.is_ascii_hexdigit() && (braced || digits.len() < 2)) {
+            digits.push(c);
         }
+        let is_whole = if braced { self.rest.next_if_eq(&'}').is_some() } else { digits.len() == 2 };
+        let code = u32::from_str_radix(&digits, 16).ok().filter(|_| is_whole);
+        byte(code.ok_or_else(|| "has \\x without two digits, or some in braces".to_owned())?)
     }
 
     /// A brace that begins no count is a brace.
@@ -189,8 +199,7 @@ impl Translation<'_> {
                 return Ok(());
             }
             if let Some(sign) = self.rest.next_if(|c| matches!(c, 'p' | 'P')) {
-                self.unicode_group(sign);
-                return Ok(());
+                return self.unicode_group(sign);
             }
         }
         self.class_character(c)?;
@@ -214,7 +223,6 @@ impl Translation<'_> {
         let Some(c) = self.rest.next() else { return Ok(()) };
         match self.escaped(c)? {
             Some(literal) => literal_into(&mut self.made, literal),
-            None if c == 'x' => self.hexadecimal(),
             None => self.made.extend(['\\', c]),
         }
         Ok(())
@@ -249,8 +257,17 @@ fn class_of(c: char) -> Option<(&'static str, bool)> {
     Some((*members, c.is_ascii_uppercase()))
 }
 
+/// The character of a code: there are none beyond a byte.
+fn byte(code: u32) -> Result<char, String> {
+    u8::try_from(code).map(char::from).map_err(|_| format!("has the character {code:x}, which is more than a byte"))
+}
+
 /// A character as itself, wherever it stands.
 fn literal_into(made: &mut String, c: char) {
+    if !c.is_ascii() {
+        made.push_str(&format!("\\x{:02X}", u32::from(c)));
+        return;
+    }
     // `\<` and `\>` would be ends of words.
     if c.is_ascii_punctuation() && c != '<' && c != '>' {
         made.push('\\');
@@ -293,16 +310,20 @@ mod tests {
             ("\\d\\D\\s\\S\\w\\W", &["1a xa-"], &["1a\u{b}xa-"]),
             ("[\\d\\S]", &["1", "a"], &[" "]),
             ("[\\x41-\\x{43}]", &["A", "C"], &["D", "x"]),
-            ("\\x41\\x{4A}\\x{4321}", &["AJ\u{4321}"], &["A"]),
-            ("[\\x{4e00}-\\x{9fff}]+", &["東京"], &["a"]),
+            ("\\x41\\x{4A}|caf\\x{c3}\\xa9", &["AJ", "café"], &["A"]),
+            ("\\pL{1,255}", &["abc"], &["a1"]),
+            ("\\P{L}[^\\pL]", &["12"], &["1a"]),
+            ("[а-я]+", &["а"], &["z"]),
             ("a{01}", &["a{01}"], &["a"]),
             ("(?i)ab(c|d)(?:e)", &["ABCE"], &["abe"]),
             ("(?P<n>a)\\.\\/", &["a./"], &["ab/"]),
             ("\\p{^Lu}", &["a"], &["A"]),
             ("\\pL{1,20}", &["abc"], &["1"]),
-            ("[\\p{L}\\p{N}_-]{3,30}", &["a-é"], &["a b"]),
+            ("[\\p{L}\\p{N}_-]{3,30}", &["a-b9"], &["a b", "a-é"]),
             ("(東京|大阪)/.{1,255}", &["東京/x"], &["x"]),
             ("é\\d", &["é1"], &["é\u{661}"]),
+            ("é.", &["éa"], &["éé"]),
+            ("[^é]{1,255}", &["€"], &["é"]),
             ("\\bab\\b", &["ab"], &["b"]),
             ("a\\\\b", &["a\\b"], &["ab"]),
         ] {
@@ -326,6 +347,9 @@ mod tests {
             "(?=a)",
             "[[:foo:]]",
             "\\p{L",
+            "\\x{100}",
+            "\\x4",
+            "\\x{",
             &"{".repeat(20_000),
         ] {
             assert!(Pattern::parse(pattern).is_err(), "{pattern}");
