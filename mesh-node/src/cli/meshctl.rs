@@ -220,8 +220,12 @@ impl Meshctl {
             What::Connections { workload } => self.connections(workload.as_deref()),
             What::TlsCheck { workload, service } => self.tls_check(workload, service.as_deref()),
             What::Top { interval, times } => {
-                top::run(admin, Duration::from_secs(*interval), *times, |document, view| self.shown(document, view))
-                    .map(|()| ExitCode::SUCCESS)
+                let shown = |document: &Value, view: &dyn Fn(&Value) -> String| match self.output {
+                    // One look, one line, as of events.
+                    Output::Json => format!("{document}\n"),
+                    _ => self.shown(document, view),
+                };
+                top::run(admin, Duration::from_secs(*interval), *times, shown).map(|()| ExitCode::SUCCESS)
             }
             What::Trace { workload, count, time } => {
                 let all = admin.document("/workloads")?;

@@ -184,7 +184,7 @@ impl<'a> Builder<'a> {
     fn workloads(&mut self, about: &mut About<'a>, attachments: &Attachments<'_>, snapshot: &mut Snapshot) {
         let mut pods = std::mem::take(&mut self.parts.pods);
         pods.sort_by_key(|(named, _)| named.created);
-        let mut owners: Map<IpAddr, (&Named, Option<SystemTime>)> = Map::default();
+        let mut owners: Map<IpAddr, (&Named, (bool, Option<SystemTime>))> = Map::default();
         owners.reserve(pods.len());
         snapshot.workloads.reserve(pods.len());
         snapshot.by_ip.reserve(pods.len());
@@ -213,25 +213,28 @@ impl<'a> Builder<'a> {
             let made_by = (workload.name.namespace.clone(), workload.workload_name.clone());
             snapshot.by_workload.entry(made_by).or_default().push(workload.clone());
             snapshot.workloads.insert(workload.uid.clone(), workload.clone());
+            // Who is being deleted has its address until another has it.
+            let claim = (!pod.deleting, named.created);
             // A host-network pod shares its node's address: no traffic can be told to be its own.
             for ip in workload.ips.iter().filter(|_| !pod.host_network) {
                 match owners.entry(*ip) {
                     Entry::Vacant(v) => {
-                        v.insert((named, named.created));
+                        v.insert((named, claim));
                         snapshot.by_ip.insert(*ip, workload.clone());
                     }
                     Entry::Occupied(mut o) => {
                         let other = o.get().0.key.clone();
-                        let newer = named.created > o.get().1;
+                        let newer = claim > o.get().1;
+                        let why = if claim.0 == o.get().1.0 { "the newer" } else { "which is not being deleted" };
                         if newer {
-                            o.insert((named, named.created));
+                            o.insert((named, claim));
                             snapshot.by_ip.insert(*ip, workload.clone());
                         }
                         let used = if newer { &named.key } else { &other };
                         self.remark(
                             Severity::Warning,
                             named,
-                            &format!("status.podIPs: {ip} is also claimed by {other}; {used}, the newer, has it"),
+                            &format!("status.podIPs: {ip} is also claimed by {other}; {used}, {why}, has it"),
                         );
                     }
                 }
@@ -288,7 +291,7 @@ impl<'a> Builder<'a> {
             node: pod.node.clone(),
             identity,
             labels: pod.labels.clone(),
-            locality: self.locality(&pod.node, None),
+            locality: kube::Node::of_pod(&pod.labels).unwrap_or_else(|| self.locality(&pod.node, None)),
             ips: pod.ips.clone(),
             enrolled: self.enrols(pod, &name.namespace) && !pod.has_sidecar,
             policy,

@@ -376,7 +376,8 @@ impl Outcome {
             route: None,
             response_headers: None,
             response_trailers: None,
-            mutual_tls: self.source.identity.is_some() && self.destination.identity.is_some(),
+            // Of the connection of the client.
+            mutual_tls: !outbound && self.source.identity.is_some() && self.destination.identity.is_some(),
             trace: None,
             peer: proved(&self.source),
             local: proved(&self.destination),

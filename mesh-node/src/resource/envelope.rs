@@ -51,6 +51,7 @@ pub struct Metadata {
     #[serde(default)]
     pub annotations: Option<super::selector::Labels>,
     pub creation_timestamp: Option<String>,
+    pub deletion_timestamp: Option<String>,
     #[serde(default)]
     pub owner_references: Option<Vec<Owner>>,
 }

@@ -43,6 +43,16 @@ pub struct Node {
 }
 
 impl Node {
+    /// Where a pod says that it is, whatever its node says: `topology.istio.io/locality` or `istio-locality`, in parts between slashes or
+    /// dots, as Istio reads them.
+    pub fn of_pod(labels: &Labels) -> Option<Self> {
+        let text =
+            ["topology.istio.io/locality", "istio-locality"].into_iter().find_map(|key| labels.get(key)).filter(|t| !t.is_empty())?;
+        let mut parts = text.split(if text.contains('/') { '/' } else { '.' }).map(Arc::from);
+        let mut next = || parts.next().unwrap_or_default();
+        Some(Self { region: next(), zone: next(), subzone: next() })
+    }
+
     pub(super) fn read(labels: &Labels) -> Self {
         let label = |keys: [&str; 2]| keys.into_iter().find_map(|k| labels.get(k)).unwrap_or_default().into();
         Self {
@@ -63,6 +73,8 @@ pub struct Pod {
     pub host_network: bool,
     /// Succeeded or Failed: its address may belong to another pod already.
     pub finished: bool,
+    /// It has been asked to end (`metadata.deletionTimestamp`).
+    pub deleting: bool,
     pub ips: Vec<IpAddr>,
     /// What made it, as Istio names workloads: the Deployment of a `ReplicaSet`, the owner, or the pod itself.
     pub workload_name: Arc<str>,
@@ -102,9 +114,7 @@ const ACCELERATION: &str = "mesh-node.io/acceleration";
 
 #[derive(Deserialize)]
 pub(super) struct PodDocument {
-    #[serde(default)]
-    spec: PodSpec,
-    #[serde(default)]
+    spec: Option<PodSpec>,
     status: Option<PodStatus>,
 }
 
@@ -196,12 +206,12 @@ struct PodIp {
 impl Pod {
     pub(super) fn read(document: PodDocument, metadata: Metadata) -> Result<Self, FieldError> {
         let PodDocument { spec, status } = document;
-        let status = status.unwrap_or_default();
+        let (spec, status) = (spec.unwrap_or_default(), status.unwrap_or_default());
         let uid = metadata.uid.filter(|u| !u.is_empty()).ok_or_else(|| {
             FieldError::new("metadata.uid", "is missing; a Pod must come from the cluster (kubectl get pod -o yaml), not from a template")
         })?;
         let listed = status.pod_ips.unwrap_or_default().into_iter().map(|p| p.ip).collect::<Vec<_>>();
-        let texts = if listed.is_empty() { status.pod_ip.into_iter().collect() } else { listed };
+        let texts = if listed.is_empty() { status.pod_ip.into_iter().filter(|ip| !ip.is_empty()).collect() } else { listed };
         let ips = texts.iter().enumerate().map(|(i, t)| ip(t, || format!("status.podIPs[{i}].ip"))).collect::<Result<_, _>>()?;
         let account = spec.service_account_name.or(spec.service_account).filter(|a| !a.is_empty());
         let containers = spec.containers.iter().chain(&spec.init_containers).flatten();
@@ -227,6 +237,7 @@ impl Pod {
             host_network: spec.host_network.unwrap_or(false),
             workload_name,
             workload_kind,
+            deleting: metadata.deletion_timestamp.is_some(),
             finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             ips,
         })

@@ -331,6 +331,10 @@ mod tests {
             taken.iter().for_each(|value| assert!(compiled.matches(value.as_bytes()), "{pattern} {value:?}"));
             not.iter().for_each(|value| assert!(!compiled.matches(value.as_bytes()), "{pattern} not {value:?}"));
         }
+    }
+
+    #[test]
+    fn what_is_no_pattern_is_refused() {
         for pattern in [
             "a)(b",
             "[",

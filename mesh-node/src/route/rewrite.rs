@@ -74,11 +74,14 @@ pub fn request(
     }
     rule.headers.request.apply(headers, &tell);
     let rewrite = rule.rewrite.as_ref();
-    let authority = rewrite.and_then(|r| r.authority.as_ref()).or(rule.headers.authority.as_ref());
-    let authority = authority.or_else(|| destination.and_then(|d| d.authority.as_ref()));
-    if let Some(authority) = authority {
+    let of_rule = rewrite.and_then(|r| r.authority.as_ref()).or(rule.headers.authority.as_ref());
+    let of_destination = destination.and_then(|d| Some((d.authority.as_ref()?, d.alone)));
+    if let Some((authority, is_told)) = of_rule.map(|authority| (authority, true)).or(of_destination) {
         let original = std::mem::replace(&mut head.authority, authority.clone());
-        head.headers.insert(ORIGINAL_HOST.clone(), original);
+        // Of one destination among several Envoy says nothing.
+        if is_told {
+            head.headers.insert(ORIGINAL_HOST.clone(), original);
+        }
     }
     let original = HeaderValue::from_str(head.target.as_str()).ok();
     let rewrite = rewrite?.path.as_ref()?;

@@ -181,21 +181,25 @@ fn endpoints(
             found.extend(endpoint.addresses.iter().map(|ip| (SocketAddr::new(*ip, *target), endpoint)));
         }
     }
-    // Stable: of several with one address the first counts.
-    found.sort_by_key(|(address, _)| *address);
+    // Of several with one address the one that can be used counts, of those the first: a pod may have that of one that has yet to end.
+    found.sort_by_key(|(address, endpoint)| (*address, !endpoint.ready, !endpoint.serving_while_terminating));
     found.dedup_by_key(|(address, _)| *address);
     let labels = |ip: IpAddr, pod: Option<&Arc<str>>| {
         let hosted = || hosted.get(&ObjectName { namespace: namespace.clone(), name: pod?.clone() }).copied();
         snapshot.by_ip.get(&ip).map(|w| &w.labels).or_else(hosted).cloned().unwrap_or_default()
     };
-    let made = found.into_iter().map(|(address, endpoint)| Endpoint {
-        address,
-        ready: endpoint.ready,
-        serving_while_terminating: endpoint.serving_while_terminating,
-        node: endpoint.node.clone(),
-        locality: builder.locality(endpoint.node.as_deref().unwrap_or_default(), endpoint.zone.as_ref()),
-        labels: labels(address.ip(), endpoint.pod.as_ref()),
-        load: load(address, endpoint.ready),
+    let made = found.into_iter().map(|(address, endpoint)| {
+        let labels = labels(address.ip(), endpoint.pod.as_ref());
+        let of_node = || builder.locality(endpoint.node.as_deref().unwrap_or_default(), endpoint.zone.as_ref());
+        Endpoint {
+            address,
+            ready: endpoint.ready,
+            serving_while_terminating: endpoint.serving_while_terminating,
+            node: endpoint.node.clone(),
+            locality: kube::Node::of_pod(&labels).unwrap_or_else(of_node),
+            labels,
+            load: load(address, endpoint.ready),
+        }
     });
     made.collect()
 }

@@ -13,6 +13,8 @@ use crate::{
     route::Target,
 };
 
+mod claims;
+
 fn store(documents: &[Value]) -> Store {
     let mut store = Store::default();
     let (mut objects, mut rejections) = (Vec::new(), Vec::new());

@@ -89,12 +89,12 @@ impl Reply {
         change: impl FnOnce(StatusCode, &mut HeaderMap),
     ) -> std::io::Result<StatusCode> {
         let (status, mut headers, body) = self.into_parts(grpc, responder.is_head());
-        change(status, &mut headers);
         let length = body.len() as u64;
         let framing = if length == 0 { Framing::Empty } else { Framing::Length(length) };
         if length > 0 {
             headers.insert(header::CONTENT_LENGTH, length.into());
         }
+        change(status, &mut headers);
         responder.start(ResponseHead { status, headers, framing }, close)?;
         if !responder.has_ended() {
             responder.push(Frame::Data(body));

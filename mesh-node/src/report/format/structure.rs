@@ -93,7 +93,8 @@ fn prune(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             fields.values_mut().for_each(prune);
-            fields.retain(|_, value| !value.is_null());
+            // What has nothing in it, or no more, is nothing.
+            fields.retain(|_, value| !value.is_null() && value.as_object().is_none_or(|inner| !inner.is_empty()));
         }
         Value::Array(all) => {
             all.iter_mut().for_each(prune);

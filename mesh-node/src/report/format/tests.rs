@@ -155,7 +155,7 @@ fn json_may_be_nested_and_have_values_of_its_own() {
     let whole = "{\"empty\":[],\"http\":{\"code\":503,\"none\":{},\"of\":[\"HTTP/1.1\",1.5,\"lit\",{\"host\":null}]},\
         \"level\":\"info\",\"mixed\":\"503x\",\"n\":7,\"nothing\":null,\"yes\":true}\n";
     assert_eq!(format.line(&entry(&headers)), whole);
-    let omitting = "{\"empty\":[],\"http\":{\"code\":503,\"none\":{},\"of\":[\"HTTP/1.1\",1.5,\"lit\",{}]},\
+    let omitting = "{\"empty\":[],\"http\":{\"code\":503,\"of\":[\"HTTP/1.1\",1.5,\"lit\",{}]},\
         \"level\":\"info\",\"mixed\":\"503x\",\"n\":7,\"yes\":true}\n";
     assert_eq!(format.without_empty_values().line(&entry(&headers)), omitting);
     let wrong = serde_json::from_value(serde_json::json!({"a": {"b": ["%NO%"]}})).expect("an object");

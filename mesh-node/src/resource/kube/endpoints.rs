@@ -41,9 +41,9 @@ pub struct SliceDocument {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct EndpointDocument {
-    addresses: Vec<String>,
+    addresses: Option<Vec<String>>,
     #[serde(default)]
-    conditions: Conditions,
+    conditions: Option<Conditions>,
     #[serde(default)]
     node_name: Option<String>,
     #[serde(default)]
@@ -92,8 +92,8 @@ impl EndpointSlice {
 }
 
 fn endpoint(document: EndpointDocument, at: &str) -> Result<Endpoint, FieldError> {
-    let Conditions { ready, serving, terminating } = document.conditions;
-    let addresses = document.addresses.iter().enumerate();
+    let Conditions { ready, serving, terminating } = document.conditions.unwrap_or_default();
+    let addresses = document.addresses.iter().flatten().enumerate();
     let addresses = addresses.map(|(i, t)| ip(t, || format!("{at}.addresses[{i}]"))).collect::<Result<_, _>>()?;
     Ok(Endpoint {
         addresses,
