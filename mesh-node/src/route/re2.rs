@@ -5,7 +5,7 @@
 //!
 //! Source: RE2's `re2/parse.cc` with the flags Envoy leaves it. What is no RE2 either is passed on as it is, and refused by who compiles it.
 
-use std::{iter::Peekable, str::Chars};
+use std::{collections::HashMap, iter::Peekable, str::Chars};
 
 /// What `\d`, `\s` and `\w` stand for: ASCII, and no vertical tab among white space.
 const CLASSES: [(char, &str); 3] = [('d', "0-9"), ('s', "\\t\\n\\x0C\\r "), ('w', "0-9A-Za-z_")];
@@ -23,7 +23,8 @@ pub fn translate(pattern: &str) -> Result<String, String> {
         return Err(format!("is longer than {LONGEST} bytes"));
     }
     let bytes = pattern.bytes().map(char::from).collect::<String>();
-    let mut translation = Translation { rest: bytes.chars().peekable(), made: String::with_capacity(pattern.len() + 8), open: 0 };
+    let mut translation =
+        Translation { rest: bytes.chars().peekable(), made: String::with_capacity(pattern.len() + 8), open: 0, groups: HashMap::new() };
     translation.run()?;
     Ok(translation.made)
 }
@@ -33,6 +34,8 @@ struct Translation<'p> {
     made: String,
     /// Groups that are open.
     open: usize,
+    /// Which bytes Unicode's classes have that were named: a pattern may name one a thousand times.
+    groups: HashMap<String, [bool; 256]>,
 }
 
 impl Translation<'_> {
@@ -119,15 +122,26 @@ impl Translation<'_> {
         } else {
             self.rest.next().map(String::from).unwrap_or_default()
         };
-        let of = regex::Regex::new(&format!("^\\p{{{name}}}$")).map_err(|_| format!("has \\{c}{{{name}}}, which is no class"))?;
-        let is_member = |b: u8| of.is_match(char::from(b).encode_utf8(&mut [0; 4])) != negated;
+        let members = if let Some(members) = self.groups.get(&name) {
+            *members
+        } else {
+            let of = regex::Regex::new(&format!("^\\p{{{name}}}$")).map_err(|_| format!("has \\{c}{{{name}}}, which is no class"))?;
+            let members = std::array::from_fn(|b| u8::try_from(b).is_ok_and(|b| of.is_match(char::from(b).encode_utf8(&mut [0; 4]))));
+            self.groups.insert(name, members);
+            members
+        };
         self.made.push('[');
-        let members = (0..=u8::MAX).filter(|b| is_member(*b)).collect::<Vec<_>>();
-        for b in &members {
-            self.made += &format!("\\x{b:02X}");
+        let mut any = false;
+        for run in (0..=u8::MAX).collect::<Vec<_>>().chunk_by(|a, b| members[usize::from(*a)] == members[usize::from(*b)]) {
+            if let [first, .., last] | [first @ last] = run
+                && members[usize::from(*first)] != negated
+            {
+                any = true;
+                self.made += &format!("\\x{first:02X}-\\x{last:02X}");
+            }
         }
         // Of none, what nothing is.
-        self.made += if members.is_empty() { "^\\x00-\\xFF]" } else { "]" };
+        self.made += if any { "]" } else { "^\\x00-\\xFF]" };
         Ok(())
     }
 
@@ -313,6 +327,8 @@ mod tests {
             ("\\x41\\x{4A}|caf\\x{c3}\\xa9", &["AJ", "café"], &["A"]),
             ("\\pL{1,255}", &["abc"], &["a1"]),
             ("\\P{L}[^\\pL]", &["12"], &["1a"]),
+            ("[\\p{Han}x]", &["x"], &["y"]),
+            (&"\\pL".repeat(300), &[&*"a".repeat(300)], &["a"]),
             ("[а-я]+", &["а"], &["z"]),
             ("a{01}", &["a{01}"], &["a"]),
             ("(?i)ab(c|d)(?:e)", &["ABCE"], &["abe"]),
