@@ -134,7 +134,8 @@ pub struct ServicePort {
     /// The policies that refer to the service, which its own endpoints ask. They are asked where the client is of what does not go
     /// there, or not as it came, as a waypoint would.
     pub guard: Option<Arc<Governing>>,
-    /// Not all of its own endpoints ask them: some are no pods of the mesh, or do not know which port was dialled.
+    /// Not all of its own endpoints ask them: some are no pods of the mesh, or do not know which port was dialled. Where there are routes it is
+    /// known without policies, too: later ones end what is under way.
     pub is_guarded: bool,
 }
 

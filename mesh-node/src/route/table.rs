@@ -45,7 +45,7 @@ pub struct ResolvedRule {
     pub rule: Arc<Rule>,
     pub destinations: Vec<Option<Arc<Cluster>>>,
     pub mirrors: Vec<Option<Arc<Cluster>>>,
-    /// The policies of the service it is a rule of are asked first: where it leads they are not, or about something else.
+    /// The policies of the service it is a rule of, now or later, are asked first: where it leads they are not, or about something else.
     pub is_guarded: bool,
 }
 

@@ -158,7 +158,7 @@ impl Decide<'_> {
         if !port.routes.tcp.is_empty() || !port.routes.tls.is_empty() {
             return Err(Indirect::Routes);
         }
-        if port.is_guarded {
+        if port.guard.is_some() && port.is_guarded {
             return Err(Indirect::Policy);
         }
         let policy = &cluster.policy;
