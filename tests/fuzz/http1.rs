@@ -6,7 +6,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use mesh_node::proxy::http::{
     framing::{Decoder, Frame},
-    wire::{self, Framing},
+    wire::{self, Framing, HeadLimits},
 };
 
 /// Data, and whether it was refused, complete, and what was left.
@@ -31,13 +31,13 @@ fn decode(framing: Framing, input: &[u8], piece: usize) -> (Vec<u8>, bool, bool,
 fuzz_target!(|data: &[u8]| {
     let bytes = Bytes::copy_from_slice(data);
     if let Some(end) = wire::head_end(&bytes) {
-        if let Ok(first) = wire::request(&bytes.slice(..end)) {
+        if let Ok(first) = wire::request(&bytes.slice(..end), HeadLimits::OF_CLIENT) {
             let mut out = Vec::new();
             wire::write_request(&first.head, first.framing, None, None, &mut out);
             // There has to be room for a length of nothing.
             let room = first.head.headers.len() + 2 <= wire::MAX_HEADERS && end + 30 <= wire::MAX_HEAD;
             if first.head.method != http::Method::CONNECT && !first.head.authority.is_empty() && room {
-                let mut again = wire::request(&out.into()).expect("what is sent on is accepted");
+                let mut again = wire::request(&out.into(), HeadLimits::OF_CLIENT).expect("what is sent on is accepted");
                 // That there is no body may be said where it was not.
                 let empty = again.head.headers.get("content-length").is_some_and(|length| length == "0");
                 if empty && first.framing == Framing::Empty && !first.head.headers.contains_key("content-length") {

@@ -17,7 +17,7 @@ fuzz_target!(|data: &[u8]| {
     // A request line and headers, an empty line, and the rules as JSON.
     let bytes = bytes::Bytes::copy_from_slice(data);
     let Some(end) = wire::head_end(&bytes) else { return };
-    let Ok(request) = wire::request(&bytes.slice(..end)) else { return };
+    let Ok(request) = wire::request(&bytes.slice(..end), wire::HeadLimits::OF_CLIENT) else { return };
     let Ok(http) = serde_json::from_slice::<serde_json::Value>(&bytes[end..]) else { return };
     let document = serde_json::json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": "v"},
         "spec": {"hosts": ["a"], "http": http}});

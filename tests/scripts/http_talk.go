@@ -389,6 +389,18 @@ func (a *asking) requests() {
 	a.both("headers of 30 KB", func(c *http.Client) interface{} {
 		return a.do(c, "GET", "/echo", nil, func(r *http.Request) { r.Header.Set("x-large", strings.Repeat("v", 30_000)) })
 	})
+	// What proxies usually let through, before they add their own.
+	a.both("headers of 60 KB", func(c *http.Client) interface{} {
+		return a.do(c, "GET", "/echo", nil, func(r *http.Request) { r.Header.Set("x-large", strings.Repeat("v", 60*1024-300)) })
+	})
+	a.both("a hundred headers", func(c *http.Client) interface{} {
+		return a.do(c, "GET", "/echo", nil, func(r *http.Request) {
+			// The host and two of the library's are beside them.
+			for i := 0; i < 97; i++ {
+				r.Header.Set(fmt.Sprintf("x-%d", i), "v")
+			}
+		})
+	})
 	a.both("a path of 8 KB", func(c *http.Client) interface{} { return a.do(c, "GET", "/echo?"+strings.Repeat("q", 8000), nil, nil) })
 	a.both("a form with a file", func(c *http.Client) interface{} {
 		var body bytes.Buffer

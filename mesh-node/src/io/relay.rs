@@ -30,6 +30,8 @@ use super::{
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// First read of a direction, bytes; doubles while reads fill it, up to [`MAX_CHUNK`].
 pub const MIN_CHUNK: usize = 8 * 1024;
+/// Bytes of pieces that are written as one.
+const JOINED: usize = 1024;
 /// Largest read of a direction, bytes.
 pub const MAX_CHUNK: usize = 128 * 1024;
 
@@ -375,10 +377,27 @@ impl TcpSink<'_> {
 
     /// Writes what there is room for, at least one byte.
     pub async fn write_some(&mut self, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
-        match self.0.write_vectored(slices).await? {
+        match poll_fn(|cx| self.poll_write_some(cx, slices)).await? {
             0 => Err(io::ErrorKind::WriteZero.into()),
             n => Ok(n),
         }
+    }
+
+    /// A few short pieces are cheaper copied than described to the kernel.
+    fn poll_write_some(&mut self, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let half = Pin::new(&mut self.0);
+        if let [only] = slices {
+            return half.poll_write(cx, only);
+        }
+        let bytes = slices.iter().map(|slice| slice.len()).sum();
+        let mut joined = [0; JOINED];
+        let Some(mut rest) = joined.get_mut(..bytes) else { return half.poll_write_vectored(cx, slices) };
+        for slice in slices {
+            let (place, after) = rest.split_at_mut(slice.len());
+            place.copy_from_slice(slice);
+            rest = after;
+        }
+        half.poll_write(cx, &joined[..bytes])
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    mem::MaybeUninit,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Range,
     os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd},
@@ -11,7 +12,10 @@ use std::{
 
 use mesh_common::TRANSPARENT_MARK;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::{
+    io::Interest,
+    net::{TcpListener, TcpSocket, TcpStream},
+};
 
 use super::netns::Netns;
 
@@ -205,10 +209,22 @@ pub fn keep_alive(stream: &TcpStream, time: Option<Duration>, interval: Option<D
     SockRef::from(stream).set_tcp_keepalive(&keepalive.with_retries(probes.unwrap_or(KEEPALIVE_PROBES)))
 }
 
-/// Whether something has come in, or the other end has closed: asked of the kernel, which knows before the reactor does.
-pub fn has_input(stream: &TcpStream) -> bool {
-    let mut byte = [std::mem::MaybeUninit::uninit()];
-    !matches!(SockRef::from(stream).peek(&mut byte), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+/// Who is asked what has come in on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// The reactor: costs no system call when it has heard of nothing, and misses what came since it last asked.
+    ToReactor,
+    ToKernel,
+}
+
+/// Whether something has come in, or the other end has closed.
+pub fn has_input(stream: &TcpStream, known: Known) -> bool {
+    let peek = || SockRef::from(stream).peek(&mut [MaybeUninit::uninit()]);
+    let peeked = match known {
+        Known::ToReactor => stream.try_io(Interest::READABLE, peek),
+        Known::ToKernel => peek(),
+    };
+    !matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// Makes the close of this connection a reset, whatever is unsent: the other end must not take it for an end of data.

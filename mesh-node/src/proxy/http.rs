@@ -57,7 +57,7 @@ use self::{
     record::Record,
     reply::Reply,
     transport::{Counted, Transport},
-    wire::{Refused, WireRequest},
+    wire::{HeadLimits, Refused, WireRequest},
 };
 use super::{Proxy, ServedPod, limits::Place, live::Cut, open::Listed, pods::Stage};
 use crate::{
@@ -256,7 +256,7 @@ impl Connection {
         let mut responder = H2Responder::new(respond, parts.method == Method::HEAD);
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/2");
         let down = self.downstream(true);
-        let head = h2::request_head(http::Request::from_parts(parts, ()));
+        let head = h2::request_head(http::Request::from_parts(parts, ()), HeadLimits::OF_CLIENT);
         let head = match head {
             Ok(head) => head,
             Err(refused) => {

@@ -21,6 +21,7 @@ use super::{
 use crate::{
     balance::{self, Asker, outlier::Event},
     config::Snapshot,
+    io::socket::Known,
     proxy::{outbound::asker, reporting::Ends},
     route::{
         Cluster, LoadGuard,
@@ -270,24 +271,30 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
 
     async fn ask(&mut self, head: &RequestHead, to: (SocketAddr, &Arc<EndpointState>)) -> Attempt {
         let begun = Instant::now();
-        let ended = self.attempt(head, to, false).await;
-        if begun.elapsed() > AS_IT_IS_USED || !self.may_be_asked_anew(head, &ended) {
+        let known = if self.may_be_lost(head) { Known::ToReactor } else { Known::ToKernel };
+        let ended = self.attempt(head, to, Some(known)).await;
+        // The connection had been kept, and may have been closed for that it was not used, when the request was on its way.
+        let unused = matches!(&ended, Attempt::Failed(Failed { reset: Reset::ConnectionTermination, begun: false, kept: true, .. }));
+        if !unused || begun.elapsed() > AS_IT_IS_USED || !self.may_be_lost(head) {
             return ended;
         }
         self.down.proxy.metrics.retries.inc();
         self.upload.rewind();
-        self.attempt(head, to, true).await
+        self.attempt(head, to, None).await
     }
 
-    /// Whether the same is asked again on a new connection: the one it was sent on had been kept, and may have been closed for that
-    /// it was not used, when the request was on its way. As clients do it that keep connections (RFC 9110 section 9.2.2); of what is safe and
-    /// has no body.
-    fn may_be_asked_anew(&self, head: &RequestHead, ended: &Attempt) -> bool {
-        let Attempt::Failed(Failed { reset: Reset::ConnectionTermination, begun: false, kept: true, .. }) = ended else { return false };
+    /// Whether the same is asked again on a new connection when the one it was sent on turns out to be closed. As clients do it that keep
+    /// connections (RFC 9110 section 9.2.2); of what is safe and has no body.
+    fn may_be_lost(&self, head: &RequestHead) -> bool {
         head.method.is_safe() && self.upload.is_empty() && self.upload.can_repeat() && self.upgrade.is_none()
     }
 
-    async fn attempt(&mut self, head: &RequestHead, (address, endpoint): (SocketAddr, &Arc<EndpointState>), fresh: bool) -> Attempt {
+    async fn attempt(
+        &mut self,
+        head: &RequestHead,
+        (address, endpoint): (SocketAddr, &Arc<EndpointState>),
+        kept: Option<Known>,
+    ) -> Attempt {
         let (cluster, state, metrics) = (&self.cluster.clone(), self.state.clone(), &self.down.proxy.metrics);
         let wanted = Wanted {
             proxy: self.down.proxy,
@@ -298,9 +305,9 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             endpoint,
             address,
             http2: cluster.speaks_http2(self.down.http2) && self.upgrade.is_none(),
-            fresh,
+            kept,
             // For all attempts together.
-            patience: if self.number > 1 || fresh { REDIAL_TIMEOUT.saturating_sub(self.record.age()) } else { REDIAL_TIMEOUT },
+            patience: if self.number > 1 || kept.is_none() { REDIAL_TIMEOUT.saturating_sub(self.record.age()) } else { REDIAL_TIMEOUT },
         };
         let plan = Plan {
             head,

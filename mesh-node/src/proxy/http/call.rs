@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     balance,
+    io::socket::Known,
     proxy::{Proxy, ServedPod, outbound::asker},
     route::{Cluster, LoadGuard, request::RequestHead},
 };
@@ -72,7 +73,7 @@ impl Call<'_> {
             endpoint: &endpoint,
             address,
             http2: *http2,
-            fresh: false,
+            kept: Some(Known::ToKernel),
             patience: REDIAL_TIMEOUT,
         };
         let upstream = acquire(&wanted).await.ok()?;

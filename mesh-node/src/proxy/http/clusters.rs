@@ -22,6 +22,7 @@ use crate::{
         self,
         outlier::{Event, Outliers, Streak},
     },
+    io::socket::Known,
     proxy::reporting::EdgeSlot,
     route::{
         Cluster, ClusterId,
@@ -414,7 +415,7 @@ impl EndpointState {
     fn tidy(&self, cluster: &Cluster, now: Instant) {
         let all = std::mem::take(&mut *self.idle());
         // Looked at and, some of them, closed without holding up who wants one; back under what was kept meanwhile.
-        let keep = |c: &mut Box<H1Upstream>| c.is_fresh(cluster, now) && c.is_usable();
+        let keep = |c: &mut Box<H1Upstream>| c.is_fresh(cluster, now) && c.is_usable(Known::ToKernel);
         let (mut usable, mut gone) = (Vec::with_capacity(all.len()), Vec::new());
         all.into_iter().for_each(|mut c| if keep(&mut c) { &mut usable } else { &mut gone }.push(c));
         gone.into_iter().for_each(H1Upstream::retire);

@@ -10,7 +10,7 @@ use super::{
     framing::{Decoder, Encoder, Frame, Out},
     meter::Meter,
     transport::{TransportSink, TransportSource},
-    wire::{self, Framing, MAX_HEAD, MAX_RESPONSE_HEAD, Malformed, Refused},
+    wire::{self, Framing, HeadLimits, MAX_RESPONSE_HEAD, Malformed, Refused},
 };
 use crate::{
     hbone,
@@ -142,8 +142,9 @@ impl<'a> Reader<'a> {
     }
 
     pub async fn request(&mut self) -> Result<wire::WireRequest, NoHead> {
-        let bytes = self.head(MAX_HEAD, Sort::Request).await?;
-        let request = wire::request(&bytes).map_err(NoHead::Refused)?;
+        let limits = HeadLimits::of(self.source.is_tunnel());
+        let bytes = self.head(limits.bytes, Sort::Request).await?;
+        let request = wire::request(&bytes, limits).map_err(NoHead::Refused)?;
         self.begin_body(request.framing);
         self.meter = Meter::default();
         Ok(request)

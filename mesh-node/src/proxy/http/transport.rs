@@ -25,7 +25,7 @@ use crate::{
     },
     io::{
         relay::{Duplex, Prefixed, PrefixedSource, Sink as _, Source as _, TcpSink, TcpSource, Traffic},
-        socket::{has_input, reset_on_close},
+        socket::{Known, has_input, reset_on_close},
     },
 };
 
@@ -63,6 +63,11 @@ impl Transport {
         (source, sink)
     }
 
+    /// Whether another node is at the other end.
+    pub fn is_tunnel(&self) -> bool {
+        matches!(self, Self::Tunnel(_))
+    }
+
     /// This end's address; none of a tunnel.
     pub fn local(&self) -> Option<SocketAddr> {
         match self {
@@ -73,10 +78,10 @@ impl Transport {
     }
 
     /// Whether nothing has come and the other end has not closed: an idle connection can be used again.
-    pub fn is_quiet(&mut self) -> bool {
+    pub fn is_quiet(&mut self, known: Known) -> bool {
         match self {
-            Self::Tcp(stream) => !has_input(stream),
-            Self::Prefixed(stream) => !has_input(stream.get_ref()),
+            Self::Tcp(stream) => !has_input(stream, known),
+            Self::Prefixed(stream) => !has_input(stream.get_ref(), known),
             Self::Tunnel(tunnel) => tunnel.is_quiet(),
         }
     }
@@ -162,6 +167,11 @@ impl TransportSource<'_> {
             read.fetch_add(data.len() as u64, Ordering::Relaxed);
         }
         next
+    }
+
+    /// Whether another node is at the other end.
+    pub fn is_tunnel(&self) -> bool {
+        matches!(self.kind, SourceKind::Tunnel(_))
     }
 
     pub fn passed_on(&mut self, n: usize) {

@@ -35,6 +35,7 @@ use super::{
 use crate::{
     hbone::Leaving,
     id::WorkloadUid,
+    io::socket::Known,
     proxy::{
         Failure, Proxy, ServedPod,
         outbound::{self, Dial},
@@ -75,8 +76,8 @@ pub struct Wanted<'a> {
     pub endpoint: &'a Arc<EndpointState>,
     pub address: SocketAddr,
     pub http2: bool,
-    /// None that was kept from an earlier exchange will do, as long as there is room for another.
-    pub fresh: bool,
+    /// Which of those that were kept from earlier exchanges will do; if none, only as long as there is room for another.
+    pub kept: Option<Known>,
     /// How long a dial of the only pod there is is repeated: its node may be about to serve it.
     pub patience: Duration,
 }
@@ -114,10 +115,10 @@ impl H1Upstream {
     }
 
     /// Whether it can be used again, and is not better made anew.
-    pub fn is_usable(&mut self) -> bool {
+    pub fn is_usable(&mut self, known: Known) -> bool {
         let cut = self.hold.as_ref().is_some_and(LocalHold::is_cut);
         let leaving = self.transport.leaving().is_some_and(|l| l.is_so());
-        !cut && !leaving && self.unread.buffer.is_empty() && self.transport.is_quiet()
+        !cut && !leaving && self.unread.buffer.is_empty() && self.transport.is_quiet(known)
     }
 
     /// Whether an exchange before this one was on it.
@@ -178,9 +179,9 @@ pub async fn acquire(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
 async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> {
     let Wanted { cluster, state, endpoint, .. } = wanted;
     let limit = cluster.policy.tcp.max_connections;
-    let idle = || {
+    let idle = |known| {
         let (workload, now) = (wanted.workload(), Instant::now());
-        let usable = |idle: &mut Box<H1Upstream>| idle.workload == workload && idle.is_fresh(cluster, now) && idle.is_usable();
+        let usable = |idle: &mut Box<H1Upstream>| idle.workload == workload && idle.is_fresh(cluster, now) && idle.is_usable(known);
         while let Some(mut idle) = endpoint.last_used() {
             if usable(&mut idle) {
                 return Some(idle);
@@ -189,7 +190,7 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
         }
         None
     };
-    let kept = || if wanted.fresh { None } else { idle() };
+    let kept = || wanted.kept.and_then(idle);
     // Most find one, and have no need to hear of others.
     if let Some(idle) = kept() {
         return Ok(idle);
@@ -210,7 +211,7 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
             break slot;
         }
         // Without room for a new one.
-        if let Some(idle) = idle() {
+        if let Some(idle) = idle(Known::ToKernel) {
             return Ok(idle);
         }
         freed.await;

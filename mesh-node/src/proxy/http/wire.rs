@@ -4,6 +4,7 @@
 //! Ambiguity about where a message ends is never passed on: `content-length` beside `transfer-encoding`, repeated lengths
 //! and unknown codings are refused.
 
+mod limits;
 mod target;
 mod write;
 
@@ -12,6 +13,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 
 use self::target::{forwarded_scheme, target_of};
 pub use self::{
+    limits::{HeadLimits, MAX_HEAD, MAX_HEADERS, MAX_RESPONSE_HEAD},
     target::{checked_authority, path_and_query},
     write::{write_headers, write_request, write_response},
 };
@@ -19,13 +21,6 @@ use crate::{
     detect,
     route::request::{RequestHead, Scheme, is_grpc},
 };
-
-/// Largest head, bytes.
-pub const MAX_HEAD: usize = 60 * 1024;
-/// Largest head of a response, bytes: what an Envoy that is set to 60 KiB lets pass, as it looks at what it has read before it reads on.
-pub const MAX_RESPONSE_HEAD: usize = 80 * 1024;
-/// Most headers.
-pub const MAX_HEADERS: usize = 100;
 
 /// A message that is refused, with the answer a client gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -180,10 +175,10 @@ pub fn is_no_request(bytes: &Bytes) -> Option<Malformed> {
 }
 
 /// Reads a request head, which must be whole.
-pub fn request(bytes: &Bytes) -> Result<WireRequest, Box<Refused>> {
+pub fn request(bytes: &Bytes, limits: HeadLimits) -> Result<WireRequest, Box<Refused>> {
     let (line, rest) = first_line(bytes).ok_or(CODEC)?;
     let (method, target, minor) = request_line(bytes, line)?;
-    let mut headers = headers(bytes, rest)?;
+    let mut headers = headers(bytes, rest, limits.headers)?;
     let framing = request_framing(&headers, minor)?;
     without_leading_zeros(&mut headers);
     let connection = Connection::of(&headers);
@@ -248,7 +243,7 @@ pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malforme
     if rest_of_line[3..].iter().any(|b| b.is_ascii_control() && *b != b'\t') {
         return Err(CODEC);
     }
-    let mut headers = headers(bytes, rest)?;
+    let mut headers = headers(bytes, rest, MAX_HEADERS)?;
     let framing = response_framing(&headers, status, method)?;
     if status.is_informational() {
         // There is no body, and nothing may seem to say that there is one (RFC 9110 section 8.6, RFC 9112 section 6.1).
@@ -315,7 +310,7 @@ fn request_line(bytes: &Bytes, line: Range) -> Result<(Method, Bytes, u8), Malfo
     Ok((method, target, minor))
 }
 
-fn headers(bytes: &Bytes, mut at: usize) -> Result<HeaderMap, Malformed> {
+fn headers(bytes: &Bytes, mut at: usize, most: usize) -> Result<HeaderMap, Malformed> {
     let mut headers = HeaderMap::with_capacity(16);
     let mut count = 0;
     while let Some((line, next)) = line_at(bytes, at) {
@@ -324,7 +319,7 @@ fn headers(bytes: &Bytes, mut at: usize) -> Result<HeaderMap, Malformed> {
             return Ok(headers);
         }
         count += 1;
-        if count > MAX_HEADERS {
+        if count > most {
             return Err(Malformed::too_large("http1.too_many_headers"));
         }
         let colon = line.start + memchr::memchr(b':', &bytes[line.clone()]).ok_or(CODEC)?;

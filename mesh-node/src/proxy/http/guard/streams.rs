@@ -25,7 +25,7 @@ use crate::{
             transport::{Counted, Transport},
             upload::Upload,
             upstream::{Failed, UpSink, UpSource},
-            wire::{Malformed, expects_continue, take_expectation},
+            wire::{HeadLimits, Malformed, expects_continue, take_expectation},
         },
         limits::Place,
         live::Cut,
@@ -137,13 +137,14 @@ async fn streams(
             () = pod.draining(since) => {}
         }
     };
+    let limits = HeadLimits::of(client.is_tunnel());
     let client = Counted::downstream(client, traffic);
     let serving = h2::serve(
         client,
         most,
         |accepted| match accepted {
             Some(accepted) => match gate.proxy.request(&gate.pod) {
-                Some(place) => drop(spawn::large(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), (accepted, place)))),
+                Some(place) => drop(spawn::large(h2_exchange(gate.clone(), streams.clone(), cut.subscribe(), accepted, (limits, place)))),
                 None => h2::turn_away(accepted),
             },
             None => gate.broke_protocol(),
@@ -195,13 +196,18 @@ async fn drive(
     result.map_err(h2::into_io)
 }
 
-async fn h2_exchange(gate: Arc<Gate>, streams: Option<Streams>, mut cut: watch::Receiver<bool>, accepted: (Accepted, Place)) {
-    let ((request, respond), _place) = accepted;
+async fn h2_exchange(
+    gate: Arc<Gate>,
+    streams: Option<Streams>,
+    mut cut: watch::Receiver<bool>,
+    (request, respond): Accepted,
+    (limits, _place): (HeadLimits, Place),
+) {
     let (parts_of, stream) = request.into_parts();
     let mut body = H2Source::new(stream, &parts_of.headers);
     let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
     let mut record;
-    let end = match h2::request_head(http::Request::from_parts(parts_of, ())) {
+    let end = match h2::request_head(http::Request::from_parts(parts_of, ()), limits) {
         Ok(mut head) => {
             record = gate.take_down(&mut head, "HTTP/2");
             record.look_behind(responder.meter());

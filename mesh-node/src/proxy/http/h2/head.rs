@@ -8,7 +8,7 @@ use crate::{
     proxy::http::{
         framing::has_odd_name,
         headers::CLIENT_CERT,
-        wire::{MAX_HEAD, MAX_HEADERS, Malformed, ParsedHead, Refused, checked_authority, path_and_query, strip_hop_by_hop},
+        wire::{HeadLimits, Malformed, ParsedHead, Refused, checked_authority, path_and_query, strip_hop_by_hop},
     },
     route::{
         request::{RequestHead, Scheme},
@@ -17,13 +17,13 @@ use crate::{
 };
 
 /// Turns a request of HTTP/2 into the common form.
-pub fn request_head(request: Request<()>) -> Result<RequestHead, Box<Refused>> {
+pub fn request_head(request: Request<()>, limits: HeadLimits) -> Result<RequestHead, Box<Refused>> {
     let (parts, ()) = request.into_parts();
     let mut headers = parts.headers;
     let said = parts.method.as_str().len()
         + parts.uri.path_and_query().map_or(0, |target| target.as_str().len())
         + parts.uri.authority().map_or(0, |authority| authority.as_str().len());
-    if headers.len() > MAX_HEADERS || said + list_size(&headers) > MAX_HEAD {
+    if headers.len() > limits.headers || said + list_size(&headers) > limits.bytes {
         return Err(Malformed { details: "http2.too_many_headers", close: false, ..Malformed::TOO_LARGE }.into());
     }
     let ambiguous = is_ambiguous(&headers);

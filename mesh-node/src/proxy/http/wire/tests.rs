@@ -5,7 +5,7 @@ use super::*;
 fn parse(text: &str) -> Result<WireRequest, Malformed> {
     let bytes = Bytes::copy_from_slice(text.as_bytes());
     assert_eq!(head_end(&bytes), Some(bytes.len()), "{text:?} is a whole head");
-    request(&bytes).map_err(|refused| refused.malformed)
+    request(&bytes, HeadLimits::OF_CLIENT).map_err(|refused| refused.malformed)
 }
 
 fn refused(text: &str) -> (u16, &'static str) {
@@ -54,7 +54,7 @@ fn what_envoy_lets_pass_passes() {
 
 #[test]
 fn a_request_that_is_refused_says_what_it_was() {
-    let of = |text: &'static str| request(&Bytes::from_static(text.as_bytes())).expect_err("refused").said;
+    let of = |text: &'static str| request(&Bytes::from_static(text.as_bytes()), HeadLimits::OF_CLIENT).expect_err("refused").said;
     let said = of("GET /a%00 HTTP/1.1\r\nhost: c\r\nx-id: 1\r\n\r\n").expect("read");
     assert_eq!((said.method, &*said.target, said.authority), (Method::GET, &b"/a%00"[..], Some(HeaderValue::from_static("c"))));
     assert_eq!(said.headers["x-id"], "1");
@@ -161,6 +161,9 @@ fn ambiguous_or_broken_requests_are_refused_as_recorded() {
     }
     let many = format!("GET / HTTP/1.1\r\nhost: a\r\n{}\r\n", "x: 1\r\n".repeat(100));
     assert_eq!(refused(&many), (431, "http1.too_many_headers"));
+    let from_node = |n: usize| request(&format!("GET / HTTP/1.1\r\nhost: a\r\n{}\r\n", "x: 1\r\n".repeat(n)).into(), HeadLimits::OF_NODE);
+    assert!(from_node(199).is_ok(), "what nodes add is within their limit");
+    assert_eq!(from_node(200).expect_err("too many").malformed.status, 431);
 }
 
 #[test]
@@ -210,7 +213,7 @@ proptest::proptest! {
     fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
         let bytes = Bytes::from([b"GET / HTTP/1.1\r\nhost: a\r\n".as_slice(), &bytes, b"\r\n\r\n"].concat());
         if let Some(end) = head_end(&bytes) {
-            let _ = request(&bytes.slice(..end));
+            let _ = request(&bytes.slice(..end), HeadLimits::OF_CLIENT);
             let _ = response(&bytes.slice(..end), &Method::GET);
         }
     }
@@ -241,7 +244,9 @@ fn what_can_be_no_request_is_told_from_what_may_become_one() {
 
 #[test]
 fn an_odd_element_hides_no_other_of_a_list() {
-    let read = |headers: &str| request(&Bytes::from([b"GET / HTTP/1.1\r\nhost: a\r\n", headers.as_bytes(), b"\r\n"].concat()));
+    let read = |headers: &str| {
+        request(&Bytes::from([b"GET / HTTP/1.1\r\nhost: a\r\n", headers.as_bytes(), b"\r\n"].concat()), HeadLimits::OF_CLIENT)
+    };
     let odd = "\u{e9}";
     let nominated = read(&format!("connection: x-secret, {odd}, close\r\nx-secret: 1\r\nte: {odd}, trailers\r\n")).expect("a request");
     assert!(!nominated.head.headers.contains_key("x-secret") && !nominated.keep_alive);

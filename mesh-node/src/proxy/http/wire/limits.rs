@@ -1,0 +1,26 @@
+//! What heads may have.
+
+/// Largest head, bytes.
+pub const MAX_HEAD: usize = 60 * 1024;
+/// Largest head of a response, bytes: what an Envoy that is set to 60 KiB lets pass, as it looks at what it has read before it reads on.
+pub const MAX_RESPONSE_HEAD: usize = 80 * 1024;
+/// Most headers.
+pub const MAX_HEADERS: usize = 100;
+
+/// What the head of a request may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadLimits {
+    pub bytes: usize,
+    pub headers: usize,
+}
+
+impl HeadLimits {
+    /// As its client sends it.
+    pub const OF_CLIENT: Self = Self { bytes: MAX_HEAD, headers: MAX_HEADERS };
+    /// As another node sends it on: with what that node, and its routes, have added to what was within the limits.
+    pub const OF_NODE: Self = Self { bytes: 2 * MAX_HEAD, headers: 2 * MAX_HEADERS };
+
+    pub fn of(is_tunnel: bool) -> Self {
+        if is_tunnel { Self::OF_NODE } else { Self::OF_CLIENT }
+    }
+}
