@@ -17,7 +17,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -29,6 +29,7 @@ use http::{
 use http_body_util::Full;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -336,8 +337,8 @@ impl Scrapes {
     /// One at a time, and anew when a while has passed that is in proportion to the work.
     fn get(&self, open: bool, make: impl FnOnce() -> Result<String, std::fmt::Error>) -> Result<Bytes, std::fmt::Error> {
         let which = usize::from(open);
-        let _one_at_a_time = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = self.made.lock().unwrap_or_else(PoisonError::into_inner)[which].clone();
+        let _one_at_a_time = self.making.lock();
+        let last = self.made.lock()[which].clone();
         if let Some(text) = last {
             return Ok(text);
         }
@@ -345,12 +346,12 @@ impl Scrapes {
         let text = Bytes::from(make()?);
         let took = worked().saturating_sub(began);
         if took > CHEAP {
-            self.made.lock().unwrap_or_else(PoisonError::into_inner)[which] = Some(text.clone());
+            self.made.lock()[which] = Some(text.clone());
             let all = self.made.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(took * PAUSE).await;
                 // It is that text still: there is no other as long as there is one.
-                all.lock().unwrap_or_else(PoisonError::into_inner)[which] = None;
+                all.lock()[which] = None;
             });
         }
         Ok(text)

@@ -21,7 +21,6 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
 };
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockHash};
@@ -30,6 +29,7 @@ use mesh_common::{
     maps::{ALIVE, Counter, FlowKey, MAX_PROXIES, MAX_PROXY_FLOWS, NodeConfig, PendingKey, Pod},
 };
 use nix::fcntl::Flock;
+use parking_lot::Mutex;
 
 pub use accelerate::{Accelerator, Offered, Offers, Pair, PairState, State};
 pub use direct::{Dialled, Direct, DirectFlow, FlowEvents, Phase};
@@ -383,23 +383,19 @@ impl NodeFlows {
         let address = |a: SocketAddr| Address::new(octets(a.ip()), a.port());
         let key = FlowKey { remote: address(client), local: address(destination) };
         let Ok(cgroup) = self.map.get(&key, 0) else { return false };
-        if let Some(known) = self.lock().get(&cgroup) {
+        if let Some(known) = self.known.lock().get(&cgroup) {
             return *known;
         }
         let outside = discovery::is_outside_pods(&self.cgroup, cgroup).unwrap_or_else(|error| {
             tracing::warn!(target: "capture", cgroup, %error, "cannot find out whose connection it is");
             false
         });
-        let mut known = self.lock();
+        let mut known = self.known.lock();
         if known.len() >= MAX_KNOWN {
             known.clear();
         }
         known.insert(cgroup, outside);
         outside
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, std::collections::HashMap<u64, bool>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

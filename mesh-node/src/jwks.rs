@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -16,6 +16,7 @@ use bytes::Bytes;
 use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout},
@@ -124,7 +125,7 @@ impl Jwks {
     /// The keys of an issuer; waits for them when there are none yet. `None`: they cannot be had.
     pub async fn keys(&self, remote: &RemoteKeys) -> Option<Arc<Keys>> {
         let set = self.set(remote);
-        *set.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *set.used.lock() = Some(Instant::now());
         if let Some(keys) = set.keys.load_full() {
             return Some(keys);
         }
@@ -135,14 +136,14 @@ impl Jwks {
     /// The keys of an issuer, if there are any yet.
     pub fn known(&self, remote: &RemoteKeys) -> Option<Arc<Keys>> {
         let set = self.set(remote);
-        *set.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *set.used.lock() = Some(Instant::now());
         set.keys.load_full()
     }
 
     /// What is wrong with the sets the configuration needs, in the words of a remark.
     pub fn problems(&self) -> Vec<String> {
         let wanted = &self.config.load().remote_keys;
-        let all = self.lock().iter().map(|(remote, set)| (remote.clone(), set.clone())).collect::<Vec<_>>();
+        let all = self.sets.lock().iter().map(|(remote, set)| (remote.clone(), set.clone())).collect::<Vec<_>>();
         let told = |(remote, set): (RemoteKeys, Arc<Set>)| {
             let problem = set.problem.load_full().filter(|_| wanted.contains(&remote))?;
             let kept = if set.keys.load().is_some() { "those fetched before are used" } else { "tokens of its issuers are answered 401" };
@@ -166,8 +167,8 @@ impl Jwks {
         loop {
             let mut wanted = config.load().remote_keys.clone();
             {
-                let mut sets = self.lock();
-                let recently = |set: &Set| set.used.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|u| u.elapsed() < FORGET);
+                let mut sets = self.sets.lock();
+                let recently = |set: &Set| set.used.lock().is_some_and(|u| u.elapsed() < FORGET);
                 // Whoever asks for one that could not be had has it fetched.
                 sets.retain(|remote, set| wanted.contains(remote) || set.keys.load().is_some() && recently(set));
                 for remote in &wanted {
@@ -193,11 +194,7 @@ impl Jwks {
     }
 
     fn set(&self, remote: &RemoteKeys) -> Arc<Set> {
-        self.lock().entry(remote.clone()).or_default().clone()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<RemoteKeys, Arc<Set>>> {
-        self.sets.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sets.lock().entry(remote.clone()).or_default().clone()
     }
 
     /// Fetches, unless that was done so recently; one at a time for each set. What has begun goes on when nobody waits for it

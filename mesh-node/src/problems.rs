@@ -4,9 +4,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 /// Most that are told of one kind; there is no more to learn from others.
 const MAX_LISTED: usize = 20;
@@ -55,7 +56,7 @@ impl Problems {
     }
 
     fn lasting(&self) -> MutexGuard<'_, BTreeMap<(Kind, String), Problem>> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.lock();
         let now = Instant::now();
         all.retain(|_, problem| problem.until.is_none_or(|until| until > now));
         all

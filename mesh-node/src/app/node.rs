@@ -6,13 +6,14 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 
 use super::{
@@ -124,7 +125,7 @@ pub struct Node {
 
 impl Node {
     pub fn pods(&self) -> Vec<PodState> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.pods.lock().clone()
     }
 
     /// Ready: the configuration has been read and the pods there were have been captured. One pod that cannot be is shown
@@ -133,8 +134,8 @@ impl Node {
         self.reconciled.load(Ordering::Acquire) && !self.stopping.load(Ordering::Relaxed)
     }
 
-    pub(super) fn capture(&self) -> std::sync::MutexGuard<'_, Capture> {
-        self.capture.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn capture(&self) -> parking_lot::MutexGuard<'_, Capture> {
+        self.capture.lock()
     }
 }
 
@@ -340,7 +341,7 @@ impl Reconciler {
         self.node.direct.serve(&there);
         let mut states = mine.iter().map(|w| self.state(w, found)).collect::<Vec<_>>();
         states.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-        *self.node.pods.lock().unwrap_or_else(PoisonError::into_inner) = states;
+        *self.node.pods.lock() = states;
         self.node.proxy.identity.retain(&mine.iter().filter(|w| w.enrolled).map(|w| w.identity.clone()).collect());
         if self.stay.as_ref() != Some(&stay) {
             // Pods that were held, or left enrolled by an earlier process, and are gone or not in the mesh.

@@ -6,13 +6,14 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 
 use crate::route::traffic::Outlier;
 
@@ -155,7 +156,7 @@ impl Outliers {
     }
 
     fn eject(&self, endpoint: SocketAddr, settings: &Outlier, endpoints: usize, now: Instant) -> bool {
-        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut history = self.history.lock();
         let before = self.ejected.load();
         let mut active =
             before.iter().filter(|(_, until)| *until > now && before.by.as_ref() == Some(settings)).copied().collect::<Vec<_>>();
@@ -197,7 +198,7 @@ impl Outliers {
         if ejected.all.is_empty() || ejected.by.as_ref() == settings {
             return ejected;
         }
-        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut history = self.history.lock();
         // Somebody may have been here since.
         if self.ejected.load().by.as_ref() != settings {
             history.clear();
@@ -213,7 +214,7 @@ impl Outliers {
 
     /// Forgets endpoints that are no more.
     pub fn retain(&self, exists: impl Fn(&SocketAddr) -> bool) {
-        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut history = self.history.lock();
         history.retain(|a, _| exists(a));
         if self.ejected.load().iter().any(|(a, _)| !exists(a)) {
             let ejected = self.ejected.load();

@@ -11,7 +11,7 @@ use std::{
     net::SocketAddr,
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -19,6 +19,7 @@ use std::{
 
 use aya::maps::{MapData, RingBuf};
 use mesh_common::accelerate::{Event, PairReply, PairRequest, Way};
+use parking_lot::Mutex;
 use tokio::{
     io::unix::AsyncFd,
     sync::mpsc,
@@ -104,11 +105,7 @@ pub struct PairState {
 #[derive(Debug, Default)]
 struct Known(Mutex<HashMap<u64, (Pair, State)>>);
 
-impl Known {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, (Pair, State)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+impl Known {}
 
 /// A pair on offer as long as this lives: as long as the connection.
 #[derive(Debug)]
@@ -134,7 +131,7 @@ impl Offers {
 
     /// Pairs that are on offer.
     pub fn states(&self) -> Vec<PairState> {
-        let all = self.known.lock().values().cloned().collect::<Vec<_>>();
+        let all = self.known.0.lock().values().cloned().collect::<Vec<_>>();
         let bytes = |place: &Place| self.kernel.look(place).map_or(0, |reply| reply.bytes);
         let one = |(pair, state): (Pair, State)| {
             let redirected = if state == State::Young { [0; 2] } else { [bytes(&pair.one), bytes(&pair.other)] };
@@ -283,12 +280,12 @@ impl Accelerator {
     fn take(&mut self, message: Message) {
         match message {
             Message::Offer(id, pair) => {
-                self.known.lock().insert(id, ((*pair).clone(), State::Young));
+                self.known.0.lock().insert(id, ((*pair).clone(), State::Young));
                 self.entries.insert(id, Entry { pair: *pair, phase: Phase::Outside, wait: FIRST_LOOK, taken: None, odd: 0 });
                 self.due.insert((Instant::now() + FIRST_LOOK, id));
             }
             Message::Withdraw(id) => {
-                self.known.lock().remove(&id);
+                self.known.0.lock().remove(&id);
                 let entry = self.entries.remove(&id).filter(|e| e.pair.flow != 0 && e.phase != Phase::Outside);
                 // It may go on without this process, which must not be needed then.
                 if let Some(error) = entry.and_then(|entry| self.take_out(id, &entry).err()) {
@@ -331,7 +328,7 @@ impl Accelerator {
     }
 
     fn set(&self, id: u64, state: State) {
-        if let Some((_, known)) = self.known.lock().get_mut(&id)
+        if let Some((_, known)) = self.known.0.lock().get_mut(&id)
             && *known != state
         {
             *known = state;

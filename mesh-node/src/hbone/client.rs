@@ -4,7 +4,7 @@ use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
@@ -14,6 +14,7 @@ use std::{
 use bytes::Bytes;
 use h2::client::SendRequest;
 use http::{Request, StatusCode};
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::Notify,
@@ -120,11 +121,11 @@ impl Shared {
 
     /// Whether the peer has said that it takes no more streams.
     fn is_sent_away(&self) -> bool {
-        self.send.lock().unwrap_or_else(PoisonError::into_inner).as_mut().is_some_and(is_sent_away)
+        self.send.lock().as_mut().is_some_and(is_sent_away)
     }
 
     fn sender(&self) -> Option<SendRequest<Bytes>> {
-        self.send.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.send.lock().clone()
     }
 }
 
@@ -280,7 +281,7 @@ async fn drive<T>(
     };
     let unused = async {
         until_unused(&shared).await;
-        shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();
+        shared.send.lock().take();
         std::future::pending::<()>().await;
     };
     let mut turn = LastOfAll::default();
@@ -306,7 +307,7 @@ async fn drive<T>(
         () = revoked => shared.revoked.store(true, Ordering::SeqCst),
     }
     shared.leave();
-    shared.send.lock().unwrap_or_else(PoisonError::into_inner).take();
+    shared.send.lock().take();
 }
 
 /// Completes when the connection is closed to new streams and has none.

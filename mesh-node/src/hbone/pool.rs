@@ -1,14 +1,10 @@
 //! Pooled HBONE connections. The key is the whole key: who talks to whom, by which address and which incarnation of the
 //! workload, so that a reused address never meets an old connection.
 
-use std::{
-    collections::HashMap,
-    future::Future,
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::HashMap, future::Future, net::SocketAddr, sync::Arc};
 
 use http::Request;
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::{Connection, Tunnel, TunnelError};
@@ -67,7 +63,7 @@ impl Pool {
     where
         F: Future<Output = Result<Connection, E>>,
     {
-        let slot = self.lock().entry(key.clone()).or_default().clone();
+        let slot = self.slots.lock().entry(key.clone()).or_default().clone();
         let mut connections = slot.0.lock().await;
         connections.retain(|c| !c.is_closed());
         if let Some(connection) = connections.iter().find(|c| c.has_room()) {
@@ -81,7 +77,7 @@ impl Pool {
 
     /// Closes connections whose source or destination workload is gone, and forgets keys without connections.
     pub fn retain(&self, exists: impl Fn(&WorkloadUid) -> bool) {
-        self.lock().retain(|key, slot| {
+        self.slots.lock().retain(|key, slot| {
             let wanted = exists(&key.source_workload) && exists(&key.destination_workload);
             // A slot somebody holds is being dialled, or about to be: look again next time. None can be taken out
             // meanwhile, the map is locked.
@@ -109,16 +105,12 @@ impl Pool {
 
     /// What is pooled now.
     pub fn states(&self) -> Vec<PoolState> {
-        let slots = self.lock().iter().map(|(k, s)| (k.clone(), s.clone())).collect::<Vec<_>>();
+        let slots = self.slots.lock().iter().map(|(k, s)| (k.clone(), s.clone())).collect::<Vec<_>>();
         let state = |(key, slot): (PoolKey, Arc<Slot>)| {
             let connections = slot.0.try_lock().ok()?;
             let live = connections.iter().filter(|c| !c.is_closed()).collect::<Vec<_>>();
             Some(PoolState { key, connections: live.len(), streams: live.iter().map(|c| c.streams()).sum() })
         };
         slots.into_iter().filter_map(state).collect()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PoolKey, Arc<Slot>>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,13 +6,14 @@
 use std::{
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
+use parking_lot::Mutex;
 use prost::Message;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
 use rustls::pki_types::PrivateKeyDer;
@@ -116,7 +117,7 @@ impl IstioCa {
             PrivateKeyDer::Pkcs8(key.serialize_der().into()),
             self.trust.clone(),
         )?;
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut newest = self.newest.lock();
         if number > *newest {
             self.trust.set_roots(&roots)?;
             *newest = number;

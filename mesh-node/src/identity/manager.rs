@@ -6,10 +6,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
 use super::{
@@ -132,7 +133,7 @@ impl Manager {
 
     /// Fetches certificates that will be needed and forgets those of identities no longer in use.
     pub fn retain(&self, in_use: &HashSet<SpiffeId>) {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).retain(|id, _| in_use.contains(id));
+        self.entries.lock().retain(|id, _| in_use.contains(id));
         for id in in_use {
             drop(self.watch(id));
         }
@@ -140,14 +141,14 @@ impl Manager {
 
     /// The state of every certificate, sorted by identity.
     pub fn states(&self) -> Vec<CertificateState> {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.lock();
         let mut all = entries.iter().map(|(id, e)| state(id, &e.current.borrow())).collect::<Vec<_>>();
         all.sort_by(|a, b| a.identity.cmp(&b.identity));
         all
     }
 
     fn watch(&self, id: &SpiffeId) -> (watch::Receiver<Current>, Arc<Notify>) {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.lock();
         if let Some(entry) = entries.get(id) {
             return (entry.current.clone(), entry.wanted.clone());
         }

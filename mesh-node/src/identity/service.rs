@@ -10,7 +10,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -19,6 +19,7 @@ use std::{
 use arc_swap::ArcSwap;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::{HeaderMap, header};
+use parking_lot::Mutex;
 use rcgen::{CertificateSigningRequestParams, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Deserialize;
@@ -237,7 +238,7 @@ impl Service {
 
     /// Certificates issued, and requests refused by reason.
     pub fn counts(&self) -> (u64, Vec<(Refusal, u64)>) {
-        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = self.refused.lock();
         (self.issued.load(Ordering::Relaxed), refused.iter().map(|(r, n)| (*r, *n)).collect())
     }
 
@@ -252,7 +253,7 @@ impl Service {
                 Ok(grpc::frame(&response))
             }
             Err((refusal, why)) => {
-                *self.refused.lock().unwrap_or_else(PoisonError::into_inner).entry(refusal).or_default() += 1;
+                *self.refused.lock().entry(refusal).or_default() += 1;
                 tracing::warn!(target: "ca", reason = refusal.reason(), why, "refused");
                 Err(Status::new(refusal.code(), why))
             }
@@ -370,7 +371,7 @@ impl FileCluster {
     }
 
     fn tokens(&self) -> Result<Vec<Token>, IssueError> {
-        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut read = self.read.lock();
         let now = Stamp::of([self.tokens.clone()]);
         if read.0 != now || read.1.is_empty() {
             let text = std::fs::read_to_string(&self.tokens).map_err(state("read", &self.tokens))?;

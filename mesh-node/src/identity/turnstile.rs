@@ -1,11 +1,9 @@
 //! How many fetch certificates at once, and who goes first: a connection that waits for one before one that will be needed,
 //! and that before a renewal.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 /// How much a certificate is wanted; the smallest goes first. Istio's ztunnel has the same three.
@@ -42,7 +40,7 @@ impl Turnstile {
     /// Waits for a place.
     pub async fn pass(&self, priority: Priority) -> Pass {
         let receiver = {
-            let mut inner = self.lock();
+            let mut inner = self.0.lock();
             if inner.free > 0 {
                 inner.free -= 1;
                 return Pass(Some(self.clone()));
@@ -60,15 +58,11 @@ impl Turnstile {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Hands a place on to whoever is first and still there.
     fn leave(&self) {
         loop {
             let next = {
-                let mut inner = self.lock();
+                let mut inner = self.0.lock();
                 if let Some((_, sender)) = inner.waiting.pop_first() {
                     sender
                 } else {
@@ -109,7 +103,7 @@ mod tests {
             let (turnstile, order) = (turnstile.clone(), order.clone());
             tasks.push(tokio::spawn(async move {
                 let _pass = turnstile.pass(priority).await;
-                order.lock().expect("lock").push(name);
+                order.lock().push(name);
             }));
             tokio::task::yield_now().await;
         }
@@ -125,7 +119,7 @@ mod tests {
         for task in tasks {
             task.await.expect("joined");
         }
-        assert_eq!(*order.lock().expect("lock"), ["now 1", "now 2", "soon", "renewal"]);
-        assert_eq!(turnstile.lock().free, 1);
+        assert_eq!(*order.lock(), ["now 1", "now 2", "soon", "renewal"]);
+        assert_eq!(turnstile.0.lock().free, 1);
     }
 }

@@ -3,12 +3,13 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
 };
 
+use parking_lot::Mutex;
 use pin_project_lite::pin_project;
 
 pin_project! {
@@ -37,7 +38,7 @@ impl Wake for Bell {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.rung.store(true, Ordering::Release);
-        if let Some(task) = &*self.task.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(task) = &*self.task.lock() {
             task.wake_by_ref();
         }
     }
@@ -58,7 +59,7 @@ impl<F: Future> Future for Rarely<F> {
         let this = self.project();
         if this.task.as_ref().is_none_or(|task| !task.will_wake(cx.waker())) {
             *this.task = Some(cx.waker().clone());
-            *this.bell.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(cx.waker().clone());
+            *this.bell.task.lock() = Some(cx.waker().clone());
         }
         if !this.bell.rung.load(Ordering::Relaxed) || !this.bell.rung.swap(false, Ordering::AcqRel) {
             return Poll::Pending;

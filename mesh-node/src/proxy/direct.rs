@@ -11,10 +11,11 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use self::{
@@ -124,7 +125,7 @@ impl Direct {
                 heard = events.next() => match heard {
                     Ok(heard) => {
                         {
-                            let (mut state, snapshot) = (self.lock(), self.proxy.config.load());
+                            let (mut state, snapshot) = (self.state.lock(), self.proxy.config.load());
                             heard.iter().for_each(|flow| state.hear(&self.proxy, &snapshot, flow));
                         }
                         // While there are always more, others have their turn between.
@@ -154,7 +155,7 @@ impl Direct {
     /// latter have changed; costs little when not. Nothing happens to a flow before the first time. `there`: the network
     /// namespaces of pods that are there, or may be, and whose they are as far as is known.
     pub fn serve(&self, there: &HashMap<u64, Option<WorkloadUid>>) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.there.as_ref() != Some(there) {
             state.there = Some(there.clone());
             state.basis = None;
@@ -164,7 +165,7 @@ impl Direct {
     }
 
     fn sync(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.there.is_none() || state.handed_over {
             return;
         }
@@ -187,7 +188,7 @@ impl Direct {
 
     /// Goes through all flows: sees what no event told, and cuts what must not go on.
     fn go_through(&self) {
-        let (mut state, snapshot) = (self.lock(), self.proxy.config.load());
+        let (mut state, snapshot) = (self.state.lock(), self.proxy.config.load());
         if state.handed_over || state.there.is_none() {
             return;
         }
@@ -220,7 +221,7 @@ impl Direct {
 
     /// Lets go of all flows, which go on.
     pub fn hand_over(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.handed_over = true;
         for (_, known) in state.flows.drain() {
             known.outcomes.into_iter().for_each(Outcome::hand_over);
@@ -235,7 +236,7 @@ impl Direct {
 
     /// Routes in force.
     pub fn routes(&self) -> usize {
-        self.lock().kernel.routes()
+        self.state.lock().kernel.routes()
     }
 
     /// Flows that are open.
@@ -252,12 +253,12 @@ impl Direct {
             };
             (state, known.ends.as_ref().map(|e| e.source.clone()))
         };
-        let all = self.lock().flows.values().map(one).collect::<Vec<_>>();
+        let all = self.state.lock().flows.values().map(one).collect::<Vec<_>>();
         // The kernel is asked without the lock: what goes on does not wait for all of them.
         let ask = |(mut state, source): (DirectState, Option<Arc<ServedPod>>)| {
             state.bytes = source.and_then(|pod| {
                 let tcp = capture::direct::by_tcp(&pod.netns, &state.flow).ok()?;
-                self.lock().kernel.traffic(&state.flow, tcp)
+                self.state.lock().kernel.traffic(&state.flow, tcp)
             });
             state
         };
@@ -266,21 +267,17 @@ impl Direct {
 
     /// Takes down what the flows have carried until now: to be counted and listed before they end.
     pub fn measure(&self) {
-        let cookies = self.lock().flows.keys().copied().collect::<Vec<_>>();
+        let cookies = self.state.lock().flows.keys().copied().collect::<Vec<_>>();
         for cookie in cookies {
             // The kernel is asked without the lock: what goes on does not wait for all of them.
-            let asked = self.lock().flows.get(&cookie).and_then(|k| Some((k.ends.as_ref()?.source.clone(), k.flow.clone())));
+            let asked = self.state.lock().flows.get(&cookie).and_then(|k| Some((k.ends.as_ref()?.source.clone(), k.flow.clone())));
             let Some((source, flow)) = asked else { continue };
             let Ok(tcp) = capture::direct::by_tcp(&source.netns, &flow) else { continue };
-            let state = self.lock();
+            let state = self.state.lock();
             if let (Some(known), Some(bytes)) = (state.flows.get(&cookie), state.kernel.traffic(&flow, tcp)) {
                 known.carried(bytes);
             }
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -5,12 +5,13 @@ use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
-        Arc, LazyLock, Mutex, PoisonError,
+        Arc, LazyLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::problems;
@@ -168,7 +169,7 @@ impl Default for Callers {
 
 impl Callers {
     fn of(&self, client: IpAddr, turns: usize) -> Caller {
-        let mut each = self.each.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut each = self.each.lock();
         // Who has nothing under way any more is forgotten.
         if each.len() >= CALLERS {
             each.retain(|_, caller| Arc::strong_count(&caller.held) > 1 || caller.turns.available_permits() < caller.most);

@@ -6,11 +6,12 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::{
@@ -118,22 +119,18 @@ impl Live {
     pub fn register(&self, workload: WorkloadUid, facts: Facts) -> Registration {
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = watch::channel(None);
-        self.lock().insert(id, Entry { workload, facts, carries: Carries::Undecided, allowed_by: Vec::new(), cut: sender });
+        self.0.entries.lock().insert(id, Entry { workload, facts, carries: Carries::Undecided, allowed_by: Vec::new(), cut: sender });
         Registration { id, live: self.clone(), cut: receiver, offered: None }
     }
 
     /// Cuts the connections this snapshot's policies deny; how many.
     pub fn recheck(&self, snapshot: &Snapshot) -> usize {
-        let entries = self.lock();
+        let entries = self.0.entries.lock();
         let denied = entries.values().filter(|e| {
             // A workload that is gone from the configuration is the pod watcher's business: its end is not a policy change.
             snapshot.workload(&e.workload).is_some_and(|w| e.is_denied(w, snapshot))
         });
         denied.filter(|e| e.cut.send_replace(Some(Cut::PolicyChanged)).is_none()).count()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Entry>> {
-        self.0.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -148,14 +145,14 @@ impl Note {
     /// Takes in what the connection carries. To be called before that is judged: a change of policy is then seen by one or
     /// the other.
     pub fn carries(&self, carries: Carries) {
-        if let Some(entry) = self.live.lock().get_mut(&self.id) {
+        if let Some(entry) = self.live.0.entries.lock().get_mut(&self.id) {
             entry.carries = carries;
         }
     }
 
     /// The same, of a connection without requests.
     pub fn is_opaque(&self, sni: &Sni, allowed_by: &[Arc<Authorizer>]) {
-        if let Some(entry) = self.live.lock().get_mut(&self.id) {
+        if let Some(entry) = self.live.0.entries.lock().get_mut(&self.id) {
             entry.carries = Carries::Opaque;
             entry.facts.sni = sni.clone();
             entry.allowed_by = allowed_by.to_vec();
@@ -186,6 +183,6 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.live.lock().remove(&self.id);
+        self.live.0.entries.lock().remove(&self.id);
     }
 }

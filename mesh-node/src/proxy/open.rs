@@ -4,11 +4,13 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Instant,
 };
+
+use parking_lot::Mutex;
 
 use super::{
     Proxy, ServedPod,
@@ -155,23 +157,19 @@ impl OpenConnections {
     }
 
     pub fn insert(&self, open: Arc<Open>) {
-        self.lock().insert(open.number, open);
+        self.all.lock().insert(open.number, open);
     }
 
     pub fn remove(&self, number: u64) {
-        self.lock().remove(&number);
+        self.all.lock().remove(&number);
     }
 
     pub fn all(&self) -> Vec<Arc<Open>> {
-        self.lock().values().cloned().collect()
+        self.all.lock().values().cloned().collect()
     }
 
     /// Counts the bytes of all until now.
     pub fn count(&self) {
         self.all().iter().for_each(|open| open.count());
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Open>>> {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -4,12 +4,13 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 
 use super::{
@@ -222,7 +223,7 @@ impl Pods {
     }
 
     fn change(&self, f: impl FnOnce(&mut HashMap<WorkloadUid, Arc<ServedPod>>)) {
-        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.writing.lock();
         let mut pods = HashMap::clone(&self.by_uid.load());
         f(&mut pods);
         self.by_uid.store(Arc::new(pods));

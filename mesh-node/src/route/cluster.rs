@@ -4,11 +4,13 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::Instant,
 };
+
+use parking_lot::Mutex;
 
 use super::traffic::{TrafficPolicy, Upgrade};
 use crate::{balance::Table, detect::Protocol, id::ObjectName, resource::kube::Node, resource::selector::Labels};
@@ -121,12 +123,12 @@ impl Load {
 
     /// Since when the endpoint is used.
     pub fn since(&self) -> Instant {
-        *self.since.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.since.lock()
     }
 
     /// It is used again.
     pub fn renew(&self, since: Instant) {
-        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = since;
+        *self.since.lock() = since;
     }
 
     pub fn current(&self) -> u32 {

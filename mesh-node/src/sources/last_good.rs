@@ -5,9 +5,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::problems;
 
@@ -47,7 +48,7 @@ impl LastGood {
     }
 
     fn unkept(&self) -> MutexGuard<'_, BTreeMap<PathBuf, (Quality, String)>> {
-        self.unkept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.unkept.lock()
     }
 
     fn stale(&self, original: &Path) -> PathBuf {
@@ -152,7 +153,7 @@ impl LastGood {
     /// Tries again what could not be written, now and then.
     pub fn again(&self) {
         let unkept = {
-            let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut tried = self.tried.lock();
             if tried.is_some_and(|at| at.elapsed() < RETRY_INTERVAL) {
                 return;
             }

@@ -10,11 +10,12 @@ use std::{
     io::{self, Write},
     os::unix::fs::MetadataExt,
     path::Path,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
+use parking_lot::{Condvar, Mutex};
 use prometheus_client::metrics::{counter::Counter, family::Family};
 
 use super::ResultLabels;
@@ -64,13 +65,9 @@ struct Waiting {
 }
 
 impl Queue {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Takes a line, or says that there is no room. None when nobody writes any more.
     fn take(&self, line: &[u8]) -> Option<bool> {
-        let mut waiting = self.lock();
+        let mut waiting = self.waiting.lock();
         if waiting.over {
             return None;
         }
@@ -112,9 +109,9 @@ impl Lines {
     }
 
     fn open(&self, path: &Arc<str>) -> Option<Arc<Queue>> {
-        let _one_at_a_time = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.opening.lock();
         let mut files = Vec::clone(&self.files.load());
-        files.retain(|(_, queue)| !queue.lock().over);
+        files.retain(|(_, queue)| !queue.waiting.lock().over);
         if let Some(queue) = find(&files, path) {
             return Some(queue.clone());
         }
@@ -148,15 +145,15 @@ impl Lines {
         let until = Instant::now() + most;
         let all = self.files.load();
         for (_, queue) in all.iter() {
-            queue.lock().hurry = true;
+            queue.waiting.lock().hurry = true;
             queue.news.notify_one();
         }
         for (_, queue) in all.iter() {
-            let waiting = queue.lock();
+            let mut waiting = queue.waiting.lock();
             let come = waiting.come;
             let left = until.saturating_duration_since(Instant::now());
             // Late is as good as never here.
-            drop(queue.written.wait_timeout_while(waiting, left, |w| w.gone < come && !w.over));
+            queue.written.wait_while_for(&mut waiting, |w| w.gone < come && !w.over, left);
         }
     }
 }
@@ -247,11 +244,9 @@ impl Writer {
         let mut batch = Vec::new();
         loop {
             let lines = {
-                let waiting = queue.lock();
-                let idle = |w: &mut Waiting| w.text.is_empty() && !w.hurry;
-                let (waiting, _) = queue.news.wait_timeout_while(waiting, CHECK_INTERVAL, idle).unwrap_or_else(PoisonError::into_inner);
-                let few = |w: &mut Waiting| !w.text.is_empty() && w.text.len() < ENOUGH && !w.hurry;
-                let (mut waiting, _) = queue.news.wait_timeout_while(waiting, GATHER, few).unwrap_or_else(PoisonError::into_inner);
+                let mut waiting = queue.waiting.lock();
+                queue.news.wait_while_for(&mut waiting, |w| w.text.is_empty() && !w.hurry, CHECK_INTERVAL);
+                queue.news.wait_while_for(&mut waiting, |w| !w.text.is_empty() && w.text.len() < ENOUGH && !w.hurry, GATHER);
                 std::mem::swap(&mut batch, &mut waiting.text);
                 waiting.hurry = false;
                 if batch.is_empty() && self.used.elapsed() >= UNUSED {
@@ -273,7 +268,7 @@ impl Writer {
                 }
                 batch.clear();
             }
-            queue.lock().gone += lines;
+            queue.waiting.lock().gone += lines;
             queue.written.notify_all();
         }
     }

@@ -1,10 +1,11 @@
 //! The log of the process: what is logged, changed while it runs, and its way to standard output.
 
 use std::{
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use prometheus_client::metrics::{counter::Counter, family::Family};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
@@ -123,17 +124,17 @@ fn parsed(filter: &str) -> Result<EnvFilter, String> {
 
 /// What is logged now; none when nothing is.
 pub fn filter() -> Option<String> {
-    LOG.get().map(|log| log.now.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    LOG.get().map(|log| log.now.lock().clone())
 }
 
 /// Changes what is logged, as ztunnel does: `filter` counts beside what is logged now; with `reset`, beside what was at first. Says what it is
 /// then.
 pub fn set_filter(reset: bool, filter: &str) -> Result<String, String> {
     let log = LOG.get().ok_or("the process does not log")?;
-    let before = if reset { log.first.clone() } else { log.now.lock().unwrap_or_else(PoisonError::into_inner).clone() };
+    let before = if reset { log.first.clone() } else { log.now.lock().clone() };
     let filter = beside(&before, filter);
     (log.set)(parsed(&filter)?)?;
-    filter.clone_into(&mut log.now.lock().unwrap_or_else(PoisonError::into_inner));
+    filter.clone_into(&mut log.now.lock());
     Ok(filter)
 }
 

@@ -14,13 +14,14 @@ use std::{
     fmt,
     hash::Hash,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 
 pub use self::calls::{Calls, Followed, Messages};
 use self::histogram::Histogram;
@@ -296,7 +297,7 @@ impl<K: Clone + Eq + Hash, S: Default> Series<K, S> {
                 return found.clone();
             }
         }
-        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.writing.lock();
         let mut all = HashMap::clone(&self.all.load());
         let key = place(&all);
         let series = all.entry(key).or_default().clone();
@@ -424,12 +425,12 @@ impl Traffic {
 
     /// The same of one whose source is told as it says itself; as `unknown`, where there are many of those.
     pub fn edge_of_stranger(&self, key: EdgeKey, unknown: impl FnOnce() -> EdgeKey) -> Option<Arc<Edge>> {
-        let is_there = self.lock().contains_key(&key);
+        let is_there = self.edges.lock().contains_key(&key);
         if is_there || self.strangers.load(Ordering::Relaxed) < MOST_STRANGERS { self.find(key, true) } else { self.find(unknown(), false) }
     }
 
     fn find(&self, key: EdgeKey, stranger: bool) -> Option<Arc<Edge>> {
-        let mut edges = self.lock();
+        let mut edges = self.edges.lock();
         if let Some(kept) = edges.get_mut(&key) {
             kept.unused = None;
             return Some(kept.edge.clone());
@@ -453,12 +454,12 @@ impl Traffic {
     /// current ones.
     pub fn tidy(&self, now: Instant, is_current: impl Fn(&EdgeKey) -> bool) {
         // Who reads all holds all; that says nothing.
-        let Ok(_nobody_reads) = self.reading.try_lock() else { return };
+        let Some(_nobody_reads) = self.reading.try_lock() else { return };
         // Asked of a copy: who opens a connection does not wait for it.
-        let unheld = self.lock().values().filter(|k| Arc::strong_count(&k.edge) == 1).map(|k| k.edge.clone()).collect::<Vec<_>>();
+        let unheld = self.edges.lock().values().filter(|k| Arc::strong_count(&k.edge) == 1).map(|k| k.edge.clone()).collect::<Vec<_>>();
         let needed = unheld.iter().filter(|edge| is_current(&edge.key)).map(|edge| edge.key.clone()).collect::<HashSet<_>>();
         drop(unheld);
-        let mut edges = self.lock();
+        let mut edges = self.edges.lock();
         let crowded = edges.len() >= MOST_EDGES / 4 * 3;
         edges.retain(|key, kept| {
             if Arc::strong_count(&kept.edge) > 1 || !crowded && needed.contains(key) {
@@ -473,11 +474,7 @@ impl Traffic {
     }
 
     fn all(&self) -> Vec<Arc<Edge>> {
-        self.lock().values().map(|kept| kept.edge.clone()).collect()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<EdgeKey, Kept>> {
-        self.edges.lock().unwrap_or_else(PoisonError::into_inner)
+        self.edges.lock().values().map(|kept| kept.edge.clone()).collect()
     }
 }
 

@@ -3,11 +3,13 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
+
+use parking_lot::Mutex;
 
 /// Most events of one workload that are kept until they are fetched.
 const MOST_EVENTS: usize = 1000;
@@ -52,7 +54,7 @@ impl Watch {
 
     /// Whether a workload is: `namespace/name`.
     pub fn sees(&self, workload: &str) -> bool {
-        let mut all = self.lock();
+        let mut all = self.all.lock();
         self.forget(&mut all, Instant::now());
         all.contains_key(workload)
     }
@@ -65,7 +67,7 @@ impl Watch {
 
     /// Takes down what a workload did.
     pub fn tell(&self, workload: &str, event: String) {
-        let mut all = self.lock();
+        let mut all = self.all.lock();
         let Some(seen) = all.get_mut(workload) else { return };
         seen.bytes += event.len();
         seen.events.push_back(event.into());
@@ -84,7 +86,7 @@ impl Watch {
     fn fetch_at(&self, workload: &str, from: Option<u64>, now: Instant) -> Option<Events> {
         // Who was here before goes on counting; no count gets near the end of numbers.
         let begins = from.unwrap_or(0).min(u64::MAX / 2);
-        let mut all = self.lock();
+        let mut all = self.all.lock();
         // Who has paused, and comes again, goes on where it was.
         if let Some(seen) = all.get_mut(workload) {
             seen.fetched = now;
@@ -102,10 +104,6 @@ impl Watch {
         let events = Events { events: seen.events.iter().skip(skip).cloned().collect(), next, lost };
         self.looked_at.store(all.len(), Ordering::Relaxed);
         Some(events)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Seen>> {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

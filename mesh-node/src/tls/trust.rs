@@ -1,13 +1,10 @@
 //! Whom peers are believed: roots, revocation lists and trust domains, the same for all certificates of the node and
 //! replaceable while it runs. What is verified is verified with what is trusted at that moment.
 
-use std::{
-    collections::BTreeSet,
-    sync::{Arc, Mutex, PoisonError},
-    time::SystemTime,
-};
+use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime, pem::PemObject};
 use tokio::sync::watch;
 use webpki::{
@@ -122,7 +119,7 @@ impl Trust {
     }
 
     fn replace(&self, new: impl FnOnce(&Store) -> Store) {
-        let replacing = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
+        let replacing = self.replacing.lock();
         self.store.store(Arc::new(new(&self.store.load())));
         drop(replacing);
         self.generation.send_modify(|g| *g += 1);

@@ -7,13 +7,14 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use super::upstream::{H1Upstream, H2Upstream};
@@ -124,7 +125,7 @@ impl<K: Clone + Eq + std::hash::Hash, V> Table<K, V> {
     }
 
     fn change(&self, f: impl FnOnce(&mut HashMap<K, Arc<V>>)) {
-        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.writing.lock();
         let mut entries = HashMap::clone(&self.entries.load());
         f(&mut entries);
         self.entries.store(Arc::new(entries));
@@ -342,7 +343,7 @@ pub struct EndpointState {
 
 impl EndpointState {
     fn idle(&self) -> MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        self.idle.lock()
     }
 
     fn pooled(&self, http2: bool) -> &AtomicU32 {

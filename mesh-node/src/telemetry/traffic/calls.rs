@@ -3,12 +3,13 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use arc_swap::ArcSwapOption;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::{Edge, Tags};
 
@@ -63,18 +64,14 @@ impl Calls {
     /// Counts the messages of all until now.
     pub fn count(&self) {
         for shard in &self.shards {
-            let all = lock(shard).values().cloned().collect::<Vec<_>>();
+            let all = shard.lock().values().cloned().collect::<Vec<_>>();
             all.iter().for_each(|call| call.count());
         }
     }
 
     fn shard(&self, number: u64) -> MutexGuard<'_, HashMap<u64, Arc<Call>>> {
-        lock(&self.shards[usize::try_from(number % SHARDS as u64).unwrap_or(0)])
+        self.shards[usize::try_from(number % SHARDS as u64).unwrap_or(0)].lock()
     }
-}
-
-fn lock(shard: &Mutex<HashMap<u64, Arc<Call>>>) -> MutexGuard<'_, HashMap<u64, Arc<Call>>> {
-    shard.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A call that is followed.

@@ -1,12 +1,6 @@
 //! From edges to Prometheus' series. Series that the Telemetry API made the same, by removing what told them apart, are one.
 
-use std::{
-    borrow::Cow,
-    collections::BTreeMap,
-    fmt,
-    sync::atomic::Ordering,
-    sync::{Arc, PoisonError},
-};
+use std::{borrow::Cow, collections::BTreeMap, fmt, sync::Arc, sync::atomic::Ordering};
 
 use prometheus_client::{
     collector::Collector,
@@ -30,7 +24,7 @@ enum Total {
 
 impl Collector for Traffic {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let _reading = self.reading.lock();
         let edges = self.all();
         for metric in Metric::ALL {
             let mut series = BTreeMap::new();

@@ -4,10 +4,11 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll},
 };
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
@@ -27,7 +28,7 @@ struct Ring {
 
 impl Ended {
     fn add(&self, stream: u32) {
-        let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ring = self.0.lock();
         let Ring { streams, next } = &mut *ring;
         match streams.get_mut(*next) {
             Some(place) => *place = stream,
@@ -38,7 +39,7 @@ impl Ended {
 
     /// Whether the last of a stream has come. Seldom asked.
     pub fn has(&self, stream: u32) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).streams.contains(&stream)
+        self.0.lock().streams.contains(&stream)
     }
 }
 

@@ -5,13 +5,14 @@ use std::{
     io::{self, IoSlice},
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     task::{Context, Poll},
 };
 
 use h2::Reason;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frames::{Frames, Seen};
@@ -53,7 +54,7 @@ impl Refused {
         if reason != Reason::PROTOCOL_ERROR || stream <= accepted || stream > asked {
             return;
         }
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.waiting.lock();
         if waiting.len() < MOST_WAITING {
             waiting.push(stream);
         }
@@ -67,7 +68,7 @@ impl Refused {
     /// How many were refused. `all`: no more of those that have come are accepted. `broken`: the connection has ended for what came on it.
     pub(super) fn take(&self, all: bool, broken: bool) -> usize {
         let (asked, accepted) = (self.asked.load(Ordering::Relaxed), self.accepted.load(Ordering::Relaxed));
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.waiting.lock();
         waiting.retain(|stream| *stream != accepted);
         let last = broken && asked > accepted.max(self.reset.load(Ordering::Relaxed));
         let before = waiting.len();
