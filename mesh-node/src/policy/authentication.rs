@@ -1,8 +1,9 @@
 //! Tokens of end users, as `RequestAuthentication` accepts them.
 //!
 //! Semantics are what Istio makes of the resource in Envoy: every rule is satisfied by its valid token or by there being
-//! none; of several rules one valid token is enough, and without one none may be invalid. Which failure is told is Envoy's
-//! choice: the first that is more than a missing token or an unknown issuer.
+//! none; of several rules one valid token is enough, and without one none may be invalid. Where rules are `REQUIRED`, each of those has
+//! to have its own, and the others what they would have to have alone. Which failure is told is Envoy's choice: the first that is more than a
+//! missing token or an unknown issuer, and of rules that are all to be satisfied the first that is not.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -27,6 +28,8 @@ const WORD_LISTS: [&str; 2] = ["scope", "permission"];
 pub struct Verified {
     pub token: Token,
     pub rule: Arc<JwtRule>,
+    /// Others that were, before it: policies do not ask about them.
+    pub beside: Vec<(Token, Arc<JwtRule>)>,
 }
 
 impl Verified {
@@ -36,7 +39,17 @@ impl Verified {
         let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
         let token = Token::parse(&format!("{}.{}.AAAA", part(r#"{"alg":"RS256"}"#), part(claims)))?;
         let rule = of_issuer(rules.iter(), &token, |rule| rule).cloned();
-        Ok(rule.map(|rule| Self { token, rule }))
+        Ok(rule.map(|rule| Self { token, rule, beside: Vec::new() }))
+    }
+
+    /// Of several the last counts, as in Envoy, which writes one's claims over another's.
+    fn of(mut all: Vec<(Token, Arc<JwtRule>)>) -> Option<Self> {
+        let (token, rule) = all.pop()?;
+        Some(Self { token, rule, beside: all })
+    }
+
+    fn all(&self) -> impl Iterator<Item = (&Token, &Arc<JwtRule>)> {
+        self.beside.iter().map(|(token, rule)| (token, rule)).chain([(&self.token, &self.rule)])
     }
 
     pub(super) fn claim(&self, path: &[Arc<str>]) -> Option<&Value> {
@@ -140,53 +153,79 @@ pub struct Refused {
 impl Authenticated {
     /// Judges a request's tokens with the keys there are of each rule; `None` when they could not be had.
     pub fn judge(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead, now: SystemTime) -> Result<Self, Refused> {
-        let mut told = Fault::Missing;
-        let mut any_invalid = false;
-        for (rule, keys) in rules {
-            match verify(rule, keys.as_deref(), head, now) {
-                Ok(Some(token)) => return Ok(Self { claims: Some(Verified { token, rule: (*rule).clone() }) }),
-                Ok(None) => {}
-                Err(fault) => {
-                    any_invalid = true;
-                    if told == Fault::Missing || told == Fault::UnknownIssuer {
-                        told = fault;
-                    }
-                }
-            }
-        }
-        if !any_invalid {
-            return Ok(Self::default());
-        }
-        if rules.len() > 1 {
-            // No rule takes all of them; each may be taken by its own.
-            match verify_each(rules, head, now) {
-                Ok(Some(claims)) => return Ok(Self { claims: Some(claims) }),
-                Err(fault) if matches!(told, Fault::Missing | Fault::UnknownIssuer) => told = fault,
-                Ok(None) | Err(_) => {}
-            }
-        }
-        Err(Refused { fault: told })
+        let is_required = rules.iter().any(|(rule, _)| rule.is_required);
+        let judged = if is_required { judge_all(rules, head, now) } else { judge_any(rules, head, now) };
+        judged.map(|all| Self { claims: Verified::of(all) }).map_err(|fault| Refused { fault })
     }
 }
 
-/// Every token, wherever a rule may have it, must be one that the rule of its issuer takes; the first of them is returned.
-fn verify_each(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead, now: SystemTime) -> Result<Option<Verified>, Fault> {
+type Accepted = Vec<(Token, Arc<JwtRule>)>;
+
+/// Where no rule has to have a token.
+fn judge_any(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead, now: SystemTime) -> Result<Accepted, Fault> {
+    let mut told = Fault::Missing;
+    let mut any_invalid = false;
+    for (rule, keys) in rules {
+        match verify(rule, keys.as_deref(), head, now) {
+            Ok(tokens) if tokens.is_empty() => {}
+            Ok(tokens) => return Ok(tokens),
+            Err(fault) => {
+                any_invalid = true;
+                told = rather(told, fault);
+            }
+        }
+    }
+    if !any_invalid {
+        return Ok(Vec::new());
+    }
+    if rules.len() > 1 {
+        // No rule takes all of them; each may be taken by its own.
+        return verify_each(rules, head, now).map_err(|fault| rather(told, fault));
+    }
+    Err(told)
+}
+
+/// Where some do. What one rule has taken out of the request another does not find in it.
+fn judge_all(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead, now: SystemTime) -> Result<Accepted, Fault> {
+    let mut left = head.clone();
+    let mut all = Vec::new();
+    for (rule, keys) in rules {
+        let tokens = match verify(rule, keys.as_deref(), &left, now) {
+            Ok(tokens) if tokens.is_empty() && rule.is_required => return Err(Fault::Missing),
+            Ok(tokens) if !tokens.is_empty() => tokens,
+            Err(fault) if rule.is_required => return Err(fault),
+            not_its => verify_each(rules, &left, now).map_err(|fault| rather(not_its.err().unwrap_or(Fault::Missing), fault))?,
+        };
+        tokens.iter().for_each(|(_, rule)| take_out(rule, &mut left));
+        all.extend(tokens);
+    }
+    Ok(all)
+}
+
+/// Which of two faults is told.
+fn rather(told: Fault, other: Fault) -> Fault {
+    if matches!(told, Fault::Missing | Fault::UnknownIssuer) { other } else { told }
+}
+
+/// Every token, wherever a rule may have it, must be one that the rule of its issuer takes.
+fn verify_each(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead, now: SystemTime) -> Result<Accepted, Fault> {
     let mut locations: Vec<&Location> = Vec::new();
     for location in rules.iter().flat_map(|(rule, _)| &rule.locations) {
         if !locations.contains(&location) {
             locations.push(location);
         }
     }
-    let mut first = None;
-    for found in locations.into_iter().flat_map(|location| locate_at(location, head)) {
+    let mut all = Vec::new();
+    let found = locations.into_iter().flat_map(|location| locate_at(location, head)).collect::<Vec<_>>();
+    for found in found.into_iter().rev() {
         let token = Token::parse(&found.text)?;
         let there = rules.iter().filter(|(rule, _)| rule.locations.contains(found.location));
         let own = of_issuer(there, &token, |(rule, _)| rule);
         let (rule, keys) = own.ok_or(Fault::UnknownIssuer)?;
         accept(&token, rule, keys.as_deref(), now)?;
-        first.get_or_insert_with(|| Verified { token, rule: (*rule).clone() });
+        all.push((token, (*rule).clone()));
     }
-    Ok(first)
+    Ok(all)
 }
 
 /// The rule for a token: its issuer's own, or one for any.
@@ -198,15 +237,14 @@ fn of_issuer<'r, R>(rules: impl Iterator<Item = &'r R> + Clone, token: &Token, r
     })
 }
 
-/// All tokens at a rule's places must be its valid ones; the first of them is returned.
-fn verify(rule: &JwtRule, keys: Option<&Keys>, head: &RequestHead, now: SystemTime) -> Result<Option<Token>, Fault> {
-    let mut first = None;
-    for found in locate(rule, head) {
+/// All tokens at a rule's places must be its valid ones. The first there comes last, as in Envoy: it is the one that counts.
+fn verify(rule: &Arc<JwtRule>, keys: Option<&Keys>, head: &RequestHead, now: SystemTime) -> Result<Accepted, Fault> {
+    let all = locate(rule, head).into_iter().rev().map(|found| {
         let token = Token::parse(&found.text)?;
         accept(&token, rule, keys, now)?;
-        first.get_or_insert(token);
-    }
-    Ok(first)
+        Ok((token, rule.clone()))
+    });
+    all.collect()
 }
 
 fn accept(token: &Token, rule: &JwtRule, keys: Option<&Keys>, now: SystemTime) -> Result<(), Fault> {
@@ -230,13 +268,26 @@ pub fn strip(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &mut Req
             head.headers.remove(name);
         }
     }
-    let Some(Verified { token, rule }) = verified else { return };
-    if !rule.forward && !again.contains(rule) {
+    for (token, rule) in verified.into_iter().flat_map(Verified::all) {
+        if !again.contains(rule) {
+            take_out(rule, head);
+        }
+        tell(token, rule, head);
+    }
+}
+
+/// Takes a rule's tokens out of a request, unless they are to go on.
+fn take_out(rule: &JwtRule, head: &mut RequestHead) {
+    if !rule.forward {
         let locations = locate(rule, head).into_iter().map(|f| f.location).collect::<Vec<_>>();
         locations.into_iter().for_each(|location| remove(location, head));
     }
+}
+
+/// Writes what a rule wants told of its token.
+fn tell(token: &Token, rule: &JwtRule, head: &mut RequestHead) {
     if let (Some(name), Ok(value)) = (&rule.payload_header, HeaderValue::from_str(&token.payload)) {
-        head.headers.insert(name.clone(), value);
+        head.headers.append(name.clone(), value);
     }
     for out in &rule.claim_headers {
         let text = claim(token, &out.claim).and_then(|value| match value {
@@ -245,7 +296,7 @@ pub fn strip(rules: &[Arc<JwtRule>], verified: Option<&Verified>, head: &mut Req
             other => claim_text(other),
         });
         if let Some(value) = text.filter(|text| !text.is_empty()).and_then(|t| HeaderValue::from_bytes(t.as_bytes()).ok()) {
-            head.headers.insert(out.header.clone(), value);
+            head.headers.append(out.header.clone(), value);
         }
     }
 }

@@ -73,7 +73,7 @@ fn claims(payload: &Value) -> Verified {
     let token = crate::jwt::Token::parse(&text).expect("a token");
     let rule = json!({"jwtRules": [{"issuer": "i", "jwksUri": "http://i/", "spaceDelimitedClaims": ["words"]}]});
     let Object::RequestAuthentication(r) = parse("RequestAuthentication", "default", &rule) else { panic!("not one") };
-    Verified { token, rule: r.rules[0].clone() }
+    Verified { token, rule: r.rules[0].clone(), beside: Vec::new() }
 }
 
 fn allowed(policy: &WorkloadPolicy, facts: &Facts, head: &RequestHead, claims: Option<&Verified>) -> bool {

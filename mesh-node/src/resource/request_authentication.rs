@@ -38,6 +38,8 @@ pub struct JwtRule {
     pub claim_headers: Vec<ClaimHeader>,
     /// Claims of text that are lists of words, beside `scope` and `permission`.
     pub word_lists: Vec<Arc<str>>,
+    /// Requests without a token of this rule are refused (`presence: REQUIRED`).
+    pub is_required: bool,
 }
 
 impl JwtRule {
@@ -66,6 +68,7 @@ impl JwtRule {
             payload_header: rule.get("outputPayloadToHeader").and_then(header),
             claim_headers: list("outputClaimToHeaders").iter().filter_map(claim).collect(),
             word_lists: Vec::new(),
+            is_required: rule.get("presence").is_some_and(|presence| !presence.is_null() && presence != "OPTIONAL"),
         }
     }
 
@@ -150,6 +153,16 @@ struct RuleSpec {
     timeout: Option<Time>,
     #[serde(default)]
     space_delimited_claims: Option<Vec<String>>,
+    presence: Option<Presence>,
+}
+
+/// What there is where an issuer's token is missing: nothing, or a refusal.
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+enum Presence {
+    #[serde(rename = "OPTIONAL")]
+    Optional,
+    #[serde(rename = "REQUIRED")]
+    Required,
 }
 
 #[derive(Deserialize)]
@@ -253,6 +266,7 @@ fn rule(spec: RuleSpec, at: &str) -> Result<JwtRule, FieldError> {
         payload_header,
         claim_headers,
         word_lists: spec.space_delimited_claims.unwrap_or_default().into_iter().map(Arc::from).collect(),
+        is_required: spec.presence == Some(Presence::Required),
     })
 }
 

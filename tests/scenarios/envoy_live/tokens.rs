@@ -33,6 +33,23 @@ fn jwt_filter(providers: &[Value]) -> Value {
         "providers": providers, "bypass_cors_preflight": true, "rules": [{"match": {"prefix": "/"}, "requires": requirement}]}})
 }
 
+/// As Istio has rules of which some are `REQUIRED`: all of them, and of the others that no token is wrong.
+fn requiring(providers: &[(bool, Value)]) -> Value {
+    let all = providers.iter().map(|(_, provider)| provider.clone()).collect::<Vec<_>>();
+    let mut filter = jwt_filter(&all);
+    let name = |i: usize| json!({"provider_name": format!("origins-{i}")});
+    let each = providers.iter().enumerate().map(|(i, (required, _))| match required {
+        true => name(i),
+        false => json!({"requires_any": {"requirements": [name(i), {"allow_missing": {}}]}}),
+    });
+    let requires = match providers.len() {
+        1 => name(0),
+        _ => json!({"requires_all": {"requirements": each.collect::<Vec<_>>()}}),
+    };
+    filter["typed_config"]["rules"] = json!([{"match": {"prefix": "/"}, "requires": requires}]);
+    filter
+}
+
 fn authentication(rules: &[Value]) -> Value {
     security("RequestAuthentication", "r", &json!({"jwtRules": rules}))
 }
@@ -222,7 +239,9 @@ pub fn all() -> Vec<Group> {
             named_request("token told", "parameter", "GET", &format!("/x?a=1&access_token={good}&b=2"), ""),
         ],
     };
-    vec![one, told, of_places(&issuer, &good, &bad), of_two(&issuer), of_claims(&issuer)]
+    let required = [(false, false), (false, true), (true, false), (true, true)].map(|(both, apart)| required(&issuer, both, apart));
+    let all = [one, told, of_places(&issuer, &good, &bad), of_two(&issuer), of_claims(&issuer)];
+    all.into_iter().chain(required).collect()
 }
 
 fn of_places(issuer: &Issuer, good: &str, bad: &str) -> Group {
@@ -302,6 +321,69 @@ fn of_two(issuer: &Issuer) -> Group {
         filters: vec![jwt_filter(&[provider("iss-a", &jwks, &none), provider("iss-b", &other.jwks(), &audiences)])],
         cases,
     }
+}
+
+/// Rules whose tokens have to be there, and what is told of several tokens: each rule's headers, and to policies the claims of one.
+fn required(issuer: &Issuer, both: bool, apart: bool) -> Group {
+    let name = format!("required, {}, {}", if both { "both" } else { "one" }, if apart { "apart" } else { "together" });
+    let (other, jwks) = (Issuer::default(), issuer.jwks());
+    let of = |who: &Issuer, more: Value| who.token(&claims(&more));
+    let (first, second) = (of(issuer, json!({"sub": "one"})), of(&other, json!({"iss": "iss-b", "sub": "two"})));
+    let (old, new) = (of(issuer, json!({"exp": 1})), of(issuer, json!({"sub": "new"})));
+    let at = if apart { "x-two: " } else { "authorization: Bearer " };
+    let mut cases = Vec::new();
+    let mut ask = |what: &str, target: &str, headers: String| cases.push(named_request(&name, what, "GET", target, &headers));
+    for target in ["/x", "/two", "/one"] {
+        ask(&format!("{target}, none"), target, String::new());
+        ask(&format!("{target}, first"), target, format!("authorization: Bearer {first}"));
+        ask(&format!("{target}, second"), target, format!("{at}{second}"));
+        ask(&format!("{target}, both"), target, format!("authorization: Bearer {first}\r\n{at}{second}"));
+        ask(&format!("{target}, first old"), target, format!("authorization: Bearer {old}\r\n{at}{second}"));
+        ask(&format!("{target}, second nonsense"), target, format!("authorization: Bearer {first}\r\n{at}abc"));
+        ask(
+            &format!("{target}, a third's"),
+            target,
+            format!("authorization: Bearer {first}\r\n{at}{}", of(issuer, json!({"iss": "iss-c"}))),
+        );
+        if apart {
+            let twice = format!("authorization: Bearer {first}\r\nx-one: {new}");
+            ask(&format!("{target}, first twice"), target, twice.clone());
+            ask(&format!("{target}, first twice, and second"), target, format!("{twice}\r\n{at}{second}"));
+        }
+    }
+    let presence = |required: bool| if required { "REQUIRED" } else { "OPTIONAL" };
+    let mut istio = [("x-sub-one", true), ("x-sub-two", both)]
+        .map(|(header, required)| json!({"outputClaimToHeaders": [{"header": header, "claim": "sub"}], "presence": presence(required)}));
+    let mut envoy = ["x-sub-one", "x-sub-two"].map(|header| json!({"claim_to_headers": [{"header_name": header, "claim_name": "sub"}]}));
+    if apart {
+        istio[0]["fromHeaders"] = json!([{"name": "authorization", "prefix": "Bearer "}, {"name": "x-one"}]);
+        istio[1]["fromHeaders"] = json!([{"name": "x-two"}]);
+        envoy[0]["from_headers"] = json!([{"name": "authorization", "value_prefix": "Bearer "}, {"name": "x-one"}]);
+        envoy[1]["from_headers"] = json!([{"name": "x-two"}]);
+    }
+    let providers = [(true, provider("iss-a", &jwks, &envoy[0])), (both, provider("iss-b", &other.jwks(), &envoy[1]))];
+    let (policy, filter) = denied_subjects();
+    Group {
+        policies: vec![authentication(&[rule("iss-a", &jwks, &istio[0]), rule("iss-b", &other.jwks(), &istio[1])]), policy],
+        filters: vec![requiring(&providers), filter],
+        cases,
+    }
+}
+
+/// `/one` and `/two` are not for those subjects.
+fn denied_subjects() -> (Value, Value) {
+    let rules = ["one", "two"].map(|sub| {
+        let condition = json!({"key": "request.auth.claims[sub]", "values": [sub]});
+        json!({"to": [{"operation": {"paths": [format!("/{sub}")]}}], "when": [condition]})
+    });
+    let named = ["one", "two"].iter().enumerate().map(|(i, sub)| {
+        let permissions = [path(json!({"exact": format!("/{sub}")}))];
+        let principals = [claim(&["sub"], &json!({"exact": sub}))];
+        (format!("ns[default]-policy[p]-rule[{i}]"), json!({"permissions": permissions, "principals": principals}))
+    });
+    let filter = json!({"name": "envoy.filters.http.rbac", "typed_config": {"@type": format!("{TYPES}.rbac.v3.RBAC"),
+        "rules": {"action": "DENY", "policies": named.collect::<serde_json::Map<_, _>>()}}});
+    (security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": rules})), filter)
 }
 
 fn metadata(keys: &[&str], value: Value) -> Value {
