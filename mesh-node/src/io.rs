@@ -4,4 +4,5 @@ pub mod netns;
 pub mod rarely;
 pub mod relay;
 pub mod socket;
+pub mod sparse;
 pub mod turn;

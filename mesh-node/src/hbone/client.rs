@@ -25,7 +25,7 @@ use super::{
     CLIENT_HEADER_LIST, ERROR_RESETS, HANDSHAKE_TIMEOUT, IDLE_RELEASE, MAX_FRAME, POOL_STREAMS, RESET_MEMORY, RESET_STREAMS, SEND_BUFFER,
     STREAM_WINDOW, Tunnel, keepalive, tunnel::Held, windows::WindowShare,
 };
-use crate::io::turn::LastOfAll;
+use crate::io::{sparse::Sparse, turn::LastOfAll};
 
 /// Why a tunnel could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -179,7 +179,8 @@ impl Connection {
             .max_pending_accept_reset_streams(RESET_STREAMS)
             .max_header_list_size(CLIENT_HEADER_LIST)
             .enable_push(false);
-        let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await.map_err(|_| TunnelError::HandshakeTimeout)?;
+        let handshake =
+            timeout(HANDSHAKE_TIMEOUT, builder.handshake(Sparse::behind(0, io))).await.map_err(|_| TunnelError::HandshakeTimeout)?;
         let (send, connection) = handshake.map_err(TunnelError::Handshake)?;
         let shared = Arc::new(Shared {
             send: Mutex::new(Some(send)),

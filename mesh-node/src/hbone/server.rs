@@ -21,7 +21,10 @@ use super::{
     keepalive,
     windows::WindowShare,
 };
-use crate::io::turn::LastOfAll;
+use crate::{
+    detect::PREFACE,
+    io::{sparse::Sparse, turn::LastOfAll},
+};
 
 /// A tunnel somebody asks for.
 #[derive(Debug)]
@@ -100,7 +103,7 @@ where
         .max_pending_accept_reset_streams(RESET_STREAMS)
         .max_header_list_size(SERVER_HEADER_LIST)
         .max_concurrent_streams(SERVER_MAX_STREAMS);
-    let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(io)).await;
+    let handshake = timeout(HANDSHAKE_TIMEOUT, builder.handshake(Sparse::behind(PREFACE.len(), io))).await;
     let Ok(handshake) = handshake else { return Err(h2::Reason::SETTINGS_TIMEOUT.into()) };
     let mut connection = handshake?;
     let ping_pong = connection.ping_pong();

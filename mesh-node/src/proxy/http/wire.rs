@@ -389,13 +389,14 @@ impl Connection {
     }
 }
 
-/// The protocol asked for. HTTP/2 is not one of them: what is then said over it would be seen by nobody on the way, so the
-/// request is served as it is (RFC 9113 has done away with that upgrade).
+/// The protocol asked for. HTTP/2 and TLS are not among them: what is then said over it would be seen by nobody on the way, so the
+/// request is served as it is, which whoever asks has to expect (RFC 9110 section 7.8). Clients that ask for TLS do so with every request.
 fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
-    let http2 = tokens(headers, &header::UPGRADE).any(|t| t.get(..2).is_some_and(|h2| h2.eq_ignore_ascii_case(b"h2")));
+    let begins = |token: &[u8], with: &[u8]| token.get(..with.len()).is_some_and(|t| t.eq_ignore_ascii_case(with));
+    let served = tokens(headers, &header::UPGRADE).any(|t| begins(t, b"h2") || begins(t, b"tls/"));
     // What cannot be read may be anything.
     let odd = headers.get_all(header::UPGRADE).iter().any(|v| v.to_str().is_err());
-    headers.get(header::UPGRADE).filter(|_| !http2 && !odd).cloned()
+    headers.get(header::UPGRADE).filter(|_| !served && !odd).cloned()
 }
 
 /// Whether what is said after the upgrade is for policies to let pass: frames, and not other requests.

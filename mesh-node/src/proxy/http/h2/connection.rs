@@ -17,6 +17,7 @@ use super::{
     answers::{Ended, Heard},
     refused::{Refused, Watched},
 };
+use crate::{detect::PREFACE, io::sparse::Sparse};
 
 /// What all streams of a connection may have in flight: as much as all of them may have, or a few that nobody reads would hold up the
 /// others.
@@ -83,7 +84,8 @@ where
         .data_frame_budget(SMALL_FRAMES)
         .reset_stream_duration(RESET_MEMORY);
     let refused = Arc::new(Refused::default());
-    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(Watched::new(io, refused.clone()))).await;
+    let handshake =
+        tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(Watched::new(Sparse::behind(PREFACE.len(), io), refused.clone()))).await;
     let Ok(handshake) = handshake else { return Err(Reason::SETTINGS_TIMEOUT.into()) };
     let mut connection = handshake?;
     let mut drain = std::pin::pin!(drain);
@@ -157,7 +159,7 @@ where
         .initial_max_send_streams(streams)
         .enable_push(false);
     let whole = Arc::<Ended>::default();
-    let (send, connection) = builder.handshake(Heard::new(io, whole.clone())).await?;
+    let (send, connection) = builder.handshake(Heard::new(Sparse::behind(0, io), whole.clone())).await?;
     Ok(Opened { send, whole, connection: Box::new(connection) })
 }
 

@@ -92,7 +92,7 @@ fn an_upgrade_to_http_2_is_not_passed_on() {
         request.upgrade
     };
     assert_eq!(upgrade("websocket").expect("an upgrade"), "websocket");
-    for to in ["h2c", "H2C", "websocket, h2c"] {
+    for to in ["h2c", "H2C", "websocket, h2c", "TLS/1.2", "tls/1.3"] {
         assert!(upgrade(to).is_none(), "{to}");
     }
 }
