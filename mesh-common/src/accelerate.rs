@@ -3,9 +3,11 @@
 //!
 //! The two sockets of a pair are each other's peers: an application and the proxy, or two applications. A message goes
 //! either to the peer's own queue of redirected messages or by TCP. A reader takes what was redirected first; so a message may
-//! be redirected only when nothing that was sent by TCP is in flight or unread.
+//! be redirected only when nothing that was sent by TCP is in flight or unread. Nor may anything come by TCP to a socket that stays among
+//! the accelerated ones: who asks how much there is to read (`FIONREAD`) is told of redirected bytes alone, takes what it has read for all,
+//! and waits for ever. With the first message that cannot be redirected the pair leaves; it may come back.
 
-/// Largest message that is redirected. Larger ones are bulk, which TCP moves faster.
+/// Larger messages are bulk, which TCP moves faster: they are redirected too, until a stream is seen to be made of them.
 pub const MAX_MESSAGE: u32 = 16 * 1024;
 /// Smallest. What programs send as urgent data is one byte, and its flag is not shown here: by TCP it is urgent.
 pub const MIN_MESSAGE: u32 = 2;
@@ -13,8 +15,6 @@ pub const MIN_MESSAGE: u32 = 2;
 pub const MAX_QUEUED: u32 = 256 * 1024;
 /// Large messages, less the small ones between them, after which a stream counts as bulk and leaves.
 pub const BULK_MESSAGES: u32 = 32;
-/// Times a direction may turn to TCP because its reader is slow, before it stays there.
-pub const MAX_TURNS: u32 = 256;
 /// `O_NONBLOCK` in a file's flags, on every architecture that Linux runs eBPF on but for the oldest.
 pub const O_NONBLOCK: u32 = 0o4000;
 /// Upper bound on accelerated sockets, two of each connection.
@@ -30,13 +30,13 @@ impl Way {
     /// The peer is not there yet: by TCP.
     pub const WAITING: u32 = 0;
     pub const REDIRECT: u32 = 1;
-    /// By TCP until that is quiet.
-    pub const TCP: u32 = 2;
-    /// By TCP for good; the socket leaves when nothing is queued.
+    /// By TCP until that is quiet. The node process sees to it that a pair does not stay so.
+    pub const JOINED: u32 = 2;
+    /// By TCP; the socket leaves when nothing is queued.
     pub const LEFT: u32 = 3;
 }
 
-/// Why a direction was left to TCP for good.
+/// Why a direction was left to TCP.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
@@ -44,12 +44,12 @@ pub enum Why {
     /// The owner of one of the sockets made it blocking.
     Blocking = 1,
     Bulk = 2,
-    /// The reader fell behind too often.
-    SlowReader = 3,
+    /// For now: a message could not be redirected, as its reader had fallen behind, or by its size.
+    Message = 3,
     /// The node process wants it so.
     Asked = 4,
     /// The owner has asked for something of the socket that redirected messages do not have: TLS in the kernel, which would not be
-    /// applied, or word of when a message was sent, which would never come.
+    /// applied, word of when a message was sent, which would never come, or to be woken for so many bytes (`SO_RCVLOWAT`), which are not counted.
     Special = 5,
 }
 
@@ -69,7 +69,6 @@ pub struct End {
     pub way: u32,
     /// One of [`Why`]'s.
     pub why: u32,
-    pub turns: u32,
     pub large: u32,
     /// 1: its owner is to be woken when next the sockets of its namespace are gone through.
     pub wake: u32,
@@ -78,7 +77,6 @@ pub struct End {
     /// 1: its owner uses `io_uring`, by which it may send without a copy: the kernel refuses that for good on a socket that was entered
     /// once.
     pub ring: u32,
-    pub pad: u32,
     /// The direct connection whose end it is, to count its bytes at; 0 when it is of none.
     pub flow: u64,
     /// What was redirected.
@@ -97,7 +95,7 @@ pub struct Facts {
     pub special: bool,
     /// Bytes the receiver has not read.
     pub queued: u32,
-    /// Nothing of this direction is in flight or unread on TCP. Asked for only on TCP.
+    /// All that was sent by TCP so far has been taken. Asked for only of the first message.
     pub quiet: bool,
 }
 
@@ -106,10 +104,7 @@ pub struct Facts {
 pub enum Step {
     Redirect,
     Tcp,
-    /// By TCP from here on, while redirected bytes are unread: an edge-triggered reader has to be woken once more when it has
-    /// read those.
-    Turned,
-    /// By TCP for good: the node process is to take the pair out.
+    /// By TCP from here on: the node process is to take the pair out.
     Leave,
 }
 
@@ -130,26 +125,17 @@ pub fn step(end: &mut End, size: u32, facts: &Facts) -> Step {
     } else if end.large > 0 {
         end.large -= 1;
     }
-    if end.way == Way::TCP {
-        if !(MIN_MESSAGE..=MAX_MESSAGE).contains(&size) || !facts.quiet {
-            return Step::Tcp;
-        }
-        end.way = Way::REDIRECT;
-    }
-    if end.way != Way::REDIRECT {
+    if end.way != Way::REDIRECT && end.way != Way::JOINED {
         return Step::Tcp;
     }
-    let fits = (MIN_MESSAGE..=MAX_QUEUED).contains(&size) && facts.queued <= MAX_QUEUED - size;
-    if fits && (size <= MAX_MESSAGE || facts.queued > 0) {
-        // A large one too, behind redirected bytes that are unread: it would have to be waited for otherwise.
+    if end.way == Way::JOINED && !facts.quiet {
+        return Step::Tcp;
+    }
+    if (MIN_MESSAGE..=MAX_QUEUED).contains(&size) && facts.queued <= MAX_QUEUED - size {
+        end.way = Way::REDIRECT;
         return Step::Redirect;
     }
-    end.way = Way::TCP;
-    if facts.queued == 0 {
-        return Step::Tcp;
-    }
-    end.turns += 1;
-    if end.turns > MAX_TURNS { leave(end, Why::SlowReader) } else { Step::Turned }
+    leave(end, Why::Message)
 }
 
 #[inline(always)]
@@ -172,8 +158,6 @@ pub struct KernelLayout {
     pub file_flags: u32,
     /// Of `struct tcp_sock`.
     pub write_seq: u32,
-    pub snd_una: u32,
-    pub rcv_nxt: u32,
     pub copied_seq: u32,
     /// Of `struct inet_connection_sock`.
     pub ulp: u32,
@@ -191,7 +175,8 @@ pub struct KernelLayout {
     /// Of `struct task_struct`; all ones in a kernel without `io_uring`.
     pub io_uring: u32,
     pub task_flags: u32,
-    pub pad: u32,
+    /// Of `struct sock`.
+    pub receive_low_water: u32,
 }
 
 /// What the node process asks of `mesh_pair` about one socket.
@@ -260,6 +245,9 @@ pub struct PairReply {
     pub copied_seq: u32,
     /// As in [`End`].
     pub ring: u32,
+    /// How far it has sent by TCP, likewise: all of it is taken when the peer has taken as far.
+    pub write_seq: u32,
+    pub pad: u32,
 }
 
 impl PairReply {
@@ -279,10 +267,10 @@ pub struct Event {
     pub why: u32,
 }
 
-const _: () = assert!(size_of::<End>() == 104);
-const _: () = assert!(size_of::<KernelLayout>() == 80);
+const _: () = assert!(size_of::<End>() == 96);
+const _: () = assert!(size_of::<KernelLayout>() == 72);
 const _: () = assert!(size_of::<PairRequest>() == 80);
-const _: () = assert!(size_of::<PairReply>() == 96);
+const _: () = assert!(size_of::<PairReply>() == 104);
 const _: () = assert!(size_of::<Event>() == 16);
 
 #[cfg(feature = "user")]
@@ -310,48 +298,50 @@ mod tests {
     }
 
     #[test]
-    fn small_messages_are_redirected_up_to_the_bound_and_then_go_by_tcp_until_it_is_quiet() {
-        let mut end = joined();
-        assert_eq!(step(&mut end, 64, &FREE), Step::Redirect);
-        assert_eq!(step(&mut end, 64, &Facts { queued: MAX_QUEUED - 64, ..FREE }), Step::Redirect);
-        assert_eq!(step(&mut end, 64, &Facts { queued: MAX_QUEUED - 63, ..FREE }), Step::Turned);
-        // The reader has caught up with what was redirected, not with TCP.
+    fn messages_are_redirected_up_to_the_bound_and_then_the_pair_leaves() {
+        for (size, queued, expected) in [
+            (64, 0, Step::Redirect),
+            (64, MAX_QUEUED - 64, Step::Redirect),
+            (64, MAX_QUEUED - 63, Step::Leave),
+            (MAX_MESSAGE + 1, 0, Step::Redirect),
+            (MAX_QUEUED, 0, Step::Redirect),
+            (MAX_QUEUED + 1, 0, Step::Leave),
+            (u32::MAX, 1, Step::Leave),
+            // It may be urgent.
+            (1, 0, Step::Leave),
+            (1, 2, Step::Leave),
+        ] {
+            let mut end = joined();
+            assert_eq!(step(&mut end, size, &Facts { queued, ..FREE }), expected, "{size} behind {queued}");
+            let left = expected == Step::Leave;
+            let (way, why) = if left { (Way::LEFT, Why::Message) } else { (Way::REDIRECT, Why::Nothing) };
+            assert_eq!((end.way, end.why), (way, why as u32), "{size} behind {queued}");
+            if left {
+                assert_eq!(step(&mut end, 64, &Facts { quiet: true, ..FREE }), Step::Tcp, "whatever comes then");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_overtakes_what_was_sent_before_the_pair_was_joined() {
+        let mut end = End { way: Way::JOINED, ..End::default() };
         assert_eq!(step(&mut end, 64, &FREE), Step::Tcp);
-        assert_eq!(step(&mut end, MAX_MESSAGE + 1, &Facts { quiet: true, ..FREE }), Step::Tcp);
-        assert_eq!(step(&mut end, 64, &Facts { quiet: true, ..FREE }), Step::Redirect);
-        assert_eq!((end.turns, end.way), (1, Way::REDIRECT));
-    }
-
-    #[test]
-    fn a_single_byte_goes_by_tcp_as_it_may_be_urgent_and_is_waited_for_when_others_are_unread() {
-        let mut end = joined();
         assert_eq!(step(&mut end, 1, &FREE), Step::Tcp);
-        assert_eq!(step(&mut end, 1, &Facts { quiet: true, ..FREE }), Step::Tcp);
-        assert_eq!(step(&mut end, 2, &Facts { quiet: true, ..FREE }), Step::Redirect);
-        assert_eq!(step(&mut end, 1, &Facts { queued: 2, ..FREE }), Step::Turned);
+        assert_eq!(step(&mut end, 64, &Facts { quiet: true, ..FREE }), Step::Redirect);
+        assert_eq!(step(&mut end, 64, &FREE), Step::Redirect, "not asked again");
     }
 
     #[test]
-    fn a_large_message_turns_to_tcp_without_overtaking_or_being_waited_for() {
-        let mut end = joined();
-        assert_eq!(step(&mut end, MAX_MESSAGE + 1, &FREE), Step::Tcp);
-        assert_eq!(end.way, Way::TCP);
-        let mut end = joined();
-        assert_eq!(step(&mut end, MAX_MESSAGE + 1, &Facts { queued: 1, ..FREE }), Step::Redirect);
-        assert_eq!(step(&mut end, u32::MAX, &Facts { queued: 1, ..FREE }), Step::Turned);
-    }
-
-    #[test]
-    fn bulk_blocking_owners_and_readers_that_never_keep_up_leave_for_good() {
+    fn bulk_and_blocking_owners_leave_for_good() {
         let mut end = joined();
         let last = (0..BULK_MESSAGES).map(|_| step(&mut end, MAX_MESSAGE + 1, &FREE)).last();
         assert_eq!((last, end.why), (Some(Step::Leave), Why::Bulk as u32));
         let mut mixed = joined();
         for _ in 0..10 * BULK_MESSAGES {
-            assert_ne!(step(&mut mixed, MAX_MESSAGE + 1, &FREE), Step::Leave);
-            assert_eq!(step(&mut mixed, 100, &Facts { quiet: true, ..FREE }), Step::Redirect);
+            assert_eq!(step(&mut mixed, MAX_MESSAGE + 1, &FREE), Step::Redirect);
+            assert_eq!(step(&mut mixed, 100, &FREE), Step::Redirect);
         }
-        for way in [Way::WAITING, Way::REDIRECT, Way::TCP] {
+        for way in [Way::WAITING, Way::REDIRECT, Way::JOINED] {
             let mut end = End { way, ..joined() };
             assert_eq!(step(&mut end, 1, &Facts { nonblocking: false, ..FREE }), Step::Leave);
             assert_eq!((end.way, end.why), (Way::LEFT, Why::Blocking as u32));
@@ -359,10 +349,6 @@ mod tests {
         let mut special = joined();
         assert_eq!(step(&mut special, 1, &Facts { special: true, ..FREE }), Step::Leave);
         assert_eq!((special.way, special.why), (Way::LEFT, Why::Special as u32));
-        let mut slow = joined();
-        let full = Facts { queued: MAX_QUEUED, quiet: true, ..FREE };
-        assert!((0..MAX_TURNS).all(|_| step(&mut slow, 2, &full) == Step::Turned));
-        assert_eq!((step(&mut slow, 2, &full), slow.why), (Step::Leave, Why::SlowReader as u32));
     }
 
     #[test]

@@ -38,8 +38,6 @@ static KERNEL_LAYOUT: Global<KernelLayout> = Global::new(KernelLayout {
     file: 0,
     file_flags: 0,
     write_seq: 0,
-    snd_una: 0,
-    rcv_nxt: 0,
     copied_seq: 0,
     ulp: 0,
     flags: 0,
@@ -51,7 +49,7 @@ static KERNEL_LAYOUT: Global<KernelLayout> = Global::new(KernelLayout {
     peek_off: 0,
     io_uring: 0,
     task_flags: 0,
-    pad: 0,
+    receive_low_water: 0,
 });
 
 /// Bits of `sk_user_data` that are not the pointer's.
@@ -91,11 +89,12 @@ pub fn mesh_accelerate(ctx: SkMsgContext) -> u32 {
             }
         }
         Step::Tcp => {}
-        Step::Turned => {
-            count(Counter::AccelerationTurned);
+        Step::Leave => {
+            if end.why == Why::Message as u32 {
+                count(Counter::AccelerationTurned);
+            }
             tell(end);
         }
-        Step::Leave => tell(end),
     }
     sk_action::SK_PASS
 }
@@ -112,11 +111,9 @@ fn facts(end: &End) -> Facts {
     let layout = KERNEL_LAYOUT.load();
     Facts {
         nonblocking: nonblocking(end.own_flags) && nonblocking(end.peer_flags),
-        special: special(&layout, end.own_socket),
+        special: special(&layout, end.own_socket) || word(end.peer_socket, layout.receive_low_water) > 1,
         queued: word(end.peer_socket, layout.rmem_alloc),
-        quiet: end.way == Way::TCP
-            && word(end.own_socket, layout.snd_una) == word(end.own_socket, layout.write_seq)
-            && word(end.peer_socket, layout.copied_seq) == word(end.peer_socket, layout.rcv_nxt),
+        quiet: end.way == Way::JOINED && word(end.own_socket, layout.write_seq) == word(end.peer_socket, layout.copied_seq),
     }
 }
 
@@ -142,11 +139,12 @@ fn nonblocking(flags: u64) -> bool {
     flags != 0 && unsafe { bpf_probe_read_kernel(flags as *const u32) }.is_ok_and(|flags| flags & O_NONBLOCK != 0)
 }
 
-/// Whether a socket has TLS in the kernel, or is to say when its messages were sent; true when it cannot
-/// be read.
+/// Whether a socket has TLS in the kernel, is to say when its messages were sent, or wakes its owner for more than one byte; true when
+/// it cannot be read.
 #[inline(always)]
 fn special(layout: &KernelLayout, sk: u64) -> bool {
     pointer(sk, layout.ulp) != 0
+        || word(sk, layout.receive_low_water) > 1
         || word(sk, layout.flags) & layout.zerocopy != 0
         || word(sk, layout.timestamping) & layout.timestamping_mask != 0
 }
@@ -177,9 +175,9 @@ pub struct TcpIteration {
     sk: *mut c_void,
 }
 
-/// Goes through the TCP sockets of a network namespace and wakes the owners of those that are marked. Bytes that came by TCP while
-/// redirected ones were unread raised one event together with those; an edge-triggered owner that takes a short read
-/// for the end would wait for another. Setting `SO_RCVLOWAT`, to what it is, has the kernel look again.
+/// Goes through the TCP sockets of a network namespace and wakes the owners of those that are marked. Bytes that came by TCP before a pair
+/// was taken out raised their event when an edge-triggered owner had others to read, or was told that there are none; it would wait for
+/// another. Setting `SO_RCVLOWAT`, to what it is, has the kernel look again.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 pub extern "C" fn mesh_wake(iteration: *mut TcpIteration) -> i32 {
@@ -321,8 +319,7 @@ fn of_socket(sk: *mut bpf_sock, request: &PairRequest) -> PairReply {
                 let layout = KERNEL_LAYOUT.load();
                 (*end).own_flags = flags(&layout, (&raw const (*end).own_socket).read_volatile());
                 (*end).peer_flags = flags(&layout, request.peer_socket);
-                // What either side has sent so far is TCP's: nothing overtakes it.
-                (*end).way = Way::TCP;
+                (*end).way = Way::JOINED;
             }
             PairRequest::LEAVE => {
                 if (*end).way != Way::LEFT {
@@ -356,6 +353,7 @@ fn tell_of(reply: &mut PairReply, end: &End) {
     (reply.way, reply.why) = (end.way, end.why);
     (reply.messages, reply.bytes, reply.received) = (end.messages, end.bytes, end.received);
     reply.copied_seq = word(own, layout.copied_seq);
+    reply.write_seq = word(own, layout.write_seq);
     let psock = pointer(own, layout.user_data) & !USER_DATA_FLAGS;
     if psock != 0 {
         reply.references = word(psock, layout.references);

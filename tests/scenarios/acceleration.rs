@@ -324,7 +324,8 @@ fn who_reads_by_other_means_is_left_to_tcp() {
         }
         // Through the proxy the server's own hop is, and that alone.
         let (least, most) = if same_node == "proxy" { (1.0, talks) } else { (0.0, 0.0) };
-        assert!((least..=most).contains(&reached(&bed, "accelerated")), "{same_node}: of {talks}");
+        let (accelerated, paused) = (reached(&bed, "accelerated"), reached(&bed, "paused"));
+        assert!((least..=most + paused).contains(&accelerated), "{same_node}: {accelerated} of {talks}, {paused} came back");
     }
 }
 
@@ -362,6 +363,25 @@ fn programs_in_go_cannot_tell() {
         for state in ["accelerated", "spliced"] {
             let reached = bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]);
             assert!(reached.is_ok_and(|n| n > 0.0), "{same_node}: {state}");
+        }
+    }
+}
+
+#[test]
+fn who_asks_how_much_there_is_is_told() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fionread.py");
+    for (way, same_node) in [("off", "proxy"), ("on", "proxy"), ("on", "direct")] {
+        let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", way, "--same-node", same_node])).expect("bed");
+        let serve = ["/usr/bin/python3", script, "serve", "9000"].map(str::to_owned).to_vec();
+        let [client, near] = bed.meshed([PodSpec::new("client", 0), PodSpec { command: serve, ..echo("near", 0) }]).expect("pods");
+        for host in [near.v4().to_string(), near.v6().to_string()] {
+            let run = bed.command(&client, "/usr/bin/python3".as_ref(), &[script, "client", &host, "9000"]).output().expect("ended");
+            let errors = String::from_utf8_lossy(&run.stderr);
+            assert_eq!(String::from_utf8_lossy(&run.stdout), "done\n", "{way} {same_node} {host}: {errors}");
+        }
+        for state in ["accelerated", "paused"] {
+            let reached = bed.nodes()[0].metric("mesh_acceleration_total", &[&format!("state=\"{state}\"")]);
+            assert_eq!(way == "on", reached.is_ok_and(|n| n > 2.0), "{way} {same_node}: {state}, again and again");
         }
     }
 }

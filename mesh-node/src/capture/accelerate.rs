@@ -2,8 +2,8 @@
 //!
 //! A pair is entered on evidence, not on a guess: some time after it was offered, when both sockets are seen to be non-blocking
 //! and to have exchanged messages and not bulk. It is taken out again when the kernel side says that a socket turned blocking, that
-//! bulk flows or that a reader does not keep up; a socket leaves the map only when nothing redirected is unread and nobody is in the
-//! midst of sending.
+//! bulk flows or that a message had to go by TCP, after which it may come back; a socket leaves the map only when nothing redirected is
+//! unread and nobody is in the midst of sending.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -18,7 +18,7 @@ use std::{
 };
 
 use aya::maps::{MapData, RingBuf};
-use mesh_common::accelerate::{Event, PairReply, PairRequest, Way};
+use mesh_common::accelerate::{Event, PairReply, PairRequest, Why};
 use parking_lot::Mutex;
 use tokio::{
     io::unix::AsyncFd,
@@ -41,8 +41,14 @@ use crate::io::netns::Netns;
 /// When a pair is first looked at after it was offered, and at most how long after the last time.
 const FIRST_LOOK: Duration = Duration::from_millis(5);
 const LAST_LOOK: Duration = Duration::from_secs(10);
-/// How often it is looked whether a reader has read what was redirected, at least.
-const LAST_WAKE: Duration = Duration::from_millis(10);
+/// When it is first looked whether a pair that was entered has settled, and how often after that, ever later: until it has, its readers may
+/// be told that there is nothing to read.
+const FIRST_SETTLED: Duration = Duration::from_millis(1);
+const LOOKS_SETTLED: u32 = 3;
+/// How often it is looked whether a pair that leaves can be taken out, at least: a reader may wait for that.
+const LAST_LEAVING: Duration = Duration::from_millis(10);
+/// Times a pair may be taken out and come back, before it stays outside.
+const MAX_RETURNS: u32 = 64;
 /// Messages seen each way before a pair is entered.
 const MESSAGES: u32 = 2;
 /// Most bytes the messages of a pair have on average.
@@ -104,8 +110,6 @@ pub struct PairState {
 /// Pairs and their states, for inspection.
 #[derive(Debug, Default)]
 struct Known(Mutex<HashMap<u64, (Pair, State)>>);
-
-impl Known {}
 
 /// A pair on offer as long as this lives: as long as the connection.
 #[derive(Debug)]
@@ -171,6 +175,8 @@ struct Entry {
     taken: Option<[(u32, u64); 2]>,
     /// How often the two were apart.
     odd: u32,
+    /// How often it has been taken out to come back.
+    returns: u32,
 }
 
 /// What a look tells of how a pair's owners read.
@@ -185,6 +191,18 @@ enum Reads {
 }
 
 impl Entry {
+    fn new(pair: Pair) -> Self {
+        Self { pair, phase: Phase::Outside, wait: FIRST_LOOK, taken: None, odd: 0, returns: 0 }
+    }
+
+    /// Has it taken out, to come back unless that was too often; what it is then.
+    fn leave(&mut self) -> State {
+        self.returns += 1;
+        let returns = self.returns <= MAX_RETURNS;
+        self.phase = Phase::Leaving { returns };
+        if returns { State::Paused } else { State::SlowReader }
+    }
+
     /// Compares with the last look.
     fn reads(&mut self, now: [&PairReply; 2]) -> Reads {
         let now = now.map(|reply| (reply.copied_seq, reply.received));
@@ -205,12 +223,13 @@ impl Entry {
 enum Phase {
     /// Not entered, looked at now and then.
     Outside,
+    /// Entered a moment ago: what has come by TCP has to be taken first. How often it has been looked whether it is.
+    Joining(u32),
     Inside,
     /// To be taken out when nothing is queued.
-    Leaving,
-    /// The owner of one of its sockets is to be woken when what was redirected is read.
-    Waking {
-        other: bool,
+    Leaving {
+        /// It may be entered again.
+        returns: bool,
     },
 }
 
@@ -281,7 +300,7 @@ impl Accelerator {
         match message {
             Message::Offer(id, pair) => {
                 self.known.0.lock().insert(id, ((*pair).clone(), State::Young));
-                self.entries.insert(id, Entry { pair: *pair, phase: Phase::Outside, wait: FIRST_LOOK, taken: None, odd: 0 });
+                self.entries.insert(id, Entry::new(*pair));
                 self.due.insert((Instant::now() + FIRST_LOOK, id));
             }
             Message::Withdraw(id) => {
@@ -299,16 +318,19 @@ impl Accelerator {
         let id = event.peer / 2;
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.wait = FIRST_LOOK;
-        // The peer of the sender is the one that reads.
-        entry.phase = if event.way == Way::LEFT { Phase::Leaving } else { Phase::Waking { other: event.peer % 2 == 1 } };
-        if event.way == Way::LEFT {
-            let state = State::of(event.why);
-            if state == State::Blocking {
-                let places = [entry.pair.one.clone(), entry.pair.other.clone()];
-                self.learn(&places);
-            }
-            self.set(id, state);
+        let state = if matches!(entry.phase, Phase::Leaving { returns: false }) {
+            return;
+        } else if event.why == Why::Message as u32 {
+            entry.leave()
+        } else {
+            entry.phase = Phase::Leaving { returns: false };
+            State::of(event.why)
+        };
+        if state == State::Blocking {
+            let places = [entry.pair.one.clone(), entry.pair.other.clone()];
+            self.learn(&places);
         }
+        self.set(id, state);
         self.due.insert((Instant::now(), id));
     }
 
@@ -363,19 +385,29 @@ impl Accelerator {
     fn see_to(&self, id: u64, entry: &mut Entry) -> io::Result<bool> {
         match entry.phase {
             Phase::Outside => self.consider(id, entry),
-            Phase::Leaving => self.take_out(id, entry),
-            Phase::Waking { other } => {
-                let place = if other { &entry.pair.other } else { &entry.pair.one };
-                let reader = self.kernel.look(place)?;
-                if reader.problem == 0 && reader.queued != 0 {
-                    entry.wait = entry.wait.min(LAST_WAKE);
-                    return Ok(true);
+            Phase::Leaving { returns } => {
+                let stays = self.take_out(id, entry)?;
+                if stays {
+                    entry.wait = entry.wait.min(LAST_LEAVING / 2);
+                } else if returns {
+                    // What was redirected counts as received and was not taken from TCP: the two begin anew.
+                    (entry.phase, entry.taken) = (Phase::Outside, None);
+                    entry.wait = FIRST_LOOK * (1 << entry.returns.min(10));
                 }
-                if reader.problem == 0 {
-                    self.kernel.wake(place)?;
-                }
+                Ok(stays || returns)
+            }
+            Phase::Joining(_) if self.kernel.is_settled(&entry.pair)? => {
                 entry.phase = Phase::Inside;
+                self.set(id, State::Accelerated);
                 Ok(false)
+            }
+            Phase::Joining(looks) if looks < LOOKS_SETTLED => {
+                entry.phase = Phase::Joining(looks + 1);
+                Ok(true)
+            }
+            Phase::Joining(_) => {
+                self.set(id, entry.leave());
+                self.see_to(id, entry)
             }
             Phase::Inside => Ok(false),
         }
@@ -399,11 +431,11 @@ impl Accelerator {
                 found.push((place, key));
             }
         }
+        found.iter().for_each(|(_, key)| self.kernel.remove(*key));
         for (place, _) in &found {
-            // What came by TCP meanwhile raised its event together with what was redirected.
+            // What came by TCP meanwhile raised its event together with what was redirected, or its owner was told that there is nothing.
             self.kernel.wake(place)?;
         }
-        found.into_iter().for_each(|(_, key)| self.kernel.remove(key));
         Ok(false)
     }
 
@@ -459,14 +491,17 @@ impl Accelerator {
                 return Ok(true);
             }
         }
-        let done = self.kernel.join(id, &entry.pair)?;
+        let joined = self.kernel.join(id, &entry.pair)?;
         if entry.pair.flow != 0 {
             // An earlier process may have owed this to either of them.
             self.kernel.wake(&entry.pair.one)?;
             self.kernel.wake(&entry.pair.other)?;
         }
-        entry.phase = if done { Phase::Inside } else { Phase::Leaving };
-        self.set(id, if done { State::Accelerated } else { State::Full });
-        Ok(!done)
+        entry.phase = if joined { Phase::Joining(0) } else { Phase::Leaving { returns: false } };
+        entry.wait = FIRST_SETTLED / 2;
+        if !joined {
+            self.set(id, State::Full);
+        }
+        Ok(true)
     }
 }

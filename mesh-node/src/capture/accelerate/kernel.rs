@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use mesh_common::accelerate::{KernelLayout, PairReply, PairRequest};
+use mesh_common::accelerate::{KernelLayout, PairReply, PairRequest, Way};
 
 use super::Pair;
 use crate::{
@@ -34,8 +34,6 @@ pub fn kernel_layout() -> Result<KernelLayout, String> {
         file: at("socket", &["file"])?,
         file_flags: at("file", &["f_flags"])?,
         write_seq: at("tcp_sock", &["write_seq"])?,
-        snd_una: at("tcp_sock", &["snd_una"])?,
-        rcv_nxt: at("tcp_sock", &["rcv_nxt"])?,
         copied_seq: at("tcp_sock", &["copied_seq"])?,
         ulp: at("inet_connection_sock", &["icsk_ulp_ops"])?,
         flags: at("sock", &["__sk_common", "skc_flags"])? + 4 * half,
@@ -47,7 +45,7 @@ pub fn kernel_layout() -> Result<KernelLayout, String> {
         peek_off: at("sock", &["sk_peek_off"])?,
         io_uring: btf.offset("task_struct", &["io_uring"]).unwrap_or(u32::MAX),
         task_flags: at("task_struct", &["flags"])?,
-        pad: 0,
+        receive_low_water: at("sock", &["sk_rcvlowat"])?,
     })
 }
 
@@ -101,6 +99,14 @@ impl Kernel {
         }
         let (one, other) = (self.ask(&pair.one, join(other.socket))?, self.ask(&pair.other, join(one.socket))?);
         Ok(one.problem == 0 && other.problem == 0)
+    }
+
+    /// Whether of a pair that was joined nothing is unread that came by TCP. Of each direction the reader is looked at first: what it has
+    /// taken by then was all there was when the sender is looked at.
+    pub fn is_settled(&self, pair: &Pair) -> io::Result<bool> {
+        let (first, one, last) = (self.look(&pair.other)?, self.look(&pair.one)?, self.look(&pair.other)?);
+        let is_all = |sender: PairReply, reader: PairReply| sender.way == Way::REDIRECT || sender.write_seq == reader.copied_seq;
+        Ok(is_all(one, first) && is_all(last, one))
     }
 
     /// Has the owner of a socket look again whether there is something to read.

@@ -30,19 +30,21 @@ pub fn prove(kernel: &Kernel, id: u64) -> Result<(), String> {
     if !kernel.join(id, &pair).map_err(problem)? {
         return Err(failed("there is no room for sockets"));
     }
-    let message = [7_u8; 1000];
-    writer.write_all(&message).map_err(problem)?;
-    let sent = kernel.look(&pair.one).map_err(problem)?;
-    if sent.messages != 1 {
-        return Err(failed("messages are not redirected"));
-    }
-    if unread(&reader).map_err(problem)? != message.len() {
-        return Err(failed("redirected bytes are not told to who asks how much there is to read"));
-    }
-    let mut got = [0; 1000];
-    reader.read_exact(&mut got).map_err(problem)?;
-    if kernel.look(&pair.other).map_err(problem)?.received != message.len() as u64 {
-        return Err(failed("what is received cannot be counted"));
+    let mut sent = 0;
+    for size in [1000, MAX_MESSAGE as usize + 1] {
+        let before = kernel.look(&pair.one).map_err(problem)?.messages;
+        writer.write_all(&vec![7; size]).map_err(problem)?;
+        if kernel.look(&pair.one).map_err(problem)?.messages == before {
+            return Err(failed("messages are not redirected"));
+        }
+        if unread(&reader).map_err(problem)? != size {
+            return Err(failed("redirected bytes are not told to who asks how much there is to read"));
+        }
+        reader.read_exact(&mut vec![0; size]).map_err(problem)?;
+        sent += size as u64;
+        if kernel.look(&pair.other).map_err(problem)?.received != sent {
+            return Err(failed("what is received cannot be counted"));
+        }
     }
     let mut written = 0;
     loop {
@@ -56,7 +58,7 @@ pub fn prove(kernel: &Kernel, id: u64) -> Result<(), String> {
             Err(error) => return Err(problem(error)),
         }
     }
-    let redirected = kernel.look(&pair.one).map_err(problem)?.bytes - message.len() as u64;
+    let redirected = kernel.look(&pair.one).map_err(problem)?.bytes - sent;
     if redirected > u64::from(MAX_QUEUED + MAX_MESSAGE) {
         return Err(failed(&format!("{redirected} bytes were redirected to a reader that does not read")));
     }
@@ -75,6 +77,12 @@ pub fn prove(kernel: &Kernel, id: u64) -> Result<(), String> {
             return Err(failed("bytes arrive in another order"));
         }
         read += n as u64;
+    }
+    // That one went by TCP, so the pair is to leave; what comes then is told again.
+    [id * 2, id * 2 + 1].into_iter().for_each(|key| kernel.remove(key));
+    writer.write_all(&[7; 2]).map_err(problem)?;
+    if unread(&reader).map_err(problem)? != 2 {
+        return Err(failed("bytes that come to a socket that was taken out are not told to who asks how much there is to read"));
     }
     Ok(())
 }

@@ -9,11 +9,13 @@ pub enum State {
     /// It has not exchanged enough yet to tell.
     Young,
     Accelerated,
+    /// A message could not be redirected; it will be again.
+    Paused,
     /// The owner of one of the sockets reads blocking.
     Blocking,
     /// It carries bulk.
     Bulk,
-    /// The reader fell behind too often.
+    /// Messages could not be redirected too often, as their reader had fallen behind, or by their sizes.
     SlowReader,
     /// The owner of one of the sockets takes what comes by other means than `recv` and its kin, such as `splice`.
     Spliced,
@@ -37,6 +39,7 @@ impl State {
         match self {
             Self::Young => "young",
             Self::Accelerated => "accelerated",
+            Self::Paused => "paused",
             Self::Blocking => "blocking",
             Self::Bulk => "bulk",
             Self::SlowReader => "slow_reader",
@@ -53,7 +56,6 @@ impl State {
     pub(super) fn of(why: u32) -> Self {
         match why {
             w if w == Why::Blocking as u32 => Self::Blocking,
-            w if w == Why::SlowReader as u32 => Self::SlowReader,
             w if w == Why::Special as u32 => Self::Special,
             _ => Self::Bulk,
         }
