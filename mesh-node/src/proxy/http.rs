@@ -250,10 +250,10 @@ impl Connection {
     }
 
     async fn h2_exchange(self: Arc<Self>, accepted: Accepted, _place: Place) {
-        let (request, respond) = accepted;
+        let Accepted { request, respond, unsent } = accepted;
         let (parts, stream) = request.into_parts();
         let mut body = H2Source::new(stream, &parts.headers);
-        let mut responder = H2Responder::new(respond, parts.method == Method::HEAD);
+        let mut responder = H2Responder::new(respond, parts.method == Method::HEAD, unsent);
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/2");
         let down = self.downstream(true);
         let head = h2::request_head(http::Request::from_parts(parts, ()), HeadLimits::OF_CLIENT);

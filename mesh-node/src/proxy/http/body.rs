@@ -60,6 +60,11 @@ pub trait FrameSink: Send {
 
     fn flush(&mut self) -> impl Future<Output = io::Result<()>> + Send;
 
+    /// Completes when there is room for more: nothing is to be read before that.
+    fn ready(&mut self) -> impl Future<Output = io::Result<()>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// Completes when the other end wants no more, if only the sink is told of that.
     fn broken(&mut self) -> impl Future<Output = io::Error> + Send {
         std::future::pending()
@@ -106,6 +111,7 @@ pub async fn fill(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> R
             sink.flush().await.map_err(Broken::Sink)?;
             continue;
         }
+        sink.ready().await.map_err(Broken::Sink)?;
         let frame = tokio::select! {
             biased;
             frame = source.frame() => frame.map_err(Broken::Source)?,

@@ -265,6 +265,10 @@ impl<R: Responder> FrameSink for WebResponder<'_, R> {
         }
     }
 
+    async fn ready(&mut self) -> io::Result<()> {
+        self.of.ready().await
+    }
+
     async fn broken(&mut self) -> io::Error {
         self.of.broken().await
     }

@@ -6,6 +6,7 @@ mod errors;
 mod frames;
 mod head;
 mod refused;
+mod unsent;
 
 use std::{future::poll_fn, io, sync::Arc, task::Poll, time::Duration};
 
@@ -18,6 +19,7 @@ pub use self::{
     connection::{Accepted, MAX_STREAMS, connect, connect_to_settle, most_streams, serve, turn_away},
     errors::{into_io, is_connection, is_remote, is_too_much, is_unprocessed, reason},
     head::{is_ambiguous, list_size, request_head, wire_request},
+    unsent::Unsent,
 };
 use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
@@ -158,6 +160,8 @@ impl RequestBody for H2Source {
 #[derive(Debug)]
 pub struct H2Sink {
     stream: SendStream<Bytes>,
+    /// Of the connection to a client.
+    unsent: Option<Arc<Unsent>>,
     out: Out,
     trailers: Option<HeaderMap>,
     ended: bool,
@@ -167,7 +171,14 @@ pub struct H2Sink {
 impl H2Sink {
     /// `finished`: the head was the end of it.
     pub fn new(stream: SendStream<Bytes>, finished: bool) -> Self {
-        Self { stream, out: Out::default(), trailers: None, ended: finished, finished }
+        Self { stream, unsent: None, out: Out::default(), trailers: None, ended: finished, finished }
+    }
+
+    /// Of a connection to a client.
+    fn to_client(stream: SendStream<Bytes>, finished: bool, unsent: Arc<Unsent>) -> Self {
+        let mut sink = Self::new(stream, finished);
+        sink.unsent = Some(unsent);
+        sink
     }
 
     pub fn reset(&mut self, reason: Reason) {
@@ -220,8 +231,12 @@ impl FrameSink for H2Sink {
             let n = self.capacity(wanted).await?;
             let Some(part) = self.out.first().map(|p| p.split_to(n.min(p.len()))) else { break };
             let last = self.ended && self.trailers.is_none() && self.out.is_empty();
+            let bytes = part.len();
             self.stream.send_data(part, last).map_err(into_io)?;
             self.finished |= last;
+            if let Some(unsent) = &self.unsent {
+                unsent.add(self.stream.stream_id().into(), bytes);
+            }
         }
         if self.ended && !self.finished {
             match self.trailers.take() {
@@ -234,8 +249,28 @@ impl FrameSink for H2Sink {
         Ok(())
     }
 
+    async fn ready(&mut self) -> io::Result<()> {
+        let Some(unsent) = self.unsent.clone() else { return Ok(()) };
+        tokio::select! {
+            biased;
+            () = unsent.room() => Ok(()),
+            error = self.broken() => Err(error),
+        }
+    }
+
     async fn broken(&mut self) -> io::Error {
         if self.finished { std::future::pending().await } else { self.reset_by_peer().await }
+    }
+}
+
+impl Drop for H2Sink {
+    fn drop(&mut self) {
+        let Some(unsent) = &self.unsent else { return };
+        // What is dropped unfinished is reset; what was reset may have been given more since.
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        if !self.finished || self.stream.poll_reset(&mut cx).is_ready() {
+            unsent.forget(self.stream.stream_id().into());
+        }
     }
 }
 
@@ -252,6 +287,7 @@ pub enum Client {
 /// Answers on a stream.
 pub struct H2Responder {
     respond: SendResponse<Bytes>,
+    unsent: Arc<Unsent>,
     sink: Option<H2Sink>,
     head_request: bool,
     /// Asked for before there is a sink.
@@ -262,8 +298,8 @@ pub struct H2Responder {
 }
 
 impl H2Responder {
-    pub fn new(respond: SendResponse<Bytes>, head_request: bool) -> Self {
-        Self { respond, sink: None, head_request, ended: false, continued: false, meter: Meter::default() }
+    pub fn new(respond: SendResponse<Bytes>, head_request: bool, unsent: Arc<Unsent>) -> Self {
+        Self { respond, unsent, sink: None, head_request, ended: false, continued: false, meter: Meter::default() }
     }
 
     /// Ends the stream unfinished. What has been said on it so far is let go first, as far as the client takes it: a reset drops what
@@ -324,6 +360,13 @@ impl FrameSink for H2Responder {
         }
     }
 
+    async fn ready(&mut self) -> io::Result<()> {
+        match &mut self.sink {
+            Some(sink) => sink.ready().await,
+            None => Ok(()),
+        }
+    }
+
     async fn broken(&mut self) -> io::Error {
         match &mut self.sink {
             Some(sink) => sink.broken().await,
@@ -369,7 +412,7 @@ impl Responder for H2Responder {
         *response.status_mut() = status;
         *response.headers_mut() = headers;
         let stream = self.respond.send_response(response, empty).map_err(into_io)?;
-        self.sink = Some(H2Sink::new(stream, empty));
+        self.sink = Some(H2Sink::to_client(stream, empty, self.unsent.clone()));
         Ok(())
     }
 

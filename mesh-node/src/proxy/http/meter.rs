@@ -186,6 +186,10 @@ impl<T: FrameSink> FrameSink for Metered<'_, T> {
         self.of.flush().await
     }
 
+    async fn ready(&mut self) -> io::Result<()> {
+        self.of.ready().await
+    }
+
     async fn broken(&mut self) -> io::Error {
         self.of.broken().await
     }

@@ -200,12 +200,12 @@ async fn h2_exchange(
     gate: Arc<Gate>,
     streams: Option<Streams>,
     mut cut: watch::Receiver<bool>,
-    (request, respond): Accepted,
+    Accepted { request, respond, unsent }: Accepted,
     (limits, _place): (HeadLimits, Place),
 ) {
     let (parts_of, stream) = request.into_parts();
     let mut body = H2Source::new(stream, &parts_of.headers);
-    let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD);
+    let mut responder = H2Responder::new(respond, parts_of.method == Method::HEAD, unsent);
     let mut record;
     let end = match h2::request_head(http::Request::from_parts(parts_of, ()), limits) {
         Ok(mut head) => {

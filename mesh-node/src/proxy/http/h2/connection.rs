@@ -16,6 +16,7 @@ use super::{
     STREAM_WINDOW,
     answers::{Ended, Heard},
     refused::{Refused, Watched},
+    unsent::Unsent,
 };
 use crate::{detect::PREFACE, io::sparse::Sparse};
 
@@ -48,12 +49,16 @@ const SMALL_FRAMES: usize = 64 * 1024 * 1024;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A stream as accepted.
-pub type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
+pub struct Accepted {
+    pub request: Request<RecvStream>,
+    pub respond: SendResponse<Bytes>,
+    /// Of its connection.
+    pub unsent: Arc<Unsent>,
+}
 
 /// Says of a stream that nothing has been done, so that it can be asked for elsewhere.
-pub fn turn_away(accepted: Accepted) {
-    let (_, mut respond) = accepted;
-    respond.send_reset(Reason::REFUSED_STREAM);
+pub fn turn_away(mut accepted: Accepted) {
+    accepted.respond.send_reset(Reason::REFUSED_STREAM);
 }
 
 /// Serves one connection until it ends. Every stream goes to `on_stream`, which must not wait; none stands for a
@@ -83,9 +88,12 @@ where
         .max_local_error_reset_streams(Some(ERROR_RESETS))
         .data_frame_budget(SMALL_FRAMES)
         .reset_stream_duration(RESET_MEMORY);
-    let refused = Arc::new(Refused::default());
-    let handshake =
-        tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(Watched::new(Sparse::behind(PREFACE.len(), io), refused.clone()))).await;
+    let (refused, unsent) = (Arc::new(Refused::default()), Arc::new(Unsent::default()));
+    let handshake = tokio::time::timeout(
+        HANDSHAKE_TIMEOUT,
+        builder.handshake(Watched::new(Sparse::behind(PREFACE.len(), io), refused.clone(), unsent.clone())),
+    )
+    .await;
     let Ok(handshake) = handshake else { return Err(Reason::SETTINGS_TIMEOUT.into()) };
     let mut connection = handshake?;
     let mut drain = std::pin::pin!(drain);
@@ -109,7 +117,10 @@ where
                 connection.graceful_shutdown();
             }
             accepted = accepted => match accepted {
-                Some(accepted) => on_stream(Some(accepted?)),
+                Some(accepted) => {
+                    let (request, respond) = accepted?;
+                    on_stream(Some(Accepted { request, respond, unsent: unsent.clone() }));
+                }
                 None => return Ok(()),
             }
         }

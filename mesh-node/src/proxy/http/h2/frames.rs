@@ -26,6 +26,11 @@ pub(super) enum Seen {
         stream: u32,
         reason: u32,
     },
+    /// The beginning of a frame of data, padding included.
+    Data {
+        stream: u32,
+        length: usize,
+    },
 }
 
 /// Finds the beginnings of frames in what passes.
@@ -81,8 +86,10 @@ impl Frames {
         match self.have {
             FRAME_HEAD if !is_reset => {
                 (self.have, self.rest) = (0, length);
-                if kind == HEADERS {
-                    seen(Seen::Head { stream });
+                match kind {
+                    HEADERS => seen(Seen::Head { stream }),
+                    DATA => seen(Seen::Data { stream, length }),
+                    _ => {}
                 }
                 self.last = match kind {
                     HEADERS if flags & (END_STREAM | END_HEADERS) == END_STREAM => {
@@ -135,6 +142,8 @@ pub(super) mod tests {
         ];
         let expected = [
             Seen::Head { stream: 1 },
+            Seen::Data { stream: 1, length: 40 },
+            Seen::Data { stream: 1, length: 0 },
             Seen::End { stream: 1 },
             Seen::Head { stream: 3 },
             Seen::End { stream: 3 },

@@ -15,7 +15,10 @@ use h2::Reason;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::frames::{Frames, Seen};
+use super::{
+    frames::{Frames, Seen},
+    unsent::Unsent,
+};
 
 /// What a client begins with, which is no frame.
 const PREFACE: usize = crate::detect::PREFACE.len();
@@ -81,19 +84,31 @@ impl Refused {
 pub(super) struct Watched<T> {
     io: T,
     refused: Arc<Refused>,
+    unsent: Arc<Unsent>,
     read: Frames,
     written: Frames,
 }
 
 impl<T> Watched<T> {
-    pub(super) fn new(io: T, refused: Arc<Refused>) -> Self {
-        Self { io, refused, read: Frames::behind(PREFACE), written: Frames::behind(0) }
+    pub(super) fn new(io: T, refused: Arc<Refused>, unsent: Arc<Unsent>) -> Self {
+        Self { io, refused, unsent, read: Frames::behind(PREFACE), written: Frames::behind(0) }
+    }
+
+    fn see_written(&mut self, bytes: &[u8]) {
+        self.written.see(bytes, |seen| match seen {
+            Seen::Data { stream, length } => self.unsent.written(stream, length),
+            Seen::Reset { stream, .. } => {
+                self.unsent.forget(stream);
+                self.refused.written(seen);
+            }
+            Seen::Head { .. } | Seen::End { .. } => {}
+        });
     }
 
     fn see_slices(&mut self, slices: &[IoSlice<'_>], mut n: usize) {
         for slice in slices {
             let of = n.min(slice.len());
-            self.written.see(&slice[..of], |seen| self.refused.written(seen));
+            self.see_written(&slice[..of]);
             n -= of;
             if n == 0 {
                 return;
@@ -107,10 +122,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
         let this = self.get_mut();
         let before = buf.filled().len();
         let polled = Pin::new(&mut this.io).poll_read(cx, buf);
-        this.read.see(buf.filled().get(before..).unwrap_or_default(), |seen| {
-            if let Seen::Head { stream } = seen {
-                this.refused.asked(stream);
-            }
+        this.read.see(buf.filled().get(before..).unwrap_or_default(), |seen| match seen {
+            Seen::Head { stream } => this.refused.asked(stream),
+            Seen::Reset { stream, .. } => this.unsent.forget(stream),
+            Seen::Data { .. } | Seen::End { .. } => {}
         });
         polled
     }
@@ -121,7 +136,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
         let this = self.get_mut();
         let polled = Pin::new(&mut this.io).poll_write(cx, buf);
         if let Poll::Ready(Ok(n)) = &polled {
-            this.written.see(&buf[..*n], |seen| this.refused.written(seen));
+            this.see_written(&buf[..*n]);
         }
         polled
     }
