@@ -277,6 +277,26 @@ async fn what_comes_late_for_many_reset_streams_ends_nothing() {
     // A trailer, and the end.
     let late = (0..many).flat_map(|i| frame(1, 5, 1 + 2 * i, &[&[0, 1][..], b"t", &[1], b"v"].concat()));
     stream.write_all(&late.collect::<Vec<_>>()).await.expect("written");
+    goes_on(stream).await;
+}
+
+/// Frames of data without data, one for each request, are no flood, however many requests there are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn empty_frames_do_not_add_up() {
+    let (engine, vip) = engine().await;
+    let mut stream = engine.connect(vip).await.expect("connected");
+    stream.write_all(mesh_node::detect::PREFACE).await.expect("written");
+    stream.write_all(&frame(4, 0, 0, &[])).await.expect("written");
+    let head = [&[0x83, 0x86, 0x44, 0x07][..], b"/direct", &[0x41, 0x01], b"a"].concat();
+    for id in (0..300).map(|i| 1 + 2 * i) {
+        let request = [frame(1, 4, id, &head), frame(0, 0, id, b"a"), frame(0, 0, id, &[]), frame(0, 1, id, b"b")].concat();
+        stream.write_all(&request).await.expect("written");
+    }
+    goes_on(stream).await;
+}
+
+/// Reads until a ping is answered.
+async fn goes_on(mut stream: tokio::net::TcpStream) {
     stream.write_all(&frame(6, 0, 0, b"8 bytes.")).await.expect("written");
     let mut read = Vec::new();
     let mut buffer = [0; 65536];
