@@ -18,6 +18,7 @@ pub mod selector;
 pub mod strings;
 pub mod target;
 pub mod telemetry;
+mod unhonoured;
 pub mod virtual_service;
 
 use std::{fmt, sync::Arc, time::SystemTime};
@@ -104,6 +105,8 @@ pub struct Named {
     /// When it was created; decides between several that claim the same scope. Absent in hand-written manifests.
     pub created: Option<SystemTime>,
     pub object: Object,
+    /// Paths of fields that are taken and not honoured.
+    pub unhonoured: Vec<String>,
 }
 
 /// Why an object is not honoured: what, where in it, and what to do.

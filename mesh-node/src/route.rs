@@ -107,6 +107,12 @@ impl Workload {
         label("service.istio.io/canonical-name").or_else(|| label("app.kubernetes.io/name")).or_else(|| label("app"))
     }
 
+    /// The name of its application, in metrics.
+    pub fn app(&self) -> Option<&str> {
+        let label = |key: &str| self.labels.get(key);
+        label("app").or_else(|| label("app.kubernetes.io/name")).or_else(|| label("service.istio.io/canonical-name"))
+    }
+
     /// Istio's canonical revision, as far as labels give one.
     pub fn canonical_revision(&self) -> Option<&str> {
         let label = |key: &str| self.labels.get(key);

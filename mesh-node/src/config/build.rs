@@ -126,6 +126,9 @@ struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     fn take(&mut self, named: &'a Named) {
+        for field in &named.unhonoured {
+            self.remark(Severity::Warning, named, &format!("{field}: is not honoured by mesh-node; all else of the object is in force"));
+        }
         let parts = &mut self.parts;
         match &named.object {
             Object::Namespace(n) => {

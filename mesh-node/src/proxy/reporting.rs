@@ -76,7 +76,7 @@ fn peer(workload: Option<&Workload>, identity: Option<&SpiffeId>, cluster: &Arc<
         workload: text(name),
         namespace: workload.map_or_else(unknown, |w| w.name.namespace.clone()),
         principal: identity.map_or_else(unknown, |i| i.to_string().into()),
-        app: text(label("app").or_else(|| label("app.kubernetes.io/name"))),
+        app: text(workload.and_then(Workload::app)),
         version: text(label("version").or_else(|| label("app.kubernetes.io/version"))),
         canonical_service: text(workload.and_then(Workload::canonical_service).or(name)),
         canonical_revision: workload.map_or(UNKNOWN, |w| w.canonical_revision().unwrap_or("latest")).into(),

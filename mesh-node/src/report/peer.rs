@@ -77,7 +77,7 @@ impl Fact {
     pub fn of<'w>(self, workload: &'w Workload, cluster: &'w str) -> Option<Cow<'w, str>> {
         let label = |name: &str| workload.labels.get(name);
         let text = match self {
-            Self::App => label("app").or_else(|| label("app.kubernetes.io/name"))?,
+            Self::App => workload.app()?,
             Self::Version => label("version").or_else(|| label("app.kubernetes.io/version"))?,
             Self::Service => workload.canonical_service().unwrap_or(&workload.workload_name),
             Self::Revision => workload.canonical_revision().unwrap_or("latest"),

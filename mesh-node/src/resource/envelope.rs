@@ -5,11 +5,11 @@ use std::{sync::Arc, time::SystemTime};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::target::TargetRef;
 use super::{
     AuthorizationPolicy, DestinationRule, EndpointSlice, GatewayRoute, Key, Kind, Named, Namespace, Node, Object, Parsed,
     PeerAuthentication, Pod, ReferenceGrant, Rejection, RequestAuthentication, Service, Telemetry, VirtualService,
 };
+use super::{target::TargetRef, unhonoured};
 use crate::id::ObjectName;
 
 /// Kinds of the groups this node serves that it does not yet act on. An operator must hear that they do nothing.
@@ -108,6 +108,8 @@ fn stand_in(document: &Value, key: &Key) -> Option<Box<Named>> {
     }
     let empty = Value::Object(serde_json::Map::new());
     let spec = document.get("spec").filter(|spec| !spec.is_null()).unwrap_or(&empty);
+    let rest = unhonoured::without(spec, key.kind);
+    let spec = rest.as_ref().map_or(spec, |(rest, _)| rest);
     let object = match key.kind {
         Kind::RequestAuthentication => Object::RequestAuthentication(RequestAuthentication::as_far_as_it_can_be_read(spec)?),
         Kind::HTTPRoute | Kind::GRPCRoute => {
@@ -115,7 +117,7 @@ fn stand_in(document: &Value, key: &Key) -> Option<Box<Named>> {
         }
         _ => Object::AuthorizationPolicy(AuthorizationPolicy::as_far_as_it_can_be_read(spec)?),
     };
-    Some(Box::new(Named { key: key.clone(), created, object }))
+    Some(Box::new(Named { key: key.clone(), created, object, unhonoured: Vec::new() }))
 }
 
 fn known(group: &str, kind: &str) -> Option<Kind> {
@@ -206,6 +208,8 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
     let fail = |e: FieldError| e.of(key);
     let created = metadata.creation_timestamp.as_deref().map(parse_time).transpose().map_err(fail)?;
     let spec = document.get("spec");
+    let (rest, unhonoured) = spec.and_then(|spec| unhonoured::without(spec, key.kind)).unzip();
+    let (spec, unhonoured) = (rest.as_ref().or(spec), unhonoured.unwrap_or_default());
     let object = match key.kind {
         Kind::Namespace => Object::Namespace(Namespace::read(metadata)),
         Kind::Node => Object::Node(Node::read(&metadata.labels)),
@@ -229,7 +233,7 @@ fn object(document: &Value, key: &Key, metadata: Metadata) -> Result<Named, Reje
         Kind::ReferenceGrant => Object::ReferenceGrant(ReferenceGrant::read(spec_of(spec, key)?)),
         Kind::Telemetry => Object::Telemetry(Box::new(Telemetry::read(spec_of(spec, key)?).map_err(fail)?)),
     };
-    Ok(Named { key: key.clone(), created, object })
+    Ok(Named { key: key.clone(), created, object, unhonoured })
 }
 
 /// The annotation that makes a policy one that is only told; the spellings of a truth value are Go's, as Istio reads it.

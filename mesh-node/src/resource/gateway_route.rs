@@ -211,12 +211,6 @@ fn unknown_type(given: &str, at: &str, known: &str) -> FieldError {
 }
 
 fn rule(document: &RuleDocument, at: &str) -> Result<Rule> {
-    if document.session_persistence.is_some() {
-        return Err(FieldError::new(
-            format!("{at}.sessionPersistence"),
-            "is not supported by mesh-node; use a DestinationRule's consistentHash",
-        ));
-    }
     let filters = filters(&document.filters, &format!("{at}.filters"))?;
     let backends = document.backend_refs.iter().enumerate().map(|(i, r)| {
         let at = format!("{at}.backendRefs[{i}]");
@@ -416,7 +410,8 @@ fn cors(document: &CorsDocument, at: &str) -> Result<Cors> {
     let origin = |text: &String| match text.as_str() {
         "*" => Ok(TextMatch::Present),
         wild if wild.contains('*') => {
-            let expression = regex::escape(wild).replace("\\*", ".*");
+            // Of an origin nothing else is between slashes than its host and port.
+            let expression = regex::escape(wild).replace("\\*", "[^/]*");
             pattern(&expression, &format!("{at}.allowOrigins")).map(TextMatch::Regex)
         }
         exact => Ok(TextMatch::Exact(exact.into())),

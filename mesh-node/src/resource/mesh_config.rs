@@ -303,7 +303,7 @@ fn config(document: Document, mesh: &Value) -> Result<MeshConfig, FieldError> {
     let registry_only = match document.outbound_traffic_policy.and_then(|o| o.mode).as_deref() {
         None => None,
         Some("REGISTRY_ONLY") => Some(true),
-        Some("ALLOW_ANY") => Some(false),
+        Some("ALLOW_ANY" | spelling::DYNAMIC_DNS) => Some(false),
         Some(other) => {
             let problem = format!("{other:?} is neither REGISTRY_ONLY nor ALLOW_ANY");
             return Err(FieldError::new("data.mesh.outboundTrafficPolicy.mode", problem));

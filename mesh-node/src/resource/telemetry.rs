@@ -304,10 +304,11 @@ fn span_tag(tag: CustomTag, at: &str) -> Result<Option<SpanTag>, FieldError> {
 
 fn metrics(spec: MetricsSpec, at: &str) -> Result<Metrics, FieldError> {
     let overrides = each(spec.overrides, &format!("{at}.overrides"), override_of)?;
-    Ok(Metrics { providers: providers(spec.providers, at)?, overrides })
+    Ok(Metrics { providers: providers(spec.providers, at)?, overrides: overrides.into_iter().flatten().collect() })
 }
 
-fn override_of(spec: OverrideSpec, at: &str) -> Result<Override, FieldError> {
+/// None for a metric that is not made here, which Istio takes as well.
+fn override_of(spec: OverrideSpec, at: &str) -> Result<Option<Override>, FieldError> {
     let OverrideSpec { matched, disabled, tag_overrides } = spec;
     let tags = tag_overrides.unwrap_or_default();
     if tags.len() > MAX_ENTRIES {
@@ -318,21 +319,32 @@ fn override_of(spec: OverrideSpec, at: &str) -> Result<Override, FieldError> {
     }
     let tags = tags.into_iter().map(|(name, tag)| Ok((Arc::from(&*name), tag_change(&name, tag, &format!("{at}.tagOverrides.{name}"))?)));
     let tags = tags.collect::<Result<Vec<_>, _>>()?;
-    let (metric, mode) = match matched {
-        None => (None, Mode::default()),
+    let (metrics, mode) = match matched {
+        None => (Which::All, Mode::default()),
         Some(selector) => (metric(&selector, &format!("{at}.match"))?, selector.mode),
     };
-    Ok(Override { metric, mode, disabled, tags })
+    Ok(match metrics {
+        Which::All => Some(Override { metric: None, mode, disabled, tags }),
+        Which::One(metric) => Some(Override { metric: Some(metric), mode, disabled, tags }),
+        Which::NoneHere => None,
+    })
 }
 
-fn metric(selector: &MetricSelector, at: &str) -> Result<Option<Metric>, FieldError> {
+/// What an override is for.
+enum Which {
+    All,
+    One(Metric),
+    NoneHere,
+}
+
+fn metric(selector: &MetricSelector, at: &str) -> Result<Which, FieldError> {
     let known = || Metric::ALL.into_iter().filter_map(Metric::api_name).collect::<Vec<_>>().join(", ");
     match (&selector.metric, &selector.custom_metric) {
-        (None, None) => Ok(None),
+        (None, None) => Ok(Which::All),
         (Some(_), Some(_)) => Err(FieldError::new(at, "has both metric and customMetric; keep one")),
-        (Some(name), None) if name == "ALL_METRICS" => Ok(None),
+        (Some(name), None) if name == "ALL_METRICS" => Ok(Which::All),
         (Some(name), None) => match Metric::ALL.into_iter().find(|m| m.api_name() == Some(name)) {
-            Some(metric) => Ok(Some(metric)),
+            Some(metric) => Ok(Which::One(metric)),
             None => Err(FieldError::new(format!("{at}.metric"), format!("{name:?} is none of ALL_METRICS, {}", known()))),
         },
         // By their names in Prometheus, without the prefix or with it.
@@ -342,7 +354,7 @@ fn metric(selector: &MetricSelector, at: &str) -> Result<Option<Metric>, FieldEr
                 let own = m.name().strip_prefix("istio_").unwrap_or(m.name());
                 plain == own || plain.strip_suffix("_total") == Some(own)
             });
-            found.map(Some).ok_or_else(|| FieldError::new(format!("{at}.customMetric"), format!("{name:?} is no metric of mesh-node")))
+            Ok(found.map_or(Which::NoneHere, Which::One))
         }
     }
 }

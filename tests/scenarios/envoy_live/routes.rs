@@ -127,6 +127,15 @@ fn redirects() -> Vec<Of> {
         of("port", json!({"port": 8443}), json!({"port_redirect": 8443})),
         of("default-port", json!({"scheme": "https", "derivePort": "FROM_PROTOCOL_DEFAULT"}), json!({"scheme_redirect": "https"})),
         of("scheme-and-port", json!({"scheme": "https", "port": 8443}), json!({"scheme_redirect": "https", "port_redirect": 8443})),
+        (
+            "prefix",
+            json!([{"match": [{"uri": {"prefix": "/a"}}], "redirect": {"prefixRewrite": "/new"}}, {"redirect": {"prefixRewrite": "/all", "authority": "o.example"}}]),
+            json!([
+                {"match": {"prefix": "/a"}, "redirect": {"prefix_rewrite": "/new"}},
+                redirect(json!({"prefix_rewrite": "/all", "host_redirect": "o.example"}))
+            ]),
+            paths,
+        ),
         of("code-302", json!({"uri": "/n", "redirectCode": 302}), json!({"path_redirect": "/n", "response_code": "FOUND"})),
         of("code-303", json!({"uri": "/n", "redirectCode": 303}), json!({"path_redirect": "/n", "response_code": "SEE_OTHER"})),
         of("code-307", json!({"uri": "/n", "redirectCode": 307}), json!({"path_redirect": "/n", "response_code": "TEMPORARY_REDIRECT"})),

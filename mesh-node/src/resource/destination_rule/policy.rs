@@ -149,8 +149,8 @@ fn warmup(document: &doc::Warmup, at: &str) -> Result<Warmup> {
         return Err(FieldError::new(format!("{at}.minimumPercent"), format!("{minimum} is not between 0 and 100")));
     }
     let aggression = document.aggression.unwrap_or(1.0);
-    if !(aggression >= 1.0 && aggression.is_finite()) {
-        return Err(FieldError::new(format!("{at}.aggression"), format!("{aggression} is not 1 or more")));
+    if !(aggression > 0.0 && aggression.is_finite()) {
+        return Err(FieldError::new(format!("{at}.aggression"), format!("{aggression} is not greater than 0")));
     }
     Ok(Warmup { duration: positive(document.duration, &format!("{at}.duration"))?, minimum, aggression })
 }

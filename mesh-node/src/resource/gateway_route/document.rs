@@ -36,7 +36,6 @@ pub struct RuleDocument {
     pub backend_refs: Vec<Reference>,
     pub timeouts: Option<Timeouts>,
     pub retry: Option<Retry>,
-    pub session_persistence: Option<serde_json::Value>,
 }
 
 #[derive(Deserialize, Default)]

@@ -160,3 +160,15 @@ fn what_is_null_is_not_there() {
         "backendRefs": [{"name": "a", "port": 80, "filters": null, "weight": null}]}]));
     assert_eq!(route, parsed(&json!([{"backendRefs": [{"name": "a", "port": 80}]}])));
 }
+
+#[test]
+fn the_wildcard_of_an_origin_is_for_its_host() {
+    let filter = json!({"type": "CORS", "cors": {"allowOrigins": ["https://*.good.example"]}});
+    let route = parsed(&json!([{"filters": [filter]}])).expect("taken");
+    let cors = route.rules[0].cors.as_ref().expect("a filter");
+    let takes = |origin: &str| cors.origins.iter().any(|taken| taken.matches(origin.as_bytes()));
+    assert_eq!(
+        ["https://a.good.example", "https://a.b.good.example", "https://evil.example/.good.example", "http://a.good.example"].map(takes),
+        [true, true, false, false]
+    );
+}

@@ -135,8 +135,13 @@ struct OpenTelemetry {
     http: Option<OtlpHttp>,
     grpc: Option<OtlpGrpc>,
     max_tag_length: Option<u32>,
+    // Told of with what else is not acted on.
     #[serde(rename = "resourceDetectors")]
     _resource_detectors: Option<Value>,
+    #[serde(rename = "serviceAttributeEnrichment")]
+    _service_attribute_enrichment: Option<Value>,
+    #[serde(rename = "dynatraceSampler")]
+    _dynatrace_sampler: Option<Value>,
 }
 
 #[derive(Deserialize)]

@@ -123,6 +123,11 @@ const NOT_HONOURED: [(&str, &str); 9] = [
 /// Fields of `proxyHeaders` that are acted on, or ask for what is not done anyway.
 const HONOURED_HEADERS: [&str; 5] = ["forwardedClientCert", "attemptCount", "requestId", "envoyDebugHeaders", "metadataExchangeHeaders"];
 
+/// Fields of an `opentelemetry` provider that are taken and not acted on.
+const UNHONOURED_OF_OTLP: [&str; 3] = ["resourceDetectors", "serviceAttributeEnrichment", "dynatraceSampler"];
+/// A mode of Istio's sidecars.
+pub const DYNAMIC_DNS: &str = "ALLOW_ANY_DYNAMIC_DNS";
+
 /// What of the message is not acted on, in the words of a remark.
 pub fn remarks(mesh: &Value) -> Vec<String> {
     let mut remarks = Vec::new();
@@ -149,6 +154,23 @@ pub fn remarks(mesh: &Value) -> Vec<String> {
     remarks.extend(mesh.pointer("/defaultConfig/gatewayTopology").map(|_| {
         "data.mesh.defaultConfig.gatewayTopology: is not honoured by this version of mesh-node; start it with --trusted-proxy".to_owned()
     }));
+    let tracing = mesh.pointer("/defaultConfig/tracing").and_then(Value::as_object);
+    for name in tracing.into_iter().flatten().map(|(name, _)| name).filter(|name| *name != "sampling") {
+        remarks.push(format!(
+            "data.mesh.defaultConfig.tracing.{name}: is not honoured by this version of mesh-node; say it in a Telemetry, or of a provider"
+        ));
+    }
+    let providers = mesh.get("extensionProviders").and_then(Value::as_array);
+    for (i, provider) in providers.into_iter().flatten().enumerate() {
+        for name in UNHONOURED_OF_OTLP.into_iter().filter(|name| provider.pointer(&format!("/opentelemetry/{name}")).is_some()) {
+            remarks.push(format!(
+                "data.mesh.extensionProviders[{i}].opentelemetry.{name}: is not honoured by this version of mesh-node; spans are sent without it"
+            ));
+        }
+    }
+    if mesh.pointer("/outboundTrafficPolicy/mode").is_some_and(|mode| mode == DYNAMIC_DNS) {
+        remarks.push(format!("data.mesh.outboundTrafficPolicy.mode: {DYNAMIC_DNS} is ALLOW_ANY here: who connects has looked names up"));
+    }
     remarks
 }
 
@@ -193,6 +215,17 @@ mod tests {
                 json!({"discoverySelectors": [], "notAField": 1, "trustDomain": "td", "defaultConfig": {"proxyHeaders": {"server": {"disabled": true}}}})
             ),
             ["data.mesh.discoverySelectors", "data.mesh.notAField", "data.mesh.trustDomain", "data.mesh.defaultConfig.proxyHeaders.server"]
+        );
+        assert_eq!(
+            told(
+                json!({"outboundTrafficPolicy": {"mode": DYNAMIC_DNS}, "defaultConfig": {"tracing": {"sampling": 1.0, "maxPathTagLength": 8}},
+                "extensionProviders": [{"name": "o", "opentelemetry": {"service": "o", "port": 1, "serviceAttributeEnrichment": "X"}}]})
+            ),
+            [
+                "data.mesh.defaultConfig.tracing.maxPathTagLength",
+                "data.mesh.extensionProviders[0].opentelemetry.serviceAttributeEnrichment",
+                "data.mesh.outboundTrafficPolicy.mode"
+            ]
         );
     }
 }

@@ -116,6 +116,7 @@ pub struct HeaderOperations {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Redirect {
     pub uri: Option<String>,
+    pub prefix_rewrite: Option<String>,
     pub authority: Option<String>,
     pub port: Option<u32>,
     pub derive_port: Option<String>,

@@ -277,11 +277,15 @@ fn redirect_action(document: &doc::Redirect, at: &str) -> Result<Redirect> {
         return Err(FieldError::new(format!("{at}.scheme"), "is not one of http, https"));
     }
     let text = |t: &Option<String>| t.as_deref().filter(|t| !t.is_empty()).map(Arc::from);
+    let path = match (text(&document.uri), text(&document.prefix_rewrite)) {
+        (Some(_), Some(_)) => return Err(FieldError::new(at, "has uri and prefixRewrite; keep one")),
+        (uri, prefix) => uri.map(PathRewrite::Full).or(prefix.map(PathRewrite::Matched)),
+    };
     Ok(Redirect {
         scheme: scheme.map(Arc::from),
         authority: text(&document.authority),
         port: redirect_port,
-        path: text(&document.uri).map(PathRewrite::Full),
+        path,
         status: StatusCode::from_u16(status).unwrap_or(StatusCode::MOVED_PERMANENTLY),
     })
 }
@@ -355,11 +359,13 @@ fn fault(document: &doc::Fault, at: &str) -> Result<Fault> {
             (None, None, Some(_)) => {
                 return Err(FieldError::new(format!("{at}.http2Error"), "is not supported; use httpStatus or grpcStatus"));
             }
-            _ => return Err(FieldError::new(at, "needs exactly one of httpStatus and grpcStatus")),
+            // Without either Istio aborts nothing.
+            (None, None, None) => return Ok(None),
+            _ => return Err(FieldError::new(at, "has more than one of httpStatus and grpcStatus; keep one")),
         };
-        Ok((kind, share(a.percentage, a.percent, Share::default(), &at)?))
+        Ok(Some((kind, share(a.percentage, a.percent, Share::default(), &at)?)))
     });
-    Ok(Fault { delay: delay.transpose()?, abort: abort.transpose()? })
+    Ok(Fault { delay: delay.transpose()?, abort: abort.transpose()?.flatten() })
 }
 
 /// A status by name (`UNAVAILABLE`) or number.
