@@ -23,10 +23,12 @@ pub enum Kind {
     LastGood,
     /// A pod has all connections or requests it may have.
     Share,
+    /// A log cannot be written.
+    Log,
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::Revocations, Self::Authority, Self::LastGood, Self::Share];
+    pub const ALL: [Self; 5] = [Self::Revocations, Self::Authority, Self::LastGood, Self::Share, Self::Log];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -34,6 +36,7 @@ impl Kind {
             Self::Authority => "certificate_authority",
             Self::LastGood => "last_good_versions",
             Self::Share => "pod_share",
+            Self::Log => "log",
         }
     }
 }

@@ -421,16 +421,20 @@ fn escape(text: &[u8], line: &mut Vec<u8>) {
 /// With what stands for characters that cannot stand there.
 #[cold]
 fn escaped(text: &[u8], line: &mut Vec<u8>, control: fn(char) -> String) {
-    for c in short(&String::from_utf8_lossy(text)).chars() {
-        match c {
-            '"' => line.extend_from_slice(b"\\\""),
-            '\\' => line.extend_from_slice(b"\\\\"),
-            '\n' => line.extend_from_slice(b"\\n"),
-            '\r' => line.extend_from_slice(b"\\r"),
-            '\t' => line.extend_from_slice(b"\\t"),
-            c if c.is_control() => line.extend_from_slice(control(c).as_bytes()),
-            c => line.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+    for chunk in text[..text.len().min(LONGEST_VALUE)].utf8_chunks() {
+        for c in chunk.valid().chars() {
+            match c {
+                '"' => line.extend_from_slice(b"\\\""),
+                '\\' => line.extend_from_slice(b"\\\\"),
+                '\n' => line.extend_from_slice(b"\\n"),
+                '\r' => line.extend_from_slice(b"\\r"),
+                '\t' => line.extend_from_slice(b"\\t"),
+                c if c.is_control() => line.extend_from_slice(control(c).as_bytes()),
+                c => line.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+            }
         }
+        // What is no character, a last one that is cut among it.
+        chunk.invalid().iter().for_each(|byte| line.extend_from_slice(control(char::from(*byte)).as_bytes()));
     }
 }
 

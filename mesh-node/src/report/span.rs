@@ -140,6 +140,11 @@ impl Span {
     }
 }
 
+/// Of `opentelemetry.proto.trace.v1.SpanFlags`.
+const SAMPLED: u32 = 1;
+const HAS_IS_REMOTE: u32 = 0x100;
+const IS_REMOTE: u32 = 0x200;
+
 /// Spans of one workload, as a message for a collector.
 pub fn export(workload: &Workload, cluster: &str, spans: Vec<Span>) -> ExportRequest {
     let app = workload.labels.get("app").or_else(|| workload.canonical_service()).unwrap_or(&workload.workload_name);
@@ -150,6 +155,9 @@ pub fn export(workload: &Workload, cluster: &str, spans: Vec<Span>) -> ExportReq
         ("k8s.namespace.name", namespace.to_owned()),
         ("k8s.pod.name", workload.name.name.to_string()),
         ("k8s.node.name", workload.node.to_string()),
+        ("telemetry.sdk.language", "rust".to_owned()),
+        ("telemetry.sdk.name", "mesh-node".to_owned()),
+        ("telemetry.sdk.version", env!("CARGO_PKG_VERSION").to_owned()),
     ];
     let scope = Scope { name: "mesh-node".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() };
     ExportRequest {
@@ -236,7 +244,7 @@ struct SpanMessage {
     attributes: Vec<KeyValue>,
     #[prost(message, optional, tag = "15")]
     status: Option<Status>,
-    /// The W3C flags: sampled.
+    /// The W3C flags, and above them whether it is known where the parent is, and that it is elsewhere.
     #[prost(fixed32, tag = "16")]
     flags: u32,
 }
@@ -291,7 +299,8 @@ impl From<Span> for SpanMessage {
             end_time_unix_nano: nanos(span.end),
             attributes: span.attributes.into_iter().map(|(k, v)| KeyValue::text(k, v)).collect(),
             status: span.failed.then_some(Status { code: 2 }),
-            flags: 1,
+            // The parent is always from a header.
+            flags: SAMPLED | HAS_IS_REMOTE | if span.parent.is_some() { IS_REMOTE } else { 0 },
         }
     }
 }

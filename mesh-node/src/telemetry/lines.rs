@@ -19,6 +19,7 @@ use parking_lot::{Condvar, Mutex};
 use prometheus_client::metrics::{counter::Counter, family::Family};
 
 use super::ResultLabels;
+use crate::problems;
 
 /// Most bytes of lines that wait for one file; as many may be about to be written.
 const BYTES: usize = 16 * 1024 * 1024;
@@ -251,6 +252,7 @@ impl Writer {
                 waiting.hurry = false;
                 if batch.is_empty() && self.used.elapsed() >= UNUSED {
                     waiting.over = true;
+                    self.is_well();
                     return;
                 }
                 std::mem::take(&mut waiting.lines)
@@ -273,16 +275,25 @@ impl Writer {
         }
     }
 
+    /// It is written again, or nobody wants it to be any more.
+    fn is_well(&mut self) {
+        if std::mem::take(&mut self.told) {
+            problems::solved(problems::Kind::Log, &self.path);
+        }
+    }
+
     fn write(&mut self, batch: &[u8], lines: u64) {
         match self.target.write(batch) {
             Ok(()) => {
                 self.written.inc_by(lines);
-                self.told = false;
+                self.is_well();
             }
             Err(error) => {
                 self.failed.inc_by(lines);
                 if !self.told {
-                    complain(&format!("no log is written to {}: {error}", self.path));
+                    let what = format!("no log is written to {}: {error}", self.path);
+                    complain(&what);
+                    problems::found(problems::Kind::Log, &self.path, what);
                     self.told = true;
                 }
                 if let Target::File { open, .. } = &mut self.target {
@@ -338,10 +349,21 @@ mod tests {
         logs.write(&nowhere, b"x\n");
         logs.flush(Duration::from_secs(5));
         assert_eq!((counted(&logs, "failed"), counted(&logs, "written")), (1, 0));
+        let told = |path: &str| problems::all().iter().any(|(kind, text)| *kind == problems::Kind::Log && text.contains(path));
+        assert!(told("/nowhere/at/all"));
+        let directory = tempfile::tempdir().expect("a directory");
+        let late: Arc<str> = directory.path().join("late/log").to_str().expect("UTF-8").into();
+        logs.write(&late, b"x\n");
+        logs.flush(Duration::from_secs(5));
+        assert!(told(&late));
+        std::fs::create_dir(directory.path().join("late")).expect("made");
+        logs.write(&late, b"y\n");
+        logs.flush(Duration::from_secs(5));
+        assert!(!told(&late), "it is written again");
         for i in 0..FILES + 3 {
             logs.write(&format!("/nowhere/{i}").into(), b"x\n");
         }
-        assert_eq!(counted(&logs, "dropped"), 4, "there are no more than so many files");
+        assert_eq!(counted(&logs, "dropped"), 5, "there are no more than so many files");
     }
 
     #[test]

@@ -106,9 +106,11 @@ fn operators_take_alternatives_and_lengths() {
     let headers = Kept::All(headers());
     let entry = entry(&headers);
     for (format, expected) in [
-        ("%REQ(X-ODD)%", "a\\\"b\\tc\u{fffd}\n"),
+        ("%REQ(X-ODD)%", "a\\\"b\\tc\\xff\n"),
         ("%REQ(missing?:METHOD)% 100%%", "GET 100%\n"),
         ("%REQ(:PATH):2%|%PROTOCOL:4%", "/a|HTTP\n"),
+        // Of bytes, and not of characters.
+        ("%REQ(X-ODD):1%|%REQ(X-ODD):100%", "a|a\\\"b\\tc\\xff\n"),
         ("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%", "fd00::1 4242\n"),
         ("%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%", "-\n"),
         ("plain\n", "plain\n"),

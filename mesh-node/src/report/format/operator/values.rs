@@ -14,7 +14,7 @@ pub trait Values {
     fn cluster(&mut self, cluster: &ClusterName<'_>);
 }
 
-/// Takes only the first characters of texts.
+/// Takes only the first bytes of texts, as Envoy does.
 pub(super) struct Cut<'v, V> {
     pub(super) values: &'v mut V,
     pub(super) most: usize,
@@ -30,9 +30,7 @@ impl<V: Values> Values for Cut<'_, V> {
     }
 
     fn text(&mut self, text: &[u8]) {
-        let text = String::from_utf8_lossy(text);
-        let end = text.char_indices().nth(self.most).map_or(text.len(), |(at, _)| at);
-        self.values.text(text[..end].as_bytes());
+        self.values.text(text.get(..self.most).unwrap_or(text));
     }
 
     fn plain(&mut self, push: impl FnOnce(&mut Vec<u8>)) {
