@@ -28,8 +28,8 @@ async fn what_is_for_other_clients_and_ports_is_no_route() {
         (json!({"sourceNamespace": "other"}), "a", "c"),
         (json!({"gateways": ["gw"]}), "a", "c"),
         // There is a route for this client, and the request is not what it is for.
-        (json!({"port": 80, "uri": {"exact": "/y"}}), "404", "404"),
-        (json!({"uri": {"exact": "/y"}}), "404", "404"),
+        (json!({"port": 80, "uri": {"exact": "/y"}}), "404", "c"),
+        (json!({"uri": {"exact": "/y"}}), "404", "c"),
         (json!({"port": 80}), "b", "b"),
     ] {
         let older = named_vs("older", &json!([{"match": [matched.clone()], "route": to("b")}]), "2020-01-01T00:00:00Z");
@@ -37,6 +37,33 @@ async fn what_is_for_other_clients_and_ports_is_no_route() {
         assert_eq!(get(&engine, vip(1), "/x", "").await, alone, "{matched}");
         engine.apply(&[services.clone(), vec![older, younger.clone()]].concat()).await.expect("applied");
         assert_eq!(get(&engine, vip(1), "/x", "").await, with_another, "{matched}, and another");
+    }
+}
+
+/// As in Istio's waypoints: the older one's rules first, and what takes every request last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn virtual_services_of_one_host_are_one() {
+    let services = services().await;
+    let engine = Engine::start(&services).await.expect("engine");
+    let of = |path: &str, name: &str| json!({"match": [{"uri": {"prefix": path}}], "route": to(name)});
+    let all = |name: &str| json!({"route": to(name)});
+    let both = json!({"match": [{"uri": {"prefix": "/x"}}, {"uri": {"prefix": "/"}}], "route": to("b")});
+    for (older, younger, expected) in [
+        (json!([of("/x", "b")]), json!([of("/y", "c")]), ["b", "c", "404"]),
+        (json!([of("/x", "b")]), json!([of("/x", "c"), of("/y", "c"), all("c")]), ["b", "c", "c"]),
+        (json!([all("b")]), json!([of("/y", "c")]), ["b", "c", "b"]),
+        // Behind what takes all there is nothing in its own, and of two the older counts.
+        (json!([all("b"), of("/x", "a")]), json!([of("/y", "c"), all("c")]), ["b", "c", "b"]),
+        // One match of a rule may be for all, and the others not.
+        (json!([both]), json!([of("/x", "c"), of("/y", "c")]), ["b", "c", "b"]),
+    ] {
+        let documents = [named_vs("younger", &younger, "2021-01-01T00:00:00Z"), named_vs("older", &older, "2020-01-01T00:00:00Z")];
+        engine.apply(&[services.clone(), documents.to_vec()].concat()).await.expect("applied");
+        let mut found = Vec::new();
+        for path in ["/x", "/y", "/z"] {
+            found.push(get(&engine, vip(1), path, "").await);
+        }
+        assert_eq!(found, expected, "{older} {younger}");
     }
 }
 

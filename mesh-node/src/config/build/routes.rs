@@ -21,6 +21,7 @@ use crate::{
     route::{
         Cluster, ClusterId, PortRoutes,
         l4::L4Rule,
+        matching::HttpMatch,
         rule::{Action, Destination, Rule},
         table::{HttpTable, ResolvedL4, ResolvedRule},
     },
@@ -145,9 +146,10 @@ impl<'a> Routes<'a> {
                     *close == usize::MAX && is_visible(or_default(&vs.export_to, self.exported), &named.key.name.namespace, *client)
                 });
                 let Some((_, first, oldest)) = visible.next() else { continue };
-                for (_, named, _) in visible.filter(|(_, named, vs)| named.key != first.key && is_covered(vs, oldest)) {
-                    let message = format!("spec.hosts: {} of {service} is older and is used for it; merge the two", first.key);
-                    self.remark(builder, Severity::Error, named, &message);
+                for (_, named, vs) in visible.filter(|(_, named, _)| named.key != first.key) {
+                    let Some((severity, part)) = covered(vs, oldest) else { continue };
+                    let message = format!("{part}: {} is older, for {service} too, and its own counts; merge the two", first.key);
+                    self.remark(builder, severity, named, &message);
                 }
                 if self.gateway_routes.contains_key(service) && !oldest.http.is_empty() {
                     let message = format!("spec.hosts: Service {service} has Gateway API routes, which are used instead for HTTP");
@@ -192,8 +194,8 @@ impl<'a> Routes<'a> {
             is_visible(or_default(&vs.export_to, self.exported), &named.key.name.namespace, client)
         };
         let mut found = PortRoutes::default();
-        let mut tables = Vec::new();
-        for (_, named, vs) in self.virtual_services.get(service).into_iter().flatten().filter(visible) {
+        let mut groups: Vec<(usize, &Named, Vec<RulesOf>)> = Vec::new();
+        for (close, named, vs) in self.virtual_services.get(service).into_iter().flatten().filter(visible) {
             let l4 = |rules: &[L4Rule]| rules.iter().map(|r| resolver.l4(named, r)).collect::<Vec<_>>();
             if !is_tls && found.tcp.is_empty() {
                 found.tcp = l4(&vs.tcp);
@@ -203,11 +205,19 @@ impl<'a> Routes<'a> {
             }
             if !vs.http.is_empty() {
                 let rules = vs.http.iter().flat_map(|r| self.expand(builder, named, r));
-                let rules = rules.map(|(rule, namespace)| resolver.http(named, &namespace, rule)).collect();
-                tables.push(HttpTable::new(named.key.to_string().into(), rules));
-                if tables.last().is_some_and(HttpTable::is_for_all) {
-                    break;
+                let rules = rules.map(|(rule, namespace)| (*named, namespace, rule)).collect();
+                match groups.last_mut() {
+                    Some((of, _, lists)) if of == close => lists.push(rules),
+                    _ => groups.push((*close, named, vec![rules])),
                 }
+            }
+        }
+        let mut tables = Vec::new();
+        for (_, first, lists) in groups {
+            let rules = merged(lists).into_iter().map(|(named, namespace, rule)| resolver.http(named, &namespace, rule)).collect();
+            tables.push(HttpTable::new(first.key.to_string().into(), rules));
+            if tables.last().is_some_and(HttpTable::is_for_all) {
+                break;
             }
         }
         let gateway = self.gateway_table(service, port, client, &resolver);
@@ -291,10 +301,47 @@ impl<'a> Routes<'a> {
     }
 }
 
-/// Whether nothing of a virtual service counts beside an older one.
-fn is_covered(vs: &VirtualService, older: &VirtualService) -> bool {
-    let http = vs.http.is_empty() || older.http.iter().any(Rule::is_for_all);
-    http && (vs.tcp.is_empty() || !older.tcp.is_empty()) && (vs.tls.is_empty() || !older.tls.is_empty())
+/// Rules of one virtual service, each with the namespace its names are of.
+type RulesOf<'a> = Vec<(&'a Named, Arc<str>, Rule)>;
+
+/// The rules of several virtual services of one host as one list, the older first, as Istio's waypoints and gateways have them: what takes every
+/// request comes after all others, and what its own virtual service has behind it is never reached.
+fn merged(mut lists: Vec<RulesOf<'_>>) -> RulesOf<'_> {
+    if lists.len() == 1 {
+        return lists.pop().unwrap_or_default();
+    }
+    let (mut all, mut last) = (Vec::new(), Vec::new());
+    for list in lists {
+        for (named, namespace, rule) in list {
+            if rule.matches.is_empty() {
+                last.push((named, namespace, rule));
+                break;
+            }
+            let (catch_all, others): (Vec<_>, Vec<_>) = rule.matches.iter().cloned().partition(HttpMatch::is_catch_all);
+            let is_end = !catch_all.is_empty();
+            if !others.is_empty() {
+                all.push((named, namespace.clone(), Rule { matches: others, ..rule.clone() }));
+            }
+            if is_end {
+                last.push((named, namespace, Rule { matches: catch_all, ..rule }));
+                break;
+            }
+        }
+    }
+    all.extend(last);
+    all
+}
+
+/// What of a virtual service counts for nothing beside an older one that has the same.
+fn covered(vs: &VirtualService, older: &VirtualService) -> Option<(Severity, &'static str)> {
+    let takes_all = |vs: &VirtualService| vs.http.iter().any(|r| r.matches.is_empty() || r.matches.iter().any(HttpMatch::is_catch_all));
+    let alone = if vs.http.is_empty() { Severity::Error } else { Severity::Warning };
+    match () {
+        () if !vs.tcp.is_empty() && !older.tcp.is_empty() => Some((alone, "spec.tcp")),
+        () if !vs.tls.is_empty() && !older.tls.is_empty() => Some((alone, "spec.tls")),
+        () if takes_all(vs) && takes_all(older) => Some((Severity::Warning, "spec.http: its rule for every request")),
+        () => None,
+    }
 }
 
 /// Resolves the destinations of rules for one port in one view.
