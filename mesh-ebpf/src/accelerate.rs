@@ -85,7 +85,8 @@ pub fn mesh_accelerate(ctx: SkMsgContext) -> u32 {
                 end.bytes += u64::from(size);
                 direct::redirected(end, size);
             } else {
-                end.way = Way::LEFT;
+                (end.way, end.why) = (Way::LEFT, Why::Message as u32);
+                tell(end);
             }
         }
         Step::Tcp => {}

@@ -18,7 +18,7 @@ use std::{
 };
 
 use aya::maps::{MapData, RingBuf};
-use mesh_common::accelerate::{Event, PairReply, PairRequest, Why};
+use mesh_common::accelerate::{Event, PairReply, PairRequest, Way, Why};
 use parking_lot::Mutex;
 use tokio::{
     io::unix::AsyncFd,
@@ -26,11 +26,15 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+mod entry;
 mod kernel;
 mod proof;
 mod state;
 
-use self::kernel::Kernel;
+use self::{
+    entry::{Entry, Phase, Reads},
+    kernel::Kernel,
+};
 pub use self::{
     kernel::{Place, kernel_layout},
     state::State,
@@ -47,8 +51,9 @@ const FIRST_SETTLED: Duration = Duration::from_millis(1);
 const LOOKS_SETTLED: u32 = 3;
 /// How often it is looked whether a pair that leaves can be taken out, at least: a reader may wait for that.
 const LAST_LEAVING: Duration = Duration::from_millis(10);
-/// Times a pair may be taken out and come back, before it stays outside.
-const MAX_RETURNS: u32 = 64;
+/// After so many looks its reader is taken for one that does not read, and it is looked less often.
+const LOOKS_LEAVING: u32 = 30;
+const STUCK: Duration = Duration::from_millis(250);
 /// Messages seen each way before a pair is entered.
 const MESSAGES: u32 = 2;
 /// Most bytes the messages of a pair have on average.
@@ -167,72 +172,6 @@ pub struct Accelerator {
     changed: Box<dyn Fn(State) + Send>,
 }
 
-struct Entry {
-    pair: Pair,
-    phase: Phase,
-    wait: Duration,
-    /// How much had been taken from either socket, and how much of that was received, when it was last looked.
-    taken: Option<[(u32, u64); 2]>,
-    /// How often the two were apart.
-    odd: u32,
-    /// How often it has been taken out to come back.
-    returns: u32,
-}
-
-/// What a look tells of how a pair's owners read.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reads {
-    /// Everything since the last look was received, by both.
-    Received,
-    /// One of them has taken nothing since, or it is the first look.
-    Unknown,
-    /// One of them has taken more, or less.
-    Otherwise,
-}
-
-impl Entry {
-    fn new(pair: Pair) -> Self {
-        Self { pair, phase: Phase::Outside, wait: FIRST_LOOK, taken: None, odd: 0, returns: 0 }
-    }
-
-    /// Has it taken out, to come back unless that was too often; what it is then.
-    fn leave(&mut self) -> State {
-        self.returns += 1;
-        let returns = self.returns <= MAX_RETURNS;
-        self.phase = Phase::Leaving { returns };
-        if returns { State::Paused } else { State::SlowReader }
-    }
-
-    /// Compares with the last look.
-    fn reads(&mut self, now: [&PairReply; 2]) -> Reads {
-        let now = now.map(|reply| (reply.copied_seq, reply.received));
-        let Some(before) = self.taken.replace(now) else { return Reads::Unknown };
-        let since = now.iter().zip(before).map(|((copied, received), (copied_then, received_then))| {
-            (u64::from(copied.wrapping_sub(copied_then)), received.wrapping_sub(received_then))
-        });
-        since.fold(Reads::Received, |all, (taken, received)| match all {
-            Reads::Otherwise => all,
-            _ if taken != received => Reads::Otherwise,
-            _ if taken == 0 => Reads::Unknown,
-            _ => all,
-        })
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// Not entered, looked at now and then.
-    Outside,
-    /// Entered a moment ago: what has come by TCP has to be taken first. How often it has been looked whether it is.
-    Joining(u32),
-    Inside,
-    /// To be taken out when nothing is queued.
-    Leaving {
-        /// It may be entered again.
-        returns: bool,
-    },
-}
-
 impl Accelerator {
     /// With the programs and maps of an opened capture. `changed` hears of every change of a pair's state.
     pub(super) fn new(parts: Parts, changed: impl Fn(State) + Send + 'static) -> Result<(Self, Offers), CaptureError> {
@@ -301,13 +240,17 @@ impl Accelerator {
             Message::Offer(id, pair) => {
                 self.known.0.lock().insert(id, ((*pair).clone(), State::Young));
                 self.entries.insert(id, Entry::new(*pair));
-                self.due.insert((Instant::now() + FIRST_LOOK, id));
+                self.schedule(id, Instant::now() + FIRST_LOOK);
             }
             Message::Withdraw(id) => {
                 self.known.0.lock().remove(&id);
-                let entry = self.entries.remove(&id).filter(|e| e.pair.flow != 0 && e.phase != Phase::Outside);
+                let entry = self.entries.remove(&id);
+                if let Some(due) = entry.as_ref().and_then(|entry| entry.due) {
+                    self.due.remove(&(due, id));
+                }
+                let entry = entry.filter(|e| e.pair.flow != 0 && e.phase != Phase::Outside);
                 // It may go on without this process, which must not be needed then.
-                if let Some(error) = entry.and_then(|entry| self.take_out(id, &entry).err()) {
+                if let Some(error) = entry.and_then(|entry| self.take_out(id, &entry, true).err()) {
                     tracing::debug!(target: "capture", %error, "a pair cannot be taken out");
                 }
             }
@@ -318,20 +261,31 @@ impl Accelerator {
         let id = event.peer / 2;
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.wait = FIRST_LOOK;
-        let state = if matches!(entry.phase, Phase::Leaving { returns: false }) {
-            return;
-        } else if event.why == Why::Message as u32 {
-            entry.leave()
-        } else {
-            entry.phase = Phase::Leaving { returns: false };
-            State::of(event.why)
+        let is_for_now = event.why == Why::Message as u32;
+        let state = match entry.phase {
+            // Told of both directions, or before: what is for good counts.
+            Phase::Leaving { returns, .. } if !returns || is_for_now => return,
+            _ if is_for_now => entry.leave(),
+            _ => {
+                entry.phase = Phase::Leaving { returns: false, looks: 0 };
+                State::of(event.why)
+            }
         };
         if state == State::Blocking {
             let places = [entry.pair.one.clone(), entry.pair.other.clone()];
             self.learn(&places);
         }
         self.set(id, state);
-        self.due.insert((Instant::now(), id));
+        self.schedule(id, Instant::now());
+    }
+
+    /// Has a pair seen to at a time, and not when it was to be before.
+    fn schedule(&mut self, id: u64, when: Instant) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        if let Some(before) = entry.due.replace(when) {
+            self.due.remove(&(before, id));
+        }
+        self.due.insert((when, id));
     }
 
     /// Remembers whose socket was made blocking.
@@ -366,11 +320,13 @@ impl Accelerator {
                 return;
             }
             let Some(mut entry) = self.entries.remove(&id) else { continue };
+            entry.due = None;
             match self.see_to(id, &mut entry) {
                 Ok(true) => {
                     entry.wait = (entry.wait * 2).min(LAST_LOOK);
-                    self.due.insert((now + entry.wait, id));
+                    let when = now + entry.wait;
                     self.entries.insert(id, entry);
+                    self.schedule(id, when);
                 }
                 Ok(false) => drop(self.entries.insert(id, entry)),
                 Err(error) => {
@@ -385,10 +341,12 @@ impl Accelerator {
     fn see_to(&self, id: u64, entry: &mut Entry) -> io::Result<bool> {
         match entry.phase {
             Phase::Outside => self.consider(id, entry),
-            Phase::Leaving { returns } => {
-                let stays = self.take_out(id, entry)?;
+            Phase::Leaving { returns, looks } => {
+                let stays = self.take_out(id, entry, looks == 0)?;
                 if stays {
-                    entry.wait = entry.wait.min(LAST_LEAVING / 2);
+                    entry.phase = Phase::Leaving { returns, looks: looks.saturating_add(1) };
+                    let most = if looks < LOOKS_LEAVING { LAST_LEAVING } else { STUCK };
+                    entry.wait = entry.wait.min(most / 2);
                 } else if returns {
                     // What was redirected counts as received and was not taken from TCP: the two begin anew.
                     (entry.phase, entry.taken) = (Phase::Outside, None);
@@ -396,28 +354,42 @@ impl Accelerator {
                 }
                 Ok(stays || returns)
             }
-            Phase::Joining(_) if self.kernel.is_settled(&entry.pair)? => {
-                entry.phase = Phase::Inside;
-                self.set(id, State::Accelerated);
-                Ok(false)
-            }
-            Phase::Joining(looks) if looks < LOOKS_SETTLED => {
-                entry.phase = Phase::Joining(looks + 1);
-                Ok(true)
-            }
-            Phase::Joining(_) => {
+            Phase::Joining { looks, settled } => {
+                let now = self.kernel.is_settled(&entry.pair)?;
+                // Twice: who was in the midst of sending by TCP at the first look has sent it at the second.
+                if now && settled {
+                    entry.phase = Phase::Inside;
+                    entry.wait = LAST_LOOK;
+                    self.set(id, State::Accelerated);
+                    return Ok(true);
+                }
+                if now || looks < LOOKS_SETTLED {
+                    entry.phase = Phase::Joining { looks: looks + 1, settled: now };
+                    entry.wait = if now { FIRST_SETTLED / 2 } else { entry.wait };
+                    return Ok(true);
+                }
                 self.set(id, entry.leave());
                 self.see_to(id, entry)
             }
-            Phase::Inside => Ok(false),
+            Phase::Inside => {
+                // It says so itself when it leaves, unless there was no room to say it.
+                let left = [&entry.pair.one, &entry.pair.other].into_iter().map(|place| self.kernel.look(place));
+                let left = left.collect::<io::Result<Vec<_>>>()?.iter().any(|reply| reply.problem == 0 && reply.way == Way::LEFT);
+                if left {
+                    self.set(id, entry.leave());
+                    return self.see_to(id, entry);
+                }
+                Ok(true)
+            }
         }
     }
 
     /// Takes a pair out when nothing is lost by it; whether it has to be tried again. A socket that is not found any more leaves by
     /// itself when its owner closes it, and not before: one that TCP is done with may still have redirected bytes to be read.
-    fn take_out(&self, id: u64, entry: &Entry) -> io::Result<bool> {
+    /// `tell`: it has not been told to leave yet.
+    fn take_out(&self, id: u64, entry: &Entry, tell: bool) -> io::Result<bool> {
         let places = [(&entry.pair.one, id * 2), (&entry.pair.other, id * 2 + 1)];
-        for (place, _) in places {
+        for (place, _) in places.iter().filter(|_| tell) {
             self.kernel.ask(place, PairRequest { ask: PairRequest::LEAVE, ..PairRequest::default() })?;
         }
         // Asked again: what was queued or under way before they were told to leave.
@@ -497,7 +469,7 @@ impl Accelerator {
             self.kernel.wake(&entry.pair.one)?;
             self.kernel.wake(&entry.pair.other)?;
         }
-        entry.phase = if joined { Phase::Joining(0) } else { Phase::Leaving { returns: false } };
+        entry.phase = if joined { Phase::Joining { looks: 0, settled: false } } else { Phase::Leaving { returns: false, looks: 0 } };
         entry.wait = FIRST_SETTLED / 2;
         if !joined {
             self.set(id, State::Full);

@@ -124,7 +124,7 @@ struct TracingSpec {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct CustomTag {
+pub(super) struct CustomTag {
     literal: Option<Literal>,
     header: Option<Header>,
     environment: Option<Header>,
@@ -257,15 +257,7 @@ fn tracing(spec: TracingSpec, at: &str) -> Result<Tracing, FieldError> {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and a million")]
         Ok((percent * 10_000.0).round() as u32)
     });
-    let tags = spec.custom_tags.map(|tags| {
-        let at = format!("{at}.customTags");
-        if tags.len() > MAX_ENTRIES {
-            return Err(FieldError::new(at, format!("has {} entries; at most {MAX_ENTRIES} are honoured", tags.len())));
-        }
-        let tags = tags.into_iter().map(|(name, tag)| Ok((Arc::from(&*name), span_tag(tag, &format!("{at}.{name}"))?)));
-        let tags = tags.collect::<Result<Vec<_>, FieldError>>()?;
-        Ok(tags.into_iter().filter_map(|(name, tag)| Some((name, tag?))).collect())
-    });
+    let tags = spec.custom_tags.map(|tags| span_tags(tags, &format!("{at}.customTags")));
     Ok(Tracing {
         mode: spec.matched.map_or(Mode::default(), |m| m.mode),
         providers: providers(spec.providers, at)?,
@@ -273,6 +265,16 @@ fn tracing(spec: TracingSpec, at: &str) -> Result<Tracing, FieldError> {
         disabled: spec.disable_span_reporting,
         tags: tags.transpose()?,
     })
+}
+
+/// What is told beside what always is.
+pub(super) fn span_tags(tags: BTreeMap<String, CustomTag>, at: &str) -> Result<Vec<(Arc<str>, SpanTag)>, FieldError> {
+    if tags.len() > MAX_ENTRIES {
+        return Err(FieldError::new(at, format!("has {} entries; at most {MAX_ENTRIES} are honoured", tags.len())));
+    }
+    let tags = tags.into_iter().map(|(name, tag)| Ok((Arc::from(&*name), span_tag(tag, &format!("{at}.{name}"))?)));
+    let tags = tags.collect::<Result<Vec<_>, FieldError>>()?;
+    Ok(tags.into_iter().filter_map(|(name, tag)| Some((name, tag?))).collect())
 }
 
 /// None of one that never has a value.

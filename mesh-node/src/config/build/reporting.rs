@@ -278,7 +278,7 @@ fn traces(levels: &[&Telemetry], observability: &Observability, side: Side) -> O
         exporter,
         sampling: last(&|t| t.sampling).or(observability.sampling).unwrap_or(SAMPLING),
         reported: !entries.iter().rev().find_map(|t| t.disabled).unwrap_or(false),
-        tags: entries.iter().rev().find_map(|t| t.tags.clone()).unwrap_or_default(),
+        tags: entries.iter().rev().find_map(|t| t.tags.clone()).unwrap_or_else(|| observability.tags.clone()),
     })
 }
 

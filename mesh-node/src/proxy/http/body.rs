@@ -2,7 +2,12 @@
 //!
 //! Everything here may be dropped at any await and taken up again: what has been read but not written stays with the sink.
 
-use std::{future::Future, io};
+use std::{
+    future::Future,
+    io,
+    pin::pin,
+    task::{Context, Poll, Waker},
+};
 
 use bytes::BytesMut;
 use http::{HeaderMap, StatusCode};
@@ -60,10 +65,18 @@ pub trait FrameSink: Send {
 
     fn flush(&mut self) -> impl Future<Output = io::Result<()>> + Send;
 
-    /// Completes when there is room for more: nothing is to be read before that.
-    fn ready(&mut self) -> impl Future<Output = io::Result<()>> + Send {
+    /// Whether there is room for more: nothing is to be read while there is none.
+    fn has_room(&self) -> bool {
+        true
+    }
+
+    /// Completes when there is, which is set aside until it is used or given back.
+    fn room(&mut self) -> impl Future<Output = io::Result<()>> + Send {
         std::future::ready(Ok(()))
     }
+
+    /// Others may have it.
+    fn give_back(&mut self) {}
 
     /// Completes when the other end wants no more, if only the sink is told of that.
     fn broken(&mut self) -> impl Future<Output = io::Error> + Send {
@@ -95,7 +108,7 @@ pub async fn drain(sink: &mut impl FrameSink) -> io::Result<()> {
 /// Moves frames until the source has ended. The last of them may not be written yet.
 pub async fn fill(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> Result<(), Broken> {
     loop {
-        if !sink.has_ended() {
+        if !sink.has_ended() && sink.has_room() {
             for _ in 0..AT_ONCE {
                 let Some(frame) = source.buffered().map_err(Broken::Source)? else { break };
                 sink.push(frame);
@@ -111,7 +124,18 @@ pub async fn fill(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> R
             sink.flush().await.map_err(Broken::Sink)?;
             continue;
         }
-        sink.ready().await.map_err(Broken::Sink)?;
+        if !sink.has_room() {
+            sink.room().await.map_err(Broken::Sink)?;
+            // Not while there is nothing to be had.
+            match at_once(source.frame()) {
+                Some(frame) => match frame.map_err(Broken::Source)? {
+                    Some(frame) => sink.push(frame),
+                    None => sink.end(),
+                },
+                None => sink.give_back(),
+            }
+            continue;
+        }
         let frame = tokio::select! {
             biased;
             frame = source.frame() => frame.map_err(Broken::Source)?,
@@ -121,6 +145,14 @@ pub async fn fill(source: &mut impl FrameSource, sink: &mut impl FrameSink) -> R
             Some(frame) => sink.push(frame),
             None => sink.end(),
         }
+    }
+}
+
+/// What a future comes to without waiting.
+fn at_once<T>(future: impl Future<Output = T>) -> Option<T> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => Some(value),
+        Poll::Pending => None,
     }
 }
 

@@ -265,8 +265,16 @@ impl<R: Responder> FrameSink for WebResponder<'_, R> {
         }
     }
 
-    async fn ready(&mut self) -> io::Result<()> {
-        self.of.ready().await
+    fn has_room(&self) -> bool {
+        self.of.has_room()
+    }
+
+    async fn room(&mut self) -> io::Result<()> {
+        self.of.room().await
+    }
+
+    fn give_back(&mut self) {
+        self.of.give_back();
     }
 
     async fn broken(&mut self) -> io::Error {

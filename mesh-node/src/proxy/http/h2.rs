@@ -19,7 +19,7 @@ pub use self::{
     connection::{Accepted, MAX_STREAMS, connect, connect_to_settle, most_streams, serve, turn_away},
     errors::{into_io, is_connection, is_remote, is_too_much, is_unprocessed, reason},
     head::{is_ambiguous, list_size, request_head, wire_request},
-    unsent::Unsent,
+    unsent::{Share, Unsent},
 };
 use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
@@ -160,8 +160,10 @@ impl RequestBody for H2Source {
 #[derive(Debug)]
 pub struct H2Sink {
     stream: SendStream<Bytes>,
-    /// Of the connection to a client.
-    unsent: Option<Arc<Unsent>>,
+    /// Of the connection to a client, and what the stream is there.
+    unsent: Option<(Arc<Unsent>, u32)>,
+    /// Set aside there for what is read next.
+    share: Option<Share>,
     out: Out,
     trailers: Option<HeaderMap>,
     ended: bool,
@@ -171,13 +173,14 @@ pub struct H2Sink {
 impl H2Sink {
     /// `finished`: the head was the end of it.
     pub fn new(stream: SendStream<Bytes>, finished: bool) -> Self {
-        Self { stream, unsent: None, out: Out::default(), trailers: None, ended: finished, finished }
+        Self { stream, unsent: None, share: None, out: Out::default(), trailers: None, ended: finished, finished }
     }
 
     /// Of a connection to a client.
     fn to_client(stream: SendStream<Bytes>, finished: bool, unsent: Arc<Unsent>) -> Self {
+        let id = stream.stream_id().into();
         let mut sink = Self::new(stream, finished);
-        sink.unsent = Some(unsent);
+        sink.unsent = Some((unsent, id));
         sink
     }
 
@@ -231,14 +234,21 @@ impl FrameSink for H2Sink {
             let n = self.capacity(wanted).await?;
             let Some(part) = self.out.first().map(|p| p.split_to(n.min(p.len()))) else { break };
             let last = self.ended && self.trailers.is_none() && self.out.is_empty();
-            let bytes = part.len();
-            self.stream.send_data(part, last).map_err(into_io)?;
-            self.finished |= last;
-            if let Some(unsent) = &self.unsent {
-                unsent.add(self.stream.stream_id().into(), bytes);
+            // Before it is sent, which may be at once.
+            if let Some((unsent, id)) = &self.unsent {
+                unsent.add(*id, part.len());
+                self.share = None;
             }
+            if let Err(error) = self.stream.send_data(part, last) {
+                if let Some((unsent, id)) = &self.unsent {
+                    unsent.forget(*id);
+                }
+                return Err(into_io(error));
+            }
+            self.finished |= last;
         }
         if self.ended && !self.finished {
+            self.share = None;
             match self.trailers.take() {
                 Some(trailers) => self.stream.send_trailers(trailers),
                 None => self.stream.send_data(Bytes::new(), true),
@@ -249,13 +259,23 @@ impl FrameSink for H2Sink {
         Ok(())
     }
 
-    async fn ready(&mut self) -> io::Result<()> {
-        let Some(unsent) = self.unsent.clone() else { return Ok(()) };
-        tokio::select! {
+    fn has_room(&self) -> bool {
+        self.share.is_some() || self.unsent.as_ref().is_none_or(|(unsent, _)| unsent.has_room())
+    }
+
+    async fn room(&mut self) -> io::Result<()> {
+        let Some((unsent, _)) = self.unsent.clone().filter(|_| self.share.is_none()) else { return Ok(()) };
+        let share = tokio::select! {
             biased;
-            () = unsent.room() => Ok(()),
-            error = self.broken() => Err(error),
-        }
+            share = unsent.room() => share,
+            error = self.broken() => return Err(error),
+        };
+        self.share = Some(share);
+        Ok(())
+    }
+
+    fn give_back(&mut self) {
+        self.share = None;
     }
 
     async fn broken(&mut self) -> io::Error {
@@ -265,11 +285,11 @@ impl FrameSink for H2Sink {
 
 impl Drop for H2Sink {
     fn drop(&mut self) {
-        let Some(unsent) = &self.unsent else { return };
+        let Some((unsent, id)) = &self.unsent else { return };
         // What is dropped unfinished is reset; what was reset may have been given more since.
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
         if !self.finished || self.stream.poll_reset(&mut cx).is_ready() {
-            unsent.forget(self.stream.stream_id().into());
+            unsent.forget(*id);
         }
     }
 }
@@ -360,9 +380,19 @@ impl FrameSink for H2Responder {
         }
     }
 
-    async fn ready(&mut self) -> io::Result<()> {
+    fn give_back(&mut self) {
+        if let Some(sink) = &mut self.sink {
+            sink.give_back();
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.sink.as_ref().is_none_or(FrameSink::has_room)
+    }
+
+    async fn room(&mut self) -> io::Result<()> {
         match &mut self.sink {
-            Some(sink) => sink.ready().await,
+            Some(sink) => sink.room().await,
             None => Ok(()),
         }
     }

@@ -7,10 +7,11 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    report::{AccessLog, Exporter, HeaderText, format::Format, span},
+    report::{AccessLog, Exporter, HeaderText, SpanTag, format::Format, span},
     resource::{
         envelope::FieldError,
         fields::{Time, header_name, header_value, port},
+        telemetry::{CustomTag, span_tags},
     },
 };
 
@@ -35,6 +36,8 @@ pub struct Observability {
     pub default_metrics: Vec<Arc<str>>,
     /// Of a million requests: `defaultConfig.tracing.sampling`.
     pub sampling: Option<u32>,
+    /// Told of where no `Telemetry` says what is: `defaultConfig.tracing.customTags`.
+    pub tags: Vec<(Arc<str>, SpanTag)>,
 }
 
 impl Default for Observability {
@@ -49,6 +52,7 @@ impl Default for Observability {
             default_traces: Vec::new(),
             default_metrics: Vec::new(),
             sampling: None,
+            tags: Vec::new(),
         }
     }
 }
@@ -86,8 +90,11 @@ struct ProxyConfig {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct ProxyTracing {
     sampling: Option<f64>,
+    max_path_tag_length: Option<u32>,
+    custom_tags: Option<BTreeMap<String, CustomTag>>,
 }
 
 /// The part of a provider that is for telemetry.
@@ -180,8 +187,10 @@ pub(super) fn read(document: Document, providers: &[(String, Value)]) -> (Observ
         wrong(error, "the mesh's log has Istio's format");
         Format::default()
     });
+    let tracing = document.default_config.and_then(|c| c.tracing);
+    let (sampling, longest, tags) = tracing.map_or((None, None, None), |t| (t.sampling, t.max_path_tag_length, t.custom_tags));
     for (at, all) in providers {
-        if let Err(error) = super::part(all, at).and_then(|spec| provider(spec, at, &format, &mut found)) {
+        if let Err(error) = super::part(all, at).and_then(|spec| provider(spec, at, (&format, longest), &mut found)) {
             wrong(error, "the provider is left out");
         }
     }
@@ -200,7 +209,12 @@ pub(super) fn read(document: Document, providers: &[(String, Value)]) -> (Observ
     found.default_logs = names(defaults.access_logging);
     found.default_traces = names(defaults.tracing);
     found.default_metrics = names(defaults.metrics);
-    match document.default_config.and_then(|c| c.tracing).and_then(|t| t.sampling) {
+    match tags.map(|tags| span_tags(tags, "data.mesh.defaultConfig.tracing.customTags")) {
+        Some(Ok(tags)) => found.tags = tags,
+        Some(Err(error)) => wrong(error, "spans have none of these tags"),
+        None => {}
+    }
+    match sampling {
         Some(percent) if (0.0..=100.0).contains(&percent) => {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and a million")]
             let sampling = (percent * 10_000.0).round() as u32;
@@ -246,8 +260,8 @@ fn log_path(path: String, at: &str) -> Result<Arc<str>, FieldError> {
     Ok(path.into())
 }
 
-/// `own` is the format of the mesh's own log.
-fn provider(spec: ProviderSpec, at: &str, own: &Format, found: &mut Observability) -> Result<(), FieldError> {
+/// `own` is the format of the mesh's own log, `longest` what is told of a path where the provider does not say.
+fn provider(spec: ProviderSpec, at: &str, (own, longest): (&Format, Option<u32>), found: &mut Observability) -> Result<(), FieldError> {
     let name: Arc<str> = spec.name.into();
     let named = |field: &str| {
         if name.is_empty() {
@@ -278,6 +292,7 @@ fn provider(spec: ProviderSpec, at: &str, own: &Format, found: &mut Observabilit
     }
     if let Some(otel) = spec.opentelemetry {
         let at = format!("{at}.opentelemetry");
+        let otel = OpenTelemetry { max_tag_length: otel.max_tag_length.filter(|n| *n > 0).or(longest), ..otel };
         found.exporters.push(Arc::new(exporter(named("opentelemetry")?, otel, &at)?));
     }
     if spec.prometheus.is_some() {

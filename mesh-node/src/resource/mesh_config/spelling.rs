@@ -123,6 +123,8 @@ const NOT_HONOURED: [(&str, &str); 9] = [
 /// Fields of `proxyHeaders` that are acted on, or ask for what is not done anyway.
 const HONOURED_HEADERS: [&str; 5] = ["forwardedClientCert", "attemptCount", "requestId", "envoyDebugHeaders", "metadataExchangeHeaders"];
 
+/// Fields of `defaultConfig.tracing` that are acted on.
+const HONOURED_OF_TRACING: [&str; 3] = ["sampling", "customTags", "maxPathTagLength"];
 /// Fields of an `opentelemetry` provider that are taken and not acted on.
 const UNHONOURED_OF_OTLP: [&str; 3] = ["resourceDetectors", "serviceAttributeEnrichment", "dynatraceSampler"];
 /// A mode of Istio's sidecars.
@@ -155,7 +157,7 @@ pub fn remarks(mesh: &Value) -> Vec<String> {
         "data.mesh.defaultConfig.gatewayTopology: is not honoured by this version of mesh-node; start it with --trusted-proxy".to_owned()
     }));
     let tracing = mesh.pointer("/defaultConfig/tracing").and_then(Value::as_object);
-    for name in tracing.into_iter().flatten().map(|(name, _)| name).filter(|name| *name != "sampling") {
+    for name in tracing.into_iter().flatten().map(|(name, _)| name).filter(|name| !HONOURED_OF_TRACING.contains(&&***name)) {
         remarks.push(format!(
             "data.mesh.defaultConfig.tracing.{name}: is not honoured by this version of mesh-node; say it in a Telemetry, or of a provider"
         ));
@@ -218,11 +220,11 @@ mod tests {
         );
         assert_eq!(
             told(
-                json!({"outboundTrafficPolicy": {"mode": DYNAMIC_DNS}, "defaultConfig": {"tracing": {"sampling": 1.0, "maxPathTagLength": 8}},
+                json!({"outboundTrafficPolicy": {"mode": DYNAMIC_DNS}, "defaultConfig": {"tracing": {"sampling": 1.0, "maxPathTagLength": 8, "zipkin": {}}},
                 "extensionProviders": [{"name": "o", "opentelemetry": {"service": "o", "port": 1, "serviceAttributeEnrichment": "X"}}]})
             ),
             [
-                "data.mesh.defaultConfig.tracing.maxPathTagLength",
+                "data.mesh.defaultConfig.tracing.zipkin",
                 "data.mesh.extensionProviders[0].opentelemetry.serviceAttributeEnrichment",
                 "data.mesh.outboundTrafficPolicy.mode"
             ]
