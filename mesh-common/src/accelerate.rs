@@ -13,6 +13,8 @@ pub const MAX_MESSAGE: u32 = 16 * 1024;
 pub const MIN_MESSAGE: u32 = 2;
 /// Most bytes a receiver has unread before its sender is sent to TCP, and so to TCP's back-pressure.
 pub const MAX_QUEUED: u32 = 256 * 1024;
+/// About how many messages of one size a receiver has unread: each takes memory of its own in the kernel, some 800 bytes.
+pub const MAX_MESSAGES: u32 = 512;
 /// Large messages, less the small ones between them, after which a stream counts as bulk and leaves.
 pub const BULK_MESSAGES: u32 = 32;
 /// `O_NONBLOCK` in a file's flags, on every architecture that Linux runs eBPF on but for the oldest.
@@ -131,8 +133,11 @@ pub fn step(end: &mut End, size: u32, facts: &Facts) -> Step {
     if end.way == Way::JOINED && !facts.quiet {
         return Step::Tcp;
     }
-    if (MIN_MESSAGE..=MAX_QUEUED).contains(&size) && facts.queued <= MAX_QUEUED - size {
-        end.way = Way::REDIRECT;
+    let most = (MAX_QUEUED - size.min(MAX_QUEUED)).min(MAX_MESSAGES * size.min(MAX_QUEUED));
+    if (MIN_MESSAGE..=MAX_QUEUED).contains(&size) && facts.queued <= most {
+        if end.way == Way::JOINED {
+            end.way = Way::REDIRECT;
+        }
         return Step::Redirect;
     }
     leave(end, Why::Message)
@@ -248,6 +253,8 @@ pub struct PairReply {
     /// How far it has sent by TCP, likewise: all of it is taken when the peer has taken as far.
     pub write_seq: u32,
     pub pad: u32,
+    /// As in [`End`].
+    pub peer: u64,
 }
 
 impl PairReply {
@@ -270,7 +277,7 @@ pub struct Event {
 const _: () = assert!(size_of::<End>() == 96);
 const _: () = assert!(size_of::<KernelLayout>() == 72);
 const _: () = assert!(size_of::<PairRequest>() == 80);
-const _: () = assert!(size_of::<PairReply>() == 104);
+const _: () = assert!(size_of::<PairReply>() == 112);
 const _: () = assert!(size_of::<Event>() == 16);
 
 #[cfg(feature = "user")]
@@ -301,8 +308,12 @@ mod tests {
     fn messages_are_redirected_up_to_the_bound_and_then_the_pair_leaves() {
         for (size, queued, expected) in [
             (64, 0, Step::Redirect),
-            (64, MAX_QUEUED - 64, Step::Redirect),
-            (64, MAX_QUEUED - 63, Step::Leave),
+            (512, MAX_QUEUED - 512, Step::Redirect),
+            (512, MAX_QUEUED - 511, Step::Leave),
+            // Small ones cost more than their bytes.
+            (64, MAX_MESSAGES * 64, Step::Redirect),
+            (64, MAX_MESSAGES * 64 + 1, Step::Leave),
+            (2, MAX_MESSAGES * 2 + 1, Step::Leave),
             (MAX_MESSAGE + 1, 0, Step::Redirect),
             (MAX_QUEUED, 0, Step::Redirect),
             (MAX_QUEUED + 1, 0, Step::Leave),

@@ -309,6 +309,7 @@ fn of_socket(sk: *mut bpf_sock, request: &PairRequest) -> PairReply {
                 (*end).flow = request.flow;
                 (*end).server = request.server;
                 (*end).way = Way::WAITING;
+                ((*end).why, (*end).large) = (Why::Nothing as u32, 0);
                 let key = request.key;
                 let map = (&raw const ACCELERATED).cast_mut().cast();
                 if bpf_map_update_elem(map, (&raw const key).cast(), sk.cast(), u64::from(BPF_NOEXIST)) != 0 {
@@ -351,7 +352,7 @@ fn tell_of(reply: &mut PairReply, end: &End) {
     reply.nonblocking = u32::from(nonblocking(flags(&layout, own)));
     reply.special = u32::from(special(&layout, own) || word(own, layout.peek_off) != u32::MAX);
     reply.ring = end.ring;
-    (reply.way, reply.why) = (end.way, end.why);
+    (reply.way, reply.why, reply.peer) = (end.way, end.why, end.peer);
     (reply.messages, reply.bytes, reply.received) = (end.messages, end.bytes, end.received);
     reply.copied_seq = word(own, layout.copied_seq);
     reply.write_seq = word(own, layout.write_seq);

@@ -22,7 +22,7 @@ use std::{
 
 use http::{HeaderName, HeaderValue};
 
-pub use authentication::{Authenticated, Found, Refused, Verified, claim_text, locate, needs_keys, received, strip};
+pub use authentication::{Authenticated, Found, Refused, Verified, claim_text, locate, needs_keys, received, strip, unsatisfied};
 pub use compile::{Allow, Authorization, CompiledPolicy, TrustDomains, effective_mtls};
 pub use index::RuleSet;
 use matching::{Seen, Truth, View};

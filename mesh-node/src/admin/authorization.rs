@@ -12,9 +12,9 @@ use super::{NoAnswer, names::near, query};
 use crate::{
     config::Snapshot,
     detect::Protocol,
-    policy::{Explanation, Facts, Request, Sni, Verified},
+    policy::{Explanation, Facts, Request, Sni, Verified, unsatisfied},
     proxy::http::gate::remote,
-    resource::mesh_config::Check,
+    resource::{mesh_config::Check, request_authentication::JwtRule},
     route::{
         Workload,
         request::{RequestHead, Scheme, renormalised},
@@ -59,6 +59,11 @@ pub fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, NoAnswer> {
         }
         None => None,
     };
+    if let Some(rule) = unsatisfied(&destination.policy.at(question.port).authentication, claims.as_ref()).filter(|_| head.is_some()) {
+        let problem =
+            format!("claims: {} wants a token of {}, without which it answers 401; give its claims", destination.name, issuer(rule));
+        return Err(problem.into());
+    }
     let request = head.as_ref().map(|head| Request::new(head, claims.as_ref(), remote(snapshot, &facts, &head.headers)));
     let connection = request.is_none();
     let explanation = destination.policy.explain(&facts, request.as_ref(), can_be_asked(snapshot, connection));
@@ -189,6 +194,11 @@ impl Question {
             format!("claims: `iss` has to be an issuer that {} takes tokens of: {}", destination.name, issuers.join(", "))
         })
     }
+}
+
+/// Whose tokens a rule is about, in words.
+pub(super) fn issuer(rule: &JwtRule) -> &str {
+    if rule.issuer.is_empty() { "any issuer" } else { &rule.issuer }
 }
 
 /// A workload by an address of its, or by `namespace/name`.

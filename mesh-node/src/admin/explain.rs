@@ -16,7 +16,7 @@ use super::{NoAnswer, authorization, query};
 use crate::{
     config::{OutboundPolicy, Snapshot},
     detect::Protocol,
-    policy::{Verified, WorkloadPolicy, received},
+    policy::{Verified, WorkloadPolicy, received, unsatisfied},
     report::format::Template,
     route::{
         Cluster, Endpoint, Service, ServicePort, Target, Workload,
@@ -239,6 +239,10 @@ impl<'a> Asker<'a> {
         let verified = assumed.and_then(|assumed| assumed.ok().flatten());
         if claims.is_some() && table.asks_tokens(rules) && verified.is_none() {
             answer["verdict"] = "the destination takes no tokens of the issuer that the claims name: answered 401".into();
+            return Ok(());
+        }
+        if let Some(rule) = unsatisfied(rules, verified.as_ref()).filter(|_| table.asks_tokens(rules)) {
+            answer["verdict"] = format!("the destination wants a token of {}: answered 401", authorization::issuer(rule)).into();
             return Ok(());
         }
         let seen = received(rules, verified.as_ref(), &head);

@@ -10,33 +10,33 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::OwnedFd,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use aya::maps::{MapData, RingBuf};
 use mesh_common::accelerate::{Event, PairReply, PairRequest, Way, Why};
-use parking_lot::Mutex;
 use tokio::{
     io::unix::AsyncFd,
     sync::mpsc,
+    task::JoinHandle,
     time::{Instant, sleep_until},
 };
 
 mod entry;
 mod kernel;
+mod offers;
 mod proof;
 mod state;
 
 use self::{
     entry::{Entry, Phase, Reads},
     kernel::Kernel,
+    offers::{Known, Message},
 };
 pub use self::{
     kernel::{Place, kernel_layout},
+    offers::{Offered, Offers, PairState},
     state::State,
 };
 use super::{CaptureError, DirectFlow, sys};
@@ -89,67 +89,6 @@ impl Pair {
     }
 }
 
-enum Message {
-    Offer(u64, Box<Pair>),
-    Withdraw(u64),
-}
-
-/// Where pairs are offered; cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Offers {
-    sender: mpsc::UnboundedSender<Message>,
-    next: Arc<AtomicU64>,
-    known: Arc<Known>,
-    kernel: Arc<Kernel>,
-}
-
-/// A pair on offer, as it is now.
-#[derive(Debug, Clone)]
-pub struct PairState {
-    pub pair: Pair,
-    pub state: State,
-    /// Bytes that were redirected, from the first socket to the second and back.
-    pub redirected: [u64; 2],
-}
-
-/// Pairs and their states, for inspection.
-#[derive(Debug, Default)]
-struct Known(Mutex<HashMap<u64, (Pair, State)>>);
-
-/// A pair on offer as long as this lives: as long as the connection.
-#[derive(Debug)]
-pub struct Offered {
-    id: u64,
-    sender: mpsc::UnboundedSender<Message>,
-}
-
-impl Drop for Offered {
-    fn drop(&mut self) {
-        // Nobody listens any more when the process ends.
-        let _ = self.sender.send(Message::Withdraw(self.id));
-    }
-}
-
-impl Offers {
-    /// Offers a pair, whose connection has just been made. Bounded as connections are.
-    pub fn offer(&self, pair: Pair) -> Offered {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let _ = self.sender.send(Message::Offer(id, Box::new(pair)));
-        Offered { id, sender: self.sender.clone() }
-    }
-
-    /// Pairs that are on offer.
-    pub fn states(&self) -> Vec<PairState> {
-        let all = self.known.0.lock().values().cloned().collect::<Vec<_>>();
-        let bytes = |place: &Place| self.kernel.look(place).map_or(0, |reply| reply.bytes);
-        let one = |(pair, state): (Pair, State)| {
-            let redirected = if state == State::Young { [0; 2] } else { [bytes(&pair.one), bytes(&pair.other)] };
-            PairState { pair, state, redirected }
-        };
-        all.into_iter().map(one).collect()
-    }
-}
-
 /// What acceleration needs of the loaded programs and maps.
 pub(super) struct Parts {
     pub pair: OwnedFd,
@@ -170,6 +109,9 @@ pub struct Accelerator {
     /// Network namespaces, by inode, of pods whose programs are unfit.
     unfit: HashSet<u64>,
     changed: Box<dyn Fn(State) + Send>,
+    /// Sockets whose owners are to be woken, and who does so.
+    wakes: Vec<Place>,
+    waking: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl Accelerator {
@@ -187,7 +129,7 @@ impl Accelerator {
         let events = events.map_err(|e| CaptureError::io("watch the events of acceleration")(e.into_parts().1))?;
         let kernel = Arc::new(Kernel { pair, wake, sockets, _received: received });
         proof::prove(&kernel, next).map_err(CaptureError::Unsupported)?;
-        let offers = Offers { sender, next: Arc::new(AtomicU64::new(next + 1)), known: known.clone(), kernel: kernel.clone() };
+        let offers = Offers::new(sender, next + 1, known.clone(), kernel.clone());
         let accelerator = Self {
             kernel,
             events,
@@ -197,6 +139,8 @@ impl Accelerator {
             due: BTreeSet::new(),
             unfit: HashSet::new(),
             changed: Box::new(changed),
+            wakes: Vec::new(),
+            waking: None,
         };
         Ok((accelerator, offers))
     }
@@ -211,11 +155,17 @@ impl Accelerator {
                     None => std::future::pending().await,
                 }
             };
+            let woken = async {
+                match &mut self.waking {
+                    Some(waking) => waking.await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
-                message = self.messages.recv() => match message {
-                    Some(message) => self.take(message),
-                    None => return,
-                },
+                message = self.messages.recv() => {
+                    let Some(message) = message else { break };
+                    self.take(message);
+                }
                 ready = self.events.readable_mut() => match ready {
                     Ok(mut ready) => {
                         let mut heard = Vec::new();
@@ -231,27 +181,44 @@ impl Accelerator {
                     }
                 },
                 () = due => self.work(),
+                woken = woken => {
+                    self.waking = None;
+                    if let Ok(Err(error)) = woken {
+                        tracing::warn!(target: "capture", %error, "owners of sockets cannot be woken");
+                    }
+                }
             }
+            self.wake();
+        }
+        // Nobody else will.
+        if let Err(error) = self.kernel.wake(&self.wakes) {
+            tracing::warn!(target: "capture", %error, "owners of sockets cannot be woken");
         }
     }
 
     fn take(&mut self, message: Message) {
         match message {
             Message::Offer(id, pair) => {
-                self.known.0.lock().insert(id, ((*pair).clone(), State::Young));
+                self.known.lock().insert(id, ((*pair).clone(), State::Young));
                 self.entries.insert(id, Entry::new(*pair));
                 self.schedule(id, Instant::now() + FIRST_LOOK);
             }
             Message::Withdraw(id) => {
-                self.known.0.lock().remove(&id);
+                self.known.lock().remove(&id);
                 let entry = self.entries.remove(&id);
                 if let Some(due) = entry.as_ref().and_then(|entry| entry.due) {
                     self.due.remove(&(due, id));
                 }
-                let entry = entry.filter(|e| e.pair.flow != 0 && e.phase != Phase::Outside);
                 // It may go on without this process, which must not be needed then.
-                if let Some(error) = entry.and_then(|entry| self.take_out(id, &entry, true).err()) {
-                    tracing::debug!(target: "capture", %error, "a pair cannot be taken out");
+                let Some(mut entry) = entry.filter(|e| e.pair.flow != 0 && e.phase != Phase::Outside) else { return };
+                match self.take_out(id, &entry, true) {
+                    Ok(true) => {
+                        entry.withdraw();
+                        self.entries.insert(id, entry);
+                        self.schedule(id, Instant::now() + FIRST_LOOK);
+                    }
+                    Ok(false) => {}
+                    Err(error) => tracing::debug!(target: "capture", %error, "a pair cannot be taken out"),
                 }
             }
         }
@@ -304,7 +271,7 @@ impl Accelerator {
     }
 
     fn set(&self, id: u64, state: State) {
-        if let Some((_, known)) = self.known.0.lock().get_mut(&id)
+        if let Some((_, known)) = self.known.lock().get_mut(&id)
             && *known != state
         {
             *known = state;
@@ -328,6 +295,7 @@ impl Accelerator {
                     self.entries.insert(id, entry);
                     self.schedule(id, when);
                 }
+                Ok(false) if entry.withdrawn => {}
                 Ok(false) => drop(self.entries.insert(id, entry)),
                 Err(error) => {
                     tracing::debug!(target: "capture", one = %entry.pair.one.local, other = %entry.pair.one.remote, %error, "a pair cannot be accelerated");
@@ -338,7 +306,7 @@ impl Accelerator {
     }
 
     /// Does what is due for a pair; whether it is to be seen to again.
-    fn see_to(&self, id: u64, entry: &mut Entry) -> io::Result<bool> {
+    fn see_to(&mut self, id: u64, entry: &mut Entry) -> io::Result<bool> {
         match entry.phase {
             Phase::Outside => self.consider(id, entry),
             Phase::Leaving { returns, looks } => {
@@ -349,7 +317,7 @@ impl Accelerator {
                     entry.wait = entry.wait.min(most / 2);
                 } else if returns {
                     // What was redirected counts as received and was not taken from TCP: the two begin anew.
-                    (entry.phase, entry.taken) = (Phase::Outside, None);
+                    entry.is_out();
                     entry.wait = FIRST_LOOK * (1 << entry.returns.min(10));
                 }
                 Ok(stays || returns)
@@ -387,31 +355,47 @@ impl Accelerator {
     /// Takes a pair out when nothing is lost by it; whether it has to be tried again. A socket that is not found any more leaves by
     /// itself when its owner closes it, and not before: one that TCP is done with may still have redirected bytes to be read.
     /// `tell`: it has not been told to leave yet.
-    fn take_out(&self, id: u64, entry: &Entry, tell: bool) -> io::Result<bool> {
-        let places = [(&entry.pair.one, id * 2), (&entry.pair.other, id * 2 + 1)];
-        for (place, _) in places.iter().filter(|_| tell) {
-            self.kernel.ask(place, PairRequest { ask: PairRequest::LEAVE, ..PairRequest::default() })?;
+    fn take_out(&mut self, id: u64, entry: &Entry, tell: bool) -> io::Result<bool> {
+        let Pair { one, other, .. } = &entry.pair;
+        let leave = |place| self.kernel.ask(place, PairRequest { ask: PairRequest::LEAVE, ..PairRequest::default() });
+        if tell {
+            [one, other].into_iter().try_for_each(|place| leave(place).map(drop))?;
         }
         // Asked again: what was queued or under way before they were told to leave.
         let mut found = Vec::new();
-        for (place, key) in places {
+        for (place, key) in [one, other].into_iter().zip(entry.keys(id)) {
             let reply = self.kernel.look(place)?;
-            if reply.problem == 0 {
-                if reply.references > 1 || reply.queued != 0 {
-                    return Ok(true);
-                }
-                found.push((place, key));
+            if reply.problem != 0 {
+                continue;
             }
+            if reply.way != Way::LEFT {
+                // Its sender was in the midst of it.
+                leave(place)?;
+                return Ok(true);
+            }
+            if reply.references > 1 || reply.queued != 0 {
+                return Ok(true);
+            }
+            found.push(key);
         }
-        found.iter().for_each(|(_, key)| self.kernel.remove(*key));
-        for (place, _) in &found {
-            // What came by TCP meanwhile raised its event together with what was redirected, or its owner was told that there is nothing.
-            self.kernel.wake(place)?;
-        }
+        found.into_iter().for_each(|key| self.kernel.remove(key));
+        // What came by TCP meanwhile raised its event together with what was redirected, or its owner was told that there is nothing.
+        let (first, last) = (self.kernel.look(one)?, self.kernel.look(other)?);
+        let is_unread = |reader: &PairReply, sender: &PairReply| reader.problem == 0 && reader.copied_seq != sender.write_seq;
+        self.wakes.extend(is_unread(&first, &last).then(|| one.clone()));
+        self.wakes.extend(is_unread(&last, &first).then(|| other.clone()));
         Ok(false)
     }
 
-    fn consider(&self, id: u64, entry: &mut Entry) -> io::Result<bool> {
+    /// Has owners woken by somebody else: it takes its time. One such at a time, for all there are by then.
+    fn wake(&mut self) {
+        if self.waking.is_none() && !self.wakes.is_empty() {
+            let (kernel, places) = (self.kernel.clone(), std::mem::take(&mut self.wakes));
+            self.waking = Some(tokio::task::spawn_blocking(move || kernel.wake(&places)));
+        }
+    }
+
+    fn consider(&mut self, id: u64, entry: &mut Entry) -> io::Result<bool> {
         let (one, other) = (self.kernel.look(&entry.pair.one)?, self.kernel.look(&entry.pair.other)?);
         if [one, other].iter().any(|r| r.problem == PairReply::GONE || r.problem == 0 && r.established == 0) {
             self.set(id, State::Gone);
@@ -424,6 +408,12 @@ impl Accelerator {
         if [&entry.pair.one, &entry.pair.other].iter().any(|p| self.unfit.contains(&p.netns.inode())) {
             self.set(id, State::Unfit);
             return Ok(false);
+        }
+        if one.references + other.references > 0 && one.peer != 0 && other.peer != 0 {
+            // An earlier process has entered it, and nobody has heard since what became of it.
+            entry.adopt([other.peer, one.peer]);
+            self.set(id, State::Paused);
+            return self.see_to(id, entry);
         }
         let young = one.segments_in < MESSAGES || one.segments_out < MESSAGES;
         if one.nonblocking == 0 || other.nonblocking == 0 {
@@ -464,11 +454,6 @@ impl Accelerator {
             }
         }
         let joined = self.kernel.join(id, &entry.pair)?;
-        if entry.pair.flow != 0 {
-            // An earlier process may have owed this to either of them.
-            self.kernel.wake(&entry.pair.one)?;
-            self.kernel.wake(&entry.pair.other)?;
-        }
         entry.phase = if joined { Phase::Joining { looks: 0, settled: false } } else { Phase::Leaving { returns: false, looks: 0 } };
         entry.wait = FIRST_SETTLED / 2;
         if !joined {

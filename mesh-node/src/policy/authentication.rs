@@ -202,6 +202,12 @@ fn judge_all(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead, n
     Ok(all)
 }
 
+/// The first rule that has to have a token, and has none where this is all there is.
+pub fn unsatisfied<'r>(rules: &'r [Arc<JwtRule>], verified: Option<&Verified>) -> Option<&'r Arc<JwtRule>> {
+    let has = |rule: &Arc<JwtRule>| verified.is_some_and(|verified| verified.all().any(|(_, of)| Arc::ptr_eq(of, rule)));
+    rules.iter().find(|rule| rule.is_required && !has(rule))
+}
+
 /// Which of two faults is told.
 fn rather(told: Fault, other: Fault) -> Fault {
     if matches!(told, Fault::Missing | Fault::UnknownIssuer) { other } else { told }
@@ -215,6 +221,7 @@ fn verify_each(rules: &[(&Arc<JwtRule>, Option<Arc<Keys>>)], head: &RequestHead,
             locations.push(location);
         }
     }
+    locations.sort_by_cached_key(|location| location.order());
     let mut all = Vec::new();
     let found = locations.into_iter().flat_map(|location| locate_at(location, head)).collect::<Vec<_>>();
     for found in found.into_iter().rev() {

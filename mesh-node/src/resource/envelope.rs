@@ -162,8 +162,10 @@ fn unknown(group: &str, kind: &str, label: String) -> Result<Parsed, Rejection> 
     let problem = if let Some((right, _)) = KINDS.iter().find(|(_, k)| *k == kind) {
         format!("{kind} is not of the group {group:?}; write apiVersion: {right}/v1")
     } else {
-        let of_group = KINDS.iter().filter(|(g, _)| *g == group).map(|(_, k)| *k).collect::<Vec<_>>();
-        format!("{kind} is not a kind of {group:?} that is known here; those are {}", of_group.join(", "))
+        match KINDS.iter().filter(|(g, _)| *g == group).map(|(_, k)| *k).collect::<Vec<_>>() {
+            none if none.is_empty() => format!("{kind} of {group:?} is not known here; remove it, or do not rely on it"),
+            known => format!("{kind} is not a kind of {group:?} that is known here; those are {}", known.join(", ")),
+        }
     };
     Err(reject(label, "kind", &problem, None))
 }

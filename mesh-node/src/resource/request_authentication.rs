@@ -317,7 +317,20 @@ fn locations(
     };
     all.extend(named(parameters, "fromParams", Location::Parameter)?);
     all.extend(named(cookies, "fromCookies", Location::Cookie)?);
+    all.sort_by_cached_key(Location::order);
+    all.dedup();
     Ok(if all.is_empty() { usual_locations() } else { all })
+}
+
+impl Location {
+    /// What Envoy's order goes by, whatever order they are written in: headers with their prefixes, parameters, cookies, each by name.
+    pub fn order(&self) -> (u8, String) {
+        match self {
+            Self::Header(name, prefix) => (0, format!("{name}{prefix}")),
+            Self::Parameter(name) => (1, name.to_string()),
+            Self::Cookie(name) => (2, name.to_string()),
+        }
+    }
 }
 
 fn usual_locations() -> Vec<Location> {

@@ -8,7 +8,7 @@ use crate::{
     admin::authorization,
     config::Snapshot,
     detect::Protocol,
-    policy::{Facts, Request, Sni, Verified, WorkloadPolicy, received},
+    policy::{Facts, Request, Sni, Verified, WorkloadPolicy, received, unsatisfied},
     proxy::http::gate::remote,
     route::{
         Workload,
@@ -75,6 +75,9 @@ impl Asked<'_> {
         let verified = claims.and_then(|claims| Verified::assumed(rules, claims).ok().flatten());
         if claims.is_some() && verified.is_none() {
             return (true, "answered 401: it takes no tokens of the issuer that the claims name".to_owned(), None);
+        }
+        if let Some(rule) = unsatisfied(rules, verified.as_ref()).filter(|_| head.is_some()) {
+            return (true, format!("answered 401: it wants a token of {}", authorization::issuer(rule)), None);
         }
         let received = head.map(|head| received(rules, verified.as_ref(), head));
         let request = received.as_ref().map(|head| Request::new(head, verified.as_ref(), remote(snapshot, &facts, &head.headers)));

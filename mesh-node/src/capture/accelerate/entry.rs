@@ -22,6 +22,10 @@ pub(super) struct Entry {
     pub returns: u32,
     /// When it is seen to next.
     pub due: Option<Instant>,
+    /// It is not on offer any more, and only to be taken out.
+    pub withdrawn: bool,
+    /// The keys of its two sockets, if they are not its own.
+    keys: Option<[u64; 2]>,
 }
 
 /// What a look tells of how a pair's owners read.
@@ -37,7 +41,26 @@ pub(super) enum Reads {
 
 impl Entry {
     pub fn new(pair: Pair) -> Self {
-        Self { pair, phase: Phase::Outside, wait: FIRST_LOOK, taken: None, odd: 0, returns: 0, due: None }
+        Self { pair, phase: Phase::Outside, wait: FIRST_LOOK, taken: None, odd: 0, returns: 0, due: None, withdrawn: false, keys: None }
+    }
+
+    /// The keys of its two sockets among those that are accelerated.
+    pub fn keys(&self, id: u64) -> [u64; 2] {
+        self.keys.unwrap_or([id * 2, id * 2 + 1])
+    }
+
+    /// An earlier process has entered it, under these keys: it is to be taken out, and may come back.
+    pub fn adopt(&mut self, keys: [u64; 2]) {
+        (self.keys, self.phase) = (Some(keys), Phase::Leaving { returns: true, looks: 0 });
+    }
+
+    /// It has been taken out. What was redirected counts as received and was not taken from TCP: the two begin anew.
+    pub fn is_out(&mut self) {
+        (self.keys, self.taken, self.phase) = (None, None, Phase::Outside);
+    }
+
+    pub fn withdraw(&mut self) {
+        (self.withdrawn, self.phase) = (true, Phase::Leaving { returns: false, looks: 0 });
     }
 
     /// Has it taken out, to come back unless that was too often; what it is then.

@@ -105,14 +105,24 @@ impl Kernel {
     /// taken by then was all there was when the sender is looked at.
     pub fn is_settled(&self, pair: &Pair) -> io::Result<bool> {
         let (first, one, last) = (self.look(&pair.other)?, self.look(&pair.one)?, self.look(&pair.other)?);
-        let is_all = |sender: PairReply, reader: PairReply| sender.way == Way::REDIRECT || sender.write_seq == reader.copied_seq;
+        // One in the midst of sending may have been told to do so by TCP.
+        let is_all = |sender: PairReply, reader: PairReply| {
+            sender.references <= 1 && (sender.way == Way::REDIRECT || sender.write_seq == reader.copied_seq)
+        };
         Ok(is_all(one, first) && is_all(last, one))
     }
 
-    /// Has the owner of a socket look again whether there is something to read.
-    pub fn wake(&self, place: &Place) -> io::Result<()> {
-        self.ask(place, PairRequest { ask: PairRequest::WAKE, ..PairRequest::default() })?;
-        place.netns.enter(|| sys::iterate(self.wake.as_fd()))?
+    /// Has the owners of these look again whether there is something to read. Goes through all sockets the kernel has, once for each network
+    /// namespace: milliseconds.
+    pub fn wake(&self, places: &[Place]) -> io::Result<()> {
+        let mut namespaces: Vec<&Arc<Netns>> = Vec::new();
+        for place in places {
+            self.ask(place, PairRequest { ask: PairRequest::WAKE, ..PairRequest::default() })?;
+            if namespaces.iter().all(|netns| netns.inode() != place.netns.inode()) {
+                namespaces.push(&place.netns);
+            }
+        }
+        namespaces.into_iter().try_for_each(|netns| netns.enter(|| sys::iterate(self.wake.as_fd()))?)
     }
 
     pub fn remove(&self, key: u64) {

@@ -246,7 +246,12 @@ pub fn acceleration(v: &Value) -> String {
     }
     let mut table = Table::new(&["ONE END", "OTHER END", "STATE", "REDIRECTED"]);
     for p in list(&v["pairs"]) {
-        table.row([cell(&p["one"]), cell(&p["other"]), cell(&p["state"]), bytes(&p["redirectedBytes"])]);
+        table.row([
+            cell(&p["one"]),
+            cell(&p["other"]),
+            cell(&p["state"]),
+            format!("{} / {}", bytes(&p["redirectedBytes"][0]), bytes(&p["redirectedBytes"][1])),
+        ]);
     }
     table.render()
 }

@@ -17,7 +17,8 @@ pub struct HeadLimits {
 impl HeadLimits {
     /// As its client sends it.
     pub const OF_CLIENT: Self = Self { bytes: MAX_HEAD, headers: MAX_HEADERS };
-    /// As another node sends it on: with what that node, and its routes, have added to what was within the limits.
+    /// As it comes through a tunnel: with what the client's node, and its routes, have added to what was within the limits. A node that has not
+    /// looked into it has not kept to them.
     pub const OF_NODE: Self = Self { bytes: 2 * MAX_HEAD, headers: 2 * MAX_HEADERS };
 
     pub fn of(is_tunnel: bool) -> Self {
