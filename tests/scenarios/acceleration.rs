@@ -376,7 +376,7 @@ fn who_asks_how_much_there_is_is_told() {
         let serve = ["/usr/bin/python3", script, "serve", "9000"].map(str::to_owned).to_vec();
         let [client, near] = bed.meshed([PodSpec::new("client", 0), PodSpec { command: serve, ..echo("near", 0) }]).expect("pods");
         for host in [near.v4().to_string(), near.v6().to_string()] {
-            let run = bed.command(&client, "/usr/bin/python3".as_ref(), &[script, "client", &host, "9000"]).output().expect("ended");
+            let run = bed.command(&client, "/usr/bin/python3".as_ref(), &[script, "client", &host, "9000", "0"]).output().expect("ended");
             let errors = String::from_utf8_lossy(&run.stderr);
             assert_eq!(String::from_utf8_lossy(&run.stdout), "done\n", "{way} {same_node} {host}: {errors}");
         }
@@ -385,6 +385,24 @@ fn who_asks_how_much_there_is_is_told() {
             assert_eq!(way == "on", reached.is_ok_and(|n| n > 2.0), "{way} {same_node}: {state}, again and again");
         }
     }
+}
+
+/// What comes after the process has died and another one serves goes by TCP to sockets that the first has accelerated.
+#[test]
+fn who_asks_how_much_there_is_is_told_by_the_next_process_too() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fionread.py");
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--acceleration", "on"])).expect("bed");
+    let serve = ["/usr/bin/python3", script, "serve", "9000"].map(str::to_owned).to_vec();
+    let [client, near] = bed.meshed([PodSpec::new("client", 0), PodSpec { command: serve, ..echo("near", 0) }]).expect("pods");
+    let mut asking = bed.command(&client, "/usr/bin/python3".as_ref(), &[script, "client", &near.v4().to_string(), "9000", "5"]);
+    let asking = asking.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().expect("started");
+    wait_for("an accelerated pair", Duration::from_secs(3), || Ok(entered(&bed, 0) == 2)).expect("accelerated");
+    bed.node(0).kill();
+    bed.node(0).start().expect("started");
+    bed.nodes()[0].wait_ready().expect("ready");
+    let run = asking.wait_with_output().expect("ended");
+    assert_eq!(String::from_utf8_lossy(&run.stdout), "done\n", "{}", String::from_utf8_lossy(&run.stderr));
+    wait_for("empty maps", Duration::from_secs(5), || Ok(entered(&bed, 0) == 0)).expect("nothing left");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 """A server as nginx reads: edge-triggered, and after a read that fills its buffer it asks how much more there is (FIONREAD); told that there is
-nothing, it waits for the next event. Answers each message, four bytes of length before it, with as many bytes. `client HOST PORT` sends small
-messages and then others of sizes that go another way, one byte at a time among them, and wants each answered in time."""
+nothing, it waits for the next event. Answers each message, four bytes of length before it, with as many bytes. `client HOST PORT PAUSE` sends
+small messages and then others of sizes that go another way, one byte at a time among them, and wants each answered in time. Before the first of
+those it pauses so many seconds."""
 
 import fcntl
 import select
@@ -80,7 +81,7 @@ def ask(reader, size, whole):
     del reader.data[:size]
 
 
-def client(host, port):
+def client(host, port, pause):
     sock = socket.create_connection((host, port))
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -90,6 +91,8 @@ def client(host, port):
         for _ in range(200):
             ask(reader, 60, True)
             time.sleep(0.002)
+        time.sleep(pause)
+        pause = 0
         for size in SIZES:
             ask(reader, size, size > 5)
             ask(reader, 60, True)
@@ -99,4 +102,4 @@ def client(host, port):
 if sys.argv[1] == "serve":
     serve(int(sys.argv[2]))
 else:
-    client(sys.argv[2], int(sys.argv[3]))
+    client(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))

@@ -356,9 +356,9 @@ fn required(issuer: &Issuer, both: bool, apart: bool) -> Group {
         .map(|(header, required)| json!({"outputClaimToHeaders": [{"header": header, "claim": "sub"}], "presence": presence(required)}));
     let mut envoy = ["x-sub-one", "x-sub-two"].map(|header| json!({"claim_to_headers": [{"header_name": header, "claim_name": "sub"}]}));
     if apart {
-        istio[0]["fromHeaders"] = json!([{"name": "authorization", "prefix": "Bearer "}, {"name": "x-one"}]);
+        istio[0]["fromHeaders"] = json!([{"name": "x-one"}, {"name": "authorization", "prefix": "Bearer "}]);
         istio[1]["fromHeaders"] = json!([{"name": "x-two"}]);
-        envoy[0]["from_headers"] = json!([{"name": "authorization", "value_prefix": "Bearer "}, {"name": "x-one"}]);
+        envoy[0]["from_headers"] = json!([{"name": "x-one"}, {"name": "authorization", "value_prefix": "Bearer "}]);
         envoy[1]["from_headers"] = json!([{"name": "x-two"}]);
     }
     let providers = [(true, provider("iss-a", &jwks, &envoy[0])), (both, provider("iss-b", &other.jwks(), &envoy[1]))];
