@@ -221,10 +221,12 @@ async fn only_websockets_are_switched_to_where_requests_are_judged() {
         security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
     for (policies, protocol, asked_for) in [
         (vec![judged.clone()], "websocket", true),
-        (vec![judged.clone()], "TLS/1.2", false),
+        (vec![judged.clone()], "chat/2", false),
         (vec![judged.clone()], "h2c-14", false),
-        (vec![judged], "websocket, TLS/1.2", false),
-        (vec![], "TLS/1.2", true),
+        (vec![judged], "websocket, chat/2", false),
+        (vec![], "chat/2", true),
+        // Clients ask for it that do not mean it.
+        (vec![], "TLS/1.2", false),
         (vec![], "H2C;x", false),
     ] {
         let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &policies)).await.expect("started");
@@ -248,7 +250,7 @@ async fn what_became_something_else_ends_when_requests_are_judged() {
     let upstream = scripted::http1("up1", &Seen::default()).expect("an upstream");
     let judged =
         security("AuthorizationPolicy", "p", &json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/never"]}}]}]}));
-    for (protocol, stays) in [("websocket", true), ("TLS/1.2", false)] {
+    for (protocol, stays) in [("websocket", true), ("chat/2", false)] {
         let engine = Engine::start_as(NEAR_CLIENT, &served(upstream, &[])).await.expect("started");
         let mut stream = engine.connect(VIP.parse().expect("an address")).await.expect("connected");
         let request = get("/a", "x", &format!("x-plan: upgrade\r\nconnection: upgrade\r\nupgrade: {protocol}\r\n"));
