@@ -77,6 +77,15 @@ func told(header http.Header) string {
 func serve(port string) {
 	mux := http.NewServeMux()
 	// What of a request there was.
+	// As many headers as proxies usually let through, before they add their own.
+	mux.HandleFunc("/headers", func(w http.ResponseWriter, r *http.Request) {
+		// No date beside them, and a length.
+		w.Header()["Date"] = nil
+		for i := 0; i < 98; i++ {
+			w.Header().Set(fmt.Sprintf("x-%d", i), "v")
+		}
+		io.WriteString(w, "many")
+	})
 	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
 		fmt.Fprintf(w, "%s %s %s [%s] body=%s err=%v trailer=[%s]\n", r.Method, r.RequestURI, r.Host, told(r.Header), sum(body), err, told(r.Trailer))
@@ -401,6 +410,7 @@ func (a *asking) requests() {
 			}
 		})
 	})
+	a.both("a hundred headers of an answer", func(c *http.Client) interface{} { return a.do(c, "GET", "/headers", nil, nil) })
 	a.both("a path of 8 KB", func(c *http.Client) interface{} { return a.do(c, "GET", "/echo?"+strings.Repeat("q", 8000), nil, nil) })
 	a.both("a form with a file", func(c *http.Client) interface{} {
 		var body bytes.Buffer

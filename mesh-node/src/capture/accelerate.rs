@@ -430,7 +430,7 @@ impl Accelerator {
             return Ok(false);
         }
         if young {
-            self.set(id, State::Young);
+            self.set(id, entry.until_entered());
             return Ok(true);
         }
         let mean = |bytes: u64, messages: u32| bytes / u64::from(messages.max(1));
@@ -442,14 +442,14 @@ impl Accelerator {
             Reads::Received => {}
             Reads::Unknown => {
                 if entry.odd < ODD {
-                    self.set(id, State::Young);
+                    self.set(id, entry.until_entered());
                 }
                 return Ok(true);
             }
             Reads::Otherwise => {
                 // Between being taken and being counted there is a moment, which a look can meet.
                 entry.odd += 1;
-                self.set(id, if entry.odd < ODD { State::Young } else { State::Spliced });
+                self.set(id, if entry.odd < ODD { entry.until_entered() } else { State::Spliced });
                 return Ok(true);
             }
         }

@@ -71,6 +71,11 @@ impl Entry {
         if returns { State::Paused } else { State::SlowReader }
     }
 
+    /// What it is as long as it is not known whether it is fit.
+    pub fn until_entered(&self) -> State {
+        if self.returns == 0 { State::Young } else { State::Paused }
+    }
+
     /// Compares with the last look.
     pub fn reads(&mut self, now: [&PairReply; 2]) -> Reads {
         let now = now.map(|reply| (reply.copied_seq, reply.received));

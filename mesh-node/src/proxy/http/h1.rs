@@ -10,7 +10,7 @@ use super::{
     framing::{Decoder, Encoder, Frame, Out},
     meter::Meter,
     transport::{TransportSink, TransportSource},
-    wire::{self, Framing, HeadLimits, MAX_RESPONSE_HEAD, Malformed, Refused},
+    wire::{self, Framing, HeadLimits, Malformed, Refused},
 };
 use crate::{
     hbone,
@@ -151,8 +151,9 @@ impl<'a> Reader<'a> {
     }
 
     pub async fn response(&mut self, method: &Method) -> Result<wire::WireResponse, NoHead> {
-        let bytes = self.head(MAX_RESPONSE_HEAD, Sort::Response).await?;
-        let response = wire::response(&bytes, method).map_err(|malformed| NoHead::Refused(malformed.into()))?;
+        let limits = HeadLimits::of_answer(self.source.is_tunnel());
+        let bytes = self.head(limits.bytes, Sort::Response).await?;
+        let response = wire::response(&bytes, method, limits).map_err(|malformed| NoHead::Refused(malformed.into()))?;
         self.begin_body(response.framing);
         Ok(response)
     }

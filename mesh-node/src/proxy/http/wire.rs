@@ -229,7 +229,7 @@ pub fn take_expectation(headers: &mut HeaderMap) -> bool {
 }
 
 /// Reads a response head, which must be whole.
-pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malformed> {
+pub fn response(bytes: &Bytes, method: &Method, limits: HeadLimits) -> Result<WireResponse, Malformed> {
     let (line, rest) = first_line(bytes).ok_or(CODEC)?;
     let line = &bytes[line];
     let (keeps, rest_of_line) = match line {
@@ -243,7 +243,7 @@ pub fn response(bytes: &Bytes, method: &Method) -> Result<WireResponse, Malforme
     if rest_of_line[3..].iter().any(|b| b.is_ascii_control() && *b != b'\t') {
         return Err(CODEC);
     }
-    let mut headers = headers(bytes, rest, MAX_HEADERS)?;
+    let mut headers = headers(bytes, rest, limits.headers)?;
     let framing = response_framing(&headers, status, method)?;
     if status.is_informational() {
         // There is no body, and nothing may seem to say that there is one (RFC 9110 section 8.6, RFC 9112 section 6.1).

@@ -7,7 +7,7 @@ pub const MAX_RESPONSE_HEAD: usize = 80 * 1024;
 /// Most headers.
 pub const MAX_HEADERS: usize = 100;
 
-/// What the head of a request may have.
+/// What a head may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadLimits {
     pub bytes: usize,
@@ -20,6 +20,12 @@ impl HeadLimits {
     /// As it comes through a tunnel: with what the client's node, and its routes, have added to what was within the limits. A node that has not
     /// looked into it has not kept to them.
     pub const OF_NODE: Self = Self { bytes: 2 * MAX_HEAD, headers: 2 * MAX_HEADERS };
+
+    /// The head of an answer, which other nodes add to likewise.
+    pub fn of_answer(is_tunnel: bool) -> Self {
+        let Self { bytes, headers } = Self::of(is_tunnel);
+        Self { bytes: bytes / MAX_HEAD * MAX_RESPONSE_HEAD, headers }
+    }
 
     pub fn of(is_tunnel: bool) -> Self {
         if is_tunnel { Self::OF_NODE } else { Self::OF_CLIENT }

@@ -168,7 +168,7 @@ fn ambiguous_or_broken_requests_are_refused_as_recorded() {
 
 #[test]
 fn responses_end_where_they_must() {
-    let read = |text: &str, method: &Method| response(&Bytes::copy_from_slice(text.as_bytes()), method);
+    let read = |text: &str, method: &Method| response(&Bytes::copy_from_slice(text.as_bytes()), method, HeadLimits::of_answer(false));
     for (text, method, framing, keep_alive) in [
         ("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n", Method::GET, Framing::Length(3), true),
         ("HTTP/1.1 200\r\ntransfer-encoding: chunked\r\n\r\n", Method::GET, Framing::Chunked, true),
@@ -214,7 +214,7 @@ proptest::proptest! {
         let bytes = Bytes::from([b"GET / HTTP/1.1\r\nhost: a\r\n".as_slice(), &bytes, b"\r\n\r\n"].concat());
         if let Some(end) = head_end(&bytes) {
             let _ = request(&bytes.slice(..end), HeadLimits::OF_CLIENT);
-            let _ = response(&bytes.slice(..end), &Method::GET);
+            let _ = response(&bytes.slice(..end), &Method::GET, HeadLimits::of_answer(false));
         }
     }
 }
