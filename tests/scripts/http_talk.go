@@ -78,7 +78,7 @@ func serve(port string) {
 	mux := http.NewServeMux()
 	// What of a request there was.
 	// As many headers as proxies usually let through, before they add their own.
-	mux.HandleFunc("/headers", func(w http.ResponseWriter, r *http.Request) {
+	mux.HandleFunc("/many", func(w http.ResponseWriter, r *http.Request) {
 		// No date beside them, and a length.
 		w.Header()["Date"] = nil
 		for i := 0; i < 98; i++ {
@@ -410,7 +410,7 @@ func (a *asking) requests() {
 			}
 		})
 	})
-	a.both("a hundred headers of an answer", func(c *http.Client) interface{} { return a.do(c, "GET", "/headers", nil, nil) })
+	a.both("a hundred headers of an answer", func(c *http.Client) interface{} { return a.do(c, "GET", "/many", nil, nil) })
 	a.both("a path of 8 KB", func(c *http.Client) interface{} { return a.do(c, "GET", "/echo?"+strings.Repeat("q", 8000), nil, nil) })
 	a.both("a form with a file", func(c *http.Client) interface{} {
 		var body bytes.Buffer

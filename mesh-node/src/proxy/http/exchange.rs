@@ -26,7 +26,6 @@ use super::{
     reply::Reply,
     tokens,
     upload::Upload,
-    wire::is_websocket,
 };
 use crate::{
     config::Snapshot,
@@ -426,8 +425,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             deadlines: Deadlines { client: client.map(|t| Instant::now() + t), ..Deadlines::default() },
             policy,
             timeout,
-            // HTTP/2 knows no other upgrades (RFC 9113 section 8.6): they are not asked for there.
-            upgrade: self.upgrade.as_ref().filter(|upgrade| is_websocket(upgrade) || !forward.cluster.speaks_http2(false)),
+            upgrade: self.upgrade.as_ref(),
             close: self.close,
             cluster: forward.cluster.clone(),
             state,
