@@ -399,7 +399,7 @@ fn who_asks_how_much_there_is_is_told_by_the_next_process_too() {
     let [client, near] = bed.meshed([PodSpec::new("client", 0), PodSpec { command: serve, ..echo("near", 0) }]).expect("pods");
     let mut asking = bed.command(&client, "/usr/bin/python3".as_ref(), &[script, "client", &near.v4().to_string(), "9000", "5"]);
     let asking = asking.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().expect("started");
-    wait_for("an accelerated pair", Duration::from_secs(3), || Ok(entered(&bed, 0) == 2)).expect("accelerated");
+    wait_for("an accelerated pair", Duration::from_secs(4), || Ok(states(&bed, 0) == ["accelerated"])).expect("accelerated");
     bed.node(0).kill();
     bed.node(0).start().expect("started");
     bed.nodes()[0].wait_ready().expect("ready");
