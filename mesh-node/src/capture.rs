@@ -18,7 +18,7 @@ mod sys;
 use std::{
     collections::HashSet,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -287,11 +287,11 @@ impl Capture {
         }
     }
 
-    /// What is noted of flows to these addresses.
-    pub fn noted_flows(&self, to: &[IpAddr]) -> HashSet<Vec<u8>> {
-        let to = to.iter().map(|ip| octets(*ip)).collect::<Vec<_>>();
-        let all = sys::keys(self.proxy_flows.as_fd(), size_of::<FlowKey>(), MAX_PROXY_FLOWS).unwrap_or_default();
-        all.into_iter().filter(|key| sys::plain::<FlowKey>(key).is_some_and(|flow| to.contains(&flow.local.ip))).collect()
+    /// What is noted of flows to such addresses.
+    pub fn noted_flows(&self, to: impl Fn(IpAddr) -> bool) -> HashSet<Vec<u8>> {
+        let is_to = |key: &FlowKey| to(Ipv6Addr::from(key.local.ip).to_canonical());
+        let all = sys::keys_at_once(self.proxy_flows.as_fd(), (size_of::<FlowKey>(), size_of::<u32>()), MAX_PROXY_FLOWS).unwrap_or_default();
+        all.into_iter().filter(|key| sys::plain::<FlowKey>(key).is_some_and(|flow| is_to(&flow))).collect()
     }
 
     /// Takes back what was noted of flows to a pod that is gone, and is still there: a socket that ends with its network namespace takes nothing
@@ -386,10 +386,14 @@ impl NodeFlows {
         if let Some(known) = self.known.lock().get(&cgroup) {
             return *known;
         }
-        let outside = discovery::is_outside_pods(&self.cgroup, cgroup).unwrap_or_else(|error| {
-            tracing::warn!(target: "capture", cgroup, %error, "cannot find out whose connection it is");
-            false
-        });
+        let outside = match discovery::is_outside_pods(&self.cgroup, cgroup) {
+            Ok(outside) => outside,
+            Err(error) => {
+                // Asked again the next time.
+                tracing::warn!(target: "capture", cgroup, %error, "cannot find out whose connection it is");
+                return false;
+            }
+        };
         let mut known = self.known.lock();
         if known.len() >= MAX_KNOWN {
             known.clear();
@@ -420,7 +424,7 @@ fn pod(addresses: &[IpAddr], netns: &Netns) -> Pod {
         None if addresses.is_empty() || routing::has_route(netns, loopback) => octets(loopback),
         None => Pod::NONE,
     };
-    let (v4, v6) = (of_family(true, std::net::Ipv4Addr::LOCALHOST.into()), of_family(false, std::net::Ipv6Addr::LOCALHOST.into()));
+    let (v4, v6) = (of_family(true, std::net::Ipv4Addr::LOCALHOST.into()), of_family(false, Ipv6Addr::LOCALHOST.into()));
     Pod { v4, v6, direct: 0, spread: 0 }
 }
 

@@ -247,8 +247,10 @@ where
 {
     let name = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
     let mut store = RootCertStore::empty();
-    for root in roots {
-        store.add(root.clone()).map_err(io::Error::other)?;
+    // One that is of no use takes nothing from the others.
+    let (usable, _) = store.add_parsable_certificates(roots.iter().cloned());
+    if usable == 0 {
+        return Err(io::Error::other("none of the root certificates can be used"));
     }
     let mut config = ClientConfig::builder_with_provider(provider(KeyExchange::Hybrid))
         .with_protocol_versions(&[&TLS13])

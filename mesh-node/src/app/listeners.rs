@@ -5,10 +5,11 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mesh_common::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
+use parking_lot::Mutex;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
@@ -112,6 +113,17 @@ impl Serving {
     }
 }
 
+/// Whether nobody has in the last second: what fails for one listener fails for all.
+fn may_complain(now: Instant) -> bool {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock();
+    let may = last.is_none_or(|last| now.saturating_duration_since(last) >= Duration::from_secs(1));
+    if may {
+        *last = Some(now);
+    }
+    may
+}
+
 async fn accept(listener: TcpListener, mut draining: watch::Receiver<bool>, mut serve: impl FnMut(TcpStream, SocketAddr)) {
     let stop = async { drop(draining.wait_for(|d| *d).await) };
     let mut stop = std::pin::pin!(stop);
@@ -126,7 +138,9 @@ async fn accept(listener: TcpListener, mut draining: watch::Receiver<bool>, mut 
             // The client gave up while it waited.
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
             Err(error) => {
-                tracing::warn!(target: "proxy", %error, "accepting failed");
+                if may_complain(Instant::now()) {
+                    tracing::warn!(target: "proxy", %error, "accepting failed");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -351,6 +351,8 @@ impl Reconciler {
         if !self.announced && !self.waits(found, incomplete) {
             self.node.capture().announce()?;
             self.announced = true;
+            let node = self.node.clone();
+            tokio::spawn(async move { gone::forget_strays(&node).await });
             self.node.reconciled.store(true, Ordering::Release);
         }
         Ok(())

@@ -19,8 +19,31 @@ pub struct Table {
 #[derive(Debug)]
 struct Family {
     addresses: Vec<SocketAddr>,
-    /// Ring: hashes in order with their endpoint. Maglev: endpoints by slot, the hash unused.
-    slots: Vec<(u64, u32)>,
+    slots: Slots,
+}
+
+/// Endpoints, by their place among the addresses.
+#[derive(Debug)]
+enum Slots {
+    /// With hashes, in the order of these.
+    Ring(Vec<(u64, u32)>),
+    Maglev(Vec<u32>),
+}
+
+impl Slots {
+    fn len(&self) -> usize {
+        match self {
+            Self::Ring(points) => points.len(),
+            Self::Maglev(slots) => slots.len(),
+        }
+    }
+
+    fn get(&self, at: usize) -> Option<u32> {
+        match self {
+            Self::Ring(points) => points.get(at).map(|(_, endpoint)| *endpoint),
+            Self::Maglev(slots) => slots.get(at).copied(),
+        }
+    }
 }
 
 /// Hashes a value as the table does.
@@ -33,8 +56,8 @@ impl Table {
         let family = |is_v4: bool| {
             let addresses = addresses.iter().filter(|a| a.is_ipv4() == is_v4).copied().collect::<Vec<_>>();
             let slots = match kind {
-                HashTable::Ring { minimum } => ring(minimum, &addresses),
-                HashTable::Maglev { size } => maglev(size, &addresses),
+                HashTable::Ring { minimum } => Slots::Ring(ring(minimum, &addresses)),
+                HashTable::Maglev { size } => Slots::Maglev(maglev(size, &addresses)),
             };
             Family { addresses, slots }
         };
@@ -42,9 +65,23 @@ impl Table {
         Self { kind, addresses, v4, v6 }
     }
 
-    /// Whether it is the table of these endpoints, so that it need not be built again.
-    pub fn is_of(&self, kind: HashTable, addresses: &[SocketAddr]) -> bool {
-        self.kind == kind && self.addresses == addresses
+    pub fn kind(&self) -> HashTable {
+        self.kind
+    }
+
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// How many points one has, at most, over both families.
+    pub fn points(kind: HashTable, addresses: &[SocketAddr]) -> usize {
+        let v4 = addresses.iter().filter(|a| a.is_ipv4()).count();
+        let of = |endpoints: usize| match kind {
+            _ if endpoints == 0 => 0,
+            HashTable::Ring { minimum } => usize::try_from(minimum).unwrap_or(usize::MAX).saturating_add(endpoints),
+            HashTable::Maglev { size } => usize::try_from(size).unwrap_or(usize::MAX),
+        };
+        of(v4).saturating_add(of(addresses.len() - v4))
     }
 
     /// The endpoint of a family for a hash among those that can be used: the hashes of an unusable one go to others, all else stays.
@@ -54,12 +91,12 @@ impl Table {
         if n == 0 {
             return None;
         }
-        let start = match self.kind {
-            HashTable::Ring { .. } => slots.partition_point(|(h, _)| *h < hash) % n,
-            HashTable::Maglev { .. } => usize::try_from(hash % n as u64).unwrap_or(0),
+        let start = match slots {
+            Slots::Ring(points) => points.partition_point(|(h, _)| *h < hash) % n,
+            Slots::Maglev(_) => usize::try_from(hash % n as u64).unwrap_or(0),
         };
-        let at = |i: usize| slots.get(i % n).and_then(|(_, e)| addresses.get(*e as usize)).copied();
-        if let (HashTable::Maglev { .. }, Some(first)) = (self.kind, at(start)) {
+        let at = |i: usize| slots.get(i % n).and_then(|e| addresses.get(e as usize)).copied();
+        if let (Slots::Maglev(_), Some(first)) = (slots, at(start)) {
             // Neighbours in a Maglev table are not the same for all hashes of an endpoint; spread them by hashing again.
             if usable(&first) {
                 return Some(first);
@@ -103,7 +140,7 @@ fn ring(minimum: u64, addresses: &[SocketAddr]) -> Vec<(u64, u32)> {
 const LARGEST_RING: f64 = 8_388_608.0;
 
 /// Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", section 3.4.
-fn maglev(size: u64, addresses: &[SocketAddr]) -> Vec<(u64, u32)> {
+fn maglev(size: u64, addresses: &[SocketAddr]) -> Vec<u32> {
     if addresses.is_empty() {
         return Vec::new();
     }
@@ -131,7 +168,7 @@ fn maglev(size: u64, addresses: &[SocketAddr]) -> Vec<(u64, u32)> {
             }
         }
     }
-    slots.into_iter().map(|e| (0, e)).collect()
+    slots
 }
 
 #[cfg(test)]

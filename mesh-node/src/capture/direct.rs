@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap, MapData, RingBuf};
+use aya::maps::{HashMap, MapData, MapError, RingBuf};
 use mesh_common::{
     Address,
     direct::{ANY_POD, Flow, FlowEvent, MAX_ENDPOINTS, Route, RouteKey},
@@ -93,20 +93,34 @@ pub(super) fn open(loaded: &mut object::Loaded) -> Result<(Direct, FlowEvents), 
     Ok((Direct { routes, in_force, flows: loaded.hash("FLOWS")? }, FlowEvents(events)))
 }
 
+/// Whether an element that was to be removed was not there.
+fn is_absent(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound | MapError::ElementNotFound => true,
+        MapError::SyscallError(call) => call.io_error.kind() == io::ErrorKind::NotFound,
+        _ => false,
+    }
+}
+
 impl Direct {
     /// Puts these routes in force and no others: each to any of its endpoints, or without any to where it was dialled.
     ///
-    /// What is not wanted any more goes first. An error leaves some of the new ones out.
+    /// What is not wanted any more goes first. An error leaves some of the old ones in force, or some of the new ones out: to be called again.
     pub fn set_routes(&mut self, wanted: &Table<Dialled, Vec<SocketAddr>>) -> Result<(), CaptureError> {
         let wanted = wanted.iter().map(|(dialled, to)| (key(*dialled), route(to))).collect::<Table<_, _>>();
         let before = std::mem::take(&mut self.in_force);
+        let mut failed = None;
         for (key, route) in before {
-            if wanted.get(&key) == Some(&route) {
+            let stays = wanted.get(&key) == Some(&route);
+            let gone = if stays { Ok(()) } else { self.routes.remove(&key) };
+            let is_there = !matches!(&gone, Err(error) if is_absent(error));
+            if stays || gone.is_err() && is_there {
                 self.in_force.insert(key, route);
-            } else {
-                // Gone already is as good.
-                let _ = self.routes.remove(&key);
             }
+            failed = failed.or(gone.err().filter(|_| is_there));
+        }
+        if let Some(error) = failed {
+            return Err(CaptureError::map("ROUTES")(error));
         }
         for (key, route) in wanted {
             if self.in_force.contains_key(&key) {

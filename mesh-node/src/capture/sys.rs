@@ -2,6 +2,7 @@
 //! over by path and given another program atomically, which the loader library has no call for.
 
 use std::{
+    cell::Cell,
     ffi::CString,
     io,
     os::{
@@ -24,6 +25,7 @@ const TRACE_RAW_TP: u32 = 23;
 
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_PIN: libc::c_long = 6;
@@ -50,6 +52,19 @@ struct NextKeyAttr {
     pad: u32,
     key: u64,
     next_key: u64,
+}
+
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    /// Room for so many; the kernel writes how many there are.
+    count: Cell<u32>,
+    map: u32,
+    elem_flags: u64,
+    flags: u64,
 }
 
 #[repr(C)]
@@ -279,6 +294,39 @@ pub fn keys(map: BorrowedFd<'_>, key_size: usize, limit: usize) -> io::Result<Ve
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
             Err(error) => return Err(error),
         }
+    }
+    Ok(found)
+}
+
+/// The same of a hash table, of keys and values of these sizes, some thousand at once: in few calls, and each key once, whatever comes and goes
+/// meanwhile.
+pub fn keys_at_once(map: BorrowedFd<'_>, (key, value): (usize, usize), limit: usize) -> io::Result<Vec<Vec<u8>>> {
+    const AT_ONCE: u32 = 4096;
+    let room = |size: usize| vec![0_u8; size * AT_ONCE as usize];
+    let (mut keys, mut values, mut found) = (room(key), room(value), Vec::new());
+    let mut from: Option<u32> = None;
+    while found.len() < limit {
+        let mut next = 0_u32;
+        let attr = BatchAttr {
+            in_batch: from.as_ref().map_or(0, |from| std::ptr::from_ref(from) as u64),
+            out_batch: std::ptr::from_mut(&mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: Cell::new(AT_ONCE),
+            map: number(map),
+            elem_flags: 0,
+            flags: 0,
+        };
+        let last = match bpf(BPF_MAP_LOOKUP_BATCH, &attr) {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        found.extend(keys.chunks_exact(key).take(attr.count.get() as usize).map(<[u8]>::to_vec));
+        if last {
+            break;
+        }
+        from = Some(next);
     }
     Ok(found)
 }

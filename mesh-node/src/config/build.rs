@@ -4,6 +4,7 @@ mod policies;
 mod reporting;
 mod routes;
 mod services;
+mod tables;
 mod views;
 
 use std::{

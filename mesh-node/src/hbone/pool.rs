@@ -1,7 +1,15 @@
 //! Pooled HBONE connections. The key is the whole key: who talks to whom, by which address and which incarnation of the
 //! workload, so that a reused address never meets an old connection.
 
-use std::{collections::HashMap, future::Future, net::SocketAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use http::Request;
 use parking_lot::Mutex;
@@ -28,9 +36,14 @@ pub struct Pool {
     left: Arc<Notify>,
 }
 
-/// Connections of one key. The lock is held while one is being opened, so that a burst of tunnels opens one, not many.
+/// Connections of one key.
 #[derive(Debug, Default)]
-struct Slot(tokio::sync::Mutex<Vec<Connection>>);
+struct Slot {
+    /// Held while one is being opened, so that a burst of tunnels opens one, not many.
+    connections: tokio::sync::Mutex<Vec<Connection>>,
+    /// Connections that could not be opened.
+    failed: AtomicUsize,
+}
 
 /// A pool's contents, for inspection.
 #[derive(Debug, Clone)]
@@ -64,13 +77,23 @@ impl Pool {
         F: Future<Output = Result<Connection, E>>,
     {
         let slot = self.slots.lock().entry(key.clone()).or_default().clone();
-        let mut connections = slot.0.lock().await;
+        let failed = slot.failed.load(Ordering::Acquire);
+        let mut connections = slot.connections.lock().await;
         connections.retain(|c| !c.is_closed());
         if let Some(connection) = connections.iter().find(|c| c.has_room()) {
             return Ok((connection.clone(), false));
         }
-        let connection = dial().await?;
+        // The dial that was waited for has failed: those who waited do not fail one after the other.
+        let alone = slot.failed.load(Ordering::Acquire) == failed;
+        let held = alone.then_some(connections);
+        let connection = dial().await.inspect_err(|_| {
+            slot.failed.fetch_add(1, Ordering::AcqRel);
+        })?;
         connection.kept_by(&self.left);
+        let mut connections = match held {
+            Some(held) => held,
+            None => slot.connections.lock().await,
+        };
         connections.push(connection.clone());
         Ok((connection, true))
     }
@@ -84,7 +107,7 @@ impl Pool {
             if Arc::strong_count(slot) > 1 {
                 return true;
             }
-            let Ok(mut connections) = slot.0.try_lock() else { return true };
+            let Ok(mut connections) = slot.connections.try_lock() else { return true };
             if !wanted {
                 connections.iter().for_each(Connection::close);
             }
@@ -107,7 +130,7 @@ impl Pool {
     pub fn states(&self) -> Vec<PoolState> {
         let slots = self.slots.lock().iter().map(|(k, s)| (k.clone(), s.clone())).collect::<Vec<_>>();
         let state = |(key, slot): (PoolKey, Arc<Slot>)| {
-            let connections = slot.0.try_lock().ok()?;
+            let connections = slot.connections.try_lock().ok()?;
             let live = connections.iter().filter(|c| !c.is_closed()).collect::<Vec<_>>();
             Some(PoolState { key, connections: live.len(), streams: live.iter().map(|c| c.streams()).sum() })
         };

@@ -413,6 +413,24 @@ async fn a_failed_dial_is_the_callers_error_and_the_next_call_tries_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn those_who_wait_for_a_dial_do_not_fail_one_after_the_other() {
+    let (pool, key) = (Pool::default(), key("a"));
+    let silent = || async {
+        sleep(Duration::from_secs(10)).await;
+        Err::<Connection, TunnelError>(TunnelError::HandshakeTimeout)
+    };
+    let began = tokio::time::Instant::now();
+    let mut all = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        let (pool, key) = (pool.clone(), key.clone());
+        all.spawn(async move { pool.open(&key, || Ok(request()), silent).await.map(drop) });
+    }
+    let failed = all.join_all().await;
+    assert!(failed.iter().all(|f| matches!(f, Err(TunnelError::HandshakeTimeout))));
+    assert_eq!(began.elapsed().as_secs(), 20, "each has waited for one, and dialled itself");
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_asks_and_takes_back_without_end_is_not_listened_to_without_end() {
     let (near, far) = tokio::io::duplex(64 * 1024);
     // Offers that nobody has come to yet.

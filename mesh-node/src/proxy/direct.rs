@@ -146,7 +146,10 @@ impl Direct {
                     tokio::time::sleep(RETRY_DELAY).await;
                     spawn::aside(|| self.go_through());
                 }
-                _ = sweep.tick() => spawn::aside(|| self.go_through()),
+                _ = sweep.tick() => spawn::aside(|| {
+                    self.sync();
+                    self.go_through();
+                }),
             }
         }
     }
@@ -175,10 +178,12 @@ impl Direct {
             return;
         }
         let routes = if self.enabled { table::routes(&snapshot, &served) } else { HashMap::new() };
-        if let Err(error) = state.kernel.set_routes(&routes) {
-            tracing::warn!(target: "proxy", %error, wanted = routes.len(), "not all connections that may go directly do");
+        let set = state.kernel.set_routes(&routes);
+        if let Err(error) = &set {
+            tracing::warn!(target: "proxy", %error, wanted = routes.len(), "direct connections are not those that may be");
         }
-        state.basis = Some(basis);
+        // What did not work is done again with the next sweep.
+        state.basis = set.is_ok().then_some(basis);
         self.proxy.served.store(Arc::new(served));
         state.pods = Pods::new(&self.proxy);
         state.unjudged = Some(Instant::now());

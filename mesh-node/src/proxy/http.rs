@@ -115,11 +115,19 @@ impl Connection {
         // Apart: every connection has the room for it, all along.
         let mut draining = Box::pin(Rarely::new(self.pod.draining_idle(self.since)));
         let mut ended = std::pin::pin!(Rarely::new(self.pod.ended()));
+        let mut drained = false;
         loop {
             let request = tokio::select! {
                 biased;
                 request = read_request(&mut reader, self.original) => request,
-                () = &mut draining => return Finished::Closed,
+                () = &mut draining, if !drained => {
+                    if !reader.has_begun() {
+                        return Finished::Closed;
+                    }
+                    // What has begun is answered.
+                    drained = true;
+                    continue;
+                }
                 _ = &mut ended => return Finished::Cut,
             };
             let end = match request {

@@ -382,8 +382,11 @@ async fn establish(opaque: &Opaque, downstream: &TcpStream, outcome: &mut Outcom
         if !failure.retryable() || Instant::now() >= deadline && !left {
             return Err(failure);
         }
-        sleep(pause(dials)).await;
-        dials += 1;
+        tokio::select! {
+            () = sleep(pause(dials)) => dials += 1,
+            cut = opaque.pod.ended() => return Err(Failure::Cut(cut)),
+            error = gone(downstream) => return Err(Failure::Broken(error)),
+        }
     }
 }
 

@@ -247,14 +247,16 @@ async fn look(downstream: &mut TcpStream, read: &mut BytesMut, pod: &ServedPod, 
         if read.len() >= MAX_FIRST_BYTES {
             return Some(Detected::Opaque);
         }
-        if !begun {
-            // Nothing yet: it has all the time it likes.
-            deadline.as_mut().reset(tokio::time::Instant::now() + HEAD_TIMEOUT);
-        }
         tokio::select! {
             biased;
             n = downstream.read_buf(read) => match n {
-                Ok(n) if n > 0 => begun = true,
+                Ok(n) if n > 0 => {
+                    if !begun {
+                        // Until now it had all the time it liked.
+                        deadline.as_mut().reset(tokio::time::Instant::now() + HEAD_TIMEOUT);
+                        begun = true;
+                    }
+                }
                 _ => return None,
             },
             () = &mut deadline, if begun => return Some(Detected::Opaque),

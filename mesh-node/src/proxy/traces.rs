@@ -171,6 +171,8 @@ pub async fn export(proxy: Arc<Proxy>) {
             () = sleep(EXPORT_INTERVAL) => {}
             () = proxy.spans.many.notified() => {}
         }
+        // From before they are taken out, so that who waits for all of them never misses those.
+        let _taken_out = UnderWay::begin(&proxy.spans.under_way);
         let mut waiting: HashMap<(Arc<Exporter>, WorkloadUid), Vec<Span>> = HashMap::new();
         for _ in 0..MOST_WAITING {
             let Some(Finished { exporter, pod, span }) = proxy.spans.pop() else { break };

@@ -43,6 +43,8 @@ pub struct Cluster {
     pub near: Option<Near>,
     /// For consistent hashing.
     pub table: Option<Arc<Table>>,
+    /// Of the configuration it is of.
+    pub generation: u64,
 }
 
 impl Cluster {

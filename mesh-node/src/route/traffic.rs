@@ -86,7 +86,7 @@ pub enum HashKey {
     Query(Arc<str>),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum HashTable {
     Ring {
         minimum: u64,
@@ -95,6 +95,21 @@ pub enum HashTable {
     Maglev {
         size: u64,
     },
+}
+
+impl HashTable {
+    /// What Envoy gives a ring that says nothing.
+    pub const RING: Self = Self::Ring { minimum: 1024 };
+    /// The same of Maglev.
+    pub const MAGLEV: Self = Self::Maglev { size: 65_537 };
+
+    /// One of this kind that says nothing of its size.
+    pub fn usual(self) -> Self {
+        match self {
+            Self::Ring { .. } => Self::RING,
+            Self::Maglev { .. } => Self::MAGLEV,
+        }
+    }
 }
 
 /// A new endpoint gets its share of requests by and by.

@@ -106,12 +106,12 @@ impl Directory {
         let started = Instant::now();
         let mut first = true;
         loop {
-            watch.cover(&self.root);
             let noticed = Instant::now();
             let look;
-            (self, look) = tokio::task::spawn_blocking(move || {
+            (self, watch, look) = tokio::task::spawn_blocking(move || {
+                watch.cover(&self.root);
                 let look = self.look();
-                (self, look)
+                (self, watch, look)
             })
             .await
             .map_err(io::Error::other)?;

@@ -4,6 +4,7 @@
 //! `exportTo`, a consumer's route) get a view of their own, with the services that differ.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -13,10 +14,10 @@ use std::{
 use super::{
     Builder,
     routes::Routes,
+    tables::Tables,
     views::{Client, Views},
 };
 use crate::{
-    balance::Table,
     config::{
         snapshot::{Map, Snapshot},
         store::Severity,
@@ -25,7 +26,7 @@ use crate::{
     id::ObjectName,
     policy::Governing,
     resource::{
-        DestinationRule, EndpointSlice, Named,
+        DestinationRule, EndpointSlice, Key, Named,
         destination_rule::{Layered, Subset},
         kube::{self, TrafficPolicy},
         selector::Labels,
@@ -37,6 +38,9 @@ use crate::{
         traffic::{Balancer, TrafficDefaults},
     },
 };
+
+const NO_ROOM: &str = "spec.trafficPolicy.loadBalancer.consistentHash: the hash tables of all rules together would have more than 16777216 \
+    entries, which is more than a node makes; those that found no room have the usual size (a ring of 1024, 65537 of Maglev). Ask for smaller ones";
 
 /// A service before routes: its ports with their endpoints.
 pub(super) struct Entry<'a> {
@@ -97,7 +101,12 @@ pub(super) fn build(
     let registry = registry(builder, previous, snapshot, now);
     let rules = Rules::new(builder, &registry);
     let routes = Routes::new(builder, &registry);
-    let given = Given { tables: tables(previous), traffic: builder.parts.defaults.map(|d| d.traffic.clone()).unwrap_or_default() };
+    let given = Given {
+        tables: Tables::after(previous),
+        traffic: builder.parts.defaults.map(|d| d.traffic.clone()).unwrap_or_default(),
+        generation: snapshot.generation,
+        short: RefCell::default(),
+    };
     let mut clusters = Clusters::default();
     for (name, entry) in &registry {
         clusters.add(name, entry, &rules.of(name, None, &builder.mesh.root_namespace), &given);
@@ -126,6 +135,9 @@ pub(super) fn build(
         });
         let seen = seen.collect();
         snapshot.views.insert(view, seen);
+    }
+    for named in given.short.into_inner().into_values() {
+        builder.remark(Severity::Warning, named, NO_ROOM);
     }
     builder.statuses.extend(rules.remarks.into_inner());
     builder.statuses.extend(routes.remarks.into_inner());
@@ -211,7 +223,7 @@ struct Rules<'a> {
     exported: &'a [Arc<str>],
     /// Namespaces whose clients see some service otherwise.
     special: BTreeSet<&'a str>,
-    remarks: std::cell::RefCell<Vec<crate::config::store::Status>>,
+    remarks: RefCell<Vec<crate::config::store::Status>>,
 }
 
 /// A destination rule for a service.
@@ -227,6 +239,8 @@ struct RuleOf<'a> {
 /// What is in force for one service in one view.
 #[derive(Default)]
 struct Effective<'a> {
+    /// The oldest of its rules.
+    named: Option<&'a Named>,
     policy: Option<&'a Layered>,
     subsets: Vec<&'a Subset>,
 }
@@ -235,7 +249,7 @@ impl<'a> Rules<'a> {
     fn new(builder: &mut Builder<'a>, registry: &Registry<'a>) -> Self {
         let all = std::mem::take(&mut builder.parts.destination_rules);
         let exported = builder.parts.defaults.map_or(&[][..], |defaults| &defaults.destination_rules);
-        let mut rules = Self { by_service: HashMap::new(), exported, special: BTreeSet::new(), remarks: std::cell::RefCell::default() };
+        let mut rules = Self { by_service: HashMap::new(), exported, special: BTreeSet::new(), remarks: RefCell::default() };
         for (number, (named, rule)) in all.into_iter().enumerate() {
             let namespace: &str = &named.key.name.namespace;
             let mut add = |name: &'a ObjectName, close: usize| {
@@ -295,7 +309,8 @@ impl<'a> Rules<'a> {
     /// The oldest rule's policy, and the subsets of all for the same host.
     fn of(&self, service: &ObjectName, client: Option<Client<'_>>, root: &str) -> Effective<'a> {
         let mut effective = Effective::default();
-        for (_, rule) in self.applying(service, client, root) {
+        for (named, rule) in self.applying(service, client, root) {
+            effective.named = effective.named.or(Some(named));
             effective.policy = effective.policy.or(rule.policy.as_ref());
             for subset in &rule.subsets {
                 if !effective.subsets.iter().any(|s| s.name == subset.name) {
@@ -320,28 +335,13 @@ pub(super) struct Clusters<'a> {
     below: Option<&'a Clusters<'a>>,
 }
 
-/// In one view another than in another.
-type Tables<'a> = HashMap<&'a ClusterId, Vec<&'a Arc<Table>>>;
-
 /// What clusters are made with.
 struct Given<'a> {
-    /// Tables of before, for those that have not changed.
-    tables: Tables<'a>,
+    tables: Tables,
     traffic: TrafficDefaults,
-}
-
-fn tables(previous: &Snapshot) -> Tables<'_> {
-    let viewed = previous.views.values().flat_map(HashMap::values);
-    let ports = previous.services.iter().chain(viewed).flat_map(|s| &s.ports);
-    let mut found = Tables::new();
-    for cluster in ports.flat_map(|p| std::iter::once(&p.cluster).chain(p.subsets.values())) {
-        let Some(table) = &cluster.table else { continue };
-        let of_cluster = found.entry(&cluster.id).or_default();
-        if !of_cluster.iter().any(|other| Arc::ptr_eq(other, table)) {
-            of_cluster.push(table);
-        }
-    }
-    found
+    generation: u64,
+    /// Rules whose tables found no room as large as they are to be.
+    short: RefCell<BTreeMap<&'a Key, &'a Named>>,
 }
 
 impl Clusters<'_> {
@@ -358,11 +358,11 @@ impl Clusters<'_> {
         }
     }
 
-    fn add(&mut self, name: &ObjectName, entry: &Entry<'_>, effective: &Effective<'_>, given: &Given<'_>) {
+    fn add<'a>(&mut self, name: &ObjectName, entry: &Entry<'_>, effective: &Effective<'a>, given: &Given<'a>) {
         let whole = std::iter::once(None).chain(effective.subsets.iter().copied().map(Some));
         for subset in whole {
             for (port, endpoints) in entry.service.ports.iter().zip(&entry.endpoints) {
-                let cluster = cluster(name, entry, port, endpoints, effective.policy, subset, given);
+                let cluster = cluster(name, (entry, port), endpoints, (effective, subset), given);
                 self.by_id.insert(cluster.id.clone(), Arc::new(cluster));
             }
         }
@@ -370,14 +370,12 @@ impl Clusters<'_> {
     }
 }
 
-fn cluster(
+fn cluster<'a>(
     name: &ObjectName,
-    entry: &Entry<'_>,
-    port: &kube::ServicePort,
+    (entry, port): (&Entry<'_>, &kube::ServicePort),
     endpoints: &Arc<[Endpoint]>,
-    policy: Option<&Layered>,
-    subset: Option<&Subset>,
-    given: &Given<'_>,
+    (effective, subset): (&Effective<'a>, Option<&Subset>),
+    given: &Given<'a>,
 ) -> Cluster {
     let service = entry.service;
     let id = ClusterId { service: name.clone(), port: port.port, subset: subset.map(|s| s.name.clone()).unwrap_or_default() };
@@ -385,7 +383,7 @@ fn cluster(
         None => endpoints.clone(),
         Some(subset) => endpoints.iter().filter(|e| subset.labels.iter().all(|(k, v)| e.label(k) == Some(v))).cloned().collect(),
     };
-    let mut policy = Layered::effective(policy, subset.map(|s| &s.policy), port.port);
+    let mut policy = Layered::effective(effective.policy, subset.map(|s| &s.policy), port.port);
     let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref());
     policy.fill(&given.traffic, entry.near.is_some());
     if service.is_headless() {
@@ -395,10 +393,12 @@ fn cluster(
         policy.balancer = Balancer::ClientIp;
     }
     let table = match policy.balancer {
-        Balancer::Hash { table, .. } => {
-            let addresses = endpoints.iter().map(|e| e.address).collect::<Vec<_>>();
-            let same = given.tables.get(&id).into_iter().flatten().find(|t| t.is_of(table, &addresses));
-            Some(same.map_or_else(|| Arc::new(Table::build(table, addresses)), |t| (*t).clone()))
+        Balancer::Hash { table: kind, .. } => {
+            let table = given.tables.of(kind, endpoints.iter().map(|e| e.address).collect());
+            if table.kind() != kind {
+                given.short.borrow_mut().extend(effective.named.map(|named| (&named.key, named)));
+            }
+            Some(table)
         }
         _ => None,
     };
@@ -410,6 +410,7 @@ fn cluster(
         local_only: service.internal_traffic_policy == TrafficPolicy::Local,
         near: entry.near,
         table,
+        generation: given.generation,
     }
 }
 

@@ -154,7 +154,7 @@ impl Call<'_> {
                 let request = wire_request(head, client_cert).ok_or(Broken::Caller)?;
                 let (response, stream) = send.send_request(request, empty).map_err(|_| Broken::Upstream)?;
                 let mut up = UpSink::H2(H2Sink::new(stream, empty));
-                let mut source = UpSource::of_stream(response, guard.whole());
+                let mut source = UpSource::of_stream(response, guard.whole(), guard.longest_head());
                 converse(body, &mut up, &mut source, head, sink).await.map(|(answered, _)| answered)
             }
         }

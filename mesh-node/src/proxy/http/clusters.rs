@@ -44,18 +44,23 @@ pub struct Clusters {
 
 impl Clusters {
     /// What is under way to a cluster. With other settings of its pools it begins anew, as with Envoy: what there is goes on with what it has, and is
-    /// counted for itself.
+    /// counted for itself. Who has waited with a cluster of before is counted at the one of now.
     pub fn of(&self, cluster: &Cluster) -> Arc<ClusterState> {
-        let mut state = self.table.get_or_insert(&cluster.id, || ClusterState::new(&cluster.policy));
-        if !state.made_by.has_pools_of(&cluster.policy) {
-            let fresh = Arc::new(ClusterState::new(&cluster.policy));
+        let make = || ClusterState::new(&cluster.policy);
+        let mut state = self.table.get_or_insert(&cluster.id, make);
+        if state.is_outdated_by(cluster) {
             let mut replaced = None;
             self.table.change(|entries| {
-                let is_old = entries.get(&cluster.id).is_none_or(|now| !now.made_by.has_pools_of(&cluster.policy));
-                replaced = if is_old { entries.insert(cluster.id.clone(), fresh.clone()) } else { None };
-                state = entries.get(&cluster.id).unwrap_or(&fresh).clone();
+                let now = entries.entry(cluster.id.clone()).or_insert_with(|| state.clone());
+                if now.is_outdated_by(cluster) {
+                    replaced = Some(std::mem::replace(now, Arc::new(make())));
+                }
+                state = now.clone();
             });
             replaced.iter().for_each(|old| old.retire());
+        }
+        if state.asked_in.load(Ordering::Relaxed) < cluster.generation {
+            state.asked_in.fetch_max(cluster.generation, Ordering::Relaxed);
         }
         // After the entry was made: who retires all either finds it or is seen here.
         if self.retired.load(Ordering::SeqCst) {
@@ -146,6 +151,8 @@ pub enum Limited {
 #[derive(Debug)]
 pub struct ClusterState {
     made_by: Arc<TrafficPolicy>,
+    /// The newest configuration that it was asked for in.
+    asked_in: AtomicU64,
     pub outliers: Outliers,
     turn: AtomicU64,
     connections: AtomicU32,
@@ -164,6 +171,7 @@ impl ClusterState {
     pub(super) fn new(policy: &Arc<TrafficPolicy>) -> Self {
         Self {
             made_by: policy.clone(),
+            asked_in: AtomicU64::new(0),
             outliers: Outliers::new(Instant::now()),
             turn: AtomicU64::new(fastrand::u64(0..1024)),
             connections: AtomicU32::new(0),
@@ -177,6 +185,11 @@ impl ClusterState {
         }
     }
 
+    /// Whether a cluster that is not older has other settings of its pools.
+    fn is_outdated_by(&self, cluster: &Cluster) -> bool {
+        !self.made_by.has_pools_of(&cluster.policy) && cluster.generation >= self.asked_in.load(Ordering::Relaxed)
+    }
+
     pub fn retire(&self) {
         self.retired.store(true, Ordering::SeqCst);
         self.endpoints.entries.load().values().for_each(|endpoint| endpoint.let_go());
@@ -185,7 +198,7 @@ impl ClusterState {
     /// Keeps a connection for later, unless nobody will ask for it any more.
     pub fn keep(&self, endpoint: &EndpointState, connection: Box<H1Upstream>) {
         endpoint.idle().push(connection);
-        endpoint.freed.notify_one();
+        endpoint.freed(false).notify_one();
         // After it was kept: who retires the cluster either finds it or is seen here.
         if self.retired.load(Ordering::SeqCst) {
             endpoint.let_go();
@@ -330,8 +343,9 @@ pub struct EndpointState {
     /// Open connections of either protocol, and those of them for requests of HTTP/1 and of HTTP/2.
     pub connections: AtomicU32,
     pooled: [AtomicU32; 2],
-    /// Woken when a connection becomes idle or ends.
-    pub freed: Notify,
+    /// Woken when a connection of HTTP/1 becomes idle, and when one of HTTP/2 has room for another stream: who waits for the one is not helped by the
+    /// other.
+    freed: [Notify; 2],
     pub h2: ArcSwap<Vec<Arc<H2Upstream>>>,
     /// Held while an HTTP/2 connection is made, so that a burst makes one.
     pub dialling: tokio::sync::Mutex<()>,
@@ -348,6 +362,12 @@ impl EndpointState {
 
     fn pooled(&self, http2: bool) -> &AtomicU32 {
         let [http1, two] = &self.pooled;
+        if http2 { two } else { http1 }
+    }
+
+    /// Woken when there is room on a connection of this protocol.
+    pub fn freed(&self, http2: bool) -> &Notify {
+        let [http1, two] = &self.freed;
         if http2 { two } else { http1 }
     }
 
@@ -425,7 +445,7 @@ impl EndpointState {
         *idle = usable;
         let kept = idle.len();
         drop(idle);
-        (0..kept).for_each(|_| self.freed.notify_one());
+        (0..kept).for_each(|_| self.freed(false).notify_one());
         self.forget_closed();
     }
 }
@@ -444,9 +464,13 @@ impl ConnectionSlot {
     /// those of the other do not become free for them.
     pub fn begin(state: &Arc<ClusterState>, endpoint: &Arc<EndpointState>, limit: Option<u32>, http2: bool) -> Option<Self> {
         let pooled = endpoint.pooled(http2);
-        let alone = pooled.load(Ordering::Acquire) == 0;
-        let mut slot = Self::within(state, endpoint, limit).or_else(|| if alone { Self::within(state, endpoint, None) } else { None })?;
-        pooled.fetch_add(1, Ordering::AcqRel);
+        // Of several that come at once one is alone.
+        let alone = pooled.fetch_add(1, Ordering::AcqRel) == 0;
+        let Some(mut slot) = Self::within(state, endpoint, limit).or_else(|| if alone { Self::within(state, endpoint, None) } else { None })
+        else {
+            pooled.fetch_sub(1, Ordering::AcqRel);
+            return None;
+        };
         slot.http2 = Some(http2);
         Some(slot)
     }

@@ -86,6 +86,7 @@ async fn h1_loop(
     let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
     let mut draining = std::pin::pin!(Rarely::new(gate.pod.draining_idle(gate.since)));
     let mut ending = std::pin::pin!(Rarely::new(ending));
+    let mut drained = false;
     loop {
         let request = tokio::select! {
             biased;
@@ -93,7 +94,14 @@ async fn h1_loop(
             request = read_request(&mut reader, gate.facts.destination) => request,
             // It has closed, or says something nobody asked for.
             () = over(application.as_mut()) => Err(NoHead::Ended { partial: false }),
-            () = &mut draining => Err(NoHead::Ended { partial: false }),
+            () = &mut draining, if !drained => {
+                if reader.has_begun() {
+                    // That is answered.
+                    drained = true;
+                    continue;
+                }
+                Err(NoHead::Ended { partial: false })
+            }
         };
         let next = match request {
             Ok(request) => h1_exchange(gate, request, &mut reader, &mut sink, application.as_mut(), ending.as_mut()).await?,

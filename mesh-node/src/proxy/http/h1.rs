@@ -129,6 +129,11 @@ impl<'a> Reader<'a> {
         wire::head_end(&self.unread.buffer[empty..]).is_some()
     }
 
+    /// Whether a part of a head of a request has been read.
+    pub fn has_begun(&self) -> bool {
+        self.unread.buffer.len() > Sort::Request.leading(&self.unread.buffer)
+    }
+
     /// Waits for the first byte of a head.
     pub async fn begun(&mut self) -> Result<(), NoHead> {
         while self.unread.buffer.is_empty() {

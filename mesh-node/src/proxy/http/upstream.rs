@@ -198,7 +198,7 @@ async fn acquire_h1(wanted: &Wanted<'_>) -> Result<Box<H1Upstream>, NoUpstream> 
     let mut pending = None;
     let slot = loop {
         // Not kept over a dial: it would be told of what others wait for.
-        let mut freed = pin!(wanted.freed());
+        let mut freed = pin!(wanted.freed(false));
         // Registered before anything is looked at, so that nothing that happens after that is missed.
         freed.as_mut().enable();
         if let Some(idle) = kept() {
@@ -288,9 +288,9 @@ impl Wanted<'_> {
         self.state.begin(Limited::Pending, self.cluster.policy.http.max_pending).ok_or(NoUpstream::Overflow)
     }
 
-    /// Completes when a connection of the endpoint becomes idle, or any of the cluster ends.
-    fn freed(&self) -> Freed<'_> {
-        Freed::new(&self.endpoint.freed, &self.state.freed)
+    /// Completes when there is room on a connection of the endpoint in this protocol, or any of the cluster ends.
+    fn freed(&self, http2: bool) -> Freed<'_> {
+        Freed::new(self.endpoint.freed(http2), &self.state.freed)
     }
 }
 
@@ -298,7 +298,7 @@ async fn acquire_h2(wanted: &Wanted<'_>) -> Result<Upstream, NoUpstream> {
     let endpoint = wanted.endpoint;
     let mut pending = None;
     loop {
-        let mut freed = pin!(wanted.freed());
+        let mut freed = pin!(wanted.freed(true));
         freed.as_mut().enable();
         let workload = wanted.workload();
         let find = || endpoint.h2.load().iter().find(|c| c.workload == workload && c.has_room(wanted.cluster)).map(StreamGuard::new);

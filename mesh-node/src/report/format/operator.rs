@@ -206,8 +206,10 @@ fn end_of_operator(text: &str) -> Option<usize> {
     match (text.find('%'), text.find('(')) {
         (Some(end), Some(open)) if open < end => {
             // An expression may have more of them in it.
-            let close =
-                if text.starts_with("CEL(") { text.find(")%").or_else(|| text.find("):"))? } else { open + text[open..].find(')')? };
+            // Behind it there is the end, or a length before that.
+            let closes = |at: &usize| text[at + 1..].trim_start_matches(|c: char| c == ':' || c.is_ascii_digit()).starts_with('%');
+            let mut all = text.match_indices(')').map(|(at, _)| at);
+            let close = if text.starts_with("CEL(") { all.find(closes)? } else { open + text[open..].find(')')? };
             Some(close + text[close..].find('%')?)
         }
         (end, _) => end,

@@ -133,6 +133,7 @@ fn operators_take_alternatives_and_lengths() {
         ("%DOWNSTREAM_TLS_VERSION% %GRPC_STATUS(SNAKE_STRING)%", "- -\n"),
         ("%REQ_WITHOUT_QUERY(X-ENVOY-ORIGINAL-PATH?:PATH)% %REQ_WITHOUT_QUERY(user-agent)%", "/a curl/8\n"),
         ("%CEL(request.method + (response.code > 500 ? '!' : ''))% %CEL(upstream.address)%", "GET! -\n"),
+        ("%CEL(request.headers['user-agent']):4% %CEL((response.code)):2% %REQ(:METHOD)%", "curl 50 GET\n"),
         ("%CEL(request.duration)% %CEL(request.headers['user-agent']):4%", "0.0129s curl\n"),
         ("%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME?X-OTHER)%", "-\n"),
     ] {

@@ -195,7 +195,7 @@ fn consistent_hash(document: &doc::ConsistentHash, at: &str) -> Result<Balancer>
         (Some(_), Some(_)) => return Err(FieldError::new(at, "has ringHash and maglev; keep one")),
         (None, Some(maglev)) => {
             let size = maglev.table_size.unwrap_or(65_537);
-            if !is_prime(size) || size > 5_000_011 {
+            if size > 5_000_011 || !is_prime(size) {
                 return Err(FieldError::new(format!("{at}.maglev.tableSize"), format!("{size} is not a prime up to 5000011")));
             }
             HashTable::Maglev { size }
@@ -222,7 +222,7 @@ pub fn locality(document: &doc::Locality, at: &str) -> Result<Locality> {
     }
     let mut distribute = Vec::new();
     for (i, entry) in document.distribute.iter().enumerate() {
-        if entry.to.values().sum::<u32>() != 100 {
+        if entry.to.values().map(|weight| u64::from(*weight)).sum::<u64>() != 100 {
             return Err(FieldError::new(format!("{at}.distribute[{i}].to"), "weights must add up to 100"));
         }
         let to = entry.to.iter().map(|(to, weight)| (Arc::from(to.as_str()), *weight)).collect();

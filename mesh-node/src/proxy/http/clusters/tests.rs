@@ -62,3 +62,54 @@ fn an_endpoint_without_connections_gets_one_beyond_the_limit() {
     assert_eq!((state.count(Limited::Connections), a.connections.load(Ordering::Relaxed)), (0, 0));
     assert!(begin(&a, true).is_some());
 }
+
+#[test]
+fn who_has_waited_does_not_bring_back_what_there_was() {
+    let cluster = |generation, max_connections| {
+        let mut policy = TrafficPolicy::default();
+        policy.tcp.max_connections = Some(max_connections);
+        let id = ClusterId { service: crate::id::ObjectName::new("default", "reviews"), port: 80, subset: "".into() };
+        Cluster {
+            id,
+            protocol: crate::detect::Protocol::Http,
+            policy: Arc::new(policy),
+            endpoints: [].into(),
+            local_only: false,
+            near: None,
+            table: None,
+            generation,
+        }
+    };
+    let clusters = Clusters::default();
+    let (old, new, back) = (cluster(5, 1), cluster(6, 2), cluster(7, 1));
+    let first = clusters.of(&old);
+    let second = clusters.of(&new);
+    assert!(!Arc::ptr_eq(&first, &second) && first.retired.load(Ordering::SeqCst));
+    assert!(Arc::ptr_eq(&second, &clusters.of(&old)), "it waited");
+    assert!(Arc::ptr_eq(&second, &clusters.of(&new)) && !second.retired.load(Ordering::SeqCst));
+    let third = clusters.of(&back);
+    assert!(!Arc::ptr_eq(&second, &third) && Arc::ptr_eq(&third, &clusters.of(&new)));
+    // Asked for in a later configuration, it is of that one.
+    let later = clusters.of(&cluster(9, 1));
+    assert!(Arc::ptr_eq(&third, &later) && Arc::ptr_eq(&third, &clusters.of(&cluster(8, 2))));
+}
+
+#[test]
+fn of_many_that_come_at_once_one_has_a_place_of_its_own() {
+    let state = Arc::new(ClusterState::new(&Arc::default()));
+    let endpoint = state.endpoint("10.0.0.1:80".parse().expect("valid"));
+    for _ in 0..200 {
+        let taken = state.begin(Limited::Connections, None);
+        let begun = std::sync::Barrier::new(4);
+        let begin = || {
+            begun.wait();
+            ConnectionSlot::begin(&state, &endpoint, Some(1), false)
+        };
+        let got = std::thread::scope(|s| {
+            let all = [(); 4].map(|()| s.spawn(begin));
+            all.map(|one| one.join().expect("no panic")).into_iter().flatten().count()
+        });
+        assert_eq!(got, 1);
+        drop(taken);
+    }
+}

@@ -355,7 +355,7 @@ async fn h2_request(
     let whole = streams.whole.clone();
     let opened = open(gate, streams, (request, empty), (sent, &pass), responder, record).await;
     let (response, stream) = opened?;
-    let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::of_stream(response, whole));
+    let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::of_stream(response, whole, HeadLimits::OF_CLIENT.bytes));
     let plan = Plan::once(sent, None);
     let cut = gate.denied_later(sent, &pass);
     let (ended, _) = attempt::exchange(&plan, sink, source, &mut upload, responder, &pass.to_client, cut, record).await;

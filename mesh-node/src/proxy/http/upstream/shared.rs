@@ -18,6 +18,7 @@ use crate::{
         clusters::EndpointState,
         gate::Gate,
         h2::{self, Ended},
+        wire::HeadLimits,
     },
     route::Cluster,
 };
@@ -88,13 +89,18 @@ impl StreamGuard {
     pub fn whole(&self) -> Arc<Ended> {
         self.0.whole.clone()
     }
+
+    /// Bytes that the head of an answer may have.
+    pub fn longest_head(&self) -> usize {
+        HeadLimits::of(self.0.reached.local.is_none()).bytes
+    }
 }
 
 impl Drop for StreamGuard {
     fn drop(&mut self) {
         self.0.streams.fetch_sub(1, Ordering::AcqRel);
         self.0.changed.notify_one();
-        self.0.endpoint.freed.notify_one();
+        self.0.endpoint.freed(true).notify_one();
     }
 }
 

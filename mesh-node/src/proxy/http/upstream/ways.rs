@@ -35,6 +35,8 @@ pub enum UpSource<'a> {
         response: Pin<Box<ResponseFuture>>,
         body: Option<H2Source>,
         whole: Arc<Ended>,
+        /// Bytes that its head may have.
+        most: usize,
     },
 }
 
@@ -149,9 +151,9 @@ fn next_head(
 }
 
 impl UpSource<'_> {
-    /// `whole`: which of the connection's answers have come whole.
-    pub fn of_stream(response: ResponseFuture, whole: Arc<Ended>) -> Self {
-        Self::H2 { response: Box::pin(response), body: None, whole }
+    /// `whole`: which of the connection's answers have come whole. `most`: bytes their heads may have.
+    pub fn of_stream(response: ResponseFuture, whole: Arc<Ended>, most: usize) -> Self {
+        Self::H2 { response: Box::pin(response), body: None, whole, most }
     }
 
     /// The next head of a response, informational ones among them. Nothing is lost when this is dropped.
@@ -163,10 +165,10 @@ impl UpSource<'_> {
                 // As Envoy has it: a part of a head is a broken one.
                 NoHead::Ended { .. } | NoHead::Broken { .. } | NoHead::Refused(_) => Failed::new(Reset::ProtocolError),
             }),
-            Self::H2 { response, body, whole } => {
+            Self::H2 { response, body, whole, most } => {
                 let answered = poll_fn(|cx| next_head(response, cx)).await.map_err(|e| Failed::of_h2(&ours::into_io(e)))?;
                 let (mut parts, stream) = answered.into_parts();
-                if ours::list_size(&parts.headers) > wire::MAX_HEAD {
+                if ours::list_size(&parts.headers) > *most {
                     return Err(Failed::new(Reset::ProtocolError));
                 }
                 wire::strip_hop_by_hop(&mut parts.headers);
