@@ -10,7 +10,6 @@ mod query;
 mod routes;
 
 use std::{
-    collections::HashMap,
     convert::Infallible,
     fs::Permissions,
     io,
@@ -37,7 +36,11 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use crate::{app::Node, spawn, telemetry};
+use crate::{
+    app::Node,
+    io::room::{Place, Room},
+    spawn, telemetry,
+};
 
 /// Connections served at once; more are turned away.
 const MAX_CONNECTIONS: usize = 32;
@@ -127,29 +130,10 @@ pub async fn bind_any(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-/// Room for connections to pages: who comes from elsewhere, however many they are, leaves room for the node's own, and none for itself alone.
-struct Room {
-    own: Arc<Semaphore>,
-    others: Arc<Semaphore>,
-    each: HashMap<IpAddr, Arc<Semaphore>>,
-}
-
-impl Room {
-    fn new() -> Self {
-        let [own, others] = [MAX_OWN_CONNECTIONS, MAX_CONNECTIONS].map(|most| Arc::new(Semaphore::new(most)));
-        Self { own, others, each: HashMap::new() }
-    }
-
-    /// `client`: of one that is not the node itself.
-    fn take(&mut self, client: Option<IpAddr>) -> Option<[Option<OwnedSemaphorePermit>; 2]> {
-        let Some(client) = client else { return Some([self.own.clone().try_acquire_owned().ok(), None]).filter(|[own, _]| own.is_some()) };
-        // Of those that have none there are no more than have come since.
-        if self.each.len() > MAX_CONNECTIONS {
-            self.each.retain(|_, each| each.available_permits() < MAX_CONNECTIONS_EACH);
-        }
-        let each = self.each.entry(client).or_insert_with(|| Arc::new(Semaphore::new(MAX_CONNECTIONS_EACH))).clone();
-        Some([Some(each.try_acquire_owned().ok()?), Some(self.others.clone().try_acquire_owned().ok()?)])
-    }
+/// A place for a connection, until it is dropped.
+enum Taken {
+    Own(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit),
+    Others(#[expect(dead_code, reason = "held")] Place),
 }
 
 /// Serves pages until the process ends; `refused`: called for each connection that is turned away.
@@ -157,10 +141,16 @@ pub async fn serve<A>(listener: Listener, answer: Arc<A>, refused: impl Fn())
 where
     A: Fn(&Method, &Uri, &HeaderMap) -> Response<Full<Bytes>> + Send + Sync + 'static,
 {
-    let mut room = Room::new();
+    // Who comes from elsewhere, however many they are, leaves room for the node's own.
+    let own = Arc::new(Semaphore::new(MAX_OWN_CONNECTIONS));
+    let mut others = Room::new(MAX_CONNECTIONS, MAX_CONNECTIONS_EACH);
+    let mut take = |client: Option<IpAddr>| match client {
+        None => own.clone().try_acquire_owned().ok().map(Taken::Own),
+        Some(client) => others.take(client).map(Taken::Others),
+    };
     loop {
         match listener.accept().await {
-            Ok((stream, client)) => match room.take(client) {
+            Ok((stream, client)) => match take(client) {
                 Some(place) => drop(tokio::spawn(connection(stream, answer.clone(), place))),
                 None => refused(),
             },
@@ -169,7 +159,7 @@ where
     }
 }
 
-async fn connection<A>(stream: Box<dyn Connected>, answer: Arc<A>, place: [Option<OwnedSemaphorePermit>; 2])
+async fn connection<A>(stream: Box<dyn Connected>, answer: Arc<A>, place: Taken)
 where
     A: Fn(&Method, &Uri, &HeaderMap) -> Response<Full<Bytes>>,
 {

@@ -290,7 +290,8 @@ impl Capture {
     /// What is noted of flows to such addresses.
     pub fn noted_flows(&self, to: impl Fn(IpAddr) -> bool) -> HashSet<Vec<u8>> {
         let is_to = |key: &FlowKey| to(Ipv6Addr::from(key.local.ip).to_canonical());
-        let all = sys::keys_at_once(self.proxy_flows.as_fd(), (size_of::<FlowKey>(), size_of::<u32>()), MAX_PROXY_FLOWS).unwrap_or_default();
+        let all =
+            sys::keys_at_once(self.proxy_flows.as_fd(), (size_of::<FlowKey>(), size_of::<u32>()), MAX_PROXY_FLOWS).unwrap_or_default();
         all.into_iter().filter(|key| sys::plain::<FlowKey>(key).is_some_and(|flow| is_to(&flow))).collect()
     }
 

@@ -23,6 +23,9 @@ const MAX_MESSAGE: usize = 1024 * 1024;
 /// How long a client may take over one request, and over saying hello.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long a connection may be without a request.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// The status codes that are used here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
@@ -186,15 +189,29 @@ where
     builder.max_concurrent_streams(64).max_header_list_size(64 * 1024);
     let handshake = timeout(REQUEST_TIMEOUT, builder.handshake(io)).await.map_err(|_| io::ErrorKind::TimedOut)?;
     let mut connection = handshake.map_err(io::Error::other)?;
-    while let Some(accepted) = connection.accept().await {
+    let (under_way, mut leaving) = (Arc::new(()), false);
+    loop {
+        let Ok(accepted) = timeout(IDLE_TIMEOUT, connection.accept()).await else {
+            match (Arc::strong_count(&under_way), leaving) {
+                (1, false) => {
+                    connection.graceful_shutdown();
+                    leaving = true;
+                }
+                // It does not take the hint.
+                (1, true) => return Ok(()),
+                _ => {}
+            }
+            continue;
+        };
+        let Some(accepted) = accepted else { return Ok(()) };
         let (request, respond) = accepted.map_err(io::Error::other)?;
-        let answer = answer.clone();
+        let (answer, one_more) = (answer.clone(), under_way.clone());
         tokio::spawn(async move {
             let told = timeout(REQUEST_TIMEOUT, one(request, &*answer)).await;
             respond_with(respond, told.unwrap_or_else(|_| Err(Status::new(Code::Unavailable, "it took too long"))));
+            drop(one_more);
         });
     }
-    Ok(())
 }
 
 async fn one<H, F>(request: Request<RecvStream>, answer: &H) -> Result<Vec<u8>, Status>
@@ -260,5 +277,21 @@ mod tests {
             assert_eq!(told.map(|t| t.text), expected, "{path}");
             server.abort();
         }
+    }
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_nothing_loses_its_place() {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let answer = |_: Incoming| async move { Err::<Vec<u8>, _>(Status::new(Code::Unimplemented, "none")) };
+        let server = tokio::spawn(async move { serve(far, Arc::new(answer)).await });
+        let (send, connection) = h2::client::handshake(near).await.expect("handshake");
+        let client = tokio::spawn(connection);
+        timeout(IDLE_TIMEOUT * 2, client).await.expect("it is told to go").expect("no panic").expect("in order");
+        timeout(IDLE_TIMEOUT * 2, server).await.expect("it ends").expect("no panic").ok();
+        drop(send);
+        // One that says hello and nothing else, to nothing.
+        let (mut near, far) = tokio::io::duplex(64 * 1024);
+        let server = tokio::spawn(async move { serve(far, Arc::new(answer)).await });
+        tokio::io::AsyncWriteExt::write_all(&mut near, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("written");
+        timeout(IDLE_TIMEOUT * 3, server).await.expect("it ends").expect("no panic").expect("in order");
     }
 }

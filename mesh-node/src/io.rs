@@ -3,6 +3,7 @@
 pub mod netns;
 pub mod rarely;
 pub mod relay;
+pub mod room;
 pub mod socket;
 pub mod sparse;
 pub mod turn;

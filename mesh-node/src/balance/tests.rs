@@ -39,7 +39,16 @@ fn cluster(endpoints: Vec<Endpoint>, policy: TrafficPolicy) -> Cluster {
         _ => None,
     };
     let id = ClusterId { service: ObjectName::new("a", "b"), port: 80, subset: "".into() };
-    Cluster { id, protocol: Protocol::Http, policy: Arc::new(policy), endpoints: endpoints.into(), local_only: false, near: None, table, generation: 0 }
+    Cluster {
+        id,
+        protocol: Protocol::Http,
+        policy: Arc::new(policy),
+        endpoints: endpoints.into(),
+        local_only: false,
+        near: None,
+        table,
+        generation: 0,
+    }
 }
 
 fn asker(dice: u64) -> Asker<'static> {

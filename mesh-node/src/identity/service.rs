@@ -36,6 +36,7 @@ use crate::{
     config::Configuration,
     grpc::{self, Code, Incoming, Status},
     id::{SpiffeId, TrustDomain},
+    io::room::Room,
     telemetry::chain,
     tls::NamedServer,
 };
@@ -44,6 +45,8 @@ use crate::{
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Connections served at once; more are refused.
 const CONNECTIONS: usize = 1024;
+/// The same of one address: a node has one for each pod it asks for at the moment.
+const CONNECTIONS_EACH: usize = 128;
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Life of the service's own certificate; a new one is made at half of it.
 const SERVER_TTL: Duration = Duration::from_hours(24);
@@ -159,7 +162,7 @@ impl Service {
     pub async fn run(self: Arc<Self>, listener: TcpListener) -> Result<(), IssueError> {
         let server = Arc::new(ArcSwap::from_pointee(self.server()?));
         tokio::spawn(self.clone().follow(server.clone()));
-        let places = Arc::new(tokio::sync::Semaphore::new(CONNECTIONS));
+        let mut room = Room::new(CONNECTIONS, CONNECTIONS_EACH);
         loop {
             let (stream, client) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -169,8 +172,8 @@ impl Service {
                     continue;
                 }
             };
-            let Ok(place) = places.clone().try_acquire_owned() else {
-                tracing::warn!(target: "ca", %client, "too many connections");
+            let Some(place) = room.take(client.ip()) else {
+                tracing::debug!(target: "ca", %client, "too many connections");
                 continue;
             };
             let (service, server) = (self.clone(), server.load_full());

@@ -363,12 +363,12 @@ impl State {
     fn check(&mut self, snapshot: &Snapshot, cookie: u64) -> bool {
         let Some(known) = self.flows.get(&cookie) else { return false };
         let Some(cut) = known.cut.or_else(|| self.verdict(snapshot, &known.flow, known.ends.as_ref())) else { return false };
-        let flow = known.flow.clone();
+        let (flow, is_new) = (known.flow.clone(), known.cut.is_none());
         if let Some(known) = self.flows.get_mut(&cookie) {
             known.cut = Some(cut);
         }
         self.end(&flow, cut);
-        true
+        is_new
     }
 
     /// Ends a flow by the client's socket and no other: the addresses are another connection's too.

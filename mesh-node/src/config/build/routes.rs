@@ -86,7 +86,7 @@ impl<'a> Routes<'a> {
             if host.starts_with('*') {
                 for name in registry.keys() {
                     if let Some(close) = closeness(host, namespace, name) {
-                        self.virtual_services.entry(name).or_default().push((close, named, vs));
+                        self.add_to(name, (close, named, vs));
                     }
                 }
                 continue;
@@ -99,12 +99,21 @@ impl<'a> Routes<'a> {
                         );
                         builder.remark(Severity::Warning, named, &message);
                     }
-                    self.virtual_services.entry(name).or_default().push((usize::MAX, named, vs));
+                    self.add_to(name, (usize::MAX, named, vs));
                 }
                 None => {
                     builder.remark(Severity::Warning, named, &format!("spec.hosts: there is no Service {host}; its routes are not used"));
                 }
             }
+        }
+    }
+
+    /// Once, however many of its hosts mean the service.
+    fn add_to(&mut self, service: &'a ObjectName, added: (usize, &'a Named, &'a VirtualService)) {
+        let list = self.virtual_services.entry(service).or_default();
+        match list.iter_mut().find(|(_, named, _)| named.key == added.1.key) {
+            Some((close, ..)) => *close = added.0.max(*close),
+            None => list.push(added),
         }
     }
 

@@ -7,11 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::{
-    balance::Table,
-    config::snapshot::Snapshot,
-    route::traffic::HashTable,
-};
+use crate::{balance::Table, config::snapshot::Snapshot, route::traffic::HashTable};
 
 /// Most points of all tables that are larger than they have to be, some 250 MiB. Rules may ask for more than a node has memory for.
 const MOST_POINTS: usize = 16 * 1024 * 1024;
@@ -55,10 +51,8 @@ impl Tables {
     }
 
     fn make(&self, key: Key) -> Arc<Table> {
-        let mut made = self.made.borrow_mut();
-        let (kind, addresses) = key.clone();
-        let make = || self.before.get(&key).cloned().unwrap_or_else(|| Arc::new(Table::build(kind, addresses)));
-        made.entry(key.clone()).or_insert_with(make).clone()
+        let table = self.before.get(&key).cloned().unwrap_or_else(|| Arc::new(Table::build(key.0, key.1.clone())));
+        self.made.borrow_mut().entry(key).or_insert(table).clone()
     }
 }
 

@@ -14,6 +14,7 @@ use crate::{
 };
 
 mod claims;
+mod hosts;
 
 fn store(documents: &[Value]) -> Store {
     let mut store = Store::default();
@@ -475,9 +476,8 @@ fn rules_about_requests_are_told_of_on_ports_they_are_about() {
     both["ports"] = json!([{"name": "http", "port": 8080}, {"name": "tcp", "port": 9090}]);
     let told = |ports: Value, by: &str| {
         let to = json!([{"operation": {"ports": ports, "methods": ["PUT"]}}]);
-        let policy = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "p", "namespace": "default"},
+        let mut policy = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "p", "namespace": "default"},
             "spec": {"action": "DENY", "rules": [{"to": to}]}});
-        let mut policy = policy;
         policy["spec"][by] = match by {
             "selector" => json!({"matchLabels": {"app": "a"}}),
             _ => json!([{"kind": "Service", "name": "web"}]),

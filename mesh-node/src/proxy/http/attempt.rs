@@ -194,7 +194,8 @@ pub async fn attempt<B: RequestBody, R: Responder>(
                 Err(error) if error.is_go_away() || error.is_io() => break 'sent Attempt::Failed(Failed::new(Reset::RefusedStream)),
                 Err(_) => break 'sent Attempt::Failed(Failed::new(Reset::ConnectionTermination)),
             };
-            let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::of_stream(response, guard.whole(), guard.longest_head()));
+            let (sink, source) =
+                (UpSink::H2(H2Sink::new(stream, empty)), UpSource::of_stream(response, guard.whole(), guard.longest_head()));
             let mut exchange = Exchange { plan, sink, source, half_closed, upload, responder, deadlines, clean: false };
             let ended = exchange.run(&mut judge, denied).await;
             exchange.give_up();

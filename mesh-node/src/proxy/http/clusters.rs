@@ -466,7 +466,8 @@ impl ConnectionSlot {
         let pooled = endpoint.pooled(http2);
         // Of several that come at once one is alone.
         let alone = pooled.fetch_add(1, Ordering::AcqRel) == 0;
-        let Some(mut slot) = Self::within(state, endpoint, limit).or_else(|| if alone { Self::within(state, endpoint, None) } else { None })
+        let Some(mut slot) =
+            Self::within(state, endpoint, limit).or_else(|| if alone { Self::within(state, endpoint, None) } else { None })
         else {
             pooled.fetch_sub(1, Ordering::AcqRel);
             return None;

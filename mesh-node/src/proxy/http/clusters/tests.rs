@@ -100,9 +100,9 @@ fn of_many_that_come_at_once_one_has_a_place_of_its_own() {
     let endpoint = state.endpoint("10.0.0.1:80".parse().expect("valid"));
     for _ in 0..200 {
         let taken = state.begin(Limited::Connections, None);
-        let begun = std::sync::Barrier::new(4);
+        let all_there = std::sync::Barrier::new(4);
         let begin = || {
-            begun.wait();
+            all_there.wait();
             ConnectionSlot::begin(&state, &endpoint, Some(1), false)
         };
         let got = std::thread::scope(|s| {
