@@ -2,6 +2,11 @@
 
 use http::Method;
 
+/// First bytes looked at, at most: a little more than the longest line or client hello that is waited for.
+pub const MAX_FIRST_BYTES: usize = 72 * 1024;
+/// First byte of a TLS record that carries a handshake.
+pub const TLS_HANDSHAKE: u8 = 0x16;
+
 /// What a service's port declares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord)]
 pub enum Protocol {
@@ -98,7 +103,7 @@ const REQUEST_LINE: usize = 60 * 1024;
 pub fn detect(bytes: &[u8]) -> Detected {
     match bytes {
         [] => Detected::More,
-        [0x16, ..] => tls(bytes),
+        [TLS_HANDSHAKE, ..] => tls(bytes),
         _ if bytes.starts_with(PREFACE) => Detected::Http2,
         _ if PREFACE.starts_with(bytes) => Detected::More,
         _ => http1(bytes),
@@ -184,14 +189,14 @@ fn tls(bytes: &[u8]) -> Detected {
     let mut hello = Vec::new();
     loop {
         let [kind, major, _, high, low, rest @ ..] = records else {
-            return if records.first().is_none_or(|k| *k == 0x16) && records.get(1).is_none_or(|m| *m == 3) {
+            return if records.first().is_none_or(|k| *k == TLS_HANDSHAKE) && records.get(1).is_none_or(|m| *m == 3) {
                 Detected::More
             } else {
                 Detected::Opaque
             };
         };
         let length = usize::from(u16::from_be_bytes([*high, *low]));
-        if *kind != 0x16 || *major != 3 || length == 0 || length > 0x4800 {
+        if *kind != TLS_HANDSHAKE || *major != 3 || length == 0 || length > 0x4800 {
             return Detected::Opaque;
         }
         hello.extend_from_slice(&rest[..length.min(rest.len())]);

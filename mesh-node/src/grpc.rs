@@ -165,9 +165,17 @@ fn decoded(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-fn encoded(text: &str) -> String {
-    let plain = |b: u8| (0x20..0x7f).contains(&b) && b != b'%';
-    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+/// Percent-encodes what a `grpc-message` may not hold.
+pub fn encoded(text: &[u8]) -> String {
+    let mut out = String::with_capacity(text.len());
+    for &byte in text {
+        if (0x20..0x7f).contains(&byte) && byte != b'%' {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
 }
 
 /// A call as it arrives.
@@ -236,7 +244,7 @@ fn respond_with(mut respond: SendResponse<Bytes>, told: Result<Vec<u8>, Status>)
     };
     let mut trailers = HeaderMap::new();
     trailers.insert("grpc-status", status.code.number().into());
-    if let Ok(message) = HeaderValue::from_str(&encoded(&status.message)) {
+    if let Ok(message) = HeaderValue::from_str(&encoded(status.message.as_bytes())) {
         trailers.insert("grpc-message", message);
     }
     // A client that is gone needs no answer.

@@ -146,7 +146,8 @@ impl Credentials {
     }
 }
 
-fn pem(der: &[u8]) -> String {
+/// A certificate as PEM.
+pub fn pem(der: &[u8]) -> String {
     let text = BASE64_STANDARD.encode(der);
     let lines = text.as_bytes().chunks(64).map(String::from_utf8_lossy).collect::<Vec<_>>().join("\n");
     format!("-----BEGIN CERTIFICATE-----\n{lines}\n-----END CERTIFICATE-----\n")

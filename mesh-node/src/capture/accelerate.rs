@@ -317,7 +317,7 @@ impl Accelerator {
                     entry.wait = entry.wait.min(most / 2);
                 } else if returns {
                     // What was redirected counts as received and was not taken from TCP: the two begin anew.
-                    entry.is_out();
+                    entry.taken_out();
                     entry.wait = FIRST_LOOK * (1 << entry.returns.min(10));
                 }
                 Ok(stays || returns)

@@ -87,7 +87,8 @@ fn ask(kind: u16, flags: u16, wanted: u8, (local, remote): (SocketAddr, SocketAd
     }
 }
 
-fn octets(ip: IpAddr) -> [u8; 16] {
+/// An address as the kernel's tables of sockets have it: of IPv4 the first four bytes.
+pub(super) fn octets(ip: IpAddr) -> [u8; 16] {
     let mut bytes = [0; 16];
     match ip {
         IpAddr::V4(v4) => bytes[..4].copy_from_slice(&v4.octets()),

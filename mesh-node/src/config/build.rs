@@ -280,7 +280,7 @@ impl<'a> Builder<'a> {
             view: about.views.of(self, name, &pod.labels),
         });
         if pod.node == self.mesh.node {
-            about.policies.is_local(&policy);
+            about.policies.take_local(&policy);
         }
         Ok(Workload {
             ports,

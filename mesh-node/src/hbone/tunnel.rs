@@ -280,23 +280,7 @@ pub struct TunnelSink<'a> {
     asks: bool,
 }
 
-impl TunnelSink<'_> {
-    /// Waits until the peer's window has room for at least one byte of the `wanted` ones.
-    async fn capacity(&mut self, wanted: usize) -> io::Result<usize> {
-        self.stream.reserve_capacity(wanted);
-        loop {
-            let ready = self.stream.capacity();
-            if ready > 0 {
-                return Ok(ready.min(wanted));
-            }
-            match poll_fn(|cx| self.stream.poll_capacity(cx)).await {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Err(into_io(error)),
-                None => return Err(io::ErrorKind::BrokenPipe.into()),
-            }
-        }
-    }
-}
+impl TunnelSink<'_> {}
 
 impl TunnelSink<'_> {
     /// Whether the peer wants no more, and says that this is no error: it has sent all it had to (RFC 9113 section 8.1), or the
@@ -308,7 +292,7 @@ impl TunnelSink<'_> {
 
     /// Sends of a piece what there is room for, at least one byte; returns the rest. Nothing is lost when this is dropped.
     pub async fn put_part(&mut self, piece: &mut Bytes) -> io::Result<()> {
-        let n = self.capacity(piece.len()).await?;
+        let n = capacity(self.stream, piece.len()).await?;
         self.stream.send_data(piece.split_to(n), false).map_err(into_io)
     }
 }
@@ -359,7 +343,24 @@ pub fn is_garbled(error: &io::Error) -> bool {
     inner.is_some_and(|error| error.is_reset() && error.is_remote() && error.reason() == Some(Reason::PROTOCOL_ERROR))
 }
 
-fn into_io(error: h2::Error) -> io::Error {
+/// Waits until the peer's window has room for at least one byte of the `wanted` ones, and says for how many.
+pub async fn capacity(stream: &mut SendStream<Bytes>, wanted: usize) -> io::Result<usize> {
+    stream.reserve_capacity(wanted);
+    loop {
+        let ready = stream.capacity();
+        if ready > 0 {
+            return Ok(ready.min(wanted));
+        }
+        match poll_fn(|cx| stream.poll_capacity(cx)).await {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Err(into_io(error)),
+            None => return Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+}
+
+/// An HTTP/2 error as the rest of the proxy sees errors.
+pub fn into_io(error: h2::Error) -> io::Error {
     if error.is_io() {
         return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
     }

@@ -17,11 +17,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::{HeaderMap, header};
 use parking_lot::Mutex;
 use rcgen::{CertificateSigningRequestParams, SanType};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::PrivateKeyDer;
 use serde::Deserialize;
 use tokio::{net::TcpListener, time::timeout};
 
@@ -38,7 +37,7 @@ use crate::{
     id::{SpiffeId, TrustDomain},
     io::room::Room,
     telemetry::chain,
-    tls::NamedServer,
+    tls::{NamedServer, pem},
 };
 
 /// How long a client may take over the TLS handshake.
@@ -278,8 +277,8 @@ impl Service {
         let ttl = self.ttl(request.validity_duration)?;
         let authority = self.authority.load_full();
         let signed = authority.sign_request(&id, &asked, ttl).map_err(|e| (Refusal::Internal, chain(&e)))?;
-        let mut cert_chain = signed.iter().filter(|c| !authority.roots().contains(c)).map(pem).collect::<Vec<_>>();
-        cert_chain.push(authority.roots().iter().map(pem).collect());
+        let mut cert_chain = signed.iter().filter(|c| !authority.roots().contains(c)).map(|der| pem(der)).collect::<Vec<_>>();
+        cert_chain.push(authority.roots().iter().map(|der| pem(der)).collect());
         Ok((id, caller, CertificateResponse { cert_chain }))
     }
 
@@ -340,12 +339,6 @@ fn subject(asked: &CertificateSigningRequestParams, id: &SpiffeId) -> Result<(),
     let names = &asked.params.subject_alt_names;
     let fits = names.iter().all(|name| matches!(name, SanType::URI(uri) if uri.as_str() == id.to_string()));
     if fits { Ok(()) } else { Err((Refusal::WrongSubject, format!("the CSR is for {names:?}, not for {id}"))) }
-}
-
-fn pem(der: &CertificateDer<'_>) -> String {
-    let text = STANDARD.encode(der);
-    let lines = text.as_bytes().chunks(64).map(|line| String::from_utf8_lossy(line).into_owned() + "\n").collect::<String>();
-    format!("-----BEGIN CERTIFICATE-----\n{lines}-----END CERTIFICATE-----\n")
 }
 
 /// Tokens in a file, and pods of the configuration: in place of the Kubernetes API, for tests and meshes without one.

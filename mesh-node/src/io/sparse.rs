@@ -12,9 +12,10 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// RFC 9113 section 4.1.
-const FRAME_HEAD: usize = 9;
-const DATA: u8 = 0;
-const END_STREAM: u8 = 1;
+pub const FRAME_HEAD: usize = 9;
+/// A type of frames, and a flag they may have.
+pub const DATA: u8 = 0;
+pub const END_STREAM: u8 = 1;
 const PADDED: u8 = 8;
 /// Empty frames that are left in: what is wrong with them is for the library to say, and it bears twice as many.
 const LEFT_IN: u32 = 50;

@@ -151,7 +151,7 @@ impl Note {
     }
 
     /// The same, of a connection without requests.
-    pub fn is_opaque(&self, sni: &Sni, allowed_by: &[Arc<Authorizer>]) {
+    pub fn carries_opaque(&self, sni: &Sni, allowed_by: &[Arc<Authorizer>]) {
         if let Some(entry) = self.live.0.entries.lock().get_mut(&self.id) {
             entry.carries = Carries::Opaque;
             entry.facts.sni = sni.clone();

@@ -19,7 +19,7 @@ use super::{
     pods::Stage,
 };
 use crate::{
-    detect::{Detected, Protocol, detect},
+    detect::{Detected, MAX_FIRST_BYTES, Protocol, detect},
     io::socket::reset_on_close,
     route::Target,
 };
@@ -28,8 +28,6 @@ use crate::{
 const CLIENT_FIRST: Duration = Duration::from_millis(3);
 /// How long the first bytes may take to become a whole request line or client hello; then they are opaque.
 const HEAD_TIMEOUT: Duration = Duration::from_millis(500);
-/// First bytes looked at, at most: a little more than the longest line or client hello that is waited for.
-const MAX_FIRST_BYTES: usize = 72 * 1024;
 
 /// What a connection turned out to be.
 pub(super) enum Begun {

@@ -252,7 +252,7 @@ impl Writer {
                 waiting.hurry = false;
                 if batch.is_empty() && self.used.elapsed() >= UNUSED {
                     waiting.over = true;
-                    self.is_well();
+                    self.recover();
                     return;
                 }
                 std::mem::take(&mut waiting.lines)
@@ -276,7 +276,7 @@ impl Writer {
     }
 
     /// It is written again, or nobody wants it to be any more.
-    fn is_well(&mut self) {
+    fn recover(&mut self) {
         if std::mem::take(&mut self.told) {
             problems::solved(problems::Kind::Log, &self.path);
         }
@@ -286,7 +286,7 @@ impl Writer {
         match self.target.write(batch) {
             Ok(()) => {
                 self.written.inc_by(lines);
-                self.is_well();
+                self.recover();
             }
             Err(error) => {
                 self.failed.inc_by(lines);

@@ -55,7 +55,7 @@ impl Entry {
     }
 
     /// It has been taken out. What was redirected counts as received and was not taken from TCP: the two begin anew.
-    pub fn is_out(&mut self) {
+    pub fn taken_out(&mut self) {
         (self.keys, self.taken, self.phase) = (None, None, Phase::Outside);
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
 };
@@ -11,7 +11,7 @@ use mesh_common::accelerate::{KernelLayout, PairReply, PairRequest, Way};
 
 use super::Pair;
 use crate::{
-    capture::{btf::Btf, octets, sys},
+    capture::{btf::Btf, diag::octets, sys},
     io::netns::Netns,
 };
 
@@ -73,8 +73,8 @@ impl Kernel {
         let family = if place.local.is_ipv4() { 4 } else { 6 };
         let request = PairRequest {
             family,
-            remote_ip: tuple_ip(place.remote.ip()),
-            local_ip: tuple_ip(place.local.ip()),
+            remote_ip: octets(place.remote.ip()),
+            local_ip: octets(place.local.ip()),
             remote_port: place.remote.port().to_be_bytes(),
             local_port: place.local.port().to_be_bytes(),
             ..request
@@ -128,15 +128,5 @@ impl Kernel {
     pub fn remove(&self, key: u64) {
         // Gone already when the socket is.
         let _ = sys::delete(self.sockets.as_fd(), &key.to_ne_bytes());
-    }
-}
-
-fn tuple_ip(ip: IpAddr) -> [u8; 16] {
-    match ip {
-        IpAddr::V4(v4) => {
-            let [a, b, c, d] = v4.octets();
-            [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-        }
-        IpAddr::V6(_) => octets(ip),
     }
 }

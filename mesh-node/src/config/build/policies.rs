@@ -330,7 +330,7 @@ impl<'a> Policies<'a> {
     }
 
     /// Takes in that a pod of this node is governed by these.
-    pub(super) fn is_local(&mut self, policy: &WorkloadPolicy) {
+    pub(super) fn take_local(&mut self, policy: &WorkloadPolicy) {
         policy.ports.values().chain([&policy.everywhere]).for_each(|governing| self.needs_keys(governing));
     }
 

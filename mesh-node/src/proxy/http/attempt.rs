@@ -214,7 +214,7 @@ pub async fn attempt<B: RequestBody, R: Responder>(
 fn begin<B: RequestBody, R: Responder>(record: &mut Record, plan: &Plan<'_>, upload: &mut Upload<'_, B>, responder: &mut R) {
     record.let_in();
     record.look_behind(responder.meter());
-    if upload.is_received() && plan.upgrade.is_none() {
+    if upload.note_received() && plan.upgrade.is_none() {
         record.came_without_body(&plan.head.method);
     }
     if record.grpc {
@@ -390,7 +390,7 @@ async fn answer_here<B: RequestBody, R: Responder>(
         return Attempt::Again;
     }
     upload.settle();
-    let close = plan.close || plan.upgrade.is_some() || !upload.is_received();
+    let close = plan.close || plan.upgrade.is_some() || !upload.note_received();
     if responder.start(ResponseHead { status, headers: verdict.headers, framing }, close).is_err() {
         return Attempt::Answered(Answered::Abandoned);
     }

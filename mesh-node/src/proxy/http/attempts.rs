@@ -384,7 +384,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
 
     fn answered(&mut self, answered: &Answered) -> End {
         match answered {
-            Answered::Whole => return if self.upload.is_received() { End::Complete } else { End::Broken },
+            Answered::Whole => return if self.upload.note_received() { End::Complete } else { End::Broken },
             Answered::Truncated(_) | Answered::Cut => {
                 let reset = if let Answered::Truncated(reset) = answered { *reset } else { Reset::ConnectionTermination };
                 self.record.raise(flag_of(reset));

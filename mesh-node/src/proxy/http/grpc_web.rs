@@ -12,10 +12,13 @@ use super::{
     body::{BodyError, Closed, FrameSink, FrameSource, RequestBody, Responder, ResponseHead},
     framing::Frame,
     meter::{Meter, grpc_status},
-    reply::{grpc_code, grpc_message},
+    reply::grpc_code,
     wire::{Framing, Malformed},
 };
-use crate::route::request::{RequestHead, is_grpc};
+use crate::{
+    grpc,
+    route::request::{RequestHead, is_grpc},
+};
 
 /// Most bytes of an answer that is no gRPC that are told in `grpc-message`. Envoy's.
 const MOST_MESSAGE: usize = 16 * 1024;
@@ -195,7 +198,7 @@ impl<'r, R: Responder> WebResponder<'r, R> {
     /// Sends an answer that was no gRPC as an error of gRPC that keeps its status.
     fn tell(&mut self, plain: Plain) {
         let Plain { mut head, close, message } = plain;
-        if let Ok(message) = HeaderValue::from_str(&grpc_message(&message)) {
+        if let Ok(message) = HeaderValue::from_str(&grpc::encoded(&message)) {
             head.headers.insert("grpc-message", message);
         }
         head.headers.insert("grpc-status", grpc_code(head.status).into());

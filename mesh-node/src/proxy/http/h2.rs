@@ -28,6 +28,7 @@ use super::{
     meter::Meter,
     wire::{Framing, MAX_HEAD, Malformed},
 };
+use crate::hbone::tunnel::capacity;
 
 /// What one stream may have in flight.
 const STREAM_WINDOW: u32 = 256 * 1024;
@@ -192,21 +193,6 @@ impl H2Sink {
     async fn reset_by_peer(&mut self) -> io::Error {
         poll_fn(|cx| self.stream.poll_reset(cx)).await.map_or_else(into_io, |reason| into_io(reason.into()))
     }
-
-    async fn capacity(&mut self, wanted: usize) -> io::Result<usize> {
-        self.stream.reserve_capacity(wanted);
-        loop {
-            let n = self.stream.capacity();
-            if n > 0 {
-                return Ok(n.min(wanted));
-            }
-            match poll_fn(|cx| self.stream.poll_capacity(cx)).await {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Err(into_io(error)),
-                None => return Err(io::ErrorKind::BrokenPipe.into()),
-            }
-        }
-    }
 }
 
 impl FrameSink for H2Sink {
@@ -231,7 +217,7 @@ impl FrameSink for H2Sink {
 
     async fn flush(&mut self) -> io::Result<()> {
         while let Some(wanted) = self.out.first().map(|p| p.len()) {
-            let n = self.capacity(wanted).await?;
+            let n = capacity(&mut self.stream, wanted).await?;
             let Some(part) = self.out.first().map(|p| p.split_to(n.min(p.len()))) else { break };
             let last = self.ended && self.trailers.is_none() && self.out.is_empty();
             // Before it is sent, which may be at once.

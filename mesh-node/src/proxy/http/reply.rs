@@ -10,7 +10,7 @@ use super::{
     framing::Frame,
     wire::Framing,
 };
-use crate::route::retry::Reset;
+use crate::{grpc, route::retry::Reset};
 
 /// An answer, before it is known how it is told.
 #[derive(Debug)]
@@ -67,7 +67,7 @@ impl Reply {
             headers.insert(HeaderName::from_static("grpc-status"), grpc_status.unwrap_or_else(|| grpc_code(status)).into());
             if !body.is_empty()
                 && !is_head
-                && let Ok(message) = HeaderValue::from_str(&grpc_message(body.as_bytes()))
+                && let Ok(message) = HeaderValue::from_str(&grpc::encoded(body.as_bytes()))
             {
                 headers.insert(HeaderName::from_static("grpc-message"), message);
             }
@@ -128,19 +128,6 @@ pub fn grpc_code(status: StatusCode) -> u16 {
         429 | 502..=504 => 14,
         _ => 2,
     }
-}
-
-/// Percent-encodes what a `grpc-message` may not hold.
-pub fn grpc_message(text: &[u8]) -> String {
-    let mut out = String::with_capacity(text.len());
-    for &byte in text {
-        if (0x20..0x7f).contains(&byte) && byte != b'%' {
-            out.push(char::from(byte));
-        } else {
-            out.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    out
 }
 
 /// The HTTP status a gRPC status in a response's headers stands for; outlier detection counts by it.

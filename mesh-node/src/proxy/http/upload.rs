@@ -136,7 +136,7 @@ impl<'a, B: FrameSource> Upload<'a, B> {
     }
 
     /// All of it has gone on.
-    pub fn is_sent(&mut self) {
+    pub fn mark_sent(&mut self) {
         self.sent = Some(Instant::now());
     }
 
@@ -170,8 +170,8 @@ impl<'a, B: FrameSource> Upload<'a, B> {
         self.replays.give_back(std::mem::take(&mut self.kept_bytes));
     }
 
-    /// Whether the client has sent the whole request.
-    pub fn is_received(&mut self) -> bool {
+    /// Whether the client has sent the whole request; the first time that it has is taken down.
+    pub fn note_received(&mut self) -> bool {
         let is_end = self.live.is_end();
         if is_end && self.received.is_none() {
             self.received = Some(Instant::now());
@@ -181,7 +181,7 @@ impl<'a, B: FrameSource> Upload<'a, B> {
 
     /// What a response to it is judged with.
     pub fn heard(&mut self) -> Heard {
-        Heard { repeatable: self.can_repeat(), received: self.is_received().then_some(self.received).flatten() }
+        Heard { repeatable: self.can_repeat(), received: self.note_received().then_some(self.received).flatten() }
     }
 
     /// Reads on while the request cannot be sent yet, as far as may be kept.

@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{Admitted, cut};
 use crate::{
-    detect::{Detected, Protocol, detect, is_http2_server},
+    detect::{Detected, MAX_FIRST_BYTES, Protocol, TLS_HANDSHAKE, detect, is_http2_server},
     io::{
         relay::{Traffic, relay},
         socket::reset_on_close,
@@ -44,10 +44,6 @@ const WHOLE: Duration = Duration::from_millis(500);
 const REFUSED_WHOLE: Duration = Duration::from_secs(1);
 /// How long a client hello may take that has begun.
 const HELLO: Duration = Duration::from_secs(10);
-/// First byte of a TLS record that carries a handshake.
-const TLS_HANDSHAKE: u8 = 0x16;
-/// First bytes looked at, at most.
-const MAX_FIRST_BYTES: usize = 72 * 1024;
 
 /// A connection that was let in and has to be looked into.
 pub struct Inspection<'a> {
@@ -229,7 +225,7 @@ async fn judge_opaque(proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, facts: &Facts, c
             allowed_by.extend(snapshot.authorizers.get(&provider).cloned());
         }
     }
-    note.is_opaque(&facts.sni, &allowed_by);
+    note.carries_opaque(&facts.sni, &allowed_by);
     let snapshot = proxy.config.load();
     let workload = snapshot.workload(&pod.uid).ok_or(Failure::UnknownWorkload)?;
     workload.policy.opaque(facts, &snapshot.unchanged(&allowed_by)).map_err(denied)?;

@@ -125,7 +125,7 @@ fn push(field: char, since: u64, out: &mut String) {
         'M' => write!(out, "{minute:02}"),
         'S' => write!(out, "{second:02}"),
         's' => write!(out, "{since}"),
-        'j' => write!(out, "{:03}", days - first_of(year, days) + 1),
+        'j' => write!(out, "{:03}", days - first_of(year) + 1),
         'b' | 'h' => write!(out, "{}", short(of(&MONTHS, month - 1))),
         'B' => write!(out, "{}", of(&MONTHS, month - 1)),
         'a' => write!(out, "{}", short(of(&DAYS, days % 7))),
@@ -150,8 +150,8 @@ fn push(field: char, since: u64, out: &mut String) {
         'u' => write!(out, "{}", (days + 3) % 7 + 1),
         'w' => write!(out, "{}", (days + 4) % 7),
         // Of the year, weeks that begin on Sundays and on Mondays.
-        'U' => write!(out, "{:02}", (days - first_of(year, days) + 7 - (days + 4) % 7) / 7),
-        'W' => write!(out, "{:02}", (days - first_of(year, days) + 7 - (days + 3) % 7) / 7),
+        'U' => write!(out, "{:02}", (days - first_of(year) + 7 - (days + 4) % 7) / 7),
+        'W' => write!(out, "{:02}", (days - first_of(year) + 7 - (days + 3) % 7) / 7),
         'G' => write!(out, "{:04}", iso_week(days).0),
         'V' => write!(out, "{:02}", iso_week(days).1),
         't' => out.write_char('\t'),
@@ -164,12 +164,13 @@ fn push(field: char, since: u64, out: &mut String) {
 fn iso_week(days: u64) -> (u64, u64) {
     let thursday = days + 3 - (days + 3) % 7;
     let year = civil(thursday).0;
-    (year, (thursday - first_of(year, thursday)) / 7 + 1)
+    (year, (thursday - first_of(year)) / 7 + 1)
 }
 
-/// The first day of the year that this day is in.
-fn first_of(year: u64, day: u64) -> u64 {
-    (0..366).map_while(|n| day.checked_sub(n)).take_while(|d| civil(*d).0 == year).last().unwrap_or(day)
+/// The first day of a year from 1970 on.
+fn first_of(year: u64) -> u64 {
+    let leaps = |through: u64| through / 4 - through / 100 + through / 400;
+    (year - 1970) * 365 + leaps(year - 1) - leaps(1969)
 }
 
 #[cfg(test)]
@@ -203,6 +204,8 @@ mod tests {
         {
             assert_eq!(TimeFormat::parse("%G-%V %F").expect("known").text(SystemTime::UNIX_EPOCH + Duration::from_secs(at)), expected);
         }
-        assert_eq!(TimeFormat::parse("%j").expect("known").text(SystemTime::UNIX_EPOCH), "001");
+        for (at, expected) in [(0, "001"), (951_782_400, "060"), (978_220_800, "366"), (4_107_542_400, "060")] {
+            assert_eq!(TimeFormat::parse("%j").expect("known").text(SystemTime::UNIX_EPOCH + Duration::from_secs(at)), expected);
+        }
     }
 }

@@ -63,7 +63,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         let response = loop {
             // What has been heard of is not tried again: an attempt has all the time there is, as with Envoy.
             let arm = if begun { arm_route } else { arm };
-            arm(self.plan, self.deadlines, self.upload.is_received());
+            arm(self.plan, self.deadlines, self.upload.note_received());
             let watch = uploaded && !self.half_closed;
             let event = tokio::select! {
                 biased;
@@ -93,7 +93,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::TimeUp(up) => return Attempt::TimeUp(up),
                 Event::Uploaded(Ok(())) => {
                     uploaded = true;
-                    self.upload.is_sent();
+                    self.upload.mark_sent();
                     if self.half_closed {
                         self.half_close(uploaded).await;
                     }
@@ -177,7 +177,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
         let switched = status == StatusCode::SWITCHING_PROTOCOLS;
         // A client that was refused another protocol may have begun to speak it.
         let refused = self.plan.upgrade.is_some() && !switched;
-        let close = self.plan.close || last || refused || !self.upload.is_received() && !switched;
+        let close = self.plan.close || last || refused || !self.upload.note_received() && !switched;
         if self.responder.start(ResponseHead { status, headers, framing }, close).is_err() {
             return Answered::Abandoned;
         }
@@ -196,7 +196,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 return if upstream_first { Answered::Truncated(Reset::ConnectionTermination) } else { Answered::Whole };
             }
             if !switched {
-                arm_route(self.plan, self.deadlines, self.upload.is_received());
+                arm_route(self.plan, self.deadlines, self.upload.note_received());
             }
             let watch = uploaded && !self.half_closed && !switched;
             let event = tokio::select! {
@@ -232,7 +232,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::TimeUp(up) => return Answered::TimeUp(up),
                 Event::Uploaded(Ok(())) => {
                     uploaded = true;
-                    self.upload.is_sent();
+                    self.upload.mark_sent();
                     // What was switched ends by itself.
                     if self.half_closed && !switched {
                         self.half_close(uploaded).await;

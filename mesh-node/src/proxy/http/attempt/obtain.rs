@@ -34,7 +34,7 @@ pub(super) async fn obtain<B: RequestBody, R: Responder>(
     let mut half_closed = false;
     let (mut acquiring, mut left) = (pin!(acquire(wanted)), pin!(left(wanted.proxy, wanted.pod, wanted.cluster, wanted.address)));
     loop {
-        let received = upload.is_received();
+        let received = upload.note_received();
         // Of an attempt time begins when there is a connection.
         arm_route(plan, deadlines, received);
         tokio::select! {

@@ -6,13 +6,7 @@ use h2::Reason;
 
 use super::TOO_MUCH;
 
-/// An HTTP/2 error as the rest of the proxy sees errors; its reason can be had back with [`reason`].
-pub fn into_io(error: h2::Error) -> io::Error {
-    if error.is_io() {
-        return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
-    }
-    io::Error::new(io::ErrorKind::ConnectionReset, error)
-}
+pub use crate::hbone::tunnel::into_io;
 
 /// The reason of a stream's or connection's end, if HTTP/2 gave one.
 pub fn reason(error: &io::Error) -> Option<Reason> {

@@ -1,14 +1,12 @@
 //! The beginnings of frames, as they pass: what the library does not tell is seen by them.
 
-/// RFC 9113 section 4.1.
-const FRAME_HEAD: usize = 9;
+use crate::io::sparse::{DATA, END_STREAM, FRAME_HEAD};
+
 /// What is looked at of a frame: its head, and of a reset the reason.
 const LOOKED_AT: usize = FRAME_HEAD + 4;
-const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const CONTINUATION: u8 = 9;
-const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
 /// What is seen of a frame.
