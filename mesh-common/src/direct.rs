@@ -91,6 +91,8 @@ impl Flow {
     pub const FIN_ACKED: u32 = 2;
     /// The end of what the server sends has come.
     pub const FIN_RECEIVED: u32 = 4;
+    /// It was given up, by either end: the other has been told so at most.
+    pub const ABORTED: u32 = 8;
 
     /// Takes in that the client's socket goes from one state of TCP to another.
     #[inline(always)]
@@ -108,6 +110,9 @@ impl Flow {
                 }
                 if from == tcp::FIN_WAIT2 {
                     self.seen |= Self::FIN_RECEIVED;
+                }
+                if from == tcp::ESTABLISHED || from == tcp::FIN_WAIT1 || from == tcp::CLOSE_WAIT {
+                    self.seen |= Self::ABORTED;
                 }
                 self.state = Self::CLOSED;
             }

@@ -7,6 +7,7 @@ mod gone;
 mod listeners;
 mod node;
 mod process;
+mod served;
 mod stop;
 
 pub use ca::{CaSettings, ClusterSettings, run_ca};

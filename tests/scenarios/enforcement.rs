@@ -12,6 +12,9 @@ use mesh_tests::{
 };
 use serde_json::Value;
 
+#[path = "enforcement/hostile.rs"]
+mod hostile;
+
 fn answers(bed: &Bed, client: &Pod, to: &str) -> bool {
     bed.probe(client, &["ask", to, "ping"]).expect("a report")["answer"] == "pong"
 }

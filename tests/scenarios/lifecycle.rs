@@ -277,22 +277,6 @@ fn a_restart_with_the_other_fail_mode_takes_effect() {
 }
 
 #[test]
-fn a_pod_gone_while_nobody_watched_is_released_at_the_next_start() {
-    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
-    let [_client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
-    bed.node(0).kill();
-    bed.delete(&server).expect("deleted");
-    bed.node(0).start().expect("started");
-    bed.node(0).wait_ready().expect("ready");
-    let links = bed.nodes()[0].pinned("links");
-    wait_for("one steered pod", Duration::from_secs(5), || {
-        let names = std::fs::read_dir(&links)?.filter_map(|e| e.ok()?.file_name().into_string().ok());
-        Ok(names.filter(|n| n.starts_with("steer-")).count() == 1)
-    })
-    .expect("released");
-}
-
-#[test]
 fn what_another_version_left_attached_is_taken_over() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
     let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");

@@ -35,18 +35,15 @@ pub struct Listeners {
 }
 
 impl Listeners {
-    /// Listens in a pod's network namespace.
-    pub fn bind(netns: &Netns) -> io::Result<Self> {
-        Ok(Self {
-            outbound: socket::listen_locally(netns, OUTBOUND_PORT)?,
-            inbound: socket::listen(netns, INBOUND_PORT)?,
-            hbone: socket::listen(netns, HBONE_PORT)?,
-        })
-    }
-
-    /// Another descriptor of the listener plaintext is steered to.
-    pub fn inbound(&self) -> io::Result<OwnedFd> {
-        self.inbound.as_fd().try_clone_to_owned()
+    /// Listens in a pod's network namespace. Also another descriptor of the listener plaintext is steered to; the error says what is wrong.
+    pub fn bind(netns: &Netns) -> Result<(Self, OwnedFd), String> {
+        let listen = || {
+            let outbound = socket::listen_locally(netns, OUTBOUND_PORT)?;
+            Ok::<_, io::Error>(Self { outbound, inbound: socket::listen(netns, INBOUND_PORT)?, hbone: socket::listen(netns, HBONE_PORT)? })
+        };
+        let all = listen().map_err(|e| format!("cannot listen in the pod: {e}"))?;
+        let inbound = all.inbound.as_fd().try_clone_to_owned().map_err(|e| format!("cannot duplicate a descriptor: {e}"))?;
+        Ok((all, inbound))
     }
 
     /// Starts accepting.
@@ -75,7 +72,8 @@ impl Listeners {
         }));
         let (p, w) = (proxy.clone(), pod.clone());
         let hbone = tokio::spawn(accept(self.hbone, draining, move |stream, client| {
-            let (Some(slot), Some(caller)) = (p.connection(&w), w.caller(client.ip())) else {
+            let known = p.config.load().workload_by_ip(client.ip()).is_some();
+            let (Some(slot), Some(caller)) = (p.connection(&w), w.caller(client.ip(), known)) else {
                 return refuse(&p, "inbound", &stream);
             };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
@@ -102,6 +100,15 @@ pub struct Serving {
 }
 
 impl Serving {
+    /// Whether nothing is accepted any more. Where one of the listeners has been ended, the others are then.
+    pub fn is_over(&self) -> bool {
+        let over = self.tasks.iter().filter(|task| task.is_finished()).count();
+        if over > 0 {
+            self.drain.send_replace(true);
+        }
+        over == self.tasks.len()
+    }
+
     /// Stops accepting, after what is in the backlog, and tells HBONE peers to go elsewhere. Connections go on.
     pub async fn drain(self) {
         self.drain.send_replace(true);
@@ -137,6 +144,8 @@ async fn accept(listener: TcpListener, mut draining: watch::Receiver<bool>, mut 
             Ok((stream, client)) => serve(stream, SocketAddr::new(canonical(client.ip()), client.port())),
             // The client gave up while it waited.
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+            // There is no listener any more: a pod can end what is in its namespace. It is told of where another takes its place.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF | libc::ENOTSOCK)) => return,
             Err(error) => {
                 if may_complain(Instant::now()) {
                     tracing::warn!(target: "proxy", %error, "accepting failed");

@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
-    os::fd::OwnedFd,
     path::PathBuf,
     sync::{
         Arc, Weak,
@@ -19,8 +18,9 @@ use tokio::sync::{Notify, mpsc};
 use super::{
     further::Further,
     gone,
-    listeners::{Listeners, NodeOrigins, Serving},
+    listeners::{Listeners, NodeOrigins},
     process,
+    served::Served,
     stop::{self, StopSignals},
 };
 use crate::{
@@ -251,16 +251,6 @@ struct Reconciler {
     further: Further,
 }
 
-struct Served {
-    pod: Arc<ServedPod>,
-    netns_cookie: u64,
-    serving: Serving,
-    /// Another descriptor of the inbound listener, for addresses that come later.
-    inbound: OwnedFd,
-    /// Its connections may go past the proxy.
-    direct: bool,
-}
-
 type Found = HashMap<WorkloadUid, LocalPod>;
 
 impl Reconciler {
@@ -377,9 +367,7 @@ impl Reconciler {
     fn keep_enrolled(&mut self, workload: &Workload, local: &LocalPod) {
         let result = match self.served.get(&workload.uid) {
             None => self.enrol(workload, local),
-            Some(served) if **served.pod.addresses() != workload.ips || served.direct != workload.accelerate => {
-                self.enrol_again(workload, local)
-            }
+            Some(served) if served.has_to_change(workload) => self.enrol_again(workload, local),
             Some(_) => Ok(()),
         };
         if let Some(served) = self.served.get(&workload.uid) {
@@ -425,8 +413,7 @@ impl Reconciler {
     }
 
     fn enrol(&mut self, workload: &Workload, local: &LocalPod) -> Result<(), String> {
-        let listeners = Listeners::bind(&local.netns).map_err(|e| format!("cannot listen in the pod: {e}"))?;
-        let inbound = listeners.inbound().map_err(|e| format!("cannot duplicate a descriptor: {e}"))?;
+        let (listeners, inbound) = Listeners::bind(&local.netns)?;
         let pod = ServedPod::new(workload.uid.clone(), local.netns.clone(), workload.ips.clone());
         let originals = {
             let mut capture = self.node.capture();
@@ -446,8 +433,16 @@ impl Reconciler {
     /// Goes on serving a pod under other addresses or settings, without letting go of it.
     fn enrol_again(&mut self, workload: &Workload, local: &LocalPod) -> Result<(), String> {
         let Some(served) = self.served.get_mut(&workload.uid) else { return Ok(()) };
-        self.node.capture().enrol(&local.netns, &workload.ips, &served.inbound, workload.accelerate).map_err(|e| chain(&e))?;
+        let anew = if served.serving.is_over() { Some(Listeners::bind(&local.netns)?) } else { None };
+        let inbound = anew.as_ref().map_or(&served.inbound, |(_, inbound)| inbound);
+        self.node.capture().enrol(&local.netns, &workload.ips, inbound, workload.accelerate).map_err(|e| chain(&e))?;
         served.direct = workload.accelerate;
+        if let Some((listeners, inbound)) = anew {
+            let originals = self.node.capture().original_destinations(local.netns_cookie).map_err(|e| chain(&e))?;
+            let serving = listeners.serve(&self.node.proxy, &served.pod, originals);
+            (served.serving, served.inbound) = (serving, inbound);
+            tracing::warn!(target: "app", pod = %workload.name, "a listener of the node's had been ended from within the pod; there are others now");
+        }
         if **served.pod.addresses() == workload.ips {
             return Ok(());
         }

@@ -38,7 +38,7 @@ pub fn destroy(local: SocketAddr, remote: SocketAddr, cookie: Option<u64>) -> io
 }
 
 /// The cookie of a connection, which is no listener.
-fn connection(local: SocketAddr, remote: SocketAddr) -> io::Result<u64> {
+pub fn connection(local: SocketAddr, remote: SocketAddr) -> io::Result<u64> {
     let answer = ask(SOCK_DIAG_BY_FAMILY, 0, 0, (local, remote), None)?;
     let message = answer.get(HEADER..HEADER + MESSAGE).ok_or(io::ErrorKind::InvalidData)?;
     let (state, port) = (message[1], &message[6..8]);

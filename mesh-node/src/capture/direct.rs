@@ -46,6 +46,8 @@ pub struct DirectFlow {
     pub phase: Phase,
     /// Whether it was established, now or before its end.
     pub opened: bool,
+    /// Whether one of its ends has given it up.
+    pub aborted: bool,
     /// Bytes, when it is closed.
     pub sent: u64,
     pub received: u64,
@@ -156,6 +158,12 @@ impl Direct {
         self.flows.get(&flow.cookie, 0).is_ok_and(|there| there.begun == flow.number)
     }
 
+    /// Whether there is a later flow with the addresses of one that is over. `netns`: the client's.
+    pub fn is_followed(&self, netns: &Netns, flow: &DirectFlow) -> bool {
+        let there = netns.enter(|| diag::connection(flow.client, flow.endpoint));
+        matches!(there, Ok(Ok(cookie)) if self.flows.get(&cookie, 0).is_ok())
+    }
+
     /// Gives up the room of one that is over. False when somebody else has, and so has counted it.
     pub fn forget(&mut self, flow: &DirectFlow) -> bool {
         // Nobody but user space removes one, and no other takes its place before.
@@ -255,6 +263,7 @@ impl Clock {
                 _ => Phase::Closed,
             },
             opened: flow.seen & Flow::WAS_OPEN != 0,
+            aborted: flow.seen & Flow::ABORTED != 0,
             sent: flow.sent,
             received: flow.received,
         }

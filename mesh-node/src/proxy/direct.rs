@@ -325,7 +325,7 @@ impl State {
                 if let Some(cut) = self.verdict(snapshot, flow, ends.as_ref()) {
                     let known = self.flows.entry(flow.cookie).or_insert_with(|| Known::new(proxy, snapshot, ends, flow));
                     known.cut = Some(cut);
-                    self.end(flow, cut);
+                    self.end(flow);
                 }
             }
             Phase::Clash => self.end_client(flow),
@@ -354,6 +354,9 @@ impl State {
                     return;
                 }
                 let known = known.unwrap_or_else(|| Known::new(proxy, snapshot, self.pods.ends(flow), flow));
+                if flow.opened && flow.aborted {
+                    self.end_server(known.ends.as_ref(), flow);
+                }
                 known.close(flow);
             }
         }
@@ -367,7 +370,7 @@ impl State {
         if let Some(known) = self.flows.get_mut(&cookie) {
             known.cut = Some(cut);
         }
-        self.end(&flow, cut);
+        self.end(&flow);
         is_new
     }
 
@@ -379,23 +382,28 @@ impl State {
         }
     }
 
-    /// Ends a flow by the client's socket, or else by the server's. Its end is heard of like any other.
-    fn end(&self, flow: &DirectFlow, cut: Cut) {
+    /// Ends what a flow that was given up has left: whoever has the client's namespace can keep its reset from the server, and speak on.
+    fn end_server(&self, ends: Option<&Ends>, flow: &DirectFlow) {
+        let Some(ends) = ends.filter(|ends| !self.kernel.is_followed(&ends.source.netns, flow)) else { return };
+        // Gone already is as good, and usual.
+        let _ = capture::direct::destroy(&ends.destination.netns, flow.endpoint, flow.client, None);
+    }
+
+    /// Ends a flow by the sockets of both ends: that the other hears of it is left to neither. Its end is heard of like any other.
+    fn end(&self, flow: &DirectFlow) {
         let ends = self.flows.get(&flow.cookie).map_or_else(|| self.pods.ends(flow), |k| k.ends.clone());
         let by_client = |e: &Ends| capture::direct::destroy(&e.source.netns, flow.client, flow.endpoint, Some(flow.cookie));
         let by_server = |e: &Ends| capture::direct::destroy(&e.destination.netns, flow.endpoint, flow.client, None);
         let ended = match &ends {
-            // The server's only if there is no other way: it is known by its addresses alone.
-            Some(ends) => by_client(ends).or_else(|error| by_server(ends).map_err(|_| error)),
+            Some(ends) => match (by_client(ends), by_server(ends)) {
+                (Err(error), Err(_)) => Err(error),
+                _ => Ok(()),
+            },
             None => match self.pods.by_ip.get(&flow.endpoint.ip()) {
                 Some(pod) => capture::direct::destroy(&pod.netns, flow.endpoint, flow.client, None),
                 None => Err(io::ErrorKind::NotFound.into()),
             },
         };
-        if let Some(ends) = ends.filter(|_| cut == Cut::PodGone) {
-            // A pod whose link went first has no way to say that its end is over: the server would wait for it for ever.
-            let _ = by_server(&ends);
-        }
         match ended {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(target: "proxy", client = %flow.client, to = %flow.endpoint, %error, "a direct connection cannot be cut");

@@ -149,7 +149,8 @@ impl Limits {
 /// The clients of one pod that have connected and not shaken hands with it: each has as many at a time as are fair.
 #[derive(Debug)]
 pub struct Callers {
-    all: Shared,
+    known: Shared,
+    others: Shared,
     each: Mutex<HashMap<IpAddr, Caller>>,
 }
 
@@ -163,7 +164,7 @@ struct Caller {
 
 impl Default for Callers {
     fn default() -> Self {
-        Self { all: Shared::new(CALLERS, "callers"), each: Mutex::default() }
+        Self { known: Shared::new(CALLERS / 2, "callers"), others: Shared::new(CALLERS / 2, "callers"), each: Mutex::default() }
     }
 }
 
@@ -178,23 +179,28 @@ impl Callers {
         each.entry(client).or_insert_with(new).clone()
     }
 
-    /// Room for one more of a client.
-    pub fn enter(&self, client: IpAddr) -> Option<Place> {
-        self.all.take(&self.of(client, HANDSHAKES_EACH).held)
+    /// Room for one more of a client. `known`: it is a pod of the mesh; who has addresses nobody knows may have any number.
+    pub fn enter(&self, client: IpAddr, known: bool) -> Option<Place> {
+        let (room, of) = if known { (&self.known, client) } else { (&self.others, network(client).unwrap_or(client)) };
+        room.take(&self.of(of, if of == client { HANDSHAKES_EACH } else { HANDSHAKES_OF_NETWORK }).held)
     }
 
     /// Completes when it is a client's turn, until what comes back is dropped. None if that is never.
     pub async fn turn(&self, client: IpAddr) -> Option<[Option<OwnedSemaphorePermit>; 2]> {
         let own = self.of(client, HANDSHAKES_EACH).turns.acquire_owned().await.ok()?;
-        // Whoever has an address of IPv6 may have all of its network, in which others may be as well.
-        let network = match client {
-            IpAddr::V4(_) => None,
-            IpAddr::V6(ip) => {
-                let network = IpAddr::V6((ip.to_bits() & (u128::MAX << 64)).into());
-                Some(self.of(network, HANDSHAKES_OF_NETWORK).turns.acquire_owned().await.ok()?)
-            }
+        let network = match network(client) {
+            None => None,
+            Some(network) => Some(self.of(network, HANDSHAKES_OF_NETWORK).turns.acquire_owned().await.ok()?),
         };
         Some([Some(own), network])
+    }
+}
+
+/// Whoever has an address of IPv6 may have all of its network, in which others may be as well.
+fn network(client: IpAddr) -> Option<IpAddr> {
+    match client {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(ip) => Some(IpAddr::V6((ip.to_bits() & (u128::MAX << 64)).into())),
     }
 }
 
@@ -266,8 +272,19 @@ mod tests {
         drop(more);
         assert!(tokio::time::timeout(wait, callers.turn(other)).await.is_ok_and(|turn| turn.is_some()));
         held.pop();
-        let entered = std::iter::from_fn(|| callers.enter(one)).collect::<Vec<_>>();
-        assert!(entered.len() < CALLERS && callers.enter(neighbour).is_some() && callers.enter(other).is_some(), "{}", entered.len());
+        let entered = std::iter::from_fn(|| callers.enter(one, true)).collect::<Vec<_>>();
+        let enters = |client| callers.enter(client, true).is_some();
+        assert!(entered.len() < CALLERS && enters(neighbour) && enters(other), "{}", entered.len());
+        // Who has a thousand addresses that nobody knows takes nothing from who is known.
+        let flood = (0..1000_u32)
+            .flat_map(|i| [IpAddr::V4((0x0a01_0000 + i).into()), IpAddr::V6(Ipv6Addr::from_bits((0xfd01 << 112) + u128::from(i)))]);
+        let flood = flood.cycle().take(10_000).filter_map(|client| callers.enter(client, false)).collect::<Vec<_>>();
+        assert!(flood.len() <= CALLERS / 2 && enters(neighbour) && enters(other), "{}", flood.len());
+        drop(flood);
+        // Nor who has a network of them from who has another address.
+        let of_network = |i: u32| IpAddr::V6(Ipv6Addr::from_bits((0xfd02 << 112) + u128::from(i)));
+        let entered = (0..10_000).filter_map(|i| callers.enter(of_network(i), false)).collect::<Vec<_>>();
+        assert!(entered.len() < CALLERS / 2 && callers.enter(other, false).is_some(), "{}", entered.len());
         assert!(tokio::time::timeout(wait, callers.turn(one)).await.is_ok_and(|turn| turn.is_some()));
     }
 }

@@ -171,9 +171,9 @@ impl ServedPod {
         self.origins.get().is_some_and(|o| o.is_node(client, destination))
     }
 
-    /// Room for one more peer that has not shaken hands with this pod.
-    pub fn caller(&self, client: IpAddr) -> Option<Place> {
-        self.shaking.enter(client)
+    /// Room for one more peer that has not shaken hands with this pod. `known`: it is a pod of the mesh.
+    pub fn caller(&self, client: IpAddr, known: bool) -> Option<Place> {
+        self.shaking.enter(client, known)
     }
 
     /// Completes when it is a peer's turn to shake hands, until what comes back is dropped.

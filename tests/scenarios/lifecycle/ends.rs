@@ -2,6 +2,9 @@
 
 use std::time::SystemTime;
 
+use aya::maps::{HashMap, Map, MapData};
+use mesh_common::{Address, maps::FlowKey};
+
 use super::*;
 
 /// Says without end, or takes without end and writes down how that ended.
@@ -146,4 +149,34 @@ fn a_request_waits_for_the_only_pods_node_to_restart() {
     let output = asks.wait_with_output().expect("a report");
     let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
     assert_eq!(report["statuses"]["200"], 1, "{report}");
+}
+
+#[test]
+fn a_pod_gone_while_nobody_watched_is_released_at_the_next_start() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 0), PodSpec::server("server", 0)]).expect("pods");
+    let map = MapData::from_pin(bed.nodes()[0].pinned("maps").join("PROXY_FLOWS")).expect("the map");
+    let mut flows = HashMap::<_, FlowKey, u32>::try_from(Map::LruHashMap(map)).expect("a hash map");
+    bed.node(0).kill();
+    bed.delete(&server).expect("deleted");
+    // As of connections that were open when their pod went: nobody takes that back.
+    let note = |pod: &Pod| {
+        let std::net::IpAddr::V4(ip) = pod.v4() else { panic!("no address") };
+        let address = |port| Address::new(mesh_common::addr::mapped(ip.octets()), port);
+        FlowKey { remote: address(40_000), local: address(8080) }
+    };
+    let (stray, other) = (note(&server), note(&client));
+    for key in [stray, other] {
+        flows.insert(key, FlowKey::ALLOWED, 0).expect("noted");
+    }
+    bed.node(0).start().expect("started");
+    bed.node(0).wait_ready().expect("ready");
+    let links = bed.nodes()[0].pinned("links");
+    wait_for("one steered pod", Duration::from_secs(5), || {
+        let names = std::fs::read_dir(&links)?.filter_map(|e| e.ok()?.file_name().into_string().ok());
+        Ok(names.filter(|n| n.starts_with("steer-")).count() == 1)
+    })
+    .expect("released");
+    wait_for("its notes forgotten", Duration::from_secs(5), || Ok(flows.get(&stray, 0).is_err())).expect("forgotten");
+    assert!(flows.get(&other, 0).is_ok(), "those of who is there are not");
 }

@@ -6,6 +6,8 @@ use std::{
     time::Instant,
 };
 
+use mesh_common::addr;
+
 use super::Opaque;
 use crate::{
     balance::{self, Asker},
@@ -257,11 +259,17 @@ pub fn way(snapshot: &Snapshot, to: SocketAddr) -> Result<Way, Failure> {
     Ok(if workload.node == snapshot.mesh.node { Way::Local(to, workload) } else { Way::Tunnel(to, workload) })
 }
 
-/// The client as others are to see it: a pod that connected over loopback has its own address, and one that is led to the other family has
-/// its address of that.
+/// The client as others are to see it: with an address of its pod's, whatever it has bound itself to. A process may bind to what it likes (loopback,
+/// addresses it has added, those the connect hook aims at), and others' policies and logs are about pods. One that is led to the other family has its
+/// pod's address of that.
 pub fn client_address(pod: &ServedPod, client: SocketAddr, like: SocketAddr) -> IpAddr {
-    let other = client.ip().is_loopback() || client.is_ipv4() != like.is_ipv4();
-    if other { pod.address_like(like.ip()).unwrap_or(client.ip()) } else { client.ip() }
+    let (ip, own) = (client.ip(), pod.addresses());
+    if client.is_ipv4() == like.is_ipv4() && own.contains(&ip) {
+        return ip;
+    }
+    // Of a family that its pod has no address of: what is nobody else's.
+    let is_nobodys = ip.is_loopback() || matches!(ip, IpAddr::V6(v6) if addr::is_spread_v6(&v6.octets()));
+    pod.address_like(like.ip()).or_else(|| if is_nobodys { None } else { own.first().copied() }).unwrap_or(ip)
 }
 
 pub fn describe(outcome: &mut Outcome, decision: &Decision) {
