@@ -68,3 +68,78 @@ fn every_kind_of_call_comes_to_the_same_as_without_a_mesh() {
     bed.settle().expect("settled");
     ["near:83", "far:83", &far.address(8080)].into_iter().for_each(|to| same(&bed, to));
 }
+
+/// A server one of whose methods ends it, again and again.
+const MORTAL: &str = r#"
+import concurrent.futures, grpc, os
+class Any(grpc.GenericRpcHandler):
+    def service(self, call):
+        def die(request, context): os._exit(1)
+        return grpc.unary_unary_rpc_method_handler(die if call.method.endswith("die") else lambda request, context: b"")
+server = grpc.server(concurrent.futures.ThreadPoolExecutor(4))
+server.add_generic_rpc_handlers([Any()])
+server.add_insecure_port("[::]:8080")
+server.start()
+server.wait_for_termination()
+"#;
+
+/// Asks the server to end, and says what comes of that, and what becomes of the connection.
+const OUTLIVES: &str = r#"
+import grpc, sys, time
+states = []
+channel = grpc.insecure_channel(sys.argv[1])
+channel.subscribe(lambda state: states.append(state.name), try_to_connect=True)
+def ask(method):
+    try:
+        channel.unary_unary("/a.B/" + method)(b"", timeout=5)
+        return "OK"
+    except grpc.RpcError as error: return error.code().name
+print(ask("live"), ask("die"))
+until = time.time() + 3
+while states[-1:] == ["READY"] and time.time() < until: time.sleep(0.05)
+print("ended" if states[-1:] != ["READY"] else "there")
+"#;
+
+fn mortal(name: &str, node: usize) -> PodSpec {
+    let again = format!("while true; do {PYTHON} -c '{MORTAL}'; done");
+    PodSpec { command: ["/bin/sh", "-c", &again].map(str::to_owned).to_vec(), port: Some(8080), ..PodSpec::new(name, node) }
+        .label("app", name)
+}
+
+#[test]
+fn a_server_that_dies_is_unavailable_and_who_has_picked_it_hears_of_that() {
+    let mut bed = Bed::start(2, &NodeOptions::default()).expect("bed");
+    let pods = ["near", "far", "plain"].into_iter().zip([0, 1, 1]).map(|(name, node)| bed.pod(&mortal(name, node)).expect("server"));
+    let pods = pods.collect::<Vec<_>>();
+    let outside = bed.pod(&PodSpec { namespace: "outside".to_owned(), ..PodSpec::new("outside", 0) }).expect("outside");
+    let client = bed.pod(&PodSpec::new("client", 0)).expect("client");
+    let headless = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: None, selector: {{app: {name}}}, \
+             ports: [{{name: grpc, port: 8080, targetPort: 8080}}]}}\n---\n"
+        )
+    };
+    let plain = services(&["plain"], "[{name: grpc, port: 81, targetPort: 8080}]");
+    bed.kubectl_apply("services", &[headless("near"), headless("far"), plain].concat()).expect("services");
+    bed.namespace("default", AMBIENT).expect("label");
+    pods.iter().chain([&client]).for_each(|pod| bed.wait_captured(pod, true).expect("captured"));
+    bed.settle().expect("settled");
+    let ask = |client: &Pod, pod: &Pod| {
+        wait_for("a server", Duration::from_secs(20), || {
+            let output = bed.run(client, Path::new(PYTHON), &["-c", OUTLIVES, &pod.address(8080)])?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            anyhow::ensure!(!text.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+            Ok(if text.starts_with("OK") { Some(text) } else { None }.is_some_and(|text| text == "OK UNAVAILABLE\nended\n"))
+        })
+    };
+    // By the address of an endpoint it has picked, and of a pod of no such service, from within and without.
+    for (from, to) in [(&client, 0), (&client, 1)] {
+        ask(from, &pods[to]).unwrap_or_else(|e| panic!("{} to {}: {e}", from.name, pods[to].name));
+    }
+    for from in [&client, &outside] {
+        let output = bed.run(from, Path::new(PYTHON), &["-c", OUTLIVES, &pods[2].address(8080)]).expect("python");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.starts_with("OK UNAVAILABLE"), "{}: {text}{}", from.name, String::from_utf8_lossy(&output.stderr));
+        std::thread::sleep(Duration::from_secs(2));
+    }
+}

@@ -209,3 +209,26 @@ async fn broken_frames_and_floods_end_the_connection_and_nothing_else() {
         assert_eq!(status, StatusCode::IM_A_TEAPOT, "{what}: others are served");
     }
 }
+
+/// What a call comes to: its status and message.
+async fn call(engine: &Engine, vip: SocketAddr, path: &str, plan: &str, timeout: &str) -> (String, String) {
+    let stream = engine.connect(vip).await.expect("connected");
+    let (send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    let request = Request::post(format!("http://svc.example{path}")).header("x-plan", plan).header("x-id", path);
+    let request = request.header("content-type", "application/grpc").header("grpc-timeout", timeout).body(()).expect("valid");
+    let (response, _) = send.ready().await.expect("ready").send_request(request, true).expect("sent");
+    let head = response.await.expect("a response").into_parts().0;
+    let field = |name: &str| head.headers.get(name).map(|v| v.to_str().expect("ASCII").to_owned()).unwrap_or_default();
+    (field("grpc-status"), field("grpc-message"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whose_time_was_up_is_told_apart() {
+    let (engine, vip) = engine().await;
+    let told = |status: &str, message: &str| (status.to_owned(), message.to_owned());
+    // The route's, of which a client that would wait longer says nothing; and the client's own.
+    assert_eq!(call(&engine, vip, "/late/a", "200/1000", "10S").await, told("14", "upstream request timeout"));
+    assert_eq!(call(&engine, vip, "/late/b", "200/1000", "100m").await, told("4", "downstream duration timeout"));
+    assert_eq!(call(&engine, vip, "/x/c", "200/1000", "100m").await, told("4", "downstream duration timeout"));
+}

@@ -22,6 +22,7 @@ mod h2;
 mod headers;
 mod meter;
 mod mirror;
+mod over;
 mod record;
 mod reply;
 mod tokens;
@@ -44,6 +45,7 @@ use http::Method;
 use tokio::net::TcpStream;
 
 pub use clusters::Clusters;
+pub use over::Over;
 pub use record::Flags;
 pub use upload::{Replays, Share};
 
@@ -82,6 +84,8 @@ pub struct Downstream<'d> {
     pub original: SocketAddr,
     /// The service that was at the address when the first request came: it stays that one, whoever has the address later.
     pub dialled: &'d OnceLock<PortOf>,
+    /// Told where the client has picked an endpoint itself, and that is over.
+    pub over: &'d Arc<Over>,
     pub http2: bool,
 }
 
@@ -95,6 +99,8 @@ pub struct Connection {
     pub since: Stage,
     /// The service it leads to, once that is known.
     pub dialled: OnceLock<PortOf>,
+    /// Told when it is to end with what it leads to.
+    pub over: Arc<Over>,
 }
 
 impl Connection {
@@ -241,7 +247,12 @@ impl Connection {
                 },
                 None => connection.broke_protocol(),
             },
-            pod.draining(connection.since),
+            async {
+                tokio::select! {
+                    () = pod.draining(connection.since) => {}
+                    () = connection.over.wait() => {}
+                }
+            },
         );
         tokio::select! {
             result = serving => if let Err(error) = result {
@@ -327,7 +338,8 @@ impl Connection {
     }
 
     fn downstream(&self, http2: bool) -> Downstream<'_> {
-        Downstream { proxy: &self.proxy, pod: &self.pod, client: self.client, original: self.original, dialled: &self.dialled, http2 }
+        let Self { proxy, pod, client, original, dialled, over, .. } = self;
+        Downstream { proxy, pod, client: *client, original: *original, dialled, over, http2 }
     }
 }
 

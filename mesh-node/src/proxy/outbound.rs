@@ -71,7 +71,8 @@ pub async fn serve(proxy: Arc<Proxy>, pod: Arc<ServedPod>, downstream: TcpStream
     match begun {
         Begun::Http { downstream, read, http2 } => {
             let address = SocketAddr::new(client_address(&pod, client, original), client.port());
-            let connection = http::Connection { since, proxy, pod, client: address, original, dialled: OnceLock::new() };
+            let connection =
+                http::Connection { since, proxy, pod, client: address, original, dialled: OnceLock::new(), over: Arc::default() };
             if http2 { connection.serve_h2(downstream, read).await } else { connection.serve_h1(downstream, read).await }
         }
         Begun::Opaque { downstream, read, sni, established } => {

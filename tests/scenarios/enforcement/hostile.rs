@@ -44,7 +44,7 @@ fn a_pod_is_seen_by_its_own_address_whatever_it_binds_to() {
         ip(&client, &["addr", "add", added, "dev", device]);
     }
     let ask = |pod: &Pod, from: &str, to: std::net::IpAddr| python(&bed, pod, BOUND, &[from, &to.to_string(), "8080"]);
-    let to = [server.v4().into(), server.v6().into()];
+    let to = [server.v4(), server.v6()];
     assert_eq!(to.map(|to| ask(&friend, "-", to)), ["pong\n", "pong\n"], "it is the others that may");
     // What the connect hook aims at is any pod's to bind to, without privileges.
     for (from, to) in [("-", to[0]), ("192.0.2.7", to[0]), ("-", to[1]), ("2001:db8::7", to[1]), ("fd6d:6573:6815:1::1234", to[1])] {

@@ -24,6 +24,7 @@ use super::{
     gate::{Gate, Pass, Refusal},
     h2::{H2Sink, wire_request},
     meter::{Meter, grpc_status},
+    over::Over,
     record::{Flag, Record},
     reply::{Reply, reason},
     upload::Upload,
@@ -94,6 +95,8 @@ pub struct Plan<'a> {
     pub close: bool,
     /// Client and application share their connections' fate: what ends the one ends the other.
     pub tied: bool,
+    /// Told when what the request goes to is over.
+    pub over: Option<&'a Arc<Over>>,
     /// What `x-forwarded-client-cert` says beside the head's own headers.
     pub client_cert: Option<&'a HeaderValue>,
 }
@@ -103,7 +106,7 @@ static NO_RETRY: LazyLock<RetryPolicy> = LazyLock::new(|| RetryPolicy { attempts
 impl<'a> Plan<'a> {
     /// For a request that is passed on as it is, once, however long it takes.
     pub fn once(head: &'a RequestHead, upgrade: Option<&'a HeaderValue>) -> Self {
-        Self { head, upgrade, policy: &NO_RETRY, timeout: None, close: false, tied: true, client_cert: None }
+        Self { head, upgrade, policy: &NO_RETRY, timeout: None, close: false, tied: true, over: None, client_cert: None }
     }
 }
 
@@ -184,6 +187,9 @@ pub async fn attempt<B: RequestBody, R: Responder>(
             if let Attempt::Failed(failed) = ended { Attempt::Failed(Failed { kept, ..failed }) } else { ended }
         }
         Upstream::H2(mut send, guard, _) => 'sent: {
+            if let Some(over) = plan.over {
+                guard.follow(over);
+            }
             let Some(request) = wire_request(plan.head, plan.client_cert) else {
                 break 'sent Attempt::Malformed(Malformed::BAD_AUTHORITY);
             };

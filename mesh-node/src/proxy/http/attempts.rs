@@ -24,7 +24,7 @@ use crate::{
     io::socket::Known,
     proxy::{outbound::asker, reporting::Ends},
     route::{
-        Cluster, LoadGuard,
+        Cluster, ClusterId, LoadGuard,
         matching::Matched,
         request::{RequestHead, cookie, query_parameter},
         retry::{Reset, RetryPolicy},
@@ -226,11 +226,27 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         self.newer.as_deref().unwrap_or(self.forward.snapshot)
     }
 
+    /// Whether the endpoint is the client's to pick: it has dialled one of a headless service.
+    fn is_clients_choice(&self) -> bool {
+        self.cluster.policy.balancer == Balancer::Passthrough && self.cluster.id.service == *self.forward.dialled
+    }
+
+    /// Whether what the client has dialled is an endpoint yet, of whichever subset: another pod may have its address later.
+    fn is_endpoint(&self, address: SocketAddr) -> bool {
+        let whole = ClusterId { subset: "".into(), ..self.cluster.id.clone() };
+        let whole = self.snapshot().cluster_for(&self.forward.source.view, &whole);
+        whole.is_none_or(|cluster| cluster.endpoints.iter().any(|e| e.address == address))
+    }
+
     /// The endpoint for an attempt, and what counts it there.
     fn pick(&self) -> Option<(SocketAddr, Arc<EndpointState>, Option<LoadGuard>)> {
         let (cluster, source) = (&self.cluster, self.forward.source);
-        if cluster.policy.balancer == Balancer::Passthrough && cluster.id.service == *self.forward.dialled {
+        if self.is_clients_choice() {
             let address = self.down.original;
+            if !self.is_endpoint(address) {
+                self.down.over.tell();
+                return None;
+            }
             let load = cluster.endpoints.iter().find(|e| e.address == address).map(|e| e.load.begin());
             return Some((address, self.state.endpoint(address), load));
         }
@@ -316,6 +332,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
             timeout: self.timeout,
             close: self.close,
             tied: false,
+            over: self.is_clients_choice().then_some(self.down.over),
             client_cert: None,
         };
         let Self { responder, record, upload, deadlines, policy, forward, hashed, number, retry, grpc: is_grpc, .. } = self;

@@ -407,7 +407,6 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
         let policy = forward.rule.and_then(|r| r.retries.as_ref()).unwrap_or(&forward.snapshot.retries);
         let timeout = forward.rule.and_then(|r| r.timeout);
         let client = if self.grpc { headers::grpc_timeout(&head.headers) } else { None };
-        let client = client.map(|t| timeout.map_or(t, |most| t.min(most)));
         let hashed = Hashed::of(&forward.cluster, &head, self.down);
         let replays = self.down.proxy.replays.of(&self.down.pod.kept);
         let keep = policy.attempts > 0 && self.upgrade.is_none();

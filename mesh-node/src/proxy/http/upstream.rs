@@ -30,6 +30,7 @@ use super::{
     clusters::{ClusterState, ConnectionSlot, EndpointState, Limited, SHORT_IDLE, Slot},
     gate::Gate,
     h1::{H1Sink, Reader, Unread},
+    over::Followers,
     transport::{Counted, Transport},
 };
 use crate::{
@@ -368,6 +369,7 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         requests: AtomicU32::new(0),
         closed: AtomicBool::new(false),
         changed: Notify::new(),
+        followers: Followers::default(),
     });
     let source = wanted.pod.clone();
     // Of who asked for it: it is not unused before that.
@@ -414,6 +416,7 @@ async fn drive(
     }
     shared.closed.store(true, Ordering::Release);
     shared.endpoint.forget_closed();
+    shared.followers.tell();
     drop(slot);
 }
 

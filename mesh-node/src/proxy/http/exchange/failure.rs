@@ -24,6 +24,8 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, B, R> {
             Unanswered::Reset(failed, retried) => return self.failed(&failed, retried, forward).await,
             Unanswered::NoEndpoint => {
                 self.record.raise(Flag::NoHealthyUpstream);
+                // Who has picked the endpoint looks for others when the connection ends.
+                self.close |= self.down.over.is_told();
                 (Reply::new(StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream"), "no_healthy_upstream")
             }
             Unanswered::Denied => (Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"), "rbac_access_denied_matched_policy[none]"),

@@ -359,6 +359,14 @@ async fn h2_request(
     let plan = Plan::once(sent, None);
     let cut = gate.denied_later(sent, &pass);
     let (ended, _) = attempt::exchange(&plan, sink, source, &mut upload, responder, &pass.to_client, cut, record).await;
+    // What the reason of a reset means here, the nodes of those know that have dialled a service; others are answered as an Envoy would.
+    if let Attempt::Failed(Failed { reset: reset @ Reset::ConnectionTermination, .. }) = &ended
+        && gate.facts.dialled.is_none()
+    {
+        attempt::conclude(&ended, record);
+        answer(Reply::reset(*reset, false), grpc, responder, record).await;
+        return Ok(());
+    }
     let reason = match &ended {
         Attempt::Failed(Failed { reset, .. }) | Attempt::Answered(Answered::Truncated(reset)) => as_told(*reset),
         Attempt::Malformed(_) => ::h2::Reason::PROTOCOL_ERROR,

@@ -18,6 +18,7 @@ use crate::{
         clusters::EndpointState,
         gate::Gate,
         h2::{self, Ended},
+        over::{Followers, Over},
         wire::HeadLimits,
     },
     route::Cluster,
@@ -37,6 +38,8 @@ pub struct H2Upstream {
     pub(super) closed: AtomicBool,
     /// Woken when the number of streams changes, and to close.
     pub(super) changed: Notify,
+    /// Clients' connections that end with this one.
+    pub(super) followers: Followers,
 }
 
 impl H2Upstream {
@@ -85,6 +88,11 @@ impl StreamGuard {
 }
 
 impl StreamGuard {
+    /// Has a client's connection end with this one.
+    pub fn follow(&self, over: &Arc<Over>) {
+        self.0.followers.add(over);
+    }
+
     /// Which of the connection's answers have come whole.
     pub fn whole(&self) -> Arc<Ended> {
         self.0.whole.clone()
@@ -129,6 +137,7 @@ mod tests {
                 requests: AtomicU32::new(0),
                 closed: AtomicBool::new(false),
                 changed: Notify::new(),
+                followers: Followers::default(),
             });
             state.share(&endpoint, &shared);
             assert_eq!(endpoint.h2.load().len(), 1);
