@@ -141,6 +141,8 @@ impl Tunnel {
 const UNTIL_ENDED: Duration = Duration::from_secs(5);
 /// Between the last of what was said and the reset of its stream.
 const BEFORE_RESET: Duration = Duration::from_millis(5);
+/// How long a node is given to say what has become of what was sent to it, when it has ended without an answer: some times as long as that.
+const WORD: Duration = Duration::from_millis(50);
 
 impl Duplex for Tunnel {
     type Source<'a> = TunnelSource<'a>;
@@ -160,6 +162,11 @@ impl Tunnel {
     /// Ends it so that the other end sees that what came from here was not of the protocol that was spoken.
     pub fn garble(self) {
         self.reset_as(Reason::PROTOCOL_ERROR);
+    }
+
+    /// Ends it so that the other end sees that nothing has become of what it said last.
+    pub fn refuse(self) {
+        self.reset_as(Reason::REFUSED_STREAM);
     }
 
     fn reset_as(mut self, reason: Reason) {
@@ -294,6 +301,14 @@ impl TunnelSink<'_> {
     pub async fn put_part(&mut self, piece: &mut Bytes) -> io::Result<()> {
         let n = capacity(self.stream, piece.len()).await?;
         self.stream.send_data(piece.split_to(n), false).map_err(into_io)
+    }
+}
+
+impl TunnelSink<'_> {
+    /// Whether the other end says, in time, that nothing has become of what was said last: it may have ended before it came.
+    pub async fn is_refused(&mut self) -> bool {
+        let reset = poll_fn(|cx| self.stream.poll_reset(cx));
+        matches!(tokio::time::timeout(WORD, reset).await, Ok(Ok(Reason::REFUSED_STREAM)))
     }
 }
 

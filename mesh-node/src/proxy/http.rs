@@ -155,7 +155,7 @@ impl Connection {
             };
             match end {
                 Next::Another => {}
-                Next::Abort | Next::Garble => return Finished::Cut,
+                Next::Abort | Next::Garble | Next::Refuse => return Finished::Cut,
                 Next::Close => {
                     // The answer must not be lost to a reset because of what the client still sends.
                     let closed = async {
@@ -375,6 +375,8 @@ enum Next {
     Abort,
     /// The other end is to see that what it would get is no HTTP.
     Garble,
+    /// The other end is to see that nothing has become of what it sent last.
+    Refuse,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

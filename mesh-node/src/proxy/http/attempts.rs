@@ -290,8 +290,17 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let known = if self.may_be_lost(head) { Known::ToReactor } else { Known::ToKernel };
         let ended = self.attempt(head, to, Some(known)).await;
         // The connection had been kept, and may have been closed for that it was not used, when the request was on its way.
-        let unused = matches!(&ended, Attempt::Failed(Failed { reset: Reset::ConnectionTermination, begun: false, kept: true, .. }));
-        if !unused || begun.elapsed() > AS_IT_IS_USED || !self.may_be_lost(head) {
+        let again = match &ended {
+            Attempt::Failed(Failed { reset: Reset::ConnectionTermination, begun: false, kept: true, .. }) => {
+                begun.elapsed() <= AS_IT_IS_USED && self.may_be_lost(head)
+            }
+            // Its node knows that nothing of it has gone on.
+            Attempt::Failed(Failed { reset: Reset::RefusedStream, begun: false, kept: true, .. }) => {
+                self.upload.can_repeat() && self.upgrade.is_none()
+            }
+            _ => false,
+        };
+        if !again {
             return ended;
         }
         self.down.proxy.metrics.retries.inc();

@@ -8,6 +8,7 @@ mod streams;
 use std::{borrow::Cow, pin::Pin};
 
 use http::{HeaderMap, Method, StatusCode};
+use tokio::time::timeout;
 
 pub use self::streams::serve_h2;
 use super::{
@@ -15,7 +16,7 @@ use super::{
     attempt::{self, Answered, Attempt, Plan},
     body::{FrameSink, FrameSource, RequestBody, Responder},
     gate::{Gate, Pass},
-    h1::{H1Responder, H1Sink, NoHead, Reader, Unread},
+    h1::{H1Responder, H1Sink, LINGER, NoHead, Reader, Unread},
     read_request,
     record::{Flag, Record},
     reply::Reply,
@@ -46,6 +47,7 @@ pub async fn serve_h1(
     Ok(match next {
         Next::Abort => Ends::Reset,
         Next::Garble => Ends::Garbled,
+        Next::Refuse => Ends::Refused,
         Next::Another | Next::Close => Ends::Closed,
     })
 }
@@ -59,6 +61,8 @@ pub enum Ends {
     Reset,
     /// Its node must see that what it would have got is no HTTP.
     Garbled,
+    /// Its node must see that its last request has not gone on.
+    Refused,
 }
 
 impl Ends {
@@ -68,6 +72,7 @@ impl Ends {
             Self::Closed => {}
             Self::Reset => client.reset(),
             Self::Garbled => client.garble(),
+            Self::Refused => client.refuse(),
         }
     }
 }
@@ -83,7 +88,10 @@ async fn h1_loop(
     ending: Pin<&mut (impl Future<Output = Cut> + Send)>,
 ) -> Result<Next, Cut> {
     let (source, sink) = client.counted_halves(&traffic.sent, &traffic.received);
+    // The node of one that has dialled a service keeps its connections, and may use one that is just being closed.
+    let by_node = source.is_tunnel() && gate.facts.dialled.is_some();
     let (mut reader, mut sink) = (Reader::new(source, unread), H1Sink::new(sink));
+    let (mut served, mut unused) = (false, false);
     let mut draining = std::pin::pin!(Rarely::new(gate.pod.draining_idle(gate.since)));
     let mut ending = std::pin::pin!(Rarely::new(ending));
     let mut drained = false;
@@ -93,7 +101,10 @@ async fn h1_loop(
             cut = &mut ending => return Err(cut),
             request = read_request(&mut reader, gate.facts.destination) => request,
             // It has closed, or says something nobody asked for.
-            () = over(application.as_mut()) => Err(NoHead::Ended { partial: false }),
+            () = over(application.as_mut()) => {
+                unused = served && by_node;
+                Err(NoHead::Ended { partial: false })
+            }
             () = &mut draining, if !drained => {
                 if reader.has_begun() {
                     // That is answered.
@@ -104,6 +115,7 @@ async fn h1_loop(
             }
         };
         let next = match request {
+            Ok(_) if served && by_node && is_over(application.as_mut()).await => return Ok(Next::Refuse),
             Ok(request) => h1_exchange(gate, request, &mut reader, &mut sink, application.as_mut(), ending.as_mut()).await?,
             Err(NoHead::Refused(refused)) => {
                 tokio::select! {
@@ -127,18 +139,22 @@ async fn h1_loop(
             }
         };
         match next {
-            Next::Another if application.is_some() => {}
-            Next::Abort | Next::Garble => return Ok(next),
+            Next::Another if application.is_some() => served = true,
+            Next::Abort | Next::Garble | Next::Refuse => return Ok(next),
             Next::Another | Next::Close => {
                 let closed = async {
-                    if sink.shutdown().await.is_ok() {
-                        reader.linger().await;
+                    match sink.shutdown().await {
+                        // A request that had been sent meanwhile has not gone on.
+                        Ok(()) if unused && matches!(timeout(LINGER, reader.begun()).await, Ok(Ok(()))) => return Next::Refuse,
+                        Ok(()) if !unused => reader.linger().await,
+                        _ => {}
                     }
+                    Next::Close
                 };
                 return tokio::select! {
                     biased;
                     cut = &mut ending => Err(cut),
-                    () = closed => Ok(Next::Close),
+                    next = closed => Ok(next),
                 };
             }
         }
@@ -151,6 +167,15 @@ async fn over(application: Option<&mut Application<'_>>) {
     let (source, _) = transport.halves();
     // Whatever it is, it is not the answer to a request.
     let _ = Reader::new(source, unread).begun().await;
+}
+
+/// Whether it is so already.
+async fn is_over(application: Option<&mut Application<'_>>) -> bool {
+    tokio::select! {
+        biased;
+        () = over(application) => true,
+        () = std::future::ready(()) => false,
+    }
 }
 
 async fn h1_exchange(

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// How long a client may take to read an answer after which the connection is closed, and what it may still send.
-const LINGER: Duration = Duration::from_secs(1);
+pub const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 16 * 1024 * 1024;
 
 /// What has been read of a connection and not been used.
@@ -293,6 +293,11 @@ impl<'a> H1Sink<'a> {
         self.ends_with_the_connection(true);
         self.encoder = Encoder::new(Framing::UntilClose);
         self.ended = false;
+    }
+
+    /// Whether another node says, in time, that nothing has become of what was written last.
+    pub async fn is_refused(&mut self) -> bool {
+        self.sink.is_refused().await
     }
 
     /// Says that nothing more will be written.

@@ -135,6 +135,14 @@ impl Transport {
         }
     }
 
+    /// Ends it so that another node sees that nothing has become of the request it sent last, and any other end a failure.
+    pub fn refuse(self) {
+        match self {
+            Self::Tunnel(tunnel) => tunnel.refuse(),
+            other => other.reset(),
+        }
+    }
+
     /// Ends it so that the other end sees a failure.
     pub fn reset(self) {
         match self {
@@ -242,6 +250,14 @@ impl TransportSink<'_> {
     pub fn resets_when_dropped(&self, resets: bool) {
         if let SinkKind::Tcp(sink) = &self.kind {
             sink.resets_when_dropped(resets);
+        }
+    }
+
+    /// Whether another node says, in time, that nothing has become of what was written last.
+    pub async fn is_refused(&mut self) -> bool {
+        match &mut self.kind {
+            SinkKind::Tcp(_) => false,
+            SinkKind::Tunnel(sink) => sink.is_refused().await,
         }
     }
 

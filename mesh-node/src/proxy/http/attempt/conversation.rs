@@ -88,7 +88,11 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                     return Attempt::Failed(Failed { begun, ..Failed::new(Reset::ProtocolError) });
                 }
                 Event::Head(Ok(head)) => break head,
-                Event::Head(Err(failed)) => return Attempt::Failed(Failed { begun, ..failed }),
+                Event::Head(Err(failed)) => {
+                    let refused = !begun && failed.reset == Reset::ConnectionTermination && self.sink.is_refused().await;
+                    let reset = if refused { Reset::RefusedStream } else { failed.reset };
+                    return Attempt::Failed(Failed { begun, reset, ..failed });
+                }
                 Event::Cut => return Attempt::Cut,
                 Event::TimeUp(up) => return Attempt::TimeUp(up),
                 Event::Uploaded(Ok(())) => {

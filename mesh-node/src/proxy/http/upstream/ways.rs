@@ -82,6 +82,14 @@ impl UpSink<'_> {
         }
     }
 
+    /// Whether another node says, in time, that nothing of the request has gone on.
+    pub async fn is_refused(&mut self) -> bool {
+        match self {
+            Self::H1(sink) => sink.is_refused().await,
+            Self::H2(_) => false,
+        }
+    }
+
     /// Whether it can be said that the client will send no more, apart from that its request has ended.
     pub fn can_half_close(&self) -> bool {
         matches!(self, Self::H1(_))
