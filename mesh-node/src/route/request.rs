@@ -2,10 +2,26 @@
 
 use std::borrow::Cow;
 
-use http::{HeaderMap, HeaderValue, Method};
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
 
 use super::target::RequestTarget;
 use crate::resource::mesh_config::Normalization;
+
+/// Takes a header off, in all of its lines, and says what the first was. The others stay in their order: the map itself would put the last of them in
+/// the place of the one that goes.
+pub fn take_off(headers: &mut HeaderMap, name: &HeaderName) -> Option<HeaderValue> {
+    let taken = headers.get(name)?.clone();
+    let mut rest = HeaderMap::with_capacity(headers.capacity());
+    let mut current = None;
+    for (next, value) in headers.drain() {
+        current = next.or(current);
+        if let Some(of) = current.as_ref().filter(|of| *of != name) {
+            rest.append(of, value);
+        }
+    }
+    *headers = rest;
+    Some(taken)
+}
 
 /// Method, target and headers of a request. `Host` and `:authority` are one field, not a header.
 #[derive(Debug, Clone)]

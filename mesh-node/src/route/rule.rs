@@ -10,6 +10,7 @@ use crate::report::format::Template;
 
 use super::{
     matching::{HttpMatch, TextMatch},
+    request::take_off,
     retry::RetryPolicy,
 };
 
@@ -119,7 +120,7 @@ impl HeaderChanges {
     /// Everything that is told is told of the headers after the removals.
     pub fn apply(&self, headers: &mut http::HeaderMap, tell: Tell<'_>) {
         for name in &self.remove {
-            headers.remove(name);
+            take_off(headers, name);
         }
         let all = self.set.iter().chain(&self.add);
         let told = all.filter_map(|(_, text)| if let HeaderText::Template(template) = text { Some(tell(template, headers)) } else { None });

@@ -37,7 +37,7 @@ use crate::{
     },
     route::{
         Cluster,
-        request::{RequestHead, Scheme},
+        request::{RequestHead, Scheme, take_off},
         rule::HeaderText,
     },
 };
@@ -360,9 +360,9 @@ fn denied_over_http(check: &HttpCheck, Answered { status, mut headers }: Answere
     let gone =
         headers.keys().filter(|n| !check.to_downstream_on_deny.is_empty() && !always.contains(n) && !any(&check.to_downstream_on_deny, n));
     let gone = gone.cloned().chain([header::CONTENT_LENGTH, header::TRANSFER_ENCODING]).collect::<Vec<_>>();
-    gone.iter().for_each(|n| drop(headers.remove(n)));
+    gone.iter().for_each(|n| drop(take_off(&mut headers, n)));
     if body.is_empty() {
-        headers.remove(header::CONTENT_TYPE);
+        take_off(&mut headers, &header::CONTENT_TYPE);
     }
     let reply = Reply { headers, ..Reply::new(status, String::from_utf8_lossy(&body).into_owned()) };
     let reply = Reply { verbatim: (!grpc).then_some(body), ..reply };

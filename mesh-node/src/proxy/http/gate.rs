@@ -38,7 +38,7 @@ use crate::{
         reporting::{EdgeSlot, Ends},
     },
     resource::request_authentication::JwtRule,
-    route::request::{RequestHead, renormalised},
+    route::request::{RequestHead, renormalised, take_off},
     telemetry::traffic::Reporter,
 };
 
@@ -283,7 +283,7 @@ impl Gate {
             ClientCertAction::Also(value) | ClientCertAction::Only(Some(value)) => {
                 changed.get_or_insert_with(|| head.clone()).headers.insert(CLIENT_CERT.clone(), value);
             }
-            ClientCertAction::Only(None) => drop(changed.get_or_insert_with(|| head.clone()).headers.remove(&CLIENT_CERT)),
+            ClientCertAction::Only(None) => drop(take_off(&mut changed.get_or_insert_with(|| head.clone()).headers, &CLIENT_CERT)),
         }
         self.judge(&snapshot, governing, Asked { head, changed, client_cert, protocol, again: &[] }, body).await
     }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     grpc,
-    route::request::{RequestHead, is_grpc},
+    route::request::{RequestHead, is_grpc, take_off},
 };
 
 /// Most bytes of an answer that is no gRPC that are told in `grpc-message`. Envoy's.
@@ -59,7 +59,7 @@ impl Web {
     /// Makes the head of one of gRPC.
     pub fn translate(head: &mut RequestHead) {
         let headers = &mut head.headers;
-        headers.remove(header::CONTENT_LENGTH);
+        take_off(headers, &header::CONTENT_LENGTH);
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
         if !headers.contains_key("grpc-accept-encoding") {
@@ -319,7 +319,7 @@ impl<R: Responder> Responder for WebResponder<'_, R> {
         let is_over = framing == Framing::Empty || self.of.is_head();
         let whole = if is_over { grpc_status(&headers).is_some() } else { status == StatusCode::OK && is_grpc(&headers) };
         let as_it_is = whole || status == StatusCode::OK && kind(headers.get(header::CONTENT_TYPE)) == Some(false);
-        headers.remove(header::CONTENT_LENGTH);
+        take_off(&mut headers, &header::CONTENT_LENGTH);
         let told = if self.text { "application/grpc-web-text+proto" } else { "application/grpc-web+proto" };
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(told));
         if !is_over && !as_it_is {

@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::{report::entry::X_REQUEST_ID, resource::mesh_config::AddedHeaders, route::request::RequestHead};
+use crate::{
+    report::entry::X_REQUEST_ID,
+    resource::mesh_config::AddedHeaders,
+    route::request::{RequestHead, take_off},
+};
 
 /// Headers by which a caller that is trusted could steer Envoy's router. Nobody is, so they are taken off.
 const CONTROL: [&str; 18] = [
@@ -40,9 +44,9 @@ pub static ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original
 /// Takes off and puts on what every forwarded request has so.
 pub fn prepare(head: &mut RequestHead, added: AddedHeaders) {
     if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-")) {
-        CONTROL.iter().for_each(|name| drop(head.headers.remove(*name)));
+        CONTROL.iter().for_each(|name| drop(take_off(&mut head.headers, &HeaderName::from_static(name))));
     }
-    head.headers.remove(&CLIENT_CERT);
+    take_off(&mut head.headers, &CLIENT_CERT);
     if !head.headers.contains_key(&X_FORWARDED_PROTO) {
         // How it came here, whatever the client says that it is for: applications' TLS is not ended here.
         head.headers.insert(X_FORWARDED_PROTO.clone(), HeaderValue::from_static("http"));

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode};
 use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
@@ -21,7 +21,10 @@ use super::{
 use crate::{
     proxy::{Proxy, ServedPod},
     report::trace,
-    route::{Cluster, request::RequestHead},
+    route::{
+        Cluster,
+        request::{RequestHead, take_off},
+    },
     spawn,
 };
 
@@ -47,7 +50,7 @@ pub fn start<B: RequestBody>(
         head.headers.insert("x-forwarded-for", value);
     }
     // For the proxy that it came to, and no other.
-    head.headers.remove("x-envoy-upstream-rq-timeout-ms");
+    take_off(&mut head.headers, &HeaderName::from_static("x-envoy-upstream-rq-timeout-ms"));
     if traced {
         // Its spans would be told as the request's own.
         trace::unsampled(&mut head.headers);

@@ -4,6 +4,7 @@
 //! Ambiguity about where a message ends is never passed on: `content-length` beside `transfer-encoding`, repeated lengths
 //! and unknown codings are refused.
 
+mod fields;
 mod limits;
 mod target;
 mod write;
@@ -11,15 +12,19 @@ mod write;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 
-use self::target::{forwarded_scheme, target_of};
 pub use self::{
+    fields::strip_hop_by_hop,
     limits::{HeadLimits, MAX_HEAD, MAX_HEADERS, MAX_RESPONSE_HEAD},
     target::{checked_authority, path_and_query},
     write::{write_headers, write_request, write_response},
 };
+use self::{
+    fields::{Fields, line_at},
+    target::{forwarded_scheme, target_of},
+};
 use crate::{
     detect,
-    route::request::{RequestHead, Scheme, is_grpc},
+    route::request::{RequestHead, Scheme, is_grpc, take_off},
 };
 
 /// A message that is refused, with the answer a client gets.
@@ -178,37 +183,37 @@ pub fn is_no_request(bytes: &Bytes) -> Option<Malformed> {
 pub fn request(bytes: &Bytes, limits: HeadLimits) -> Result<WireRequest, Box<Refused>> {
     let (line, rest) = first_line(bytes).ok_or(CODEC)?;
     let (method, target, minor) = request_line(bytes, line)?;
-    let mut headers = headers(bytes, rest, limits.headers)?;
-    let framing = request_framing(&headers, minor)?;
+    let Fields { mut headers, own } = fields::of_request(bytes, rest, limits.headers)?;
+    let framing = request_framing(&headers, &own, minor)?;
     without_leading_zeros(&mut headers);
-    let connection = Connection::of(&headers);
+    let connection = Connection::of(&own);
     if connection.rejected {
         return Err(Malformed::codec("http1.connection_header_rejected").into());
     }
-    let upgrade = if connection.upgrade { upgrade_of(&headers) } else { None };
+    let upgrade = if connection.upgrade { upgrade_of(&own) } else { None };
     if minor == 0 {
         // It could not be told to go on.
         take_expectation(&mut headers);
     }
     let keep_alive = !connection.close && (minor == 1 || connection.keep_alive);
-    let host = headers.get(header::HOST).cloned();
     let said_scheme = match target.first() {
         Some(b'h' | b'H') if method != Method::CONNECT => {
             Some(if target.get(4).is_some_and(|b| b.eq_ignore_ascii_case(&b's')) { Scheme::Https } else { Scheme::Http })
         }
         _ => None,
     };
-    let (authority, target) = match target_of(&method, &target, &mut headers, minor) {
+    let (authority, target) = match target_of(&method, &target, &own, minor) {
         Ok(found) => found,
         Err(refused) => {
             // What is refused is not read to its end: nothing of it may be taken for another request.
             let malformed = Malformed { close: refused.close || framing != Framing::Empty || !keep_alive, ..refused };
             // Envoy's log has nothing of what its codec refuses.
-            let said = (!malformed.protocol_error).then_some(ParsedHead { method, target, authority: host, headers });
+            let authority = own.get(header::HOST).cloned();
+            let said = (!malformed.protocol_error).then_some(ParsedHead { method, target, authority, headers });
             return Err(Box::new(Refused { malformed, said }));
         }
     };
-    strip_hop_by_hop(&mut headers);
+    fields::settle(&mut headers, &own);
     let scheme = said_scheme.unwrap_or_else(|| forwarded_scheme(&headers));
     let head = RequestHead { method, scheme, authority, target, headers };
     Ok(WireRequest { head, minor, framing, keep_alive, upgrade })
@@ -223,7 +228,7 @@ pub fn expects_continue(headers: &HeaderMap) -> bool {
 pub fn take_expectation(headers: &mut HeaderMap) -> bool {
     let expects = expects_continue(headers);
     if expects {
-        headers.remove(header::EXPECT);
+        take_off(headers, &header::EXPECT);
     }
     expects
 }
@@ -243,25 +248,25 @@ pub fn response(bytes: &Bytes, method: &Method, limits: HeadLimits) -> Result<Wi
     if rest_of_line[3..].iter().any(|b| b.is_ascii_control() && *b != b'\t') {
         return Err(CODEC);
     }
-    let mut headers = headers(bytes, rest, limits.headers)?;
-    let framing = response_framing(&headers, status, method)?;
+    let Fields { mut headers, own } = fields::of_response(bytes, rest, limits.headers)?;
+    let framing = response_framing(&headers, &own, status, method)?;
     if status.is_informational() {
         // There is no body, and nothing may seem to say that there is one (RFC 9110 section 8.6, RFC 9112 section 6.1).
-        let length = headers.remove(header::CONTENT_LENGTH);
+        let length = take_off(&mut headers, &header::CONTENT_LENGTH);
         let has_length = length.is_some_and(|length| length.as_bytes().iter().any(|b| *b != b'0'));
-        if has_length || headers.contains_key(header::TRANSFER_ENCODING) {
+        if has_length || own.contains_key(header::TRANSFER_ENCODING) {
             return Err(CODEC);
         }
     }
-    let connection = Connection::of(&headers);
+    let connection = Connection::of(&own);
     let keep_alive = framing != Framing::UntilClose && !connection.close && (keeps || connection.keep_alive);
     // Whatever it says, there is no body (RFC 9112 section 6.3); if there is one all the same, nothing is to be read behind it.
-    let length = if status == StatusCode::NO_CONTENT { headers.remove(header::CONTENT_LENGTH) } else { None };
+    let length = if status == StatusCode::NO_CONTENT { take_off(&mut headers, &header::CONTENT_LENGTH) } else { None };
     let contradicts = status == StatusCode::NO_CONTENT
-        && (length.is_some_and(|length| length.as_bytes().iter().any(|b| *b != b'0')) || headers.contains_key(header::TRANSFER_ENCODING));
+        && (length.is_some_and(|length| length.as_bytes().iter().any(|b| *b != b'0')) || own.contains_key(header::TRANSFER_ENCODING));
     let keep_alive = keep_alive && !contradicts;
-    let upgrade = if status == StatusCode::SWITCHING_PROTOCOLS { headers.get(header::UPGRADE).cloned() } else { None };
-    strip_hop_by_hop(&mut headers);
+    let upgrade = if status == StatusCode::SWITCHING_PROTOCOLS { own.get(header::UPGRADE).cloned() } else { None };
+    fields::settle(&mut headers, &own);
     if let Some(upgrade) = upgrade {
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(header::UPGRADE, upgrade);
@@ -274,13 +279,6 @@ type Range = std::ops::Range<usize>;
 /// The first line without its end, and where the next begins.
 fn first_line(bytes: &[u8]) -> Option<(Range, usize)> {
     line_at(bytes, 0)
-}
-
-fn line_at(bytes: &[u8], start: usize) -> Option<(Range, usize)> {
-    let rest = bytes.get(start..)?;
-    let end = start + memchr::memchr(b'\n', rest)?;
-    let trimmed = if end > start && bytes[end - 1] == b'\r' { end - 1 } else { end };
-    Some((start..trimmed, end + 1))
 }
 
 /// Method, target and minor version; there may be more than one space between them, as Envoy allows (RFC 9112 section 3).
@@ -310,59 +308,6 @@ fn request_line(bytes: &Bytes, line: Range) -> Result<(Method, Bytes, u8), Malfo
     Ok((method, target, minor))
 }
 
-fn headers(bytes: &Bytes, mut at: usize, most: usize) -> Result<HeaderMap, Malformed> {
-    let mut headers = HeaderMap::with_capacity(16);
-    let mut count = 0;
-    while let Some((line, next)) = line_at(bytes, at) {
-        at = next;
-        if line.is_empty() {
-            return Ok(headers);
-        }
-        count += 1;
-        if count > most {
-            return Err(Malformed::too_large("http1.too_many_headers"));
-        }
-        let colon = line.start + memchr::memchr(b':', &bytes[line.clone()]).ok_or(CODEC)?;
-        let name = HeaderName::from_bytes(&bytes[line.start..colon]).map_err(|_| CODEC)?;
-        let value = match folded(bytes, &mut at) {
-            None => value(bytes.slice(trim(bytes, colon + 1..line.end))),
-            Some(more) => {
-                let mut joined = bytes[trim(bytes, colon + 1..line.end)].to_vec();
-                joined.extend_from_slice(&more);
-                let joined = Bytes::from(joined);
-                value(joined.slice(trim(&joined, 0..joined.len())))
-            }
-        };
-        headers.append(name, value?);
-    }
-    Err(CODEC)
-}
-
-fn value(bytes: Bytes) -> Result<HeaderValue, Malformed> {
-    HeaderValue::from_maybe_shared(bytes).map_err(|_| INVALID_CHARACTERS)
-}
-
-/// Lines that continue a header (RFC 9112 section 5.2), each joined with a space.
-fn folded(bytes: &Bytes, at: &mut usize) -> Option<Vec<u8>> {
-    let mut joined: Option<Vec<u8>> = None;
-    while let (Some(b' ' | b'\t'), Some((line, next))) = (bytes.get(*at), line_at(bytes, *at)) {
-        let more = &bytes[trim(bytes, line)];
-        let joined = joined.get_or_insert_default();
-        joined.push(b' ');
-        joined.extend_from_slice(more);
-        *at = next;
-    }
-    joined
-}
-
-fn trim(bytes: &[u8], range: Range) -> Range {
-    let is_space = |b: &u8| matches!(b, b' ' | b'\t');
-    let text = &bytes[range.clone()];
-    let start = text.iter().take_while(|b| is_space(b)).count();
-    let end = text[start..].iter().rev().take_while(|b| is_space(b)).count();
-    range.start + start..range.end - end
-}
-
 /// What `connection` says.
 #[derive(Debug, Default)]
 struct Connection {
@@ -374,9 +319,10 @@ struct Connection {
 }
 
 impl Connection {
-    fn of(headers: &HeaderMap) -> Self {
+    /// By the fields of the connection.
+    fn of(own: &HeaderMap) -> Self {
         let mut found = Self::default();
-        for token in tokens(headers, &header::CONNECTION) {
+        for token in tokens(own, &header::CONNECTION) {
             found.close |= token.eq_ignore_ascii_case(b"close");
             found.keep_alive |= token.eq_ignore_ascii_case(b"keep-alive");
             found.upgrade |= token.eq_ignore_ascii_case(b"upgrade");
@@ -384,7 +330,7 @@ impl Connection {
             found.rejected |= token.starts_with(b":") || forwarded.iter().any(|name| token.eq_ignore_ascii_case(name.as_bytes()));
         }
         // Nobody has a use for it but clients that mean the other one, and are taken at their word, as by Envoy.
-        found.close |= tokens(headers, &PROXY_CONNECTION).any(|token| token.eq_ignore_ascii_case(b"close"));
+        found.close |= tokens(own, &PROXY_CONNECTION).any(|token| token.eq_ignore_ascii_case(b"close"));
         found
     }
 }
@@ -417,9 +363,9 @@ fn is_chunked(headers: &HeaderMap) -> Option<bool> {
     Some(all.next().is_none() && first.as_bytes().eq_ignore_ascii_case(b"chunked"))
 }
 
-fn request_framing(headers: &HeaderMap, minor: u8) -> Result<Framing, Malformed> {
+fn request_framing(headers: &HeaderMap, own: &HeaderMap, minor: u8) -> Result<Framing, Malformed> {
     let length = content_length(headers)?;
-    let Some(chunked) = is_chunked(headers) else {
+    let Some(chunked) = is_chunked(own) else {
         return Ok(length.filter(|l| *l > 0).map_or(Framing::Empty, Framing::Length));
     };
     if length.is_some() || minor == 0 {
@@ -436,9 +382,9 @@ fn request_framing(headers: &HeaderMap, minor: u8) -> Result<Framing, Malformed>
 }
 
 /// What is said of a body has to be right where there is none, too: whoever sent it may send one all the same.
-fn response_framing(headers: &HeaderMap, status: StatusCode, method: &Method) -> Result<Framing, Malformed> {
+fn response_framing(headers: &HeaderMap, own: &HeaderMap, status: StatusCode, method: &Method) -> Result<Framing, Malformed> {
     let length = content_length(headers)?;
-    let said = match is_chunked(headers) {
+    let said = match is_chunked(own) {
         Some(true) if length.is_none() => Framing::Chunked,
         Some(_) => return Err(CODEC),
         None => length.map_or(Framing::UntilClose, |l| if l == 0 { Framing::Empty } else { Framing::Length(l) }),
@@ -470,25 +416,6 @@ fn content_length(headers: &HeaderMap) -> Result<Option<u64>, Malformed> {
     }
     let length = digits.iter().try_fold(0_u64, |n, d| n.checked_mul(10)?.checked_add(u64::from(d - b'0')));
     length.map(Some).ok_or(CODEC)
-}
-
-/// Removes what is for this connection only: RFC 9110 section 7.6.1. `te: trailers` stays.
-pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if headers.contains_key(header::CONNECTION) {
-        let named = tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::from_bytes(t).ok()).collect::<Vec<_>>();
-        named.iter().filter(|n| **n != header::TE).for_each(|n| drop(headers.remove(n)));
-        headers.remove(header::CONNECTION);
-    }
-    if headers.contains_key(header::TE) {
-        let trailers = tokens(headers, &header::TE).any(|t| t.eq_ignore_ascii_case(b"trailers"));
-        headers.remove(header::TE);
-        if trailers {
-            headers.insert(header::TE, HeaderValue::from_static("trailers"));
-        }
-    }
-    for name in [&KEEP_ALIVE, &PROXY_CONNECTION, &header::TRANSFER_ENCODING, &header::UPGRADE] {
-        headers.remove(name);
-    }
 }
 
 #[cfg(test)]

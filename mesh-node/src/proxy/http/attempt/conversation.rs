@@ -91,7 +91,7 @@ impl<B: RequestBody, R: Responder> Exchange<'_, '_, '_, B, R> {
                 Event::Head(Err(failed)) => {
                     let refused = !begun && failed.reset == Reset::ConnectionTermination && self.sink.is_refused().await;
                     let reset = if refused { Reset::RefusedStream } else { failed.reset };
-                    return Attempt::Failed(Failed { begun, reset, ..failed });
+                    return Attempt::Failed(Failed { reset, begun, ..failed });
                 }
                 Event::Cut => return Attempt::Cut,
                 Event::TimeUp(up) => return Attempt::TimeUp(up),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-use crate::route::target::RequestTarget;
+use crate::route::{request::take_off, target::RequestTarget};
 
 /// How a header is put among others of its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +61,8 @@ pub fn lengthen(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue)
 /// Takes headers off; neither pseudo headers nor the host can be.
 pub fn remove<'a>(headers: &mut HeaderMap, names: impl Iterator<Item = &'a str>) {
     for name in names.map(str::trim).filter(|name| !name.eq_ignore_ascii_case("host")) {
-        headers.remove(name);
+        // What is no name of a header is none that there is.
+        let _ = HeaderName::try_from(name).ok().and_then(|name| take_off(headers, &name));
     }
 }
 

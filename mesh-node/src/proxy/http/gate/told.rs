@@ -3,7 +3,12 @@
 use http::HeaderValue;
 
 use super::{Gate, Pass};
-use crate::{config::Snapshot, proxy::http::headers::CLIENT_CERT, resource::mesh_config::ClientCert, route::request::RequestHead};
+use crate::{
+    config::Snapshot,
+    proxy::http::headers::CLIENT_CERT,
+    resource::mesh_config::ClientCert,
+    route::request::{RequestHead, take_off},
+};
 
 /// What an application is told of who the client is.
 pub(super) enum ClientCertAction {
@@ -30,7 +35,7 @@ impl Gate {
             ClientCertAction::Also(value) => Pass { client_cert: Some(value), ..Pass::default() },
             ClientCertAction::Only(value) => {
                 let mut head = head.clone();
-                head.headers.remove(&CLIENT_CERT);
+                take_off(&mut head.headers, &CLIENT_CERT);
                 Pass { head: Some(head), client_cert: value, ..Pass::default() }
             }
         }

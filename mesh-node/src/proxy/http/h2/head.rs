@@ -11,7 +11,7 @@ use crate::{
         wire::{HeadLimits, Malformed, ParsedHead, Refused, checked_authority, path_and_query, strip_hop_by_hop},
     },
     route::{
-        request::{RequestHead, Scheme},
+        request::{RequestHead, Scheme, take_off},
         target::RequestTarget,
     },
 };
@@ -27,7 +27,7 @@ pub fn request_head(request: Request<()>, limits: HeadLimits) -> Result<RequestH
         return Err(Malformed { details: "http2.too_many_headers", close: false, ..Malformed::TOO_LARGE }.into());
     }
     let ambiguous = is_ambiguous(&headers);
-    let host = headers.remove(header::HOST);
+    let host = take_off(&mut headers, &header::HOST);
     let authority = parts.uri.authority().map(|authority| HeaderValue::from_str(authority.as_str()).ok());
     // One beside it says nothing (RFC 9113 section 8.3.1), but has to be one.
     let ambiguous = ambiguous || authority.is_some() && host.clone().is_some_and(|host| checked_authority(host).is_err());

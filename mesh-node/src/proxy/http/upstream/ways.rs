@@ -19,7 +19,10 @@ use super::super::{
     h2::{self as ours, Ended, H2Sink, H2Source},
     wire::{self, Framing, WireResponse},
 };
-use crate::route::{request::RequestHead, retry::Reset};
+use crate::route::{
+    request::{RequestHead, take_off},
+    retry::Reset,
+};
 
 /// Where a request goes.
 pub enum UpSink<'a> {
@@ -184,11 +187,11 @@ impl UpSource<'_> {
                     return Err(Failed::new(Reset::ProtocolError));
                 }
                 let Some(stream) = stream else {
-                    parts.headers.remove(http::header::CONTENT_LENGTH);
+                    take_off(&mut parts.headers, &http::header::CONTENT_LENGTH);
                     return Ok(WireResponse { status: parts.status, headers: parts.headers, framing: Framing::Empty, keep_alive: true });
                 };
                 if parts.status == StatusCode::NO_CONTENT {
-                    parts.headers.remove(http::header::CONTENT_LENGTH);
+                    take_off(&mut parts.headers, &http::header::CONTENT_LENGTH);
                 }
                 let source = H2Source::answer(stream, &parts.headers, whole.clone());
                 let mut framing = source.framing();

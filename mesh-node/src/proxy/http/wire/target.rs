@@ -15,19 +15,13 @@ pub(super) fn forwarded_scheme(headers: &HeaderMap) -> Scheme {
     if https { Scheme::Https } else { Scheme::Http }
 }
 
-/// Splits the request target from the authority: origin, absolute and authority form (RFC 9112 section 3.2).
-pub(super) fn target_of(
-    method: &Method,
-    target: &Bytes,
-    headers: &mut HeaderMap,
-    minor: u8,
-) -> Result<(HeaderValue, RequestTarget), Malformed> {
-    let mut hosts = headers.get_all(header::HOST).iter();
+/// Splits the request target from the authority, which `own` may say: origin, absolute and authority form (RFC 9112 section 3.2).
+pub(super) fn target_of(method: &Method, target: &Bytes, own: &HeaderMap, minor: u8) -> Result<(HeaderValue, RequestTarget), Malformed> {
+    let mut hosts = own.get_all(header::HOST).iter();
     let host = match (hosts.next().cloned(), hosts.next()) {
         (Some(_), Some(_)) => return Err(CODEC),
         (host, _) => host,
     };
-    headers.remove(header::HOST);
     if method == Method::CONNECT {
         if port_in_url(target)?.is_none() {
             return Err(INVALID_URL);

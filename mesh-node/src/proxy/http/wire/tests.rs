@@ -256,3 +256,21 @@ fn an_odd_element_hides_no_other_of_a_list() {
         assert_eq!(refused.malformed.status, StatusCode::NOT_IMPLEMENTED, "{coding}");
     }
 }
+
+#[test]
+fn what_goes_on_keeps_its_order() {
+    let names = |headers: &HeaderMap| headers.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let fields = "Connection: keep-alive, X-Mine\r\nA-One: 1\r\nContent-Length: 0\r\nX-Mine: 1\r\nB-Two: 2\r\nTE: trailers, gzip\r\nC-Three: 3\r\n\
+                  Keep-Alive: 5\r\nD-Four: 4\r\nA-One: 5\r\nE-Five: 6\r\n\r\n";
+    let head = Bytes::from(format!("GET / HTTP/1.1\r\nProxy-Connection: x\r\nHost: a\r\n{fields}"));
+    let read = request(&head, HeadLimits::OF_CLIENT).expect("valid");
+    assert_eq!(names(&read.head.headers), "a-one content-length b-two c-three d-four e-five te");
+    assert_eq!(read.head.headers.get_all("a-one").iter().collect::<Vec<_>>(), ["1", "5"]);
+    let head = Bytes::from(format!("HTTP/1.1 200 OK\r\nHost: odd\r\n{fields}"));
+    let read = response(&head, &Method::GET, HeadLimits::OF_CLIENT).expect("valid");
+    assert_eq!(names(&read.headers), "host a-one content-length b-two c-three d-four e-five te");
+    let mut headers = read.headers;
+    assert!(take_off(&mut headers, &header::TRAILER).is_none());
+    assert_eq!(take_off(&mut headers, &HeaderName::from_static("a-one")).expect("there"), "1");
+    assert_eq!(names(&headers), "host content-length b-two c-three d-four e-five te");
+}
