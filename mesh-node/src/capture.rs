@@ -149,6 +149,18 @@ fn acceleration(loaded: &mut object::Loaded) -> Result<accelerate::Parts, Captur
     Ok(accelerate::Parts { pair, wake, received, sockets, events: loaded.take("EVENTS", RingBuf::try_from)? })
 }
 
+/// The cgroup, unless programs of another mesh-node are attached to it, which are pinned elsewhere.
+pub fn own_cgroup(pins: &Path, cgroup: &Path) -> Result<std::fs::File, CaptureError> {
+    let open = std::fs::File::open(cgroup).map_err(CaptureError::io(format!("open cgroup {}", cgroup.display())))?;
+    for hook in object::CGROUP_HOOKS {
+        let foreign = pins::is_foreign(pins, hook.program, open.as_fd(), hook.attach_type);
+        if foreign.map_err(CaptureError::io(format!("ask for the programs of {}", cgroup.display())))? {
+            return Err(CaptureError::Foreign { cgroup: cgroup.display().to_string(), pins: pins.display().to_string() });
+        }
+    }
+    Ok(open)
+}
+
 impl Capture {
     /// Loads the programs with the pinned maps, takes over pinned links and attaches what is not attached yet.
     ///
@@ -164,16 +176,8 @@ impl Capture {
         loaded.array::<NodeConfig>("NODE")?.set(0, node, 0).map_err(CaptureError::map("NODE"))?;
         register_self(&mut loaded.hash("PROXIES")?)?;
         discovery::check_own_cgroup(&settings.cgroup)?;
-        let cgroup =
-            std::fs::File::open(&settings.cgroup).map_err(CaptureError::io(format!("open cgroup {}", settings.cgroup.display())))?;
+        let cgroup = own_cgroup(&settings.pins, &settings.cgroup)?;
         for hook in object::CGROUP_HOOKS {
-            let foreign = pins::is_foreign(&settings.pins, hook.program, cgroup.as_fd(), hook.attach_type);
-            if foreign.map_err(CaptureError::io(format!("ask for the programs of {}", settings.cgroup.display())))? {
-                return Err(CaptureError::Foreign {
-                    cgroup: settings.cgroup.display().to_string(),
-                    pins: settings.pins.display().to_string(),
-                });
-            }
             let link = pins::hook_link(&directory, hook.program);
             pins::drop_foreign(&link, &cgroup)?;
             pins::attach(&link, loaded.program(hook.program)?, cgroup.as_fd(), hook.attach_type)?;

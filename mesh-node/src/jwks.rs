@@ -147,7 +147,7 @@ impl Jwks {
         let told = |(remote, set): (RemoteKeys, Arc<Set>)| {
             let problem = set.problem.load_full().filter(|_| wanted.contains(&remote))?;
             let kept = if set.keys.load().is_some() { "those fetched before are used" } else { "tokens of its issuers are answered 401" };
-            Some(format!("keys at {} cannot be fetched ({problem}): {kept}", remote.uri))
+            Some(format!("warning: keys at {} cannot be fetched ({problem}): {kept}", remote.uri))
         };
         let mut told = all.into_iter().filter_map(told).collect::<Vec<_>>();
         told.sort();

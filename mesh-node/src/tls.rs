@@ -349,8 +349,10 @@ pub enum HandshakeFailure {
     Protocol,
     /// The peer presented no certificate.
     NoCertificate,
-    /// The peer's certificate is expired or not yet valid.
+    /// The peer's certificate is expired.
     Expired,
+    /// The peer's certificate is not valid yet: one of the two clocks is wrong.
+    NotValidYet,
     /// The peer's certificate has been revoked.
     Revoked,
     /// The peer's certificate is of an unknown authority, or malformed.
@@ -364,10 +366,11 @@ pub enum HandshakeFailure {
 }
 
 impl HandshakeFailure {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Protocol,
         Self::NoCertificate,
         Self::Expired,
+        Self::NotValidYet,
         Self::Revoked,
         Self::Untrusted,
         Self::WrongIdentity,
@@ -381,10 +384,8 @@ impl HandshakeFailure {
         match error.get_ref().and_then(|e| e.downcast_ref::<Error>()) {
             Some(Error::NoCertificatesPresented) => Self::NoCertificate,
             Some(Error::InvalidCertificate(e)) => match e {
-                CertificateError::Expired
-                | CertificateError::ExpiredContext { .. }
-                | CertificateError::NotValidYet
-                | CertificateError::NotValidYetContext { .. } => Self::Expired,
+                CertificateError::Expired | CertificateError::ExpiredContext { .. } => Self::Expired,
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Self::NotValidYet,
                 CertificateError::Revoked => Self::Revoked,
                 CertificateError::Other(other) if other.0.is::<verify::Unverified>() => Self::Untrusted,
                 CertificateError::ApplicationVerificationFailure | CertificateError::Other(_) => Self::WrongIdentity,
@@ -401,6 +402,7 @@ impl HandshakeFailure {
             Self::Protocol => "protocol",
             Self::NoCertificate => "no_certificate",
             Self::Expired => "expired",
+            Self::NotValidYet => "not_valid_yet",
             Self::Revoked => "revoked",
             Self::Untrusted => "untrusted",
             Self::WrongIdentity => "wrong_identity",

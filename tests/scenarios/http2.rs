@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::{Request, StatusCode};
 use mesh_tests::{
     engine::{Engine, service, virtual_service},
+    frames::{CONTINUATION, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS, block, frame},
     scripted::{self, Seen},
 };
 use serde_json::json;
@@ -172,12 +173,6 @@ async fn readers_that_do_not_read_hold_nobody_else_up() {
     drop(held);
 }
 
-/// A frame of HTTP/2.
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).expect("small").to_be_bytes();
-    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broken_frames_and_floods_end_the_connection_and_nothing_else() {
     let (engine, vip) = engine().await;
@@ -231,4 +226,37 @@ async fn whose_time_was_up_is_told_apart() {
     assert_eq!(call(&engine, vip, "/late/a", "200/1000", "10S").await, told("14", "upstream request timeout"));
     assert_eq!(call(&engine, vip, "/late/b", "200/1000", "100m").await, told("4", "downstream duration timeout"));
     assert_eq!(call(&engine, vip, "/x/c", "200/1000", "100m").await, told("4", "downstream duration timeout"));
+}
+
+/// Nobody else's answer is lost to a head that is too large, in frames of the size that clients send.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_of_hundreds_of_kilobytes_is_refused_alone() {
+    let (engine, vip) = engine().await;
+    let mut stream = engine.connect(vip).await.expect("connected");
+    let begin = [(":method", "GET"), (":scheme", "http"), (":authority", "svc.example"), (":path", "/x/slow"), ("x-id", "slow")];
+    let value = "a".repeat(16_000);
+    let large = block(begin.into_iter().chain((0..40).map(|_| ("x-large", &*value))));
+    let pieces = large.chunks(16 * 1024).collect::<Vec<_>>();
+    let mut sent = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+    sent.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(begin.into_iter().chain([("x-plan", "200/700")]))));
+    for (i, piece) in pieces.iter().enumerate() {
+        let end = if i + 1 == pieces.len() { END_HEADERS } else { 0 };
+        sent.extend(if i == 0 { frame(HEADERS, END_STREAM, 3, piece) } else { frame(CONTINUATION, end, 3, piece) });
+    }
+    stream.write_all(&sent).await.expect("written");
+    let (mut heads, mut read) = (Vec::new(), Vec::new());
+    let both = async {
+        while heads.len() < 2 {
+            let mut chunk = [0; 16 * 1024];
+            let n = stream.read(&mut chunk).await.expect("read");
+            assert!(n > 0, "it ended after answers on {heads:?}");
+            read.extend_from_slice(&chunk[..n]);
+            while let Some(length) = read.get(..9).map(|h| 9 + (usize::from(h[1]) << 8) + usize::from(h[2])).filter(|l| read.len() >= *l) {
+                let frame = read.drain(..length).collect::<Vec<_>>();
+                heads.extend((frame[3] == HEADERS).then_some(frame[8]));
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), both).await.expect("two answers");
+    assert_eq!(heads, [3, 1]);
 }

@@ -385,6 +385,12 @@ fn uninstall_leaves_nothing_in_the_kernel() {
     assert!(answers(&bed, &client, &server.address(8080)));
     let refused = bed.nodes()[0].uninstall().expect_err("not under a running process").to_string();
     assert!(refused.contains("stop it first") && answers(&bed, &client, &server.address(8080)), "{refused}");
+    // Nor with other pins than it has.
+    let cgroup = bed.nodes()[0].cgroup.display().to_string();
+    let elsewhere = bed.nodes()[0].mesh_node(&["uninstall", "--bpf-dir", "/sys/fs/bpf/nowhere", "--cgroup-root", &cgroup]).expect("run");
+    let said = String::from_utf8_lossy(&elsewhere.stderr).into_owned();
+    assert!(!elsewhere.status.success() && said.contains("not pinned below /sys/fs/bpf/nowhere"), "{said}");
+    assert!(answers(&bed, &client, &server.address(8080)));
     bed.node(0).stop().expect("stopped");
     let removed = bed.nodes()[0].uninstall().expect("uninstalled");
     assert!(removed.contains("removed") && removed.contains("2 pods"), "{removed}");

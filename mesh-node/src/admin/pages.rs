@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use serde_json::{Value, json};
@@ -46,14 +46,27 @@ fn remarks(node: &Node) -> Vec<String> {
     configuration.chain(own).chain(uncertified(&proxy.identity.states())).chain(unserved(&node.pods())).collect()
 }
 
+/// How long a pod may be known before a process of it is found.
+const ABOUT_TO_BEGIN: Duration = Duration::from_secs(15);
 /// Most pods that are told of one by one.
 const MAX_LISTED: usize = 20;
 
 /// Pods of the mesh that are there and cannot be served.
 fn unserved(pods: &[PodState]) -> Vec<String> {
-    let problem = |p: &PodState| p.problem.clone().filter(|problem| problem != NO_PROCESS);
-    let told = pods.iter().filter_map(|p| {
-        Some(format!("error: Pod {}/{} cannot be served, and its connections are refused: {}", p.namespace, p.name, problem(p)?))
+    let told = pods.iter().filter_map(|p| match p.problem.as_deref()? {
+        // It may be about to begin. One without an address has no traffic either.
+        NO_PROCESS => {
+            let since = p.absent?.elapsed();
+            (since > ABOUT_TO_BEGIN && !p.addresses.is_empty()).then(|| {
+                format!(
+                    "error: Pod {}/{} is not captured: {NO_PROCESS} for {} s; if it runs, its traffic is neither encrypted nor governed",
+                    p.namespace,
+                    p.name,
+                    since.as_secs()
+                )
+            })
+        }
+        problem => Some(format!("error: Pod {}/{} cannot be served, and its connections are refused: {problem}", p.namespace, p.name)),
     });
     told.take(MAX_LISTED).collect()
 }

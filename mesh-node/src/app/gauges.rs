@@ -34,6 +34,7 @@ impl Node {
             let n = problems.iter().filter(|(k, _)| *k == kind).count();
             metrics.problems.get_or_create(&WhatLabels { what: kind.name() }).set(gauge(n));
         }
+        metrics.problems.get_or_create(&WhatLabels { what: "issuer_keys" }).set(gauge(self.proxy.jwks.problems().len()));
         let (most, free) = self.proxy.limits.connections();
         for (what, n) in [("most", most), ("held", most - free.min(most))] {
             metrics.connection_places.get_or_create(&WhatLabels { what }).set(gauge(n));

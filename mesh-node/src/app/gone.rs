@@ -1,8 +1,36 @@
-//! What pods that are gone leave in the kernel.
+//! Pods that are gone, or not there: what they leave in the kernel, and since when none of their processes is found.
 
-use std::{collections::HashSet, net::IpAddr, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::node::Node;
+use crate::{capture::LocalPod, id::WorkloadUid, route::Workload};
+
+/// Pods of which no process is found, since when.
+#[derive(Debug, Default)]
+pub(super) struct Absent(HashMap<WorkloadUid, Instant>);
+
+impl Absent {
+    /// Takes in which of this node's pods are found.
+    pub(super) fn look(&mut self, own: &[Arc<Workload>], found: &HashMap<WorkloadUid, LocalPod>) {
+        self.0.retain(|uid, _| own.iter().any(|w| w.uid == *uid));
+        for workload in own {
+            if found.contains_key(&workload.uid) {
+                self.0.remove(&workload.uid);
+            } else {
+                self.0.entry(workload.uid.clone()).or_insert_with(Instant::now);
+            }
+        }
+    }
+
+    pub(super) fn since(&self, uid: &WorkloadUid) -> Option<Instant> {
+        self.0.get(uid).copied()
+    }
+}
 
 /// Has the kernel forget flows to a pod that is gone, when all of them have ended.
 pub(super) async fn forget_flows(node: &Node, addresses: &[IpAddr]) {

@@ -106,6 +106,9 @@ pub struct PodState {
     pub captured: bool,
     /// Why not, when it should be.
     pub problem: Option<String>,
+    /// Since when no process of it is found.
+    #[serde(skip)]
+    pub absent: Option<Instant>,
 }
 
 /// The running node.
@@ -199,17 +202,7 @@ pub async fn run(settings: NodeSettings) -> anyhow::Result<()> {
     tokio::spawn(direct.run(flows));
     tokio::spawn(proxy.jwks.clone().run());
     tracing::info!(target: "app", node = %node.settings.mesh.node, admin = %node.settings.admin, fail_mode = ?node.settings.capture.fail_mode, "started");
-    let reconciler = Reconciler {
-        node: node.clone(),
-        served: HashMap::new(),
-        held: HashMap::new(),
-        released: Vec::new(),
-        stay: None,
-        announced: false,
-        since: None,
-        further: Further::default(),
-    };
-    reconciler.until_stopped(discovery, config).await
+    Reconciler::new(node.clone()).until_stopped(discovery, config).await
 }
 
 /// Opens everything a node shows itself on.
@@ -248,12 +241,18 @@ struct Reconciler {
     announced: bool,
     /// When pods were first looked for.
     since: Option<Instant>,
+    absent: gone::Absent,
     further: Further,
 }
 
 type Found = HashMap<WorkloadUid, LocalPod>;
 
 impl Reconciler {
+    fn new(node: Arc<Node>) -> Self {
+        let (served, held, absent, further) = (HashMap::new(), HashMap::new(), gone::Absent::default(), Further::default());
+        Self { node, served, held, released: Vec::new(), stay: None, announced: false, since: None, absent, further }
+    }
+
     /// Works until the node is told to stop, and stops it.
     async fn until_stopped(mut self, discovery: Discovery, config: Configuration) -> anyhow::Result<()> {
         let node = self.node.clone();
@@ -329,6 +328,7 @@ impl Reconciler {
         }
         // Before anything is announced: what an earlier process left in the table goes with this.
         self.node.direct.serve(&there);
+        self.absent.look(&mine, found);
         let mut states = mine.iter().map(|w| self.state(w, found)).collect::<Vec<_>>();
         states.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         *self.node.pods.lock() = states;
@@ -409,6 +409,7 @@ impl Reconciler {
             enrolled: workload.enrolled,
             captured,
             problem: problem.filter(|_| workload.enrolled),
+            absent: self.absent.since(&workload.uid),
         }
     }
 

@@ -132,7 +132,7 @@ struct RunArgs {
     readiness: SocketAddr,
     /// Most requests of HTTP/2 under way at once on the node, streams of gRPC among them: each keeps some tens of kilobytes. A pod has at most
     /// four times what is free; what is beyond is refused unprocessed and counted.
-    #[arg(long, env = "MESH_MAX_REQUESTS", default_value_t = crate::proxy::limits::MOST_REQUESTS, value_name = "N")]
+    #[arg(long, env = "MESH_MAX_REQUESTS", default_value_t = crate::proxy::limits::MOST_REQUESTS, value_name = "N", value_parser = requests)]
     max_requests: usize,
     /// Seconds Kubernetes gives the process to end, `terminationGracePeriodSeconds` of its pod: what is under way when it is told to stop
     /// has all of them but five to end by itself, at least half of them.
@@ -218,7 +218,7 @@ impl CertificateArgs {
 #[derive(Debug, Args)]
 struct CaArgs {
     /// Where it listens.
-    #[arg(long, env = "MESH_CA_LISTEN", value_name = "ADDRESS", default_value = "0.0.0.0:15012")]
+    #[arg(long, env = "MESH_CA_LISTEN", value_name = "ADDRESS", default_value = "[::]:15012")]
     listen: SocketAddr,
     /// Directory with the authority's key and certificates: a root made there if there is nothing, or an operator's intermediate
     /// as in Istio's secret cacerts (ca-key.pem, ca-cert.pem, cert-chain.pem, root-cert.pem).
@@ -249,7 +249,7 @@ struct CaArgs {
     #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/mesh-node")]
     state_dir: PathBuf,
     /// Where readiness and metrics are served.
-    #[arg(long, env = "MESH_CA_METRICS", value_name = "ADDRESS", default_value = "127.0.0.1:15014")]
+    #[arg(long, env = "MESH_CA_METRICS", value_name = "ADDRESS", default_value = "[::]:15014")]
     metrics: SocketAddr,
     /// What is logged, in the syntax of `RUST_LOG`.
     #[arg(long, env = "MESH_LOG", value_name = "FILTER", default_value = "info")]
@@ -366,8 +366,11 @@ fn uninstall(args: &KernelArgs) -> anyhow::Result<()> {
     Netns::host()?;
     let served = capture::is_served(&args.bpf_dir)?;
     anyhow::ensure!(!served, "a mesh-node is running with the pins in {}; stop it first", args.bpf_dir.display());
+    let cgroup = args.cgroup()?;
+    // Another's pods keep what it needs.
+    capture::own_cgroup(&args.bpf_dir, &cgroup)?;
     let removed = capture::uninstall(&args.bpf_dir)?;
-    let mut discovery = Discovery::new(args.cgroup()?)?;
+    let mut discovery = Discovery::new(cgroup)?;
     let mut failed = 0;
     let pods = discovery.look(std::time::Instant::now())?;
     for pod in pods.values() {
@@ -387,6 +390,11 @@ fn verify() -> anyhow::Result<()> {
         println!("{program}: loads, {instructions} instructions verified");
     }
     Ok(())
+}
+
+/// A number of requests that lets some pass.
+fn requests(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "is not a number from 1 on".to_owned())
 }
 
 /// Whether the environment asks for a log in JSON, in ztunnel's words.

@@ -231,11 +231,13 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         self.cluster.policy.balancer == Balancer::Passthrough && self.cluster.id.service == *self.forward.dialled
     }
 
-    /// Whether what the client has dialled is an endpoint yet, of whichever subset: another pod may have its address later.
-    fn is_endpoint(&self, address: SocketAddr) -> bool {
+    /// Whether what the client has dialled was an endpoint, and is none any more, of whichever subset: another pod may have its address later.
+    fn has_left(&self, address: SocketAddr) -> bool {
         let whole = ClusterId { subset: "".into(), ..self.cluster.id.clone() };
-        let whole = self.snapshot().cluster_for(&self.forward.source.view, &whole);
-        whole.is_none_or(|cluster| cluster.endpoints.iter().any(|e| e.address == address))
+        let (snapshot, view) = (self.snapshot(), &self.forward.source.view);
+        let is_headless = snapshot.service(&whole.service).is_some_and(|service| service.vips.is_empty());
+        let whole = snapshot.cluster_for(view, &whole);
+        is_headless && whole.is_some_and(|cluster| cluster.endpoints.iter().all(|e| e.address != address))
     }
 
     /// The endpoint for an attempt, and what counts it there.
@@ -243,7 +245,7 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         let (cluster, source) = (&self.cluster, self.forward.source);
         if self.is_clients_choice() {
             let address = self.down.original;
-            if !self.is_endpoint(address) {
+            if self.has_left(address) {
                 self.down.over.tell();
                 return None;
             }

@@ -29,6 +29,8 @@ const USUAL_STREAMS: usize = 100;
 const UNTOLD: usize = 1_000_003;
 /// How long it is waited for that; it is the first thing a server says.
 const SETTLES: Duration = Duration::from_millis(200);
+/// Of a server's frames. Clients' are left at 16 KiB, which most send whatever they may: by the size that was offered the library reckons how many a
+/// head may have before it ends the connection, with all that goes on on it.
 const MAX_FRAME: u32 = 64 * 1024;
 /// What the library is told that a head or trailers may have: of what is larger it loses the rest without a word, and it takes no more
 /// frames of one than that needs, so that it is far above what is let through ([`MAX_HEAD`]).
@@ -80,7 +82,6 @@ where
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(streams)
-        .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(HEADER_LIST)
         .max_concurrent_reset_streams(REMEMBERED)
