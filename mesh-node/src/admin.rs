@@ -23,7 +23,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderMap, Method, Request, Response, StatusCode, Uri,
-    header::{ACCEPT, CONTENT_TYPE},
+    header::{ACCEPT, CONTENT_TYPE, ORIGIN},
 };
 use http_body_util::Full;
 use hyper::{server::conn::http1, service::service_fn};
@@ -207,6 +207,10 @@ const INDEX: &str = "/healthz/ready /metrics /status /pods /workloads /services 
 fn answer(node: &Node, pages: Pages, method: &Method, uri: &Uri, headers: &HeaderMap) -> Response<Full<Bytes>> {
     let query = uri.query().unwrap_or_default();
     match (pages, method, uri.path()) {
+        // Whoever a browser asks for.
+        (_, method, _) if method != Method::GET && method != Method::HEAD && headers.contains_key(ORIGIN) => {
+            text(StatusCode::FORBIDDEN, "nothing is changed for web pages\n")
+        }
         (Pages::All, &Method::POST | &Method::PUT, "/logging") => set_logging(query),
         (Pages::All, &Method::POST, "/quitquitquit") => {
             tracing::info!(target: "admin", "asked to stop");

@@ -200,6 +200,8 @@ fn metrics_and_readiness_have_ports_of_their_own_and_the_admin_a_socket() {
     }
     let raised = curl("http://127.0.0.1:15000/logging?level=debug", &[]);
     assert!(raised.contains("POST changes what is logged") && raised.contains(" 405 "), "{raised}");
+    let by_a_page = curl("http://127.0.0.1:15000/quitquitquit", &["-X", "POST", "-H", "origin: http://web.example"]);
+    assert!(by_a_page.contains(" 403 "), "{by_a_page}");
     for host in ["127.0.0.1", "[::1]", &bed.node_address(0).to_string()] {
         let metrics = curl(&format!("http://{host}:15020/stats/prometheus"), &[]);
         assert!(
