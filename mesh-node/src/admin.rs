@@ -54,7 +54,8 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// What would become of a request, by a configuration; see `meshctl explain`.
 pub fn explain(snapshot: &crate::config::Snapshot, query: &str) -> Result<Value, NoAnswer> {
-    explain::answer(snapshot, query)
+    // Nobody has asked them yet.
+    explain::answer(snapshot, query, &|_, _, _| false)
 }
 
 pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
@@ -256,7 +257,9 @@ fn page(node: &Node, path: &str, query: &str) -> Response<Full<Bytes>> {
         "/direct" => document(&pages::direct(node)),
         "/authorization" => asked(authorization::answer(&node.proxy.config.load(), query)),
         "/trace" => asked(pages::trace(node, query)),
-        "/explain" => asked(explain::answer(&node.proxy.config.load(), query)),
+        "/explain" => asked(explain::answer(&node.proxy.config.load(), query, &|source, cluster, endpoint| {
+            node.proxy.pods.by_uid(&source.uid).is_some_and(|pod| pod.clusters.has_ejected(cluster, endpoint))
+        })),
         "/config_dump" => document(&config_dump::dump(node)),
         "/logging" => logging(),
         "/" => text(StatusCode::OK, format!("{INDEX}\n")),

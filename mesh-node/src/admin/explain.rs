@@ -19,7 +19,7 @@ use crate::{
     policy::{Verified, WorkloadPolicy, received, unsatisfied},
     report::format::Template,
     route::{
-        Cluster, Endpoint, Service, ServicePort, Target, Workload,
+        Cluster, ClusterId, Endpoint, Service, ServicePort, Target, Workload,
         l4::L4Context,
         matching::Context,
         request::{RequestHead, Scheme, renormalised},
@@ -42,8 +42,11 @@ struct Question {
     sni: Option<Arc<str>>,
 }
 
+/// Which endpoints a pod leaves out of a cluster for what they have answered.
+pub(super) type Ejected<'a> = &'a dyn Fn(&Workload, &ClusterId, SocketAddr) -> bool;
+
 /// Answers, or says which parameter is wrong.
-pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, NoAnswer> {
+pub(super) fn answer(snapshot: &Snapshot, query: &str, ejected: Ejected<'_>) -> Result<Value, NoAnswer> {
     let question = Question::read(query)?;
     let source = authorization::find(snapshot, &question.from).ok_or_else(|| {
         let from = &question.from;
@@ -55,7 +58,7 @@ pub(super) fn answer(snapshot: &Snapshot, query: &str) -> Result<Value, NoAnswer
     let (dialled, host) = question.dialled(snapshot, source)?;
     let mut answer = json!({"from": {"workload": source.name.to_string(), "identity": source.identity.to_string(), "enrolled": source.enrolled},
         "dialled": dialled, "allowed": false});
-    let asker = Asker { question: &question, snapshot, source, dialled, host: &host };
+    let asker = Asker { question: &question, snapshot, source, dialled, host: &host, ejected };
     let target = if source.enrolled { snapshot.resolve_for(&source.view, dialled) } else { snapshot.resolve(dialled) };
     match target {
         Target::Service { service, port } => asker.to_service(service, port, &mut answer)?,
@@ -166,6 +169,7 @@ struct Asker<'a> {
     source: &'a Arc<Workload>,
     dialled: SocketAddr,
     host: &'a str,
+    ejected: Ejected<'a>,
 }
 
 impl<'a> Asker<'a> {
@@ -377,7 +381,11 @@ impl<'a> Asker<'a> {
                 }
             };
             one["ready"] = e.ready.into();
-            one["used"] = (alone || usable.iter().any(|u| u.address == e.address)).into();
+            let ejected = !alone && (self.ejected)(self.source, &cluster.id, e.address);
+            one["used"] = (alone || !ejected && usable.iter().any(|u| u.address == e.address)).into();
+            if ejected {
+                one["ejected"] = true.into();
+            }
             one
         };
         cluster.endpoints.iter().filter(|e| !alone || e.address == self.dialled).map(one).collect()

@@ -135,10 +135,12 @@ impl Flags {
         all
     }
 
-    /// One in the place of another; whether that was raised.
+    /// One in the place of another, each once; whether the other was raised.
     pub fn replace(&mut self, old: Flag, new: Flag) -> bool {
-        let place = self.0.iter_mut().find(|f| **f == Some(old));
-        place.is_some_and(|place| place.replace(new).is_some())
+        let was = self.0.contains(&Some(old));
+        let all = std::mem::take(&mut self.0);
+        all.into_iter().flatten().for_each(|flag| self.raise(if flag == old { new } else { flag }));
+        was
     }
 
     pub fn raise(&mut self, flag: Flag) {
@@ -168,5 +170,21 @@ impl EncodeLabelValue for Flags {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
         use fmt::Write as _;
         write!(encoder, "{self}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flag_is_told_once() {
+        let mut flags = Flags::of(&[Flag::UpstreamConnectionTermination, Flag::DownstreamDisconnect]);
+        assert!(flags.replace(Flag::UpstreamConnectionTermination, Flag::DownstreamDisconnect));
+        assert_eq!(flags.text(), "DC");
+        assert!(!flags.replace(Flag::NoRoute, Flag::DownstreamDisconnect));
+        flags.raise(Flag::NoRoute);
+        assert!(flags.replace(Flag::DownstreamDisconnect, Flag::UpstreamConnectionTermination));
+        assert_eq!(flags.text(), "UC,NR");
     }
 }

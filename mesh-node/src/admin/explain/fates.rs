@@ -127,7 +127,9 @@ impl Fates {
         if used.is_empty() {
             // What is ready is of other nodes.
             let elsewhere = endpoints.iter().any(|e| e["ready"] == true);
-            let why = if elsewhere {
+            let why = if endpoints.iter().any(|e| e["ejected"] == true) {
+                "every endpoint that could be used is ejected (outlierDetection)"
+            } else if elsewhere {
                 "no endpoint of the client's node is ready, and internalTrafficPolicy is Local"
             } else {
                 "no endpoint is ready"

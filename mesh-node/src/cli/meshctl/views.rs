@@ -334,7 +334,11 @@ pub fn explain(v: &Value) -> String {
             cluster,
             cell(&e["address"]),
             cell(&e["workload"]),
-            if e["ready"] == false && e["used"] == false { "no: not ready".to_owned() } else { cell(&e["used"]) },
+            match (&e["used"], &e["ready"], &e["ejected"]) {
+                (Value::Bool(false), Value::Bool(false), _) => "no: not ready".to_owned(),
+                (Value::Bool(false), _, Value::Bool(true)) => "no: ejected".to_owned(),
+                (used, ..) => cell(used),
+            },
             cell(&e["path"]),
             cell(&e["decision"]),
             cell(&e["reason"]),

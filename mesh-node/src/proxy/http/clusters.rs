@@ -69,6 +69,11 @@ impl Clusters {
         state
     }
 
+    /// Whether an endpoint is left out of a cluster now.
+    pub fn has_ejected(&self, cluster: &ClusterId, endpoint: SocketAddr) -> bool {
+        self.table.entries.load().get(cluster).is_some_and(|state| state.outliers.is_ejected(&endpoint, Instant::now()))
+    }
+
     pub fn all(&self) -> Vec<(ClusterId, Arc<ClusterState>)> {
         self.table.entries.load().iter().map(|(id, state)| (id.clone(), state.clone())).collect()
     }
