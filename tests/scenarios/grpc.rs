@@ -143,3 +143,41 @@ fn a_server_that_dies_is_unavailable_and_who_has_picked_it_hears_of_that() {
         std::thread::sleep(Duration::from_secs(2));
     }
 }
+
+/// A server that takes one call at a time.
+const ONE_AT_A_TIME: &str = r#"
+import concurrent.futures, grpc, time
+class Any(grpc.GenericRpcHandler):
+    def service(self, call): return grpc.unary_unary_rpc_method_handler(lambda request, context: time.sleep(0.005) or b"")
+server = grpc.server(concurrent.futures.ThreadPoolExecutor(4), options=[("grpc.max_concurrent_streams", 1)])
+server.add_generic_rpc_handlers([Any()])
+server.add_insecure_port("[::]:8080")
+server.start()
+server.wait_for_termination()
+"#;
+
+/// Asks thirty times at once on a new connection, and counts what comes of it.
+const BURST: &str = r#"
+import collections, grpc, sys
+told = collections.Counter()
+for _ in range(4):
+    channel = grpc.insecure_channel(sys.argv[1], options=[("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)])
+    calls = [channel.unary_unary("/a.B/C").future(b"", timeout=20) for _ in range(30)]
+    for call in calls:
+        try: call.result(); told["OK"] += 1
+        except grpc.RpcError as error: told[error.code().name] += 1
+    channel.close()
+print(dict(told))
+"#;
+
+#[test]
+fn a_burst_waits_for_a_server_that_takes_one_call_at_a_time() {
+    let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
+    let command = [PYTHON, "-c", ONE_AT_A_TIME].map(str::to_owned).to_vec();
+    let server = PodSpec { command, port: Some(8080), ..PodSpec::new("far", 1) }.label("app", "far");
+    let [client, _far] = bed.meshed([PodSpec::new("client", 0), server]).expect("pods");
+    bed.kubectl_apply("services", &services(&["far"], "[{name: grpc, port: 81, targetPort: 8080}]")).expect("service");
+    bed.settle().expect("settled");
+    let output = bed.run(&client, Path::new(PYTHON), &["-c", BURST, "far:81"]).expect("python");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "{'OK': 120}\n", "{}", String::from_utf8_lossy(&output.stderr));
+}

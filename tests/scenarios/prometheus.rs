@@ -61,6 +61,8 @@ fn prometheus_scrapes_both_nodes_and_queries_give_the_right_numbers() {
     get("/status/503", "1");
     bed.run(&client, &program("web"), &["grpc", "web:81"]).expect("grpc");
     bed.probe(&client, &["exchange", &server.address(8080), "10000"]).expect("bytes");
+    // Nobody listens there.
+    bed.probe(&client, &["ask", &server.address(9), "ping"]).expect("a report");
     let is = |expr: &str, expected: f64| {
         let waited = wait_for("the number", Duration::from_secs(15), || Ok((number(expr) - expected).abs() < 0.01));
         waited.unwrap_or_else(|_| panic!("{expr} is {} and not {expected}: {:?}", number(expr), query("istio_requests_total")));
@@ -83,6 +85,7 @@ fn prometheus_scrapes_both_nodes_and_queries_give_the_right_numbers() {
         0.0,
     );
     assert!(number("sum(istio_tcp_received_bytes_total{reporter=\"source\",destination_app=\"server\"})") >= 10_000.0);
+    is("sum(istio_tcp_connections_failed_total{reporter=\"source\"})", 1.0);
     dashboards_know(&query);
 }
 

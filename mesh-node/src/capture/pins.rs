@@ -192,6 +192,9 @@ pub fn uninstall(base: &Path) -> Result<bool, CaptureError> {
     let _held = lock(base)?;
     let mut removed = false;
     for version in versions(entries) {
+        // At once: without its pin a link goes some time later.
+        let links = fs::read_dir(version.join("links")).into_iter().flatten().filter_map(Result::ok);
+        links.for_each(|link| detach(&link.path()));
         fs::remove_dir_all(&version).map_err(CaptureError::io(format!("remove {}", version.display())))?;
         removed = true;
     }

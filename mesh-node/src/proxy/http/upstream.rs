@@ -356,8 +356,17 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     let traffic = hold.as_ref().map(|h| h.outcome.traffic.clone()).unwrap_or_default();
     let leaving = transport.leaving();
     let unused = Arc::<AtomicBool>::default();
-    let opened = super::h2::connect(Counted::upstream(transport, traffic, unused.clone())).await;
-    let opened = opened.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
+    let is_tunnel = transport.is_tunnel();
+    let io = Counted::upstream(transport, traffic, unused.clone());
+    let opened = async {
+        if !is_tunnel {
+            return super::h2::connect(io).await;
+        }
+        // Its node says how many streams the application takes: a burst of more would be refused, retries and all.
+        let mut opened = super::h2::connect_to_settle(io).await?;
+        opened.settle().await.map(|()| opened)
+    };
+    let opened = opened.await.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
     let connection = Arc::new(H2Upstream {
         gate: hold.as_ref().map(|h| h.gate.clone()),
         send: opened.send,
