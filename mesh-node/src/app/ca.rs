@@ -9,7 +9,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::sync::mpsc;
 
 use crate::{
     admin,
@@ -69,8 +69,8 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
         }
     };
     let service = Service::open(settings.service, cluster)?;
-    let listener = TcpListener::bind(settings.listen).await.with_context(|| format!("address {}", settings.listen))?;
-    let metrics = admin::bind(settings.metrics).await.with_context(|| format!("metrics address {}", settings.metrics))?;
+    let listener = admin::bind_any(settings.listen).await.with_context(|| format!("address {}", settings.listen))?;
+    let metrics = admin::bind_any(settings.metrics).await.with_context(|| format!("metrics address {}", settings.metrics))?;
     let shown = service.clone();
     let answer = move |method: &Method, uri: &Uri, _: &HeaderMap| match (method, uri.path()) {
         (&Method::GET, "/healthz/ready") if !shown.is_usable() => {

@@ -442,6 +442,8 @@ impl Reconciler {
             let originals = self.node.capture().original_destinations(local.netns_cookie).map_err(|e| chain(&e))?;
             let serving = listeners.serve(&self.node.proxy, &served.pod, originals);
             (served.serving, served.inbound) = (serving, inbound);
+            // They are steered anew when they are next looked for.
+            self.further.forget(&workload.uid);
             tracing::warn!(target: "app", pod = %workload.name, "a listener of the node's had been ended from within the pod; there are others now");
         }
         if **served.pod.addresses() == workload.ips {

@@ -158,10 +158,9 @@ impl Direct {
         self.flows.get(&flow.cookie, 0).is_ok_and(|there| there.begun == flow.number)
     }
 
-    /// Whether there is a later flow with the addresses of one that is over. `netns`: the client's.
-    pub fn is_followed(&self, netns: &Netns, flow: &DirectFlow) -> bool {
-        let there = netns.enter(|| diag::connection(flow.client, flow.endpoint));
-        matches!(there, Ok(Ok(cookie)) if self.flows.get(&cookie, 0).is_ok())
+    /// Whether a socket has a flow.
+    pub fn has(&self, cookie: u64) -> bool {
+        self.flows.get(&cookie, 0).is_ok()
     }
 
     /// Gives up the room of one that is over. False when somebody else has, and so has counted it.
@@ -204,6 +203,11 @@ impl FlowEvents {
             }
         }
     }
+}
+
+/// The cookie of the socket with these addresses, of a connection.
+pub fn connection(netns: &Netns, local: SocketAddr, remote: SocketAddr) -> io::Result<u64> {
+    netns.enter(|| diag::connection(local, remote))?
 }
 
 /// Ends a connection by the socket of one of its ends, in whose network namespace it is: the other end sees a reset. `cookie`: of that

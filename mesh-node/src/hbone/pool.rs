@@ -39,10 +39,19 @@ pub struct Pool {
 /// Connections of one key.
 #[derive(Debug, Default)]
 struct Slot {
+    connections: Mutex<Vec<Connection>>,
     /// Held while one is being opened, so that a burst of tunnels opens one, not many.
-    connections: tokio::sync::Mutex<Vec<Connection>>,
+    dialling: tokio::sync::Mutex<()>,
     /// Connections that could not be opened.
     failed: AtomicUsize,
+}
+
+impl Slot {
+    fn with_room(&self) -> Option<Connection> {
+        let mut connections = self.connections.lock();
+        connections.retain(|c| !c.is_closed());
+        connections.iter().find(|c| c.has_room()).cloned()
+    }
 }
 
 /// A pool's contents, for inspection.
@@ -77,24 +86,27 @@ impl Pool {
         F: Future<Output = Result<Connection, E>>,
     {
         let slot = self.slots.lock().entry(key.clone()).or_default().clone();
+        if let Some(connection) = slot.with_room() {
+            return Ok((connection, false));
+        }
         let failed = slot.failed.load(Ordering::Acquire);
-        let mut connections = slot.connections.lock().await;
-        connections.retain(|c| !c.is_closed());
-        if let Some(connection) = connections.iter().find(|c| c.has_room()) {
-            return Ok((connection.clone(), false));
+        let one_at_a_time = slot.dialling.lock().await;
+        if let Some(connection) = slot.with_room() {
+            return Ok((connection, false));
         }
         // The dial that was waited for has failed: those who waited do not fail one after the other.
         let alone = slot.failed.load(Ordering::Acquire) == failed;
-        let held = alone.then_some(connections);
+        let _one_at_a_time = alone.then_some(one_at_a_time);
         let connection = dial().await.inspect_err(|_| {
             slot.failed.fetch_add(1, Ordering::AcqRel);
         })?;
+        if let Some(other) = slot.with_room().filter(|_| !alone) {
+            // Somebody was first.
+            connection.close();
+            return Ok((other, false));
+        }
         connection.kept_by(&self.left);
-        let mut connections = match held {
-            Some(held) => held,
-            None => slot.connections.lock().await,
-        };
-        connections.push(connection.clone());
+        slot.connections.lock().push(connection.clone());
         Ok((connection, true))
     }
 
@@ -107,7 +119,7 @@ impl Pool {
             if Arc::strong_count(slot) > 1 {
                 return true;
             }
-            let Ok(mut connections) = slot.connections.try_lock() else { return true };
+            let mut connections = slot.connections.lock();
             if !wanted {
                 connections.iter().for_each(Connection::close);
             }
@@ -130,7 +142,7 @@ impl Pool {
     pub fn states(&self) -> Vec<PoolState> {
         let slots = self.slots.lock().iter().map(|(k, s)| (k.clone(), s.clone())).collect::<Vec<_>>();
         let state = |(key, slot): (PoolKey, Arc<Slot>)| {
-            let connections = slot.connections.try_lock().ok()?;
+            let connections = slot.connections.lock();
             let live = connections.iter().filter(|c| !c.is_closed()).collect::<Vec<_>>();
             Some(PoolState { key, connections: live.len(), streams: live.iter().map(|c| c.streams()).sum() })
         };

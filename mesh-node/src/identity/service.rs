@@ -46,6 +46,8 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const CONNECTIONS: usize = 1024;
 /// The same of one address: a node has one for each pod it asks for at the moment.
 const CONNECTIONS_EACH: usize = 128;
+/// How often it is told that one is refused.
+const TOLD_ANEW: Duration = Duration::from_mins(1);
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Life of the service's own certificate; a new one is made at half of it.
 const SERVER_TTL: Duration = Duration::from_hours(24);
@@ -161,7 +163,7 @@ impl Service {
     pub async fn run(self: Arc<Self>, listener: TcpListener) -> Result<(), IssueError> {
         let server = Arc::new(ArcSwap::from_pointee(self.server()?));
         tokio::spawn(self.clone().follow(server.clone()));
-        let mut room = Room::new(CONNECTIONS, CONNECTIONS_EACH);
+        let (mut room, mut told) = (Room::new(CONNECTIONS, CONNECTIONS_EACH), None);
         loop {
             let (stream, client) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -172,7 +174,10 @@ impl Service {
                 }
             };
             let Some(place) = room.take(client.ip()) else {
-                tracing::debug!(target: "ca", %client, "too many connections");
+                if told.is_none_or(|told: std::time::Instant| told.elapsed() >= TOLD_ANEW) {
+                    tracing::warn!(target: "ca", %client, "too many connections, of all or of this address");
+                    told = Some(std::time::Instant::now());
+                }
                 continue;
             };
             let (service, server) = (self.clone(), server.load_full());

@@ -65,6 +65,8 @@ struct State {
     handed_over: bool,
     /// When this process came: what flows had carried before, another has counted.
     since: Instant,
+    /// Flows that were given up, and what is left of them at their servers is to be ended.
+    aborted: Vec<(Ends, DirectFlow)>,
 }
 
 /// The pods this process serves, as the kernel knows them.
@@ -112,6 +114,7 @@ impl Direct {
             there: None,
             handed_over: false,
             since: Instant::now(),
+            aborted: Vec::new(),
         });
         Arc::new(Self { proxy, enabled, state, again: Notify::new() })
     }
@@ -128,6 +131,7 @@ impl Direct {
                             let (mut state, snapshot) = (self.state.lock(), self.proxy.config.load());
                             heard.iter().for_each(|flow| state.hear(&self.proxy, &snapshot, flow));
                         }
+                        self.end_aborted();
                         // While there are always more, others have their turn between.
                         tokio::task::yield_now().await;
                     }
@@ -222,6 +226,26 @@ impl Direct {
         } else {
             state.unjudged = None;
         }
+        drop(state);
+        self.end_aborted();
+    }
+
+    /// Ends what flows that were given up have left: whoever has the client's namespace can keep its reset from the server, and speak on.
+    fn end_aborted(&self) {
+        let aborted = std::mem::take(&mut self.state.lock().aborted);
+        if aborted.is_empty() {
+            return;
+        }
+        // The kernel is asked without the lock.
+        spawn::aside(|| {
+            for (ends, flow) in aborted {
+                let later = capture::direct::connection(&ends.source.netns, flow.client, flow.endpoint).ok();
+                if !later.is_some_and(|cookie| self.state.lock().kernel.has(cookie)) {
+                    // Gone already is as good, and usual.
+                    let _ = capture::direct::destroy(&ends.destination.netns, flow.endpoint, flow.client, None);
+                }
+            }
+        });
     }
 
     /// Lets go of all flows, which go on.
@@ -355,7 +379,7 @@ impl State {
                 }
                 let known = known.unwrap_or_else(|| Known::new(proxy, snapshot, self.pods.ends(flow), flow));
                 if flow.opened && flow.aborted {
-                    self.end_server(known.ends.as_ref(), flow);
+                    self.aborted.extend(known.ends.clone().map(|ends| (ends, flow.clone())));
                 }
                 known.close(flow);
             }
@@ -382,11 +406,10 @@ impl State {
         }
     }
 
-    /// Ends what a flow that was given up has left: whoever has the client's namespace can keep its reset from the server, and speak on.
-    fn end_server(&self, ends: Option<&Ends>, flow: &DirectFlow) {
-        let Some(ends) = ends.filter(|ends| !self.kernel.is_followed(&ends.source.netns, flow)) else { return };
-        // Gone already is as good, and usual.
-        let _ = capture::direct::destroy(&ends.destination.netns, flow.endpoint, flow.client, None);
+    /// Whether there is a later flow with the addresses of one that is over.
+    fn is_followed(&self, ends: &Ends, flow: &DirectFlow) -> bool {
+        let later = capture::direct::connection(&ends.source.netns, flow.client, flow.endpoint);
+        later.is_ok_and(|cookie| self.kernel.has(cookie))
     }
 
     /// Ends a flow by the sockets of both ends: that the other hears of it is left to neither. Its end is heard of like any other.
@@ -395,9 +418,11 @@ impl State {
         let by_client = |e: &Ends| capture::direct::destroy(&e.source.netns, flow.client, flow.endpoint, Some(flow.cookie));
         let by_server = |e: &Ends| capture::direct::destroy(&e.destination.netns, flow.endpoint, flow.client, None);
         let ended = match &ends {
-            Some(ends) => match (by_client(ends), by_server(ends)) {
-                (Err(error), Err(_)) => Err(error),
-                _ => Ok(()),
+            Some(ends) => match by_client(ends) {
+                // The server's is known by its addresses alone, which may be another's by now.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && self.is_followed(ends, flow) => Ok(()),
+                Err(error) => by_server(ends).map_err(|_| error),
+                Ok(()) => by_server(ends).or(Ok(())),
             },
             None => match self.pods.by_ip.get(&flow.endpoint.ip()) {
                 Some(pod) => capture::direct::destroy(&pod.netns, flow.endpoint, flow.client, None),

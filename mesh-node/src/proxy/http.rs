@@ -154,9 +154,9 @@ impl Connection {
                 }
             };
             match end {
-                Next::Another => {}
+                Next::Another if !drained => {}
                 Next::Abort | Next::Garble | Next::Refuse => return Finished::Cut,
-                Next::Close => {
+                Next::Another | Next::Close => {
                     // The answer must not be lost to a reset because of what the client still sends.
                     let closed = async {
                         if sink.shutdown().await.is_ok() {

@@ -11,16 +11,24 @@ use crate::resource::mesh_config::Normalization;
 /// the place of the one that goes.
 pub fn take_off(headers: &mut HeaderMap, name: &HeaderName) -> Option<HeaderValue> {
     let taken = headers.get(name)?.clone();
+    take_off_all(headers, |other| other == name);
+    Some(taken)
+}
+
+/// The same of all such, at once.
+pub fn take_off_all(headers: &mut HeaderMap, gone: impl Fn(&HeaderName) -> bool) {
+    if !headers.keys().any(&gone) {
+        return;
+    }
     let mut rest = HeaderMap::with_capacity(headers.capacity());
     let mut current = None;
     for (next, value) in headers.drain() {
         current = next.or(current);
-        if let Some(of) = current.as_ref().filter(|of| *of != name) {
+        if let Some(of) = current.as_ref().filter(|of| !gone(of)) {
             rest.append(of, value);
         }
     }
     *headers = rest;
-    Some(taken)
 }
 
 /// Method, target and headers of a request. `Host` and `:authority` are one field, not a header.

@@ -10,7 +10,7 @@ use crate::report::format::Template;
 
 use super::{
     matching::{HttpMatch, TextMatch},
-    request::take_off,
+    request::take_off_all,
     retry::RetryPolicy,
 };
 
@@ -119,8 +119,8 @@ impl HeaderChanges {
 
     /// Everything that is told is told of the headers after the removals.
     pub fn apply(&self, headers: &mut http::HeaderMap, tell: Tell<'_>) {
-        for name in &self.remove {
-            take_off(headers, name);
+        if !self.remove.is_empty() {
+            take_off_all(headers, |name| self.remove.contains(name));
         }
         let all = self.set.iter().chain(&self.add);
         let told = all.filter_map(|(_, text)| if let HeaderText::Template(template) = text { Some(tell(template, headers)) } else { None });

@@ -251,7 +251,8 @@ async fn an_application_that_takes_no_streams_is_not_waited_for() {
     let request = Request::get("http://svc.example/x").body(()).expect("valid");
     let (response, _) = send.send_request(request, true).expect("sent");
     let refused = tokio::time::timeout(Duration::from_secs(8), response).await.expect("an end").expect_err("not asked");
-    assert_eq!(refused.reason(), Some(h2::Reason::REFUSED_STREAM));
+    // The end of a connection that takes none may come before.
+    assert!([Some(h2::Reason::REFUSED_STREAM), Some(h2::Reason::NO_ERROR)].contains(&refused.reason()), "{refused:?}");
     // One that takes none any more: its client is told to go elsewhere, and the stream under way goes on.
     let (_engine, stream) = into_the_pod(application(&[], 1, frame(4, 0, 0, NONE), false).await).await;
     let (mut send, connection) = h2::client::handshake(stream).await.expect("HTTP/2");

@@ -24,7 +24,7 @@ use crate::{
     io::socket::Known,
     proxy::{outbound::asker, reporting::Ends},
     route::{
-        Cluster, ClusterId, LoadGuard,
+        Cluster, LoadGuard, Target,
         matching::Matched,
         request::{RequestHead, cookie, query_parameter},
         retry::{Reset, RetryPolicy},
@@ -231,13 +231,11 @@ impl<B: RequestBody, R: Responder> Attempts<'_, '_, '_, B, R> {
         self.cluster.policy.balancer == Balancer::Passthrough && self.cluster.id.service == *self.forward.dialled
     }
 
-    /// Whether what the client has dialled was an endpoint, and is none any more, of whichever subset: another pod may have its address later.
+    /// Whether what the client has dialled is no endpoint of the headless service any more: another pod may have its address later.
     fn has_left(&self, address: SocketAddr) -> bool {
-        let whole = ClusterId { subset: "".into(), ..self.cluster.id.clone() };
-        let (snapshot, view) = (self.snapshot(), &self.forward.source.view);
-        let is_headless = snapshot.service(&whole.service).is_some_and(|service| service.vips.is_empty());
-        let whole = snapshot.cluster_for(view, &whole);
-        is_headless && whole.is_some_and(|cluster| cluster.endpoints.iter().all(|e| e.address != address))
+        let (snapshot, view, dialled) = (self.snapshot(), &self.forward.source.view, self.forward.dialled);
+        let leads_there = || matches!(snapshot.resolve_for(view, address), Target::Service { service, .. } if service.name == *dialled);
+        snapshot.service(dialled).is_some_and(|service| service.vips.is_empty()) && !leads_there()
     }
 
     /// The endpoint for an attempt, and what counts it there.

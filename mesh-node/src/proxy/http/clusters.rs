@@ -46,7 +46,7 @@ impl Clusters {
     /// What is under way to a cluster. With other settings of its pools it begins anew, as with Envoy: what there is goes on with what it has, and is
     /// counted for itself. Who has waited with a cluster of before is counted at the one of now.
     pub fn of(&self, cluster: &Cluster) -> Arc<ClusterState> {
-        let make = || ClusterState::new(&cluster.policy);
+        let make = || ClusterState { asked_in: AtomicU64::new(cluster.generation), ..ClusterState::new(&cluster.policy) };
         let mut state = self.table.get_or_insert(&cluster.id, make);
         if state.is_outdated_by(cluster) {
             let mut replaced = None;
@@ -470,13 +470,13 @@ impl ConnectionSlot {
     pub fn begin(state: &Arc<ClusterState>, endpoint: &Arc<EndpointState>, limit: Option<u32>, http2: bool) -> Option<Self> {
         let pooled = endpoint.pooled(http2);
         // Of several that come at once one is alone.
-        let alone = pooled.fetch_add(1, Ordering::AcqRel) == 0;
-        let Some(mut slot) =
-            Self::within(state, endpoint, limit).or_else(|| if alone { Self::within(state, endpoint, None) } else { None })
-        else {
-            pooled.fetch_sub(1, Ordering::AcqRel);
+        let alone = pooled.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        let beyond = || if alone { Self::within(state, endpoint, None) } else { None };
+        let Some(mut slot) = Self::within(state, endpoint, limit).or_else(beyond) else {
+            pooled.fetch_sub(u32::from(alone), Ordering::AcqRel);
             return None;
         };
+        pooled.fetch_add(u32::from(!alone), Ordering::AcqRel);
         slot.http2 = Some(http2);
         Some(slot)
     }

@@ -139,7 +139,7 @@ async fn h1_loop(
             }
         };
         match next {
-            Next::Another if application.is_some() => served = true,
+            Next::Another if application.is_some() && !drained => served = true,
             Next::Abort | Next::Garble | Next::Refuse => return Ok(next),
             Next::Another | Next::Close => {
                 let closed = async {

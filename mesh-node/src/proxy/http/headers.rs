@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use crate::{
     report::entry::X_REQUEST_ID,
     resource::mesh_config::AddedHeaders,
-    route::request::{RequestHead, take_off},
+    route::request::{RequestHead, take_off, take_off_all},
 };
 
 /// Headers by which a caller that is trusted could steer Envoy's router. Nobody is, so they are taken off.
@@ -44,7 +44,7 @@ pub static ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original
 /// Takes off and puts on what every forwarded request has so.
 pub fn prepare(head: &mut RequestHead, added: AddedHeaders) {
     if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-")) {
-        CONTROL.iter().for_each(|name| drop(take_off(&mut head.headers, &HeaderName::from_static(name))));
+        take_off_all(&mut head.headers, |name| CONTROL.contains(&name.as_str()));
     }
     take_off(&mut head.headers, &CLIENT_CERT);
     if !head.headers.contains_key(&X_FORWARDED_PROTO) {

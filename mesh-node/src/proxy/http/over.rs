@@ -1,9 +1,12 @@
 //! Word to a client's connection that what it leads to is over. Clients of headless services pick an endpoint by its address, and look for others when
 //! their connection ends: as it would without a mesh, with the endpoint's.
 
-use std::sync::{
-    Arc, Weak,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -52,7 +55,9 @@ impl Followers {
         if over.noted.swap(std::ptr::from_ref(self).addr(), Ordering::Relaxed) != std::ptr::from_ref(self).addr() {
             let mut all = self.all.lock();
             if all.len() == all.capacity() {
-                all.retain(|one| one.strong_count() > 0);
+                // One that goes by several connections comes back each time.
+                let mut seen = HashSet::new();
+                all.retain(|one| one.strong_count() > 0 && seen.insert(one.as_ptr()));
             }
             all.push(Arc::downgrade(over));
         }
@@ -83,6 +88,12 @@ mod tests {
             followers.add(&Arc::default());
         }
         assert!(followers.all.lock().len() < 20, "who is gone is forgotten");
+        let other = Followers::default();
+        for _ in 0..1000 {
+            other.add(&early);
+            followers.add(&early);
+        }
+        assert!(followers.all.lock().len() < 20, "nor is one there for each time");
         assert!(!early.is_told());
         let waits = {
             let early = early.clone();

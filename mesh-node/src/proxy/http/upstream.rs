@@ -366,7 +366,12 @@ async fn connect_h2(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         let mut opened = super::h2::connect_to_settle(io).await?;
         opened.settle().await.map(|()| opened)
     };
-    let opened = opened.await.map_err(|e| NoUpstream::Failed(Failure::Broken(super::h2::into_io(e))))?;
+    let broken = |error: h2::Error| match error.reason() {
+        // It has ended in order, before it said anything.
+        Some(h2::Reason::CONNECT_ERROR) if !error.is_remote() => std::io::ErrorKind::ConnectionReset.into(),
+        _ => super::h2::into_io(error),
+    };
+    let opened = opened.await.map_err(|error| NoUpstream::Failed(Failure::Broken(broken(error))))?;
     let connection = Arc::new(H2Upstream {
         gate: hold.as_ref().map(|h| h.gate.clone()),
         send: opened.send,
@@ -413,19 +418,28 @@ async fn drive(
         }
         std::future::pending::<()>().await;
     };
-    tokio::select! {
-        result = &mut connection => if let Err(error) = result {
-            tracing::debug!(target: "proxy", %error, "upstream HTTP/2 connection ended");
-        },
-        () = LocalHold::cut(hold.as_ref()) => {}
-        _ = source.ended() => {}
-        () = shared.until_unused(policy.http.idle_timeout) => unused.store(true, Ordering::Release),
-        () = led_away => {}
-        () = old => {}
-    }
+    let is_over = tokio::select! {
+        result = &mut connection => {
+            if let Err(error) = result {
+                tracing::debug!(target: "proxy", %error, "upstream HTTP/2 connection ended");
+            }
+            // Not of what was closed here.
+            !shared.is_closed()
+        }
+        () = LocalHold::cut(hold.as_ref()) => true,
+        _ = source.ended() => false,
+        () = shared.until_unused(policy.http.idle_timeout) => {
+            unused.store(true, Ordering::Release);
+            false
+        }
+        () = led_away => false,
+        () = old => false,
+    };
     shared.closed.store(true, Ordering::Release);
     shared.endpoint.forget_closed();
-    shared.followers.tell();
+    if is_over {
+        shared.followers.tell();
+    }
     drop(slot);
 }
 

@@ -1,7 +1,7 @@
 //! Where a connection goes: decided from one snapshot, without touching a socket.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Instant,
 };
@@ -267,9 +267,10 @@ pub fn client_address(pod: &ServedPod, client: SocketAddr, like: SocketAddr) -> 
     if client.is_ipv4() == like.is_ipv4() && own.contains(&ip) {
         return ip;
     }
-    // Of a family that its pod has no address of: what is nobody else's.
-    let is_nobodys = ip.is_loopback() || matches!(ip, IpAddr::V6(v6) if addr::is_spread_v6(&v6.octets()));
-    pod.address_like(like.ip()).or_else(|| if is_nobodys { None } else { own.first().copied() }).unwrap_or(ip)
+    // Of a family that its pod has no address of: what is nobody else's, or none.
+    let is_nobodys = own.is_empty() || ip.is_loopback() || matches!(ip, IpAddr::V6(v6) if addr::is_spread_v6(&v6.octets()));
+    let none = if like.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+    pod.address_like(like.ip()).unwrap_or(if is_nobodys { ip } else { none })
 }
 
 pub fn describe(outcome: &mut Outcome, decision: &Decision) {

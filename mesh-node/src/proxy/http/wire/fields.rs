@@ -1,11 +1,13 @@
 //! The fields of a head. What goes on keeps the order it was sent in: the map that holds it loses that when something is taken out of it, so what does
 //! not go on is not put into it.
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::{CODEC, INVALID_CHARACTERS, KEEP_ALIVE, Malformed, PROXY_CONNECTION, Range, tokens};
-use crate::route::request::take_off;
+use crate::route::request::{take_off, take_off_all};
 
 /// The fields of an HTTP/1 head.
 pub(super) struct Fields {
@@ -34,21 +36,28 @@ pub(super) fn settle(headers: &mut HeaderMap, own: &HeaderMap) {
     if own.is_empty() {
         return;
     }
-    named(own).iter().for_each(|name| drop(take_off(headers, name)));
+    take_off_named(headers, &named(own));
     if tokens(own, &header::TE).any(|t| t.eq_ignore_ascii_case(b"trailers")) {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
 }
 
 /// The headers that `connection` names.
-fn named(headers: &HeaderMap) -> Vec<HeaderName> {
+fn named(headers: &HeaderMap) -> HashSet<HeaderName> {
     tokens(headers, &header::CONNECTION).filter_map(|t| HeaderName::from_bytes(t).ok()).filter(|n| *n != header::TE).collect()
+}
+
+/// In one pass, however many there are.
+fn take_off_named(headers: &mut HeaderMap, names: &HashSet<HeaderName>) {
+    if !names.is_empty() {
+        take_off_all(headers, |name| names.contains(name));
+    }
 }
 
 /// Takes off what is for this connection only, of a head that was not read here. `te: trailers` stays.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
-        named(headers).iter().for_each(|n| drop(take_off(headers, n)));
+        take_off_named(headers, &named(headers));
         take_off(headers, &header::CONNECTION);
     }
     if headers.contains_key(header::TE) {
