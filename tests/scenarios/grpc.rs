@@ -69,19 +69,22 @@ fn every_kind_of_call_comes_to_the_same_as_without_a_mesh() {
     ["near:83", "far:83", &far.address(8080)].into_iter().for_each(|to| same(&bed, to));
 }
 
-/// A server one of whose methods ends it, again and again.
-const MORTAL: &str = r#"
-import concurrent.futures, grpc, os
+/// A server of any method.
+const SERVER: &str = r#"
+import concurrent.futures, grpc, os, time
+HANDLER
 class Any(grpc.GenericRpcHandler):
-    def service(self, call):
-        def die(request, context): os._exit(1)
-        return grpc.unary_unary_rpc_method_handler(die if call.method.endswith("die") else lambda request, context: b"")
-server = grpc.server(concurrent.futures.ThreadPoolExecutor(4))
+    def service(self, call): return grpc.unary_unary_rpc_method_handler(lambda request, context: handle(call.method))
+server = grpc.server(concurrent.futures.ThreadPoolExecutor(4), options=[OPTIONS])
 server.add_generic_rpc_handlers([Any()])
 server.add_insecure_port("[::]:8080")
 server.start()
 server.wait_for_termination()
 "#;
+
+fn serving(handler: &str, options: &str) -> String {
+    SERVER.replace("HANDLER", handler).replace("OPTIONS", options)
+}
 
 /// Asks the server to end, and says what comes of that, and what becomes of the connection.
 const OUTLIVES: &str = r#"
@@ -101,7 +104,9 @@ print("ended" if states[-1:] != ["READY"] else "there")
 "#;
 
 fn mortal(name: &str, node: usize) -> PodSpec {
-    let again = format!("while true; do {PYTHON} -c '{MORTAL}'; done");
+    // One of its methods ends it, again and again.
+    let code = serving("def handle(method): return os._exit(1) if method.endswith(\"die\") else b\"\"", "");
+    let again = format!("while true; do {PYTHON} -c '{code}'; done");
     PodSpec { command: ["/bin/sh", "-c", &again].map(str::to_owned).to_vec(), port: Some(8080), ..PodSpec::new(name, node) }
         .label("app", name)
 }
@@ -144,18 +149,6 @@ fn a_server_that_dies_is_unavailable_and_who_has_picked_it_hears_of_that() {
     }
 }
 
-/// A server that takes one call at a time.
-const ONE_AT_A_TIME: &str = r#"
-import concurrent.futures, grpc, time
-class Any(grpc.GenericRpcHandler):
-    def service(self, call): return grpc.unary_unary_rpc_method_handler(lambda request, context: time.sleep(0.005) or b"")
-server = grpc.server(concurrent.futures.ThreadPoolExecutor(4), options=[("grpc.max_concurrent_streams", 1)])
-server.add_generic_rpc_handlers([Any()])
-server.add_insecure_port("[::]:8080")
-server.start()
-server.wait_for_termination()
-"#;
-
 /// Asks thirty times at once on a new connection, and counts what comes of it.
 const BURST: &str = r#"
 import collections, grpc, sys
@@ -173,7 +166,8 @@ print(dict(told))
 #[test]
 fn a_burst_waits_for_a_server_that_takes_one_call_at_a_time() {
     let mut bed = Bed::ambient(&NodeOptions::default()).expect("bed");
-    let command = [PYTHON, "-c", ONE_AT_A_TIME].map(str::to_owned).to_vec();
+    let code = serving("def handle(method): return time.sleep(0.005) or b\"\"", "(\"grpc.max_concurrent_streams\", 1)");
+    let command = vec![PYTHON.to_owned(), "-c".to_owned(), code];
     let server = PodSpec { command, port: Some(8080), ..PodSpec::new("far", 1) }.label("app", "far");
     let [client, _far] = bed.meshed([PodSpec::new("client", 0), server]).expect("pods");
     bed.kubectl_apply("services", &services(&["far"], "[{name: grpc, port: 81, targetPort: 8080}]")).expect("service");

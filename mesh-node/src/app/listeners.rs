@@ -48,9 +48,9 @@ impl Listeners {
 
     /// Starts accepting.
     pub fn serve(self, proxy: &Arc<Proxy>, pod: &Arc<ServedPod>, mut originals: OriginalDestinations) -> Serving {
-        let (drain, draining) = watch::channel(false);
+        let drain = Arc::new(watch::Sender::new(false));
         let (p, w) = (proxy.clone(), pod.clone());
-        let outbound = tokio::spawn(accept(self.outbound, draining.clone(), move |stream, client| {
+        let outbound = tokio::spawn(accept(self.outbound, drain.clone(), move |stream, client| {
             // Taken also when there is no room, so that the entry does not stay.
             let original = stream.local_addr().ok().and_then(|local| originals.take(client, local.ip()));
             let Some(slot) = p.connection(&w) else { return refuse(&p, "outbound", &stream) };
@@ -62,7 +62,7 @@ impl Listeners {
             });
         }));
         let (p, w) = (proxy.clone(), pod.clone());
-        let inbound = tokio::spawn(accept(self.inbound, draining.clone(), move |stream, client| {
+        let inbound = tokio::spawn(accept(self.inbound, drain.clone(), move |stream, client| {
             let Some(slot) = p.connection(&w) else { return refuse(&p, "inbound", &stream) };
             let (p, w, here) = (p.clone(), w.clone(), w.here());
             spawn::large(async move {
@@ -71,7 +71,7 @@ impl Listeners {
             });
         }));
         let (p, w) = (proxy.clone(), pod.clone());
-        let hbone = tokio::spawn(accept(self.hbone, draining, move |stream, client| {
+        let hbone = tokio::spawn(accept(self.hbone, drain.clone(), move |stream, client| {
             let known = p.config.load().workload_by_ip(client.ip()).is_some();
             let (Some(slot), Some(caller)) = (p.connection(&w), w.caller(client.ip(), known)) else {
                 return refuse(&p, "inbound", &stream);
@@ -95,18 +95,14 @@ fn refuse(proxy: &Proxy, direction: &'static str, stream: &TcpStream) {
 /// Listeners at work.
 pub struct Serving {
     pod: Arc<ServedPod>,
-    drain: watch::Sender<bool>,
+    drain: Arc<watch::Sender<bool>>,
     tasks: [JoinHandle<()>; 3],
 }
 
 impl Serving {
-    /// Whether nothing is accepted any more. Where one of the listeners has been ended, the others are then.
+    /// Whether nothing is accepted any more, as when one of the listeners has been ended: the others end with it.
     pub fn is_over(&self) -> bool {
-        let over = self.tasks.iter().filter(|task| task.is_finished()).count();
-        if over > 0 {
-            self.drain.send_replace(true);
-        }
-        over == self.tasks.len()
+        self.tasks.iter().all(JoinHandle::is_finished)
     }
 
     /// Stops accepting, after what is in the backlog, and tells HBONE peers to go elsewhere. Connections go on.
@@ -131,7 +127,8 @@ fn may_complain(now: Instant) -> bool {
     may
 }
 
-async fn accept(listener: TcpListener, mut draining: watch::Receiver<bool>, mut serve: impl FnMut(TcpStream, SocketAddr)) {
+async fn accept(listener: TcpListener, drain: Arc<watch::Sender<bool>>, mut serve: impl FnMut(TcpStream, SocketAddr)) {
+    let mut draining = drain.subscribe();
     let stop = async { drop(draining.wait_for(|d| *d).await) };
     let mut stop = std::pin::pin!(stop);
     loop {
@@ -145,7 +142,10 @@ async fn accept(listener: TcpListener, mut draining: watch::Receiver<bool>, mut 
             // The client gave up while it waited.
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
             // There is no listener any more: a pod can end what is in its namespace. It is told of where another takes its place.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF | libc::ENOTSOCK)) => return,
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF | libc::ENOTSOCK)) => {
+                drain.send_replace(true);
+                return;
+            }
             Err(error) => {
                 if may_complain(Instant::now()) {
                     tracing::warn!(target: "proxy", %error, "accepting failed");

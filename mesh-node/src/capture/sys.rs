@@ -238,7 +238,7 @@ pub fn programs_on(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u
 }
 
 fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<RawFd> {
-    // SAFETY: the attribute is a readable, fully initialised prefix of union bpf_attr of the size given.
+    // SAFETY: the attribute is a readable, fully initialised prefix of union bpf_attr of the size given; what the kernel writes into it is a cell.
     let ret = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
     if ret < 0 { Err(io::Error::last_os_error()) } else { RawFd::try_from(ret).map_err(io::Error::other) }
 }

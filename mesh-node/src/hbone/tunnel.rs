@@ -287,8 +287,6 @@ pub struct TunnelSink<'a> {
     asks: bool,
 }
 
-impl TunnelSink<'_> {}
-
 impl TunnelSink<'_> {
     /// Whether the peer wants no more, and says that this is no error: it has sent all it had to (RFC 9113 section 8.1), or the
     /// other direction finds out that it has not. Envoy ends in this way what its upstream closes first.
@@ -302,9 +300,7 @@ impl TunnelSink<'_> {
         let n = capacity(self.stream, piece.len()).await?;
         self.stream.send_data(piece.split_to(n), false).map_err(into_io)
     }
-}
 
-impl TunnelSink<'_> {
     /// Whether the other end says, in time, that nothing has become of what was said last: it may have ended before it came.
     pub async fn is_refused(&mut self) -> bool {
         let reset = poll_fn(|cx| self.stream.poll_reset(cx));

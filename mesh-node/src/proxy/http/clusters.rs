@@ -3,8 +3,9 @@
 //! For each source pod and cluster, as a sidecar would count, so that limits written for sidecars keep their meaning.
 //! Counters are atomic; idle connections are a stack under a lock that is held for a push or pop.
 
+mod table;
+
 use std::{
-    collections::HashMap,
     net::SocketAddr,
     sync::{
         Arc,
@@ -17,6 +18,7 @@ use arc_swap::ArcSwap;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
+use self::table::Table;
 use super::upstream::{H1Upstream, H2Upstream};
 use crate::{
     balance::{
@@ -107,38 +109,6 @@ impl Clusters {
 impl Drop for Clusters {
     fn drop(&mut self) {
         self.retire();
-    }
-}
-
-/// A map that is read without a lock and seldom changed.
-#[derive(Debug)]
-struct Table<K, V> {
-    entries: ArcSwap<HashMap<K, Arc<V>>>,
-    writing: Mutex<()>,
-}
-
-impl<K, V> Default for Table<K, V> {
-    fn default() -> Self {
-        Self { entries: ArcSwap::from_pointee(HashMap::new()), writing: Mutex::new(()) }
-    }
-}
-
-impl<K: Clone + Eq + std::hash::Hash, V> Table<K, V> {
-    fn get_or_insert(&self, key: &K, make: impl FnOnce() -> V) -> Arc<V> {
-        if let Some(found) = self.entries.load().get(key) {
-            return found.clone();
-        }
-        let mut found = None;
-        self.change(|entries| found = Some(entries.entry(key.clone()).or_insert_with(|| Arc::new(make())).clone()));
-        // Set above, whatever happens.
-        found.unwrap_or_else(|| unreachable!("an entry was made"))
-    }
-
-    fn change(&self, f: impl FnOnce(&mut HashMap<K, Arc<V>>)) {
-        let _one_at_a_time = self.writing.lock();
-        let mut entries = HashMap::clone(&self.entries.load());
-        f(&mut entries);
-        self.entries.store(Arc::new(entries));
     }
 }
 

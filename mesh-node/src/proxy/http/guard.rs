@@ -125,40 +125,40 @@ async fn h1_loop(
                 }
                 if refused.malformed.close { Next::Close } else { Next::Another }
             }
-            Err(NoHead::Ended { partial }) => {
-                if partial {
-                    gate.cut_short();
-                }
-                Next::Close
-            }
-            Err(NoHead::Broken { partial }) => {
-                if partial {
-                    gate.cut_short();
-                }
-                Next::Abort
-            }
+            Err(NoHead::Ended { partial }) => without_head(gate, partial, Next::Close),
+            Err(NoHead::Broken { partial }) => without_head(gate, partial, Next::Abort),
         };
         match next {
             Next::Another if application.is_some() && !drained => served = true,
             Next::Abort | Next::Garble | Next::Refuse => return Ok(next),
             Next::Another | Next::Close => {
-                let closed = async {
-                    match sink.shutdown().await {
-                        // A request that had been sent meanwhile has not gone on.
-                        Ok(()) if unused && matches!(timeout(LINGER, reader.begun()).await, Ok(Ok(()))) => return Next::Refuse,
-                        Ok(()) if !unused => reader.linger().await,
-                        _ => {}
-                    }
-                    Next::Close
-                };
                 return tokio::select! {
                     biased;
                     cut = &mut ending => Err(cut),
-                    next = closed => Ok(next),
+                    next = close(&mut reader, &mut sink, unused) => Ok(next),
                 };
             }
         }
     }
+}
+
+/// What comes next where there is no request, or a part of one only.
+fn without_head(gate: &Gate, partial: bool, next: Next) -> Next {
+    if partial {
+        gate.cut_short();
+    }
+    next
+}
+
+/// Ends the connection to the client. `unused`: the application's had ended between requests.
+async fn close(reader: &mut Reader<'_>, sink: &mut H1Sink<'_>, unused: bool) -> Next {
+    match sink.shutdown().await {
+        // A request that had been sent meanwhile has not gone on.
+        Ok(()) if unused && matches!(timeout(LINGER, reader.begun()).await, Ok(Ok(()))) => return Next::Refuse,
+        Ok(()) if !unused => reader.linger().await,
+        _ => {}
+    }
+    Next::Close
 }
 
 /// Completes when the application's idle connection is one no more.
