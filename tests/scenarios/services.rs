@@ -341,6 +341,24 @@ async fn a_headless_service_has_routes_and_its_clients_pick_the_endpoint() {
     engine.apply(&[documents(), vec![rule]].concat()).await.expect("applied");
     assert_eq!((get(&engine, a, "/t", "").await.as_str(), get(&engine, a, "/x", "").await.as_str()), ("418", "a"));
     assert_eq!(get(&engine, b, "/t", "").await, "b");
+    // A rule may name another port of it: the client has picked where it goes all the same.
+    let mut documents = documents();
+    documents[0]["spec"]["ports"].as_array_mut().expect("ports").push(json!({"name": "http-other", "port": 9}));
+    documents[1]["ports"].as_array_mut().expect("ports").push(json!({"name": "http-other", "port": 9}));
+    let rule = virtual_service("ha", &json!([{"route": [{"destination": {"host": "ha", "port": {"number": 9}}}]}]));
+    engine.apply(&[documents.clone(), vec![rule]].concat()).await.expect("applied");
+    assert_eq!(get(&engine, a, "/x", "").await, "a");
+    // What is no endpoint any more is not asked, and the client's connection ends.
+    engine.apply(&documents).await.expect("applied");
+    let mut stream = engine.connect(a).await.expect("connected");
+    let mut ask = async || {
+        let got = mesh_tests::wire::exchange(&mut stream, b"GET /x HTTP/1.1\r\nhost: ha\r\n\r\n".to_vec(), false).await;
+        (got.status.clone(), got.header("connection").map(str::to_owned))
+    };
+    assert_eq!(ask().await, ("200".to_owned(), None));
+    documents[1]["endpoints"] = json!([]);
+    engine.apply(&documents).await.expect("applied");
+    assert_eq!(ask().await, ("503".to_owned(), Some("close".to_owned())));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
