@@ -236,9 +236,14 @@ impl Capture {
         pins::drop_others(&self.directory)
     }
 
-    /// Says that this process serves no more: the fail mode decides from here on.
+    /// Says that this process serves no more: the fail mode decides from here on, also while there still are listeners, which would
+    /// take with them who comes as they close.
     pub fn withdraw(&mut self) {
+        // First: no listener of a pod is reason to refuse, unless there is this one.
         let _ = self.listeners.remove(&ALIVE);
+        for pod in self.listeners.keys().filter_map(Result::ok).collect::<Vec<_>>() {
+            let _ = self.listeners.remove(&pod);
+        }
     }
 
     /// Enrols a pod whose listeners are ready: from here on its connections come to this process. Also for one that is

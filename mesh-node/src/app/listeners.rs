@@ -26,6 +26,8 @@ use crate::{
 
 /// How long to wait when accepting fails for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// How long listeners go on when they are to close: a handshake that has begun ends with its listener, and so does who waits to be accepted.
+const LAST_HANDSHAKES: Duration = Duration::from_millis(100);
 
 /// A pod's listeners, not yet accepting.
 pub struct Listeners {
@@ -105,7 +107,7 @@ impl Serving {
         self.tasks.iter().all(JoinHandle::is_finished)
     }
 
-    /// Stops accepting, after what is in the backlog, and tells HBONE peers to go elsewhere. Connections go on.
+    /// Tells clients to go elsewhere, and stops accepting when those have been taken that had begun to come. Connections go on.
     pub async fn drain(self) {
         self.drain.send_replace(true);
         self.pod.drain();
@@ -129,7 +131,10 @@ fn may_complain(now: Instant) -> bool {
 
 async fn accept(listener: TcpListener, drain: Arc<watch::Sender<bool>>, mut serve: impl FnMut(TcpStream, SocketAddr)) {
     let mut draining = drain.subscribe();
-    let stop = async { drop(draining.wait_for(|d| *d).await) };
+    let stop = async {
+        drop(draining.wait_for(|d| *d).await);
+        tokio::time::sleep(LAST_HANDSHAKES).await;
+    };
     let mut stop = std::pin::pin!(stop);
     loop {
         let accepted = tokio::select! {

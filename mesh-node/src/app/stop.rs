@@ -11,6 +11,7 @@ use std::{
 
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
+    task::JoinHandle,
     time::{Instant, sleep},
 };
 
@@ -98,9 +99,7 @@ impl Stopping {
         crate::spawn::aside(|| node.direct.settle());
         node.direct.hand_over();
         let pods = node.proxy.pods.all();
-        for serving in all {
-            tokio::spawn(serving.drain());
-        }
+        let accepting = all.map(|serving| tokio::spawn(serving.drain())).collect::<Vec<_>>();
         node.proxy.spans.flush(LOG_GRACE).await;
         node.proxy.pool.close();
         let (metrics, closing) = (node.proxy.metrics.clone(), Instant::now());
@@ -109,7 +108,8 @@ impl Stopping {
             pods.iter().for_each(|p| p.clusters.retire());
             // Nor do those that say nothing; but who has just come is not cut before it is known what for.
             let settled = pods.iter().all(|p| p.is_left()) || closing.elapsed() >= LAST_TO_SPEAK;
-            settled && metrics.open_connections.get() + metrics.http_active.get() == 0
+            let accepted = accepting.iter().all(JoinHandle::is_finished);
+            accepted && settled && metrics.open_connections.get() + metrics.http_active.get() == 0
         };
         self.wait_until(over, node.settings.drain, signals).await;
         if let Some(signal) = self.told_again {

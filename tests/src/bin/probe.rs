@@ -62,8 +62,13 @@ enum Command {
     Hold { to: String, count: u32, seconds: u64 },
     /// One question and answer on the same connection every 10 ms for some seconds.
     Steady { to: String, seconds: u64 },
-    /// One connection, question and answer every 20 ms for some seconds: how many worked and failed.
-    Attempts { to: String, seconds: u64 },
+    /// One connection, question and answer after the other for some seconds: how many worked and failed.
+    Attempts {
+        to: String,
+        seconds: u64,
+        #[arg(default_value_t = 20)]
+        pause_millis: u64,
+    },
 }
 
 fn main() -> Result<()> {
@@ -82,7 +87,7 @@ fn main() -> Result<()> {
         Command::Churn { to, count, threads } => churn(&to, count, threads),
         Command::Hold { to, count, seconds } => hold(&to, count, seconds),
         Command::Steady { to, seconds } => steady(&to, seconds),
-        Command::Attempts { to, seconds } => attempts(&to, seconds),
+        Command::Attempts { to, seconds, pause_millis } => attempts(&to, seconds, Duration::from_millis(pause_millis)),
     };
     println!("{}", report.unwrap_or_else(|error| json!({"error": format!("{error:#}")})));
     Ok(())
@@ -450,7 +455,7 @@ fn steady(to: &str, seconds: u64) -> Result<Value> {
     Ok(json!({"answers": answers, "longestMilliseconds": longest.as_millis() as u64}))
 }
 
-fn attempts(to: &str, seconds: u64) -> Result<Value> {
+fn attempts(to: &str, seconds: u64, pause: Duration) -> Result<Value> {
     let deadline = Instant::now() + Duration::from_secs(seconds);
     let (mut worked, mut failures) = (0_u64, Vec::new());
     while Instant::now() < deadline {
@@ -458,7 +463,7 @@ fn attempts(to: &str, seconds: u64) -> Result<Value> {
             Ok(()) => worked += 1,
             Err(error) => failures.push(format!("{error:#}")),
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(pause);
     }
     let (failed, last) = (failures.len(), failures.last().cloned());
     Ok(json!({"worked": worked, "failed": failed, "lastFailure": last}))
