@@ -23,7 +23,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderMap, Method, Request, Response, StatusCode, Uri,
-    header::{ACCEPT, CONTENT_TYPE, ORIGIN},
+    header::{CONTENT_TYPE, ORIGIN},
 };
 use http_body_util::Full;
 use hyper::{server::conn::http1, service::service_fn};
@@ -39,7 +39,8 @@ use tokio::{
 use crate::{
     app::Node,
     io::room::{Place, Room},
-    spawn, telemetry,
+    spawn,
+    telemetry::{self, Exposition},
 };
 
 /// Connections served at once; more are turned away.
@@ -322,7 +323,7 @@ pub struct Scrapes {
     made: Arc<Mutex<Texts>>,
 }
 
-/// In Prometheus' older format, and in `OpenMetrics`.
+/// By their exposition.
 type Texts = [Option<Bytes>; 2];
 
 /// Who may scrape may ask as often as they like: of each format, no more than a fifth of one core goes into it.
@@ -332,8 +333,8 @@ const CHEAP: Duration = Duration::from_millis(20);
 
 impl Scrapes {
     /// One at a time, and anew when a while has passed that is in proportion to the work.
-    fn get(&self, open: bool, make: impl FnOnce() -> Result<String, std::fmt::Error>) -> Result<Bytes, std::fmt::Error> {
-        let which = usize::from(open);
+    fn get(&self, exposition: Exposition, make: impl FnOnce() -> Result<String, std::fmt::Error>) -> Result<Bytes, std::fmt::Error> {
+        let which = exposition as usize;
         let _one_at_a_time = self.making.lock();
         let last = self.made.lock()[which].clone();
         if let Some(text) = last {
@@ -360,18 +361,23 @@ fn worked() -> Duration {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 
-/// `OpenMetrics` for who asks for it; else Prometheus' older text, as `curl` and its tools expect.
 fn metrics(node: &Node, headers: &HeaderMap) -> Response<Full<Bytes>> {
-    let open = headers.get_all(ACCEPT).iter().any(|v| v.to_str().is_ok_and(|v| v.contains("application/openmetrics-text")));
-    let kind = if open { "application/openmetrics-text; version=1.0.0; charset=utf-8" } else { "text/plain; version=0.0.4; charset=utf-8" };
-    let rendered = node.scrapes.get(open, || {
-        node.refresh_metrics();
-        if open { node.proxy.metrics.render() } else { node.proxy.metrics.render_text() }
-    });
+    let exposition = Exposition::accepted(headers);
+    exposed(
+        exposition,
+        node.scrapes.get(exposition, || {
+            node.refresh_metrics();
+            node.proxy.metrics.render(exposition)
+        }),
+    )
+}
+
+/// A page of metrics, or why there is none.
+pub fn exposed(exposition: Exposition, rendered: Result<impl Into<Bytes>, std::fmt::Error>) -> Response<Full<Bytes>> {
     match rendered {
         Ok(body) => {
             let mut response = text(StatusCode::OK, body);
-            response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(kind));
+            response.headers_mut().insert(CONTENT_TYPE, exposition.content_type());
             response
         }
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
@@ -385,8 +391,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_takes_long_is_made_seldom_and_what_does_not_each_time() {
         let (scrapes, made) = (Scrapes::default(), std::cell::Cell::new(0));
-        let ask = |open, slow: bool| {
-            let text = scrapes.get(open, || {
+        let (text, open) = (Exposition::Text, Exposition::OpenMetrics);
+        let ask = |exposition, slow: bool| {
+            let text = scrapes.get(exposition, || {
                 made.set(made.get() + 1);
                 if slow {
                     let began = worked();
@@ -398,11 +405,11 @@ mod tests {
             });
             String::from_utf8(text.expect("made").to_vec()).expect("UTF-8")
         };
-        assert_eq!([ask(false, false), ask(false, false)], ["1", "2"], "cheap");
-        assert_eq!([ask(false, true), ask(false, true), ask(true, true)], ["3", "3", "4"], "by format");
+        assert_eq!([ask(text, false), ask(text, false)], ["1", "2"], "cheap");
+        assert_eq!([ask(text, true), ask(text, true), ask(open, true)], ["3", "3", "4"], "by format");
         tokio::time::sleep(CHEAP * 200).await;
-        assert_eq!([ask(false, false), ask(true, false)], ["5", "6"], "forgotten");
-        let failed = scrapes.get(false, || Err(std::fmt::Error));
-        assert!(failed.is_err() && ask(false, false) == "7");
+        assert_eq!([ask(text, false), ask(open, false)], ["5", "6"], "forgotten");
+        let failed = scrapes.get(text, || Err(std::fmt::Error));
+        assert!(failed.is_err() && ask(text, false) == "7");
     }
 }

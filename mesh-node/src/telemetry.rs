@@ -3,6 +3,7 @@
 //! Label values are closed sets, or names of workloads and services of the mesh: bounded by the configuration.
 
 mod events;
+mod exposition;
 mod flags;
 mod lines;
 pub mod log;
@@ -10,16 +11,14 @@ mod process;
 pub mod traffic;
 pub mod watch;
 
-use std::{
-    collections::HashSet,
-    sync::{Arc, atomic::AtomicU64},
-};
+use std::sync::{Arc, atomic::AtomicU64};
 
 pub use events::civil;
+pub use exposition::Exposition;
 pub use flags::{Flag, Flags};
 pub use lines::Lines;
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
+    encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
@@ -306,27 +305,9 @@ impl Metrics {
         self.acceleration.get_or_create(&StateLabels { state }).inc();
     }
 
-    /// The `OpenMetrics` text.
-    pub fn render(&self) -> Result<String, std::fmt::Error> {
-        let mut text = String::new();
-        encode(&mut text, &self.registry)?;
-        Ok(text)
-    }
-
-    /// Prometheus' older text: names of counters have their `_total` in the comments too.
-    pub fn render_text(&self) -> Result<String, std::fmt::Error> {
-        let open = self.render()?;
-        let counters = open.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect::<HashSet<_>>();
-        let mut text = String::with_capacity(open.len());
-        for line in open.lines().filter(|l| *l != "# EOF") {
-            let comment = ["# HELP ", "# TYPE "].into_iter().find_map(|kind| Some((kind, line.strip_prefix(kind)?)));
-            match comment.and_then(|(kind, rest)| Some((kind, rest.split_once(' ')?))) {
-                Some((kind, (name, rest))) if counters.contains(name) => text.extend([kind, name, "_total ", rest]),
-                _ => text.push_str(line),
-            }
-            text.push('\n');
-        }
-        Ok(text)
+    /// All of them, as they are now.
+    pub fn render(&self, exposition: Exposition) -> Result<String, std::fmt::Error> {
+        exposition.render(&self.registry)
     }
 
     pub fn failure(&self, direction: &'static str, reason: &'static str) {

@@ -305,6 +305,17 @@ fn with_authority(scene: &mut Scene, life: u64) -> Authority {
     authority
 }
 
+/// The authority's metrics, behind what they are said to be.
+fn metrics_page(scene: &Scene, accepts: &str) -> String {
+    let ask = "import sys, urllib.request as u; r = u.urlopen(u.Request('http://localhost:15014/metrics', headers={'accept': sys.argv[1]}))
+print(r.headers['content-type'], r.read().decode(), sep='\\n')";
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net={}", scene.bed.node_netns(0).display())).args(["python3", "-c", ask, accepts]);
+    let output = command.output().expect("python3");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 #[test]
 fn an_authority_that_is_away_is_missed_only_when_certificates_expire() {
     let mut scene = scene(&NodeOptions::default());
@@ -315,6 +326,13 @@ fn an_authority_that_is_away_is_missed_only_when_certificates_expire() {
     let is_said = |log: &str| log.contains("certificate issued") && log.contains("node=\"node2\"");
     wait_for("it in the authority's log", Duration::from_secs(5), || Ok(is_said(&issued()?)))
         .unwrap_or_else(|_| panic!("{}", issued().expect("a log")));
+    for (accepts, kind, comment) in [
+        ("*/*", "text/plain; version=0.0.4", "# TYPE mesh_ca_certificates_issued_total counter"),
+        ("application/openmetrics-text", "application/openmetrics-text; version=1.0.0", "# TYPE mesh_ca_certificates_issued counter"),
+    ] {
+        let page = metrics_page(&scene, accepts);
+        assert!(page.starts_with(kind) && page.contains(comment) && !page.contains("issued_total 0\n"), "{page}");
+    }
     // A renewal has to have been missed for this to say anything.
     drop(authority.process.take());
     let load = scene.load(5);

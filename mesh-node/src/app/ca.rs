@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 use anyhow::Context;
 use http::{HeaderMap, Method, StatusCode, Uri};
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
+    encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
@@ -16,6 +16,7 @@ use crate::{
     config::{MeshSettings, Publisher},
     identity::service::{Cluster, FileCluster, Kubernetes, Service, ServiceSettings},
     sources::{directory::Directory, last_good::LastGood},
+    telemetry::Exposition,
 };
 
 /// Everything the process is started with.
@@ -72,15 +73,15 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
     let listener = admin::bind_any(settings.listen).await.with_context(|| format!("address {}", settings.listen))?;
     let metrics = admin::bind_any(settings.metrics).await.with_context(|| format!("metrics address {}", settings.metrics))?;
     let shown = service.clone();
-    let answer = move |method: &Method, uri: &Uri, _: &HeaderMap| match (method, uri.path()) {
+    let answer = move |method: &Method, uri: &Uri, headers: &HeaderMap| match (method, uri.path()) {
         (&Method::GET, "/healthz/ready") if !shown.is_usable() => {
             admin::text(StatusCode::SERVICE_UNAVAILABLE, "nobody who trusts its roots would believe what it signs\n".to_owned())
         }
         (&Method::GET, "/healthz/ready") => admin::text(StatusCode::OK, "ready\n".to_owned()),
-        (&Method::GET, "/metrics") => match render(&shown) {
-            Ok(text) => admin::text(StatusCode::OK, text),
-            Err(error) => admin::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
-        },
+        (&Method::GET, "/metrics") => {
+            let exposition = Exposition::accepted(headers);
+            admin::exposed(exposition, exposition.render(&counted(&shown)))
+        }
         _ => admin::text(StatusCode::NOT_FOUND, "/healthz/ready /metrics\n".to_owned()),
     };
     tokio::spawn(admin::serve(admin::Listener::Tcp(metrics), Arc::new(answer), || {}));
@@ -95,7 +96,7 @@ pub async fn run_ca(settings: CaSettings) -> anyhow::Result<()> {
     }
 }
 
-fn render(service: &Service) -> Result<String, std::fmt::Error> {
+fn counted(service: &Service) -> Registry {
     let (issued, refused) = service.counts();
     let mut registry = Registry::default();
     let (all, by_reason) = (Counter::<u64>::default(), Family::<RefusedLabels, Counter>::default());
@@ -105,7 +106,5 @@ fn render(service: &Service) -> Result<String, std::fmt::Error> {
     }
     registry.register("mesh_ca_certificates_issued", "Certificates signed", all);
     registry.register("mesh_ca_requests_refused", "Requests for certificates that were refused, by reason", by_reason);
-    let mut text = String::new();
-    encode(&mut text, &registry)?;
-    Ok(text)
+    registry
 }

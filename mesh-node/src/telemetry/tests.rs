@@ -25,7 +25,7 @@ fn the_document_has_every_metric_and_no_other() {
     let known = |name: &&String| !registered.contains(*name) && !name.strip_suffix("_total").is_some_and(|n| registered.contains(n));
     assert_eq!(documented.iter().filter(known).collect::<Vec<_>>(), Vec::<&String>::new(), "not registered");
     // Counters are told with the suffix they are scraped by, and nothing else is.
-    let text = Metrics::default().render().expect("text");
+    let text = Metrics::default().render(Exposition::OpenMetrics).expect("text");
     for (name, kind) in text.lines().filter_map(|line| line.strip_prefix("# TYPE mesh_")?.split_once(' ')) {
         assert_eq!(documented.contains(&format!("mesh_{name}_total")), kind == "counter", "{name}");
     }

@@ -326,7 +326,7 @@ async fn answers_for_missing_backends_are_decorated() {
         let (text, _) = scene.say("GET /x HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await;
         assert!(text.starts_with("HTTP/1.1 500") && text.contains("x-s: s\r\n"), "{flags}: {text}");
         let labels = [&*format!("response_flags=\"{flags}\""), "response_code=\"500\""];
-        let rendered = scene.engine.proxy.metrics.render().expect("metrics");
+        let rendered = scene.engine.proxy.metrics.render(mesh_node::telemetry::Exposition::OpenMetrics).expect("metrics");
         let counted =
             rendered.lines().any(|line| line.starts_with("istio_requests_total") && labels.iter().all(|label| line.contains(label)));
         assert!(counted, "{flags}: {rendered}");
@@ -341,7 +341,7 @@ async fn what_is_not_answered_is_told_as_an_error() {
     let documents = [vec![mesh_tests::engine::server_pod()], service("web", "10.96.9.1", "http", &[up])].concat();
     let scene = Scene { engine: Engine::start(&documents).await.expect("engine"), vip: VIP.parse().expect("valid"), seen };
     let of_metrics = |labels: &[&str]| {
-        let rendered = scene.engine.proxy.metrics.render().expect("metrics");
+        let rendered = scene.engine.proxy.metrics.render(mesh_node::telemetry::Exposition::OpenMetrics).expect("metrics");
         rendered.lines().any(|line| line.starts_with("istio_requests_total") && labels.iter().all(|label| line.contains(label)))
     };
     for (plan, code, flag) in [("rst", "503", "UC"), ("fin", "503", "UC"), ("garbage", "502", "UPE")] {

@@ -232,7 +232,7 @@ async fn an_authorizer_is_asked_about_opaque_connections() {
             assert_eq!(passes(way).await, pass, "{way}: {asks}, fails open: {open}, there: {authorizer}");
         }
     }
-    let counted = engine.proxy.metrics.render().expect("text");
+    let counted = engine.proxy.metrics.render(mesh_node::telemetry::Exposition::OpenMetrics).expect("text");
     for result in ["allowed", "denied", "unknown", "unsupported"] {
         assert!(counted.contains(&format!("mesh_authorizer_calls_total{{result=\"{result}\"}}")), "{result}: {counted}");
     }
