@@ -97,3 +97,6 @@ impl Node {
         metrics.certificates_failing.set(i64::try_from(states.iter().filter(|s| s.error.is_some()).count()).unwrap_or(i64::MAX));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,14 +2,17 @@ use std::collections::BTreeSet;
 
 use mesh_common::maps::Counter;
 
-use super::*;
-use crate::{problems, tls::HandshakeFailure};
+use crate::{
+    problems,
+    telemetry::{Exposition, Metrics},
+    tls::HandshakeFailure,
+};
 
-const DOCUMENT: &str = include_str!("../../../deploy/METRICS.md");
+const DOCUMENT: &str = include_str!("../../../../deploy/METRICS.md");
 
 /// What is registered, from the text of the program: a family nothing was counted in yet is not rendered.
 fn registered() -> BTreeSet<String> {
-    let text = include_str!("../telemetry.rs");
+    let text = include_str!("../../telemetry.rs");
     let names = text.split(".register(").skip(1).filter_map(|after| after.trim_start().strip_prefix('"')?.split_once('"'));
     names.map(|(name, _)| name.to_owned()).filter(|name| name.starts_with("mesh_")).collect()
 }
