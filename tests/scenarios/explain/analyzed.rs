@@ -216,3 +216,29 @@ fn templates_stand_for_the_pods_that_are_made_of_them() {
     let document: Value = serde_json::from_str(&text).expect("JSON");
     assert_eq!(document["workloads"], 4, "{text}");
 }
+
+/// A label that nobody has is a mistake where pods are written down, and nothing is known of it where none are.
+#[test]
+fn services_and_clients_that_are_nobody_are_told() {
+    let deployment =
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web}\nspec: {template: {metadata: {labels: {app: web}}, spec: {}}}\n";
+    let service = |name: &str, app: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{selector: {{app: {app}}}, ports: [{{name: http, port: 80}}]}}\n"
+        )
+    };
+    let rule = |app: &str| format!("{{match: [{{sourceLabels: {{app: {app}}}}}], route: [{{destination: {{host: web}}}}]}}");
+    let routes = format!(
+        "---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: web}}\nspec: {{hosts: [web], http: [{}, {}]}}\n",
+        rule("web"),
+        rule("wbe")
+    );
+    let (_kept, path) = directory(&[("web.yaml", &[deployment, &service("web", "web"), &service("lost", "wbe"), &routes].concat())]);
+    let (_, text) = analyze(&[&path]);
+    assert!(text.contains("Service default/lost: spec.selector: matches no pod of these manifests"), "{text}");
+    assert!(text.contains("VirtualService default/web: spec.http[1].match: no pod of these manifests has its sourceLabels"), "{text}");
+    assert!(!text.contains("Service default/web: spec.selector") && !text.contains("spec.http[0].match"), "{text}");
+    let (_kept, path) = directory(&[("web.yaml", &[&*service("web", "web"), &routes].concat())]);
+    let (_, text) = analyze(&[&path]);
+    assert!(!text.contains("matches no pod") && !text.contains("sourceLabels"), "{text}");
+}

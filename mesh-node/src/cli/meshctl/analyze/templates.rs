@@ -169,6 +169,12 @@ impl Made {
             }
             if !selected.is_empty() {
                 self.nameless(origin, (namespace, name), service, &selected);
+            } else if pods.iter().any(|pod| pod.namespace == namespace) {
+                // Whoever writes down none of a namespace's pods has them elsewhere.
+                let message = format!(
+                    "Service {namespace}/{name}: spec.selector: matches no pod of these manifests, so that it has no endpoints; check its labels"
+                );
+                self.remarks.push(Status { origin: origin.to_string(), severity: Severity::Warning, message });
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::{
     id::ObjectName,
     resource::{Named, Object, VirtualService},
     route::{
-        ServicePort,
+        ServicePort, Workload,
         l4::{L4Match, host_matches},
         matching::{HttpMatch, PathMatch, SourceMatch, TextMatch},
         rule::{Action, Rule},
@@ -155,6 +155,7 @@ impl Lint<'_> {
                 self.say(named, &format!("spec.{kind}: counts for nothing, as {which} declared to carry TLS (https, tls)"));
             }
         }
+        self.sources(named, vs);
         // Those of gateways are gateways' ports.
         let ours = |port: Option<u16>, source: &SourceMatch| {
             port.filter(|_| vs.mesh && (source.gateways.is_empty() || source.gateways.iter().any(|gateway| **gateway == *"mesh")))
@@ -171,6 +172,25 @@ impl Lint<'_> {
         for (kind, i, j, port) in asked {
             if let Some(port) = port.filter(|port| !ports.is_empty() && !ports.iter().any(|(p, _)| p == port)) {
                 self.say(named, &format!("spec.{kind}[{i}].match[{j}].port: no Service among its hosts has a port {port}"));
+            }
+        }
+    }
+
+    /// Tells of clients that are not there.
+    fn sources(&mut self, named: &Named, vs: &VirtualService) {
+        let of_http = vs.http.iter().enumerate().flat_map(|(i, rule)| rule.matches.iter().map(move |m| ("http", i, &m.source)));
+        let of_l4 = [("tcp", &vs.tcp), ("tls", &vs.tls)];
+        let of_l4 = of_l4.into_iter().flat_map(|(kind, rules)| rules.iter().enumerate().map(move |(i, rule)| (kind, i, rule)));
+        let of_l4 = of_l4.flat_map(|(kind, i, rule)| rule.matches.iter().map(move |m| (kind, i, &m.source)));
+        for (kind, i, source) in of_http.chain(of_l4) {
+            let is_meant = |w: &Workload| {
+                source.namespace.as_ref().is_none_or(|namespace| *namespace == w.name.namespace)
+                    && source.labels.iter().all(|(key, value)| w.labels.get(key) == Some(value))
+            };
+            // Of gateways' clients nothing is known, and where there are no pods at all, of nobody.
+            let is_known = !source.labels.is_empty() && source.gateways.is_empty() && !self.workloads.is_empty();
+            if is_known && !self.workloads.values().flatten().any(|w| is_meant(w)) {
+                self.say(named, &format!("spec.{kind}[{i}].match: no pod of these manifests has its sourceLabels; check them"));
             }
         }
     }
