@@ -140,7 +140,7 @@ impl Connection {
                 Ok(request) => self.h1_exchange(request, &mut reader, &mut sink, ended.as_mut()).await,
                 Err(NoHead::Refused(refused)) => {
                     tokio::select! {
-                        () = self.refuse_h1(&refused, &mut reader, &mut sink) => {}
+                        () = refuse_h1(|| self.unread(&refused), &refused, &mut reader, &mut sink) => {}
                         _ = &mut ended => return Finished::Cut,
                     }
                     if refused.malformed.close { Next::Close } else { Next::Another }
@@ -214,20 +214,10 @@ impl Connection {
         }
     }
 
-    async fn refuse_h1(&self, refused: &Refused, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
+    fn unread(&self, refused: &Refused) -> Record {
         let mut record = Record::new(&self.proxy.metrics, self.client, self.original, "HTTP/1.1");
         record.refused_as(refused, self.proxy.config.load().workload(&self.pod.uid));
-        let malformed = &refused.malformed;
-        let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
-        let reply = Reply::new(malformed.status, malformed.body);
-        if refused.is_grpc() {
-            responder.meter().count_messages();
-        }
-        let status = reply.start(refused.is_grpc(), malformed.close, &mut responder, |_, _| {}).ok();
-        record.refused(status, responder.meter());
-        // A client that does not take the answer gets none.
-        let _ = responder.flush().await;
-        reader.begin_body(wire::Framing::Empty);
+        record
     }
 
     /// Serves HTTP/2 until the connection ends. `read`: what was read already.
@@ -383,4 +373,19 @@ enum Next {
 enum Finished {
     Closed,
     Cut,
+}
+
+/// Answers what cannot be served.
+async fn refuse_h1(record: impl FnOnce() -> Record, refused: &Refused, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
+    let (mut record, malformed) = (record(), &refused.malformed);
+    let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
+    if refused.is_grpc() {
+        responder.meter().count_messages();
+    }
+    let reply = Reply::new(malformed.status, malformed.body);
+    let status = reply.start(refused.is_grpc(), malformed.close, &mut responder, |_, _| {}).ok();
+    record.refused(status, responder.meter());
+    // A client that does not take the answer gets none.
+    let _ = responder.flush().await;
+    reader.begin_body(wire::Framing::Empty);
 }

@@ -19,11 +19,12 @@ use super::{
     h1::{H1Responder, H1Sink, LINGER, NoHead, Reader, Unread},
     read_request,
     record::{Flag, Record},
+    refuse_h1,
     reply::Reply,
     transport::Transport,
     upload::Upload,
     upstream::{UpSink, UpSource},
-    wire::{self, Malformed, Refused, WireRequest, expects_continue, take_expectation},
+    wire::{Malformed, WireRequest, expects_continue, take_expectation},
 };
 use crate::{
     io::{rarely::Rarely, relay::Traffic},
@@ -121,7 +122,7 @@ async fn h1_loop(
                 tokio::select! {
                     biased;
                     cut = &mut ending => return Err(cut),
-                    () = refuse_h1(gate, &refused, &mut reader, &mut sink) => {}
+                    () = refuse_h1(|| gate.unread("HTTP/1.1", &refused), &refused, &mut reader, &mut sink) => {}
                 }
                 if refused.malformed.close { Next::Close } else { Next::Another }
             }
@@ -304,20 +305,6 @@ async fn refuse(
         }
     }
     if !close && responder.keeps_alive() && reader.is_end() { Next::Another } else { Next::Close }
-}
-
-async fn refuse_h1(gate: &Gate, refused: &Refused, reader: &mut Reader<'_>, sink: &mut H1Sink<'_>) {
-    let mut record = gate.unread("HTTP/1.1", refused);
-    let malformed = &refused.malformed;
-    let mut responder = H1Responder::new(sink, 1, &Method::GET, true);
-    if refused.is_grpc() {
-        responder.meter().count_messages();
-    }
-    let status = Reply::new(malformed.status, malformed.body).start(refused.is_grpc(), malformed.close, &mut responder, |_, _| {}).ok();
-    record.refused(status, responder.meter());
-    // A client that does not take the answer gets none.
-    let _ = responder.flush().await;
-    reader.begin_body(wire::Framing::Empty);
 }
 
 enum Ended {
