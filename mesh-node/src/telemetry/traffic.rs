@@ -24,7 +24,7 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 pub use self::calls::{Calls, Followed, Messages};
-use self::histogram::Histogram;
+use self::{encode::Remains, histogram::Histogram};
 use super::Flags;
 
 /// Most series of requests, and of connections, on one edge.
@@ -400,8 +400,8 @@ impl TcpKey {
 #[derive(Debug, Default)]
 pub struct Traffic {
     edges: Mutex<HashMap<EdgeKey, Kept>>,
-    /// Held while edges are held to be read.
-    reading: Mutex<()>,
+    /// Held while edges are held to be read. What those had counted that are forgotten.
+    reading: Mutex<Remains>,
     /// Edges that found no room.
     refused: AtomicUsize,
     /// Edges whose source is told as it says itself.
@@ -451,16 +451,17 @@ impl Traffic {
     }
 
     /// Forgets edges that nobody has held, and that have not been current, for [`KEPT`]; where there is little room left, also
-    /// current ones.
+    /// current ones. What they have counted stays in series that others count in too: those do not go back.
     pub fn tidy(&self, now: Instant, is_current: impl Fn(&EdgeKey) -> bool) {
         // Who reads all holds all; that says nothing.
-        let Some(_nobody_reads) = self.reading.try_lock() else { return };
+        let Some(mut remains) = self.reading.try_lock() else { return };
         // Asked of a copy: who opens a connection does not wait for it.
         let unheld = self.edges.lock().values().filter(|k| Arc::strong_count(&k.edge) == 1).map(|k| k.edge.clone()).collect::<Vec<_>>();
         let needed = unheld.iter().filter(|edge| is_current(&edge.key)).map(|edge| edge.key.clone()).collect::<HashSet<_>>();
         drop(unheld);
         let mut edges = self.edges.lock();
         let crowded = edges.len() >= MOST_EDGES / 4 * 3;
+        let mut forgotten = Vec::new();
         edges.retain(|key, kept| {
             if Arc::strong_count(&kept.edge) > 1 || !crowded && needed.contains(key) {
                 kept.unused = None;
@@ -468,9 +469,16 @@ impl Traffic {
             }
             let since = *kept.unused.get_or_insert(now);
             let stays = now.saturating_duration_since(since) < KEPT;
-            self.strangers.fetch_sub(usize::from(!stays && kept.stranger), Ordering::Relaxed);
+            if !stays {
+                self.strangers.fetch_sub(usize::from(kept.stranger), Ordering::Relaxed);
+                forgotten.push(kept.edge.clone());
+            }
             stays
         });
+        drop(edges);
+        if !forgotten.is_empty() {
+            remains.take(&forgotten, &self.all());
+        }
     }
 
     fn all(&self) -> Vec<Arc<Edge>> {

@@ -22,9 +22,36 @@ enum Total {
     Distribution(Box<Totals>),
 }
 
+/// What edges had counted that are forgotten, by metric, for as long as others count in the same series: all that tells two edges apart need not
+/// be in the labels of each metric.
+#[derive(Debug, Default)]
+pub(super) struct Remains([BTreeMap<Labels, Total>; Metric::ALL.len()]);
+
+impl Remains {
+    /// Takes what forgotten edges have counted, and lets go of what none of those that are left counts in.
+    pub(super) fn take(&mut self, forgotten: &[Arc<Edge>], left: &[Arc<Edge>]) {
+        for (metric, all) in Metric::ALL.into_iter().zip(&mut self.0) {
+            forgotten.iter().for_each(|edge| edge.collect(metric, all));
+            if !all.is_empty() {
+                let mut told = BTreeMap::new();
+                left.iter().for_each(|edge| edge.collect(metric, &mut told));
+                all.retain(|labels, _| told.contains_key(labels));
+            }
+        }
+    }
+
+    fn add_to(&self, metric: Metric, series: &mut BTreeMap<Labels, Total>) {
+        for (labels, total) in &self.0[metric as usize] {
+            if let Some(sum) = series.get_mut(labels) {
+                sum.add(total);
+            }
+        }
+    }
+}
+
 impl Collector for Traffic {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let _reading = self.reading.lock();
+        let remains = self.reading.lock();
         let edges = self.all();
         for metric in Metric::ALL {
             let mut series = BTreeMap::new();
@@ -32,6 +59,7 @@ impl Collector for Traffic {
             if series.is_empty() {
                 continue;
             }
+            remains.add_to(metric, &mut series);
             let kind = match metric {
                 Metric::RequestDuration | Metric::RequestSize | Metric::ResponseSize => MetricType::Histogram,
                 _ => MetricType::Counter,
@@ -47,6 +75,15 @@ impl Collector for Traffic {
 }
 
 impl Total {
+    fn add(&mut self, other: &Self) {
+        match (self, other) {
+            (Self::Count(sum), Self::Count(n)) => *sum += n,
+            (Self::Distribution(sum), Self::Distribution(other)) => sum.add(other),
+            // A metric is of one kind.
+            _ => {}
+        }
+    }
+
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
         match self {
             Self::Count(n) => encoder.encode_counter::<NoLabelSet, _, u64>(n, None),
@@ -204,8 +241,5 @@ fn http_labels(key: &HttpKey) -> [(&'static str, Arc<str>); 4] {
 }
 
 fn add(into: &mut BTreeMap<Labels, Total>, labels: Labels, value: u64) {
-    match into.entry(labels).or_insert(Total::Count(0)) {
-        Total::Count(sum) => *sum += value,
-        Total::Distribution(_) => {}
-    }
+    into.entry(labels).or_insert(Total::Count(0)).add(&Total::Count(value));
 }

@@ -76,6 +76,11 @@ pub(super) struct Totals {
 }
 
 impl Totals {
+    pub(super) fn add(&mut self, other: &Self) {
+        self.buckets.iter_mut().zip(other.buckets).for_each(|(sum, n)| *sum += n);
+        self.sum += other.sum;
+    }
+
     /// Counts by upper bound, not cumulative.
     pub(super) fn by_bound(&self) -> Vec<(f64, u64)> {
         BOUNDS.iter().copied().chain([f64::INFINITY]).zip(self.buckets).collect()

@@ -212,3 +212,40 @@ fn connections_are_counted_by_how_they_ended() {
     }
     assert!(line("istio_tcp_sent_bytes_total")[0].ends_with(" 10") && line("istio_tcp_received_bytes_total")[0].ends_with(" 4"));
 }
+
+#[test]
+fn a_series_others_count_in_does_not_go_back_when_an_edge_is_forgotten() {
+    let traffic = Arc::new(Traffic::default());
+    let in_zone = |zone: &str| {
+        let mut key = key(TagPlan::default());
+        key.destination.zone = zone.into();
+        key
+    };
+    let tcp = TcpKey { flags: "-", tags: Tags::default() };
+    let count = |zone: &str, code: u16| {
+        let edge = traffic.edge(in_zone(zone)).expect("room");
+        edge.request(&http(code, &[]), &once());
+        edge.opened(&tcp);
+    };
+    ["a", "a", "b"].into_iter().for_each(|zone| count(zone, 200));
+    count("a", 404);
+    let told = |name: &str| text(&traffic).lines().filter(|l| l.starts_with(name)).map(str::to_owned).collect::<Vec<_>>();
+    let ends = |lines: &[String], end: &str| lines.iter().filter(|l| l.ends_with(end)).count();
+    let forget = |gone: &'static str| {
+        let start = Instant::now();
+        [start, start + KEPT].into_iter().for_each(|now| traffic.tidy(now, |key| *key.destination.zone != *gone));
+    };
+    forget("a");
+    let requests = told("istio_requests_total");
+    assert!(requests.len() == 1 && requests[0].ends_with(" 3"), "all three of the zones, and no series of one that is gone: {requests:?}");
+    assert_eq!(ends(&told("istio_request_duration_milliseconds_count"), " 3"), 1);
+    assert_eq!(ends(&told("istio_request_duration_milliseconds_sum"), " 22.5"), 1);
+    assert_eq!(told("istio_tcp_connections_opened_total").len(), 1, "places are among the labels of connections");
+    count("c", 200);
+    forget("b");
+    assert!(told("istio_requests_total")[0].ends_with(" 4"), "and so on");
+    forget("c");
+    assert!(told("istio_requests_total").is_empty());
+    count("a", 200);
+    assert!(told("istio_requests_total")[0].ends_with(" 1"), "what nobody counted in is forgotten");
+}
