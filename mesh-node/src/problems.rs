@@ -47,6 +47,17 @@ struct Problem {
     until: Option<Instant>,
 }
 
+/// What was wrong until now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Before {
+    Nothing,
+    Same,
+    /// The same in other words.
+    Other,
+    /// It is not known: there are too many.
+    NoRoom,
+}
+
 /// Those there are.
 #[derive(Debug)]
 struct Problems(Mutex<BTreeMap<(Kind, String), Problem>>);
@@ -65,13 +76,18 @@ impl Problems {
         all
     }
 
-    fn put(&self, kind: Kind, about: &str, problem: Problem) -> bool {
+    fn put(&self, kind: Kind, about: &str, problem: Problem) -> Before {
         let mut all = self.lasting();
         let key = (kind, about.to_owned());
         if !all.contains_key(&key) && all.keys().filter(|(k, _)| *k == kind).count() >= MAX_LISTED {
-            return false;
+            return Before::NoRoom;
         }
-        all.insert(key, problem).is_none()
+        let text = problem.text.clone();
+        match all.insert(key, problem) {
+            None => Before::Nothing,
+            Some(before) if before.text == text => Before::Same,
+            Some(_) => Before::Other,
+        }
     }
 
     fn solved(&self, kind: Kind, about: &str) {
@@ -83,14 +99,14 @@ impl Problems {
     }
 }
 
-/// Something is wrong with `about` until [`solved`] says otherwise.
-pub fn found(kind: Kind, about: &str, text: String) {
-    ALL.put(kind, about, Problem { text, until: None });
+/// Something is wrong with `about` until [`solved`] says otherwise. Whether that is news, or has been told in other words until now.
+pub fn found(kind: Kind, about: &str, text: String) -> bool {
+    ALL.put(kind, about, Problem { text, until: None }) != Before::Same
 }
 
 /// The same of what is over when it is not heard of again for so long; whether that is news.
 pub fn found_for(kind: Kind, about: &str, text: String, lasts: Duration) -> bool {
-    ALL.put(kind, about, Problem { text, until: Some(Instant::now() + lasts) })
+    ALL.put(kind, about, Problem { text, until: Some(Instant::now() + lasts) }) == Before::Nothing
 }
 
 /// It is all right again.
@@ -111,17 +127,18 @@ mod tests {
     fn problems_last_until_they_are_solved_or_over() {
         let problems = Problems::new();
         let found = |about: &str, text: &str, lasts: Option<Duration>| {
-            problems.put(Kind::Authority, about, Problem { text: text.to_owned(), until: lasts.map(|lasts| Instant::now() + lasts) })
+            let problem = Problem { text: text.to_owned(), until: lasts.map(|lasts| Instant::now() + lasts) };
+            problems.put(Kind::Authority, about, problem)
         };
         let told = || problems.told().into_iter().map(|(_, text)| text).collect::<Vec<_>>();
-        assert!(found("a", "first", None) && !found("a", "second", None));
+        assert_eq!(["first", "first", "second"].map(|text| found("a", text, None)), [Before::Nothing, Before::Same, Before::Other]);
         assert_eq!(told(), ["second"]);
         problems.solved(Kind::Authority, "a");
         assert!(told().is_empty());
-        assert!(found("b", "short", Some(Duration::ZERO)) && told().is_empty());
+        assert!(found("b", "short", Some(Duration::ZERO)) == Before::Nothing && told().is_empty());
         let long = Some(Duration::from_mins(1));
-        assert!(found("b", "long", long) && !found("b", "long", long), "no news");
-        (0..50).for_each(|n| assert_eq!(found(&n.to_string(), "many", None), n < 19));
+        assert_eq!([0, 1].map(|_| found("b", "long", long)), [Before::Nothing, Before::Same], "no news");
+        (0..50).for_each(|n| assert_eq!(found(&n.to_string(), "many", None) == Before::Nothing, n < 19));
         assert_eq!(told().len(), MAX_LISTED);
     }
 }

@@ -43,6 +43,8 @@ const CLOCK_SKEW: Duration = Duration::from_mins(1);
 /// Signs for one trust domain.
 #[derive(Debug)]
 pub struct Authority {
+    /// Of its directory when it was read.
+    pub stamp: Stamp,
     trust_domain: TrustDomain,
     issuer: Issuer<'static, KeyPair>,
     /// What follows a certificate in its chain.
@@ -88,6 +90,8 @@ impl Authority {
 
     /// Reads the authority in `dir`.
     pub fn load(dir: &Path, trust_domain: TrustDomain) -> Result<Self, IssueError> {
+        // Before it is read: what changes meanwhile is read again.
+        let stamp = Self::stamp(dir);
         let read = |name: &str| fs::read_to_string(dir.join(name)).map_err(state("read", &dir.join(name)));
         let corrupt = |problem: String| IssueError::Corrupt { path: dir.display().to_string(), problem };
         let listed = |name: &str, text: &str| {
@@ -118,7 +122,7 @@ impl Authority {
         let expires = |der: &CertificateDer<'_>| tls::Described::read(der).ok().map(|d| d.not_after);
         let root = chain.last().and_then(|top| roots.iter().filter(|root| is_issued_by(top, root)).filter_map(&expires).max());
         let until = chain.iter().filter_map(expires).chain(root).min();
-        Ok(Self { trust_domain, issuer, chain, roots, until })
+        Ok(Self { stamp, trust_domain, issuer, chain, roots, until })
     }
 
     /// Whether what it signs can be verified by who trusts its roots, now.

@@ -40,7 +40,7 @@ impl EmbeddedCa {
     /// Opens the authority in `dir`, making its root if there is none. Certificates live for `ttl`.
     pub fn open(dir: &Path, domain: TrustDomain, trust: Arc<Trust>, ttl: Duration) -> Result<Self, IssueError> {
         let authority = Authority::open(dir, domain.clone())?;
-        let seen = Authority::stamp(dir);
+        let seen = authority.stamp.clone();
         trust.set_roots(authority.roots())?;
         // What cannot be verified yet may be some day, and connections that need no certificate go on without.
         tell_of(&authority);
@@ -61,8 +61,7 @@ impl EmbeddedCa {
     /// Takes in what has changed in the directory. True when something else signs now.
     async fn reload(&self) -> bool {
         let mut seen = self.seen.lock().await;
-        let now = Authority::stamp(&self.dir);
-        if *seen == now {
+        if *seen == Authority::stamp(&self.dir) {
             // It may have been away, and is as it was; but time goes on.
             tell_of(&self.authority.load());
             return false;
@@ -75,15 +74,17 @@ impl EmbeddedCa {
         match loaded {
             Ok((roots, authority)) => {
                 tracing::info!(target: "identity", directory = %self.dir.display(), roots = authority.roots().len(), roots_changed = roots, "CA state read again");
-                *seen = now;
+                *seen = authority.stamp.clone();
                 problems::solved(problems::Kind::Authority, "");
                 self.authority.store(Arc::new(authority));
                 true
             }
             Err(error) => {
-                let told = format!("error: the state of the CA cannot be read again; what was read before stays in use: {}", chain(&error));
-                problems::found(problems::Kind::Authority, "", told);
-                tracing::warn!(target: "identity", error = chain(&error), "CA state cannot be read again; what was read before stays in use");
+                let error = chain(&error);
+                let told = format!("error: the state of the CA cannot be read again; what was read before stays in use: {error}");
+                if problems::found(problems::Kind::Authority, "", told) {
+                    tracing::warn!(target: "identity", error, "CA state cannot be read again; what was read before stays in use");
+                }
                 false
             }
         }
@@ -94,7 +95,9 @@ impl EmbeddedCa {
 pub(super) fn tell_of(authority: &Authority) {
     match authority.check() {
         Ok(()) => problems::solved(problems::Kind::Authority, ""),
-        Err(error) => problems::found(problems::Kind::Authority, "", format!("error: {}", chain(&error))),
+        Err(error) => {
+            problems::found(problems::Kind::Authority, "", format!("error: {}", chain(&error)));
+        }
     }
 }
 

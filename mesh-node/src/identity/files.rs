@@ -34,15 +34,23 @@ const KEYS: [&str; 2] = ["tls.key", "key.pem"];
 pub struct Files {
     dir: PathBuf,
     trust: Arc<Trust>,
-    seen: Mutex<Stamp>,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    stamp: Stamp,
+    /// Roots could not be read again. Nothing need change for them to be the next time.
+    failed: bool,
 }
 
 impl Files {
     /// Begins with the roots that are there.
     pub fn open(dir: &Path, trust: Arc<Trust>) -> Result<Self, IssueError> {
-        let files = Self { dir: dir.to_owned(), trust, seen: Mutex::new(Stamp::default()) };
+        // Before they are read: what changes meanwhile is read again.
+        let seen = Mutex::new(Seen { stamp: stamp(dir), failed: false });
+        let files = Self { dir: dir.to_owned(), trust, seen };
         files.read_roots()?;
-        *files.seen.try_lock().map_err(|_| IssueError::Stopped)? = files.stamp();
         Ok(files)
     }
 
@@ -61,18 +69,18 @@ impl Files {
         let key = PrivateKeyDer::from_pem_slice(&text).map_err(|e| TlsError::Certificate(format!("{}: {e}", key.display())))?;
         Ok(Credentials::new(id.clone(), chain, key, self.trust.clone())?)
     }
+}
 
-    /// Everything below the directory, two levels deep.
-    fn stamp(&self) -> Stamp {
-        let mut paths = Vec::new();
-        for namespace in list(&self.dir) {
-            for account in list(&namespace) {
-                paths.extend(list(&account));
-            }
-            paths.push(namespace);
+/// Everything below the directory, two levels deep.
+fn stamp(dir: &Path) -> Stamp {
+    let mut paths = Vec::new();
+    for namespace in list(dir) {
+        for account in list(&namespace) {
+            paths.extend(list(&account));
         }
-        Stamp::of(paths)
+        paths.push(namespace);
     }
+    Stamp::of(paths)
 }
 
 fn list(dir: &Path) -> Vec<PathBuf> {
@@ -96,18 +104,24 @@ impl CertificateSource for Files {
             loop {
                 tokio::time::sleep(CHECK_INTERVAL).await;
                 let mut seen = self.seen.lock().await;
-                let now = self.stamp();
-                if *seen != now {
-                    *seen = now;
-                    let read = self.read_roots();
-                    if read.is_ok() {
-                        problems::solved(problems::Kind::Authority, "");
+                let now = stamp(&self.dir);
+                if seen.stamp == now && !seen.failed {
+                    continue;
+                }
+                let changed = std::mem::replace(&mut seen.stamp, now.clone()) != now;
+                let read = self.read_roots();
+                seen.failed = read.is_err();
+                match read {
+                    Ok(()) => problems::solved(problems::Kind::Authority, ""),
+                    Err(error) => {
+                        let error = chain(&error);
+                        let told = format!("error: roots cannot be read again; those read before stay trusted: {error}");
+                        if problems::found(problems::Kind::Authority, "", told) {
+                            tracing::warn!(target: "identity", error, "roots cannot be read again; those read before stay trusted");
+                        }
                     }
-                    if let Err(error) = read {
-                        let told = format!("error: roots cannot be read again; those read before stay trusted: {}", chain(&error));
-                        problems::found(problems::Kind::Authority, "", told);
-                        tracing::warn!(target: "identity", error = chain(&error), "roots cannot be read again; those read before stay trusted");
-                    }
+                }
+                if changed || !seen.failed {
                     return;
                 }
             }

@@ -47,9 +47,11 @@ pub fn follow(paths: Vec<PathBuf>, trust: Arc<Trust>) -> Result<impl Future<Outp
                     tracing::info!(target: "identity", lists = lists.len(), "revocation lists read again");
                 }
                 Err(error) => {
-                    let told = format!("error: revocation lists cannot be read; those read before stay in force: {}", chain(&error));
-                    problems::found(problems::Kind::Revocations, "", told);
-                    tracing::warn!(target: "identity", error = chain(&error), "revocation lists cannot be read; those read before stay in force");
+                    let error = chain(&error);
+                    let told = format!("error: revocation lists cannot be read; those read before stay in force: {error}");
+                    if problems::found(problems::Kind::Revocations, "", told) {
+                        tracing::warn!(target: "identity", error, "revocation lists cannot be read; those read before stay in force");
+                    }
                 }
             }
         }

@@ -207,18 +207,17 @@ impl Service {
 
     /// Takes in what changes in the directory, and keeps the service's own certificate fresh.
     async fn follow(self: Arc<Self>, server: Arc<ArcSwap<NamedServer>>) {
-        let mut seen = Authority::stamp(&self.settings.dir);
+        let mut seen = self.authority.load().stamp.clone();
         let mut renewed = tokio::time::Instant::now();
         loop {
             tokio::time::sleep(CHECK_INTERVAL).await;
-            let now = Authority::stamp(&self.settings.dir);
-            if now != seen {
+            if Authority::stamp(&self.settings.dir) != seen {
                 let loaded = Authority::load(&self.settings.dir, self.settings.trust_domain.clone());
                 match loaded.and_then(|authority| authority.check().map(|()| authority)) {
                     Ok(authority) => {
                         tracing::info!(target: "ca", roots = authority.roots().len(), "CA state read again");
+                        seen = authority.stamp.clone();
                         self.authority.store(Arc::new(authority));
-                        seen = now;
                     }
                     Err(error) => {
                         tracing::warn!(target: "ca", error = chain(&error), "CA state cannot be read again; what was read before stays in use");

@@ -29,6 +29,8 @@ use crate::config::{
 
 /// Files in all directories below the root.
 const MAX_FILES: usize = 100_000;
+/// How often it is looked at most until all stands still while it is read.
+const MOST_FINDS: usize = 4;
 /// How often a file that is being written is looked at again.
 const PENDING: Duration = Duration::from_millis(50);
 /// After how long one that somebody has open for writing is remarked on, and looked at as others are.
@@ -73,6 +75,8 @@ pub struct Directory {
     stood_in: BTreeSet<PathBuf>,
     /// Since when files are being written, and whether that has been said.
     written: BTreeMap<PathBuf, (Instant, bool)>,
+    /// It holds more files than are read.
+    overfull: bool,
 }
 
 /// One look at the directory.
@@ -97,6 +101,7 @@ impl Directory {
             last_good,
             stood_in: BTreeSet::new(),
             written: BTreeMap::new(),
+            overfull: false,
         })
     }
 
@@ -124,6 +129,7 @@ impl Directory {
                 // Nothing of an incomplete first reading takes effect.
                 self.known.clear();
                 self.stood_in.clear();
+                self.overfull = false;
             } else if (first || !look.changes.is_empty())
                 && changes.send(Batch { changes: look.changes, noticed: noticed.into_std() }).await.is_err()
             {
@@ -146,38 +152,39 @@ impl Directory {
 
     fn look(&mut self) -> Look {
         self.last_good.again();
-        let mut found = BTreeMap::new();
+        let (seen, overfull) = self.see();
         let mut look = Look::default();
-        if find(&self.root, MAX_DEPTH, &mut found) {
-            let content = Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"));
+        if std::mem::replace(&mut self.overfull, overfull) != overfull {
+            let content = if overfull { too_many() } else { Content::Gone };
             look.changes.push(Change { origin: origin(&self.root), content });
         }
-        // Of links to nothing those count that are named like manifests, or led to some.
-        let led_to_some = |path: &PathBuf| {
-            self.known
-                .range(path.clone()..)
-                .nth(usize::from(self.known.contains_key(path)))
-                .is_some_and(|(below, _)| below.starts_with(path))
-        };
-        found.retain(|path, seen| !leads_nowhere(seen) || is_manifest(path) || self.known.get(path) == Some(seen) || led_to_some(path));
-        self.forget_gone(&found, &mut look);
-        for (path, seen) in found {
-            // What is as it was again is read again only if something else has been said meanwhile.
-            if self.known.get(&path) == Some(&seen) && !self.written.remove(&path).is_some_and(|(_, said)| said) {
-                continue;
-            }
-            match &seen {
-                Ok(version) => {
-                    let Some(content) = read(&path, version, self.namespaces()) else {
-                        self.stand_in(&path, &mut look);
-                        self.wait_for(&path, &mut look);
-                        continue;
-                    };
+        self.forget_gone(&seen, &mut look);
+        for (path, (seen, reading)) in seen {
+            match (&seen, reading) {
+                (_, Reading::Known) => {
                     self.written.remove(&path);
-                    self.take(&path, content, &mut look);
+                    continue;
+                }
+                (Ok(_), Reading::Text(content, text)) => {
+                    self.written.remove(&path);
+                    self.take(&path, (content, text), &mut look);
+                }
+                (Ok(_), Reading::Unfinished | Reading::Replaced) => {
+                    self.stand_in(&path, &mut look);
+                    self.wait_for(&path, &mut look);
+                    continue;
+                }
+                // Nothing need change for it to be read the next time.
+                (Ok(_), Reading::Failed(problem)) => {
+                    let failed = Err(problem.clone());
+                    if self.known.get(&path) != Some(&failed) {
+                        self.take(&path, (Content::Unreadable(problem), String::new()), &mut look);
+                        self.known.insert(path, failed);
+                    }
+                    continue;
                 }
                 // A directory, or a file of which not even this is known: what was below it stays.
-                Err(problem) => {
+                (Err(problem), _) => {
                     self.last_good.below(&path).iter().for_each(|p| self.stand_in(p, &mut look));
                     let content = Content::Unreadable(problem.clone());
                     look.changes.push(Change { origin: origin(&path), content });
@@ -187,6 +194,51 @@ impl Directory {
         }
         look.unreadable = matches!(self.known.get(&self.root), Some(Err(_)));
         look
+    }
+
+    /// The manifests there are now, with what those say that have changed, and whether there are too many. What changed together is seen together:
+    /// where something has changed, all is as it was while that was read.
+    fn see(&self) -> (BTreeMap<PathBuf, (Seen, Reading)>, bool) {
+        let mut last = self.find();
+        // Of what never stands still the last is as good as any.
+        for _ in 0..MOST_FINDS {
+            let read =
+                last.0.iter().map(|(path, seen)| (path.clone(), (seen.clone(), self.reading(path, seen)))).collect::<BTreeMap<_, _>>();
+            if read.values().all(|(_, reading)| matches!(reading, Reading::Known)) && read.len() == self.known.len() {
+                return (read, last.1);
+            }
+            let again = self.find();
+            if again == last {
+                return (read, last.1);
+            }
+            last = again;
+        }
+        (last.0.into_iter().map(|(path, seen)| (path.clone(), (seen.clone(), self.reading(&path, &seen)))).collect(), last.1)
+    }
+
+    fn find(&self) -> (BTreeMap<PathBuf, Seen>, bool) {
+        let mut found = BTreeMap::new();
+        let overfull = find(&self.root, MAX_DEPTH, &mut found);
+        // Of links to nothing those count that are named like manifests, or led to some.
+        let led_to_some = |path: &PathBuf| {
+            self.known
+                .range(path.clone()..)
+                .nth(usize::from(self.known.contains_key(path)))
+                .is_some_and(|(below, _)| below.starts_with(path))
+        };
+        found.retain(|path, seen| !leads_nowhere(seen) || is_manifest(path) || self.known.get(path) == Some(seen) || led_to_some(path));
+        (found, overfull)
+    }
+
+    fn reading(&self, path: &Path, seen: &Seen) -> Reading {
+        // What is as it was again is read again only if something else has been said meanwhile.
+        if self.known.get(path) == Some(seen) && !self.written.get(path).is_some_and(|(_, said)| *said) {
+            return Reading::Known;
+        }
+        match seen {
+            Ok(version) => read(path, version, self.namespaces()),
+            Err(problem) => Reading::Failed(problem.clone()),
+        }
     }
 
     fn namespaces(&self) -> Namespaces<'_> {
@@ -205,8 +257,8 @@ impl Directory {
     }
 
     /// Passes on what is gone for certain: not what is below something that cannot be read.
-    fn forget_gone(&mut self, found: &BTreeMap<PathBuf, Seen>, look: &mut Look) {
-        let hidden = |path: &Path| path.ancestors().any(|a| matches!(found.get(a), Some(Err(_))));
+    fn forget_gone(&mut self, found: &BTreeMap<PathBuf, (Seen, Reading)>, look: &mut Look) {
+        let hidden = |path: &Path| path.ancestors().any(|a| matches!(found.get(a), Some((Err(_), _))));
         let gone = |path: &&PathBuf| !found.contains_key(*path) && !hidden(path);
         let gone = self.known.keys().chain(&self.stood_in).filter(gone).cloned().collect::<BTreeSet<_>>();
         for path in gone {
@@ -263,14 +315,14 @@ pub fn once(root: &Path, default_namespace: &str) -> io::Result<Vec<Change>> {
         fs::read_dir(root)?;
     }
     if metadata.is_dir() && find(root, MAX_DEPTH, &mut found) {
-        let content = Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"));
-        changes.push(Change { origin: origin(root), content });
+        changes.push(Change { origin: origin(root), content: too_many() });
     }
     for (path, seen) in found.into_iter().filter(|(path, seen)| !leads_nowhere(seen) || is_manifest(path)) {
         let content = match seen {
             Ok(version) => match read(&path, &version, default_namespace.into()) {
-                Some((content, _)) => content,
-                None => Content::Unreadable("is being written".to_owned()),
+                Reading::Text(content, _) => content,
+                Reading::Known | Reading::Unfinished | Reading::Replaced => Content::Unreadable("is being written".to_owned()),
+                Reading::Failed(problem) => Content::Unreadable(problem),
             },
             Err(problem) => Content::Unreadable(problem),
         };
@@ -331,29 +383,46 @@ fn is_manifest(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
 }
 
-/// A file's content and text, or `None` while it is being written.
-fn read(path: &Path, version: &Version, namespaces: Namespaces<'_>) -> Option<(Content, String)> {
-    let refused = |problem: String| Some((Content::Unreadable(problem), String::new()));
-    let unreadable = |e: &dyn std::fmt::Display| refused(format!("cannot be read: {e}"));
+fn too_many() -> Content {
+    Content::Unreadable(format!("holds more than {MAX_FILES} files; the others are not read"))
+}
+
+/// What came of reading a file.
+#[derive(Debug)]
+enum Reading {
+    /// It is as it was.
+    Known,
+    Text(Content, String),
+    /// It is being written.
+    Unfinished,
+    /// It is another by now.
+    Replaced,
+    /// It could not be read this time.
+    Failed(String),
+}
+
+fn read(path: &Path, version: &Version, namespaces: Namespaces<'_>) -> Reading {
+    let refused = |problem: String| Reading::Text(Content::Unreadable(problem), String::new());
+    let unreadable = |e: &dyn std::fmt::Display| Reading::Failed(format!("cannot be read: {e}"));
     if version.size > MAX_FILE {
         return refused(format!("is {} bytes, the limit is {MAX_FILE}; split the file", version.size));
     }
     let file = match File::open(path) {
         Ok(file) => file,
         // Replaced or removed between looking and opening: the next look decides.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Reading::Replaced,
         Err(error) => return unreadable(&error),
     };
-    let _lease = Lease::take(&file)?;
+    let Some(_lease) = Lease::take(&file) else { return Reading::Unfinished };
     let mut bytes = Vec::new();
     if let Err(error) = (&file).take(MAX_FILE + 1).read_to_end(&mut bytes) {
         return unreadable(&error);
     }
     if fs::metadata(path).map(|m| Version::of(&m)).ok().as_ref() != Some(version) {
-        return None;
+        return Reading::Replaced;
     }
     match String::from_utf8(bytes) {
-        Ok(text) => Some((manifest::read(&text, namespaces), text)),
+        Ok(text) => Reading::Text(manifest::read(&text, namespaces), text),
         Err(error) => refused(format!("is not UTF-8 text ({error}); correct the file")),
     }
 }

@@ -242,3 +242,94 @@ async fn what_counts_for_nothing_where_it_is_leaves_what_was_in_force() {
     fs::write(&file, moved).expect("write");
     running.wait_for("moved", |r| r.errors().is_empty() && r.config.load().policies.len() == 1).await;
 }
+
+fn directory(dir: &tempfile::TempDir, state: &tempfile::TempDir) -> Directory {
+    Directory::open(dir.path(), LastGood::open(state.path()).expect("state"), "default", "istio-system").expect("open")
+}
+
+fn changed(look: &Look) -> Vec<(bool, String)> {
+    let name = |origin: &Origin| origin.to_string().rsplit('/').next().unwrap_or_default().to_owned();
+    look.changes.iter().map(|c| (matches!(c.content, Content::Read { .. }), name(&c.origin))).collect()
+}
+
+/// That it could not be read says nothing of the next time, when nothing about it has changed.
+#[test]
+fn what_could_not_be_read_is_read_again() {
+    let [dir, state] = [0, 1].map(|_| tempfile::tempdir().expect("tempdir"));
+    let mut source = directory(&dir, &state);
+    // A file that opens, and cannot be read.
+    let path = dir.path().join("a.yaml");
+    std::os::unix::fs::symlink("/proc/self/mem", &path).expect("linked");
+    assert_eq!(changed(&source.look()), [(false, "a.yaml".to_owned())]);
+    assert!(changed(&source.look()).is_empty(), "said once");
+    assert!(matches!(source.known.get(&path), Some(Err(problem)) if problem.contains("cannot be read")), "{:?}", source.known);
+    fs::remove_file(&path).expect("removed");
+    fs::write(&path, namespace("one")).expect("written");
+    source.look();
+    source.known.insert(path, Err("cannot be read: no more descriptors".to_owned()));
+    assert_eq!(changed(&source.look()), [(true, "a.yaml".to_owned())]);
+    assert!(changed(&source.look()).is_empty());
+}
+
+#[test]
+fn that_there_are_too_many_files_is_said_once_and_taken_back() {
+    let [dir, state] = [0, 1].map(|_| tempfile::tempdir().expect("tempdir"));
+    let mut source = directory(&dir, &state);
+    fs::write(dir.path().join("a.yaml"), namespace("one")).expect("written");
+    assert_eq!(source.look().changes.len(), 1);
+    source.overfull = true;
+    let taken_back = source.look().changes;
+    assert!(matches!(taken_back.as_slice(), [Change { content: Content::Gone, .. }]), "{taken_back:?}");
+    assert!(source.look().changes.is_empty());
+}
+
+/// What moves from one file to another is at no time in neither, as when a `ConfigMap` is replaced between two files being looked at.
+#[test]
+fn an_object_that_moves_between_files_is_never_gone() {
+    let [dir, state] = [0, 1].map(|_| tempfile::tempdir().expect("tempdir"));
+    let data = |version: &str, file: &str| {
+        let data = dir.path().join(version);
+        fs::create_dir(&data).expect("made");
+        for name in ["a.yaml", "z.yaml"] {
+            fs::write(data.join(name), if name == file { namespace("moves") } else { namespace(version.trim_matches('.')) })
+                .expect("written");
+        }
+    };
+    let point = |version: &str| {
+        std::os::unix::fs::symlink(version, dir.path().join("..new")).expect("linked");
+        fs::rename(dir.path().join("..new"), dir.path().join("..data")).expect("renamed");
+    };
+    data("..1", "z.yaml");
+    data("..2", "a.yaml");
+    point("..1");
+    // Many between the two, so that there is time.
+    for i in 0..3000 {
+        fs::write(dir.path().join(format!("m{i}.yaml")), "").expect("written");
+    }
+    ["a.yaml", "z.yaml"].into_iter().for_each(|name| {
+        std::os::unix::fs::symlink(format!("..data/{name}"), dir.path().join(name)).expect("linked");
+    });
+    let mut source = directory(&dir, &state);
+    source.look();
+    let moved = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for i in 0..20 {
+                point(if i % 2 == 0 { "..2" } else { "..1" });
+                std::thread::sleep(Duration::from_millis(97));
+            }
+            moved.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        let mut holds = [false, true];
+        while !moved.load(std::sync::atomic::Ordering::Relaxed) {
+            for change in source.look().changes {
+                let Content::Read { objects, .. } = &change.content else { continue };
+                let at = usize::from(change.origin.to_string().ends_with("z.yaml"));
+                if ["a.yaml", "z.yaml"].iter().any(|name| change.origin.to_string().ends_with(name)) {
+                    holds[at] = objects.iter().any(|named| &*named.key.name.name == "moves");
+                }
+            }
+            assert!(holds[0] || holds[1], "it is in neither");
+        }
+    });
+}
