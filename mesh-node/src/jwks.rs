@@ -5,8 +5,8 @@
 
 use std::{
     collections::HashMap,
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    fmt, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -44,6 +44,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Largest document read, bytes.
 const MAX_DOCUMENT: usize = 1024 * 1024;
 const MAX_REDIRECTS: usize = 3;
+/// How long one of several addresses may take to be connected to.
+const CONNECT: Duration = Duration::from_secs(1);
 /// Where clouds tell their machines secrets, beside link-local addresses: Alibaba Cloud's, Oracle's and Azure's, and over IPv6 those of AWS,
 /// Google and what a NAT64 makes of the usual one.
 const METADATA: [IpAddr; 6] = [
@@ -263,8 +265,7 @@ async fn get(config: &Configuration, url: &str) -> Result<String, FetchError> {
         if response.status().is_redirection() {
             let location = response.headers().get(header::LOCATION).and_then(|l| l.to_str().ok());
             let location = location.ok_or(FetchError::Status(response.status()))?;
-            let origin = || format!("{}://{}", uri.scheme_str().unwrap_or("http"), uri.authority().map_or("", |a| a.as_str()));
-            let next = if location.starts_with('/') { origin() + location } else { location.to_owned() };
+            let next = resolved(&uri, location);
             refuse_downgrade(&url, &next)?;
             url = next;
             continue;
@@ -330,20 +331,64 @@ where
 
 /// A service of the mesh is reached at an endpoint of its own; other names are the system's to resolve.
 async fn connect(config: &Configuration, host: &str, port: u16) -> Result<TcpStream, FetchError> {
-    let endpoint = endpoint(&config.load(), host, port);
-    let addresses = if let Some(address) = endpoint {
-        vec![address]
+    let mut addresses = endpoints(&config.load(), host, port);
+    if addresses.is_empty() {
+        addresses = tokio::net::lookup_host((host, port)).await.map_err(|e| FetchError::Resolve(host.to_owned(), e))?.collect();
     } else {
-        let found = tokio::net::lookup_host((host, port)).await.map_err(|e| FetchError::Resolve(host.to_owned(), e))?;
-        found.collect::<Vec<_>>()
-    };
+        // One that hangs is not asked first the next time.
+        let first = fastrand::usize(..addresses.len());
+        addresses.rotate_left(first);
+    }
     let addresses = addresses.iter().map(|a| if is_forbidden(a.ip()) { Err(FetchError::Forbidden(a.ip())) } else { Ok(*a) });
     let addresses = addresses.collect::<Result<Vec<_>, _>>()?;
-    let failed = |e| FetchError::Connect(host.to_owned(), e);
-    TcpStream::connect(&*addresses).await.map_err(failed)
+    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for address in addresses {
+        match timeout(CONNECT, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => last = error,
+            Err(_) => last = io::ErrorKind::TimedOut.into(),
+        }
+    }
+    Err(FetchError::Connect(host.to_owned(), last))
 }
 
-fn endpoint(snapshot: &Snapshot, host: &str, port: u16) -> Option<std::net::SocketAddr> {
-    let service = snapshot.service(&ObjectName::from_fqdn(&host.to_ascii_lowercase())?)?;
-    service.port(port)?.cluster.endpoints.iter().find(|e| e.ready).map(|e| e.address)
+/// Those that are ready of a service of the mesh.
+fn endpoints(snapshot: &Snapshot, host: &str, port: u16) -> Vec<SocketAddr> {
+    let service = ObjectName::from_fqdn(&host.to_ascii_lowercase()).and_then(|name| snapshot.service(&name));
+    let all = service.and_then(|service| service.port(port)).into_iter().flat_map(|port| port.cluster.endpoints.iter());
+    all.filter(|endpoint| endpoint.ready).map(|endpoint| endpoint.address).collect()
+}
+
+/// What a `location` means where it was said (RFC 3986, section 5.2; what is left of dots in it is the server's to see).
+fn resolved(base: &Uri, location: &str) -> String {
+    let (scheme, authority) = (base.scheme_str().unwrap_or("http"), base.authority().map_or("", |a| a.as_str()));
+    if location.starts_with("//") {
+        format!("{scheme}:{location}")
+    } else if location.starts_with('/') {
+        format!("{scheme}://{authority}{location}")
+    } else if location.parse::<Uri>().is_ok_and(|uri| uri.scheme().is_some()) {
+        location.to_owned()
+    } else {
+        let directory = base.path().rsplit_once('/').map_or("", |(directory, _)| directory);
+        format!("{scheme}://{authority}{directory}/{location}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_redirect_leads_is_seen_from_where_it_was_said() {
+        let base = "https://issuer:8443/a/.well-known/openid?x=1".parse().expect("a URL");
+        for (location, expected) in [
+            ("https://other/keys", "https://other/keys"),
+            ("//other/keys", "https://other/keys"),
+            ("/keys?y=2", "https://issuer:8443/keys?y=2"),
+            ("keys.json", "https://issuer:8443/a/.well-known/keys.json"),
+        ] {
+            assert_eq!(resolved(&base, location), expected);
+        }
+        assert_eq!(resolved(&"http://issuer".parse().expect("a URL"), "keys"), "http://issuer/keys");
+    }
 }

@@ -332,7 +332,9 @@ impl Reconciler {
         let mut states = mine.iter().map(|w| self.state(w, found)).collect::<Vec<_>>();
         states.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         *self.node.pods.lock() = states;
-        self.node.proxy.identity.retain(&mine.iter().filter(|w| w.enrolled).map(|w| w.identity.clone()).collect());
+        // Peers that have not heard yet that a pod is released shake hands with it for a while.
+        let needed = mine.iter().filter(|w| w.enrolled || self.node.proxy.pods.by_uid(&w.uid).is_some());
+        self.node.proxy.identity.retain(&needed.map(|w| w.identity.clone()).collect());
         if self.stay.as_ref() != Some(&stay) {
             // Pods that were held, or left enrolled by an earlier process, and are gone or not in the mesh.
             self.node.capture().retain(&stay);

@@ -419,7 +419,7 @@ fn authorizer(spec: ProviderSpec, at: &str) -> Result<Option<Authorizer>, FieldE
         name: name.into(),
         service: service.into(),
         port: port(common.port, &format!("{at}.port"))?,
-        timeout: common.timeout.map_or(TIMEOUT, |t| t.0),
+        timeout: common.timeout.map(|t| t.0).filter(|t| !t.is_zero()).unwrap_or(TIMEOUT),
         fail_open: common.fail_open,
         status_on_error,
         body,

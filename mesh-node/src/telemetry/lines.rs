@@ -162,7 +162,12 @@ impl Lines {
 enum Target {
     Stdout,
     Stderr,
-    File { path: Arc<str>, open: Option<File> },
+    File {
+        path: Arc<str>,
+        open: Option<File>,
+        /// It ends within a line that could not be written whole.
+        torn: bool,
+    },
 }
 
 impl Target {
@@ -170,7 +175,7 @@ impl Target {
         match &**path {
             "/dev/stdout" | "/proc/self/fd/1" => Self::Stdout,
             "/dev/stderr" | "/proc/self/fd/2" => Self::Stderr,
-            _ => Self::File { path: path.clone(), open: None },
+            _ => Self::File { path: path.clone(), open: None, torn: false },
         }
     }
 
@@ -183,24 +188,31 @@ impl Target {
                 out.flush()
             }),
             Self::Stderr => pieces(batch).try_for_each(|piece| io::stderr().lock().write_all(piece)),
-            Self::File { path, open } => {
+            Self::File { path, open, torn } => {
                 let file = match open {
                     Some(file) => file,
                     None => open.insert(OpenOptions::new().create(true).append(true).open(&**path)?),
                 };
-                file.write_all(batch)
+                if std::mem::take(torn)
+                    && let Err(error) = file.write_all(b"\n")
+                {
+                    *torn = true;
+                    return Err(error);
+                }
+                let before = file.metadata()?.len();
+                file.write_all(batch).inspect_err(|_| *torn = file.metadata().is_ok_and(|now| now.len() > before))
             }
         }
     }
 
     /// Lets go of a file that is not the one of its name any more.
     fn look(&mut self) {
-        if let Self::File { path, open } = self
+        if let Self::File { path, open, torn } = self
             && let Some(file) = open
         {
             let inode = |m: io::Result<std::fs::Metadata>| m.ok().map(|m| (m.dev(), m.ino()));
             if inode(Path::new(&**path).metadata()) != inode(file.metadata()) {
-                *open = None;
+                (*open, *torn) = (None, false);
             }
         }
     }
@@ -340,6 +352,18 @@ mod tests {
         let pieces = pieces(batch.as_bytes()).map(<[u8]>::len).collect::<Vec<_>>();
         assert_eq!(pieces, [40_001, 30_001, 100_001, 5]);
         assert_eq!(super::pieces(b"").count(), 0);
+    }
+
+    #[test]
+    fn what_follows_half_a_line_begins_with_one_of_its_own() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("log");
+        std::fs::write(&path, "{\"half\"").expect("written");
+        let mut target = Target::of(&path.to_str().expect("UTF-8").into());
+        let Target::File { torn, .. } = &mut target else { panic!("a file") };
+        *torn = true;
+        [b"one\n", b"two\n"].into_iter().for_each(|line| target.write(line).expect("written"));
+        assert_eq!(std::fs::read_to_string(&path).expect("text"), "{\"half\"\none\ntwo\n");
     }
 
     #[test]

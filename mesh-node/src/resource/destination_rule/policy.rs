@@ -194,14 +194,15 @@ fn consistent_hash(document: &doc::ConsistentHash, at: &str) -> Result<Balancer>
     let table = match (&document.ring_hash, &document.maglev) {
         (Some(_), Some(_)) => return Err(FieldError::new(at, "has ringHash and maglev; keep one")),
         (None, Some(maglev)) => {
-            let size = maglev.table_size.unwrap_or(65_537);
+            let size = said(maglev.table_size).unwrap_or(65_537);
             if size > 5_000_011 || !is_prime(size) {
                 return Err(FieldError::new(format!("{at}.maglev.tableSize"), format!("{size} is not a prime up to 5000011")));
             }
             HashTable::Maglev { size }
         }
         (ring, None) => {
-            let minimum = ring.as_ref().and_then(|r| r.minimum_ring_size).or(document.minimum_ring_size).filter(|m| *m > 0).unwrap_or(1024);
+            let minimum = ring.as_ref().and_then(|r| r.minimum_ring_size).or(document.minimum_ring_size);
+            let minimum = said(minimum).unwrap_or(1024);
             if minimum > 8 * 1024 * 1024 {
                 return Err(FieldError::new(format!("{at}.ringHash.minimumRingSize"), format!("{minimum} is more than 8388608")));
             }
@@ -286,6 +287,11 @@ fn upgrade(document: &doc::Http, at: &str) -> Result<Upgrade> {
     }
 }
 
+/// A number that Istio reads as none when it is nought.
+fn said<T: Default + PartialEq>(number: Option<T>) -> Option<T> {
+    number.filter(|n| *n != T::default())
+}
+
 fn outlier_detection(document: &doc::Outlier, at: &str) -> Result<Outlier> {
     let default = Outlier::default();
     let percent = |value: Option<i64>, default: u32, field: &str| match value {
@@ -301,10 +307,10 @@ fn outlier_detection(document: &doc::Outlier, at: &str) -> Result<Outlier> {
         consecutive_5xx: document.consecutive_5xx_errors.or(deprecated).unwrap_or(default.consecutive_5xx),
         consecutive_gateway: document.consecutive_gateway_errors.unwrap_or(default.consecutive_gateway),
         split_local: document.split_external_local_origin_errors.unwrap_or(false),
-        consecutive_local: document.consecutive_local_origin_failures.unwrap_or(default.consecutive_local),
+        consecutive_local: said(document.consecutive_local_origin_failures).unwrap_or(default.consecutive_local),
         interval: document.interval.map_or(Ok(default.interval), |t| positive(t, &format!("{at}.interval")))?,
         base_ejection: document.base_ejection_time.map_or(Ok(default.base_ejection), |t| positive(t, &format!("{at}.baseEjectionTime")))?,
-        max_ejection_percent: percent(document.max_ejection_percent, default.max_ejection_percent, "maxEjectionPercent")?,
+        max_ejection_percent: percent(said(document.max_ejection_percent), default.max_ejection_percent, "maxEjectionPercent")?,
         min_health_percent: percent(document.min_health_percent, default.min_health_percent, "minHealthPercent")?,
     })
 }
@@ -314,5 +320,5 @@ fn retry_budget(document: &doc::RetryBudget, at: &str) -> Result<RetryBudget> {
     if !(0.0..=100.0).contains(&percent) {
         return Err(FieldError::new(format!("{at}.percent"), format!("{percent} is not between 0 and 100")));
     }
-    Ok(RetryBudget { percent, minimum: document.min_retry_concurrency.unwrap_or(crate::route::retry::BUDGET_MINIMUM) })
+    Ok(RetryBudget { percent, minimum: said(document.min_retry_concurrency).unwrap_or(crate::route::retry::BUDGET_MINIMUM) })
 }

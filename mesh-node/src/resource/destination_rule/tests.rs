@@ -131,3 +131,17 @@ fn mistakes_are_named_with_their_field() {
         assert!(problem.contains(expected) && problem.contains("DestinationRule default/d"), "{spec}: {problem}");
     }
 }
+
+/// As istiod reads them: tools that write out what has no value write noughts.
+#[test]
+fn a_nought_that_is_no_number_of_istio_s_is_not_said() {
+    let read = |policy_of: Value| policy(&policy_of).expect("valid");
+    let outlier = |spec: Value| read(json!({"outlierDetection": spec})).outlier.expect("there");
+    let noughts = json!({"splitExternalLocalOriginErrors": true, "consecutiveLocalOriginFailures": 0, "maxEjectionPercent": 0, "consecutive5xxErrors": 0, "minHealthPercent": 0});
+    let expected = Outlier { split_local: true, consecutive_5xx: 0, min_health_percent: 0, ..Outlier::default() };
+    assert_eq!(outlier(noughts), expected, "those that mean that it is switched off are kept");
+    let budget = read(json!({"retryBudget": {"percent": {"value": 20}, "minRetryConcurrency": 0}}));
+    assert_eq!(budget, read(json!({"retryBudget": {"percent": {"value": 20}}})));
+    let hash = |table: Value| json!({"loadBalancer": {"consistentHash": {"httpHeaderName": "x", "maglev": table}}});
+    assert_eq!(read(hash(json!({"tableSize": 0}))), read(hash(json!({}))));
+}
