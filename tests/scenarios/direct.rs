@@ -3,6 +3,7 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -256,6 +257,29 @@ fn a_server_does_not_wait_for_a_client_that_vanished() {
     wait_for("its end", Duration::from_secs(5), || Ok(open() == 0)).expect("the server has none left");
     let _ = steady.kill();
     let _ = steady.wait();
+}
+
+/// What its server has not answered yet is dialled again and again; whoever gets the address would be sent what was not meant for it.
+#[test]
+fn a_connection_being_dialled_ends_with_the_pod_it_is_for() {
+    // Dials all the time, waits for none, and says how many are still at it at the end.
+    let dial = "import socket, sys, time\nall, end = [], time.time() + 1.6
+while time.time() < end:
+    s = socket.socket()
+    s.setblocking(False)
+    s.connect_ex((sys.argv[1], int(sys.argv[2])))
+    all.append(s)
+    time.sleep(0.003)
+time.sleep(2)
+print(len(all), sum(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 2 for s in all))";
+    let (mut bed, client, server, services) = scene(&NodeOptions::default());
+    let (host, port) = services[0].rsplit_once(':').expect("a port");
+    let python = bed.command(&client, Path::new("/usr/bin/python3"), &["-c", dial, host, port]).stdout(Stdio::piped()).spawn();
+    std::thread::sleep(Duration::from_millis(800));
+    bed.delete(&server).expect("deleted");
+    let output = python.expect("python").wait_with_output().expect("ended");
+    assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).ends_with(" 0\n"), "some still wait: {output:?}");
+    wait_for("gone", Duration::from_secs(5), || Ok(entries(&bed, "FLOWS") == 0)).expect("gone");
 }
 
 #[test]

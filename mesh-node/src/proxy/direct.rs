@@ -40,6 +40,8 @@ use crate::{
 const SWEEP: Duration = Duration::from_secs(5);
 /// How long a flow may be without a port before it is taken for one whose dialling failed at once.
 const DIALLING: Duration = Duration::from_secs(5);
+/// How long a dial may go on at most: the kernel's `tcp_syn_retries`, and some more.
+const LONGEST_DIAL: Duration = Duration::from_mins(5);
 /// How long to wait before flows that were being dialled while they were to be cut are looked at again.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 
@@ -65,6 +67,8 @@ struct State {
     handed_over: bool,
     /// When this process came: what flows had carried before, another has counted.
     since: Instant,
+    /// Addresses that a pod has lost, and when: what was being dialled there then was meant for that pod.
+    left: HashMap<IpAddr, Instant>,
     /// Flows that were given up, and what is left of them at their servers is to be ended.
     aborted: Vec<(Ends, DirectFlow)>,
 }
@@ -82,6 +86,13 @@ impl Pods {
         let by_cookie = all.iter().filter_map(|p| Some((p.cookie()?, p.clone()))).collect();
         let by_ip = all.iter().flat_map(|p| p.addresses().iter().map(|ip| (*ip, p.clone())).collect::<Vec<_>>()).collect();
         Self { by_cookie, by_ip }
+    }
+
+    /// Addresses whose pods these were and those are not.
+    fn lost(&self, now: &Self) -> Vec<IpAddr> {
+        let is_same = |one: &ServedPod, other: &ServedPod| one.uid == other.uid && one.cookie() == other.cookie();
+        let lost = self.by_ip.iter().filter(|(ip, pod)| !now.by_ip.get(*ip).is_some_and(|other| is_same(pod, other)));
+        lost.map(|(ip, _)| *ip).collect()
     }
 
     /// The pods a flow is between.
@@ -114,6 +125,7 @@ impl Direct {
             there: None,
             handed_over: false,
             since: Instant::now(),
+            left: HashMap::new(),
             aborted: Vec::new(),
         });
         Arc::new(Self { proxy, enabled, state, again: Notify::new() })
@@ -189,8 +201,12 @@ impl Direct {
         // What did not work is done again with the next sweep.
         state.basis = set.is_ok().then_some(basis);
         self.proxy.served.store(Arc::new(served));
-        state.pods = Pods::new(&self.proxy);
-        state.unjudged = Some(Instant::now());
+        let (pods, now) = (Pods::new(&self.proxy), Instant::now());
+        let lost = state.pods.lost(&pods);
+        state.left.retain(|_, at| now.duration_since(*at) < LONGEST_DIAL);
+        state.left.extend(lost.into_iter().map(|ip| (ip, now)));
+        state.pods = pods;
+        state.unjudged = Some(now);
         drop(state);
         self.go_through();
     }
@@ -356,6 +372,9 @@ impl State {
             Phase::Open => {
                 if let Some(known) = self.flows.get_mut(&flow.cookie).filter(|k| k.flow.is_same(flow)) {
                     known.open(flow);
+                    if known.cut.is_some() {
+                        self.check(snapshot, flow.cookie);
+                    }
                 } else if self.kernel.contains(flow) {
                     // What is heard of one that has been gone through and counted since is old. Another flow of the socket that is
                     // still here has ended without a word.
@@ -406,6 +425,13 @@ impl State {
         }
     }
 
+    /// Ends a flow by the sockets of those of its pods that are known.
+    fn end_known(&self, flow: &DirectFlow) -> io::Result<()> {
+        self.end_client(flow);
+        let server = self.pods.by_ip.get(&flow.endpoint.ip()).ok_or(io::ErrorKind::NotFound)?;
+        capture::direct::destroy(&server.netns, flow.endpoint, flow.client, None)
+    }
+
     /// Whether there is a later flow with the addresses of one that is over.
     fn is_followed(&self, ends: &Ends, flow: &DirectFlow) -> bool {
         let later = capture::direct::connection(&ends.source.netns, flow.client, flow.endpoint);
@@ -424,10 +450,7 @@ impl State {
                 Err(error) => by_server(ends).map_err(|_| error),
                 Ok(()) => by_server(ends).or(Ok(())),
             },
-            None => match self.pods.by_ip.get(&flow.endpoint.ip()) {
-                Some(pod) => capture::direct::destroy(&pod.netns, flow.endpoint, flow.client, None),
-                None => Err(io::ErrorKind::NotFound.into()),
-            },
+            None => self.end_known(flow),
         };
         match ended {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -457,6 +480,11 @@ impl State {
         }
         let is_there = |cookie: u64| self.there.as_ref().is_none_or(|there| there.contains_key(&cookie));
         if !is_there(flow.source) || ends.and_then(|e| e.destination.cookie()).is_some_and(|cookie| !is_there(cookie)) {
+            return Some(Cut::PodGone);
+        }
+        // Who has the address by now is another, or nobody.
+        let lost = self.left.get(&flow.endpoint.ip()).is_some_and(|at| flow.begun <= *at) || ends.is_none() && workload.is_none();
+        if flow.phase == Phase::Connecting && lost {
             return Some(Cut::PodGone);
         }
         // What is gone from the configuration only is the pod watcher's business: its end is not a policy change.
