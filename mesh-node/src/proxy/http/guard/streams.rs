@@ -1,6 +1,16 @@
 //! HTTP/2 on its way into such a pod: each stream to one of the application's connection.
 
-use std::{borrow::Cow, future::poll_fn, io, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    future::poll_fn,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use ::h2::{SendStream, client::ResponseFuture};
 use bytes::Bytes;
@@ -40,6 +50,11 @@ struct Streams {
     send: ::h2::client::SendRequest<Bytes>,
     whole: Arc<Whole>,
     over: Arc<watch::Sender<bool>>,
+    /// As many at a time as the client was told, and those that are open.
+    most: u32,
+    held: Arc<AtomicU32>,
+    /// Its client asks again elsewhere when it is refused, and does not wait.
+    by_node: bool,
     /// It ended before it had said anything of HTTP/2: no stream was or will be opened on it, and another connection would end like it.
     broken: Option<Reset>,
 }
@@ -52,26 +67,47 @@ const AFTER_ITS_END: Duration = Duration::from_secs(30);
 
 impl Streams {
     /// Opens a stream when there is a place for it; the client is told to open no more when there is none any more.
-    async fn open(self, request: http::Request<()>, empty: bool) -> Result<(ResponseFuture, SendStream<Bytes>), Reset> {
-        let Self { send, over, broken, .. } = self;
+    async fn open(self, request: http::Request<()>, empty: bool) -> Result<(ResponseFuture, SendStream<Bytes>, Held), Reset> {
+        let Self { send, over, broken, most, held, by_node, .. } = self;
         if let Some(reset) = broken {
             over.send_replace(true);
             return Err(reset);
         }
         let opened = async {
-            // The library takes a request for one that takes none, and keeps it until it takes some.
+            // The library takes a request for which there is no place, and keeps it until there is. There always is as long as the application
+            // takes as many as it did when the client was told.
             let taken = async {
-                while h2::most_streams(&send) == 0 {
+                loop {
+                    let now = h2::most_streams(&send);
+                    if now >= most || held.load(Ordering::Relaxed) < now {
+                        return true;
+                    }
+                    if by_node && now > 0 {
+                        return false;
+                    }
                     sleep(POLL_INTERVAL).await;
                 }
             };
-            timeout(STREAM_TIMEOUT, taken).await.ok()?;
-            send.ready().await.ok()?.send_request(request, empty).ok()
+            if !timeout(STREAM_TIMEOUT, taken).await.ok()? {
+                return None;
+            }
+            let (response, stream) = send.ready().await.ok()?.send_request(request, empty).ok()?;
+            held.fetch_add(1, Ordering::Relaxed);
+            Some((response, stream, Held(held)))
         };
         opened.await.ok_or_else(|| {
             over.send_replace(true);
             Reset::RefusedStream
         })
+    }
+}
+
+/// One of the application's streams, as long as it goes on.
+struct Held(Arc<AtomicU32>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -126,8 +162,9 @@ async fn streams(
     let over = Arc::new(watch::Sender::new(false));
     let (send, connection, whole) = opened.map_or_else(Default::default, |o| (Some(o.send), Some(o.connection), o.whole));
     let broken = settled.as_ref().err().map(broken_as);
-    let drive = drive(connection, (send.clone(), settled), &over);
-    let streams = send.map(|send| Streams { send, whole, over: over.clone(), broken });
+    let drive = drive(connection, (send.clone(), settled), (&over, most));
+    let (held, by_node) = (Arc::default(), client.is_tunnel());
+    let streams = send.map(|send| Streams { send, whole, over: over.clone(), most, held, by_node, broken });
     let mut ended = over.subscribe();
     let (pod, since) = (gate.pod.clone(), gate.since);
     let draining = async move {
@@ -166,18 +203,19 @@ async fn streams(
     }
 }
 
-/// Drives the application's connection to its end, and says when no more streams are to be opened on it; `settled`: how it began.
+/// Drives the application's connection to its end, and says when no more streams are to be opened on it; `settled`: how it began; `most`: as many
+/// at a time as the client was told.
 async fn drive(
     connection: Option<impl Future<Output = Result<(), ::h2::Error>> + Unpin>,
     (mut asked, settled): (Option<::h2::client::SendRequest<Bytes>>, Result<(), ::h2::Error>),
-    over: &watch::Sender<bool>,
+    (over, most): (&watch::Sender<bool>, u32),
 ) -> io::Result<()> {
     let Some(mut connection) = connection else { return std::future::pending().await };
     let result = poll_fn(|cx| {
         let polled = Pin::new(&mut connection).poll(cx);
         // Those it has go on; the client is to open others elsewhere, and not only when one has been refused.
-        // An application that takes none for now is as good as one that takes no more.
-        let sends_away = |send: &mut _| hbone::is_sent_away(send) || h2::most_streams(send) == 0;
+        // One that takes fewer than the client was told is as good as one that takes no more: another connection is told anew.
+        let sends_away = |send: &mut _| hbone::is_sent_away(send) || h2::most_streams(send) < most;
         if polled.is_pending() && !*over.borrow() && asked.as_mut().is_some_and(sends_away) {
             over.send_replace(true);
         }
@@ -267,7 +305,7 @@ async fn open(
     (sent, pass): (&RequestHead, &Pass),
     responder: &mut H2Responder,
     record: &mut Record,
-) -> Result<(ResponseFuture, SendStream<Bytes>), ::h2::Reason> {
+) -> Result<(ResponseFuture, SendStream<Bytes>, Held), ::h2::Reason> {
     tokio::select! {
         biased;
         opened = streams.open(request, empty) => opened.map_err(|reset| {
@@ -354,7 +392,7 @@ async fn h2_request(
     };
     let whole = streams.whole.clone();
     let opened = open(gate, streams, (request, empty), (sent, &pass), responder, record).await;
-    let (response, stream) = opened?;
+    let (response, stream, _held) = opened?;
     let (sink, source) = (UpSink::H2(H2Sink::new(stream, empty)), UpSource::of_stream(response, whole, HeadLimits::OF_CLIENT.bytes));
     let plan = Plan::once(sent, None);
     let cut = gate.denied_later(sent, &pass);
