@@ -12,6 +12,8 @@ pub mod windows;
 
 use std::time::Duration;
 
+use tokio::{sync::Notify, time::sleep};
+
 pub use client::{Connection, Leaving, TunnelError, is_sent_away};
 pub use pool::{Pool, PoolKey};
 pub use tunnel::Tunnel;
@@ -36,6 +38,8 @@ pub const IDLE_RELEASE: Duration = Duration::from_mins(5);
 /// An HTTP/2 PING goes out this often, and its answer must come within the timeout.
 pub const PING_INTERVAL: Duration = Duration::from_secs(10);
 pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a peer has that may be gone.
+pub const DOUBTED_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the TLS and HTTP/2 handshakes of a peer may take.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -47,15 +51,30 @@ pub const RESET_MEMORY: Duration = Duration::from_secs(10);
 /// to calm down and goes. Their resets wait for a peer that does not read.
 pub const ERROR_RESETS: usize = 65_536;
 
-/// Sends PINGs until one is not answered in time.
-async fn keepalive(mut ping_pong: h2::PingPong) {
+/// Sends PINGs until one is not answered in time. `doubted`: woken when the peer may be gone; it is asked at once then, and has less time.
+async fn keepalive(mut ping_pong: h2::PingPong, doubted: &Notify) {
     loop {
-        tokio::time::sleep(PING_INTERVAL).await;
-        match tokio::time::timeout(PING_TIMEOUT, ping_pong.ping(h2::Ping::opaque())).await {
-            Ok(Ok(_)) => {}
-            // The connection itself has ended; whoever drives it reports why.
-            Ok(Err(_)) => std::future::pending().await,
-            Err(_) => return,
+        let is_doubted = tokio::select! {
+            () = sleep(PING_INTERVAL) => false,
+            () = doubted.notified() => true,
+        };
+        let late = async {
+            let is_doubted = is_doubted
+                || tokio::select! {
+                    () = sleep(PING_TIMEOUT) => false,
+                    () = doubted.notified() => true,
+                };
+            if is_doubted {
+                sleep(DOUBTED_TIMEOUT).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            answered = ping_pong.ping(h2::Ping::opaque()) => if answered.is_err() {
+                // The connection itself has ended; whoever drives it reports why.
+                std::future::pending::<()>().await;
+            },
+            () = late => return,
         }
     }
 }

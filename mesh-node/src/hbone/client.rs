@@ -67,6 +67,8 @@ struct Shared {
     revoked: AtomicBool,
     /// Woken when the number of streams changes, and to close.
     changed: Notify,
+    /// Woken when the peer may be gone.
+    doubted: Notify,
     /// Woken, all of them, when that is so.
     left: Notify,
     /// The same, for who keeps the connection.
@@ -190,6 +192,7 @@ impl Connection {
             leaving: AtomicBool::new(false),
             revoked: AtomicBool::new(false),
             changed: Notify::new(),
+            doubted: Notify::new(),
             left: Notify::new(),
             keeper: OnceLock::new(),
         });
@@ -212,9 +215,10 @@ impl Connection {
         self.0.streams.load(Ordering::SeqCst)
     }
 
-    /// Takes no more tunnels; closes when the open ones have ended.
+    /// Takes no more tunnels; closes when the open ones have ended. Who closes it may do so as the peer has gone: it is asked whether it is there.
     pub fn close(&self) {
         self.0.leave();
+        self.0.doubted.notify_one();
     }
 
     /// Has this woken when what is in its tunnels is to go. To be called once.
@@ -276,7 +280,7 @@ async fn drive<T>(
     let ping_pong = connection.ping_pong();
     let lost = async {
         match ping_pong {
-            Some(ping_pong) => keepalive(ping_pong).await,
+            Some(ping_pong) => keepalive(ping_pong, &shared.doubted).await,
             None => std::future::pending().await,
         }
     };

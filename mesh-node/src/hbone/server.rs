@@ -10,7 +10,7 @@ use h2::{RecvStream, server::SendResponse};
 use http::{HeaderMap, Response, StatusCode};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
 
@@ -109,7 +109,8 @@ where
     let ping_pong = connection.ping_pong();
     let lost = async {
         match ping_pong {
-            Some(ping_pong) => keepalive(ping_pong).await,
+            // Nobody doubts a client.
+            Some(ping_pong) => keepalive(ping_pong, &Notify::new()).await,
             None => std::future::pending().await,
         }
     };
