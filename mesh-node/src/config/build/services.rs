@@ -286,16 +286,20 @@ impl<'a> Rules<'a> {
         rules
     }
 
-    /// The rules of the first of these namespaces that has any: the client's, the service's, the root. Of those that name the service most
-    /// closely, one that selects the client comes before those that select nobody.
+    /// The rules of the first of these namespaces that has any: the client's, the service's, the root. Of clients in the root namespace those
+    /// alone are their own that are for nobody else, as in Istio: the others there are the mesh's. Of those that name the service most closely, one
+    /// that selects the client comes before those that select nobody.
     fn applying(&self, service: &ObjectName, client: Option<Client<'_>>, root: &str) -> Vec<(&'a Named, &'a DestinationRule)> {
         let Some(all) = self.by_service.get(service) else { return Vec::new() };
         let viewer = client.map(|client| client.namespace);
-        for namespace in viewer.into_iter().chain([&*service.namespace, root]) {
+        let as_client = viewer.map(|namespace| (namespace, namespace == root));
+        for (namespace, private) in as_client.into_iter().chain([(&*service.namespace, false), (root, false)]) {
             let here = all.iter().filter(|of| {
                 let own: &str = &of.named.key.name.namespace;
+                let exported = or_default(&of.rule.export_to, self.exported);
                 let is_meant = of.rule.selector.is_none() || client.is_some_and(|client| client.selected_by.contains(&of.number));
-                own == namespace && is_meant && is_visible(or_default(&of.rule.export_to, self.exported), own, viewer)
+                let is_private = !exported.is_empty() && exported.iter().all(|to| **to == *"." || **to == *own);
+                own == namespace && is_meant && is_visible(exported, own, viewer) && (is_private || !private)
             });
             let here = here.collect::<Vec<_>>();
             let Some(closest) = here.first().map(|of| of.close) else { continue };

@@ -1,4 +1,4 @@
-//! Hosts of virtual services.
+//! Hosts of virtual services and of destination rules.
 
 use super::*;
 use crate::route::table::HttpTable;
@@ -19,4 +19,34 @@ fn several_names_of_one_service_are_one() {
     assert_eq!(rules(&json!(["web"])), once);
     assert_eq!(rules(&json!(["web", "web.default", "web.default.svc.cluster.local"])), once);
     assert_eq!(rules(&json!(["*", "web", "*.svc.cluster.local"])), once);
+}
+
+/// Rules of the root namespace are the mesh's, and come last also for clients there; but for those that are for these alone.
+#[test]
+fn clients_in_the_root_namespace_have_rules_of_their_own() {
+    let rule = |namespace: &str, name: &str, seconds: u32, export_to: Value| {
+        json!({"apiVersion": "networking.istio.io/v1", "kind": "DestinationRule", "metadata": {"name": name, "namespace": namespace},
+            "spec": {"host": if name == "all" { "*.svc.cluster.local" } else { "web.default.svc.cluster.local" }, "exportTo": export_to,
+                "trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": format!("{seconds}s")}}}}})
+    };
+    let [everybody, private] = [json!(["*"]), json!(["."])];
+    let base = [
+        service(),
+        slice("web", &["10.244.0.1"], true),
+        rule("istio-system", "all", 1, everybody.clone()),
+        rule("default", "web", 2, everybody),
+    ];
+    let seen = |to: &str, more: &[Value]| {
+        // There are clients of a namespace that is treated apart.
+        let other = json!({"apiVersion": "networking.istio.io/v1", "kind": "DestinationRule", "metadata": {"name": "x", "namespace": "istio-system"},
+            "spec": {"host": "else.default.svc.cluster.local", "exportTo": ["."]}});
+        let mut service = service();
+        merge(&mut service, &json!({"metadata": {"name": "else"}, "spec": {"clusterIP": "10.96.0.2"}}));
+        let (snapshot, _) = built(&[&base[..], &[service, other], more].concat());
+        let Target::Service { port, .. } = snapshot.resolve_for(to, "10.96.0.1:80".parse().expect("valid")) else { panic!("no service") };
+        port.cluster.policy.tcp.connect_timeout.map(|t| t.as_secs())
+    };
+    assert_eq!(["istio-system", "other"].map(|from| seen(from, &[])), [Some(2); 2], "the service's own is nearer than the mesh's");
+    let own = rule("istio-system", "web", 3, private);
+    assert_eq!(["istio-system", "other"].map(|from| seen(from, std::slice::from_ref(&own))), [Some(3), Some(2)]);
 }
