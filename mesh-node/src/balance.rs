@@ -4,7 +4,11 @@ mod locality;
 pub mod outlier;
 mod table;
 
-use std::{net::IpAddr, net::SocketAddr, time::Instant};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
 
 pub use table::{Table, hash};
 
@@ -18,6 +22,8 @@ use crate::{
 
 /// Throws until one is taken, when endpoints that warm up are passed over.
 const WARMUP_THROWS: u32 = 16;
+/// How far bits are turned for what decides between places, so that it says nothing of what decides between endpoints.
+const PLACES: u32 = 17;
 
 /// Who asks, and with what dice.
 #[derive(Debug, Clone, Copy)]
@@ -53,7 +59,7 @@ impl Asker<'_> {
         match (balancer, self.hash) {
             (Balancer::Hash { .. }, Some(of)) => hash(&of.to_le_bytes()),
             (Balancer::ClientIp, _) => hash(self.client.to_string().as_bytes()),
-            _ => self.dice.rotate_left(17),
+            _ => self.dice.rotate_left(PLACES),
         }
     }
 }
@@ -72,6 +78,22 @@ pub fn pick<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Option<&'a Endpoint>
     }
     avoid(&mut candidates, asker.tried);
     choose(cluster, asker, &candidates)
+}
+
+/// Those that a request may go to with one dice or another, in their order: what is near, listed and healthy, or all where the policy says so.
+pub fn within_reach<'a>(cluster: &'a Cluster, asker: &Asker<'_>) -> Vec<&'a Endpoint> {
+    // Weights are percents.
+    const THROWS: u64 = 1000;
+    let usable = usable(cluster, (asker.client, asker.own), asker.node);
+    let mut found = HashSet::new();
+    for throw in 0..THROWS {
+        let dice = (u64::MAX / THROWS * throw).rotate_right(PLACES);
+        found.extend(locality::narrow(cluster, &Asker { dice, ..*asker }, usable.clone()).into_iter().map(|e| e.address));
+        if found.len() == usable.len() {
+            break;
+        }
+    }
+    usable.into_iter().filter(|e| found.contains(&e.address)).collect()
 }
 
 /// Those that a client of a node may be led to, healthy or not.

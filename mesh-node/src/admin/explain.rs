@@ -4,8 +4,10 @@
 mod fates;
 
 use std::{
+    collections::HashSet,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, HeaderValue, Method};
@@ -17,6 +19,7 @@ use crate::{
     config::{OutboundPolicy, Snapshot},
     detect::Protocol,
     policy::{Verified, WorkloadPolicy, received, unsatisfied},
+    proxy::outbound,
     report::format::Template,
     route::{
         Cluster, ClusterId, Endpoint, Service, ServicePort, Target, Workload,
@@ -367,10 +370,20 @@ impl<'a> Asker<'a> {
         json!({"cluster": cluster.id.to_string(), "percent": percent, "endpoints": endpoints})
     }
 
+    /// Endpoints that the client's requests may go to as things are.
+    fn within_reach(self, cluster: &Cluster) -> HashSet<SocketAddr> {
+        let now = Instant::now();
+        let ejected = cluster.endpoints.iter().map(|e| e.address).filter(|a| (self.ejected)(self.source, &cluster.id, *a));
+        let ejected = ejected.map(|a| (a, now + Duration::from_secs(1))).collect::<Vec<_>>();
+        let client = self.source.ips.iter().copied().find(|ip| ip.is_ipv4() == self.dialled.is_ipv4()).unwrap_or(self.dialled.ip());
+        let asker = outbound::asker(self.source, &self.source.node, client, (0, &ejected));
+        crate::balance::within_reach(cluster, &asker).into_iter().map(|e| e.address).collect()
+    }
+
     /// The endpoints of a cluster, and what policy says at each.
     fn endpoints(self, cluster: &Cluster, head: Option<&RequestHead>) -> Vec<Value> {
         let asked = self.asked(head);
-        let usable = crate::balance::usable(cluster, (self.dialled.ip(), &self.source.ips), &self.source.node);
+        let used = self.within_reach(cluster);
         // An endpoint that is dialled by its own address is not balanced.
         let alone = cluster.policy.balancer == Balancer::Passthrough && cluster.endpoints.iter().any(|e| e.address == self.dialled);
         let one = |e: &Endpoint| {
@@ -382,7 +395,7 @@ impl<'a> Asker<'a> {
             };
             one["ready"] = e.ready.into();
             let ejected = !alone && (self.ejected)(self.source, &cluster.id, e.address);
-            one["used"] = (alone || !ejected && usable.iter().any(|u| u.address == e.address)).into();
+            one["used"] = (alone || used.contains(&e.address)).into();
             if ejected {
                 one["ejected"] = true.into();
             }

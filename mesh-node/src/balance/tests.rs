@@ -13,7 +13,7 @@ use crate::{
     route::{
         ClusterId, Load,
         cluster::Near,
-        traffic::{Distribute, HashKey, HashTable, Outlier, TrafficPolicy},
+        traffic::{self, Distribute, HashKey, HashTable, Outlier, TrafficPolicy},
     },
 };
 
@@ -436,4 +436,35 @@ fn a_new_endpoint_warms_up() {
         let warm = self::counts(&cluster, 30_000, |dice, turn| Asker { now: now + Duration::from_mins(1), turn, ..asker(dice) });
         assert!(warm["10.0.0.2:80"].abs_diff(10_000) < 327, "{warm:?}");
     }
+}
+
+#[test]
+fn what_is_within_reach_is_what_some_dice_pick() {
+    let mut endpoints = three();
+    endpoints[1].node = Some("n2".into());
+    endpoints[2].node = Some("n3".into());
+    let reach =
+        |cluster: &Cluster, asker: &Asker<'_>| within_reach(cluster, asker).into_iter().map(|e| e.address.to_string()).collect::<Vec<_>>();
+    let all = ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"];
+    let anywhere = cluster(endpoints.clone(), TrafficPolicy::default());
+    assert_eq!(reach(&anywhere, &asker(0)), all);
+    let near = Cluster { near: Some(Near::Node), ..cluster(endpoints, TrafficPolicy::default()) };
+    assert_eq!(reach(&near, &asker(0)), all[..1]);
+    let ejected = |n: usize| all[..n].iter().map(|a| (address(a), *NOW + Duration::from_secs(1))).collect::<Vec<_>>();
+    assert_eq!(reach(&near, &Asker { ejected: &ejected(1), ..asker(0) }), all[1..], "those that are left are equally far");
+    // Where so few are healthy that all are used.
+    let outlier = |min_health_percent| TrafficPolicy {
+        outlier: Some(Outlier { min_health_percent, ..Outlier::default() }),
+        ..TrafficPolicy::default()
+    };
+    for (panic, expected) in [(50, &all[..]), (0, &[][..])] {
+        assert_eq!(reach(&cluster(three(), outlier(panic)), &Asker { ejected: &ejected(3), ..asker(0) }), expected, "{panic}");
+    }
+    // A place that gets one percent.
+    let mut far = three();
+    far[0].locality.region = "b".into();
+    let to = vec![("a".into(), 99), ("b".into(), 1)];
+    let locality = traffic::Locality { distribute: vec![Distribute { from: "*".into(), to }], ..traffic::Locality::default() };
+    far[1..].iter_mut().for_each(|e| e.locality.region = "a".into());
+    assert_eq!(reach(&cluster(far, TrafficPolicy { locality, ..TrafficPolicy::default() }), &asker(0)), all);
 }

@@ -18,9 +18,10 @@ use tokio::{
     time::{Instant, sleep},
 };
 
+pub use self::decision::asker;
 use self::decision::{Chosen, Decision, Guarded, client_address, decide, denied_later, describe, dialled, hbone_address};
 pub(super) use self::{
-    decision::{Way, asker, is_meant, left},
+    decision::{Way, is_meant, left},
     dial::Dial,
 };
 use super::{
