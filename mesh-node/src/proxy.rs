@@ -64,6 +64,15 @@ impl Proxy {
         self.limits.connection(&pod.holds, || self.name_of(pod))
     }
 
+    /// A place for a connection that is kept for later requests.
+    pub fn kept(&self, pod: &ServedPod) -> Option<limits::Place> {
+        let place = self.limits.kept(&pod.holds);
+        if place.is_none() {
+            self.metrics.overflow("kept_connections");
+        }
+        place
+    }
+
     /// The same of a request that shares its connection with others.
     pub fn request(&self, pod: &ServedPod) -> Option<limits::Place> {
         let place = self.limits.request(&pod.holds, || self.name_of(pod));

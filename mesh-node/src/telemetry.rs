@@ -86,7 +86,8 @@ pub struct ReasonLabels {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct LimitLabels {
-    /// `connections`, `pending_requests`, `requests` or `retries` of a `DestinationRule`; `kept_bodies`; `requests_of_pod` of `--max-requests`.
+    /// `connections`, `pending_requests`, `requests` or `retries` of a `DestinationRule`; `kept_bodies`; `kept_connections`;
+    /// `requests_of_pod` of `--max-requests`.
     pub limit: &'static str,
 }
 
@@ -220,7 +221,7 @@ impl Metrics {
         metrics.register();
         // What is lost is seen against nought, and not against nothing.
         ["exported", "rejected", "failed", "dropped"].into_iter().for_each(|result| metrics.spans(result, 0));
-        for limit in ["connections", "pending_requests", "requests", "retries", "kept_bodies", "requests_of_pod"] {
+        for limit in ["connections", "pending_requests", "requests", "retries", "kept_bodies", "kept_connections", "requests_of_pod"] {
             metrics.overflows.get_or_create(&LimitLabels { limit }).inc_by(0);
         }
         metrics

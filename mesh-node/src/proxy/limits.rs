@@ -20,6 +20,8 @@ use crate::problems;
 const RESERVED: u64 = 1024;
 /// Descriptors of a connection: its two ends.
 const EACH: u64 = 2;
+/// Of what is left, one in so many for connections to applications that are kept for later requests: their clients may have gone.
+const KEPT: u64 = 4;
 /// TLS handshakes into one pod at once: each costs a millisecond of CPU and may take its whole timeout. For each pod, so
 /// that a flood to one leaves the others alone. Others wait for their turn.
 pub const HANDSHAKES: usize = 256;
@@ -43,6 +45,7 @@ const HANDSHAKES_OF_NETWORK: usize = 128;
 pub struct Limits {
     connections: Shared,
     requests: Shared,
+    kept: Shared,
 }
 
 /// Places that are shared: nobody can take them all.
@@ -58,6 +61,7 @@ struct Shared {
 pub struct Holds {
     connections: Arc<AtomicUsize>,
     requests: Arc<AtomicUsize>,
+    kept: Arc<AtomicUsize>,
     /// When it was told last that it gets no more, milliseconds since this process looked first.
     told: AtomicU64,
 }
@@ -119,9 +123,13 @@ impl Shared {
 impl Limits {
     /// Limits for a process that may have this many descriptors open, and this many requests under way.
     pub fn new(descriptors: u64, requests: usize) -> Self {
-        let connections = descriptors.saturating_sub(RESERVED.min(descriptors / 2)) / EACH;
-        let connections = usize::try_from(connections).unwrap_or(usize::MAX).max(16);
-        Self { connections: Shared::new(connections, "connections"), requests: Shared::new(requests, "requests") }
+        let left = descriptors.saturating_sub(RESERVED.min(descriptors / 2));
+        let places = |descriptors: u64| usize::try_from(descriptors).unwrap_or(usize::MAX).max(16);
+        Self {
+            connections: Shared::new(places((left - left / KEPT) / EACH), "connections"),
+            requests: Shared::new(requests, "requests"),
+            kept: Shared::new(places(left / KEPT), "kept connections"),
+        }
     }
 
     /// Room for a connection of a pod; `name`: what it is called where there is none.
@@ -138,6 +146,11 @@ impl Limits {
             self.requests.refused(&of.requests, &of.told, name);
             None
         })
+    }
+
+    /// The same for a connection to an application that is to be kept for later requests of the pod.
+    pub fn kept(&self, of: &Holds) -> Option<Place> {
+        self.kept.take(&of.kept)
     }
 
     /// How many connections there may be, and how many places are free.
@@ -217,8 +230,20 @@ mod tests {
     #[test]
     fn connections_take_what_is_left_of_the_descriptors() {
         // Half of few descriptors stays reserved.
-        assert_eq!(Limits::new(1024 + 40, 1).connections(), (266, 266));
+        assert_eq!(Limits::new(1024 + 40, 1).connections(), (199, 199));
         assert_eq!(Limits::new(64, 1).connections(), (16, 16));
+    }
+
+    #[test]
+    fn what_is_kept_for_later_is_bounded_for_all_and_for_each() {
+        let limits = Limits::new(1024 + 4000, 1);
+        let (greedy, another) = (Holds::default(), Holds::default());
+        let all = |of: &Holds| std::iter::from_fn(|| limits.kept(of)).collect::<Vec<_>>();
+        let first = all(&greedy);
+        assert!((795..=805).contains(&first.len()), "{}", first.len());
+        assert!(all(&another).len() > 100 && limits.kept(&greedy).is_none());
+        drop(first);
+        assert!(limits.kept(&greedy).is_some());
     }
 
     #[test]

@@ -376,3 +376,31 @@ async fn an_answer_under_way_says_that_its_connection_ends() {
     let answer = String::from_utf8_lossy(&answer);
     assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\r\nconnection: close\r\n"), "{answer}");
 }
+
+/// Descriptors for what may be asked for later are bounded: without a place, a connection is for the request it is made for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_place_a_connection_is_not_kept() {
+    let scene = scene(json!({}), json!({})).await;
+    let ask = |n: u32| {
+        let scene = &scene;
+        async move {
+            let (answer, _) = scene.say(&format!("GET /x HTTP/1.1\r\nhost: web\r\nx-id: k{n}\r\nconnection: close\r\n\r\n")).await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        }
+    };
+    let opened = || {
+        let rendered = scene.engine.proxy.metrics.render(mesh_node::telemetry::Exposition::OpenMetrics).expect("metrics");
+        let line = rendered.lines().find_map(|line| line.strip_prefix("mesh_upstream_connections_total{result=\"opened\"} "));
+        line.and_then(|n| n.parse::<u32>().ok()).unwrap_or(0)
+    };
+    let places = std::iter::from_fn(|| scene.engine.proxy.kept(&scene.engine.pod)).collect::<Vec<_>>();
+    for n in 0..3 {
+        ask(n).await;
+    }
+    assert_eq!((opened(), places.len() > 1000), (3, true));
+    drop(places);
+    for n in 3..6 {
+        ask(n).await;
+    }
+    assert_eq!(opened(), 4, "with one it is");
+}

@@ -39,6 +39,7 @@ use crate::{
     io::socket::Known,
     proxy::{
         Failure, Proxy, ServedPod,
+        limits::Place,
         outbound::{self, Dial},
     },
     route::{Cluster, traffic::TrafficPolicy},
@@ -99,7 +100,15 @@ pub struct H1Upstream {
     idle_since: Instant,
     /// When it will have been idle for too long, or open, if nobody uses it.
     expires: Option<Instant>,
+    /// Whether it may be kept: one that has a descriptor of its own has a place among those that are. None is for this request alone.
+    kept: Option<Kept>,
     _slot: ConnectionSlot,
+}
+
+#[derive(Debug)]
+enum Kept {
+    InTunnel,
+    WithPlace { _place: Place },
 }
 
 impl H1Upstream {
@@ -224,6 +233,11 @@ async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
     // Seldom, and large.
     let (transport, hold, reached) = Box::pin(dial(wanted)).await?;
     let (unread, idle_since) = (Unread::default(), Instant::now());
+    let kept = if transport.is_tunnel() {
+        Some(Kept::InTunnel)
+    } else {
+        wanted.proxy.kept(wanted.pod).map(|place| Kept::WithPlace { _place: place })
+    };
     Ok(Box::new(H1Upstream {
         transport,
         unread,
@@ -234,6 +248,7 @@ async fn connect_h1(wanted: &Wanted<'_>, workload: Option<Peer>, slot: Connectio
         made: idle_since,
         idle_since,
         expires: None,
+        kept,
         _slot: slot,
     }))
 }
@@ -453,7 +468,7 @@ pub fn release(mut connection: Box<H1Upstream>, cluster: &Cluster, state: &Clust
     let policy = &cluster.policy;
     let old = policy.tcp.max_connection_duration.and_then(|most| connection.made.checked_add(most));
     connection.expires = connection.idle_since.checked_add(policy.http.idle_timeout).into_iter().chain(old).min();
-    if worn || !connection.is_fresh(cluster, connection.idle_since) {
+    if worn || connection.kept.is_none() || !connection.is_fresh(cluster, connection.idle_since) {
         connection.retire();
     } else {
         let soon = connection.expires.is_some_and(|at| at.saturating_duration_since(connection.idle_since) < SHORT_IDLE);
