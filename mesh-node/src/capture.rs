@@ -239,7 +239,7 @@ impl Capture {
     /// Says that this process serves no more: the fail mode decides from here on, also while there still are listeners, which would
     /// take with them who comes as they close.
     pub fn withdraw(&mut self) {
-        // First: no listener of a pod is reason to refuse, unless there is this one.
+        // First: as long as this one is there, connections to a pod without a listener are refused.
         let _ = self.listeners.remove(&ALIVE);
         for pod in self.listeners.keys().filter_map(Result::ok).collect::<Vec<_>>() {
             let _ = self.listeners.remove(&pod);

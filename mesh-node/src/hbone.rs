@@ -38,7 +38,7 @@ pub const IDLE_RELEASE: Duration = Duration::from_mins(5);
 /// An HTTP/2 PING goes out this often, and its answer must come within the timeout.
 pub const PING_INTERVAL: Duration = Duration::from_secs(10);
 pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long a peer has that may be gone.
+/// The same of one that may be gone.
 pub const DOUBTED_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the TLS and HTTP/2 handshakes of a peer may take.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);

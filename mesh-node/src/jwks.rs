@@ -44,7 +44,7 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Largest document read, bytes.
 const MAX_DOCUMENT: usize = 1024 * 1024;
 const MAX_REDIRECTS: usize = 3;
-/// How long one of several addresses may take to be connected to.
+/// How long an address may take to be connected to, as long as there are others.
 const CONNECT: Duration = Duration::from_secs(1);
 /// Where clouds tell their machines secrets, beside link-local addresses: Alibaba Cloud's, Oracle's and Azure's, and over IPv6 those of AWS,
 /// Google and what a NAT64 makes of the usual one.
@@ -335,15 +335,17 @@ async fn connect(config: &Configuration, host: &str, port: u16) -> Result<TcpStr
     if addresses.is_empty() {
         addresses = tokio::net::lookup_host((host, port)).await.map_err(|e| FetchError::Resolve(host.to_owned(), e))?.collect();
     } else {
-        // One that hangs is not asked first the next time.
+        // One that hangs is not always the first.
         let first = fastrand::usize(..addresses.len());
         addresses.rotate_left(first);
     }
     let addresses = addresses.iter().map(|a| if is_forbidden(a.ip()) { Err(FetchError::Forbidden(a.ip())) } else { Ok(*a) });
     let addresses = addresses.collect::<Result<Vec<_>, _>>()?;
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-    for address in addresses {
-        match timeout(CONNECT, TcpStream::connect(address)).await {
+    for (i, address) in addresses.iter().enumerate() {
+        // The last has what is left of the time for all.
+        let patience = if i + 1 < addresses.len() { CONNECT } else { Duration::MAX };
+        match timeout(patience, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => last = error,
             Err(_) => last = io::ErrorKind::TimedOut.into(),

@@ -99,7 +99,8 @@ impl Problems {
     }
 }
 
-/// Something is wrong with `about` until [`solved`] says otherwise. Whether that is news, or has been told in other words until now.
+/// Something is wrong with `about` until [`solved`] says otherwise. Whether that is news, or has been told in other words until now, or may be: of
+/// more than are listed nothing is known.
 pub fn found(kind: Kind, about: &str, text: String) -> bool {
     ALL.put(kind, about, Problem { text, until: None }) != Before::Same
 }

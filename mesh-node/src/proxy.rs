@@ -154,7 +154,7 @@ impl Proxy {
                 () = self.pool.left() => tokio::time::sleep(SOON).await,
             }
             let snapshot = config.load().clone();
-            self.pool.retain(|uid| snapshot.workload(uid).is_some_and(|w| w.enrolled));
+            self.pool.retain(|uid| snapshot.workload(uid).is_some_and(|w| w.enrolled), |uid| snapshot.workload(uid).is_some());
             let now = std::time::Instant::now();
             if now.duration_since(edges_tidied) >= TIDY_INTERVAL {
                 edges_tidied = now;

@@ -176,7 +176,7 @@ fn nobody_is_lost_who_comes_as_listeners_close() {
         std::thread::sleep(Duration::from_millis(700));
         bed.node(1).stop().expect("stopped");
         for report in coming.map(end) {
-            assert!(report["failed"] == 0 && report["worked"].as_u64().is_some_and(|n| n > 200), "{report}");
+            assert!(report["failed"] == 0 && report["worked"].as_u64().is_some_and(|n| n > 50), "{report}");
         }
         bed.node(1).start().expect("started");
         bed.node(1).wait_ready().expect("ready");

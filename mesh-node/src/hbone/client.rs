@@ -215,10 +215,19 @@ impl Connection {
         self.0.streams.load(Ordering::SeqCst)
     }
 
-    /// Takes no more tunnels; closes when the open ones have ended. Who closes it may do so as the peer has gone: it is asked whether it is there.
+    /// Takes no more tunnels; closes when the open ones have ended.
     pub fn close(&self) {
         self.0.leave();
+    }
+
+    /// Asks at once whether the peer is there, and gives it up soon if it does not answer.
+    pub fn doubt(&self) {
         self.0.doubted.notify_one();
+    }
+
+    /// Whether it takes tunnels, or has some.
+    pub fn is_used(&self) -> bool {
+        !self.is_closed() || self.streams() > 0
     }
 
     /// Has this woken when what is in its tunnels is to go. To be called once.

@@ -49,7 +49,7 @@ struct Slot {
 impl Slot {
     fn with_room(&self) -> Option<Connection> {
         let mut connections = self.connections.lock();
-        connections.retain(|c| !c.is_closed());
+        connections.retain(Connection::is_used);
         connections.iter().find(|c| c.has_room()).cloned()
     }
 }
@@ -110,10 +110,11 @@ impl Pool {
         Ok((connection, true))
     }
 
-    /// Closes connections whose source or destination workload is gone, and forgets keys without connections.
-    pub fn retain(&self, exists: impl Fn(&WorkloadUid) -> bool) {
+    /// Closes connections whose source or destination workload is not wanted any more, and forgets keys without connections. Where the
+    /// destination does not exist any more, it is asked whether anybody is there.
+    pub fn retain(&self, is_wanted: impl Fn(&WorkloadUid) -> bool, exists: impl Fn(&WorkloadUid) -> bool) {
         self.slots.lock().retain(|key, slot| {
-            let wanted = exists(&key.source_workload) && exists(&key.destination_workload);
+            let wanted = is_wanted(&key.source_workload) && is_wanted(&key.destination_workload);
             // A slot somebody holds is being dialled, or about to be: look again next time. None can be taken out
             // meanwhile, the map is locked.
             if Arc::strong_count(slot) > 1 {
@@ -123,7 +124,10 @@ impl Pool {
             if !wanted {
                 connections.iter().for_each(Connection::close);
             }
-            connections.retain(|c| !c.is_closed());
+            if !exists(&key.destination_workload) {
+                connections.iter().for_each(Connection::doubt);
+            }
+            connections.retain(Connection::is_used);
             !connections.is_empty()
         });
     }
@@ -135,7 +139,7 @@ impl Pool {
 
     /// Closes everything once it is unused.
     pub fn close(&self) {
-        self.retain(|_| false);
+        self.retain(|_| false, |_| true);
     }
 
     /// What is pooled now.
@@ -144,7 +148,7 @@ impl Pool {
         let state = |(key, slot): (PoolKey, Arc<Slot>)| {
             let connections = slot.connections.lock();
             let live = connections.iter().filter(|c| !c.is_closed()).collect::<Vec<_>>();
-            Some(PoolState { key, connections: live.len(), streams: live.iter().map(|c| c.streams()).sum() })
+            (!live.is_empty()).then(|| PoolState { key, connections: live.len(), streams: live.iter().map(|c| c.streams()).sum() })
         };
         slots.into_iter().filter_map(state).collect()
     }

@@ -224,6 +224,7 @@ async fn a_peer_that_may_be_gone_is_given_up_sooner_unless_it_answers() {
     let (connection, mut server) = connected().await;
     let (_tunnel, accepted) = pair(&connection, &mut server).await;
     connection.close();
+    connection.doubt();
     sleep(PING_INTERVAL).await;
     assert_eq!(connection.streams(), 1, "it has answered");
     drop(accepted);
@@ -237,7 +238,7 @@ async fn a_peer_that_may_be_gone_is_given_up_sooner_unless_it_answers() {
             async move { silent.open(request()).await }
         });
         sleep(Duration::from_millis(1)).await;
-        silent.close();
+        silent.doubt();
         sleep(DOUBTED_TIMEOUT.mul_f64(0.99)).await;
         assert!(!opening.is_finished());
         sleep(DOUBTED_TIMEOUT.mul_f64(0.02)).await;
@@ -424,7 +425,7 @@ async fn a_goaway_moves_the_next_tunnel_to_a_new_connection() {
 async fn connections_of_workloads_that_are_gone_are_closed() {
     let (pool, network) = (Pool::default(), Network::default());
     let open = network.open(&pool, &key("a")).await.expect("opened");
-    pool.retain(|uid| &*uid.0 != "a");
+    pool.retain(|uid| &*uid.0 != "a", |_| true);
     assert!(pool.states().is_empty());
     network.open(&pool, &key("a")).await.map(drop).expect("opened");
     assert_eq!(network.dialled(), 2, "the old connection is not used again");

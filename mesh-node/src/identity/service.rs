@@ -208,7 +208,7 @@ impl Service {
     /// Takes in what changes in the directory, and keeps the service's own certificate fresh.
     async fn follow(self: Arc<Self>, server: Arc<ArcSwap<NamedServer>>) {
         let mut seen = self.authority.load().stamp.clone();
-        let mut renewed = tokio::time::Instant::now();
+        let (mut renewed, mut told) = (tokio::time::Instant::now(), None);
         loop {
             tokio::time::sleep(CHECK_INTERVAL).await;
             if Authority::stamp(&self.settings.dir) != seen {
@@ -216,11 +216,15 @@ impl Service {
                 match loaded.and_then(|authority| authority.check().map(|()| authority)) {
                     Ok(authority) => {
                         tracing::info!(target: "ca", roots = authority.roots().len(), "CA state read again");
-                        seen = authority.stamp.clone();
+                        (seen, told) = (authority.stamp.clone(), None);
                         self.authority.store(Arc::new(authority));
                     }
                     Err(error) => {
-                        tracing::warn!(target: "ca", error = chain(&error), "CA state cannot be read again; what was read before stays in use");
+                        let error = chain(&error);
+                        if told.as_ref() != Some(&error) {
+                            tracing::warn!(target: "ca", error, "CA state cannot be read again; what was read before stays in use");
+                        }
+                        told = Some(error);
                         continue;
                     }
                 }

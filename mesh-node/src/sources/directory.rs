@@ -29,8 +29,8 @@ use crate::config::{
 
 /// Files in all directories below the root.
 const MAX_FILES: usize = 100_000;
-/// How often it is looked at most until all stands still while it is read.
-const MOST_FINDS: usize = 4;
+/// How often all that has changed is read at most until it stands still meanwhile.
+const MOST_READINGS: usize = 3;
 /// How often a file that is being written is looked at again.
 const PENDING: Duration = Duration::from_millis(50);
 /// After how long one that somebody has open for writing is remarked on, and looked at as others are.
@@ -154,10 +154,6 @@ impl Directory {
         self.last_good.again();
         let (seen, overfull) = self.see();
         let mut look = Look::default();
-        if std::mem::replace(&mut self.overfull, overfull) != overfull {
-            let content = if overfull { too_many() } else { Content::Gone };
-            look.changes.push(Change { origin: origin(&self.root), content });
-        }
         self.forget_gone(&seen, &mut look);
         for (path, (seen, reading)) in seen {
             match (&seen, reading) {
@@ -169,6 +165,10 @@ impl Directory {
                     self.written.remove(&path);
                     self.take(&path, (content, text), &mut look);
                 }
+                (Err(_), Reading::Replaced) => {
+                    look.pending += 1;
+                    continue;
+                }
                 (Ok(_), Reading::Unfinished | Reading::Replaced) => {
                     self.stand_in(&path, &mut look);
                     self.wait_for(&path, &mut look);
@@ -177,7 +177,8 @@ impl Directory {
                 // Nothing need change for it to be read the next time.
                 (Ok(_), Reading::Failed(problem)) => {
                     let failed = Err(problem.clone());
-                    if self.known.get(&path) != Some(&failed) {
+                    let otherwise = self.written.remove(&path).is_some_and(|(_, said)| said);
+                    if otherwise || self.known.get(&path) != Some(&failed) {
                         self.take(&path, (Content::Unreadable(problem), String::new()), &mut look);
                         self.known.insert(path, failed);
                     }
@@ -193,27 +194,34 @@ impl Directory {
             self.known.insert(path, seen);
         }
         look.unreadable = matches!(self.known.get(&self.root), Some(Err(_)));
+        // Where the root itself has something to be said of, that is said instead.
+        if std::mem::replace(&mut self.overfull, overfull) != overfull && !look.unreadable {
+            let content = if overfull { too_many() } else { Content::Gone };
+            look.changes.push(Change { origin: origin(&self.root), content });
+        }
         look
     }
 
-    /// The manifests there are now, with what those say that have changed, and whether there are too many. What changed together is seen together:
-    /// where something has changed, all is as it was while that was read.
+    /// The manifests there are now, with what those say that have changed, and whether there are too many. What changed together is seen
+    /// together: as things were both before and after all was read.
     fn see(&self) -> (BTreeMap<PathBuf, (Seen, Reading)>, bool) {
-        let mut last = self.find();
-        // Of what never stands still the last is as good as any.
-        for _ in 0..MOST_FINDS {
-            let read =
-                last.0.iter().map(|(path, seen)| (path.clone(), (seen.clone(), self.reading(path, seen)))).collect::<BTreeMap<_, _>>();
-            if read.values().all(|(_, reading)| matches!(reading, Reading::Known)) && read.len() == self.known.len() {
-                return (read, last.1);
+        let read = |found: &BTreeMap<PathBuf, Seen>| {
+            found.iter().map(|(path, seen)| (path.clone(), (seen.clone(), self.reading(path, seen)))).collect::<BTreeMap<_, _>>()
+        };
+        let mut overfull = false;
+        let find = || {
+            let found;
+            (found, overfull) = self.find();
+            found
+        };
+        let (found, mut all, before) = until_still(find, read, |found| *found == self.known);
+        // What does not stand still is what it was until then, and looked at again soon.
+        for (path, (_, reading)) in &mut all {
+            if before.as_ref().is_some_and(|before| before.get(path) != found.get(path)) {
+                *reading = Reading::Replaced;
             }
-            let again = self.find();
-            if again == last {
-                return (read, last.1);
-            }
-            last = again;
         }
-        (last.0.into_iter().map(|(path, seen)| (path.clone(), (seen.clone(), self.reading(&path, &seen)))).collect(), last.1)
+        (all, overfull)
     }
 
     fn find(&self) -> (BTreeMap<PathBuf, Seen>, bool) {
@@ -381,6 +389,26 @@ fn find(directory: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Seen>) -> 
 
 fn is_manifest(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
+}
+
+/// What there is, and what came of reading it, when it was the same before and after. When it never is, also what it was before it was read last.
+fn until_still<F: PartialEq, R>(mut find: impl FnMut() -> F, read: impl Fn(&F) -> R, is_known: impl Fn(&F) -> bool) -> (F, R, Option<F>) {
+    let (mut last, mut left) = (find(), MOST_READINGS);
+    loop {
+        let all = read(&last);
+        if is_known(&last) {
+            return (last, all, None);
+        }
+        let again = find();
+        if again == last {
+            return (last, all, None);
+        }
+        left -= 1;
+        if left == 0 {
+            return (again, all, Some(last));
+        }
+        last = again;
+    }
 }
 
 fn too_many() -> Content {

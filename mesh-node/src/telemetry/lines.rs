@@ -189,9 +189,12 @@ impl Target {
             }),
             Self::Stderr => pieces(batch).try_for_each(|piece| io::stderr().lock().write_all(piece)),
             Self::File { path, open, torn } => {
-                let file = match open {
-                    Some(file) => file,
-                    None => open.insert(OpenOptions::new().create(true).append(true).open(&**path)?),
+                let file = if let Some(file) = open {
+                    file
+                } else {
+                    let file = open.insert(OpenOptions::new().create(true).append(true).open(&**path)?);
+                    *torn &= file.metadata()?.len() > 0;
+                    file
                 };
                 if std::mem::take(torn)
                     && let Err(error) = file.write_all(b"\n")

@@ -236,8 +236,8 @@ fn services_and_clients_that_are_nobody_are_told() {
     let (_kept, path) = directory(&[("web.yaml", &[deployment, &service("web", "web"), &service("lost", "wbe"), &routes].concat())]);
     let (_, text) = analyze(&[&path]);
     assert!(text.contains("Service default/lost: spec.selector: matches no pod of these manifests"), "{text}");
-    assert!(text.contains("VirtualService default/web: spec.http[1].match: no pod of these manifests has its sourceLabels"), "{text}");
-    assert!(!text.contains("Service default/web: spec.selector") && !text.contains("spec.http[0].match"), "{text}");
+    assert!(text.contains("VirtualService default/web: spec.http[1].match[0].sourceLabels: no pod of these manifests"), "{text}");
+    assert!(!text.contains("Service default/web: spec.selector") && !text.contains("spec.http[0].match[0]"), "{text}");
     let (_kept, path) = directory(&[("web.yaml", &[&*service("web", "web"), &routes].concat())]);
     let (_, text) = analyze(&[&path]);
     assert!(!text.contains("matches no pod") && !text.contains("sourceLabels"), "{text}");

@@ -79,21 +79,18 @@ impl Streams {
             let taken = async {
                 loop {
                     let now = h2::most_streams(&send);
-                    if now >= most || held.load(Ordering::Relaxed) < now {
-                        return true;
+                    if let Some(place) = Held::take(&held, (now < most).then_some(now)) {
+                        return Some(place);
                     }
                     if by_node && now > 0 {
-                        return false;
+                        return None;
                     }
                     sleep(POLL_INTERVAL).await;
                 }
             };
-            if !timeout(STREAM_TIMEOUT, taken).await.ok()? {
-                return None;
-            }
+            let place = timeout(STREAM_TIMEOUT, taken).await.ok()??;
             let (response, stream) = send.ready().await.ok()?.send_request(request, empty).ok()?;
-            held.fetch_add(1, Ordering::Relaxed);
-            Some((response, stream, Held(held)))
+            Some((response, stream, place))
         };
         opened.await.ok_or_else(|| {
             over.send_replace(true);
@@ -104,6 +101,15 @@ impl Streams {
 
 /// One of the application's streams, as long as it goes on.
 struct Held(Arc<AtomicU32>);
+
+impl Held {
+    /// One more, unless there are so many.
+    fn take(all: &Arc<AtomicU32>, most: Option<u32>) -> Option<Self> {
+        let more = |n: u32| most.is_none_or(|most| n < most).then_some(n + 1);
+        all.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Self(all.clone()))
+    }
+}
 
 impl Drop for Held {
     fn drop(&mut self) {
@@ -163,7 +169,7 @@ async fn streams(
     let (send, connection, whole) = opened.map_or_else(Default::default, |o| (Some(o.send), Some(o.connection), o.whole));
     let broken = settled.as_ref().err().map(broken_as);
     let drive = drive(connection, (send.clone(), settled), (&over, most));
-    let (held, by_node) = (Arc::default(), client.is_tunnel());
+    let (held, by_node) = (Arc::default(), client.is_tunnel() && gate.facts.dialled.is_some());
     let streams = send.map(|send| Streams { send, whole, over: over.clone(), most, held, by_node, broken });
     let mut ended = over.subscribe();
     let (pod, since) = (gate.pod.clone(), gate.since);

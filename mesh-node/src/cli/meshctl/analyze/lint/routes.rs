@@ -178,19 +178,24 @@ impl Lint<'_> {
 
     /// Tells of clients that are not there.
     fn sources(&mut self, named: &Named, vs: &VirtualService) {
-        let of_http = vs.http.iter().enumerate().flat_map(|(i, rule)| rule.matches.iter().map(move |m| ("http", i, &m.source)));
-        let of_l4 = [("tcp", &vs.tcp), ("tls", &vs.tls)];
-        let of_l4 = of_l4.into_iter().flat_map(|(kind, rules)| rules.iter().enumerate().map(move |(i, rule)| (kind, i, rule)));
-        let of_l4 = of_l4.flat_map(|(kind, i, rule)| rule.matches.iter().map(move |m| (kind, i, &m.source)));
-        for (kind, i, source) in of_http.chain(of_l4) {
-            let is_meant = |w: &Workload| {
-                source.namespace.as_ref().is_none_or(|namespace| *namespace == w.name.namespace)
-                    && source.labels.iter().all(|(key, value)| w.labels.get(key) == Some(value))
+        let mut all = Vec::new();
+        for (i, rule) in vs.http.iter().enumerate() {
+            all.extend(rule.matches.iter().enumerate().map(|(j, m)| (format!("spec.http[{i}].match[{j}]"), &m.source)));
+        }
+        for (kind, rules) in [("tcp", &vs.tcp), ("tls", &vs.tls)] {
+            for (i, rule) in rules.iter().enumerate() {
+                all.extend(rule.matches.iter().enumerate().map(|(j, m)| (format!("spec.{kind}[{i}].match[{j}]"), &m.source)));
+            }
+        }
+        for (at, source) in all {
+            // Of gateways' clients nothing is known, nor of those of namespaces whose pods are not written down.
+            let pods = match &source.namespace {
+                Some(namespace) => self.workloads.get(&**namespace).into_iter().flatten().collect::<Vec<_>>(),
+                None => self.workloads.values().flatten().collect(),
             };
-            // Of gateways' clients nothing is known, and where there are no pods at all, of nobody.
-            let is_known = !source.labels.is_empty() && source.gateways.is_empty() && !self.workloads.is_empty();
-            if is_known && !self.workloads.values().flatten().any(|w| is_meant(w)) {
-                self.say(named, &format!("spec.{kind}[{i}].match: no pod of these manifests has its sourceLabels; check them"));
+            let is_meant = |w: &&&Workload| source.labels.iter().all(|(key, value)| w.labels.get(key) == Some(value));
+            if !source.labels.is_empty() && source.gateways.is_empty() && !pods.is_empty() && !pods.iter().any(is_meant) {
+                self.say(named, &format!("{at}.sourceLabels: no pod of these manifests has them; check them"));
             }
         }
     }
