@@ -25,11 +25,16 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// By `appProtocol`, else by the part of the port's name before the first `-`. Istio's protocol selection.
-    pub fn declared(name: &str, app_protocol: Option<&str>) -> Self {
-        let first =
-            if name == "grpc-web" || name.starts_with("grpc-web-") { "grpc-web" } else { name.split('-').next().unwrap_or_default() };
-        app_protocol.and_then(Self::named).or_else(|| Self::named(first)).unwrap_or_default()
+    /// By `appProtocol`, or where there is none by the port's name: the part before the first `-`. Of ports where servers speak first, and that are
+    /// declared nothing that is known, by their number. Istio's protocol selection (`ConvertProtocol`).
+    pub fn declared(name: &str, app_protocol: Option<&str>, port: u16) -> Self {
+        /// SMTP, DNS, `MySQL` and `MongoDB`.
+        const SPEAK_FIRST: [u16; 4] = [25, 53, 3306, 27017];
+        const GRPC_WEB: &str = "grpc-web";
+        let text = app_protocol.unwrap_or(name);
+        let is_grpc_web = text.get(..GRPC_WEB.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(GRPC_WEB));
+        let first = if is_grpc_web { GRPC_WEB } else { text.split('-').next().unwrap_or_default() };
+        Self::named(first).unwrap_or(if SPEAK_FIRST.contains(&port) { Self::Tcp } else { Self::Detect })
     }
 
     fn named(name: &str) -> Option<Self> {
@@ -279,10 +284,20 @@ mod tests {
             ("http", Some("tcp"), Protocol::Tcp),
             ("x", Some("kubernetes.io/h2c"), Protocol::Http2),
             ("tcp", Some("grpc-web"), Protocol::GrpcWeb),
-            ("http", Some("example.com/own"), Protocol::Http),
+            ("http", Some("example.com/own"), Protocol::Detect),
+            ("tcp", Some("http-web"), Protocol::Http),
+            ("gRPC-Web.v1", None, Protocol::GrpcWeb),
         ];
         for (name, app, expected) in cases {
-            assert_eq!(Protocol::declared(name, app), expected, "{name} {app:?}");
+            assert_eq!(Protocol::declared(name, app, 80), expected, "{name} {app:?}");
+        }
+        for (name, app, port, expected) in [
+            ("db", None, 3306, Protocol::Tcp),
+            ("", Some("example.com/own"), 25, Protocol::Tcp),
+            ("http", None, 3306, Protocol::Http),
+            ("db", None, 5432, Protocol::Detect),
+        ] {
+            assert_eq!(Protocol::declared(name, app, port), expected, "{name} {app:?} {port}");
         }
         for (all, expected) in [
             (&[Protocol::Http, Protocol::Http][..], Protocol::Http),

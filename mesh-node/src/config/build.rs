@@ -336,9 +336,10 @@ impl<'a> Alike<'a> {
     }
 }
 
-/// Sorts the oldest first; one without a time stamp is as old as can be, names decide among equals.
-fn age(named: &Named) -> (Option<SystemTime>, ObjectName) {
-    (named.created, named.key.name.clone())
+/// Sorts the oldest first; one without a time stamp is as old as can be. Among equals names decide, and then namespaces, as in istiod.
+fn age(named: &Named) -> (Option<SystemTime>, Arc<str>, Arc<str>) {
+    let ObjectName { namespace, name } = &named.key.name;
+    (named.created, name.clone(), namespace.clone())
 }
 
 #[cfg(test)]

@@ -301,7 +301,9 @@ impl<'a> Policies<'a> {
             What::Authentication(rules) => Some(rules),
             What::Authorization(_) => None,
         });
-        let authentication = rules.flatten().cloned().collect();
+        let mut authentication = rules.flatten().cloned().collect::<Vec<_>>();
+        // As istiod has them tried, of whichever policy they are.
+        authentication.sort_by(|one, other| one.issuer.cmp(&other.issuer));
         let made = Arc::new(Governing { authorization: Arc::new(authorization), authentication });
         self.compiled.insert(policies, made.clone());
         made
@@ -375,7 +377,7 @@ pub(super) fn attachments<'a>(builder: &Builder<'a>) -> Attachments<'a> {
         let name: &'a ObjectName = &named.key.name;
         let slices = builder.parts.slices.get(&(&*name.namespace, &*name.name)).map(Vec::as_slice).unwrap_or_default();
         for port in &service.ports {
-            let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref());
+            let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref(), port.port);
             for slice in slices {
                 let Some(target) = slice.ports.get(&port.name) else { continue };
                 for ip in slice.endpoints.iter().flat_map(|e| &e.addresses) {

@@ -64,7 +64,8 @@ impl<'a> Routes<'a> {
             list.sort_by_key(|(close, ..)| std::cmp::Reverse(*close));
         }
         let mut all = std::mem::take(&mut builder.parts.gateway_routes);
-        all.sort_by_key(|(named, _)| age(named));
+        // The Gateway API compares `namespace/name`.
+        all.sort_by_key(|(named, _)| (named.created, named.key.name.clone()));
         for (named, route) in all {
             routes.add_gateway_route(builder, registry, named, route);
         }

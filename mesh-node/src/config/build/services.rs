@@ -388,7 +388,7 @@ fn cluster<'a>(
         Some(subset) => endpoints.iter().filter(|e| subset.labels.iter().all(|(k, v)| e.label(k) == Some(v))).cloned().collect(),
     };
     let mut policy = Layered::effective(effective.policy, subset.map(|s| &s.policy), port.port);
-    let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref());
+    let protocol = Protocol::declared(&port.name, port.app_protocol.as_deref(), port.port);
     policy.fill(&given.traffic, entry.near.is_some());
     if service.is_headless() {
         // Its clients pick the endpoint themselves, by its address.

@@ -15,6 +15,7 @@ use crate::{
 
 mod claims;
 mod hosts;
+mod tokens;
 
 fn store(documents: &[Value]) -> Store {
     let mut store = Store::default();

@@ -56,7 +56,7 @@ pub fn start<B: RequestBody>(
         trace::unsampled(&mut head.headers);
     }
     let framing = upload.framing();
-    let (sender, receiver) = mpsc::channel(MIRROR_BEHIND);
+    let (sender, receiver) = mpsc::channel(MIRROR_BEHIND + upload.kept_frames());
     if framing != Framing::Empty {
         upload.copy_to(sender);
     }

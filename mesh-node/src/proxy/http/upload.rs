@@ -98,6 +98,11 @@ impl<'a, B: FrameSource> Upload<'a, B> {
         frame
     }
 
+    /// How many frames have been read and are kept.
+    pub fn kept_frames(&self) -> usize {
+        self.kept.len()
+    }
+
     /// Copies every frame to a mirror, as long as it keeps up.
     pub fn copy_to(&mut self, mirror: mpsc::Sender<Copied>) {
         let replays = &self.replays;

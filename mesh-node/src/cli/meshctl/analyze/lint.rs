@@ -69,7 +69,7 @@ pub fn remarks(store: &Store, mesh: &MeshSettings, snapshot: &Snapshot) -> Vec<S
         }
     }
     let mut aged = store.objects().collect::<Vec<_>>();
-    aged.sort_by_key(|named| (named.created.is_none(), named.created, &named.key));
+    aged.sort_by_key(|named| (named.created, &named.key.name.name, &named.key.name.namespace));
     lint.destination_rules(&aged);
     lint.of_one_pod(&aged);
     lint.gateway_routes(&aged);

@@ -34,7 +34,7 @@ impl Lint<'_> {
             };
             let word = text.split('-').next().unwrap_or_default();
             let first = word.to_ascii_lowercase();
-            if first.len() < 3 || Protocol::declared(&first, None) != Protocol::Detect {
+            if first.len() < 3 || Protocol::declared(&first, None, 0) != Protocol::Detect {
                 continue;
             }
             if let Some(meant) = PROTOCOLS.iter().find(|protocol| mistypes(&first, protocol)) {
