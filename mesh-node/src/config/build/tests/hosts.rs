@@ -50,3 +50,26 @@ fn clients_in_the_root_namespace_have_rules_of_their_own() {
     let own = rule("istio-system", "web", 3, private);
     assert_eq!(["istio-system", "other"].map(|from| seen(from, std::slice::from_ref(&own))), [Some(3), Some(2)]);
 }
+
+#[test]
+fn delegates_are_for_those_they_are_exported_to() {
+    let object = |namespace: &str, name: &str, spec: Value| json!({"apiVersion": "networking.istio.io/v1", "kind": "VirtualService", "metadata": {"name": name, "namespace": namespace}, "spec": spec});
+    let root = object("default", "root", json!({"hosts": ["web"], "http": [{"delegate": {"name": "d", "namespace": "other"}}]}));
+    let routed = |export_to: Value, mesh: Value| {
+        let route = json!([{"route": [{"destination": {"host": "web.default.svc.cluster.local"}}]}]);
+        let delegate = object("other", "d", json!({"exportTo": export_to, "http": route}));
+        let mesh = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": mesh}});
+        let (snapshot, statuses) = built(&[service(), slice("a", &["10.0.0.1"], true), root.clone(), delegate, mesh]);
+        let Target::Service { port, .. } = snapshot.resolve_for("default", "10.96.0.1:80".parse().expect("valid")) else {
+            panic!("no service")
+        };
+        let told = statuses.iter().filter(|s| s.to_string().contains("is not exported to namespace default")).count();
+        (port.routes.http.as_ref().map_or(0, |table| table.rules.len()), told > 0)
+    };
+    assert_eq!(routed(json!([]), json!({})), (1, false));
+    assert_eq!(routed(json!(["*"]), json!({})), (1, false));
+    assert_eq!(routed(json!(["default"]), json!({})), (1, false));
+    assert_eq!(routed(json!(["."]), json!({})), (0, true));
+    assert_eq!(routed(json!(["elsewhere"]), json!({})), (0, true));
+    assert_eq!(routed(json!([]), json!({"defaultVirtualServiceExportTo": ["."]})), (0, true));
+}
