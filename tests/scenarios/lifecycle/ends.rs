@@ -180,3 +180,24 @@ fn a_pod_gone_while_nobody_watched_is_released_at_the_next_start() {
     wait_for("its notes forgotten", Duration::from_secs(5), || Ok(flows.get(&stray, 0).is_err())).expect("forgotten");
     assert!(flows.get(&other, 0).is_ok(), "those of who is there are not");
 }
+
+/// Where capture fails open, the end of a process takes nobody with it who is about to come, into its pods or out of them.
+#[test]
+fn nobody_is_lost_who_comes_as_listeners_close() {
+    let mut bed = Bed::ambient(&NodeOptions::with(&["--fail-mode", "open"])).expect("bed");
+    let [client, server] = bed.meshed([PodSpec::new("client", 1), PodSpec::server("server", 1)]).expect("pods");
+    let plain = |name: &str, node| PodSpec::server(name, node).label("istio.io/dataplane-mode", "none");
+    let [from, to] = [plain("from", 0), plain("to", 0)].map(|spec| bed.pod(&spec).expect("pod"));
+    bed.settle().expect("settled");
+    for _ in 0..3 {
+        let coming = [(&from, &server), (&client, &to), (&from, &server), (&client, &to)];
+        let coming = coming.map(|(from, to)| start(&bed, from, &["attempts", &to.address(8080), "2", "1"]));
+        std::thread::sleep(Duration::from_millis(700));
+        bed.node(1).stop().expect("stopped");
+        for report in coming.map(end) {
+            assert!(report["failed"] == 0 && report["worked"].as_u64().is_some_and(|n| n > 50), "{report}");
+        }
+        bed.node(1).start().expect("started");
+        bed.node(1).wait_ready().expect("ready");
+    }
+}
